@@ -1,0 +1,107 @@
+"""Energy loss of a response and the distance EPPO penalises (Miao et al., ICML 2025, arXiv 2501.19358).
+
+A token's energy loss is the L1 norm of a module's input minus that of its output. Measuring it is the energy probe's
+task; here it is averaged over the response and compared between the policy (RLHF) and the reference (SFT).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import masked_mean, response_mask
+
+EnergyWindow = Literal["response", "generating", "official_trainer"]
+"""Which hidden states belong to a response: those *at* its tokens (`response`), those that *produced* its tokens, one
+position earlier (`generating`), or the window of the authors' trainer, for comparison with it (`official_trainer`)."""
+
+Sided = Literal["both", "rise"]
+
+
+def energy_window(energies: Tensor, window: EnergyWindow) -> Tensor:
+    """Align energies at token positions with actions.
+
+    Args:
+        energies: [B, S, E] energy loss at every token position, for E modules.
+        window: with `response`, action `t` gets the energy at position `t + 1`; otherwise the one at position `t`.
+
+    Returns:
+        [B, T, E] with T = S - 1, to be averaged under `energy_mask` of the same window.
+    """
+    if window == "response":
+        return energies[:, 1:]
+    if window in ("generating", "official_trainer"):
+        return energies[:, :-1]
+    raise ValueError(f"window: {window!r}; expected 'response', 'generating' or 'official_trainer'")
+
+
+def energy_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int, window: EnergyWindow) -> Tensor:
+    """Which actions `energy_window` counts: bool [B, T].
+
+    `response` and `generating`: the response, and so independent of padding. `official_trainer`: positions
+    `[prompt_length - 1, S - 2)` as in the authors' trainer: one prompt token is in, the last two columns of the padded
+    batch are out. It counts padding, so the result *depends on how far the batch is padded*, and the energies at
+    padding must be real.
+
+    Args:
+        prompt_lengths: [B].
+        lengths: [B].
+        sequence_length: S.
+        window: as given to `energy_window`.
+    """
+    mask = response_mask(prompt_lengths, lengths, sequence_length)
+    if window != "official_trainer":
+        return mask
+    positions = torch.arange(sequence_length - 1, device=mask.device)
+    return (positions >= prompt_lengths[:, None] - 1) & (positions < sequence_length - 2)
+
+
+def response_energy(energy: Tensor, mask: Tensor, max_tokens: int | None = None) -> Tensor:
+    """Mean energy loss of each response.
+
+    Args:
+        energy: [B, T, E] of `energy_window`.
+        mask: bool [B, T] of `energy_mask`.
+        max_tokens: count only the first so many tokens of the window (authors: 1024).
+
+    Returns:
+        [B, E].
+
+    Raises:
+        ValueError: for an empty window.
+    """
+    if max_tokens is not None:
+        mask = mask & (mask.cumsum(dim=1) <= max_tokens)
+    return masked_mean(energy, mask[:, :, None].expand_as(energy), dim=1)
+
+
+def energy_difference(policy: Tensor, reference: Tensor, sided: Sided) -> Tensor:
+    """`D = |dE_SFT - dE_RLHF|` of each sample, summed over modules; the penalised reward is `r - eta * D`.
+
+    Args:
+        policy: [B, E] mean energy loss of the policy on its response.
+        reference: [B, E] mean energy loss of the reference.
+        sided: `both`: the paper's absolute difference; `rise`: only by how much the policy's is higher.
+
+    Returns:
+        [B], never negative.
+    """
+    rise = policy - reference
+    if sided == "both":
+        return rise.abs().sum(dim=1)
+    if sided == "rise":
+        return rise.clamp(min=0).sum(dim=1)
+    raise ValueError(f"sided: {sided!r}; expected 'both' or 'rise'")
+
+
+def apply_floor(reward: Tensor, penalised: Tensor, floor_ratio: float) -> Tensor:
+    """`max(penalised, r - c*|r|)` [B]: the penalty takes at most the fraction `c` of a reward's size, of either sign.
+
+    Unlike `max(penalised, c*r)` this never raises a negative reward above what it was.
+
+    Args:
+        reward: [B] before the penalty.
+        penalised: [B] after it.
+        floor_ratio: c >= 0.
+    """
+    return torch.maximum(penalised, reward - floor_ratio * reward.abs())

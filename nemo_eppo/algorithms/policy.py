@@ -1,0 +1,173 @@
+"""The losses of PPO (Schulman et al. 2017, arXiv 1707.06347) as sums over a micro-batch divided by a global count.
+
+Because the denominator is the number of tokens (or sequences) of the *whole* mini-batch, adding the results of all
+micro-batches and all data-parallel ranks gives the loss, and the gradient, of the undivided mini-batch.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import masked_mean, masked_sum, zero_outside
+
+MAX_LOG_RATIO = 20.0
+"""The log-ratio of a token is clamped to +-20 before exp: e^20 is 5e8, already as good as infinite, and cannot overflow."""
+
+Aggregation = Literal["token", "sequence"]
+
+
+class PolicyStats(NamedTuple):
+    """Sums over response tokens, detached scalars: add them up over micro-batches and ranks, divide by `tokens`."""
+
+    tokens: Tensor
+    """Response tokens."""
+    clipped: Tensor
+    """Tokens whose loss is the clipped one; over `tokens` this is the clip fraction."""
+    approx_kl: Tensor
+    """k3 estimate of KL(old policy || policy)."""
+    ratio: Tensor
+    """Probability ratio of the policy to the old policy."""
+
+
+class ValueStats(NamedTuple):
+    """Sums over response tokens, detached scalars: add them up over micro-batches and ranks, divide by `tokens`."""
+
+    tokens: Tensor
+    """Response tokens."""
+    clipped: Tensor
+    """Tokens whose loss is the clipped one; over `tokens` this is the value clip fraction."""
+
+
+def aggregate(per_token: Tensor, mask: Tensor, aggregation: Aggregation, denominator: float | Tensor) -> Tensor:
+    """This micro-batch's share of a mean over the global mini-batch; also for entropy and KL terms.
+
+    Args:
+        per_token: [B, T].
+        mask: bool [B, T]. A row without a True contributes nothing.
+        aggregation: `token`: sum over tokens; `sequence`: sum over rows of the row's mean.
+        denominator: response tokens (`token`) or sequences (`sequence`) of the global mini-batch.
+
+    Returns:
+        scalar.
+    """
+    if aggregation == "token":
+        return masked_sum(per_token, mask) / denominator
+    if aggregation == "sequence":
+        return (masked_sum(per_token, mask, dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / denominator
+    raise ValueError(f"aggregation: {aggregation!r}; expected 'token' or 'sequence'")
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    aggregation: Aggregation = "token",
+    denominator: float | Tensor,
+    importance_weights: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """Clipped surrogate `max(-A*rho, -A*clip(rho, 1-clip_low, 1+clip_high))` with `rho = exp(logprob - old_logprob)`.
+
+    Args:
+        logprobs: [B, T] of the policy being trained, with gradient.
+        old_logprobs: [B, T] of the policy that sampled.
+        advantages: [B, T].
+        mask: bool [B, T].
+        clip_low: eps below 1.
+        clip_high: eps above 1.
+        dual_clip: c > 1: where A < 0 the loss is at most `-c*A` (Ye et al. 2020, arXiv 1912.09729).
+        aggregation: see `aggregate`.
+        denominator: see `aggregate`.
+        importance_weights: [B, T] factor per token, see `truncated_importance_weights`; no gradient flows into it.
+
+    Returns:
+        scalar loss share, and the sums for metrics.
+    """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip: {dual_clip}; expected a number above 1, or None")
+    advantages = zero_outside(advantages, mask)
+    log_ratio = zero_outside(logprobs, mask) - zero_outside(old_logprobs, mask)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    per_token = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
+    if importance_weights is not None:
+        per_token = per_token * zero_outside(importance_weights, mask).detach()
+    loss = aggregate(per_token, mask, aggregation, denominator)
+
+    with torch.no_grad():
+        stats = PolicyStats(
+            tokens=mask.sum().to(loss.dtype),
+            clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask),
+            approx_kl=masked_sum(ratio - 1 - log_ratio, mask),
+            ratio=masked_sum(ratio, mask),
+        )
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None,
+    denominator: float | Tensor,
+) -> tuple[Tensor, ValueStats]:
+    """`0.5 * max((V-R)^2, (clip(V, V_old-clip, V_old+clip)-R)^2)`, summed over tokens, over the global token count.
+
+    Args:
+        values: [B, T] of the critic being trained, with gradient.
+        old_values: [B, T] of the critic before this step's updates.
+        returns: [B, T].
+        mask: bool [B, T].
+        clip: how far a value may move from `old_values`; None: no clipping.
+        denominator: response tokens of the global mini-batch.
+
+    Returns:
+        scalar loss share, and the sums for metrics.
+    """
+    values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
+    unclipped = (values - returns).square()
+    clipped = unclipped
+    if clip is not None:
+        clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    loss = 0.5 * masked_sum(torch.maximum(unclipped, clipped), mask) / denominator
+    with torch.no_grad():
+        stats = ValueStats(
+            tokens=mask.sum().to(loss.dtype), clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask)
+        )
+    return loss, stats
+
+
+@torch.no_grad()
+def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """`min(exp(old_logprob - engine_logprob), cap)` [B, T]: corrects for sampling with an engine, not the trainer.
+
+    Args:
+        old_logprobs: [B, T] of the sampled tokens, recomputed by the trainer before this step's updates.
+        engine_logprobs: [B, T] of the same tokens, as the generation engine reported them.
+        mask: bool [B, T]. Zero outside.
+        cap: C > 0.
+    """
+    log_weights = zero_outside(old_logprobs, mask) - zero_outside(engine_logprobs, mask)
+    return zero_outside(log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), mask)
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """`1 - Var(R - V) / Var(R)` over the response tokens of [B, T]: a scalar, 1 at best, 0 if returns are constant."""
+    values, returns = zero_outside(values, mask), zero_outside(returns, mask)
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    total = variance(returns)
+    return torch.where(total == 0, 0.0, 1 - variance(returns - values) / total)

@@ -1,0 +1,112 @@
+"""Reward models from preferences: the Bradley-Terry loss, the score of a sequence, and how well scores rank pairs."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import last_action, masked_mean, masked_sum, response_mask
+
+ScoreReduction = Literal["last", "sum", "mean"]
+
+CALIBRATION_BINS = 10
+
+
+def sequence_score(token_scores: Tensor, prompt_lengths: Tensor, lengths: Tensor, how: ScoreReduction) -> Tensor:
+    """One score per response from a score at every token.
+
+    Args:
+        token_scores: [B, S], at token positions.
+        prompt_lengths: [B].
+        lengths: [B].
+        how: the score at the last response token, or the sum or mean of those at all response tokens.
+
+    Returns:
+        [B], with gradient only into the tokens that were read.
+
+    Raises:
+        ValueError: for a sample without response.
+    """
+    scores = token_scores[:, 1:]  # column t now belongs to token t + 1, like the mask
+    mask = response_mask(prompt_lengths, lengths, token_scores.shape[1])
+    last = last_action(mask)
+    if how == "last":
+        return scores.gather(1, last[:, None])[:, 0]
+    if how == "sum":
+        return masked_sum(scores, mask, dim=1)
+    if how == "mean":
+        return masked_mean(scores, mask, dim=1)
+    raise ValueError(f"how: {how!r}; expected 'last', 'sum' or 'mean'")
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    l2: float = 0.0,
+    denominator: float | Tensor,
+) -> Tensor:
+    """`-log sigmoid(r_w - r_l - margin) + l2 * (r_w^2 + r_l^2) / 2`, summed over pairs, over the global pair count.
+
+    Args:
+        chosen: [B] scores r_w of the preferred responses.
+        rejected: [B] scores r_l of the others.
+        margin: by how much r_w should lead: one number, or one for each pair [B].
+        label_smoothing: probability that a label is wrong; this share of the loss takes the opposite sign.
+        l2: weight that keeps scores near zero.
+        denominator: pairs of the global mini-batch.
+
+    Returns:
+        scalar.
+    """
+    lead = chosen - rejected - margin
+    loss = -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
+    return (loss + l2 * (chosen.square() + rejected.square()) / 2).sum() / denominator
+
+
+@torch.no_grad()
+def preference_metrics(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> dict[str, float]:
+    """How well scores rank N pairs, and what they are like. All statistics are the population's.
+
+    Args:
+        chosen: [N] scores of the preferred responses.
+        rejected: [N] scores of the others.
+        chosen_lengths: [N] tokens of the preferred responses.
+        rejected_lengths: [N] tokens of the others.
+
+    Returns:
+        `accuracy` (a tie counts half); `margin`, the mean lead; `mean` and `std` of all scores and of each side;
+        `length_correlation`, Pearson's, of score and length over all responses (0 if either is constant); `ece`, the
+        expected calibration error of `sigmoid(lead)` over ten equal bins of the winner's probability in [0.5, 1].
+    """
+    chosen, rejected = chosen.double(), rejected.double()
+    scores = torch.cat([chosen, rejected])
+    lengths = torch.cat([chosen_lengths, rejected_lengths]).double()
+    lead = chosen - rejected
+    correct = (1 + lead.sign()) / 2
+
+    confidence = lead.abs().sigmoid()
+    bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=lead.device).index_add(
+        0, bins, correct - confidence
+    )
+
+    scores_off, lengths_off = scores - scores.mean(), lengths - lengths.mean()
+    spread = scores_off.norm() * lengths_off.norm()
+    return {
+        "accuracy": correct.mean().item(),
+        "margin": lead.mean().item(),
+        "mean": scores.mean().item(),
+        "std": scores.std(correction=0).item(),
+        "chosen_mean": chosen.mean().item(),
+        "chosen_std": chosen.std(correction=0).item(),
+        "rejected_mean": rejected.mean().item(),
+        "rejected_std": rejected.std(correction=0).item(),
+        "length_correlation": ((scores_off * lengths_off).sum() / spread).item() if spread > 0 else 0.0,
+        "ece": (gap.abs().sum() / len(lead)).item(),
+    }

@@ -1,0 +1,88 @@
+"""Sampling that depends on (seed, position) and the logits alone: not on batch order, batch size, layout or device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WRAP = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15 - _WRAP
+_MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
+_MIX_2 = 0x94D049BB133111EB - _WRAP
+
+
+def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which tokens top-k and then top-p leave: bool [..., V]. Among equal logits the lower token id comes first.
+
+    Args:
+        logits: [..., V].
+        top_k: keep the k likeliest; 0 keeps all.
+        top_p: of these, keep the smallest set, likeliest first, that holds at least this share of their probability;
+            always at least one token. 1 keeps all.
+    """
+    vocabulary = logits.shape[-1]
+    if (top_k == 0 or top_k >= vocabulary) and top_p >= 1:
+        return torch.ones_like(logits, dtype=torch.bool)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < vocabulary:
+        ordered, order = ordered[..., :top_k], order[..., :top_k]
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if top_p < 1:
+        mass = ordered.double().softmax(dim=-1).cumsum(dim=-1)
+        kept = F.pad(mass[..., :-1], (1, 0)) < top_p  # the mass before a token
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, kept)
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`logits` [..., V] with -inf for the tokens that `keep_mask` drops."""
+    return torch.where(keep_mask(logits, top_k, top_p), logits, -torch.inf)
+
+
+def counter_hash(seeds: Tensor, counters: Tensor) -> Tensor:
+    """Hash (seed, counter) pairs to 64 bits with splitmix64 (Steele et al. 2014): int64, of the broadcast shape.
+
+    Args:
+        seeds: int64; any values, neighbouring ones included, give unrelated streams.
+        counters: int64.
+    """
+    return _mix(_mix(seeds + _GOLDEN) + _GOLDEN * counters)
+
+
+def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Uniform float64 numbers strictly between 0 and 1, one for each (seed, position); both int64 [B]."""
+    return (_shift(counter_hash(seeds, positions), 12).double() + 0.5) * 2.0**-52
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution; never one of probability 0.
+
+    Probabilities become integers in units of 2^-52, whose sums are exact, so every device draws the same token from the
+    same probabilities. A token below 2^-53 is never drawn.
+
+    Args:
+        logits: fp32 [B, V], temperature and filters applied.
+        uniforms: fp64 [B] in [0, 1).
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        ValueError: for NaN or +inf among the logits, or nothing but -inf.
+    """
+    probabilities = logits.softmax(dim=-1)
+    broken = ~torch.isfinite(probabilities.sum(dim=-1))
+    if bool(broken.any()):
+        raise ValueError(f"logits: NaN, +inf or only -inf in rows {broken.nonzero().flatten().tolist()}")
+    cumulative = (probabilities.double() * 2.0**52).round().long().cumsum(dim=-1)
+    threshold = (uniforms[:, None] * cumulative[:, -1:]).long()
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right as if unsigned: int64 `>>` would fill with the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,63 @@
+"""Typed configuration: every key of every YAML file is declared, and a bad one is reported by its full path."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting, file or combination of settings that cannot work; the message says which, and what would."""
+
+
+class Config(BaseModel):
+    """Base of all settings. A field's meaning is the docstring below it; unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Check `values` (plain nested containers) against `schema`.
+
+    Raises:
+        ConfigError: one line per bad key: its dotted path, its value, what was expected, and the closest known key.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_describe(schema, issue) for issue in error.errors(include_url=False)]
+        raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _describe(schema: type[Config], issue: Any) -> str:
+    path = ".".join(str(part) for part in issue["loc"])
+    if issue["type"] == "extra_forbidden":
+        owner: Any = schema
+        for part in issue["loc"][:-1]:
+            field = getattr(owner, "model_fields", {}).get(part)
+            owner = next((t for t in _config_types(field.annotation)), None) if field else None
+        known = list(getattr(owner, "model_fields", {}))
+        close = difflib.get_close_matches(str(issue["loc"][-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key ({hint})"
+    if issue["type"] == "missing":
+        return f"{path}: required, but not set"
+    where = f"{path} = {issue['input']!r}" if path else "settings do not fit together"
+    return f"{where}: {issue['msg'].removeprefix('Value error, ')}"
+
+
+def _config_types(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [t for arg in getattr(annotation, "__args__", ()) for t in _config_types(arg)]

@@ -1,0 +1,222 @@
+"""Prompt, SFT and preference data sets, tokenised when loaded, and the order in which training walks through them."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.jsonl import read_jsonl
+from nemo_eppo.data.tokenizer import Tokenizer
+
+TokenIds = npt.NDArray[np.int32]
+TooLong = Literal["error", "drop"]
+
+_TOKENISED_AT_ONCE = 2048  # rows: enough to keep the tokenizer's threads busy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    index: int
+    """Position in the data set."""
+    text: str
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceItem:
+    index: int
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    """Ends with EOS."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceItem:
+    index: int
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    """Ends with EOS, as does `rejected_ids`."""
+    rejected_ids: TokenIds
+
+
+ItemT = TypeVar("ItemT")
+
+
+class _Items(Generic[ItemT]):
+    items: list[ItemT]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> ItemT:
+        return self.items[index]
+
+
+class PromptDataset(_Items[PromptItem]):
+    """Prompts of a JSON-lines file with the field "prompt" (others are ignored), `.jsonl` or `.jsonl.gz`.
+
+    `max_prompt_length` is in tokens, BOS included. Longer prompts are an error, or dropped and counted in the log.
+
+    Raises:
+        ConfigError: a defect of the file, by line and field; a prompt that is empty or too long; no prompt left.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, too_long: TooLong = "error"
+    ) -> None:
+        rows = _tokenised_rows(Path(path), tokenizer, (), "max_prompt_length", max_prompt_length, too_long)
+        self.items = [PromptItem(index, text, prompt) for index, (text, prompt, _) in enumerate(rows)]
+
+
+class SFTDataset(_Items[SequenceItem]):
+    """Demonstrations with the fields "prompt" and "response".
+
+    `max_sequence_length` is in tokens: BOS, prompt, response and EOS. Otherwise like `PromptDataset`.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
+    ) -> None:
+        rows = _tokenised_rows(
+            Path(path), tokenizer, ("response",), "max_sequence_length", max_sequence_length, too_long
+        )
+        self.items = [SequenceItem(index, prompt, response) for index, (_, prompt, [response]) in enumerate(rows)]
+
+
+class PreferenceDataset(_Items[PreferenceItem]):
+    """Preference pairs with the fields "prompt", "chosen" and "rejected"; the limit holds for the longer answer."""
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
+    ) -> None:
+        rows = _tokenised_rows(
+            Path(path), tokenizer, ("chosen", "rejected"), "max_sequence_length", max_sequence_length, too_long
+        )
+        self.items = [PreferenceItem(index, prompt, *responses) for index, (_, prompt, responses) in enumerate(rows)]
+
+
+def _tokenised_rows(
+    path: Path, tokenizer: Tokenizer, responses: tuple[str, ...], limit_name: str, limit: int, too_long: TooLong
+) -> list[tuple[str, TokenIds, list[TokenIds]]]:
+    """`(prompt text, prompt ids, ids of each field in responses)` of every row within the limit."""
+    lines = list(read_jsonl(path, ("prompt", *responses)))
+    rows = []
+    for start in range(0, len(lines), _TOKENISED_AT_ONCE):
+        chunk = lines[start : start + _TOKENISED_AT_ONCE]
+        for (line, texts), (prompt, *answers) in zip(chunk, _encode(path, chunk, tokenizer), strict=True):
+            if not prompt:
+                raise ConfigError(f"{path}:{line}: field 'prompt' is empty: a response must follow at least one token")
+            length = len(prompt) + max(map(len, answers), default=0)
+            if length <= limit:
+                ids = [np.array(tokens, dtype=np.int32) for tokens in (prompt, *answers)]
+                rows.append((texts[0], ids[0], ids[1:]))
+            elif too_long == "error":
+                parts = zip(("prompt", *responses), (prompt, *answers), strict=True)
+                sizes = ", ".join(f"'{field}' {len(tokens)}" for field, tokens in parts)
+                raise ConfigError(
+                    f"{path}:{line}: {length} tokens (field {sizes}), but {limit_name} = {limit}; "
+                    "shorten it, raise the limit, or set too_long to 'drop'"
+                )
+    if not lines:
+        raise ConfigError(f"{path}: no examples")
+    if not rows:
+        raise ConfigError(f"{path}: all {len(lines)} examples are longer than {limit_name} = {limit} tokens")
+    if dropped := len(lines) - len(rows):
+        logger.warning("%s: dropped %d of %d examples over %s = %d", path, dropped, len(lines), limit_name, limit)
+    return rows
+
+
+def _encode(path: Path, rows: list[tuple[int, tuple[str, ...]]], tokenizer: Tokenizer) -> list[tuple[list[int], ...]]:
+    """Ids of prompt and responses of each `(line, (prompt, *responses))`, encoded together for speed."""
+    prompts, *responses = zip(*(texts for _, texts in rows), strict=True)
+    try:
+        return list(zip(tokenizer.encode_prompts(prompts), *map(tokenizer.encode_responses, responses), strict=True))
+    except ConfigError as error:
+        if len(rows) > 1:  # one by one, to name the line
+            return [encoded for row in rows for encoded in _encode(path, [row], tokenizer)]
+        raise ConfigError(f"{path}:{rows[0][0]}: {error}") from None
+
+
+def collate(
+    sequences: Sequence[tuple[Sequence[int] | TokenIds, Sequence[int] | TokenIds]], pad_id: int, multiple_of: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay `(prompt_ids, response_ids)` pairs out as one right-padded batch.
+
+    Returns:
+        tokens [B, S] int64, with S the longest sequence rounded up to `multiple_of`; prompt_lengths [B] int64;
+        lengths [B] int64, prompt and response together.
+    """
+    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in sequences])
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    tokens = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    for row, (prompt, response) in zip(tokens, sequences, strict=True):
+        row[: len(prompt)] = torch.as_tensor(prompt)
+        row[len(prompt) : len(prompt) + len(response)] = torch.as_tensor(response)
+    return tokens, prompt_lengths, lengths
+
+
+class GlobalBatches(Iterator[list[int]]):
+    """Endless global batches of data-set indices; their order depends on seed and epoch, never on the layout of ranks.
+
+    Each epoch visits every index at most once. What is left of an epoch that does not fill a batch is skipped
+    (`drop_last`) or given as a smaller batch.
+    """
+
+    def __init__(
+        self, num_items: int, batch_size: int, *, seed: int, shuffle: bool = True, drop_last: bool = True
+    ) -> None:
+        self.epoch: int
+        self._position: int
+        self._order: npt.NDArray[np.int64]
+        if num_items < 1 or batch_size < 1:
+            raise ConfigError(f"num_items = {num_items}, batch_size = {batch_size}: expected at least 1 of each")
+        if drop_last and num_items < batch_size:
+            raise ConfigError(f"the data set has {num_items} examples, fewer than one global batch of {batch_size}")
+        self._settings = {
+            "num_items": num_items,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+        }
+        self._per_epoch = num_items - num_items % batch_size if drop_last else num_items
+        self._batch_size = batch_size
+        self._start_epoch(0)
+
+    def __next__(self) -> list[int]:
+        if self._position >= self._per_epoch:
+            self._start_epoch(self.epoch + 1)
+        end = min(self._position + self._batch_size, self._per_epoch)
+        batch = self._order[self._position : end]
+        self._position = end
+        return batch.tolist()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self._position, **self._settings}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue exactly where `state` was taken.
+
+        Raises:
+            ConfigError: the state belongs to another data set size, batch size, seed or order.
+        """
+        for name, value in self._settings.items():
+            if state[name] != value:
+                raise ConfigError(f"cannot resume the data order: {name} was {state[name]}, and is now {value}")
+        self._start_epoch(state["epoch"])
+        self._position = state["position"]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch, self._position = epoch, 0
+        self._order = np.arange(self._settings["num_items"])
+        if self._settings["shuffle"]:
+            np.random.default_rng([self._settings["seed"], epoch]).shuffle(self._order)

@@ -1,0 +1,91 @@
+"""JSON-lines files, plain or gzipped: every defect is reported with its file, line and field."""
+
+import gzip
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nemo_eppo.config import ConfigError
+
+
+def read_jsonl(path: Path, fields: Sequence[str], progress: bool = False) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield `(line number from 1, the text of each of fields)`; other fields are ignored, blank lines skipped.
+
+    The file is streamed, so it may be larger than memory. `progress` shows a bar in a terminal once reading has taken
+    two seconds.
+
+    Raises:
+        ConfigError: no such file, a broken archive, a line that is not a JSON object, a field missing or not text.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    line_number = 0
+    size = path.stat().st_size
+    hidden = None if progress else True  # None: tqdm itself hides the bar when stderr is not a terminal
+    with (
+        path.open("rb") as stored,
+        gzip.open(stored) if path.suffix == ".gz" else nullcontext(stored) as lines,
+        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=2, disable=hidden) as bar,
+    ):
+        try:
+            for line_number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield line_number, _text_fields(line, fields, f"{path}:{line_number}")
+                bar.update(stored.tell() - bar.n)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ConfigError(f"{path}: damaged archive after line {line_number}: {error}") from None
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write one JSON object per line, UTF-8."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json_line(row))
+
+
+def json_line(row: Mapping[str, str | int]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def output_directory(path: Path) -> Iterator[Path]:
+    """Give a directory to write into, whose content appears in `path` only if the block succeeds.
+
+    Raises:
+        ConfigError: `path` exists and is not an empty directory; nothing is ever overwritten.
+    """
+    partial = path / ".partial"
+    if path.exists() and (not path.is_dir() or any(entry != partial for entry in path.iterdir())):
+        raise ConfigError(f"output directory '{path}' already exists and is not empty; choose another or remove it")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in partial.iterdir():
+            entry.rename(path / entry.name)
+    finally:
+        shutil.rmtree(partial)
+
+
+def _text_fields(line: bytes, fields: Sequence[str], where: str) -> tuple[str, ...]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise ConfigError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: expected a JSON object with {', '.join(fields)}; got {type(row).__name__}")
+    for field in fields:
+        if field not in row:
+            raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
+        if not isinstance(row[field], str):
+            raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text")
+        try:
+            row[field].encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: legal JSON, but not text
+            raise ConfigError(f"{where}: field '{field}' is not valid Unicode ({error.reason})") from None
+    return tuple(row[field] for field in fields)

@@ -1,0 +1,169 @@
+"""The tokenizer of every job: a Hugging Face tokenizer directory, and the one owner of BOS and EOS."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_eppo.config import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BackendTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+EOS, PAD = "<eos>", "<pad>"
+_BYTES = 256  # byte-level BPE starts from one token per byte
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    A sequence is `encode_prompt(prompt) + encode_response(response)`: each is encoded without the other and the ids
+    are concatenated, so a prompt has the same tokens whatever follows it.
+    """
+
+    eos_id: int
+    """Ends every complete response."""
+    pad_id: int
+    """Fills batches on the right. The tokenizer's own pad token, or its EOS where it has none (logged)."""
+    vocab_size: int
+    """Number of ids, added tokens included."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer '{source}' has no eos_token (in tokenizer_config.json): responses cannot end")
+        self._tokenizer = tokenizer
+        self.eos_id = tokenizer.eos_token_id
+        self.vocab_size = len(tokenizer)
+        if tokenizer.pad_token_id is None:
+            logger.warning("tokenizer '%s' has no pad_token: padding with its EOS, id %d", source, self.eos_id)
+            self.pad_id = self.eos_id
+        else:
+            self.pad_id = tokenizer.pad_token_id
+        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._adds_bos = bool(self._bos) and tokenizer("")["input_ids"][:1] == self._bos
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Load local files only.
+
+        Raises:
+            ConfigError: no such directory, files that transformers cannot load, or no EOS token.
+        """
+        if not Path(path).is_dir():
+            raise ConfigError(f"tokenizer directory '{path}' does not exist (expected tokenizer.json and its config)")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # the Rust loader raises bare Exceptions
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"tokenizer directory '{path}' cannot be loaded: {reason}") from error
+        return cls(tokenizer, str(path))
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each prompt, with BOS in front if this tokenizer adds one, even if the text already starts so."""
+        encoded = self._encode(texts)
+        if not self._adds_bos:
+            return encoded
+        return [ids if ids[:1] == self._bos else self._bos + ids for ids in encoded]
+
+    def encode_responses(self, texts: Sequence[str], end: bool = True) -> list[list[int]]:
+        """Tokens of each response without special tokens in front; with `end`, closed by exactly one EOS.
+
+        Raises:
+            ConfigError: a response spells the EOS token before its end.
+        """
+        encoded = self._encode(texts)
+        for ids, text in zip(encoded, texts, strict=True):
+            if self.eos_id in ids[:-1]:
+                raise ConfigError(f"response contains the end-of-sequence token before its end: {text[:200]!r}")
+            if end and ids[-1:] != [self.eos_id]:
+                ids.append(self.eos_id)
+        return encoded
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode_prompts([text])[0]
+
+    def encode_response(self, text: str, end: bool = True) -> list[int]:
+        return self.encode_responses([text], end)[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens (EOS, padding, BOS) leave no trace."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def digest(self) -> str:
+        """Sha256 of vocabulary and special ids: jobs that agree on it agree on what every token id means."""
+        content = [sorted(self._tokenizer.get_vocab().items()), self._bos, self._adds_bos, self.eos_id, self.pad_id]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        self._tokenizer.save_pretrained(str(path))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        try:
+            encoded = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except Exception as error:  # bare from Rust: a word outside a vocabulary that has no unknown token
+            raise ConfigError(f"cannot be tokenised: {error} (texts from {texts[0][:80]!r} on)") from error
+        return list(encoded["input_ids"])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
+    """Train a byte-level BPE tokenizer (any text round-trips) and save it for `Tokenizer.from_directory`.
+
+    `texts` is streamed. `vocab_size` counts the special tokens; a small corpus may give fewer.
+    """
+    from tokenizers import Tokenizer as BackendTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    smallest = _BYTES + len((EOS, PAD))
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size = {vocab_size}: byte-level BPE needs at least {smallest} (bytes, {EOS}, {PAD})")
+    tokenizer = BackendTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    _save(tokenizer, out_dir)
+
+
+def word_level(words: Sequence[str], out_dir: Path) -> None:
+    """Save a tokenizer whose tokens are EOS, PAD and `words`; text is split at whitespace and decoded with spaces."""
+    from tokenizers import Tokenizer as BackendTokenizer
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {word: index for index, word in enumerate([EOS, PAD, *words])}
+    tokenizer = BackendTokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([EOS, PAD])
+    _save(tokenizer, out_dir)
+
+
+def _save(tokenizer: "BackendTokenizer", out_dir: Path) -> None:
+    """The two files AutoTokenizer needs; written here so that preparing data does not import transformers."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,189 @@
+"""Checkpoints that are complete or do not exist.
+
+A checkpoint is a directory: `weights/` (megatron-core's distributed format: it loads under any layout), `tokenizer/`,
+`manifest.json`. It is written under a temporary name, flushed, and renamed; the manifest lists every file with its size
+and digest, so that a truncated or altered one is noticed and named before anything is loaded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from pydantic import Field, ValidationError
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron.model import Head, unwrap
+from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.megatron.runner import ModelRunner
+
+MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
+_FORMAT = 1
+
+
+class FileEntry(Config):
+    """One file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What a checkpoint holds."""
+
+    format: int = _FORMAT
+    head: Head
+    """lm for a policy, scalar for a critic or reward model."""
+    step: int = Field(ge=0)
+    """Updates of the loop that saved it."""
+    model: ModelConfig
+    optimizer: bool = False
+    """Whether optimizer and schedule are in it, so that training can go on."""
+    state: dict[str, Any] = Field(default_factory=dict)
+    """State of the loop, and what belongs to the model: a reward model's mean and std."""
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+
+def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are all there and unaltered in size.
+
+    Raises:
+        ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if manifest.format != _FORMAT:
+        raise ConfigError(f"{path}: format {manifest.format}, this version reads format {_FORMAT}")
+    if head is not None and manifest.head != head:
+        raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
+    for name, entry in manifest.files.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != entry.size:
+            raise ConfigError(f"{directory} is damaged: {name} has {found} bytes, its manifest says {entry.size}")
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """As `read_manifest`, and every file's digest is compared too."""
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        if _digest(directory / name) != entry.sha256:
+            raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
+    return manifest
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint `step_*` in a directory of checkpoints."""
+    found = sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
+    return found[-1] if found else None
+
+
+def save(
+    directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None, keep: int | None = None
+) -> Path:
+    """Write a checkpoint; collective over all ranks.
+
+    Args:
+        directory: where the checkpoint will be; an existing one is replaced once the new one is complete.
+        manifest: what to record; `files` is filled in here. The optimizer is saved if `manifest.optimizer`.
+        tokenizer: a Hugging Face tokenizer directory to copy into the checkpoint.
+        keep: remove all but the newest `keep` checkpoints `step_*` beside this one.
+    """
+    incomplete = directory.parent / f".{directory.name}.incomplete"
+    if dist.get_rank() == 0:
+        shutil.rmtree(incomplete, ignore_errors=True)
+        (incomplete / WEIGHTS).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(
+        _sharded_state(runner, manifest.optimizer, is_loading=False),
+        str(incomplete / WEIGHTS),
+        async_sharded_save=False,
+    )
+    if dist.get_rank() == 0:
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, incomplete / TOKENIZER)
+        _seal(incomplete, manifest)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(incomplete, directory)
+        _fsync(directory.parent)
+        if keep is not None:
+            for old in sorted(directory.parent.glob("step_*"))[:-keep]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return directory
+
+
+def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
+    """Load weights, and the optimizer if asked for, under this job's layout; collective over all ranks.
+
+    Args:
+        fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
+
+    Raises:
+        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved.
+    """
+    manifest = read_manifest(directory)
+    if optimizer and not manifest.optimizer:
+        raise ConfigError(f"{directory} holds no optimizer state: training cannot go on from it")
+    state = _sharded_state(runner, optimizer, is_loading=True)
+    if fresh_head:
+        for name in [name for name in state if name.startswith("chunk")]:
+            state[name] = {key: value for key, value in state[name].items() if not key.startswith("head.")}
+    loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
+    for index, chunk in enumerate(runner.chunks):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"chunk{index}"], strict=False)
+        wrong = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head and "head." in key)]
+        if wrong or unexpected:
+            raise ConfigError(f"{directory} does not fit the model: missing {wrong}, unexpected {unexpected}")
+    if optimizer:
+        runner.optimizer.load_state_dict(loaded["optimizer"])
+        runner.scheduler.load_state_dict(loaded["scheduler"])
+    elif runner.optimizer is not None:
+        runner.optimizer.reload_model_params()
+    return manifest
+
+
+def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = {
+        f"chunk{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(runner.chunks)
+    }
+    if optimizer:
+        state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        state["scheduler"] = runner.scheduler.state_dict()
+    return state
+
+
+def _seal(directory: Path, manifest: Manifest) -> None:
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        files[str(path.relative_to(directory))] = FileEntry(size=path.stat().st_size, sha256=_digest(path))
+        _fsync(path)
+    (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
+    for path in (directory / MANIFEST, *(p for p in directory.rglob("*") if p.is_dir()), directory):
+        _fsync(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,189 @@
+"""The one module that knows CPU from GPU.
+
+On a GPU machine megatron-core runs untouched. On a CPU it runs with gloo, and `install()` redirects the places where
+megatron-core 0.16 names CUDA: it must be called before anything imports `megatron.core`, and raises when a newer
+megatron-core has changed a function listed here, so that an upgrade is noticed rather than guessed.
+"""
+
+import contextlib
+import importlib
+import inspect
+import multiprocessing
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Functions of megatron-core 0.16 that hold a device literal ("cuda", "torch.cuda.FloatTensor"), by module.
+_DEVICE_LITERALS: dict[str, tuple[str, ...]] = {
+    "pipeline_parallel.schedules": (
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_without_interleaving",
+        "forward_backward_pipelining_with_interleaving",
+    ),
+    "transformer.utils": ("get_default_causal_mask", "get_sliding_window_causal_mask"),
+    "utils": ("local_multi_tensor_l2_norm",),
+    "optimizer.clip_grads": ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32", "count_zeros_fp32"),
+    "optimizer.optimizer": (
+        "MixedPrecisionOptimizer.__init__",
+        "Float16OptimizerWithFloat16Params.__init__",
+        "FP32Optimizer.__init__",
+    ),
+    "dist_checkpointing.exchange_utils": (
+        "_get_empty_tensor_for_exchange",
+        "exchange_loaded_tensors_gather_rounds",
+    ),
+    "dist_checkpointing.strategies.state_dict_saver": ("verify_global_md_reuse",),
+}
+_REPLACEMENTS = {"cuda": "cpu", **{f"torch.cuda.{t}Tensor": f"torch.{t}Tensor" for t in ("Float", "Half", "BFloat16")}}
+
+
+def on_gpu() -> bool:
+    """True when this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu() else CPU
+
+
+def distributed_backend() -> str:
+    """The torch.distributed backend that belongs to the device."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a timer that is read next tells the truth."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def max_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if on_gpu():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def install() -> None:
+    """Make megatron-core usable on this rank's device. Does nothing on a GPU except selecting it.
+
+    Raises:
+        RuntimeError: megatron.core was imported before, or a listed function no longer names a CUDA device.
+    """
+    if on_gpu():
+        torch.cuda.set_device(device())
+        return
+    if torch.cuda.Event is _CpuEvent:
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("nemo_eppo.megatron.device.install() has to run before megatron.core is imported")
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    _disable_jit_fuser()
+    for module_name, functions in _DEVICE_LITERALS.items():
+        module = _megatron(module_name)
+        for function in functions:
+            _rewrite_device_literals(module, function)
+    _use_cpu_random_states()
+    _fork_checkpoint_writers()
+
+
+def _megatron(name: str) -> Any:
+    return importlib.import_module(f"megatron.core.{name}")
+
+
+class _CpuEvent:
+    """Stands for torch.cuda.Event: CPU work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "_CpuEvent") -> float:
+        return (end.time - self.time) * 1e3
+
+
+def _disable_jit_fuser() -> None:
+    # torch.compile at import costs a second and would start a C++ compiler at the first call
+    jit: Any = types.ModuleType("megatron.core.jit")
+    jit.jit_fuser = jit.noop_decorator = lambda function: function
+    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
+    sys.modules["megatron.core.jit"] = jit
+
+
+def _swap(constant: Any) -> Any:
+    if isinstance(constant, types.CodeType):
+        return constant.replace(co_consts=_swap(constant.co_consts))
+    if isinstance(constant, tuple | frozenset):
+        return type(constant)(_swap(item) for item in constant)
+    return _REPLACEMENTS.get(constant, constant) if isinstance(constant, str) else constant
+
+
+def _rewrite_device_literals(module: types.ModuleType, qualified_name: str) -> None:
+    # the code object is changed in place, so that every `from x import f` sees it too
+    function: Any = module
+    for name in qualified_name.split("."):
+        function = inspect.getattr_static(function, name)
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    code = _swap(function.__code__)
+    if code.co_consts == function.__code__.co_consts:
+        raise RuntimeError(
+            f"{module.__name__}.{qualified_name} no longer names a CUDA device: this megatron-core is newer than "
+            "nemo_eppo.megatron.device knows; install the version in constraints.txt"
+        )
+    function.__code__ = code
+
+
+def _use_cpu_random_states() -> None:
+    rng = _megatron("tensor_parallel.random")
+
+    class CpuRNGStatesTracker(rng.CudaRNGStatesTracker):  # type: ignore[name-defined]
+        """megatron-core's named random states over the CPU generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = rng._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    rng._CUDA_RNG_STATE_TRACKER, rng._CUDA_RNG_STATE_TRACKER_INITIALIZED = CpuRNGStatesTracker(), True
+    # activation recomputation saves the CPU state itself; there is no second one to save
+    rng._get_cuda_rng_state = lambda *args, **kwargs: None
+    rng._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def _fork_checkpoint_writers() -> None:
+    # megatron-core spawns its writers, which re-imports __main__ (3 to 10 s, and a guard in every script)
+    writer = _megatron("dist_checkpointing.strategies.filesystem_async")
+
+    def results_queue() -> Any:
+        if writer._results_queue is None:
+            writer._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        return writer._results_queue
+
+    writer._get_write_results_queue = results_queue

@@ -1,0 +1,181 @@
+"""The energy probe: L1 norms of what enters and leaves chosen modules, read from forward passes that run anyway.
+
+The energy loss of a layer at one token is E(h_in) - E(h_out) with E the L1 norm (EPPO, arXiv 2501.19358, section 3).
+Hooks reduce each [tokens, width] tensor to one number per token on the rank that holds it. What the layout scatters is
+put together once per pass: widths summed over tensor-parallel ranks, sequences gathered, pipeline stages added.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import is_checkpointing
+from pydantic import Field
+from torch import Tensor, nn
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model import unwrap
+
+Preset = Literal["paper", "mlp_block", "mlp_linears", "mlp_linears_out", "down_proj"]
+_ENERGIES: dict[str, int] = {"paper": 1, "mlp_block": 1, "mlp_linears": 3, "mlp_linears_out": 3, "down_proj": 1}
+
+
+class EnergyProbeConfig(Config):
+    """Which modules' energies are read, METHODS of EPPO and its authors' code."""
+
+    preset: Preset = "paper"
+    """paper: the residual stream into and out of a decoder layer. mlp_block: its MLP. down_proj: the MLP's last
+    projection. mlp_linears: gate, up and down projection, one energy each. mlp_linears_out: as that, outputs only."""
+    layers: tuple[int, ...] = Field((-1,), min_length=1)
+    """Decoder layers, negative from the end; the paper's is the last."""
+    norm: bool = True
+    """Divide each L1 norm by the width of its tensor, so that numbers compare across model sizes."""
+
+    def energies_per_token(self) -> int:
+        """E, the number of energies the probe reads for every token."""
+        return _ENERGIES[self.preset] * len(self.layers)
+
+    def layer_indices(self, num_layers: int) -> list[int]:
+        """The layers as non-negative indices; ConfigError if one does not exist."""
+        for layer in self.layers:
+            if not -num_layers <= layer < num_layers:
+                raise ConfigError(f"energy.layers: {layer} is not a layer of a model with {num_layers} layers")
+        return [layer % num_layers for layer in self.layers]
+
+
+class EnergyProbe:
+    """Hooks on the chosen layers of this rank's model chunks; it reads only inside `recording()`."""
+
+    def __init__(self, config: EnergyProbeConfig, chunks: Sequence[Any], num_layers: int) -> None:
+        self.config = config
+        self.sequence_parallel = bool(unwrap(chunks[0]).config.sequence_parallel)
+        # first column of a layer's energies -> one [s, b, e] per micro-batch
+        self._passes: dict[int, list[Tensor]] = {}
+        self._open: dict[int, Tensor] = {}
+        self._recording = False
+        wanted = config.layer_indices(num_layers)
+        per_layer = _ENERGIES[config.preset]
+        for chunk in chunks:
+            for layer in unwrap(chunk).decoder.layers:
+                for place, index in enumerate(wanted):
+                    if layer.layer_number - 1 == index:
+                        self._attach(layer, place * per_layer)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Read the energies of every micro-batch that passes; the rest of the time the hooks do nothing."""
+        self._passes = {column: [] for column in self._passes}
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    @torch.no_grad()
+    def collect(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Energies of the recorded pass, the same on every tensor- and pipeline-parallel rank.
+
+        Args:
+            shapes: (b, s) of each micro-batch, in the order they were run.
+
+        Returns:
+            one [b, s, E] fp32 tensor per micro-batch; entry s is the token at that position.
+        """
+        total = sum(b * s for b, s in shapes)
+        energies = torch.zeros(total, self.config.energies_per_token(), device=device.device())
+        for column, passes in self._passes.items():
+            if len(passes) != len(shapes):
+                raise RuntimeError(f"energy probe saw {len(passes)} micro-batches, expected {len(shapes)}")
+            rows = torch.cat([e.transpose(0, 1).flatten(0, 1) for e in passes])
+            energies[:, column : column + rows.size(1)] = rows
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            dist.all_reduce(energies, group=group)
+        sizes = [b * s for b, s in shapes]
+        return [e.view(b, s, -1) for e, (b, s) in zip(energies.split(sizes), shapes, strict=True)]
+
+    def _attach(self, layer: Any, column: int) -> None:
+        self._passes[column] = []
+        mlp, preset = layer.mlp, self.config.preset
+        if preset == "paper":
+            layer.register_forward_hook(self._layer_hook(column), with_kwargs=True)
+            return
+        if preset != "down_proj" and hasattr(mlp.linear_fc1, "layer_norm_weight"):
+            raise ConfigError(
+                f"energy.preset = {preset!r} reads the input of the MLP's first projection, which TransformerEngine "
+                "fuses with its norm; use 'paper' or 'down_proj'"
+            )
+        if preset == "mlp_block":
+            mlp.register_forward_hook(self._mlp_hook(column))
+            return
+        if preset != "down_proj":
+            mlp.linear_fc1.register_forward_hook(self._gate_up_hook(column))
+        mlp.linear_fc2.register_forward_hook(self._down_hook(column))
+
+    def _listening(self) -> bool:
+        # a checkpointed layer runs again with gradients during the backward: only its first run counts
+        return self._recording and not (is_checkpointing() and torch.is_grad_enabled())
+
+    def _layer_hook(self, column: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._listening():
+                entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                self._passes[column].append(self._loss(self._l1(entered), self._l1(output[0])))
+
+        return hook
+
+    def _mlp_hook(self, column: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._listening():
+                self._passes[column].append(self._loss(self._l1(args[0]), self._l1(output[0])))
+
+        return hook
+
+    def _gate_up_hook(self, column: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._listening():
+                gate, up = output[0].chunk(2, dim=-1)
+                left = torch.cat([self._l1_of_shards(gate), self._l1_of_shards(up)], dim=-1)
+                self._open[column] = self._loss(self._l1(args[0]), left)
+
+        return hook
+
+    def _down_hook(self, column: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._listening():
+                down = self._loss(self._l1_of_shards(args[0]), self._l1(output[0]))
+                gate_up = self._open.pop(column, None)
+                self._passes[column].append(down if gate_up is None else torch.cat([gate_up, down], dim=-1))
+
+        return hook
+
+    def _loss(self, entered: Tensor, left: Tensor) -> Tensor:
+        return left if self.config.preset == "mlp_linears_out" else entered - left
+
+    @torch.no_grad()
+    def _l1(self, hidden: Tensor) -> Tensor:
+        """L1 norms [s, b, 1] of hidden states [s, b, H], or of this rank's part of the sequence."""
+        norms = self._norms(hidden, hidden.size(-1))
+        if not self.sequence_parallel:
+            return norms
+        group = parallel_state.get_tensor_model_parallel_group()
+        shards = [torch.empty_like(norms) for _ in range(group.size())]
+        dist.all_gather(shards, norms, group=group)
+        return torch.cat(shards)
+
+    @torch.no_grad()
+    def _l1_of_shards(self, shard: Tensor) -> Tensor:
+        """L1 norms [s, b, 1] of hidden states [s, b, width / tp] whose width is split over tensor-parallel ranks."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        norms = self._norms(shard, shard.size(-1) * group.size())
+        if group.size() > 1:
+            dist.all_reduce(norms, group=group)
+        return norms
+
+    def _norms(self, hidden: Tensor, width: int) -> Tensor:
+        norms = hidden.float().abs().sum(-1, keepdim=True).contiguous()
+        return norms / width if self.config.norm else norms

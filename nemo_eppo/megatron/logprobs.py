@@ -1,0 +1,150 @@
+"""Log-probabilities and entropies of tokens, straight from hidden states and a vocabulary-parallel output projection.
+
+Neither the vocabulary is gathered nor are the logits of all tokens ever held: rows are projected in chunks, reduced to
+two numbers each, and projected once more in the backward pass. Rows that nobody asked for are not projected at all.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from nemo_eppo.algorithms.sampling import keep_mask
+from nemo_eppo.config import Config
+
+IGNORE = -100
+"""Target of a position whose log-probability is not wanted; its outputs are 0."""
+
+_CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MB in fp32
+
+
+class ScoringConfig(Config):
+    """The distribution whose log-probabilities are meant: the one that was sampled from."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    vocab_size: int,
+    sequence_parallel: bool,
+    scoring: ScoringConfig,
+) -> Tensor:
+    """Log-probability of each target token and entropy of the distribution it came from.
+
+    Args:
+        hidden: [s, b, H] final hidden states, or this rank's [s / tp, b, H] under sequence parallelism.
+        weight: [V / tp, H] this rank's rows of the output projection.
+        targets: [b, s] the token that follows each position; IGNORE where none is wanted.
+        group: tensor-parallel ranks.
+        vocab_size: rows of the projection that are real tokens; padding rows get probability 0.
+        scoring: temperature and filters. With top-k or top-p the kept set follows the current logits, always includes
+            the target, and costs a gather of one chunk's logits.
+
+    Returns:
+        [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    targets = targets.transpose(0, 1)
+    rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
+    wanted = hidden.flatten(0, 1).index_select(0, rows)
+    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, scoring)
+    out = scores.new_zeros(targets.numel(), 2).index_copy(0, rows, scores)
+    return out.view(*targets.shape, 2).transpose(0, 1)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """[n, H] hidden rows, [V / tp, H] weight, [n] targets -> [n, 2]; keeps two numbers per row for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        group: dist.ProcessGroup,
+        vocab_size: int,
+        scoring: ScoringConfig,
+    ) -> Tensor:
+        ctx.layout = (group, vocab_size, scoring)
+        parts = []
+        for rows in _chunks(hidden.size(0), weight.size(0)):
+            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
+            peak = x.amax(-1)
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+            x = x - peak.unsqueeze(-1)
+            exp = x.exp()
+            target = x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            sums = torch.stack(
+                [exp.sum(-1), torch.where(own, target, 0), (exp * x.masked_fill(exp == 0, 0)).sum(-1)], dim=-1
+            )
+            dist.all_reduce(sums, group=group)
+            log_z = sums[:, 0].log()
+            logprob, entropy = sums[:, 1] - log_z, log_z - sums[:, 2] / sums[:, 0]
+            parts.append(torch.stack([logprob, entropy, peak + log_z], dim=-1))
+        result = torch.cat(parts) if parts else _compute_dtype(hidden).new_zeros(0, 3)
+        ctx.save_for_backward(hidden, weight, targets, result)
+        return result[:, :2].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, result = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
+        temperature = ctx.layout[2].temperature
+        for rows in _chunks(hidden.size(0), weight.size(0)):
+            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
+            logp = x - result[rows, 2:3]
+            p = logp.exp()
+            grad_logprob, grad_entropy = grads[0][rows, 0:1], grads[0][rows, 1:2]
+            grad = -p * (grad_logprob + grad_entropy * (logp.masked_fill(p == 0, 0) + result[rows, 1:2]))
+            grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
+            grad = (grad / temperature).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _compute_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, _CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _chunk_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, vocab_size: int, scoring: ScoringConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and where [n]."""
+    logits = _compute_dtype(hidden @ weight.T)
+    if scoring.temperature != 1.0:
+        logits = logits / scoring.temperature
+    size = weight.size(0)
+    first = group.rank() * size
+    if first + size > vocab_size:
+        logits[:, max(0, vocab_size - first) :] = -torch.inf
+    own = (targets >= first) & (targets < first + size)
+    index = torch.where(own, targets - first, 0)
+    if scoring.top_k or scoring.top_p < 1.0:
+        shards = [torch.empty_like(logits) for _ in range(group.size())]
+        dist.all_gather(shards, logits.contiguous(), group=group)
+        keep = keep_mask(torch.cat(shards, -1), scoring.top_k, scoring.top_p)
+        keep.scatter_(-1, targets.unsqueeze(-1), True)
+        logits = logits.masked_fill(~keep[:, first : first + size], -torch.inf)
+    return logits, own, index

@@ -1,0 +1,133 @@
+"""Megatron models of the three kinds of job: a policy that scores tokens, and models with a scalar head."""
+
+from typing import Any, Literal
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.heads import ScalarHead
+from nemo_eppo.megatron.logprobs import ScoringConfig, token_logprobs
+from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.specs import decoder_spec, transformer_config
+
+Head = Literal["lm", "scalar"]
+
+
+class _Decoder(GPTModel):
+    """What both kinds of model share: a GPTModel built from our settings."""
+
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None, tied: bool
+    ) -> None:
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        super().__init__(
+            config,
+            decoder_spec(config, vp_stage),
+            vocab_size=model.padded_vocab_size(parallel.tensor_model_parallel_size),
+            max_sequence_length=model.max_sequence_length,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            rope_scaling=model.rope_scaling_factor is not None,
+            rope_scaling_factor=model.rope_scaling_factor or 1.0,
+            share_embeddings_and_output_weights=tied,
+            vp_stage=vp_stage,
+        )
+
+
+class PolicyModel(_Decoder):
+    """A language model whose forward pass with `labels` [b, s] gives [b, s, 2]: log-probability and entropy."""
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None) -> None:
+        super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
+        self.real_vocab_size = model.vocab_size
+        self.scoring = ScoringConfig()
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        return token_logprobs(
+            hidden_states,
+            self.projection_weight(),
+            labels,
+            parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.real_vocab_size,
+            sequence_parallel=self.config.sequence_parallel,
+            scoring=self.scoring,
+        )
+
+    def projection_weight(self) -> Tensor:
+        """This rank's rows [V / tp, H] of the output projection, which may be the input embedding."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+
+class ScalarModel(_Decoder):
+    """A decoder with a scalar head in place of the output projection: forward gives [b, s, outputs] in fp32."""
+
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None, outputs: int = 1
+    ) -> None:
+        super().__init__(model, parallel, config, vp_stage, tied=False)
+        if self.post_process:
+            del self.output_layer
+            self.head = ScalarHead(config, outputs)
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        return self.head(hidden_states) if self.post_process else hidden_states
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    head: Head,
+    precision: Precision = "fp32",
+    recompute: bool = False,
+) -> list[nn.Module]:
+    """This rank's chunks of the model (one, or one per virtual pipeline stage), with fresh weights.
+
+    The process must have been started with `runtime.initialize(parallel, ...)`. Under bf16 each chunk is wrapped in
+    Megatron's Float16Module, and heads stay fp32.
+
+    Raises:
+        ConfigError: the layout cannot carry the model.
+    """
+    check_layout(model, parallel)
+    config = transformer_config(model, parallel, precision, recompute)
+    kind = PolicyModel if head == "lm" else ScalarModel
+    stages = parallel.virtual_pipeline_model_parallel_size
+    chunks: list[nn.Module] = []
+    for stage in range(stages or 1):
+        chunk = kind(model, parallel, config, stage if stages else None).to(device.device())
+        if precision == "bf16":
+            wrapped = Float16Module(config, chunk)
+            if hasattr(chunk, "head"):
+                chunk.head.float()
+            chunk = wrapped
+        chunks.append(chunk)
+    return chunks
+
+
+def unwrap(chunk: nn.Module) -> Any:
+    """The decoder inside Megatron's precision and data-parallel wrappers."""
+    while not isinstance(chunk, _Decoder):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def parameter_count(chunks: list[nn.Module]) -> int:
+    """Parameters this rank holds."""
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+def set_scoring(chunks: list[nn.Module], scoring: ScoringConfig) -> None:
+    """Choose the distribution whose log-probabilities the policy reports."""
+    for chunk in chunks:
+        unwrap(chunk).scoring = scoring

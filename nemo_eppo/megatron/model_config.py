@@ -1,0 +1,93 @@
+"""What a model is: the architecture and its numeric precision, and whether a layout can carry it."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron.runtime import ParallelConfig
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ModelConfig(Config):
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    num_layers: int = Field(ge=1)
+    """Decoder layers."""
+    hidden_size: int = Field(ge=1)
+    """Width H of the residual stream."""
+    ffn_hidden_size: int = Field(ge=1)
+    """Width between the MLP's gate/up and down projections."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key/value heads; null for as many as query heads."""
+    head_dim: int | None = Field(None, ge=2)
+    """Width of one head; null for hidden_size / num_attention_heads."""
+    vocab_size: int = Field(ge=2)
+    """Tokens of the tokenizer; padding for tensor parallelism is added and masked internally."""
+    max_sequence_length: int = Field(ge=2)
+    """Longest prompt + response, in tokens."""
+    rotary_base: float = Field(10000.0, gt=0)
+    """Base of the rotary position embedding."""
+    rope_scaling_factor: float | None = Field(None, gt=0)
+    """Llama-3.1 style rotary scaling factor; null for none."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Epsilon inside RMSNorm."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys (Qwen3)."""
+    tie_embeddings: bool = False
+    """Share input embedding and output projection."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of freshly initialised weights."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; set head_dim if that is meant"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+        tp = tensor_model_parallel_size
+        return (self.vocab_size + tp - 1) // tp * tp
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "model") -> None:
+    """Raise ConfigError, naming all that does not divide, before any model is built."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    problems = [
+        f"{where}.{name} = {value} is not divisible by {what} = {parts}"
+        for name, value, what, parts in (
+            ("num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp),
+            ("num_query_groups", model.kv_heads, "tensor_model_parallel_size", tp),
+            ("ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp),
+            ("num_layers", model.num_layers, "pipeline (x virtual) stages", chunks),
+        )
+        if value % parts
+    ]
+    if problems:
+        raise ConfigError("impossible layout:\n" + "\n".join(f"  - {problem}" for problem in problems))

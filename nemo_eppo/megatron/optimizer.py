@@ -1,0 +1,112 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from one small config."""
+
+from typing import Any, Literal
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from pydantic import Field, model_validator
+from torch import nn
+
+from nemo_eppo.config import Config
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model_config import DTYPES, Precision
+
+
+class OptimizerConfig(Config):
+    """AdamW with global gradient clipping; norms and biases are not decayed."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Highest learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    distributed: bool = False
+    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer; GPUs only)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimizerConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if self.distributed and not device.on_gpu():
+            raise ValueError(
+                "distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
+            )
+        return self
+
+
+def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
+    """Megatron's DDP around every chunk: gradients are kept in fp32 and summed when the last micro-batch is done."""
+    config: Any = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=precision != "fp32", use_distributed_optimizer=optimizer.distributed
+            ),
+            module=chunk,
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[Any], config: OptimizerConfig, precision: Precision, total_steps: int
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Megatron's optimizer over DDP-wrapped chunks, and the scheduler of its learning rate and weight decay.
+
+    Args:
+        total_steps: updates over which a decaying schedule reaches min_lr.
+    """
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=precision == "bf16",
+            params_dtype=DTYPES[precision],
+            use_distributed_optimizer=config.distributed,
+        ),
+        chunks,
+    )
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if config.warmup_steps else config.lr,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,  # the scheduler is what applies the multipliers that spare norms and biases
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

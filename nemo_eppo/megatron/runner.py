@@ -1,0 +1,219 @@
+"""Forward passes and updates of one model over all ranks of a job.
+
+Everything goes in and comes out as the *global* batch, the same on every rank: rows are dealt to data-parallel replicas
+by length, cut into micro-batches that are padded only to their own longest row, run through Megatron's pipeline
+schedule, and put back in order. So neither layout nor micro-batch size nor padding can change a result beyond rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor, nn
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.energy import EnergyProbe
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.model import unwrap
+
+Rows = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
+"""(model output [b, s, C], rows of the micro-batch) -> (loss, sums to be reported).
+
+The loss is already divided by the *global* denominator, so that losses of all micro-batches and ranks add up."""
+
+
+class ModelRunner:
+    """Runs a model's chunks; with an optimizer it also trains them.
+
+    Args:
+        chunks: what `build_model` returned, wrapped by `wrap_data_parallel` if it is to be trained.
+        micro_batch_size: rows per forward pass.
+    """
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        micro_batch_size: int,
+        *,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        probe: EnergyProbe | None = None,
+    ) -> None:
+        self.chunks, self.micro_batch_size = chunks, micro_batch_size
+        self.optimizer, self.scheduler, self.probe = optimizer, scheduler, probe
+        self.config = unwrap(chunks[0]).config
+        self._schedule = get_forward_backward_func()
+        self._stages = parallel_state.get_pipeline_model_parallel_group()
+        self._replicas = parallel_state.get_data_parallel_group()
+
+    @torch.no_grad()
+    def infer(
+        self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None, *, outputs: int, energies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward pass over the global batch.
+
+        Args:
+            tokens: [N, S]; lengths: [N] real tokens per row; targets: [N, S] next tokens for a policy.
+            outputs: C, numbers per token the model gives.
+            energies: also read the energy probe.
+
+        Returns:
+            outputs [N, S, C] and energies [N, S, E] or None, fp32, 0 beyond each row's length, equal on every rank.
+        """
+        rows: Rows = {"tokens": tokens, "lengths": lengths}
+        if targets is not None:
+            rows["targets"] = targets
+        share = self._deal(lengths)
+        mine = share[self._replicas.rank()]
+        probe = self.probe if energies else None
+        if energies and probe is None:
+            raise RuntimeError("energies were asked for, but this runner has no energy probe")
+        width = outputs + (probe.config.energies_per_token() if probe else 0)
+        result = torch.zeros(tokens.size(0), tokens.size(1), width, device=tokens.device)
+        if len(mine):
+            for indices, out in self._infer_replica(rows, mine, outputs, probe):
+                size = min(out.size(1), tokens.size(1))
+                keep = torch.arange(size, device=out.device) < lengths[indices].unsqueeze(1)
+                result[indices, :size] = torch.where(keep.unsqueeze(-1), out[:, :size], 0)
+        if self._replicas.size() > 1:
+            dist.all_reduce(result, group=self._replicas)  # every row is non-zero on one replica only
+        return result[..., :outputs], result[..., outputs:] if probe else None
+
+    def train_step(self, rows: Mapping[str, Tensor], loss_function: LossFunction) -> dict[str, float]:
+        """One optimizer step on a global mini-batch.
+
+        Args:
+            rows: tensors [N, ...]; "tokens" and "lengths" are required. Tensors whose second dimension is S or S - 1
+                are cut to the micro-batch's longest row.
+            loss_function: see LossFunction; it runs on the last pipeline stage.
+
+        Returns:
+            the reported sums over the whole mini-batch, plus "grad_norm" and "lr", the same on every rank.
+
+        Raises:
+            FloatingPointError: the loss or the gradient norm is not finite; nothing was updated.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        mine = self._deal(rows["lengths"])[self._replicas.rank()]
+        batches = [self._cut(rows, indices) for indices in self._micro_batches(mine, rows["lengths"])]
+        scale = len(batches) * self._replicas.size()  # Megatron divides by both; our losses are global sums already
+
+        def loss(batch: Rows, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value, report = loss_function(output, batch)
+            return value * scale, {"loss": value.detach(), **report}
+
+        reports = self._run(batches, lambda batch: partial(loss, batch), forward_only=False)
+        sums = self._sum_reports(reports)
+        # Megatron's own step would apply a NaN before reporting it: look at the norm first
+        self.optimizer.prepare_grads()
+        sums["grad_norm"] = float(self.optimizer.get_grad_norm())
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise FloatingPointError(f"a loss or gradient is not finite, nothing was updated: {sums}")
+        self.optimizer.step()
+        sums["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step(1)
+        return sums
+
+    def _infer_replica(
+        self, rows: Rows, mine: Tensor, outputs: int, probe: EnergyProbe | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        for chunk in self.chunks:
+            chunk.eval()
+        pieces = self._micro_batches(mine, rows["lengths"])
+        batches = [self._cut(rows, indices) for indices in pieces]
+        shapes = [(batch["tokens"].size(0), batch["tokens"].size(1)) for batch in batches]
+
+        def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
+            return output
+
+        if probe is None:
+            collected = self._run(batches, lambda batch: collect, forward_only=True)
+        else:
+            with probe.recording():
+                collected = self._run(batches, lambda batch: collect, forward_only=True)
+        flat = torch.zeros(sum(b * s for b, s in shapes), outputs, device=rows["tokens"].device)
+        if parallel_state.is_pipeline_last_stage():
+            flat = torch.cat([out.reshape(-1, outputs).float() for out in collected])
+        if self._stages.size() > 1:
+            dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._stages)
+        parts = [out.view(b, s, -1) for out, (b, s) in zip(flat.split([b * s for b, s in shapes]), shapes, strict=True)]
+        if probe is not None:
+            read = probe.collect(shapes)
+            parts = [torch.cat(pair, dim=-1) for pair in zip(parts, read, strict=True)]
+        return list(zip(pieces, parts, strict=True))
+
+    def _run(self, batches: list[Rows], make_loss: Callable[[Rows], Any], forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the micro-batches; what the last stage's loss functions reported."""
+
+        def forward_step(batch_iterator: Iterator[Rows], model: nn.Module) -> tuple[Tensor, Any]:
+            batch = next(batch_iterator)
+            tokens = batch["tokens"]
+            positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+            return model(tokens, positions, None, labels=batch.get("targets")), make_loss(batch)
+
+        iterators = [iter(batches) for _ in self.chunks]
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0]["tokens"].size(1),
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _deal(self, lengths: Tensor) -> list[Tensor]:
+        """Row indices for each replica, longest first, so that replicas get equal work."""
+        order = torch.argsort(lengths, descending=True, stable=True)
+        return [order[replica :: self._replicas.size()] for replica in range(self._replicas.size())]
+
+    def _micro_batches(self, mine: Tensor, lengths: Tensor) -> list[Tensor]:
+        if len(self.chunks) > 1 and (n := -(-len(mine) // self.micro_batch_size)) % self._stages.size():
+            # the interleaved schedule needs a multiple of the stages: deal the same rows into more micro-batches
+            n += self._stages.size() - n % self._stages.size()
+            if n > len(mine):
+                raise ValueError(f"{len(mine)} rows cannot fill {n} micro-batches of an interleaved pipeline")
+            return list(torch.tensor_split(mine, n))
+        return list(mine.split(self.micro_batch_size))
+
+    def _cut(self, rows: Mapping[str, Tensor], indices: Tensor) -> Rows:
+        full = rows["tokens"].size(1)
+        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        longest = int(rows["lengths"][indices].max())
+        size = -(-longest // multiple) * multiple
+        batch = {}
+        for name, value in rows.items():
+            picked = value[indices]
+            if value.dim() > 1 and value.size(1) in (full, full - 1):
+                wanted = size - (full - value.size(1))
+                picked = picked[:, :wanted]
+                if picked.size(1) < wanted:
+                    padding = (0,) * (2 * (value.dim() - 2)) + (0, wanted - picked.size(1))
+                    picked = nn.functional.pad(picked, padding, value=IGNORE if name == "targets" else 0)
+            batch[name] = picked.contiguous()
+        return batch
+
+    def _sum_reports(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
+        names = [sorted(reports[0])] if parallel_state.is_pipeline_last_stage() else [None]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        if self._stages.size() > 1:
+            dist.broadcast_object_list(names, last, group=self._stages)
+        keys: list[str] = names[0] or []
+        sums = torch.zeros(len(keys), dtype=torch.float64, device=device.device())
+        for report in reports:
+            sums += torch.stack([report[key].detach().to(sums) for key in keys])
+        if self._stages.size() > 1:
+            dist.broadcast(sums, last, group=self._stages)
+        if self._replicas.size() > 1:
+            dist.all_reduce(sums, group=self._replicas)
+        return dict(zip(keys, sums.tolist(), strict=True))

@@ -1,0 +1,106 @@
+"""Process start of every job: torch.distributed, Megatron's parallel groups, seeds."""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron import device
+
+
+class ParallelConfig(Config):
+    """How one job's model is laid out; what is left of the world size is data parallelism."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share every weight matrix."""
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    """Model chunks per pipeline rank (interleaved schedule); null for one."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks that share a sequence. Only 1 works today: the CPU attention and the log-prob pass need whole sequences."""
+    sequence_parallel: bool = False
+    """Also split activations outside attention and MLP over the tensor-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ParallelConfig":
+        if self.context_parallel_size != 1:
+            raise ValueError(f"context_parallel_size = {self.context_parallel_size}: only 1 is supported")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel = true needs tensor_model_parallel_size > 1")
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in a job of `world_size` ranks; ConfigError if they do not fit."""
+        if world_size % self.model_parallel_size:
+            raise ConfigError(
+                f"world size {world_size} is not divisible by tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size} x pipeline_model_parallel_size {self.pipeline_model_parallel_size}"
+            )
+        return world_size // self.model_parallel_size
+
+
+def world_size() -> int:
+    """Ranks of this job as torchrun or srun set them; 1 for a plain `python script.py`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.0) -> None:
+    """Join the job's ranks, make Megatron's groups, seed every generator.
+
+    Args:
+        parallel: the layout; checked against the world size before anything is joined.
+        seed: the same on every rank; Megatron derives a different one per tensor- and pipeline-parallel rank.
+        timeout_minutes: a collective that waits longer than this ends the job.
+    """
+    parallel.data_parallel_size(world_size())
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            device.distributed_backend(),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device.device() if device.on_gpu() else None,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the groups, so that the job ends without warnings."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def data_parallel_rank() -> int:
+    """Which replica of the model this rank belongs to."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_parallel_size() -> int:
+    """Replicas of the model in this job."""
+    return int(parallel_state.get_data_parallel_world_size())

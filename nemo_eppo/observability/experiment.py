@@ -1,0 +1,293 @@
+"""The entry of every job script: settings from YAML and command line, run directory, logs, readable errors.
+
+Global rank 0 goes through NeMo's `hydra_runner` and `exp_manager`. Importing NeMo costs 6 s and 240 MB a process, so
+the other ranks compose the same settings with Hydra alone. Settings are checked before anything expensive is imported.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError, ConfigT, load_config
+from nemo_eppo.observability.files import write_atomically
+from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
+from nemo_eppo.observability.settings_help import settings_help
+
+_PATIENCE = 5.0  # seconds that ranks other than 0 hold their message back: the launcher ends them when rank 0 has told
+
+
+class ExpManagerConfig(Config):
+    """Where the files of the run go: NeMo's `exp_manager` section, as far as this package uses it."""
+
+    explicit_log_dir: Path | None = None
+    """The run directory itself; exp_dir, name and version are then not used."""
+    exp_dir: Path = Path("nemo_experiments")
+    """Holds the directories of all experiments."""
+    name: str = "default"
+    """Experiment; the run directory is exp_dir/name, or exp_dir/name/version."""
+    version: str | None = None
+    """One of several runs of an experiment."""
+    resume_if_exists: bool = True
+    """Go on with the run that the directory holds. If false, such a directory is an error."""
+    create_tensorboard_logger: bool = True
+    """Write TensorBoard scalars to <run directory>/tensorboard."""
+    create_wandb_logger: bool = False
+    """Send the metrics to Weights & Biases."""
+    wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of Lightning's WandbLogger; name and project are required."""
+
+    @model_validator(mode="after")
+    def _wandb_is_named(self) -> "ExpManagerConfig":
+        if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
+            raise ValueError("create_wandb_logger = true needs wandb_logger_kwargs with name and project")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, the same on every rank and for every restart."""
+        chosen = self.explicit_log_dir or self.exp_dir / self.name / (self.version or "")
+        return chosen.expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a job knows about itself. Only rank 0 writes to `directory`; its config.yaml holds the checked settings."""
+
+    directory: Path
+    rank: int
+    logger: logging.Logger
+    settings: ExpManagerConfig
+    wandb: MetricsSink | None = None
+
+    def open_metrics(self, resume_step: int | None = None) -> MetricsLogger:
+        """The metrics of this run, for rank 0; `resume_step` as in MetricsLogger."""
+        return MetricsLogger(self.directory, resume_step, self.settings.create_tensorboard_logger, self.wandb)
+
+
+def job(
+    schema: type[ConfigT], config_name: str, config_path: str = "../../../conf"
+) -> Callable[[Callable[[ConfigT, Run], None]], Callable[[], None]]:
+    """Turn `main(config, run)` of a script into its command line.
+
+    A ConfigError, here or anywhere in `main`, ends the process with its message alone and exit status 2.
+
+    Args:
+        schema: every key that the job has; one of them is `exp_manager: ExpManagerConfig`.
+        config_name: the YAML file with the job's values, without its ending.
+        config_path: its directory, relative to the script.
+    """
+    if "exp_manager" not in schema.model_fields:
+        raise TypeError(f"{schema.__name__} needs a field exp_manager: ExpManagerConfig")
+
+    def decorate(main: Callable[[ConfigT, Run], None]) -> Callable[[], None]:
+        script = Path(inspect.getfile(main)).resolve()
+
+        @functools.wraps(main)
+        def entry() -> None:
+            rank = int(os.environ.get("RANK", "0"))
+            with _config_errors_end_the_job(rank):
+                arguments = _parse(script, config_name, config_path)
+                composed = _compose(arguments.config_path, arguments.config_name, arguments.overrides)
+                if arguments.help:
+                    about = inspect.getdoc(sys.modules[main.__module__]) or ""
+                    width = shutil.get_terminal_size().columns
+                    print(settings_help(script.name, about, schema, _plain(composed), width))
+                    return
+                config = _check(schema, composed)
+                if arguments.cfg:
+                    print(_as_yaml(config), end="")
+                elif rank == 0:
+                    _refuse_foreign_run(_settings(config))
+                    _run_through_nemo(schema, main, arguments)
+                else:
+                    main(config, _open_run(config, rank))
+
+        return entry
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _config_errors_end_the_job(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if rank:  # most errors are the same on every rank, and one message is enough
+            time.sleep(_PATIENCE)
+        print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _parse(script: Path, config_name: str, config_path: str) -> argparse.Namespace:
+    # the part of Hydra's own command line that makes sense for a job of several processes
+    parser = argparse.ArgumentParser(script.name, add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-path", "-cp", default=config_path)
+    parser.add_argument("--config-name", "-cn", default=config_name)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--help", "-h", action="store_true")
+    arguments = parser.parse_intermixed_args()
+    arguments.config_path = (script.parent / arguments.config_path).resolve()
+    arguments.config_name = arguments.config_name.removesuffix(".yaml")
+    directories = [arguments.config_path]
+    if arguments.config_dir:
+        directories.append(Path(arguments.config_dir).resolve())
+    arguments.overrides = [_force(override, directories) for override in arguments.overrides]
+    if arguments.config_dir:
+        arguments.overrides.append(f"hydra.searchpath=['file://{directories[-1]}']")
+    return arguments
+
+
+def _force(override: str, config_directories: list[Path]) -> str:
+    # `key=value` may also set a key that the YAML file leaves out; whether there is such a key, the schema tells better
+    key = override.partition("=")[0]
+    if not key[:1].isalpha() or key.startswith("hydra.") or "=" not in override:
+        return override
+    is_group = any((directory / key.partition("@")[0]).is_dir() for directory in config_directories)
+    return override if is_group else f"++{override}"
+
+
+def _compose(directory: Path, name: str, overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ConfigError(f"cannot read the settings {directory / name}.yaml: {error}{cause}") from None
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(composed))
+
+
+def _check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
+    try:
+        missing = OmegaConf.missing_keys(composed)
+        OmegaConf.resolve(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    if missing:
+        raise ConfigError("required, but not set (??? in the YAML file): " + ", ".join(sorted(missing)))
+    return load_config(schema, _plain(composed))
+
+
+def _as_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _run_through_nemo(
+    schema: type[ConfigT], main: Callable[[ConfigT, Run], None], arguments: argparse.Namespace
+) -> None:
+    def start(composed: DictConfig) -> None:
+        logging.getLogger().handlers.clear()  # Hydra's, which would print every library's INFO lines
+        with _config_errors_end_the_job(rank=0):  # before Hydra makes a stack trace of it
+            config = _check(schema, composed)
+            main(config, _open_run(config, rank=0))
+
+    # NeMo imports megatron-core, which has to be prepared for a machine without a GPU before that
+    importlib.import_module("nemo_eppo.megatron.device").install()
+    # NVIDIA's OneLogger, which comes with NeMo, tells on the console that it is not in use
+    logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
+    from nemo.core.config import hydra_runner
+
+    sys.argv[1:] = [
+        *("--config-path", str(arguments.config_path), "--config-name", arguments.config_name),
+        *arguments.overrides,
+    ]
+    hydra_runner()(start)()
+
+
+def _settings(config: Config) -> ExpManagerConfig:
+    return cast(ExpManagerConfig, config.exp_manager)  # type: ignore[attr-defined]  # job() has seen to it
+
+
+def _refuse_foreign_run(settings: ExpManagerConfig) -> None:
+    if (settings.directory / "config.yaml").exists() and not settings.resume_if_exists:
+        raise ConfigError(
+            f"{settings.directory} holds a run already and exp_manager.resume_if_exists = false: set it to true to go "
+            "on with that run, or choose another exp_manager.explicit_log_dir, name or version"
+        )
+
+
+def _open_run(config: Config, rank: int) -> Run:
+    settings = _settings(config)
+    directory, wandb = settings.directory, None
+    if rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        wandb = _start_exp_manager(settings)
+        write_atomically(directory / "config.yaml", _as_yaml(config))
+    return Run(directory, rank, _logger(directory, rank), settings, wandb)
+
+
+def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+
+    nemo_logging.remove_stream_handlers()  # its messages go to files
+    lightning_logger = logging.getLogger("lightning.pytorch")
+    lightning_logger.handlers = [h for h in lightning_logger.handlers if type(h) is not logging.StreamHandler]
+    # exp_manager wants a trainer to hang loggers on; an explicit environment keeps it from asking Slurm or torchrun
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_nodes=1,
+        logger=False,
+        enable_checkpointing=False,
+        plugins=[LightningEnvironment()],
+    )
+    exp_manager(
+        trainer,
+        {
+            # At every start exp_manager moves all files of its directory out of the way: it gets one of its own.
+            "explicit_log_dir": str(settings.directory / "nemo"),
+            # MetricsLogger writes TensorBoard: NeMo's writer cannot drop the steps after the checkpoint on a resume.
+            "create_tensorboard_logger": False,
+            "create_wandb_logger": settings.create_wandb_logger,
+            "wandb_logger_kwargs": settings.wandb_logger_kwargs,
+            "create_checkpoint_callback": False,
+            "log_step_timing": False,
+            "log_global_rank_0_only": True,
+        },
+    )
+    return trainer.logger
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to what is standard error now: a progress bar replaces it while it is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _logger(directory: Path, rank: int) -> logging.Logger:
+    logger = logging.getLogger("nemo_eppo")
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.handlers = [_ConsoleHandler()]
+    if rank == 0:
+        logger.addHandler(logging.FileHandler(directory / "log.txt"))
+    origin = "" if rank == 0 else f"rank {rank}: "
+    for handler in logger.handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {origin}%(message)s", "%H:%M:%S"))
+    return logger

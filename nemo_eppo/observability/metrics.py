@@ -1,0 +1,113 @@
+"""Numbers of a run, one row per step: metrics.jsonl (the record), TensorBoard and W&B (views of it)."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from nemo_eppo.observability.files import write_atomically
+
+FILE_NAME = "metrics.jsonl"
+_RESERVED = ("step", "time")
+
+
+class MetricsSink(Protocol):
+    """What is used of a Lightning logger."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+
+
+class MetricsLogger:
+    """Writes the metrics of one run; to be opened by global rank 0 only.
+
+    Args:
+        run_dir: metrics.jsonl and tensorboard/ are kept here.
+        resume_step: the step of the checkpoint that the run continues from. Rows of later steps are removed, because
+            those steps are about to be repeated. None starts over: all earlier rows are removed.
+        tensorboard: also write TensorBoard scalars.
+        wandb: also hand every row to this logger.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb: MetricsSink | None = None,
+    ) -> None:
+        first_step = 0 if resume_step is None else resume_step + 1
+        self.path = run_dir / FILE_NAME
+        self._last_step = first_step - 1
+        self._wandb = wandb
+        self._writer: Any = None
+        if self.path.exists():
+            kept = [row for row in _read_rows(self.path) if resume_step is not None and row["step"] <= resume_step]
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second of import, and it brings torch
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite; nothing has been written.
+            ValueError: a reserved name, or a step before the last one.
+        """
+        if step < self._last_step:
+            raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
+        if clash := [name for name in _RESERVED if name in metrics]:
+            raise ValueError(f"a metric cannot be called {clash[0]!r}: every row has a column of that name")
+        row = {name: float(value) for name, value in metrics.items()}
+        if bad := [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"step {step}: not a finite number: {', '.join(bad)}")
+        self._last_step = step
+        self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log_metrics(row, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The curve of every metric in a metrics.jsonl: `name -> (steps, values)`, both of the same length."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in _read_rows(path):
+        for name, value in row.items():
+            if name not in _RESERVED:
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return curves
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    # what follows the last newline is a row that a killed process did not finish
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}") from None
+        rows.append(row)
+    return rows

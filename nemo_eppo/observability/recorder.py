@@ -1,0 +1,62 @@
+"""What the policy actually said, and what every part of the reward made of it: one file per step."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.observability.files import write_atomically
+
+
+class RolloutRecorder:
+    """Writes `<directory>/step_000123.jsonl`, one JSON row per sample; to be used by global rank 0 only.
+
+    Args:
+        directory: made if need be, e.g. `<run>/rollouts` or `<run>/validation`.
+        max_rows_per_step: only the first rows of a step are kept; None keeps all.
+    """
+
+    def __init__(self, directory: Path, max_rows_per_step: int | None = None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._max_rows = max_rows_per_step
+
+    def record(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write the samples of one step, replacing a file that an interrupted run left for the same step.
+
+        Args:
+            step: the PPO step, 0 before training.
+            rows: plain values (str, int, float, bool, None, lists and dicts of them), e.g. prompt, response,
+                finish_reason, response_length, the reward ledger's contributions, energies, gold_reward.
+
+        Raises:
+            ValueError: a row holds something else, or a NaN; the message names step, row and column.
+        """
+        lines = [self._line(step, number, row) for number, row in enumerate(rows[: self._max_rows])]
+        path = self.directory / f"step_{step:06d}.jsonl"
+        write_atomically(path, "".join(lines))
+        return path
+
+    @staticmethod
+    def _line(step: int, number: int, row: Mapping[str, Any]) -> str:
+        try:
+            return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        except (ValueError, TypeError):
+            for name, value in row.items():
+                try:
+                    json.dumps(value, allow_nan=False)
+                except (ValueError, TypeError) as error:
+                    where = f"step {step}, row {number}, column {name!r}"
+                    raise ValueError(f"{where} cannot be recorded: {error}: {value!r}") from None
+            raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one recorded step."""
+    # not splitlines(): a response may hold U+2028 and the like, which end a line for Python but not for JSON
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def recorded_steps(directory: Path) -> dict[int, Path]:
+    """The recorded steps in a directory, in ascending order."""
+    return dict(sorted((int(path.stem.removeprefix("step_")), path) for path in directory.glob("step_*.jsonl")))

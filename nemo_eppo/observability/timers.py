@@ -1,0 +1,67 @@
+"""Where the seconds of a step go: disjoint, named phases that must add up to it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_CLOCK_TOLERANCE = 1e-3  # seconds by which phases may exceed a total that was read from another clock
+
+
+class Timers:
+    """Seconds per phase. A phase may be entered many times a step; two phases never overlap.
+
+    Args:
+        synchronize: called before the clock is read, so that queued device work is charged to the phase that queued it.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+        self._running: str | None = None
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a `with` block as `phase`; RuntimeError inside another phase, since its seconds would count twice."""
+        if self._running is not None:
+            raise RuntimeError(f"phase {phase!r} starts inside phase {self._running!r}; phases must not overlap")
+        self._running = phase
+        try:
+            self._synchronize()
+            start = time.perf_counter()
+            yield
+            self._synchronize()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        finally:
+            self._running = None
+
+    def collect(self, total: float) -> dict[str, float]:
+        """Hand out and forget the phases of a step that took `total` seconds.
+
+        Returns:
+            `seconds/<phase>` in the order in which the phases began, `seconds/step` = `total`, and
+            `seconds/attributed_fraction`: the part of the step that the phases explain.
+
+        Raises:
+            RuntimeError: a phase is still running, or the phases are longer than the step: some were not collected
+                when their own step ended, or `total` leaves out a part of this one.
+        """
+        if self._running is not None:
+            raise RuntimeError(f"phase {self._running!r} is still running")
+        attributed = sum(self._seconds.values())
+        if attributed > total + _CLOCK_TOLERANCE:
+            phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self._seconds.items())
+            raise RuntimeError(
+                f"phases of {attributed:.3f} s in a step of {total:.3f} s ({phases}): timings of an earlier step were "
+                "not collected, or the step's clock started late"
+            )
+        seconds, self._seconds = self._seconds, {}
+        return {
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            "seconds/step": total,
+            "seconds/attributed_fraction": min(attributed / total, 1.0) if total > 0 else 1.0,
+        }
+
+    def close(self) -> None:
+        """End of the loop: RuntimeError if timings were never collected."""
+        if self._seconds:
+            raise RuntimeError(f"timings were never collected: {', '.join(self._seconds)}")

@@ -1,0 +1,31 @@
+"""What each step of the reward composition gave to each sample; the contributions add up to the final reward."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Ledger:
+    """One entry per metric name, each fp64 [B]."""
+
+    contributions: dict[str, Tensor] = field(default_factory=dict)
+    """In order of application; their sum is `reward/final` to 1e-6."""
+    observations: dict[str, Tensor] = field(default_factory=dict)
+    """Facts about the samples that were looked at and not added: raw scores, energies, KL."""
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """Contributions, `reward/final` and observations."""
+        final = torch.stack(list(self.contributions.values())).sum(dim=0)
+        return {**self.contributions, "reward/final": final, **self.observations}
+
+    def rows(self) -> list[dict[str, float]]:
+        """One flat dictionary per sample."""
+        columns = {name: x.tolist() for name, x in self.entries.items()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def means(self) -> dict[str, float]:
+        """The mean of every entry over the batch."""
+        return {name: x.mean().item() for name, x in self.entries.items()}

@@ -1,0 +1,1 @@
+"""What passes between generation, scoring and training: sampling settings, rollouts and experience."""

@@ -1,0 +1,201 @@
+"""One step's rollout: completions as padded tensors, and what was computed about them, in the order of training."""
+
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import require_finite, response_mask
+from nemo_eppo.algorithms.sampling import counter_hash
+
+_MINIBATCH_STREAM = 0x6D696E69  # keeps the order of mini-batches apart from the sampling seeds of the same step
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    """The policy produced EOS, which is the last token."""
+    LENGTH = "length"
+    """It reached its longest length: truncated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one prompt."""
+
+    token_ids: list[int]
+    """The response, EOS included if there is one."""
+    logprobs: list[float]
+    """The engine's log-prob of each of these tokens, under the distribution sampled from."""
+    finish_reason: FinishReason
+    weight_version: int
+    """The version of the weights that produced it."""
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """B prompts with one response each. The batch of a step is the global one: the same on every rank."""
+
+    tokens: Tensor
+    """int64 [B, S]: prompt, response, right padding."""
+    prompt_lengths: Tensor
+    """int64 [B]."""
+    lengths: Tensor
+    """int64 [B], prompt and response."""
+    truncated: Tensor
+    """bool [B]: the response ended without EOS."""
+    engine_logprobs: Tensor
+    """fp32 [B, T], zero outside the mask."""
+    pad_id: int
+
+    @classmethod
+    def from_completions(
+        cls, prompts: list[list[int]], completions: list[Completion], pad_id: int, multiple_of: int = 1
+    ) -> "RolloutBatch":
+        """Pad to the longest sample, then up to a multiple of `multiple_of` tokens (for sequence parallelism).
+
+        Raises:
+            ValueError: for an empty batch, prompt or response, or log-probs that do not match the tokens.
+        """
+        if not prompts or len(prompts) != len(completions):
+            raise ValueError(
+                f"completions: {len(completions)} for {len(prompts)} prompts; expected one for each, at least one"
+            )
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if not prompt or not completion.token_ids:
+                raise ValueError(
+                    f"sample {i}: {'response' if prompt else 'prompt'} is empty; expected at least one token"
+                )
+            if len(completion.logprobs) != len(completion.token_ids):
+                raise ValueError(
+                    f"sample {i}: {len(completion.logprobs)} log-probs for {len(completion.token_ids)} tokens"
+                )
+        prompt_lengths = torch.tensor([len(p) for p in prompts])
+        lengths = prompt_lengths + torch.tensor([len(c.token_ids) for c in completions])
+        sequence_length = -(-int(lengths.max()) // multiple_of) * multiple_of
+        tokens = torch.full((len(prompts), sequence_length), pad_id)
+        engine_logprobs = torch.zeros(len(prompts), sequence_length - 1)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            tokens[i, : lengths[i]] = torch.tensor(prompt + completion.token_ids)
+            engine_logprobs[i, len(prompt) - 1 : lengths[i] - 1] = torch.tensor(completion.logprobs)
+        truncated = torch.tensor([c.finish_reason == FinishReason.LENGTH for c in completions])
+        return cls(tokens, prompt_lengths, lengths, truncated, engine_logprobs, pad_id)
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def sequence_length(self) -> int:
+        """S."""
+        return self.tokens.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, T], T = S - 1: True where action `t` produced a response token."""
+        return response_mask(self.prompt_lengths, self.lengths, self.sequence_length)
+
+    def with_padding(self, sequence_length: int) -> "RolloutBatch":
+        """The same samples in `sequence_length` columns: more padding, or less."""
+        longest = int(self.lengths.max())
+        if sequence_length < longest:
+            raise ValueError(f"sequence_length: {sequence_length}; expected at least {longest}, the longest sample")
+        extra = sequence_length - self.sequence_length
+        return replace(
+            self,
+            tokens=F.pad(self.tokens, (0, extra), value=self.pad_id),
+            engine_logprobs=F.pad(self.engine_logprobs, (0, extra)),
+        )
+
+    def select(self, indices: Tensor) -> "RolloutBatch":
+        """The samples at `indices` [n], in that order."""
+        return replace(
+            self,
+            tokens=self.tokens[indices],
+            prompt_lengths=self.prompt_lengths[indices],
+            lengths=self.lengths[indices],
+            truncated=self.truncated[indices],
+            engine_logprobs=self.engine_logprobs[indices],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What PPO knows about a rollout batch before it trains on it. Per-token tensors are [B, T]."""
+
+    mask: Tensor
+    """bool [B, T]."""
+    logprobs: Tensor
+    """[B, T], the trainer's, of the policy that sampled."""
+    ref_logprobs: Tensor | None = None
+    """[B, T] of the reference policy."""
+    values: Tensor
+    """[B, T] of the critic."""
+    energies: Tensor | None = None
+    """[B, E] mean energy loss of each response under the policy."""
+    ref_energies: Tensor | None = None
+    """[B, E] under the reference."""
+    rewards: Tensor
+    """[B, T], shaped."""
+    advantages: Tensor
+    """[B, T]."""
+    returns: Tensor
+    """[B, T]."""
+
+    def select(self, indices: Tensor) -> "Experience":
+        """The samples at `indices` [n], in that order."""
+        chosen: Any = {name: None if x is None else x[indices] for name, x in self._tensors().items()}
+        return Experience(**chosen)
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: naming a field of the wrong shape, or with NaN or infinity at an unmasked place.
+        """
+        for name, x in self._tensors().items():
+            if x is None or name == "mask":
+                continue
+            per_token = name not in ("energies", "ref_energies")
+            if (x.shape != self.mask.shape) if per_token else (x.dim() != 2 or len(x) != len(self.mask)):
+                expected = tuple(self.mask.shape) if per_token else f"({len(self.mask)}, E)"
+                raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {expected}")
+            require_finite(name, x, self.mask if per_token else None)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def step_seed(run_seed: int, step: int) -> int:
+    """One 64-bit seed for each step of a run; unrelated for neighbouring runs and steps."""
+    return int(counter_hash(torch.tensor(run_seed), torch.tensor(step)))
+
+
+def seeds_for(seed: int, prompt_indices: Tensor) -> Tensor:
+    """One sampling seed for each sample: int64 [n].
+
+    Args:
+        seed: of `step_seed`.
+        prompt_indices: int64 [n], positions in the global batch; so neither layout nor order changes a sample's seed.
+    """
+    return counter_hash(torch.tensor(seed), prompt_indices)
+
+
+def minibatches(batch_size: int, mini_batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Split a shuffled global batch: int64 index tensors of `mini_batch_size` samples, the same in every layout.
+
+    Args:
+        batch_size: B of the global batch.
+        mini_batch_size: samples for one optimizer step; must divide `batch_size`.
+        seed: of `step_seed`.
+        epoch: pass over the batch; each has its own order.
+    """
+    if mini_batch_size < 1 or batch_size % mini_batch_size:
+        raise ValueError(f"mini_batch_size: {mini_batch_size}; expected a divisor of the batch of {batch_size}")
+    stream = counter_hash(torch.tensor(seed ^ _MINIBATCH_STREAM), torch.tensor(epoch))
+    order = counter_hash(stream, torch.arange(batch_size)).argsort(stable=True)
+    return list(order.split(mini_batch_size))

@@ -1,0 +1,158 @@
+"""The HTTP side of a server: one Triton process on rank 0 whose endpoints call Python handlers through PyTriton."""
+
+import fcntl
+import os
+import shutil
+import socket
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytriton.model_config import ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.servers.protocol import ENDPOINTS, Array
+
+Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+# Triton waits this long for requests in flight when it is told to end, and so when rank 0 has died under it.
+EXIT_TIMEOUT_S = 3
+_PREFIX = "nemo_eppo_triton_"
+
+
+class _Triton(Triton):
+    """PyTriton with two settings that its public configuration lacks."""
+
+    def _prepare_triton_config(self, workspace: Any) -> None:
+        super()._prepare_triton_config(workspace)
+        # Our model configurations are complete; letting Triton complete them costs 1.3 s an endpoint.
+        self._triton_server_config["strict-model-config"] = "true"
+
+    def _initialize_server(self) -> None:
+        super()._initialize_server()
+        self._triton_server._verbose = False  # its log goes to a file, see `Frontend.failures`
+
+    @property
+    def shared_memory_prefix(self) -> str:
+        return str(self._python_backend_config["shm-region-prefix-name"])
+
+
+class Frontend:
+    """Serves `names` of ENDPOINTS over HTTP: a request, whole and alone, becomes one call of `handler(name, arrays)`.
+
+    Calls for different endpoints come from different threads; those for one endpoint come one after the other.
+    """
+
+    def __init__(self, names: Sequence[str], handler: Handler, host: str, port: int) -> None:
+        self._names, self._handler = names, handler
+        self.host, self.port = host, port
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Start Triton, give its URL, stop it at the end.
+
+        Raises:
+            ConfigError: the port is taken or the host is not an address of this machine.
+            RuntimeError: Triton did not start; with what its log says about it.
+        """
+        self.port = _free_port(self.host, self.port)
+        # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
+        libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
+        os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
+        _remove_leftovers()
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._log = folder / "triton.log"
+        with open(folder / "owner", "w") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)  # held until this process ends, however it ends
+            self._triton = self._create(folder)
+            owner.write(self._triton.shared_memory_prefix)
+            owner.flush()
+            try:
+                try:
+                    self._triton.run()
+                except Exception as error:
+                    raise RuntimeError(
+                        f"Triton did not start on {self.host}:{self.port}:\n{self.failures()}"
+                    ) from error
+                shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
+                yield f"http://{shown}:{self.port}"
+            finally:
+                self._triton.stop()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _create(self, folder: Path) -> _Triton:
+        config = TritonConfig(
+            http_address=self.host,
+            http_port=self.port,
+            allow_grpc=False,
+            allow_metrics=False,
+            exit_timeout_secs=EXIT_TIMEOUT_S,
+            log_file=self._log,
+        )
+        triton = _Triton(config=config, workspace=folder / "workspace")
+        for name in self._names:
+            endpoint = ENDPOINTS[name]
+            reply = {endpoint.reply: Array(np.object_, ("1",))} if endpoint.reply else {}
+            secret, error = {"token": Array(np.object_, ("1",))}, {"error": Array(np.object_, ("1",))}
+            triton.bind(
+                model_name=name,
+                infer_func=self._infer(name),
+                inputs=_tensors(endpoint.inputs | secret),
+                outputs=_tensors(endpoint.outputs | reply | error),
+                config=ModelConfig(batching=False),  # Triton neither joins nor delays requests, and B is checked by us
+            )
+        return triton
+
+    def _infer(self, name: str) -> Callable[[list[Any]], list[dict[str, np.ndarray]]]:
+        def infer(requests: list[Any]) -> list[dict[str, np.ndarray]]:
+            return [self._handler(name, dict(request.data)) for request in requests]
+
+        return infer
+
+    def alive(self) -> bool:
+        return bool(self._triton.is_alive())
+
+    def failures(self) -> str:
+        """The last error lines of Triton's log and output, for a person who has to find out why it ended."""
+        log = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        errors = [line for line in log if line.startswith("E")]
+        output = self._triton._triton_server.logs().splitlines() if self._triton._triton_server else []
+        return "\n".join((errors + output)[-15:]) or "it left no message"
+
+
+def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
+    return [
+        Tensor(name=name, dtype=array.dtype, shape=tuple(1 if symbol == "1" else -1 for symbol in array.shape))
+        for name, array in arrays.items()
+    ]
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0, found by binding it: Triton itself reports a taken port late and obscurely."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port = {port}: cannot listen on {host}:{port}, {error.strerror}") from None
+        return int(probe.getsockname()[1])
+
+
+def _remove_leftovers() -> None:
+    """Remove folders and shared memory of servers that were killed: nobody holds the lock on their `owner` file."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/owner"):
+        try:
+            with open(owner, "r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                prefix = file.read()
+        except OSError:  # its owner lives, it is another user's, or it has just been removed
+            continue
+        if prefix:  # else its owner is about to take the lock
+            for block in Path("/dev/shm").glob(f"{prefix}*"):
+                block.unlink(missing_ok=True)
+            shutil.rmtree(owner.parent, ignore_errors=True)

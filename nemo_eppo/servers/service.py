@@ -1,0 +1,59 @@
+"""What a server serves (`Service`), and where it listens (`ServerConfig`)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field, SecretStr, model_validator
+
+from nemo_eppo.config import Config
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Service(Protocol):
+    """A model on many ranks. Every endpoint function is called on all of them, with the same arguments.
+
+    An endpoint function takes the request's arrays as CPU tensors (integers as int64, `mask` as bool, the rest fp32)
+    and gives its outputs as tensors, or a JSON value where the endpoint has a `reply` (see `protocol.ENDPOINTS`).
+    It raises `ServiceError`, on all ranks alike and with its state unchanged, for a request that it cannot fulfil,
+    say one with a non-finite loss. Any other exception ends the job.
+    """
+
+    name: str
+    """Kind of job, `critic` or `reward`."""
+    vocab_size: int
+    max_sequence_length: int
+    endpoints: Mapping[str, Callable[[Tensors], Any]]
+
+    @property
+    def step(self) -> int:
+        """Number of updates applied so far, those before a resume included."""
+
+    def status(self) -> dict[str, Any]:
+        """More entries for the status reply, such as the tokenizer's digest and the reward's statistics.
+
+        Called on rank 0 alone, from another thread and while requests execute: no collectives.
+        """
+
+
+class ServerConfig(Config):
+    """Where a critic or reward server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than 127.0.0.1 demands a token."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """HTTP port; 0 takes a free one, which the ready file names."""
+    token: SecretStr | None = None
+    """Shared secret that every request has to carry."""
+    max_batch_size: int = Field(default=256, gt=0)
+    """Most sequences in one request; clients split longer inference requests, never training requests."""
+    ready_file: Path | None = None
+    """Written once requests are accepted (JSON: url, pid, job, protocol), removed at the end."""
+
+    @model_validator(mode="after")
+    def _token_unless_local(self) -> "ServerConfig":
+        if not self.host.startswith("127.") and not (self.token and self.token.get_secret_value()):
+            raise ValueError(f"host {self.host} is open to the network: expected a token, or host 127.0.0.1")
+        return self

@@ -1,0 +1,44 @@
+"""Package metadata. Exact CPU versions that were tested together are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="nemo_eppo",
+    version=(ROOT / "nemo_eppo" / "VERSION").read_text().strip(),
+    description="PPO at Megatron scale that knows when the policy is hacking its reward model",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["nemo_eppo", "nemo_eppo.*"]),
+    package_data={"nemo_eppo": ["VERSION", "py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "psutil",  # megatron.core.dist_checkpointing needs it and does not declare it
+        "nvidia-pytriton>=0.7,<0.8",
+        "numpy>=1.26,<2",  # PyTriton 0.7 servers break on numpy 2
+        "nemo_toolkit[lightning,common-only]>=2.7,<2.8",
+        "hydra-core>=1.3,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "pydantic>=2.10,<3",
+        "transformers>=4.57,<5",
+        "tokenizers",
+        "safetensors",
+        "pyarrow<26",  # 26 refuses numpy 1.26 when imported
+        "tensorboard",
+        "matplotlib",
+        "rich",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": ["pytest>=9", "ruff>=0.15", "mypy>=1.15", "scipy"],
+        # GPU machines only. TensorRT-LLM and Apex come with the NGC container (docker/Dockerfile):
+        # the package called `apex` on the public index is an unrelated project.
+        "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+    },
+)

@@ -1,0 +1,120 @@
+"""METHODS rule: whatever stands at masked positions changes no bit of a result, nor of a gradient."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms import advantages, divergences, energy, masking, policy, preference
+
+PROMPTS = torch.tensor([3, 1, 5, 9, 2])
+LENGTHS = torch.tensor([8, 12, 6, 12, 7])  # one response fills the row, one is a single token
+S = 12
+MASK = masking.response_mask(PROMPTS, LENGTHS, S)
+TRUNCATED = torch.tensor([True, False, True, False, False])
+POLICY = {"clip_low": 0.2, "clip_high": 0.3, "denominator": 7.0}
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def clipped_policy_loss(**options: object) -> Function:
+    def loss(logprobs: Tensor, old: Tensor, adv: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        value, stats = policy.policy_loss(logprobs, old, adv, MASK, importance_weights=weights, **{**POLICY, **options})  # type: ignore[arg-type]
+        return value, *stats
+
+    return loss
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor) -> tuple[Tensor, ...]:
+    value, stats = policy.value_loss(values, old, returns, MASK, 0.2, 7.0)
+    return value, *stats
+
+
+def mean_energy(x: Tensor) -> Tensor:
+    return energy.response_energy(torch.stack([x, 2 * x], dim=-1), MASK, max_tokens=3)
+
+
+CASES: dict[str, tuple[int, Function]] = {
+    "zero_outside": (1, lambda x: masking.zero_outside(x, MASK)),
+    "masked_sum": (1, lambda x: masking.masked_sum(x, MASK)),
+    "masked_sum_rows": (1, lambda x: masking.masked_sum(x, MASK, dim=1)),
+    "masked_mean": (1, lambda x: masking.masked_mean(x, MASK)),
+    "masked_mean_rows": (1, lambda x: masking.masked_mean(x, MASK, dim=1)),
+    "whiten": (1, lambda x: masking.whiten(x, MASK)),
+    "whiten_unshifted": (1, lambda x: masking.whiten(x, MASK, shift_mean=False)),
+    "gae": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8)),
+    "gae_bootstrapped": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8, True, TRUNCATED)),
+    "policy_loss_token": (4, clipped_policy_loss(aggregation="token")),
+    "policy_loss_sequence": (4, clipped_policy_loss(aggregation="sequence")),
+    "policy_loss_dual_clip": (4, clipped_policy_loss(dual_clip=1.5)),
+    "value_loss": (3, clipped_value_loss),
+    "importance_weights": (2, lambda a, b: policy.truncated_importance_weights(a, b, MASK, 2.0)),
+    "explained_variance": (2, lambda v, r: policy.explained_variance(v, r, MASK)),
+    "aggregate_token": (1, lambda x: policy.aggregate(x, MASK, "token", 5.0)),
+    "aggregate_sequence": (1, lambda x: policy.aggregate(x, MASK, "sequence", 5.0)),
+    "k1": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k1")),
+    "k2": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k2")),
+    "k3": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k3")),
+    "response_energy": (1, mean_energy),
+    **{
+        f"sequence_score_{how}": (
+            1,
+            lambda x, how=how: preference.sequence_score(_at_positions(x), PROMPTS, LENGTHS, how),
+        )
+        for how in ("last", "sum", "mean")
+    },
+}
+
+
+def _at_positions(x: Tensor) -> Tensor:
+    return torch.cat([x[:, :1], x], dim=1)  # a first column, which is always prompt
+
+
+def run(function: Function, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    weighted = [(o * torch.linspace(1, 2, o.numel()).view(o.shape)).sum() for o in outputs if o.requires_grad]
+    if weighted:
+        torch.stack(weighted).sum().backward()
+    return [o.detach() for o in outputs], [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e9])
+@pytest.mark.parametrize("name", CASES)
+def test_what_stands_at_masked_positions_changes_no_bit(name: str, poison: float) -> None:
+    count, function = CASES[name]
+    generator = torch.Generator().manual_seed(count)
+    inputs = [torch.randn(MASK.shape, generator=generator) for _ in range(count)]
+    outputs, gradients = run(function, inputs)
+    fuzzed_outputs, fuzzed_gradients = run(function, [torch.where(MASK, x, poison) for x in inputs])
+    assert all(torch.isfinite(o).all() for o in outputs)
+    for clean, fuzzed in zip(outputs, fuzzed_outputs, strict=True):
+        assert torch.equal(clean, fuzzed)
+    for gradient, fuzzed_gradient in zip(gradients, fuzzed_gradients, strict=True):
+        if gradient is None:
+            assert fuzzed_gradient is None
+            continue
+        assert fuzzed_gradient is not None
+        assert torch.equal(gradient, fuzzed_gradient)
+        assert not gradient[~MASK].any()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("sequence_score")])
+def test_nan_inside_the_mask_is_never_hidden(name: str) -> None:
+    count, function = CASES[name]
+    for poisoned in range(count):
+        inputs = [torch.randn(MASK.shape) for _ in range(count)]
+        inputs[poisoned][1, 2] = math.nan
+        outputs, _ = run(function, inputs)
+        assert any(torch.isnan(o).any() for o in outputs), f"input {poisoned}"
+
+
+def test_bootstrap_values_are_read_for_truncated_responses_only() -> None:
+    rewards, values = torch.randn(MASK.shape), torch.randn(MASK.shape)
+    after = torch.randn(5)
+    clean = advantages.gae(rewards, values, MASK, 0.9, 0.8, True, TRUNCATED, after)
+    fuzzed = advantages.gae(rewards, values, MASK, 0.9, 0.8, True, TRUNCATED, torch.where(TRUNCATED, after, math.nan))
+    assert all(torch.equal(a, b) for a, b in zip(clean, fuzzed, strict=True))

@@ -1,0 +1,12 @@
+"""Settings shared by all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks share two cores
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,70 @@
+"""`nemo-eppo prepare`: its files, its exit codes, and that asking for help is cheap."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_eppo.cli import main
+
+SIZES = ["--sft-examples", "10", "--preference-pairs", "10", "--prompts", "10", "--validation-examples", "5"]
+
+
+def test_noun_task_is_written(tmp_path: Path) -> None:
+    assert main(["prepare", "noun-task", "--output", str(tmp_path / "out"), "--seed", "1", *SIZES]) == 0
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    kinds = {f"{kind}.{split}.jsonl" for kind in ("sft", "preferences", "prompts") for split in ("train", "validation")}
+    assert names == kinds | {"tokenizer"}
+
+
+def test_hh_prints_what_was_read_dropped_and_written(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{k: f"\n\nHuman: {n}?\n\nAssistant: {k}" for k in ("chosen", "rejected")} for n in range(30)]
+    path = write_rows(*rows, {"chosen": "x", "rejected": "y"})
+    options = ["--vocab-size", "300", "--validation-fraction", "0.3", "--max-response-tokens", "20"]
+    assert main(["prepare", "hh", "--input", str(path), "--output", str(tmp_path / "out"), *options]) == 0
+    output = capsys.readouterr().out
+    assert "31 rows" in output
+    assert f"1 no assistant turn (first: {path}:31)" in output
+    written = sum(
+        len((tmp_path / "out" / f"sft.{split}.jsonl").read_text().splitlines()) for split in ("train", "validation")
+    )
+    assert written == 30
+
+
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "absent.jsonl")
+    assert main(["prepare", "hh", "--input", absent, "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"nemo-eppo: error: {absent}: no such file\n"
+    (tmp_path / "file").write_text("")
+    assert main(["prepare", "noun-task", "--output", str(tmp_path / "file" / "out"), *SIZES]) == 2
+    assert capsys.readouterr().err.startswith("nemo-eppo: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prepare"], ["prepare", "hh", "--input", "x", "--output", "y", "--tokenizer", "t", "--vocab-size", "300"]],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "hh", "--help"]])
+def test_help_answers_without_a_heavy_import(arguments: list[str]) -> None:
+    script = (
+        "import sys, json; from nemo_eppo.cli import main\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'nemo', 'numpy'}\n"
+        "try: main(json.loads(sys.argv[1]))\n"
+        "finally: print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(arguments)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert "usage: nemo-eppo" in run.stdout

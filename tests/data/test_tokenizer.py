@@ -1,0 +1,171 @@
+"""One owner of BOS and EOS, checked against transformers' own encoding of the same tokenizer directory."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.tokenizer import Tokenizer, train_bpe, word_level
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"]
+
+
+@pytest.fixture(scope="module")
+def bpe_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bpe")
+    train_bpe(iter(TEXTS), 270, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def with_bos(bpe_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same BPE in Llama's manner: its post-processor puts <s> in front."""
+    tokenizer = AutoTokenizer.from_pretrained(bpe_directory)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    directory = tmp_path_factory.mktemp("bos")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def edited_copy(source: Path, target: Path, **settings: str | None) -> Path:
+    """Copy of a tokenizer directory with entries of tokenizer_config.json replaced, or removed (None)."""
+    target.mkdir()
+    (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    config = json.loads((source / "tokenizer_config.json").read_text()) | settings
+    (target / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return target
+
+
+def test_bpe_round_trips_any_text_without_a_change(bpe_directory: Path) -> None:
+    tokenizer = Tokenizer.from_directory(bpe_directory)
+    text = "\n\nHuman: café 漢字 \U0001f9ed  two  spaces , kept .\t"
+    assert tokenizer.decode(tokenizer.encode_prompt(text) + tokenizer.encode_response(text)) == text + text
+
+
+def test_bpe_has_the_size_asked_for_and_learns_merges(bpe_directory: Path) -> None:
+    tokenizer = Tokenizer.from_directory(bpe_directory)
+    assert tokenizer.vocab_size == 270
+    assert len(tokenizer.encode_prompt(" the")) == 1
+
+
+def test_bpe_smaller_than_its_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size = 257.*at least 258"):
+        train_bpe(TEXTS, 257, tmp_path)
+
+
+def test_prompt_gets_no_bos_from_a_tokenizer_that_adds_none(bpe_directory: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(bpe_directory)
+    assert Tokenizer.from_directory(bpe_directory).encode_prompt(TEXTS[0]) == reference(TEXTS[0])["input_ids"]
+
+
+def test_prompt_gets_bos_once_from_a_tokenizer_that_adds_it(with_bos: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(with_bos)
+    ids = Tokenizer.from_directory(with_bos).encode_prompt(TEXTS[0])
+    assert ids == reference(TEXTS[0])["input_ids"]
+    assert ids.count(reference.bos_token_id) == 1
+
+
+def test_bos_that_a_template_already_wrote_is_not_doubled(with_bos: Path) -> None:
+    tokenizer = Tokenizer.from_directory(with_bos)
+    assert tokenizer.encode_prompt("<s>" + TEXTS[0]) == tokenizer.encode_prompt(TEXTS[0])
+
+
+def test_bos_that_is_defined_but_never_added_stays_out(with_bos: Path, tmp_path: Path, bpe_directory: Path) -> None:
+    quiet = AutoTokenizer.from_pretrained(bpe_directory)
+    quiet.add_special_tokens({"bos_token": "<s>"})
+    quiet.save_pretrained(tmp_path)
+    assert quiet.bos_token_id not in Tokenizer.from_directory(tmp_path).encode_prompt(TEXTS[0])
+
+
+def test_response_has_no_bos_and_one_eos(with_bos: Path) -> None:
+    tokenizer = Tokenizer.from_directory(with_bos)
+    plain = AutoTokenizer.from_pretrained(with_bos)(TEXTS[1], add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_response(TEXTS[1]) == [*plain, tokenizer.eos_id]
+    assert tokenizer.encode_response(TEXTS[1] + "<eos>") == [*plain, tokenizer.eos_id]
+    assert tokenizer.encode_response(TEXTS[1], end=False) == plain
+    assert tokenizer.encode_response("") == [tokenizer.eos_id]
+
+
+def test_response_that_spells_eos_before_its_end_is_refused(bpe_directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"before its end.*stop<eos>go"):
+        Tokenizer.from_directory(bpe_directory).encode_response("stop<eos>go")
+
+
+def test_batches_equal_single_texts(with_bos: Path) -> None:
+    tokenizer = Tokenizer.from_directory(with_bos)
+    assert tokenizer.encode_prompts(TEXTS) == [tokenizer.encode_prompt(text) for text in TEXTS]
+    assert tokenizer.encode_responses(TEXTS) == [tokenizer.encode_response(text) for text in TEXTS]
+    assert tokenizer.encode_prompts([]) == []
+
+
+def test_decode_drops_special_tokens(words: Tokenizer) -> None:
+    assert words.decode([2, 3, words.eos_id, words.pad_id]) == "red green"
+
+
+def test_word_level_is_one_token_per_word(words: Tokenizer) -> None:
+    assert words.vocab_size == 8
+    assert words.encode_prompt("three red  red") == [7, 2, 2]
+    assert words.encode_response("blue") == [4, words.eos_id]
+
+
+def test_word_outside_the_vocabulary_is_an_error(words: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be tokenised.*red purple"):
+        words.encode_prompt("red purple")
+
+
+def test_pad_is_the_tokenizers_own(words: Tokenizer) -> None:
+    assert (words.eos_id, words.pad_id) == (0, 1)
+
+
+def test_pad_falls_back_to_eos_and_says_so(
+    bpe_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenizer = Tokenizer.from_directory(edited_copy(bpe_directory, tmp_path / "no_pad", pad_token=None))
+    assert tokenizer.pad_id == tokenizer.eos_id
+    assert "no pad_token" in caplog.text
+
+
+def test_tokenizer_without_eos_is_refused(bpe_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no_eos.*eos_token"):
+        Tokenizer.from_directory(edited_copy(bpe_directory, tmp_path / "no_eos", eos_token=None))
+
+
+def test_missing_directory_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent"):
+        Tokenizer.from_directory(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=tmp_path.name):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ConfigError, match=tmp_path.name):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_digest_survives_saving_and_sees_every_difference(
+    bpe_directory: Path, with_bos: Path, words: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_directory(bpe_directory)
+    tokenizer.save(tmp_path / "copy")
+    assert Tokenizer.from_directory(tmp_path / "copy").digest() == tokenizer.digest()
+    word_level(["green", "red", "blue", "one", "two", "three"], tmp_path / "swapped")
+    others = [
+        Tokenizer.from_directory(with_bos),
+        words,
+        Tokenizer.from_directory(tmp_path / "swapped"),
+        Tokenizer.from_directory(edited_copy(bpe_directory, tmp_path / "other_eos", eos_token="<pad>")),
+    ]
+    assert len({tokenizer.digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_saved_directory_is_an_ordinary_hugging_face_tokenizer(bpe_directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bpe_directory)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")

@@ -1,0 +1,83 @@
+"""Run a function on several ranks: processes forked from this one, joined by gloo."""
+
+import contextlib
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _pack(value: Any) -> bytes:
+    # plain bytes: a tensor sent as such lives in memory of the worker, which is gone by the time it is read
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _worker(rank: int, world_size: int, port: int, pipe: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setpgid(0, 0)  # so that helper processes of this rank can be ended with it
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, _pack(fn(*args))))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # no atexit hooks inherited from the parent
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `fn(*args)` on `world_size` forked ranks and return their results by rank; the first failure is raised."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_worker, args=(rank, world_size, port, sender, fn, args))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        results, waiting = {}, dict(enumerate(pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout)
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(waiting)} gave no result within {timeout} s")
+            for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+                try:
+                    ok, value = waiting.pop(rank).recv()
+                except EOFError:
+                    raise RuntimeError(f"rank {rank} died without a result") from None
+                if not ok:
+                    raise RuntimeError(f"rank {rank} failed:\n{value}")
+                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+        return [results[rank] for rank in range(world_size)]
+    finally:
+        for process in processes:
+            assert process.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # the group exists once the worker has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()

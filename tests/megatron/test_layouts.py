@@ -1,0 +1,237 @@
+"""Neither layout nor micro-batches nor padding nor the order of rows changes what a model infers or learns.
+
+Every case runs the same three updates and is compared with one rank. Adam's epsilon is 1, so that an update is nearly
+proportional to the gradient: a gradient of the wrong size cannot hide behind Adam's normalisation.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import MODEL, PP2, PRESETS, SP2, TP2, VPP2, Layout, build_runner, close, exported, random_batch
+from torch import Tensor
+
+from nemo_eppo.algorithms.policy import aggregate, policy_loss, value_loss
+from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runner import Rows
+
+OPTIMIZER = OptimizerConfig(lr=0.3, betas=(0.9, 0.99), eps=1.0, weight_decay=0.1, clip_grad=1.0)
+TIED_QWEN3 = MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True})
+TP2_PP2 = SP2 | PP2
+LAYOUTS = {
+    "TP2": (TP2, 2),
+    "TP2+SP": (SP2, 2),
+    "PP2": (PP2, 2),
+    "PP2+VPP2": (VPP2, 2),
+    "DP2": ({}, 2),
+    "TP2+SP x PP2": (TP2_PP2, 4),
+}
+
+
+def mini_batch() -> Rows:
+    """A batch with old log-probs, advantages, values and returns of its response tokens, the last two thirds."""
+    batch = random_batch()
+    rows, longest = batch["tokens"].shape
+    draw = torch.Generator().manual_seed(11)
+    for name in ("old_logprobs", "advantages", "values", "returns"):
+        batch[name] = torch.randn(rows, longest - 1, generator=draw)
+    batch["old_logprobs"] -= 5
+    positions = torch.arange(1, longest)
+    batch["mask"] = (positions >= longest // 3) & (positions < batch["lengths"][:, None])
+    return batch
+
+
+def train_policy(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    logprobs, entropy = output[:, :-1].unbind(-1)
+    mask, tokens = rows["mask"], float(mini_batch()["mask"].sum())
+    settings: Any = {"clip_low": 3.0, "clip_high": 3.0, "denominator": tokens}
+    loss, stats = policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, **settings)
+    entropy_term = aggregate(entropy, mask, "token", tokens)
+    return loss - 0.1 * entropy_term, {"tokens": stats.tokens, "entropy": entropy_term}
+
+
+def train_values(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    mask, tokens = rows["mask"], float(mini_batch()["mask"].sum())
+    loss, stats = value_loss(output[:, :-1, 0], rows["values"], rows["returns"], mask, None, tokens)
+    return loss, {"tokens": stats.tokens}
+
+
+def everything(
+    layout: Layout, model: ModelConfig, scalar: bool, rows: Rows, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a model infers, learns in three updates, and infers then."""
+    head: Any = "scalar" if scalar else "lm"
+    outputs, loss = (1, train_values) if scalar else (2, train_policy)
+    probe = EnergyProbeConfig(preset="mlp_linears", layers=(-1, 0))
+    runner = build_runner(layout, model, head, probe=probe, optimizer=OPTIMIZER, **settings)
+    inputs = (rows["tokens"], rows["lengths"], None if scalar else rows["targets"])
+    before, energies = runner.infer(*inputs, outputs=outputs, energies=True)
+    reports = [runner.train_step(rows, loss) for _ in range(3)]
+    after, _ = runner.infer(*inputs, outputs=outputs)
+    return {
+        "before": before,
+        "energies": energies,
+        "after": after,
+        "reports": {name: torch.tensor([r[name] for r in reports], dtype=torch.float64) for name in reports[0]},
+        "parameters": exported(runner, model),
+    }
+
+
+def run(
+    layout: Layout,
+    ranks: int,
+    model: ModelConfig = MODEL,
+    scalar: bool = False,
+    rows: Rows | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    return run_ranks(everything, ranks, layout, model, scalar, rows or mini_batch(), settings)
+
+
+@pytest.fixture(scope="module")
+def policy() -> dict[str, Any]:
+    return run({}, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def tied_policy() -> dict[str, Any]:
+    return run({}, 1, TIED_QWEN3)[0]
+
+
+@pytest.fixture(scope="module")
+def critic() -> dict[str, Any]:
+    return run({}, 1, scalar=True)[0]
+
+
+def same(case: str, got: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for rank, result in enumerate(got):
+        for what, value in expected.items():
+            close(f"{case}, rank {rank}, {what}", result[what], value)
+
+
+def test_three_updates_move_every_parameter(policy: dict[str, Any], critic: dict[str, Any]) -> None:
+    """The comparisons of this file would be empty if training did nothing."""
+    from tiny import random_weights
+
+    start = random_weights(MODEL)
+    for result in (policy, critic):
+        for name, trained in result["parameters"].items():
+            assert float((trained - start[name]).abs().max()) > 1e-4, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_no_policy(layout: str, policy: dict[str, Any]) -> None:
+    same(f"policy {layout}", run(*LAYOUTS[layout]), policy)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2"])
+def test_layout_changes_no_policy_with_tied_embeddings_and_qk_norm(layout: str, tied_policy: dict[str, Any]) -> None:
+    same(f"tied policy {layout}", run(*LAYOUTS[layout], model=TIED_QWEN3), tied_policy)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2"])
+def test_layout_changes_no_critic(layout: str, critic: dict[str, Any]) -> None:
+    same(f"critic {layout}", run(*LAYOUTS[layout], scalar=True), critic)
+
+
+@pytest.mark.parametrize("layout", [{}, SP2, PP2], ids=["TP1", "TP2+SP", "PP2"])
+def test_recomputing_activations_changes_nothing(layout: Layout, policy: dict[str, Any]) -> None:
+    same("recompute", run(layout, 2 if layout else 1, recompute=True), policy)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_micro_batch_size_changes_nothing(micro_batch_size: int, policy: dict[str, Any]) -> None:
+    same(f"micro-batches of {micro_batch_size}", run({}, 1, micro_batch_size=micro_batch_size), policy)
+
+
+def test_further_padding_changes_nothing(policy: dict[str, Any]) -> None:
+    rows = mini_batch()
+    size, extra = rows["tokens"].size(1), 5
+    for name, value in rows.items():
+        if value.dim() == 2:
+            filler = {"tokens": 3, "targets": 3, "mask": False}.get(name, float("nan"))
+            rows[name] = torch.nn.functional.pad(value, (0, extra), value=filler)
+    result = run({}, 1, rows=rows)[0]
+    for what in ("before", "energies", "after"):
+        assert torch.equal(result[what][:, size:], torch.zeros_like(result[what][:, size:]))
+        result[what] = result[what][:, :size]
+    same("padding", [result], policy)
+
+
+def test_order_of_rows_changes_nothing(policy: dict[str, Any]) -> None:
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    result = run({}, 2, rows={name: value[order] for name, value in mini_batch().items()})
+    for what in ("before", "energies", "after"):
+        for rank in result:
+            rank[what] = rank[what][torch.argsort(order)]
+    same("order of rows", result, policy)
+
+
+def all_energies(layout: Layout) -> list[Tensor]:
+    runner = build_runner(layout)
+    energies = []
+    for preset in PRESETS:
+        runner.probe = EnergyProbe(EnergyProbeConfig(preset=preset, layers=(0, -1)), runner.chunks, MODEL.num_layers)
+        energies.append(runner.infer(**random_batch(), outputs=2, energies=True)[1])
+    return energies  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2+VPP2"])
+def test_layout_changes_no_energy_of_any_preset(layout: str) -> None:
+    expected = run_ranks(all_energies, 1, {})[0]
+    for energies in run_ranks(all_energies, LAYOUTS[layout][1], LAYOUTS[layout][0]):
+        for preset, got, want in zip(PRESETS, energies, expected, strict=True):
+            close(f"{preset} {layout}", got, want)
+
+
+def energies_while_training(layout: Layout, recompute: bool) -> tuple[list[Tensor], Tensor]:
+    """Energies read during the forward passes of an update, and by inference before it."""
+    rows = mini_batch()
+    runner = build_runner(layout, probe=EnergyProbeConfig(), recompute=recompute, optimizer=OPTIMIZER)
+    _, inferred = runner.infer(rows["tokens"], rows["lengths"], rows["targets"], outputs=2, energies=True)
+    longest_first = rows["lengths"].sort(descending=True, stable=True)
+    shapes = [(2, int(longest_first.values[i])) for i in range(0, len(rows["tokens"]), 2)]
+    assert runner.probe is not None
+    assert inferred is not None
+    with runner.probe.recording():
+        runner.train_step(rows, train_policy)
+    return runner.probe.collect(shapes), inferred[longest_first.indices]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layout", [{}, PP2], ids=["PP1", "PP2"])
+def test_energies_can_be_read_while_training_and_count_once(layout: Layout, recompute: bool) -> None:
+    for read, inferred in run_ranks(energies_while_training, 2 if layout else 1, layout, recompute):
+        for index, micro_batch in enumerate(read):
+            expected = inferred[2 * index : 2 * index + 2, : micro_batch.size(1)]
+            real = torch.where(expected != 0, micro_batch, 0)
+            close(f"energies in training, recompute={recompute}", real, expected)
+
+
+def mixed_precision(precision: Any, scalar: bool) -> dict[str, Any]:
+    runner = build_runner(
+        {}, head="scalar" if scalar else "lm", precision=precision, probe=EnergyProbeConfig(), optimizer=OPTIMIZER
+    )
+    rows = mini_batch()
+    outputs, energies = runner.infer(
+        rows["tokens"], rows["lengths"], None if scalar else rows["targets"], outputs=1 if scalar else 2, energies=True
+    )
+    report = runner.train_step(rows, train_values if scalar else train_policy)
+    dtypes = {name: p.dtype for name, p in unwrap(runner.chunks[0]).named_parameters()}
+    return {"outputs": outputs, "energies": energies, "report": report, "dtypes": dtypes, "after": exported(runner)}
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["policy", "critic"])
+def test_bf16_stays_near_fp32_and_heads_stay_fp32(scalar: bool) -> None:
+    half, full = (run_ranks(mixed_precision, 1, precision, scalar)[0] for precision in ("bf16", "fp32"))
+    assert half["outputs"].dtype == half["energies"].dtype == torch.float32
+    close(f"bf16 outputs, scalar={scalar}", half["outputs"], full["outputs"], 0.5)
+    close(f"bf16 energies, scalar={scalar}", half["energies"], full["energies"], 0.05)
+    close(f"bf16 parameters after an update, scalar={scalar}", half["after"], full["after"], 0.05)
+    assert half["report"]["grad_norm"] == pytest.approx(full["report"]["grad_norm"], rel=0.05)
+    for name, dtype in half["dtypes"].items():
+        assert dtype == (torch.float32 if name.startswith("head.") else torch.bfloat16), name

@@ -1,0 +1,138 @@
+"""The model, its log-probs and its energies against transformers, on the same weights, one unpadded row at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import MODEL, PRESETS, TP2, Layout, build_runner, close, random_batch, random_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_eppo.conversion.hf_weights import hf_config, model_config_from_hf
+from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.model_config import ModelConfig
+
+LAYERS = (-1, 1)
+FAMILIES = {
+    "Llama": MODEL,
+    "Llama tied": MODEL.model_copy(update={"tie_embeddings": True}),
+    "Llama 3.1": MODEL.model_copy(
+        update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}
+    ),
+    "Mistral": MODEL.model_copy(update={"num_query_groups": None, "norm_epsilon": 1e-6}),
+    "Qwen2": MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6}),
+    "Qwen2 tied": MODEL.model_copy(update={"qkv_bias": True, "tie_embeddings": True}),
+    "Qwen3": MODEL.model_copy(update={"qk_norm": True, "head_dim": 12}),
+    "Qwen3 tied": MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True}),
+}
+
+
+def transformers_model(family: str, model: ModelConfig) -> Any:
+    settings = hf_config(model, family.split()[0] + "ForCausalLM")
+    config = AutoConfig.for_model(**settings)
+    network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    weights = random_weights(model)
+    missing, _ = network.load_state_dict({n: w for n, w in weights.items() if "score" not in n}, strict=False)
+    assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
+    network.tie_weights()
+    assert model_config_from_hf(settings) == model
+    return network
+
+
+@torch.no_grad()
+def transformers_scores(network: Any) -> Tensor:
+    """Log-prob and entropy [N, S, 2] of `random_batch`, 0 where there is no target."""
+    batch = random_batch()
+    scores = torch.zeros(*batch["tokens"].shape, 2)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        tokens = batch["tokens"][row, :length]
+        logp = network(tokens[None]).logits[0, :-1].log_softmax(-1)
+        scores[row, : length - 1, 0] = logp.gather(-1, tokens[1:, None])[:, 0]
+        scores[row, : length - 1, 1] = -(logp.exp() * logp).sum(-1)
+    return scores
+
+
+@torch.no_grad()
+def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, Tensor, int, int]]:
+    """L1 norms [N, S] of what enters and leaves each module of each layer in LAYERS, and the two widths."""
+    batch = random_batch()
+    seen: dict[Any, tuple[Tensor, Tensor]] = {}
+    modules = {}
+    for layer in LAYERS:
+        block = network.model.layers[layer]
+        names = {"layer": block, "mlp": block.mlp}
+        names |= {name: getattr(block.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        modules |= {(layer, name): module for name, module in names.items()}
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entered = args[0] if args else kwargs["hidden_states"]
+        seen[module] = (entered[0], (output[0] if isinstance(output, tuple) else output)[0])
+
+    for module in modules.values():
+        module.register_forward_hook(hook, with_kwargs=True)
+    norms = {}
+    for row, length in enumerate(batch["lengths"].tolist()):
+        network(batch["tokens"][row : row + 1, :length])
+        for key, module in modules.items():
+            entered, left = seen[module]
+            shape = batch["tokens"].shape
+            widths = (entered.size(-1), left.size(-1))
+            e_in, e_out, *_ = norms.setdefault(key, (torch.zeros(shape), torch.zeros(shape), *widths))
+            e_in[row, :length], e_out[row, :length] = entered.abs().sum(-1), left.abs().sum(-1)
+    return norms
+
+
+def expected_energies(norms: dict[Any, Any], config: EnergyProbeConfig) -> Tensor:
+    """METHODS of EPPO: the per-token values of each preset, [N, S, E]."""
+    linears = ("gate_proj", "up_proj", "down_proj")
+    modules = {"paper": ("layer",), "mlp_block": ("mlp",), "down_proj": ("down_proj",)}.get(config.preset, linears)
+    columns = []
+    for layer in config.layers:
+        for module in modules:
+            entered, left, width_in, width_out = norms[layer, module]
+            if config.norm:
+                entered, left = entered / width_in, left / width_out
+            columns.append(left if config.preset == "mlp_linears_out" else entered - left)
+    return torch.stack(columns, dim=-1)
+
+
+def megatron_scores(layout: Layout, model: ModelConfig) -> Tensor:
+    return build_runner(layout, model).infer(**random_batch(), outputs=2)[0]
+
+
+def megatron_energies(layout: Layout, configs: list[EnergyProbeConfig]) -> list[Tensor]:
+    runner = build_runner(layout)
+    energies = []
+    for config in configs:
+        runner.probe = EnergyProbe(config, runner.chunks, MODEL.num_layers)
+        _, read = runner.infer(**random_batch(), outputs=2, energies=True)
+        assert read is not None
+        energies.append(read)
+    return energies
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_and_entropies_are_those_of_transformers(family: str) -> None:
+    model = FAMILIES[family]
+    expected = transformers_scores(transformers_model(family, model))
+    for layout, ranks in (({}, 1), (TP2, 2)):
+        for scores in run_ranks(megatron_scores, ranks, layout, model):
+            close(f"{family}, {ranks} ranks, log-prob", scores[..., 0], expected[..., 0])
+            close(f"{family}, {ranks} ranks, entropy", scores[..., 1], expected[..., 1])
+
+
+def test_energies_are_those_of_hooks_on_transformers() -> None:
+    configs = [
+        EnergyProbeConfig(preset=preset, layers=layers, norm=norm)
+        for preset in PRESETS
+        for layers in ((-1,), (1,), LAYERS)
+        for norm in (True, False)
+    ]
+    norms = transformers_l1_norms(transformers_model("Llama", MODEL))
+    for config, energies in zip(configs, run_ranks(megatron_energies, 1, {}, configs)[0], strict=True):
+        expected = expected_energies(norms, config)
+        assert float(expected.abs().max()) > 0.1
+        # sums over the width, and with them their rounding, are as much larger than means
+        tolerance = 1e-5 if config.norm else 1e-5 * MODEL.ffn_hidden_size
+        close(f"{config.preset} {config.layers} norm={config.norm}", energies, expected, tolerance)

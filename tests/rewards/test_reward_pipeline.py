@@ -1,0 +1,270 @@
+"""The composed reward: order, bookkeeping, refusals, and independence from everything outside the mask."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_eppo.algorithms.masking import response_mask
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.rewards.pipeline import RewardConfig, RewardPipeline, RewardResult
+from nemo_eppo.rewards.terms import RewardInputs
+
+B, S = 6, 12
+PROMPTS, LENGTHS = torch.tensor([3, 1, 5, 9, 2, 2]), torch.tensor([8, 12, 6, 12, 7, 9])
+MASK = response_mask(PROMPTS, LENGTHS, S)
+EVERYTHING: dict[str, Any] = {
+    "combine": "mean",
+    "length": {"kind": "authors", "length": 5},
+    "missing_eos": {"penalty": 1.5},
+    "energy": {"eta": 2.0, "floor_ratio": 0.8, "standardize": True, "schedule": "linear"},
+    "clip": {"range": 1.0},
+    "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 100},
+}
+
+
+def pipeline(settings: dict[str, Any]) -> RewardPipeline:
+    return RewardPipeline(load_config(RewardConfig, settings))
+
+
+def make_inputs(seed: int = 0, models: int = 1, **changes: Any) -> RewardInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    values: dict[str, Any] = {
+        "scores": 3 * normal(B, models) + 2,
+        "score_mean": torch.full((models,), 2.0),
+        "score_std": torch.full((models,), 3.0),
+        "mask": MASK,
+        "truncated": torch.tensor([True, False, False, True, False, False]),
+        "policy_energy": normal(B, 3),
+        "reference_energy": normal(B, 3),
+        "logprobs": normal(B, S - 1),
+        "ref_logprobs": normal(B, S - 1),
+        "step": 3,
+        "max_steps": 4,
+    }
+    return RewardInputs(**{**values, **changes})
+
+
+def final(result: RewardResult) -> torch.Tensor:
+    return result.ledger.entries["reward/final"]
+
+
+def test_contributions_add_up_to_the_final_reward_and_to_the_token_rewards() -> None:
+    result = pipeline(EVERYTHING)(make_inputs(models=3))
+    contributions = result.ledger.contributions
+    assert list(contributions) == [
+        "reward/proxy",
+        "reward/length_penalty",
+        "reward/missing_eos",
+        "reward/energy_penalty",
+        "reward/clip",
+        "reward/kl",
+    ]
+    assert all(x.abs().max() > 0 for x in contributions.values())
+    assert result.token_rewards.dtype == torch.float32
+    torch.testing.assert_close(result.token_rewards.double().sum(1), final(result), rtol=0, atol=1e-6)
+    for row in result.ledger.rows():
+        assert sum(row[name] for name in contributions) == pytest.approx(row["reward/final"], abs=1e-6)
+    means = result.ledger.means()
+    assert sum(means[name] for name in contributions) == pytest.approx(means["reward/final"], abs=1e-6)
+
+
+def test_the_composition_follows_its_documented_order() -> None:
+    inputs = make_inputs(models=2)
+    assert inputs.policy_energy is not None
+    assert inputs.reference_energy is not None
+    assert inputs.logprobs is not None
+    assert inputs.ref_logprobs is not None
+    settings = {
+        "combine": "mean",
+        "length": {"kind": "linear", "length": 4, "coefficient": 0.3},
+        "missing_eos": {"penalty": 0.7},
+        "energy": {"eta": 0.2},
+        "clip": {"range": 0.9},
+        "kl": {"coefficient": 0.05},
+    }
+    rewards = pipeline(settings)(inputs).token_rewards
+    for b in range(B):
+        n = int(LENGTHS[b] - PROMPTS[b])
+        reward = float(((inputs.scores[b] - 2) / 3).mean())
+        reward -= 0.3 * max(0, n - 4)
+        reward -= 0.7 * bool(inputs.truncated[b])
+        reward -= 0.2 * float((inputs.policy_energy[b] - inputs.reference_energy[b]).abs().sum())
+        reward = min(max(reward, -0.9), 0.9)
+        for t in range(S - 1):
+            inside = PROMPTS[b] <= t + 1 < LENGTHS[b]
+            expected = -0.05 * float(inputs.logprobs[b, t] - inputs.ref_logprobs[b, t]) if inside else 0.0
+            if t == LENGTHS[b] - 2:
+                expected += reward
+            assert float(rewards[b, t]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e9])
+def test_what_stands_at_masked_positions_changes_no_bit(poison: float) -> None:
+    inputs = make_inputs(models=3)
+    assert inputs.logprobs is not None
+    assert inputs.ref_logprobs is not None
+    fuzzed = make_inputs(
+        models=3,
+        logprobs=torch.where(MASK, inputs.logprobs, poison),
+        ref_logprobs=torch.where(MASK, inputs.ref_logprobs, -poison),
+    )
+    clean_result, fuzzed_result = pipeline(EVERYTHING)(inputs), pipeline(EVERYTHING)(fuzzed)
+    assert torch.equal(clean_result.token_rewards, fuzzed_result.token_rewards)
+    assert clean_result.ledger.rows() == fuzzed_result.ledger.rows()
+
+
+def test_rewards_are_independent_of_padding() -> None:
+    inputs = make_inputs(models=3)
+    wide: dict[str, Any] = {
+        name: torch.nn.functional.pad(getattr(inputs, name), (0, 9)) for name in ("mask", "logprobs", "ref_logprobs")
+    }
+    padded = pipeline(EVERYTHING)(make_inputs(models=3, **wide)).token_rewards
+    torch.testing.assert_close(padded[:, : S - 1], pipeline(EVERYTHING)(inputs).token_rewards)
+    assert not padded[:, S - 1 :].any()
+
+
+@pytest.mark.parametrize(
+    "name", ["scores", "score_mean", "policy_energy", "reference_energy", "logprobs", "ref_logprobs"]
+)
+def test_nan_is_an_error_that_names_quantity_and_sample(name: str) -> None:
+    broken = getattr(make_inputs(), name).clone()
+    broken[(2, 4) if broken.dim() == 2 and broken.shape[1] == S - 1 else -1] = math.nan
+    sample = {"score_mean": 0, "logprobs": 2, "ref_logprobs": 2}.get(name, B - 1)
+    with pytest.raises(ValueError, match=f"{name}: nan in sample {sample}"):
+        pipeline(EVERYTHING)(make_inputs(**{name: broken}))
+
+
+def test_energy_is_needed_only_for_the_penalty_and_reported_whenever_given() -> None:
+    nothing = make_inputs(policy_energy=None, reference_energy=None)
+    with pytest.raises(ValueError, match="policy_energy"):
+        pipeline({"energy": {"eta": 2.0}})(nothing)
+    off = pipeline({"energy": {"eta": 0}})
+    assert "energy/policy" not in off(nothing).ledger.means()
+    inputs = make_inputs()
+    assert inputs.policy_energy is not None
+    assert inputs.reference_energy is not None
+    means = off(inputs).ledger.means()
+    assert means["reward/energy_penalty"] == 0
+    assert means["energy/policy"] == pytest.approx(float(inputs.policy_energy.double().mean()))
+    assert means["energy/difference"] == pytest.approx(
+        float((inputs.policy_energy - inputs.reference_energy).abs().mean())
+    )
+
+
+def test_energy_schedule_and_sides() -> None:
+    energies: dict[str, Any] = {"policy_energy": torch.ones(B, 1), "reference_energy": torch.full((B, 1), 2.0)}
+    for settings, expected in (
+        ({"eta": 0.4}, -0.4),
+        ({"eta": 0.4, "sided": "rise"}, 0.0),
+        ({"eta": 0.4, "schedule": "linear"}, -0.3),  # step 3 of 4
+    ):
+        means = pipeline({"energy": settings})(make_inputs(**energies)).ledger.means()
+        assert means["reward/energy_penalty"] == pytest.approx(expected)
+
+
+def test_the_standardised_energy_penalty_uses_statistics_of_the_run() -> None:
+    run = pipeline({"energy": {"eta": 1.0, "standardize": True}, "clip": {"range": None}})
+    differences = []
+    for seed in range(3):
+        inputs = make_inputs(seed)
+        assert inputs.policy_energy is not None
+        assert inputs.reference_energy is not None
+        differences.append((inputs.policy_energy - inputs.reference_energy).double().abs().sum(1))
+        penalty = run(inputs).ledger.contributions["reward/energy_penalty"]
+        seen = torch.cat(differences)
+        expected = -(differences[-1] - seen.mean()) / seen.std(correction=0)
+        torch.testing.assert_close(penalty, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"kind": "none"}, [0.0] * B),
+        ({"kind": "linear", "length": 4, "coefficient": 0.5}, [-0.5, -3.5, 0.0, 0.0, -0.5, -1.5]),
+        ({"kind": "soft_overlong", "length": 11, "buffer": 6, "coefficient": 3.0}, [0.0, -3.0, 0.0, 0.0, 0.0, -1.0]),
+    ],
+)
+def test_length_penalties(settings: dict[str, Any], expected: list[float]) -> None:
+    result = pipeline({"length": settings, "energy": {"eta": 0}})(make_inputs())  # lengths 5, 11, 1, 3, 5, 7
+    assert result.ledger.contributions["reward/length_penalty"].tolist() == pytest.approx(expected)
+
+
+def test_the_authors_length_penalty_scales_with_the_running_std_of_the_reward() -> None:
+    run = pipeline({"length": {"kind": "authors", "length": 5}, "energy": {"eta": 0}})
+    rewards = []
+    for seed in range(3):
+        inputs = make_inputs(seed)
+        rewards.append((inputs.scores[:, 0].double() - 2) / 3)
+        expected = (1 - (LENGTHS - PROMPTS).double() / 5) * torch.cat(rewards).std(correction=0)
+        torch.testing.assert_close(run(inputs).ledger.contributions["reward/length_penalty"], expected)
+
+
+def test_kl_in_the_loss_leaves_rewards_alone_and_hands_out_the_coefficient() -> None:
+    in_loss = pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs())
+    without = pipeline({})(make_inputs())
+    assert torch.equal(in_loss.token_rewards, without.token_rewards)
+    assert (in_loss.kl_loss_coefficient, without.kl_loss_coefficient) == (0.1, 0.0)
+    in_reward = pipeline({"kl": {"coefficient": 0.1}})(make_inputs())
+    assert in_reward.kl_loss_coefficient == 0
+    assert not torch.equal(in_reward.token_rewards, without.token_rewards)
+    with pytest.raises(ValueError, match="ref_logprobs: needed for the KL penalty"):
+        pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs(ref_logprobs=None))
+
+
+def test_the_adaptive_coefficient_acts_from_the_next_step() -> None:
+    run = pipeline({"kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1e-3, "horizon": 60}})
+    inputs = make_inputs(ref_logprobs=torch.full((B, S - 1), -9.0))
+    first, second = (run(inputs).ledger.means() for _ in range(2))
+    assert first["reward/kl"] == pytest.approx(-0.1 * first["kl/policy_reference"])
+    assert second["reward/kl"] == pytest.approx(1.02 * first["reward/kl"])  # 1 + 0.2 * 6 / 60
+
+
+def test_a_resumed_pipeline_continues_as_if_never_stopped() -> None:
+    steady, stopped, resumed = (pipeline(EVERYTHING) for _ in range(3))
+    for seed in range(2):
+        steady(make_inputs(seed, models=3))
+        stopped(make_inputs(seed, models=3))
+    resumed.load_state_dict(stopped.state_dict())
+    expected, result = steady(make_inputs(2, models=3)), resumed(make_inputs(2, models=3))
+    assert torch.equal(expected.token_rewards, result.token_rewards)
+    assert not torch.equal(expected.token_rewards, pipeline(EVERYTHING)(make_inputs(2, models=3)).token_rewards)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_mean": None}, "score_mean, score_std: needed"),
+        ({"score_std": torch.zeros(1)}, r"score_std: \[0.0\]"),
+        ({"scores": torch.ones(B)}, "scores: shape"),
+        ({"scores": torch.ones(B, 1), "score_mean": torch.ones(2)}, "score_mean: shape"),
+        ({"reference_energy": torch.ones(B, 2)}, "reference_energy: shape"),
+        ({"logprobs": torch.ones(B, S)}, "logprobs: shape"),
+        ({"policy_energy": None}, "policy_energy: needed together with reference_energy"),
+        ({"step": 5}, "step: 5; expected 1 to max_steps = 4"),
+        ({"scores": torch.ones(B, 2), "score_mean": torch.ones(2), "score_std": torch.ones(2)}, "2 reward models"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline({})(make_inputs(**changes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": {"kind": "linear"}}, "needs length"),
+        ({"length": {"kind": "soft_overlong", "length": 4, "buffer": 5}}, "buffer of at most length"),
+        ({"kl": {"controller": "adaptive", "target": 1.0, "horizon": 5}}, "coefficient above 0"),
+        ({"energy": {"etta": 1.0}}, "did you mean 'eta'"),
+        ({"clip": {"range": -1}}, "clip.range = -1"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pipeline(settings)

@@ -1,0 +1,154 @@
+"""Rollout batches: layout of tokens and actions, selection, validation, seeds and mini-batches."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.rollout.batch import (
+    Completion,
+    Experience,
+    FinishReason,
+    RolloutBatch,
+    minibatches,
+    seeds_for,
+    step_seed,
+)
+from nemo_eppo.rollout.sampling import SamplingParams
+
+PAD = 99
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+COMPLETIONS = [
+    Completion([7, 8], [-0.5, -0.25], FinishReason.STOP, 3),
+    Completion([9, 10, 11, 12], [-1.0, -2.0, -3.0, -4.0], FinishReason.LENGTH, 3),
+    Completion([13], [-0.125], FinishReason.STOP, 3),
+]
+
+
+def batch(multiple_of: int = 1) -> RolloutBatch:
+    return RolloutBatch.from_completions(PROMPTS, COMPLETIONS, PAD, multiple_of)
+
+
+def test_a_batch_is_prompt_response_padding() -> None:
+    rollout = batch(multiple_of=4)
+    assert (rollout.batch_size, rollout.sequence_length) == (3, 8)
+    assert rollout.tokens.dtype == torch.int64
+    assert rollout.truncated.tolist() == [False, True, False]
+    for row, prompt, completion in zip(rollout.tokens.tolist(), PROMPTS, COMPLETIONS, strict=True):
+        tokens = prompt + completion.token_ids
+        assert row == tokens + [PAD] * (8 - len(tokens))
+
+
+def test_the_mask_selects_the_actions_that_produced_the_response() -> None:
+    rollout = batch()
+    assert rollout.mask.shape == rollout.engine_logprobs.shape == (3, 4)
+    for b, completion in enumerate(COMPLETIONS):
+        assert rollout.tokens[b, 1:][rollout.mask[b]].tolist() == completion.token_ids
+        assert rollout.engine_logprobs[b][rollout.mask[b]].tolist() == completion.logprobs
+    assert not rollout.engine_logprobs[~rollout.mask].any()
+
+
+def test_padding_can_be_added_and_removed() -> None:
+    rollout = batch()
+    wide = rollout.with_padding(9)
+    assert (wide.tokens[:, 5:] == PAD).all()
+    assert torch.equal(wide.mask[:, :4], rollout.mask)
+    assert wide.mask.sum() == rollout.mask.sum()
+    assert wide.engine_logprobs.shape == (3, 8)
+    assert torch.equal(wide.with_padding(5).tokens, rollout.tokens)
+    with pytest.raises(ValueError, match="sequence_length: 4; expected at least 5"):
+        rollout.with_padding(4)
+
+
+def test_selection_takes_every_field_in_order() -> None:
+    rollout, indices = batch(), torch.tensor([2, 0])
+    chosen = rollout.select(indices)
+    for field in dataclasses.fields(RolloutBatch):
+        if field.name != "pad_id":
+            assert torch.equal(getattr(chosen, field.name), getattr(rollout, field.name)[indices])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "message"),
+    [
+        ([], [], "0 for 0 prompts"),
+        ([[1]], COMPLETIONS, "3 for 1 prompts"),
+        ([[]], [COMPLETIONS[0]], "sample 0: prompt is empty"),
+        ([[1]], [Completion([], [], FinishReason.STOP, 0)], "sample 0: response is empty"),
+        ([[1]], [Completion([1, 2], [0.0], FinishReason.STOP, 0)], "sample 0: 1 log-probs for 2 tokens"),
+    ],
+)
+def test_impossible_completions_are_refused(prompts: Any, completions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutBatch.from_completions(prompts, completions, PAD)
+
+
+def experience(**changes: Any) -> Experience:
+    mask = batch().mask
+    per_token = {
+        name: torch.randn(mask.shape)
+        for name in ("logprobs", "values", "rewards", "advantages", "returns", "ref_logprobs")
+    }
+    return Experience(**{"mask": mask, **per_token, "energies": torch.randn(3, 2), **changes})
+
+
+@pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "energies"])
+def test_validation_names_the_field_with_nan_or_a_wrong_shape(name: str) -> None:
+    good = experience()
+    good.validate()
+    x = getattr(good, name)
+    broken = x.clone()
+    broken[0, 0 if name == "energies" else 2] = torch.nan
+    with pytest.raises(ValueError, match=f"^{name}: nan in sample 0"):
+        dataclasses.replace(good, **{name: broken}).validate()
+    with pytest.raises(ValueError, match=f"^{name}: shape"):
+        dataclasses.replace(good, **{name: x[:2]}).validate()
+
+
+def test_validation_does_not_look_at_masked_positions() -> None:
+    good = experience()
+    dataclasses.replace(good, values=torch.where(good.mask, good.values, torch.nan)).validate()
+
+
+def test_experience_selects_every_field_it_has() -> None:
+    full, indices = experience(), torch.tensor([1, 1, 0])
+    chosen = full.select(indices)
+    assert chosen.ref_energies is None
+    for field in dataclasses.fields(Experience):
+        if (x := getattr(full, field.name)) is not None:
+            assert torch.equal(getattr(chosen, field.name), x[indices])
+
+
+def test_minibatches_cover_the_batch_once_and_each_epoch_in_its_own_order() -> None:
+    orders = [torch.cat(minibatches(24, 6, seed, epoch)).tolist() for seed in (1, 2) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert [len(m) for m in minibatches(24, 6, 1, 0)] == [6] * 4
+    assert torch.cat(minibatches(24, 8, 1, 0)).tolist() == orders[0]
+    with pytest.raises(ValueError, match="mini_batch_size: 7"):
+        minibatches(24, 7, 1, 0)
+
+
+def test_every_order_is_as_likely_as_any_other() -> None:
+    first = torch.stack([torch.cat(minibatches(8, 8, seed, 0)) for seed in range(4000)])
+    counts = torch.stack([torch.bincount(column, minlength=8) for column in first.T]).double()
+    chi_squared = ((counts - 500) ** 2 / 500).sum(1)
+    assert (chi_squared < 29.9).all()  # 0.9999 quantile for 7 degrees of freedom
+
+
+def test_seeds_depend_on_run_step_and_place_in_the_global_batch_only() -> None:
+    seeds = seeds_for(step_seed(5, 2), torch.arange(16))
+    assert torch.equal(seeds_for(step_seed(5, 2), torch.tensor([7, 3])), seeds[[7, 3]])
+    every = torch.cat([seeds_for(step_seed(run, step), torch.arange(50)) for run in range(8) for step in range(8)])
+    assert len(every.unique()) == 8 * 8 * 50
+
+
+def test_sampling_params_refuse_what_cannot_be_sampled() -> None:
+    assert SamplingParams(max_new_tokens=8).temperature == 1
+    for settings in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": 0}, {"max_new_tokens": 1, "top_p": 0}):
+        with pytest.raises(ConfigError):
+            load_config(SamplingParams, settings)
+    with pytest.raises(ConfigError, match="greedy"):
+        load_config(SamplingParams, {"max_new_tokens": 1, "greedy": True, "top_k": 5})
