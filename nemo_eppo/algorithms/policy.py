@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_eppo.algorithms.masking import masked_mean, masked_sum, zero_outside
 
 MAX_LOG_RATIO = 20.0
-"""The log-ratio of a token is clamped to +-20 before exp: e^20 is 5e8, already as good as infinite, and cannot overflow."""
+"""A token's log-ratio is clamped to +-20 before exp: e^20 is 5e8, as good as infinite, and nothing overflows."""
 
 Aggregation = Literal["token", "sequence"]
 

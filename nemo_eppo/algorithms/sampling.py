@@ -1,7 +1,6 @@
 """Sampling that depends on (seed, position) and the logits alone: not on batch order, batch size, layout or device."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _WRAP = 1 << 64
@@ -19,17 +18,17 @@ def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         top_p: of these, keep the smallest set, likeliest first, that holds at least this share of their probability;
             always at least one token. 1 keeps all.
     """
-    vocabulary = logits.shape[-1]
-    if (top_k == 0 or top_k >= vocabulary) and top_p >= 1:
+    limited = 0 < top_k < logits.shape[-1]
+    if not limited and top_p >= 1:
         return torch.ones_like(logits, dtype=torch.bool)
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    if 0 < top_k < vocabulary:
-        ordered, order = ordered[..., :top_k], order[..., :top_k]
-    kept = torch.ones_like(ordered, dtype=torch.bool)
+    largest = logits.topk(top_k).values if limited else logits.sort(dim=-1, descending=True).values
+    count = torch.full_like(largest[..., :1], top_k, dtype=torch.int64)
     if top_p < 1:
-        mass = ordered.double().softmax(dim=-1).cumsum(dim=-1)
-        kept = F.pad(mass[..., :-1], (1, 0)) < top_p  # the mass before a token
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, kept)
+        mass = largest.double().softmax(dim=-1).cumsum(dim=-1)
+        count = 1 + (mass[..., :-1] < top_p).sum(dim=-1, keepdim=True)
+    cut = largest.gather(-1, count - 1)
+    above, tied = ~(logits <= cut), logits == cut  # a NaN is above, so that it is not dropped but found
+    return above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -56,7 +55,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution; never one of probability 0.
 
     Probabilities become integers in units of 2^-52, whose sums are exact, so every device draws the same token from the
-    same probabilities. A token below 2^-53 is never drawn.
+    same probabilities. A token below 2^-52 is never drawn.
 
     Args:
         logits: fp32 [B, V], temperature and filters applied.
@@ -68,11 +67,11 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     Raises:
         ValueError: for NaN or +inf among the logits, or nothing but -inf.
     """
-    probabilities = logits.softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1).mul_(2.0**52)
     broken = ~torch.isfinite(probabilities.sum(dim=-1))
     if bool(broken.any()):
         raise ValueError(f"logits: NaN, +inf or only -inf in rows {broken.nonzero().flatten().tolist()}")
-    cumulative = (probabilities.double() * 2.0**52).round().long().cumsum(dim=-1)
+    cumulative = probabilities.long().cumsum_(dim=-1)  # in place: allocating [B, V] anew costs more than adding up
     threshold = (uniforms[:, None] * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,13 +84,13 @@ def install() -> None:
     if on_gpu():
         torch.cuda.set_device(device())
         return
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*", category=UserWarning)
     if torch.cuda.Event is _CpuEvent:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("nemo_eppo.megatron.device.install() has to run before megatron.core is imported")
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _disable_jit_fuser()
     for module_name, functions in _DEVICE_LITERALS.items():
@@ -98,6 +99,7 @@ def install() -> None:
             _rewrite_device_literals(module, function)
     _use_cpu_random_states()
     _fork_checkpoint_writers()
+    torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # last: it also marks a complete installation
 
 
 def _megatron(name: str) -> Any:

@@ -61,6 +61,8 @@ class EnergyProbe:
         per_layer = _ENERGIES[config.preset]
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
+                # on every rank, not only where the wanted layers are: none may go on and wait for the others
+                self._check_readable(layer)
                 for place, index in enumerate(wanted):
                     if layer.layer_number - 1 == index:
                         self._attach(layer, place * per_layer)
@@ -98,17 +100,20 @@ class EnergyProbe:
         sizes = [b * s for b, s in shapes]
         return [e.view(b, s, -1) for e, (b, s) in zip(energies.split(sizes), shapes, strict=True)]
 
+    def _check_readable(self, layer: Any) -> None:
+        fused = hasattr(layer.mlp.linear_fc1, "layer_norm_weight")
+        if fused and self.config.preset not in ("paper", "down_proj"):
+            raise ConfigError(
+                f"energy.preset = {self.config.preset!r} reads the input of the MLP's first projection, which "
+                "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
+            )
+
     def _attach(self, layer: Any, column: int) -> None:
         self._passes[column] = []
         mlp, preset = layer.mlp, self.config.preset
         if preset == "paper":
             layer.register_forward_hook(self._layer_hook(column), with_kwargs=True)
             return
-        if preset != "down_proj" and hasattr(mlp.linear_fc1, "layer_norm_weight"):
-            raise ConfigError(
-                f"energy.preset = {preset!r} reads the input of the MLP's first projection, which TransformerEngine "
-                "fuses with its norm; use 'paper' or 'down_proj'"
-            )
         if preset == "mlp_block":
             mlp.register_forward_hook(self._mlp_hook(column))
             return
@@ -177,5 +182,5 @@ class EnergyProbe:
         return norms
 
     def _norms(self, hidden: Tensor, width: int) -> Tensor:
-        norms = hidden.float().abs().sum(-1, keepdim=True).contiguous()
+        norms = hidden.abs().sum(-1, keepdim=True, dtype=torch.float32)
         return norms / width if self.config.norm else norms

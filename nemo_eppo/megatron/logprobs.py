@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.algorithms.sampling import keep_mask
@@ -26,9 +27,12 @@ _CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MB in fp32
 class ScoringConfig(Config):
     """The distribution whose log-probabilities are meant: the one that was sampled from."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits."""
+    top_k: int = Field(0, ge=0)
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of these, the likeliest that hold this share of the probability; 1: all."""
 
 
 def token_logprobs(

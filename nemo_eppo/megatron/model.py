@@ -39,6 +39,7 @@ class _Decoder(GPTModel):
             share_embeddings_and_output_weights=tied,
             vp_stage=vp_stage,
         )
+        self.real_vocab_size = model.vocab_size
 
 
 class PolicyModel(_Decoder):
@@ -46,7 +47,6 @@ class PolicyModel(_Decoder):
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
-        self.real_vocab_size = model.vocab_size
         self.scoring = ScoringConfig()
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:

@@ -27,8 +27,8 @@ class ModelConfig(Config):
     """Key/value heads; null for as many as query heads."""
     head_dim: int | None = Field(None, ge=2)
     """Width of one head; null for hidden_size / num_attention_heads."""
-    vocab_size: int = Field(ge=2)
-    """Tokens of the tokenizer; padding for tensor parallelism is added and masked internally."""
+    vocab_size: int = Field(0, ge=0)
+    """Tokens of the model, 0 for the tokenizer's; padding for tensor parallelism is added and masked internally."""
     max_sequence_length: int = Field(ge=2)
     """Longest prompt + response, in tokens."""
     rotary_base: float = Field(10000.0, gt=0)
@@ -53,6 +53,8 @@ class ModelConfig(Config):
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}; set head_dim if that is meant"
             )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim = {self.head_width} is odd; rotary positions turn channels in pairs")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}"

@@ -64,8 +64,13 @@ class ModelRunner:
             energies: also read the energy probe.
 
         Returns:
-            outputs [N, S, C] and energies [N, S, E] or None, fp32, 0 beyond each row's length, equal on every rank.
+            outputs [N, S, C] and energies [N, S, E] or None, fp32 in CPU memory, 0 beyond each row's length, equal on
+            every rank.
+
+        Raises:
+            ValueError: a token is not in the model's vocabulary.
         """
+        self._check_tokens(tokens)
         rows: Rows = {"tokens": tokens, "lengths": lengths}
         if targets is not None:
             rows["targets"] = targets
@@ -75,36 +80,43 @@ class ModelRunner:
         if energies and probe is None:
             raise RuntimeError("energies were asked for, but this runner has no energy probe")
         width = outputs + (probe.config.energies_per_token() if probe else 0)
-        result = torch.zeros(tokens.size(0), tokens.size(1), width, device=tokens.device)
+        result = torch.zeros(tokens.size(0), tokens.size(1), width, device=device.device())
         if len(mine):
             for indices, out in self._infer_replica(rows, mine, outputs, probe):
                 size = min(out.size(1), tokens.size(1))
-                keep = torch.arange(size, device=out.device) < lengths[indices].unsqueeze(1)
-                result[indices, :size] = torch.where(keep.unsqueeze(-1), out[:, :size], 0)
+                keep = (torch.arange(size) < lengths[indices].unsqueeze(1)).to(out.device)
+                result[indices.to(out.device), :size] = torch.where(keep.unsqueeze(-1), out[:, :size], 0)
         if self._replicas.size() > 1:
             dist.all_reduce(result, group=self._replicas)  # every row is non-zero on one replica only
+        result = result.cpu()
         return result[..., :outputs], result[..., outputs:] if probe else None
 
-    def train_step(self, rows: Mapping[str, Tensor], loss_function: LossFunction) -> dict[str, float]:
+    def train_step(
+        self, rows: Mapping[str, Tensor], loss_function: LossFunction, *, group: int = 1
+    ) -> dict[str, float]:
         """One optimizer step on a global mini-batch.
 
         Args:
             rows: tensors [N, ...]; "tokens" and "lengths" are required. Tensors whose second dimension is S or S - 1
                 are cut to the micro-batch's longest row.
             loss_function: see LossFunction; it runs on the last pipeline stage.
+            group: so many consecutive rows are always in one micro-batch, whose size then counts groups.
 
         Returns:
             the reported sums over the whole mini-batch, plus "grad_norm" and "lr", the same on every rank.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite; nothing was updated.
+            ValueError: a token is not in the model's vocabulary, or there are too few rows for the layout.
         """
+        self._check_tokens(rows["tokens"])
+        # every rank cuts every replica's share, so that all of them fail if one share is too small
+        shares = [self._micro_batches(share, repeat=False) for share in self._deal(rows["lengths"], group)]
+        batches = [self._cut(rows, indices) for indices in shares[self._replicas.rank()]]
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        mine = self._deal(rows["lengths"])[self._replicas.rank()]
-        batches = [self._cut(rows, indices) for indices in self._micro_batches(mine, rows["lengths"])]
         scale = len(batches) * self._replicas.size()  # Megatron divides by both; our losses are global sums already
 
         def loss(batch: Rows, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +140,7 @@ class ModelRunner:
     ) -> list[tuple[Tensor, Tensor]]:
         for chunk in self.chunks:
             chunk.eval()
-        pieces = self._micro_batches(mine, rows["lengths"])
+        pieces = self._micro_batches(mine, repeat=True)
         batches = [self._cut(rows, indices) for indices in pieces]
         shapes = [(batch["tokens"].size(0), batch["tokens"].size(1)) for batch in batches]
 
@@ -140,7 +152,7 @@ class ModelRunner:
         else:
             with probe.recording():
                 collected = self._run(batches, lambda batch: collect, forward_only=True)
-        flat = torch.zeros(sum(b * s for b, s in shapes), outputs, device=rows["tokens"].device)
+        flat = torch.zeros(sum(b * s for b, s in shapes), outputs, device=device.device())
         if parallel_state.is_pipeline_last_stage():
             flat = torch.cat([out.reshape(-1, outputs).float() for out in collected])
         if self._stages.size() > 1:
@@ -172,19 +184,29 @@ class ModelRunner:
             collect_non_loss_data=forward_only,
         )
 
-    def _deal(self, lengths: Tensor) -> list[Tensor]:
-        """Row indices for each replica, longest first, so that replicas get equal work."""
-        order = torch.argsort(lengths, descending=True, stable=True)
-        return [order[replica :: self._replicas.size()] for replica in range(self._replicas.size())]
+    def _deal(self, lengths: Tensor, group: int = 1) -> list[Tensor]:
+        """Row indices [groups, group] for each replica, longest first, so that replicas get equal work."""
+        order = torch.argsort(lengths.view(-1, group).amax(1), descending=True, stable=True)
+        rows = order.unsqueeze(1) * group + torch.arange(group, device=order.device)
+        return [rows[replica :: self._replicas.size()] for replica in range(self._replicas.size())]
 
-    def _micro_batches(self, mine: Tensor, lengths: Tensor) -> list[Tensor]:
-        if len(self.chunks) > 1 and (n := -(-len(mine) // self.micro_batch_size)) % self._stages.size():
-            # the interleaved schedule needs a multiple of the stages: deal the same rows into more micro-batches
-            n += self._stages.size() - n % self._stages.size()
-            if n > len(mine):
-                raise ValueError(f"{len(mine)} rows cannot fill {n} micro-batches of an interleaved pipeline")
-            return list(torch.tensor_split(mine, n))
-        return list(mine.split(self.micro_batch_size))
+    def _micro_batches(self, mine: Tensor, *, repeat: bool) -> list[Tensor]:
+        """Row indices of each micro-batch. Where groups are too few, inference may `repeat` the last micro-batch."""
+        multiple = self._stages.size() if len(self.chunks) > 1 else 1  # what the interleaved schedule can run
+        count = max(1, -(-len(mine) // (self.micro_batch_size * multiple))) * multiple
+        if count > len(mine) and not repeat:
+            raise ValueError(
+                f"tokens: a share of {len(mine)} for one of {self._replicas.size()} data-parallel replicas cannot fill "
+                f"{count} micro-batches"
+            )
+        pieces = [part.flatten() for part in torch.tensor_split(mine, min(count, len(mine)))]
+        return pieces + pieces[-1:] * (count - len(pieces))
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        # tensor-parallel embeddings give zeros, not an error, for an id outside the vocabulary
+        vocab_size, low, high = unwrap(self.chunks[0]).real_vocab_size, int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"tokens: id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}")
 
     def _cut(self, rows: Mapping[str, Tensor], indices: Tensor) -> Rows:
         full = rows["tokens"].size(1)
@@ -200,7 +222,7 @@ class ModelRunner:
                 if picked.size(1) < wanted:
                     padding = (0,) * (2 * (value.dim() - 2)) + (0, wanted - picked.size(1))
                     picked = nn.functional.pad(picked, padding, value=IGNORE if name == "targets" else 0)
-            batch[name] = picked.contiguous()
+            batch[name] = picked.to(device.device()).contiguous()
         return batch
 
     def _sum_reports(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -64,7 +64,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
 
     Args:
         parallel: the layout; checked against the world size before anything is joined.
-        seed: the same on every rank; Megatron derives a different one per tensor- and pipeline-parallel rank.
+        seed: the same on every rank; a different one is derived for torch on each pipeline stage (whose layers would
+            else start as copies of each other's), and by Megatron on each tensor-parallel rank.
         timeout_minutes: a collective that waits longer than this ends the job.
     """
     parallel.data_parallel_size(world_size())
@@ -85,8 +86,9 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         )
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
 
 
 def shutdown() -> None:

@@ -146,14 +146,15 @@ def _parse(script: Path, config_name: str, config_path: str) -> argparse.Namespa
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument("--help", "-h", action="store_true")
     arguments = parser.parse_intermixed_args()
-    arguments.config_path = (script.parent / arguments.config_path).resolve()
     arguments.config_name = arguments.config_name.removesuffix(".yaml")
-    directories = [arguments.config_path]
+    directories = [(script.parent / arguments.config_path).resolve()]
     if arguments.config_dir:
         directories.append(Path(arguments.config_dir).resolve())
+        # Hydra searches the second directory for parts of the configuration only, not for the file itself
+        directories.sort(key=lambda directory: not (directory / f"{arguments.config_name}.yaml").exists())
+    arguments.config_path = directories[0]
     arguments.overrides = [_force(override, directories) for override in arguments.overrides]
-    if arguments.config_dir:
-        arguments.overrides.append(f"hydra.searchpath=['file://{directories[-1]}']")
+    arguments.overrides += [f"hydra.searchpath=['file://{directory}']" for directory in directories[1:]]
     return arguments
 
 

@@ -130,8 +130,12 @@ class RewardPipeline:
         if self.config.standardize:
             if score_mean is None or score_std is None:
                 raise ValueError("score_mean, score_std: needed to standardise; or set standardize to false")
-            if bool((score_std <= 0).any()):
-                raise ValueError(f"score_std: {score_std.tolist()}; expected positive numbers")
+            usable = torch.isfinite(score_mean).all() and torch.isfinite(score_std).all() and (score_std > 0).all()
+            if not usable or not score_mean.shape == score_std.shape == scores.shape[1:]:
+                raise ValueError(
+                    f"score_mean, score_std: {score_mean.tolist()}, {score_std.tolist()}; "
+                    f"expected {scores.shape[1]} finite numbers each, the std above 0"
+                )
             scores = (scores - score_mean.double()) / score_std.double()
         if self.config.combine == "single" and scores.shape[1] != 1:
             raise ValueError(f"scores: {scores.shape[1]} reward models, but combine is 'single'")

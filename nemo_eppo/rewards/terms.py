@@ -48,7 +48,7 @@ class RewardInputs:
         """Check shapes and look for NaN and infinities.
 
         Raises:
-            ValueError: naming the quantity, and the sample if one is to blame.
+            ValueError: naming the quantity, and the sample.
         """
         for one, other in (("policy_energy", "reference_energy"), ("logprobs", "ref_logprobs")):
             if getattr(self, other) is not None and getattr(self, one) is None:
@@ -60,8 +60,6 @@ class RewardInputs:
         modules = self.policy_energy.shape[-1] if self.policy_energy is not None else 1
         for name, x, shape, mask in (
             ("scores", self.scores, (batch, models), None),
-            ("score_mean", self.score_mean, (models,), None),
-            ("score_std", self.score_std, (models,), None),
             ("truncated", self.truncated, (batch,), None),
             ("policy_energy", self.policy_energy, (batch, modules), None),
             ("reference_energy", self.reference_energy, (batch, modules), None),

@@ -25,7 +25,10 @@ class Service(Protocol):
     """Kind of job, `critic` or `reward`."""
     vocab_size: int
     max_sequence_length: int
-    endpoints: Mapping[str, Callable[[Tensors], Any]]
+
+    @property
+    def endpoints(self) -> Mapping[str, Callable[[Tensors], Any]]:
+        """The functions by the name of their endpoint."""
 
     @property
     def step(self) -> int:

@@ -91,7 +91,7 @@ def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
         sample_tokens(logits, torch.full((3,), 0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.8), (0, 1e-9), (100, 1.0), (1, 0.5)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.61), (5, 0.79), (0, 1e-9), (100, 1.0), (1, 0.5)])
 def test_filters_keep_the_set_found_by_brute_force(top_k: int, top_p: float) -> None:
     logits = torch.randint(-3, 3, (30, 12)).float()  # full of ties
     kept = keep_mask(logits, top_k, top_p)
@@ -100,10 +100,22 @@ def test_filters_keep_the_set_found_by_brute_force(top_k: int, top_p: float) -> 
         total = sum(float(logits[row, v].double().exp()) for v in ranked)
         wanted, mass = set(), 0.0
         for v in ranked:
-            if mass < top_p * total * (1 - 1e-12):
+            if mass < top_p * total:
                 wanted.add(v)
             mass += float(logits[row, v].double().exp())
         assert set(kept[row].nonzero().flatten().tolist()) == (wanted if top_p < 1 else set(ranked))
+
+
+def test_top_p_stops_as_soon_as_the_mass_is_reached() -> None:
+    assert keep_mask(torch.zeros(4), 0, 0.5).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (3, 0.5)])
+def test_filters_do_not_hide_nan(top_k: int, top_p: float) -> None:
+    logits = torch.randn(2, 20)
+    logits[1, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        sample_tokens(filter_logits(logits, top_k, top_p), torch.full((2,), 0.5, dtype=torch.float64))
 
 
 def test_filtered_logits_are_minus_infinity_and_the_others_untouched() -> None:

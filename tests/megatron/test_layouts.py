@@ -109,8 +109,11 @@ def critic() -> dict[str, Any]:
 
 def same(case: str, got: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     for rank, result in enumerate(got):
-        for what, value in expected.items():
-            close(f"{case}, rank {rank}, {what}", result[what], value)
+        for what in ("before", "energies", "after", "parameters"):
+            close(f"{case}, rank {rank}, {what}", result[what], expected[what])
+        scale = {name: value.abs().clamp(min=1) for name, value in expected["reports"].items()}
+        relative = [{name: value / scale[name] for name, value in r["reports"].items()} for r in (result, expected)]
+        close(f"{case}, rank {rank}, reports (relative)", *relative)
 
 
 def test_three_updates_move_every_parameter(policy: dict[str, Any], critic: dict[str, Any]) -> None:

@@ -44,7 +44,11 @@ def test_the_real_clock_measures_seconds() -> None:
 
 def test_phases_do_not_overlap() -> None:
     timers = Timers()
-    with timers("generate"), pytest.raises(RuntimeError, match="'refit' starts inside phase 'generate'"), timers("refit"):
+    with (
+        timers("generate"),
+        pytest.raises(RuntimeError, match="'refit' starts inside phase 'generate'"),
+        timers("refit"),
+    ):
         pass
 
 

@@ -129,13 +129,11 @@ def test_rewards_are_independent_of_padding() -> None:
     assert not padded[:, S - 1 :].any()
 
 
-@pytest.mark.parametrize(
-    "name", ["scores", "score_mean", "policy_energy", "reference_energy", "logprobs", "ref_logprobs"]
-)
+@pytest.mark.parametrize("name", ["scores", "policy_energy", "reference_energy", "logprobs", "ref_logprobs"])
 def test_nan_is_an_error_that_names_quantity_and_sample(name: str) -> None:
     broken = getattr(make_inputs(), name).clone()
     broken[(2, 4) if broken.dim() == 2 and broken.shape[1] == S - 1 else -1] = math.nan
-    sample = {"score_mean": 0, "logprobs": 2, "ref_logprobs": 2}.get(name, B - 1)
+    sample = 2 if "logprobs" in name else B - 1
     with pytest.raises(ValueError, match=f"{name}: nan in sample {sample}"):
         pipeline(EVERYTHING)(make_inputs(**{name: broken}))
 
@@ -240,9 +238,10 @@ def test_a_resumed_pipeline_continues_as_if_never_stopped() -> None:
     ("changes", "message"),
     [
         ({"score_mean": None}, "score_mean, score_std: needed"),
-        ({"score_std": torch.zeros(1)}, r"score_std: \[0.0\]"),
+        ({"score_std": torch.zeros(1)}, r"score_mean, score_std: \[2.0\], \[0.0\]; expected 1"),
         ({"scores": torch.ones(B)}, "scores: shape"),
-        ({"scores": torch.ones(B, 1), "score_mean": torch.ones(2)}, "score_mean: shape"),
+        ({"score_mean": torch.tensor([math.nan])}, r"score_mean, score_std: \[nan\]"),
+        ({"score_mean": torch.ones(2)}, r"score_mean, score_std: \[1.0, 1.0\]"),
         ({"reference_energy": torch.ones(B, 2)}, "reference_energy: shape"),
         ({"logprobs": torch.ones(B, S)}, "logprobs: shape"),
         ({"policy_energy": None}, "policy_energy: needed together with reference_energy"),

@@ -1,0 +1,237 @@
+"""Incremental decoding with a key-value cache, computed directly on the weights of a Megatron decoder.
+
+No module of the model is called: no hook fires, no training state changes, and a step costs little more than its matrix
+products. Every rank of a replica takes part: tensor-parallel ranks add up what their heads and channels contribute,
+pipeline stages hand hidden states on. Sequence parallelism only splits activations of training, so it is not needed.
+
+All rows of a batch write the same cache column in the same step. A row shorter than the longest prompt has a gap after
+its prompt that it never looks at; its rotary positions do not count the gap.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model import unwrap
+
+_PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
+
+
+class _Layer(NamedTuple):
+    """This rank's weights of one decoder layer, as Megatron lays them out."""
+
+    attention_norm: Tensor
+    """[H]."""
+    qkv: Tensor
+    """[G * (R + 2) * D, H]: for each of G key/value groups, R query heads, then key, then value."""
+    qkv_bias: Tensor | None
+    """[G * (R + 2) * D]."""
+    q_norm: Tensor | None
+    """[D]."""
+    k_norm: Tensor | None
+    """[D]."""
+    projection: Tensor
+    """[H, G * R * D]."""
+    mlp_norm: Tensor
+    """[H]."""
+    gate_up: Tensor
+    """[2 * F, H]: gate rows, then up rows."""
+    down: Tensor
+    """[H, F]."""
+
+
+class Decoder:
+    """Runs a policy's chunks token by token; what it remembers of a batch is its cache.
+
+    Args:
+        chunks: what `build_model(..., head="lm")` returned, wrapped or not.
+        vocab_size: tokens without the padding of the vocabulary.
+    """
+
+    def __init__(self, chunks: list[Any], vocab_size: int) -> None:
+        self._models = [unwrap(chunk) for chunk in chunks]
+        config = self._models[0].config
+        self._vocab_size = vocab_size
+        self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
+        self._heads_per_group = config.num_attention_heads // config.num_query_groups
+        self._head_width, self._softmax_scale = config.kv_channels, config.softmax_scale
+        self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
+        self._groups = config.num_query_groups // self._tensor_ranks.size()
+        self._stages = parallel_state.get_pipeline_model_parallel_group()
+        self._previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+        self._next = parallel_state.get_pipeline_model_parallel_next_rank()
+        self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
+        self._storage = torch.empty(0, dtype=self._dtype, device=device.device())
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, lengths: Tensor, columns: int) -> Tensor | None:
+        """Start a batch.
+
+        Args:
+            tokens: [n, P] prompts, right padding.
+            lengths: [n] tokens of each prompt.
+            columns: width of the cache: P and one column for every `step` that may follow.
+
+        Returns:
+            fp32 logits [n, V] of the token after each prompt; None except on the last pipeline stage.
+        """
+        rows, longest = tokens.shape
+        self._allocate(rows, columns)
+        self._positions = lengths[:, None]
+        self._rotary = self._rotary_table(columns)
+        self._gaps = self._hide_gaps(lengths, longest, columns)
+        self._filled = longest
+        last_hidden = []
+        for part in range(0, rows, max(1, _PREFILL_TOKENS // longest)):
+            taken = slice(part, part + max(1, _PREFILL_TOKENS // longest))
+            hidden = self._run(tokens[taken], self._rotary[:, None, :longest], taken, slice(0, longest))
+            if hidden is not None:
+                ends = lengths[taken] - 1
+                last_hidden.append(hidden[torch.arange(len(ends), device=ends.device), ends])
+        return self._logits(torch.cat(last_hidden)) if last_hidden else None
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor | None:
+        """Append one token [n] to each row; fp32 logits [n, V] of the next, None except on the last pipeline stage."""
+        column = slice(self._filled, self._filled + 1)
+        hidden = self._run(tokens[:, None], self._rotary[:, self._positions], slice(None), column)
+        self._filled += 1
+        self._positions = self._positions + 1
+        return None if hidden is None else self._logits(hidden[:, 0])
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these, moving as few as possible; returns the kept rows in their new order."""
+        size = len(rows)
+        holes = sorted(set(range(size)) - set(rows))
+        movers = [row for row in rows if row >= size]
+        order = list(range(size))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        self._cache[:, holes, : self._filled] = self._cache[:, movers, : self._filled]
+        self._cache = self._cache[:, :size]
+        self._positions = self._positions[order]
+        self._gaps = None if self._gaps is None else self._gaps[order]
+        return order
+
+    def release(self) -> None:
+        """Free the cache."""
+        self._cache = self._storage = self._storage.new_empty(0)
+
+    def _run(self, tokens: Tensor, rotary: Tensor, rows: slice, columns: slice) -> Tensor | None:
+        """Tokens [b, s] through all stages, into the cache at `rows` and `columns`; hidden [b, s, H] on the last."""
+        index = 0
+        for model, layers in zip(self._models, self._layers, strict=True):
+            if model.pre_process:
+                hidden = self._embed(tokens, model.embedding.word_embeddings.weight)
+            else:
+                hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
+                dist.recv(hidden, self._previous, group=self._stages)
+            for layer in layers:
+                self._attend(hidden, layer, self._cache[index, rows], columns, rotary)
+                self._transform(hidden, layer)
+                index += 1
+            if not model.post_process:
+                dist.send(hidden, self._next, group=self._stages)
+        return hidden if model.post_process else None
+
+    def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, columns: slice, rotary: Tensor) -> None:
+        """Add the layer's attention to hidden [b, s, H]; cache [b, W, G, 2, D], rotary [2, b or 1, s, 1, 1, D]."""
+        rows, size, _ = hidden.shape
+        width, heads = self._head_width, self._heads_per_group
+        qkv = F.linear(_norm(hidden, layer.attention_norm, self._eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(rows, size, self._groups, heads + 2, width)
+        query, key = qkv[..., :heads, :], qkv[..., heads, :]
+        if layer.q_norm is not None:
+            query.copy_(_norm(query, layer.q_norm, self._eps))
+            key.copy_(_norm(key, layer.k_norm, self._eps))
+        query_key = qkv[..., : heads + 1, :]
+        halves_swapped = query_key.roll(width // 2, -1)
+        query_key.mul_(rotary[0]).addcmul_(halves_swapped, rotary[1])
+        cache[:, columns] = qkv[..., heads:, :]
+        if size == 1:  # the heads of a group are rows that share its keys
+            keys, values = cache[:, : columns.stop].permute(3, 0, 2, 1, 4).unbind()
+            gaps = None if self._gaps is None else self._gaps[..., : columns.stop]
+            out = F.scaled_dot_product_attention(query[:, 0], keys, values, gaps, scale=self._softmax_scale)
+        else:  # a prompt's own tokens come before its padding
+            out = F.scaled_dot_product_attention(
+                query.flatten(2, 3).transpose(1, 2),
+                key.transpose(1, 2),
+                qkv[..., heads + 1, :].transpose(1, 2),
+                is_causal=True,
+                scale=self._softmax_scale,
+                enable_gqa=heads > 1,
+            ).transpose(1, 2)
+        hidden += self._sum(F.linear(out.reshape(rows, size, -1), layer.projection))
+
+    def _transform(self, hidden: Tensor, layer: _Layer) -> None:
+        """Add the layer's MLP to hidden [b, s, H]."""
+        gate, up = F.linear(_norm(hidden, layer.mlp_norm, self._eps), layer.gate_up).chunk(2, -1)
+        hidden += self._sum(F.linear(F.silu(gate).mul_(up), layer.down))
+
+    def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """[b, s] -> [b, s, H]; weight [V / tp, H]."""
+        if self._tensor_ranks.size() == 1:
+            return F.embedding(tokens, weight)
+        local = tokens - self._tensor_ranks.rank() * weight.size(0)
+        own = (local >= 0) & (local < weight.size(0))
+        return self._sum(torch.where(own[..., None], F.embedding(torch.where(own, local, 0), weight), 0))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> fp32 [n, V], without the vocabulary's padding."""
+        model = self._models[-1]
+        logits = F.linear(_norm(hidden, model.decoder.final_layernorm.weight, self._eps), model.projection_weight())
+        if self._tensor_ranks.size() > 1:
+            shards = [torch.empty_like(logits) for _ in range(self._tensor_ranks.size())]
+            dist.all_gather(shards, logits, group=self._tensor_ranks)
+            logits = torch.cat(shards, -1)
+        return logits[:, : self._vocab_size].float()
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        if self._tensor_ranks.size() > 1:
+            dist.all_reduce(partial, group=self._tensor_ranks)
+        return partial
+
+    def _allocate(self, rows: int, columns: int) -> None:
+        shape = (sum(map(len, self._layers)), rows, columns, self._groups, 2, self._head_width)
+        if self._storage.numel() < math.prod(shape):
+            self._storage = self._storage.new_empty(math.prod(shape))
+        self._cache = self._storage[: math.prod(shape)].view(shape)
+
+    def _rotary_table(self, columns: int) -> Tensor:
+        """Cosines and sines [2, W, 1, 1, D]; sines carry the sign of the rotation."""
+        cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
+        table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+        return table[:, :, None, None].to(self._storage)
+
+    def _hide_gaps(self, lengths: Tensor, longest: int, columns: int) -> Tensor | None:
+        """What to add to attention scores [n, 1, 1, W]: -inf between a prompt's end and the first response column."""
+        column = torch.arange(columns, device=lengths.device)
+        gaps = (column >= lengths[:, None]) & (column < longest)
+        return torch.zeros_like(gaps, dtype=self._dtype).masked_fill_(gaps, -torch.inf)[:, None, None]
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _layer_weights(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attention, layer.mlp
+    return _Layer(
+        # TransformerEngine fuses a norm into the projection behind it
+        attention_norm=_first(attention.linear_qkv, "layer_norm_weight", layer.input_layernorm),
+        qkv=attention.linear_qkv.weight,
+        qkv_bias=attention.linear_qkv.bias,
+        q_norm=attention.q_layernorm and attention.q_layernorm.weight,
+        k_norm=attention.k_layernorm and attention.k_layernorm.weight,
+        projection=attention.linear_proj.weight,
+        mlp_norm=mlp.linear_fc1.layer_norm_weight,
+        gate_up=mlp.linear_fc1.weight,
+        down=mlp.linear_fc2.weight,
+    )

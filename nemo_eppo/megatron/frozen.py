@@ -1,0 +1,43 @@
+"""A frozen copy of a model's weights that takes turns with the live ones in the same modules."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model import unwrap
+
+
+class FrozenWeights:
+    """One copy of this rank's weights in CPU memory, taken when it is made.
+
+    While `active()`, the modules hold the frozen weights and the live ones are put aside, so a reference policy costs
+    no second model on the device. On a CPU nothing is copied: the storages change places.
+    """
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._parameters = [p for chunk in chunks for p in unwrap(chunk).parameters()]
+        self._aside = [p.detach().to("cpu", copy=True) for p in self._parameters]
+        if device.on_gpu():
+            self._aside = [tensor.pin_memory() for tensor in self._aside]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the block with the frozen weights; no gradients, no optimizer step inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self._parameters):
+            if device.on_gpu():
+                live = parameter.detach().to("cpu", copy=True).pin_memory()
+                parameter.copy_(self._aside[index])
+                self._aside[index] = live
+            else:
+                parameter.data, self._aside[index] = self._aside[index], parameter.data

@@ -1,0 +1,53 @@
+"""Work that one rank or one replica does for all: every rank leaves with the same result, or with the same error."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+ResultT = TypeVar("ResultT")
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; its own message is in its log and here."""
+
+
+def on_rank0(work: Callable[[], ResultT]) -> ResultT:
+    """Run `work` on global rank 0 and give its picklable result to every rank.
+
+    Raises:
+        the error of `work` on rank 0, and PeerError with its message on all others: none is left waiting.
+    """
+    error: Exception | None = None
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as caught:
+            error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
+    dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise PeerError(f"rank 0 failed: {outcome[1]}")
+    return outcome[0]
+
+
+def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[ResultT]]) -> list[ResultT]:
+    """Deal items to the data-parallel replicas, largest first, and gather what each made of its own.
+
+    Args:
+        sizes: cost of each item.
+        work: given the indices of this replica's items, returns one result for each; called on all ranks of a replica.
+
+    Returns:
+        one result per item, in order, the same on every rank.
+    """
+    group = parallel_state.get_data_parallel_group()
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    mine = order[group.rank() :: group.size()]
+    made: list[Any] = [None] * group.size()
+    dist.all_gather_object(made, dict(zip(mine, work(mine), strict=True)), group=group)
+    together = {index: result for part in made for index, result in part.items()}
+    return [together[index] for index in range(len(sizes))]

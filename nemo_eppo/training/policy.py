@@ -1,0 +1,100 @@
+"""The policy and its frozen SFT reference in one set of modules: rollouts, log-probs and energies of both."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms.energy import energy_mask, energy_window, response_energy
+from nemo_eppo.generation.engine import Engine
+from nemo_eppo.megatron.frozen import FrozenWeights
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.rollout.batch import Completion, RolloutBatch
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.collectives import over_replicas
+from nemo_eppo.training.ppo_config import EnergyConfig
+
+_REFERENCE_VERSION = -1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one forward pass says about a rollout batch."""
+
+    logprobs: Tensor
+    """[B, T] of the tokens, 0 outside the response."""
+    entropies: Tensor
+    """[B, T] of the distributions they came from, 0 outside the response."""
+    energies: Tensor | None
+    """[B, E] mean energy loss of each response, if it was read."""
+
+
+def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:
+    """[B, S]: the token that follows each position where it is a response token, else IGNORE."""
+    targets = torch.full_like(tokens, IGNORE)
+    targets[:, :-1] = torch.where(mask, tokens[:, 1:], IGNORE)
+    return targets
+
+
+class Policy:
+    """Everything a PPO step asks of the policy and of the reference; in and out go global batches, on every rank."""
+
+    def __init__(
+        self, runner: ModelRunner, reference: FrozenWeights, engine: Engine, energy: EnergyConfig, max_new_tokens: int
+    ) -> None:
+        self.runner, self.reference, self.engine, self.energy = runner, reference, engine, energy
+        self._greedy = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
+        self._own_energies: dict[bytes, Tensor] = {}
+
+    def refit(self, version: int) -> None:
+        """Give the engine the policy's current weights under a new version number."""
+        self.engine.refit(None, version)
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: Tensor) -> list[Completion]:
+        """One completion per prompt, the replicas sharing the work."""
+
+        def replica(mine: list[int]) -> list[Completion]:
+            return self.engine.generate([prompts[i] for i in mine], sampling, [int(seeds[i]) for i in mine])
+
+        return over_replicas([len(prompt) for prompt in prompts], replica)
+
+    def score(self, batch: RolloutBatch, energies: bool = True) -> Scores:
+        """Log-probs, entropies and energies of the responses under the weights that the modules hold now."""
+        targets = next_token_targets(batch.tokens, batch.mask)
+        out, read = self.runner.infer(batch.tokens, batch.lengths, targets, outputs=2, energies=energies)
+        losses = None
+        if read is not None:
+            window = energy_window(read, self.energy.window)
+            mask = energy_mask(batch.prompt_lengths, batch.lengths, batch.sequence_length, self.energy.window)
+            losses = response_energy(window, mask, self.energy.max_tokens)
+        return Scores(out[:, :-1, 0], out[:, :-1, 1], losses)
+
+    def score_reference(self, batch: RolloutBatch, policy_version: int) -> Scores:
+        """Log-probs under the reference, and its energies: on these responses, or on its own answers.
+
+        Energies are None where nobody needs them: an unpenalised run does not generate own answers just to report.
+        """
+        same, needed = self.energy.reference == "same_response", self.energy.eta > 0
+        with self.reference.active():
+            scores = self.score(batch, energies=same)
+            own = self._own_response_energies(batch) if needed and not same else scores.energies
+        if needed and not same:
+            self.refit(policy_version)
+        return Scores(scores.logprobs, scores.entropies, own)
+
+    def _own_response_energies(self, batch: RolloutBatch) -> Tensor:
+        """[B, E] energy losses of the reference's greedy answers; each prompt is answered once per run."""
+        prompts = [batch.tokens[i, : int(batch.prompt_lengths[i])].tolist() for i in range(batch.batch_size)]
+        keys = [hashlib.sha256(repr(prompt).encode()).digest() for prompt in prompts]
+        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
+        if new:
+            self.refit(_REFERENCE_VERSION)
+            unanswered = list(new.values())
+            answers = self.generate(unanswered, self._greedy, torch.zeros(len(unanswered), dtype=torch.int64))
+            own = RolloutBatch.from_completions(unanswered, answers, batch.pad_id)
+            energies = self.score(own).energies
+            assert energies is not None
+            self._own_energies.update(zip(new, energies, strict=True))
+        return torch.stack([self._own_energies[key] for key in keys])

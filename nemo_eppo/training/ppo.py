@@ -1,0 +1,231 @@
+"""PPO with the energy-loss penalty, the actor's side: one step from prompts to updated policy and critic.
+
+Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (see METHODS of the README): all
+that is decided per step, from rewards to advantages to the order of mini-batches, is computed by every rank alike.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms.advantages import gae
+from nemo_eppo.algorithms.divergences import kl_estimate
+from nemo_eppo.algorithms.masking import masked_mean, whiten
+from nemo_eppo.algorithms.policy import aggregate, explained_variance, policy_loss, truncated_importance_weights
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.runner import Rows
+from nemo_eppo.observability.timers import Timers
+from nemo_eppo.rewards.ledger import Ledger
+from nemo_eppo.rewards.pipeline import RewardPipeline
+from nemo_eppo.rewards.terms import RewardInputs
+from nemo_eppo.rollout.batch import Completion, Experience, RolloutBatch, minibatches, seeds_for, step_seed
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.policy import Policy, Scores, next_token_targets
+from nemo_eppo.training.ppo_config import PPOSettings
+from nemo_eppo.training.remote import RemoteModels
+
+GoldReward = Callable[[str, str, bool], float]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """All that one PPO step made; the same on every rank."""
+
+    metrics: dict[str, float]
+    batch: RolloutBatch
+    completions: list[Completion]
+    experience: Experience
+    ledger: Ledger
+
+
+class PPO:
+    """The algorithm over a policy and remote models. It keeps no state of its own but the reward pipeline's."""
+
+    def __init__(
+        self,
+        settings: PPOSettings,
+        policy: Policy,
+        remote: RemoteModels,
+        sampling: SamplingParams,
+        pad_id: int,
+        seed: int,
+    ) -> None:
+        self.settings, self.policy, self.remote = settings, policy, remote
+        self.sampling, self.pad_id, self.seed = sampling, pad_id, seed
+        self.pipeline = RewardPipeline(settings)
+        self.timers = Timers(device.synchronize)
+
+    def step(self, step: int, prompts: list[list[int]]) -> StepResult:
+        """Roll out, score, shape, and update policy and critic.
+
+        Args:
+            step: 1 for the first; decides the random numbers.
+            prompts: token ids of the global batch.
+
+        Raises:
+            ServerError: a server failed; nothing of this step is lost but the step itself.
+            FloatingPointError, ValueError: a loss, reward or value that is not finite, named.
+        """
+        started = time.perf_counter()
+        timers, settings = self.timers, self.settings
+        with timers("generate"):
+            seeds = seeds_for(step_seed(self.seed, step), torch.arange(len(prompts)))
+            completions = self.policy.generate(prompts, self.sampling, seeds)
+            batch = RolloutBatch.from_completions(prompts, completions, self.pad_id)
+            pending = self.remote.ask(batch, bootstrap=settings.bootstrap_truncated)
+        generated = time.perf_counter() - started
+        with timers("logprobs"):
+            scores = self.policy.score(batch)
+        with timers("reference"):
+            reference = self.policy.score_reference(batch, policy_version=step - 1)
+        with timers("server_wait"):
+            rewards, values = self.remote.collect(pending)
+            assert values is not None
+        with timers("shape"):
+            experience, ledger, kl_in_loss = self._shape(step, batch, scores, reference, rewards, values)
+        metrics = self._train(step, batch, experience, kl_in_loss)
+        with timers("refit"):
+            self.policy.refit(step)
+        with timers("shape"):
+            metrics |= ledger.means() | self._rollout_metrics(batch, scores, experience, generated)
+        metrics |= timers.collect(time.perf_counter() - started)
+        return StepResult(metrics, batch, completions, experience, ledger)
+
+    def _shape(
+        self, step: int, batch: RolloutBatch, scores: Scores, reference: Scores, rewards: Tensor, values: Tensor
+    ) -> tuple[Experience, Ledger, float]:
+        settings, mask = self.settings, batch.mask
+        shaped = self.pipeline(
+            RewardInputs(
+                scores=rewards,
+                score_mean=self.remote.statistics.mean,
+                score_std=self.remote.statistics.std,
+                mask=mask,
+                truncated=batch.truncated,
+                policy_energy=scores.energies,
+                reference_energy=reference.energies,
+                logprobs=scores.logprobs,
+                ref_logprobs=reference.logprobs,
+                step=step,
+                max_steps=settings.max_steps,
+            )
+        )
+        after_last = None
+        if settings.bootstrap_truncated:
+            after_last = values.gather(1, (batch.lengths - 1).unsqueeze(1)).squeeze(1)
+            values = values[:, :-1]
+        advantages, returns = gae(
+            shaped.token_rewards,
+            values,
+            mask,
+            settings.gamma,
+            settings.lam,
+            bootstrap_truncated=settings.bootstrap_truncated,
+            truncated=batch.truncated,
+            bootstrap_values=after_last,
+        )
+        if settings.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        experience = Experience(
+            mask=mask,
+            logprobs=scores.logprobs,
+            ref_logprobs=reference.logprobs,
+            values=values,
+            energies=scores.energies,
+            ref_energies=reference.energies,
+            rewards=shaped.token_rewards,
+            advantages=advantages,
+            returns=returns,
+        )
+        experience.validate()
+        return experience, shaped.ledger, shaped.kl_loss_coefficient
+
+    def _train(self, step: int, batch: RolloutBatch, experience: Experience, kl_in_loss: float) -> dict[str, float]:
+        """All updates of a step. The critic's run on its server while the policy's run here."""
+        settings = self.settings
+        sums: dict[str, float] = {}
+        updates = 0
+        for epoch in range(settings.epochs):
+            for rows in minibatches(batch.batch_size, settings.mini_batch_size, step_seed(self.seed, step), epoch):
+                part, chosen = batch.select(rows), experience.select(rows)
+                update = self.remote.train(part, chosen.returns, chosen.values)
+                with self.timers("actor_train"):
+                    actor = self._train_policy(part, chosen, kl_in_loss)
+                with self.timers("critic_train"):
+                    critic = self.remote.finish(update)
+                for name, value in [*_prefixed("actor", actor), *_prefixed("critic", critic)]:
+                    sums[name] = sums.get(name, 0.0) + value
+                updates += 1
+        return {name: value / updates for name, value in sums.items()}
+
+    def _train_policy(self, batch: RolloutBatch, experience: Experience, kl_in_loss: float) -> dict[str, float]:
+        settings, mask = self.settings, experience.mask
+        tokens = float(mask.sum())
+        denominator = tokens if settings.aggregation == "token" else float(batch.batch_size)
+        rows: Rows = {
+            "tokens": batch.tokens,
+            "lengths": batch.lengths,
+            "targets": next_token_targets(batch.tokens, mask),
+            "mask": mask,
+            "old_logprobs": experience.logprobs,
+            "advantages": experience.advantages,
+        }
+        if settings.importance_cap is not None:
+            rows["weights"] = truncated_importance_weights(
+                experience.logprobs, batch.engine_logprobs, mask, settings.importance_cap
+            )
+        if kl_in_loss and experience.ref_logprobs is not None:
+            rows["ref_logprobs"] = experience.ref_logprobs
+
+        def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropies, mask = output[:, :-1, 0], output[:, :-1, 1], rows["mask"]
+            loss, stats = policy_loss(
+                logprobs,
+                rows["old_logprobs"],
+                rows["advantages"],
+                mask,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                dual_clip=settings.dual_clip,
+                aggregation=settings.aggregation,
+                denominator=denominator,
+                importance_weights=rows.get("weights"),
+            )
+            report = {
+                "clip_fraction": stats.clipped / tokens,
+                "approx_kl": stats.approx_kl / tokens,
+                "ratio_mean": stats.ratio / tokens,
+                "entropy": aggregate(entropies.detach(), mask, "token", tokens),
+            }
+            if settings.entropy_coefficient:
+                bonus = aggregate(entropies, mask, settings.aggregation, denominator)
+                loss = loss - settings.entropy_coefficient * bonus
+            if "ref_logprobs" in rows:
+                kl = kl_estimate(logprobs, rows["ref_logprobs"], mask, settings.kl.estimator)
+                penalty = kl_in_loss * aggregate(kl, mask, settings.aggregation, denominator)
+                loss, report["kl_loss"] = loss + penalty, penalty.detach()
+            return loss, report
+
+        return self.policy.runner.train_step(rows, loss_function)
+
+    def _rollout_metrics(
+        self, batch: RolloutBatch, scores: Scores, experience: Experience, seconds: float
+    ) -> dict[str, float]:
+        mask = batch.mask
+        mismatch = torch.where(mask, (scores.logprobs - batch.engine_logprobs).abs(), 0.0)
+        return {
+            "rollout/response_length": float(mask.sum()) / batch.batch_size,
+            "rollout/truncated_fraction": float(batch.truncated.float().mean()),
+            "rollout/tokens_per_second": float(mask.sum()) / seconds,
+            "rollout/engine_mismatch_mean": float(masked_mean(mismatch, mask)),
+            "rollout/engine_mismatch_max": float(mismatch.max()),
+            "rollout/entropy": float(masked_mean(scores.entropies, mask)),
+            "critic/explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
+        }
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> list[tuple[str, float]]:
+    return [(f"{prefix}/{name}", value) for name, value in metrics.items()]

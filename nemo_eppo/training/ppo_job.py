@@ -1,0 +1,245 @@
+"""The actor job: everything around the PPO steps. Prompts, validation, metrics, rollout files, checkpoints, resume."""
+
+import importlib
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.frozen import FrozenWeights
+from nemo_eppo.megatron.logprobs import ScoringConfig
+from nemo_eppo.megatron.model import set_scoring
+from nemo_eppo.observability.experiment import Run
+from nemo_eppo.observability.metrics import MetricsLogger
+from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
+from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch, seeds_for, step_seed
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.policy import Policy
+from nemo_eppo.training.ppo import PPO, GoldReward, StepResult
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.remote import RemoteModels
+from nemo_eppo.training.setup import Plan, build, plan
+
+CHECKPOINTS = "checkpoints"
+
+
+class PPOJob:
+    """The actor job on all of its ranks. Files are checked when it is made, models are built in `run`."""
+
+    def __init__(self, config: PPOConfig, run: Run) -> None:
+        self.config, self.run_files, self.directory = config, run, run.directory
+        self.plan: Plan = plan(config.model, head="lm")
+        self.tokenizer: Tokenizer = self.plan.tokenizer
+        self.sampling = SamplingParams(**config.generation.model_dump(include=set(SamplingParams.model_fields)))
+        self.longest = config.data.max_prompt_length + self.sampling.max_new_tokens
+        if self.longest > self.plan.model.max_sequence_length:
+            raise ConfigError(
+                f"data.max_prompt_length {config.data.max_prompt_length} + generation.max_new_tokens "
+                f"{self.sampling.max_new_tokens} is more than the model's window of "
+                f"{self.plan.model.max_sequence_length} tokens"
+            )
+        replicas = config.model.parallel.data_parallel_size(runtime.world_size())
+        if config.ppo.mini_batch_size % replicas:
+            raise ConfigError(
+                f"ppo.mini_batch_size = {config.ppo.mini_batch_size} is not divisible by {replicas} replicas"
+            )
+        self.gold = load_gold_reward(config.gold_reward) if config.gold_reward else None
+        data = config.data
+        self.prompts = PromptDataset(
+            data.train, self.tokenizer, max_prompt_length=data.max_prompt_length, too_long=data.too_long
+        )
+        self.batches = GlobalBatches(len(self.prompts), config.ppo.rollout_batch_size, seed=config.seed)
+        self.validation_prompts = []
+        if data.validation is not None:
+            validation = PromptDataset(
+                data.validation, self.tokenizer, max_prompt_length=data.max_prompt_length, too_long=data.too_long
+            )
+            self.validation_prompts = validation.items[: config.validation.max_prompts]
+
+    def start(self) -> PPO:
+        """Join the ranks, build policy and reference, connect to the servers, resume if there is something to."""
+        config = self.config
+        runtime.initialize(config.model.parallel, config.seed)
+        runner = build(
+            self.plan,
+            "lm",
+            optimizer=config.optimizer,
+            total_steps=config.ppo.max_steps
+            * config.ppo.epochs
+            * config.ppo.rollout_batch_size
+            // config.ppo.mini_batch_size,
+            probe=config.ppo.energy,
+        )
+        set_scoring(runner.chunks, ScoringConfig(**self.sampling.model_dump(include=set(ScoringConfig.model_fields))))
+        reference = FrozenWeights(runner.chunks)
+        engine = MegatronEngine(
+            runner.chunks,
+            self.plan.model,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+            max_batch_size=config.generation.max_batch_size,
+            max_sequence_length=self.longest,
+        )
+        policy = Policy(runner, reference, engine, config.ppo.energy, self.sampling.max_new_tokens)
+        expect = {"tokenizer": self.tokenizer.digest(), "max_sequence_length": self.longest}
+        remote = RemoteModels(config.servers, expect)
+        ppo = PPO(config.ppo, policy, remote, self.sampling, self.tokenizer.pad_id, config.seed)
+        self.done = self._resume(ppo)
+        policy.refit(self.done)
+        return ppo
+
+    def run(self) -> None:
+        """Train to the last step."""
+        ppo = self.start()
+        config, last = self.config, self.config.ppo.max_steps
+        with ExitStack() as stack:
+            stack.callback(ppo.remote.close)
+            metrics, recorder = self._open_files(stack)
+            progress = stack.enter_context(
+                Progress("PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0)
+            )
+            if self.done == 0:
+                self._validate(ppo, 0, metrics)
+            for step in range(self.done + 1, last + 1):
+                items = [self.prompts[index] for index in next(self.batches)]
+                result = ppo.step(step, [item.token_ids.tolist() for item in items])
+                started = time.perf_counter()
+                gold = self._gold([item.text for item in items], result.completions)
+                row = result.metrics | ({"reward/gold": sum(gold) / len(gold)} if gold else {})
+                if recorder is not None:
+                    recorder.record(step, self._rollout_rows([item.text for item in items], result, gold))
+                if step == last or (config.validation.interval and step % config.validation.interval == 0):
+                    row |= self._validate(ppo, step, None)
+                if step == last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+                    self._save(ppo, step)
+                row["seconds/after_step"] = time.perf_counter() - started
+                if metrics is not None:
+                    metrics.log(step, row)
+                progress.update(step, row)
+            ppo.timers.close()
+
+    def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
+        if dist.get_rank():
+            return None, None
+        recorder = RolloutRecorder(self.directory / "rollouts", self.config.record_rollouts)
+        return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
+
+    def _validate(self, ppo: PPO, step: int, metrics: MetricsLogger | None) -> dict[str, float]:
+        """Rollouts on the validation prompts; rows to validation/, means as metrics."""
+        if not self.validation_prompts:
+            return {}
+        prompts = [item.token_ids.tolist() for item in self.validation_prompts]
+        texts = [item.text for item in self.validation_prompts]
+        sampling = self.sampling
+        if self.config.validation.greedy:
+            sampling = SamplingParams(max_new_tokens=sampling.max_new_tokens, greedy=True)
+        seeds = seeds_for(step_seed(self.config.seed, 0), torch.arange(len(prompts)))
+        completions = ppo.policy.generate(prompts, sampling, seeds)
+        batch = RolloutBatch.from_completions(prompts, completions, self.tokenizer.pad_id)
+        scores, _ = ppo.remote.collect(ppo.remote.ask(batch, values=False))
+        energies = ppo.policy.score(batch).energies
+        assert energies is not None
+        proxy = ppo.pipeline.combine(scores, ppo.remote.statistics.mean, ppo.remote.statistics.std)
+        gold = self._gold(texts, completions)
+        columns: dict[str, list[float]] = {
+            "proxy_reward": proxy.tolist(),
+            "energy_loss": energies.mean(1).tolist(),
+            "response_length": [float(len(completion.token_ids)) for completion in completions],
+        }
+        if gold:
+            columns["gold_reward"] = gold
+        if dist.get_rank() == 0:
+            rows = [
+                {
+                    "prompt": text,
+                    "response": self.tokenizer.decode(completion.token_ids),
+                    "finish_reason": str(completion.finish_reason),
+                    **{name: column[index] for name, column in columns.items()},
+                }
+                for index, (text, completion) in enumerate(zip(texts, completions, strict=True))
+            ]
+            RolloutRecorder(self.directory / "validation").record(step, rows)
+        means = {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
+        if metrics is not None:
+            metrics.log(step, means)
+        return means
+
+    def _gold(self, prompts: list[str], completions: list[Completion]) -> list[float]:
+        if self.gold is None:
+            return []
+        return [
+            self.gold(prompt, self.tokenizer.decode(c.token_ids), c.finish_reason is FinishReason.STOP)
+            for prompt, c in zip(prompts, completions, strict=True)
+        ]
+
+    def _rollout_rows(self, prompts: list[str], result: StepResult, gold: list[float]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": prompt,
+                "response": self.tokenizer.decode(completion.token_ids),
+                "finish_reason": str(completion.finish_reason),
+                "response_length": len(completion.token_ids),
+                **ledger,
+                **({"reward/gold": gold[index]} if gold else {}),
+            }
+            for index, (prompt, completion, ledger) in enumerate(
+                zip(prompts, result.completions, result.ledger.rows(), strict=True)
+            )
+        ]
+
+    def _save(self, ppo: PPO, step: int) -> None:
+        critic = ppo.remote.save()
+        state = {
+            "batches": self.batches.state_dict(),
+            "pipeline": ppo.pipeline.state_dict(),
+            "critic_updates": ppo.remote.updates,
+            "critic_checkpoint": critic,
+        }
+        manifest = checkpoint.Manifest(head="lm", step=step, model=self.plan.model, optimizer=True, state=state)
+        checkpoint.save(
+            self.directory / CHECKPOINTS / f"step_{step:06d}",
+            ppo.policy.runner,
+            manifest,
+            self.plan.tokenizer_path,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _resume(self, ppo: PPO) -> int:
+        """Load the newest checkpoint of this run, if there is one; the step it was made at."""
+        newest = checkpoint.latest(self.directory / CHECKPOINTS)
+        if newest is None:
+            if ppo.remote.updates:
+                raise ConfigError(
+                    f"the critic has made {ppo.remote.updates} updates, this run none: start the critic afresh, "
+                    f"or resume the actor from {self.directory / CHECKPOINTS}"
+                )
+            return 0
+        manifest = checkpoint.load(newest, ppo.policy.runner, optimizer=True)
+        if manifest.state["critic_updates"] != ppo.remote.updates:
+            raise ConfigError(
+                f"{newest} was saved after {manifest.state['critic_updates']} critic updates, the critic server is at "
+                f"{ppo.remote.updates}: restart it from {manifest.state['critic_checkpoint']}"
+            )
+        self.batches.load_state_dict(manifest.state["batches"])
+        ppo.pipeline.load_state_dict(manifest.state["pipeline"])
+        return manifest.step
+
+
+def load_gold_reward(name: str) -> GoldReward:
+    """The function behind "module:function"; ConfigError if there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"gold_reward = {name!r}: expected 'module:function' ({error})") from None
+    if not callable(found):
+        raise ConfigError(f"gold_reward = {name!r} is not a function")
+    return found

@@ -1,0 +1,136 @@
+"""From settings to a model on all ranks: what is checked before anything expensive starts, and what is then built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.model import Head, build_model
+from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
+from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.runtime import ParallelConfig
+
+
+class ModelSetup(Config):
+    """Which model a job runs, and how it is laid out."""
+
+    restore_from_path: Path | None = None
+    """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken."""
+    architecture: ModelConfig | None = None
+    """A model with fresh weights instead; its vocab_size may be left out for the tokenizer's."""
+    tokenizer: Path | None = None
+    """Hugging Face tokenizer directory; null for the one in the checkpoint."""
+    precision: Precision = "fp32"
+    """Of weights and activations; heads, optimizer and losses are always fp32."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over the job's ranks."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Rows (preference pairs for a reward model) per forward pass of one replica."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSetup":
+        if (self.restore_from_path is None) == (self.architecture is None):
+            raise ValueError("exactly one of restore_from_path and architecture has to be set")
+        if self.architecture is not None and self.tokenizer is None:
+            raise ValueError("tokenizer has to be set for a model with a fresh architecture")
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model whose files, tokenizer and layout were checked, not yet built."""
+
+    setup: ModelSetup
+    model: ModelConfig
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    source: Path | None
+    """Checkpoint directory, if the model is not fresh."""
+    manifest: checkpoint.Manifest | None
+
+
+def plan(setup: ModelSetup, where: str = "model", head: Head | None = None) -> Plan:
+    """Read and check everything the model needs, without building it.
+
+    Args:
+        where: the config key, for error messages.
+        head: the kind of checkpoint that is expected; None for either.
+
+    Raises:
+        ConfigError: a missing, damaged or wrong checkpoint or tokenizer, a vocabulary that does not fit, or a layout
+            that the model or the number of ranks does not allow.
+    """
+    source, manifest, model = None, None, setup.architecture
+    if setup.restore_from_path is not None:
+        source = _find(setup.restore_from_path, where)
+        manifest = checkpoint.read_manifest(source, head)
+        model = manifest.model
+    assert model is not None
+    tokenizer_path = setup.tokenizer or (source or Path()) / checkpoint.TOKENIZER
+    tokenizer = Tokenizer.from_directory(tokenizer_path)
+    if not model.vocab_size:
+        model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{where}: the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+        )
+    check_layout(model, setup.parallel, f"{where}.architecture")
+    setup.parallel.data_parallel_size(runtime.world_size())
+    return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
+
+
+def _find(path: Path, where: str) -> Path:
+    if not path.exists():
+        raise ConfigError(f"{where}.restore_from_path: {path} does not exist")
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    newest = checkpoint.latest(path)
+    if newest is None:
+        raise ConfigError(f"{where}.restore_from_path: {path} is no checkpoint and holds none (step_*)")
+    return newest
+
+
+def build(
+    plan: Plan,
+    head: Head,
+    *,
+    optimizer: OptimizerConfig | None = None,
+    total_steps: int = 1,
+    probe: EnergyProbeConfig | None = None,
+    resume: Path | None = None,
+) -> ModelRunner:
+    """Build the planned model on every rank, load its weights, and make it trainable if there is an optimizer.
+
+    Args:
+        head: what the model is to have. A scalar model may start from a language model, with a fresh head.
+        total_steps: updates over which the learning rate decays.
+        resume: a checkpoint of this very job: weights, optimizer and schedule come from it instead.
+    """
+    setup = plan.setup
+    chunks: list[Any] = build_model(
+        plan.model, setup.parallel, head=head, precision=setup.precision, recompute=setup.recompute
+    )
+    megatron_optimizer = scheduler = None
+    if optimizer is not None:
+        chunks = wrap_data_parallel(chunks, optimizer, setup.precision)
+        megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, setup.precision, total_steps)
+    runner = ModelRunner(
+        chunks,
+        setup.micro_batch_size,
+        optimizer=megatron_optimizer,
+        scheduler=scheduler,
+        probe=EnergyProbe(probe, chunks, plan.model.num_layers) if probe is not None else None,
+    )
+    if resume is not None:
+        checkpoint.load(resume, runner, optimizer=True)
+    elif plan.source is not None and plan.manifest is not None:
+        checkpoint.load(plan.source, runner, fresh_head=head == "scalar" and plan.manifest.head == "lm")
+    return runner

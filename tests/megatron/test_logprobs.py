@@ -1,0 +1,176 @@
+"""token_logprobs against log_softmax over the whole vocabulary, values and gradients, in every setting."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from megatron.core import parallel_state
+from pydantic import ValidationError
+from tiny import close
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_eppo.megatron import logprobs
+from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig, token_logprobs
+from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+
+SEQUENCE, BATCH, HIDDEN, VOCAB = 6, 3, 8, 101
+SCORINGS = {
+    "plain": ScoringConfig(),
+    "temperature": ScoringConfig(temperature=0.7),
+    "top-k": ScoringConfig(top_k=5),
+    "top-p": ScoringConfig(top_p=0.8),
+    "all": ScoringConfig(temperature=1.3, top_k=20, top_p=0.7),
+}
+Results = dict[str, Tensor]
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Hidden states [s, b, H], projection [V, H], targets [b, s] and gradients [b, s, 2] that flow back."""
+    draw = torch.Generator().manual_seed(3)
+    values = {
+        "hidden": torch.randn(SEQUENCE, BATCH, HIDDEN, generator=draw, dtype=torch.float64),
+        "weight": torch.randn(VOCAB, HIDDEN, generator=draw, dtype=torch.float64),
+        "grads": torch.randn(BATCH, SEQUENCE, 2, generator=draw, dtype=torch.float64),
+    }
+    targets = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=draw)
+    targets[0, :2] = targets[1, 3:] = IGNORE
+    return {name: value.to(dtype) for name, value in values.items()} | {"targets": targets}
+
+
+def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
+    """The definition, in fp64: filter the whole vocabulary's logits, but never the target; then log_softmax."""
+    given = inputs(dtype)
+    hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
+    logits = (hidden @ weight.T).transpose(0, 1) / scoring.temperature
+    targets = given["targets"]
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    for place in itertools.product(range(BATCH), range(SEQUENCE)):
+        likeliest = sorted(range(VOCAB), key=lambda token: -float(logits[place][token]))
+        likeliest = likeliest[: scoring.top_k or VOCAB]
+        mass = logits[place].detach()[likeliest].softmax(-1)
+        before = mass.cumsum(0) - mass
+        keep[place][[t for t, m in zip(likeliest, before.tolist(), strict=True) if m < scoring.top_p]] = True
+    keep.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), True)
+    logp = logits.masked_fill(~keep, -torch.inf).log_softmax(-1)
+    chosen = logp.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp.masked_fill(~keep, 0)).sum(-1)
+    scores = torch.stack([chosen, entropy], -1) * (targets != IGNORE).unsqueeze(-1)
+    (scores * given["grads"].double()).sum().backward()
+    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+
+
+def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel: bool, chunk: int | None) -> Results:
+    """The product, its projection padded with rows that would win every softmax if they were not masked."""
+    initialize(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel), seed=0)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if chunk is not None:
+        logprobs._CHUNK_ELEMENTS = chunk
+    given = inputs(dtype)
+    padded = torch.nn.functional.pad(given["weight"], (0, 0, 0, -VOCAB % tp), value=9.0)
+    weight = padded.chunk(tp)[group.rank()].clone().requires_grad_()
+    hidden = given["hidden"].chunk(tp)[group.rank()] if sequence_parallel else given["hidden"]
+    hidden = hidden.clone().requires_grad_()
+    options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "scoring": scoring}
+    scores = token_logprobs(hidden, weight, given["targets"], group, **options)
+    (scores * given["grads"]).sum().backward()
+    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+
+
+def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], expected: Results, tol: float) -> None:
+    for result in got:
+        close(f"{case}, scores", result["scores"], expected["scores"], tol)
+    weight = torch.cat([result["weight"] for result in got])
+    close(f"{case}, gradient of the projection", weight[:VOCAB], expected["weight"], tol)
+    assert not weight[VOCAB:].any(), "padding rows get no gradient"
+    hidden = [torch.cat([result["hidden"] for result in got])] if sequence_parallel else [r["hidden"] for r in got]
+    for gradient in hidden:
+        close(f"{case}, gradient of the hidden states", gradient, expected["hidden"], tol)
+        ignored = inputs(torch.float32)["targets"].T == IGNORE
+        assert not gradient[ignored].any(), "a row nobody asked for gets no gradient"
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["TP1", "TP2", "TP2+SP"])
+def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel: bool, scoring: str) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        got = run_ranks(score, tp, SCORINGS[scoring], dtype, tp, sequence_parallel, None)
+        assert got[0]["scores"].dtype == dtype
+        expected = reference(SCORINGS[scoring], dtype)
+        compare(f"{scoring} TP{tp} SP={sequence_parallel} {dtype}", tp, sequence_parallel, got, expected, tolerance)
+
+
+@pytest.mark.parametrize("scoring", ["plain", "all"])
+def test_chunks_of_one_row_equal_one_chunk(scoring: str) -> None:
+    got = run_ranks(score, 2, SCORINGS[scoring], torch.float64, 2, False, 1)
+    compare(f"{scoring}, chunked", 2, False, got, reference(SCORINGS[scoring], torch.float64), 1e-12)
+
+
+def test_bf16_is_scored_in_fp32() -> None:
+    got = run_ranks(score, 1, SCORINGS["plain"], torch.bfloat16, 1, False, None)
+    assert got[0]["scores"].dtype == torch.float32
+    compare("bf16", 1, False, got, reference(SCORINGS["plain"], torch.bfloat16), 0.1)
+
+
+def all_ignored() -> Results:
+    initialize(ParallelConfig(), seed=0)
+    given = inputs(torch.float32)
+    hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
+    nothing = torch.full_like(given["targets"], IGNORE)
+    options: Any = {"vocab_size": VOCAB, "sequence_parallel": False, "scoring": ScoringConfig()}
+    scores = token_logprobs(hidden, weight, nothing, parallel_state.get_tensor_model_parallel_group(), **options)
+    scores.sum().backward()
+    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+
+
+def test_a_micro_batch_without_targets_scores_zero() -> None:
+    assert not any(value.any() for value in run_ranks(all_ignored, 1)[0].values())
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def memory(rows: int, vocabulary: int, chunk: int) -> tuple[int, int]:
+    """Elements of the largest tensor saved for the backward pass, and of the largest one made in either pass."""
+    initialize(ParallelConfig(), seed=0)
+    logprobs._CHUNK_ELEMENTS = chunk
+    hidden = torch.randn(rows, 1, HIDDEN, requires_grad=True)
+    weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (1, rows))
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    options: Any = {"vocab_size": vocabulary, "sequence_parallel": False, "scoring": ScoringConfig(temperature=0.9)}
+    with _LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        token_logprobs(hidden, weight, targets, group, **options).sum().backward()
+    return max(saved), largest.elements
+
+
+def test_logits_of_all_rows_are_never_held() -> None:
+    rows, vocabulary, chunk = 400, 1000, 20_000
+    saved, largest = run_ranks(memory, 1, rows, vocabulary, chunk)[0]
+    assert rows * vocabulary > 10 * chunk
+    assert saved == vocabulary * HIDDEN, "the projection is the largest tensor kept for the backward pass"
+    assert largest == chunk, "no tensor of either pass exceeds one chunk"
+
+
+def test_impossible_scoring_is_refused() -> None:
+    for settings in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValidationError, match=next(iter(settings))):
+            ScoringConfig(**settings)  # type: ignore[arg-type]
