@@ -35,6 +35,7 @@ setup(
         "rich",
         "tqdm",
     ],
+    entry_points={"console_scripts": ["nemo-eppo = nemo_eppo.cli:main"]},
     extras_require={
         "dev": ["pytest>=9", "ruff>=0.15", "mypy>=1.15", "scipy"],
         # GPU machines only. TensorRT-LLM and Apex come with the NGC container (docker/Dockerfile):

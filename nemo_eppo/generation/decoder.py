@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_eppo.megatron import device
@@ -61,11 +60,8 @@ class Decoder:
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
         self._head_width, self._softmax_scale = config.kv_channels, config.softmax_scale
-        self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
+        self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
-        self._stages = parallel_state.get_pipeline_model_parallel_group()
-        self._previous = parallel_state.get_pipeline_model_parallel_prev_rank()
-        self._next = parallel_state.get_pipeline_model_parallel_next_rank()
         self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
         self._storage = torch.empty(0, dtype=self._dtype, device=device.device())
 
@@ -132,13 +128,13 @@ class Decoder:
                 hidden = self._embed(tokens, model.embedding.word_embeddings.weight)
             else:
                 hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
-                dist.recv(hidden, self._previous, group=self._stages)
+                dist.recv(hidden, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
             for layer in layers:
                 self._attend(hidden, layer, self._cache[index, rows], columns, rotary)
                 self._transform(hidden, layer)
                 index += 1
             if not model.post_process:
-                dist.send(hidden, self._next, group=self._stages)
+                dist.send(hidden, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
         return hidden if model.post_process else None
 
     def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, columns: slice, rotary: Tensor) -> None:
@@ -222,16 +218,16 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _layer_weights(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attention, layer.mlp
+    weights = dict(layer.named_parameters())
+    fused = "mlp.linear_fc1.layer_norm_weight" in weights  # TransformerEngine: a norm belongs to the projection after it
     return _Layer(
-        # TransformerEngine fuses a norm into the projection behind it
-        attention_norm=_first(attention.linear_qkv, "layer_norm_weight", layer.input_layernorm),
-        qkv=attention.linear_qkv.weight,
-        qkv_bias=attention.linear_qkv.bias,
-        q_norm=attention.q_layernorm and attention.q_layernorm.weight,
-        k_norm=attention.k_layernorm and attention.k_layernorm.weight,
-        projection=attention.linear_proj.weight,
-        mlp_norm=mlp.linear_fc1.layer_norm_weight,
-        gate_up=mlp.linear_fc1.weight,
-        down=mlp.linear_fc2.weight,
+        attention_norm=weights["self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"],
+        qkv=weights["self_attention.linear_qkv.weight"],
+        qkv_bias=weights.get("self_attention.linear_qkv.bias"),
+        q_norm=weights.get("self_attention.q_layernorm.weight"),
+        k_norm=weights.get("self_attention.k_layernorm.weight"),
+        projection=weights["self_attention.linear_proj.weight"],
+        mlp_norm=weights["mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"],
+        gate_up=weights["mlp.linear_fc1.weight"],
+        down=weights["mlp.linear_fc2.weight"],
     )

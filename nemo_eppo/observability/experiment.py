@@ -7,7 +7,6 @@ the other ranks compose the same settings with Hydra alone. Settings are checked
 import argparse
 import contextlib
 import functools
-import importlib
 import inspect
 import logging
 import os
@@ -204,8 +203,9 @@ def _run_through_nemo(
             config = _check(schema, composed)
             main(config, _open_run(config, rank=0))
 
-    # NeMo imports megatron-core, which has to be prepared for a machine without a GPU before that
-    importlib.import_module("nemo_eppo.megatron.device").install()
+    from nemo_eppo.megatron import device
+
+    device.install()  # before NeMo imports megatron-core
     # NVIDIA's OneLogger, which comes with NeMo, tells on the console that it is not in use
     logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
     from nemo.core.config import hydra_runner

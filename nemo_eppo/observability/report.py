@@ -92,7 +92,7 @@ def write_report(metrics: Path, before: Path, after: Path, out: Path, title: str
         f'<p class="soft">{steps:,} PPO steps, {len(pairs):,} validation prompts</p>',
         f'<p class="lead">{_verdict(pairs)}</p>',
         f'<div class="card scroll">{_comparison(pairs, old, new)}</div>',
-        '<p class="soft">Means over the validation prompts; &plusmn; is the standard error of the change by prompt.</p>',
+        '<p class="soft">Means over the validation prompts; &plusmn; is the standard error of the change.</p>',
         section(
             "Over the course of training",
             "Bold lines of long runs are running means over a twentieth of the steps; faint lines are the steps. "
@@ -221,25 +221,24 @@ def _panels(curves: Curves) -> list[str]:
 
 
 def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    figures = []
+    figures: list[str] = []
     x_label, y_label = "proxy reward", "gold reward"
     for prefix, what in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
         proxy, gold = curves.get(prefix.format("proxy")), curves.get(prefix.format("gold"))
         if proxy and gold and len(gold[0]) > 2 and not figures:
             golds = dict(zip(*gold, strict=True))
-            points = [(s, p, golds[s]) for s, p in zip(*proxy, strict=True) if s in golds]
-            notes = [f"{_STEP} {s}: {x_label} {p:.3f}, {y_label} {g:.3f}" for s, p, g in points]
-            path = Series(what, "gold", [p for _, p, _ in points], [g for _, _, g in points], notes)
+            path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
+            notes = [f"{_STEP} {step}: {x_label} {x:.3f}, {y_label} {y:.3f}" for step, x, y in path]
+            series = Series(what, "gold", [x for _, x, _ in path], [y for _, _, y in path], notes)
             text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
-            chart = scatter_chart([path], x_label, y_label, joined=True)
+            chart = scatter_chart([series], x_label, y_label, joined=True)
             figures.append(figure("The path of training", text, chart))
     if pairs[0][0].get("gold_reward") is not None:
         clouds = []
         for label, rows in zip(("before", "after"), zip(*pairs, strict=True), strict=True):
-            proxy, gold = [row["proxy_reward"] for row in rows], [row["gold_reward"] for row in rows]
-            points = zip(rows, proxy, gold, strict=True)
-            notes = [f"{row['prompt'][:80]}\n{x_label} {p:.3f}, {y_label} {g:.3f}" for row, p, g in points]
-            clouds.append(Series(label, label, proxy, gold, notes))
+            points = [(row["prompt"], row["proxy_reward"], row["gold_reward"]) for row in rows]
+            notes = [f"{prompt[:80]}\n{x_label} {x:.3f}, {y_label} {y:.3f}" for prompt, x, y in points]
+            clouds.append(Series(label, label, [x for _, x, _ in points], [y for _, _, y in points], notes))
         text = "One point per validation response; rings mark the means."
         figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label), _legend(clouds)))
     return figures

@@ -60,10 +60,10 @@ class RewardConfig(Config):
     """Subtract each reward model's own validation mean and divide by its std."""
     combine: Literal["single", "mean"] = "single"
     """How scores of several reward models become one; `single` insists on one model."""
-    length: LengthPenaltyConfig = LengthPenaltyConfig()
+    length_penalty: LengthPenaltyConfig = LengthPenaltyConfig()
     missing_eos: MissingEosPenaltyConfig = MissingEosPenaltyConfig()
     energy: EnergyPenaltyConfig = EnergyPenaltyConfig()
-    clip: ClipConfig = ClipConfig()
+    reward_clip: ClipConfig = ClipConfig()
     kl: KLPenaltyConfig = KLPenaltyConfig()
 
 
@@ -84,10 +84,10 @@ class RewardPipeline:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.terms: list[Term[Any]] = [
-            LengthPenalty(config.length),
+            LengthPenalty(config.length_penalty),
             MissingEosPenalty(config.missing_eos),
             EnergyPenalty(config.energy),
-            Clip(config.clip),
+            Clip(config.reward_clip),
         ]
         self.kl_controller: FixedCoefficient | AdaptiveKLController = FixedCoefficient(config.kl.coefficient)
         if config.kl.controller == "adaptive" and config.kl.target and config.kl.horizon:

@@ -9,7 +9,21 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, PP2, PRESETS, SP2, TP2, VPP2, Layout, build_runner, close, exported, random_batch
+from tiny import (
+    MODEL,
+    PP2,
+    PRESETS,
+    SP2,
+    TP2,
+    VPP2,
+    Layout,
+    build_runner,
+    close,
+    exported,
+    inputs,
+    random_batch,
+    random_weights,
+)
 from torch import Tensor
 
 from nemo_eppo.algorithms.policy import aggregate, policy_loss, value_loss
@@ -113,13 +127,11 @@ def same(case: str, got: list[dict[str, Any]], expected: dict[str, Any]) -> None
             close(f"{case}, rank {rank}, {what}", result[what], expected[what])
         scale = {name: value.abs().clamp(min=1) for name, value in expected["reports"].items()}
         relative = [{name: value / scale[name] for name, value in r["reports"].items()} for r in (result, expected)]
-        close(f"{case}, rank {rank}, reports (relative)", *relative)
+        close(f"{case}, rank {rank}, reports (relative)", relative[0], relative[1])
 
 
 def test_three_updates_move_every_parameter(policy: dict[str, Any], critic: dict[str, Any]) -> None:
     """The comparisons of this file would be empty if training did nothing."""
-    from tiny import random_weights
-
     start = random_weights(MODEL)
     for result in (policy, critic):
         for name, trained in result["parameters"].items():
@@ -179,7 +191,7 @@ def all_energies(layout: Layout) -> list[Tensor]:
     energies = []
     for preset in PRESETS:
         runner.probe = EnergyProbe(EnergyProbeConfig(preset=preset, layers=(0, -1)), runner.chunks, MODEL.num_layers)
-        energies.append(runner.infer(**random_batch(), outputs=2, energies=True)[1])
+        energies.append(runner.infer(*inputs(), outputs=2, energies=True)[1])
     return energies  # type: ignore[return-value]
 
 

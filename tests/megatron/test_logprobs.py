@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
-from megatron.core import parallel_state
 from pydantic import ValidationError
 from tiny import close
 from torch import Tensor
@@ -25,6 +25,11 @@ SCORINGS = {
     "all": ScoringConfig(temperature=1.3, top_k=20, top_p=0.7),
 }
 Results = dict[str, Tensor]
+
+
+def tensor_ranks() -> Any:
+    """All ranks: every case here is tensor parallelism alone."""
+    return dist.group.WORLD
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -65,16 +70,15 @@ def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
 def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel: bool, chunk: int | None) -> Results:
     """The product, its projection padded with rows that would win every softmax if they were not masked."""
     initialize(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel), seed=0)
-    group = parallel_state.get_tensor_model_parallel_group()
     if chunk is not None:
         logprobs._CHUNK_ELEMENTS = chunk
     given = inputs(dtype)
     padded = torch.nn.functional.pad(given["weight"], (0, 0, 0, -VOCAB % tp), value=9.0)
-    weight = padded.chunk(tp)[group.rank()].clone().requires_grad_()
-    hidden = given["hidden"].chunk(tp)[group.rank()] if sequence_parallel else given["hidden"]
+    weight = padded.chunk(tp)[dist.get_rank()].clone().requires_grad_()
+    hidden = given["hidden"].chunk(tp)[dist.get_rank()] if sequence_parallel else given["hidden"]
     hidden = hidden.clone().requires_grad_()
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "scoring": scoring}
-    scores = token_logprobs(hidden, weight, given["targets"], group, **options)
+    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), **options)
     (scores * given["grads"]).sum().backward()
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
@@ -120,7 +124,7 @@ def all_ignored() -> Results:
     hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
     nothing = torch.full_like(given["targets"], IGNORE)
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": False, "scoring": ScoringConfig()}
-    scores = token_logprobs(hidden, weight, nothing, parallel_state.get_tensor_model_parallel_group(), **options)
+    scores = token_logprobs(hidden, weight, nothing, tensor_ranks(), **options)
     scores.sum().backward()
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
@@ -155,10 +159,9 @@ def memory(rows: int, vocabulary: int, chunk: int) -> tuple[int, int]:
         saved.append(tensor.numel())
         return tensor
 
-    group = parallel_state.get_tensor_model_parallel_group()
     options: Any = {"vocab_size": vocabulary, "sequence_parallel": False, "scoring": ScoringConfig(temperature=0.9)}
     with _LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_logprobs(hidden, weight, targets, group, **options).sum().backward()
+        token_logprobs(hidden, weight, targets, tensor_ranks(), **options).sum().backward()
     return max(saved), largest.elements
 
 
@@ -173,4 +176,4 @@ def test_logits_of_all_rows_are_never_held() -> None:
 def test_impossible_scoring_is_refused() -> None:
     for settings in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValidationError, match=next(iter(settings))):
-            ScoringConfig(**settings)  # type: ignore[arg-type]
+            ScoringConfig(**settings)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, PRESETS, TP2, Layout, build_runner, close, random_batch, random_weights
+from tiny import MODEL, PRESETS, TP2, Layout, build_runner, close, inputs, random_batch, random_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, T
     """L1 norms [N, S] of what enters and leaves each module of each layer in LAYERS, and the two widths."""
     batch = random_batch()
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
-    modules = {}
+    modules: dict[tuple[int, str], Any] = {}
     for layer in LAYERS:
         block = network.model.layers[layer]
         names = {"layer": block, "mlp": block.mlp}
@@ -71,7 +71,7 @@ def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, T
 
     for module in modules.values():
         module.register_forward_hook(hook, with_kwargs=True)
-    norms = {}
+    norms: dict[tuple[int, str], tuple[Tensor, Tensor, int, int]] = {}
     for row, length in enumerate(batch["lengths"].tolist()):
         network(batch["tokens"][row : row + 1, :length])
         for key, module in modules.items():
@@ -98,7 +98,7 @@ def expected_energies(norms: dict[Any, Any], config: EnergyProbeConfig) -> Tenso
 
 
 def megatron_scores(layout: Layout, model: ModelConfig) -> Tensor:
-    return build_runner(layout, model).infer(**random_batch(), outputs=2)[0]
+    return build_runner(layout, model).infer(*inputs(), outputs=2)[0]
 
 
 def megatron_energies(layout: Layout, configs: list[EnergyProbeConfig]) -> list[Tensor]:
@@ -106,7 +106,7 @@ def megatron_energies(layout: Layout, configs: list[EnergyProbeConfig]) -> list[
     energies = []
     for config in configs:
         runner.probe = EnergyProbe(config, runner.chunks, MODEL.num_layers)
-        _, read = runner.infer(**random_batch(), outputs=2, energies=True)
+        _, read = runner.infer(*inputs(), outputs=2, energies=True)
         assert read is not None
         energies.append(read)
     return energies

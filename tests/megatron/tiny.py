@@ -42,16 +42,22 @@ def random_weights(model: ModelConfig, outputs: int = 1) -> dict[str, Tensor]:
     return weights
 
 
-def random_batch(rows: int = 6, longest: int = 12, vocab_size: int = MODEL.vocab_size) -> Rows:
+def random_batch(rows: int = 6, longest: int = 12) -> Rows:
     """Rows of different lengths: tokens, lengths, targets; the first token of each row is its prompt."""
     draw = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, vocab_size, (rows, longest), generator=draw)
+    tokens = torch.randint(0, MODEL.vocab_size, (rows, longest), generator=draw)
     lengths = torch.randint(longest // 2, longest, (rows,), generator=draw)
     lengths[rows // 2] = longest
     targets = torch.full_like(tokens, IGNORE)
     targets[:, :-1] = tokens[:, 1:]
     targets[torch.arange(longest) >= lengths[:, None] - 1] = IGNORE
     return {"tokens": tokens, "lengths": lengths, "targets": targets}
+
+
+def inputs(head: Head = "lm") -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `ModelRunner.infer` takes of `random_batch`."""
+    batch = random_batch()
+    return batch["tokens"], batch["lengths"], batch["targets"] if head == "lm" else None
 
 
 def build_runner(

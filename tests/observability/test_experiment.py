@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from nemo_eppo.config import Config, load_config
-from nemo_eppo.observability import experiment
 from nemo_eppo.observability.experiment import ExpManagerConfig, job
 
 _SCRIPT = '''
@@ -140,7 +139,9 @@ def test_help_teaches_every_setting(script: Path) -> None:
 def _as_rank_1(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("FACTS", str(script.parent / "facts.json"))
-    monkeypatch.setattr(experiment, "_PATIENCE", 0.0)
+    monkeypatch.setattr(
+        "nemo_eppo.observability.experiment.time.sleep", lambda seconds: print(f"waited {seconds:g} s", file=sys.stderr)
+    )
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -206,6 +207,7 @@ def test_what_cannot_work_is_said_in_one_message(
 ) -> None:
     assert _as_rank_1(script, monkeypatch, *arguments) == 2
     errors = capsys.readouterr().err
+    assert errors.startswith("waited 5 s\nrank 1: ")  # rank 0 tells first
     assert message in errors
     assert "Traceback" not in errors
 
@@ -237,7 +239,7 @@ def test_a_job_without_exp_manager_is_a_mistake_of_its_author() -> None:
 @pytest.fixture(scope="module")
 def runs(script: Path) -> dict[str, dict[str, Any]]:
     left = {}
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ppo", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ppo", "SLURM_NTASKS": "8"}  # Lightning would refuse these
     for name, rank, steps in (("first", "0", "5"), ("resumed", "0", "6"), ("other", "1", "6")):
         facts = script.parent / f"{name}.json"
         environment = {**slurm, "RANK": rank, "LOCAL_RANK": rank, "FACTS": str(facts), "WIDTH": "48"}

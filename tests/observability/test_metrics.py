@@ -102,12 +102,12 @@ def test_the_row_s_own_columns_are_not_metrics(tmp_path: Path) -> None:
 
 
 def test_wandb_gets_every_row(tmp_path: Path) -> None:
-    class Sink:
-        rows: list[tuple[int, dict[str, float]]] = []
+    rows = []
 
+    class Sink:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-            self.rows.append((step, metrics))
+            rows.append((step, metrics))
 
     with MetricsLogger(tmp_path, tensorboard=False, wandb=Sink()) as metrics:
         metrics.log(2, {"loss": 1.0})
-    assert Sink.rows == [(2, {"loss": 1.0})]
+    assert rows == [(2, {"loss": 1.0})]

@@ -5,13 +5,14 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from example_run import HOSTILE, write_example_run
 
 from nemo_eppo.observability.charts import Series, histogram_chart, line_chart, smoothing_window, stacked_chart
 from nemo_eppo.observability.recorder import RolloutRecorder, read_rows
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
-from example_run import HOSTILE, write_example_run
 
 _VOID = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
@@ -149,7 +150,7 @@ def test_a_run_that_was_validated_once_has_nothing_to_compare(tmp_path: Path) ->
 
 
 def test_summary_holds_both_means_and_what_the_run_took(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"proxy_reward": 1.0, "gold_reward": None, "energy_loss": -0.5, "response_length": 3},
         {"proxy_reward": 2.0, "gold_reward": None, "energy_loss": -0.7, "response_length": 6},
     ]
@@ -172,7 +173,7 @@ def test_summary_holds_both_means_and_what_the_run_took(tmp_path: Path) -> None:
 
 
 def test_a_measure_that_some_rows_lack_is_an_error() -> None:
-    rows = [{"proxy_reward": 1.0}, {"proxy_reward": None}]
+    rows: list[dict[str, Any]] = [{"proxy_reward": 1.0}, {"proxy_reward": None}]
     with pytest.raises(ValueError, match="proxy_reward is missing in 1 of 2"):
         validation_means(rows)
 

@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-from nemo_eppo.observability import timers as module
 from nemo_eppo.observability.timers import Timers
 
 
@@ -12,7 +11,7 @@ from nemo_eppo.observability.timers import Timers
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the timers see: append to let time pass."""
     ticks = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: sum(ticks))
+    monkeypatch.setattr("nemo_eppo.observability.timers.time.perf_counter", lambda: sum(ticks))
     return ticks
 
 

@@ -16,10 +16,10 @@ PROMPTS, LENGTHS = torch.tensor([3, 1, 5, 9, 2, 2]), torch.tensor([8, 12, 6, 12,
 MASK = response_mask(PROMPTS, LENGTHS, S)
 EVERYTHING: dict[str, Any] = {
     "combine": "mean",
-    "length": {"kind": "authors", "length": 5},
+    "length_penalty": {"kind": "authors", "length": 5},
     "missing_eos": {"penalty": 1.5},
     "energy": {"eta": 2.0, "floor_ratio": 0.8, "standardize": True, "schedule": "linear"},
-    "clip": {"range": 1.0},
+    "reward_clip": {"range": 1.0},
     "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 100},
 }
 
@@ -82,10 +82,10 @@ def test_the_composition_follows_its_documented_order() -> None:
     assert inputs.ref_logprobs is not None
     settings = {
         "combine": "mean",
-        "length": {"kind": "linear", "length": 4, "coefficient": 0.3},
+        "length_penalty": {"kind": "linear", "length": 4, "coefficient": 0.3},
         "missing_eos": {"penalty": 0.7},
         "energy": {"eta": 0.2},
-        "clip": {"range": 0.9},
+        "reward_clip": {"range": 0.9},
         "kl": {"coefficient": 0.05},
     }
     rewards = pipeline(settings)(inputs).token_rewards
@@ -167,7 +167,7 @@ def test_energy_schedule_and_sides() -> None:
 
 
 def test_the_standardised_energy_penalty_uses_statistics_of_the_run() -> None:
-    run = pipeline({"energy": {"eta": 1.0, "standardize": True}, "clip": {"range": None}})
+    run = pipeline({"energy": {"eta": 1.0, "standardize": True}, "reward_clip": {"range": None}})
     differences = []
     for seed in range(3):
         inputs = make_inputs(seed)
@@ -189,12 +189,12 @@ def test_the_standardised_energy_penalty_uses_statistics_of_the_run() -> None:
     ],
 )
 def test_length_penalties(settings: dict[str, Any], expected: list[float]) -> None:
-    result = pipeline({"length": settings, "energy": {"eta": 0}})(make_inputs())  # lengths 5, 11, 1, 3, 5, 7
+    result = pipeline({"length_penalty": settings, "energy": {"eta": 0}})(make_inputs())  # lengths 5, 11, 1, 3, 5, 7
     assert result.ledger.contributions["reward/length_penalty"].tolist() == pytest.approx(expected)
 
 
 def test_the_authors_length_penalty_scales_with_the_running_std_of_the_reward() -> None:
-    run = pipeline({"length": {"kind": "authors", "length": 5}, "energy": {"eta": 0}})
+    run = pipeline({"length_penalty": {"kind": "authors", "length": 5}, "energy": {"eta": 0}})
     rewards = []
     for seed in range(3):
         inputs = make_inputs(seed)
@@ -257,11 +257,11 @@ def test_bad_inputs_are_refused_by_name(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": {"kind": "linear"}}, "needs length"),
-        ({"length": {"kind": "soft_overlong", "length": 4, "buffer": 5}}, "buffer of at most length"),
+        ({"length_penalty": {"kind": "linear"}}, "needs length"),
+        ({"length_penalty": {"kind": "soft_overlong", "length": 4, "buffer": 5}}, "buffer of at most length"),
         ({"kl": {"controller": "adaptive", "target": 1.0, "horizon": 5}}, "coefficient above 0"),
         ({"energy": {"etta": 1.0}}, "did you mean 'eta'"),
-        ({"clip": {"range": -1}}, "clip.range = -1"),
+        ({"reward_clip": {"range": -1}}, "reward_clip.range = -1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings: dict[str, Any], message: str) -> None:

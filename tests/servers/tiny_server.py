@@ -1,4 +1,4 @@
-"""A server with a tiny model on two ranks, for the tests: `torchrun tiny_server.py READY_FILE TOKEN`.
+"""A server with a tiny model on two ranks, for the tests; `server_process.py` starts it.
 
 The model is an embedding [VOCAB] whose halves lie on the two ranks, and a bias that training moves.
 A first token >= VOCAB - 4 asks for misbehaviour.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import SecretStr
 
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
@@ -62,7 +63,7 @@ class TinyService:
     def infer(self, arrays: Tensors) -> Tensors:
         values = self.embed(arrays["tokens"])[:, 1:] + self.bias
         if arrays["tokens"][0, 0] == NAN:
-            values[0, 0] = torch.nan
+            values[2, 5] = torch.nan
         return {"values": values.T.contiguous().T}  # not C-contiguous
 
     def train(self, arrays: Tensors) -> dict[str, float]:
@@ -80,12 +81,19 @@ class TinyService:
         return {"rewards": torch.stack([score, -score], 1), "latents": torch.zeros(len(tokens), 0)}
 
     def status(self) -> dict[str, Any]:
-        return {"tokenizer": "tiny", "reward": {"k": 2, "mean": 0.0, "std": 1.0}, "pids": self.pids}
+        return {
+            "tokenizer": "tiny",
+            "reward": {"k": 2, "mean": 0.0, "std": 1.0},
+            "pids": self.pids,
+            "calls": self.calls,
+        }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = ServerConfig(token=sys.argv[2], max_batch_size=MAX_BATCH, ready_file=Path(sys.argv[1]))
+    config = ServerConfig(
+        token=SecretStr(os.environ["TINY_TOKEN"]), max_batch_size=MAX_BATCH, ready_file=Path(sys.argv[1])
+    )
     serve(TinyService(), config, group=dist.new_group(backend="gloo"))
     dist.destroy_process_group()

@@ -1,0 +1,17 @@
+"""Serve and train the PPO critic through PyTriton until the job is stopped.
+
+Start it with `python serve_ppo_critic.py key=value ...`, on several ranks with
+`torchrun --nproc_per_node N serve_ppo_critic.py key=value ...`.
+"""
+
+from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.training.critic import CriticConfig, serve_critic
+
+
+@job(CriticConfig, config_name="gpt_ppo_critic")
+def main(config: CriticConfig, run: Run) -> None:
+    serve_critic(config, run)
+
+
+if __name__ == "__main__":
+    main()

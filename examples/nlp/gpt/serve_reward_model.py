@@ -1,0 +1,17 @@
+"""Serve a trained reward model through PyTriton until the job is stopped.
+
+Start it with `python serve_reward_model.py key=value ...`, on several ranks with
+`torchrun --nproc_per_node N serve_reward_model.py key=value ...`.
+"""
+
+from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
+
+
+@job(RewardModelConfig, config_name="serve_reward_model")
+def main(config: RewardModelConfig, run: Run) -> None:
+    serve_reward_model(config, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning of a GPT model on {"prompt", "response"} rows.
+
+Start it with `python train_gpt_sft.py key=value ...`, on several ranks with
+`torchrun --nproc_per_node N train_gpt_sft.py key=value ...`.
+"""
+
+from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.training.sft import SFTConfig, train_sft
+
+
+@job(SFTConfig, config_name="gpt_sft")
+def main(config: SFTConfig, run: Run) -> None:
+    train_sft(config, run)
+
+
+if __name__ == "__main__":
+    main()

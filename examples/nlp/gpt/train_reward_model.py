@@ -1,0 +1,17 @@
+"""Bradley-Terry training of a reward model on {"prompt", "chosen", "rejected"} rows.
+
+Start it with `python train_reward_model.py key=value ...`, on several ranks with
+`torchrun --nproc_per_node N train_reward_model.py key=value ...`.
+"""
+
+from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+
+
+@job(RewardTrainingConfig, config_name="gpt_reward_model")
+def main(config: RewardTrainingConfig, run: Run) -> None:
+    train_reward_model(config, run)
+
+
+if __name__ == "__main__":
+    main()

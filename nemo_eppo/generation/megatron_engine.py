@@ -1,0 +1,167 @@
+"""Generation on the trainer's own Megatron weights: nothing is copied, converted or sent when the weights change."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, sample_tokens
+from nemo_eppo.config import ConfigError
+from nemo_eppo.generation.decoder import Decoder
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.rollout.sampling import SamplingParams
+
+_BLOCK = 8  # steps between looks at what was sampled, each of which waits for the device
+_COMPACT = 0.25  # share of rows that must have ended before the rest is moved together
+
+
+class MegatronEngine:
+    """An `Engine` over the chunks of a policy.
+
+    All ranks of a replica call `generate` with the same input and get the same completions. Replicas are independent:
+    each may have prompts of its own, or none.
+
+    Args:
+        chunks: what `build_model(..., head="lm")` returned, wrapped or not.
+        model_config: their architecture.
+        eos_id: the token that ends a response.
+        pad_id: fills short prompts; never part of a response.
+        max_batch_size: prompts decoded at once.
+        max_sequence_length: longest prompt and response together.
+    """
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        model_config: ModelConfig,
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_batch_size: int,
+        max_sequence_length: int,
+    ) -> None:
+        if not 1 <= max_sequence_length <= model_config.max_sequence_length:
+            raise ConfigError(
+                f"max_sequence_length = {max_sequence_length}: expected 1 to {model_config.max_sequence_length}, "
+                "the model's longest sequence"
+            )
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size = {max_batch_size}: expected at least 1")
+        for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
+            if not 0 <= token < model_config.vocab_size:
+                raise ConfigError(f"{name} = {token}: expected 0 to {model_config.vocab_size - 1}")
+        self._vocab_size, self._eos_id, self._pad_id = model_config.vocab_size, eos_id, pad_id
+        self._max_batch_size, self._max_sequence_length = max_batch_size, max_sequence_length
+        self._decoder = Decoder(chunks, model_config.vocab_size)
+        self._stages = self._decoder.stages
+        self._version = 0
+
+    def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+        """The weights are the trainer's own: only their version is new, and `named_weights` is not read."""
+        self._version = version
+
+    def sleep(self) -> None:
+        """Free the cache."""
+        self._decoder.release()
+
+    def wake(self) -> None:
+        """Nothing to do: the cache is allocated when it is needed."""
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        """One completion for each prompt; see `Engine`.
+
+        Token t of a response is drawn with the uniform number of (seed, t). Log-probs are those of the distribution
+        sampled from, after temperature and filters; for greedy decoding, of the unfiltered distribution.
+
+        Raises:
+            ConfigError: a prompt or seed that cannot work, found before any communication.
+            FloatingPointError, ValueError: the model gives NaN.
+        """
+        self._check(prompt_ids, seeds)
+        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))  # the first wave needs most memory
+        completions: dict[int, Completion] = {}
+        for start in range(0, len(order), self._max_batch_size):
+            wave = order[start : start + self._max_batch_size]
+            results = self._wave([prompt_ids[i] for i in wave], sampling, [seeds[i] for i in wave])
+            completions.update(zip(wave, results, strict=True))
+        return [completions[i] for i in range(len(prompt_ids))]
+
+    def _check(self, prompt_ids: list[list[int]], seeds: list[int]) -> None:
+        if len(seeds) != len(prompt_ids):
+            raise ConfigError(f"seeds: {len(seeds)} for {len(prompt_ids)} prompts; expected one for each")
+        for i, prompt in enumerate(prompt_ids):
+            if not 1 <= len(prompt) < self._max_sequence_length:
+                raise ConfigError(
+                    f"prompt {i} has {len(prompt)} tokens; expected 1 to {self._max_sequence_length - 1}, so that a "
+                    f"response fits into max_sequence_length = {self._max_sequence_length}"
+                )
+            if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+                raise ConfigError(
+                    f"prompt {i} has tokens from {min(prompt)} to {max(prompt)}; expected 0 to {self._vocab_size - 1}"
+                )
+
+    def _wave(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        """Decode prompts together, in blocks of steps; rows that have ended leave between blocks."""
+        longest = max(map(len, prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        limits = (self._max_sequence_length - lengths).clamp(max=sampling.max_new_tokens)
+        steps = int(limits.max())
+        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
+        seed = torch.tensor(seeds)
+        tokens = torch.zeros(len(prompts), steps, dtype=torch.int64)
+        logprobs = torch.zeros(len(prompts), steps)
+        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        rows = torch.arange(len(prompts))  # the prompt that each of the decoder's rows answers
+        logits = self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), longest + steps)
+        for start in range(0, steps, _BLOCK):
+            block = torch.arange(start, min(start + _BLOCK, steps))
+            uniforms = counter_uniform(seed[rows, None], block).to(device.device())
+            chosen = []
+            for column, step in enumerate(block.tolist()):
+                if step > 0:
+                    logits = self._decoder.step(token)
+                token, logprob = self._choose(logits, uniforms[:, column], sampling)
+                chosen.append((token, logprob))
+            tokens[rows[:, None], block] = torch.stack([token for token, _ in chosen], 1).cpu()
+            logprobs[rows[:, None], block] = self._from_last_stage(torch.stack([lp for _, lp in chosen], 1)).cpu()
+            ended[rows] |= (tokens[rows[:, None], block] == self._eos_id).any(1) | (limits[rows] <= block[-1] + 1)
+            alive = ~ended[rows]
+            if not alive.any():
+                break
+            if alive.sum() <= (1 - _COMPACT) * len(rows):
+                kept = self._decoder.keep(alive.nonzero().flatten().tolist())
+                rows, token = rows[kept], token[kept]
+        if not torch.isfinite(logprobs).all():
+            raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
+        return [self._completion(*result) for result in zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)]
+
+    def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+        """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""
+        if logits is None:
+            token = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
+            logprob = torch.empty(len(uniforms), device=uniforms.device)
+        else:
+            if sampling.temperature != 1.0:
+                logits = logits / sampling.temperature
+            if sampling.top_k or sampling.top_p < 1.0:
+                logits = filter_logits(logits, sampling.top_k, sampling.top_p)
+            token = logits.argmax(-1) if sampling.greedy else sample_tokens(logits, uniforms)
+            logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        return self._from_last_stage(token), logprob
+
+    def _from_last_stage(self, values: Tensor) -> Tensor:
+        if self._stages.size() > 1:
+            dist.broadcast(values, group=self._stages, group_src=self._stages.size() - 1)
+        return values
+
+    def _completion(self, tokens: list[int], logprobs: list[float], limit: int) -> Completion:
+        """Cut what was decoded of one row at its first EOS, or at its limit."""
+        stopped = self._eos_id in tokens[:limit]
+        length = tokens.index(self._eos_id) + 1 if stopped else limit
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+        return Completion(tokens[:length], logprobs[:length], reason, self._version)

@@ -1,0 +1,93 @@
+"""Supervised fine-tuning: maximum likelihood of demonstrated responses."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import masked_sum, response_mask
+from nemo_eppo.config import Config
+from nemo_eppo.data.datasets import SequenceItem, SFTDataset, collate
+from nemo_eppo.megatron.model import Head
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.training.fit import FitSettings, TextDataConfig, fit
+from nemo_eppo.training.policy import next_token_targets
+from nemo_eppo.training.setup import ModelSetup, Plan, plan
+
+_VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
+
+
+class SFTConfig(Config):
+    """The SFT job (conf/gpt_sft.yaml)."""
+
+    exp_manager: ExpManagerConfig = ExpManagerConfig()
+    seed: int = Field(1234, ge=0)
+    """Of fresh weights and of the order of examples."""
+    model: ModelSetup
+    data: TextDataConfig
+    """Rows {"prompt", "response"}."""
+    sft: FitSettings = FitSettings()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+
+
+class SFTTask:
+    """Cross-entropy per response token; the prompt is read, not learnt."""
+
+    title: ClassVar[str] = "SFT"
+    head: ClassVar[Head] = "lm"
+    group: ClassVar[int] = 1
+    columns: ClassVar[Mapping[str, str]] = {
+        "loss": "train/loss",
+        "tokens/s": "train/tokens_per_second",
+        "validation loss": "validation/loss",
+    }
+
+    def __init__(self, data: TextDataConfig, plan: Plan) -> None:
+        longest = data.max_sequence_length or plan.model.max_sequence_length
+        self.pad_id = plan.tokenizer.pad_id
+        self.train, self.validation = (
+            SFTDataset(path, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long)
+            for path in (data.train, data.validation)
+        )
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def rows(self, indices: list[int]) -> Rows:
+        return self._rows([self.train[index] for index in indices])
+
+    def _rows(self, items: list[SequenceItem]) -> Rows:
+        tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in items], self.pad_id)
+        mask = response_mask(prompts, lengths, tokens.size(1))
+        return {"tokens": tokens, "lengths": lengths, "mask": mask, "targets": next_token_targets(tokens, mask)}
+
+    def loss_function(self, rows: Rows) -> LossFunction:
+        tokens = float(rows["mask"].sum())
+
+        def loss(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+            return -masked_sum(output[:, :-1, 0], rows["mask"]) / tokens, {}
+
+        return loss
+
+    def validate(self, runner: ModelRunner) -> dict[str, float]:
+        total = count = 0.0
+        for start in range(0, len(self.validation), _VALIDATION_ROWS):
+            rows = self._rows(self.validation.items[start : start + _VALIDATION_ROWS])
+            out, _ = runner.infer(rows["tokens"], rows["lengths"], rows["targets"], outputs=2)
+            total -= float(masked_sum(out[:, :-1, 0], rows["mask"]))
+            count += float(rows["mask"].sum())
+        loss = total / count
+        return {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 50.0))}
+
+    def state(self) -> dict[str, object]:
+        return {}
+
+
+def train_sft(config: SFTConfig, run: Run) -> None:
+    """The SFT job."""
+    model = plan(config.model, head="lm")
+    fit(SFTTask(config.data, model), model, config.sft, config.optimizer, config.seed, run)

@@ -1,0 +1,97 @@
+"""The device layer: megatron-core on a CPU, and loud when megatron-core is not the one it knows."""
+
+import importlib.util
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_eppo.megatron import device
+
+pytestmark = pytest.mark.skipif(device.on_gpu(), reason="the CPU layer is not installed on a GPU machine")
+
+
+def python(*lines: str) -> str:
+    """Run a fresh interpreter; what it wrote to stderr, empty on success."""
+    command, root = [sys.executable, "-c", "\n".join(lines)], Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    return "" if result.returncode == 0 else result.stderr
+
+
+def test_installing_twice_changes_nothing() -> None:
+    before = (torch.cuda.Event, torch.cuda.current_device, torch.Tensor.cuda)
+    device.install()
+    assert (torch.cuda.Event, torch.cuda.current_device, torch.Tensor.cuda) == before
+    assert torch.zeros(2).cuda().device == device.device() == torch.device("cpu")
+    assert device.distributed_backend() == "gloo"
+
+
+def test_every_listed_function_makes_cpu_tensors() -> None:
+    for name, functions in device._DEVICE_LITERALS.items():
+        module = device._megatron(name)
+        for function in functions:
+            with pytest.raises(RuntimeError, match=rf"{name}\.{function} no longer names a CUDA device"):
+                device._rewrite_device_literals(module, function)  # rewritten already
+
+
+def test_function_that_names_no_cuda_device_is_reported() -> None:
+    def changed_upstream() -> torch.Tensor:
+        return torch.zeros(1, device="cpu")
+
+    module: Any = types.ModuleType("megatron.core.somewhere")
+    module.changed_upstream = changed_upstream
+    with pytest.raises(RuntimeError, match=r"somewhere\.changed_upstream no longer names .* install the version"):
+        device._rewrite_device_literals(module, "changed_upstream")
+
+
+def test_literals_are_found_in_methods_and_nested_functions() -> None:
+    class Holder:
+        def make(self) -> torch.Tensor:
+            def inner() -> torch.Tensor:
+                return torch.zeros(1, device="cuda")
+
+            return inner()
+
+    module: Any = types.ModuleType("megatron.core.somewhere")
+    module.Holder = Holder
+    device._rewrite_device_literals(module, "Holder.make")
+    assert Holder().make().device.type == "cpu"
+
+
+def test_megatron_core_imported_too_early_is_an_error() -> None:
+    assert "has to run before megatron.core is imported" in python("import megatron.core, nemo_eppo.megatron")
+
+
+def test_half_an_installation_is_not_mistaken_for_a_whole_one() -> None:
+    spec = importlib.util.find_spec("nemo_eppo.megatron.device")
+    assert spec is not None
+    stderr = python(
+        "import importlib.util",
+        f"spec = importlib.util.spec_from_file_location('device', {spec.origin!r})",
+        "device = importlib.util.module_from_spec(spec)",
+        "spec.loader.exec_module(device)",
+        "device._DEVICE_LITERALS = {'utils': ('divide',)}",
+        "try: device.install()",
+        "except RuntimeError: device.install()",
+    )
+    assert "has to run before megatron.core is imported" in stderr.splitlines()[-1]
+
+
+def test_named_random_states_leave_the_outer_one_alone() -> None:
+    tracker = device._megatron("tensor_parallel.random").get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("here", 5)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with tracker.fork("here"):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with tracker.fork("here"):
+        second = torch.rand(3)
+    both = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.cat([first, second]), both), "a state goes on where it was left"

@@ -1,0 +1,132 @@
+"""Updates against torch's AdamW and clip_grad_norm_ on the same network in transformers, and updates that may not be."""
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import MODEL, PP2, Layout, build_runner, close, exported, random_batch, random_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.conversion.hf_weights import hf_config
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runner import Rows
+
+QWEN2 = MODEL.model_copy(update={"qkv_bias": True})  # it has biases, which like norms are not decayed
+STEPS = 3
+OPTIMIZER = OptimizerConfig(lr=0.01, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.5, clip_grad=0.5)
+
+
+def likelihood(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """Minus the sum of log-probs, over 50; and a tenth of the entropy against it."""
+    logprobs, entropy = output.unbind(-1)
+    return -logprobs.sum() / 50 - 0.1 * entropy.sum() / 50, {"rows": torch.tensor(float(len(output)))}
+
+
+def train(layout: Layout, optimizer: OptimizerConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    runner = build_runner(layout, QWEN2, optimizer=optimizer)
+    reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
+    return reports, exported(runner, QWEN2)
+
+
+def train_in_plain_torch(optimizer: OptimizerConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    network: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(QWEN2, "Qwen2ForCausalLM")))
+    network.load_state_dict({n: w for n, w in random_weights(QWEN2).items() if "score" not in n})
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in network.parameters() if p.dim() > 1]},
+        {"params": [p for p in network.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+    )
+    batch, reports = random_batch(), []
+    wanted = batch["targets"] != IGNORE
+    for _ in range(STEPS):
+        logp = network(batch["tokens"]).logits.log_softmax(-1)
+        chosen = logp.gather(-1, batch["targets"].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        loss = -chosen[wanted].sum() / 50 - 0.1 * entropy[wanted].sum() / 50
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optimizer.clip_grad or float("inf"))
+        adamw.step()
+        reports.append({"loss": float(loss), "grad_norm": float(norm)})
+    return reports, {name: p.detach() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("clip_grad", [0.5, 0.0])
+@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (PP2, 2), ({}, 2)], ids=["TP1", "PP2", "DP2"])
+def test_updates_are_those_of_torch_adamw(layout: Layout, ranks: int, clip_grad: float) -> None:
+    optimizer = OPTIMIZER.model_copy(update={"clip_grad": clip_grad})
+    expected_reports, expected = train_in_plain_torch(optimizer)
+    for reports, parameters in run_ranks(train, ranks, layout, optimizer):
+        close(f"AdamW, {ranks} ranks, clip {clip_grad}, parameters", parameters, expected)
+        for got, want in zip(reports, expected_reports, strict=True):
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+            assert got["grad_norm"] > 1, "or nothing was clipped"
+            assert got["rows"] == 6
+
+
+def broken(layout: Layout, precision: Any, where: str) -> tuple[str, bool, dict[str, float]]:
+    """One good update; one that is broken; whether the broken one left every bit alone; one more good update."""
+    runner = build_runner(layout, QWEN2, precision=precision, optimizer=OPTIMIZER)
+    runner.train_step(random_batch(), likelihood)
+    before = exported(runner, QWEN2)
+
+    def loss(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        value, report = likelihood(output, rows)
+        last = rows["lengths"].min() == random_batch()["lengths"].min()  # only one micro-batch, and so one replica
+        if where == "loss" and last:
+            value = value * torch.nan
+        if where == "gradient" and last:  # the gradient of sqrt at 0 is infinite, its value is 0
+            value = value + (output.sum() * 0).sqrt()
+        return value, report
+
+    try:
+        runner.train_step(random_batch(), loss)
+        said = ""
+    except FloatingPointError as error:
+        said = str(error)
+    after = exported(runner, QWEN2)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    return said, unchanged, runner.train_step(random_batch(), likelihood)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (PP2, 2), ({}, 2)], ids=["TP1", "PP2", "DP2"])
+def test_update_that_is_not_finite_is_refused_on_every_rank(
+    layout: Layout, ranks: int, precision: str, where: str
+) -> None:
+    for said, unchanged, next_report in run_ranks(broken, ranks, layout, precision, where):
+        assert "a loss or gradient is not finite, nothing was updated" in said
+        assert unchanged
+        assert all(torch.isfinite(torch.tensor(value)) for value in next_report.values())
+
+
+def learning_rates(config: OptimizerConfig) -> list[float]:
+    runner = build_runner({}, optimizer=config)  # reaches min_lr in 10 updates
+    return [runner.train_step(random_batch(), likelihood)["lr"] for _ in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]),
+    ],
+)
+def test_learning_rate_follows_its_schedule(schedule: Any, expected: list[float]) -> None:
+    config = OptimizerConfig(lr=1e-3, min_lr=2e-4, warmup_steps=2, schedule=schedule)
+    assert run_ranks(learning_rates, 1, config)[0] == pytest.approx([1e-3 * share for share in expected])
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
+        load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
+    with pytest.raises(ConfigError, match=r"distributed = true needs GPUs"):
+        load_config(OptimizerConfig, {"distributed": True})

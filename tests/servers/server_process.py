@@ -1,0 +1,63 @@
+"""Start the tiny server on two ranks through torchrun, as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from distributed import free_port
+from pydantic import SecretStr
+
+from nemo_eppo.servers.client import ClientConfig
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "open-sesame-4711"
+
+
+@dataclass
+class Server:
+    torchrun: "subprocess.Popen[bytes]"
+    url: str
+    ready_file: Path
+    output: Path
+
+    @property
+    def client_config(self) -> ClientConfig:
+        return ClientConfig(url=self.url, token=SecretStr(TOKEN), connect_timeout=60)
+
+    def processes(self) -> list[psutil.Process]:
+        """torchrun, the ranks, Triton and its stubs."""
+        parent = psutil.Process(self.torchrun.pid)
+        return [parent, *parent.children(recursive=True)]
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    ready, output = folder / "ready.json", folder / "output.txt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TINY_TOKEN": TOKEN}
+    with open(output, "wb") as log:
+        torchrun = subprocess.Popen(
+            [*command, str(ROOT / "tests/servers/tiny_server.py"), str(ready)], env=environment, stdout=log, stderr=log
+        )
+    started: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists():
+            assert torchrun.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, f"not ready after 120 s:\n{output.read_text()}"
+            time.sleep(0.05)
+        server = Server(torchrun, json.loads(ready.read_text())["url"], ready, output)
+        started = server.processes()
+        yield server
+    finally:
+        for process in [*started, torchrun]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        torchrun.wait()
