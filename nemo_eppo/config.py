@@ -46,7 +46,7 @@ def _describe(schema: type[Config], issue: Any) -> str:
         owner: Any = schema
         for part in issue["loc"][:-1]:
             field = getattr(owner, "model_fields", {}).get(part)
-            owner = next((t for t in _config_types(field.annotation)), None) if field else None
+            owner = next((t for t in config_types(field.annotation)), None) if field else None
         known = list(getattr(owner, "model_fields", {}))
         close = difflib.get_close_matches(str(issue["loc"][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
@@ -57,7 +57,8 @@ def _describe(schema: type[Config], issue: Any) -> str:
     return f"{where}: {issue['msg'].removeprefix('Value error, ')}"
 
 
-def _config_types(annotation: Any) -> list[type[Config]]:
+def config_types(annotation: Any) -> list[type[Config]]:
+    """The Config classes in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
-    return [t for arg in getattr(annotation, "__args__", ()) for t in _config_types(arg)]
+    return [t for arg in getattr(annotation, "__args__", ()) for t in config_types(arg)]

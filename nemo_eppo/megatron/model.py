@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
 from nemo_eppo.megatron import device
@@ -81,6 +81,12 @@ class ScalarModel(_Decoder):
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
         return self.head(hidden_states) if self.post_process else hidden_states
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Shards of all weights; GPTModel's own method insists on an output projection."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
 def build_model(

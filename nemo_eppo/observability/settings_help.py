@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from nemo_eppo.config import Config, _config_types
+from nemo_eppo.config import Config, config_types
 
 _USAGE = """\
 usage: python {script} [KEY=VALUE ...] [--config-path DIR] [--config-name NAME] [--config-dir DIR] [--cfg job] [--help]
@@ -45,7 +45,7 @@ def _section(schema: type[Config], values: Mapping[str, Any], path: str, width: 
     subsections = []
     for name, field in schema.model_fields.items():
         value = values[name] if name in values else _default(field)
-        if nested := _config_types(field.annotation):
+        if nested := config_types(field.annotation):
             subsections += [(kind, name, field, value) for kind in nested]
             if not isinstance(value, Mapping):
                 yield from _setting(path + name, value, field, width)

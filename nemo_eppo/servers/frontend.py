@@ -21,7 +21,7 @@ from nemo_eppo.servers.protocol import ENDPOINTS, Array
 Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 # Triton waits this long for requests in flight when it is told to end, and so when rank 0 has died under it.
-EXIT_TIMEOUT_S = 10
+EXIT_TIMEOUT_S = 5
 _PREFIX = "nemo_eppo_triton_"
 
 

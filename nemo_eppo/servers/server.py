@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -75,8 +76,8 @@ def _share(request: Request | None, group: dist.ProcessGroup) -> tuple[str, Tens
     tensors: Tensors = {}
     header = _Header()
     if request:
-        # torch.tensor copies: the arrays lie in memory that Triton takes back after the answer.
-        tensors = {name: torch.tensor(array) for name, array in request.arrays.items()}
+        # A copy, for the arrays lie in memory that Triton takes back after the answer; contiguous, for gloo.
+        tensors = {name: torch.from_numpy(np.array(array, order="C")) for name, array in request.arrays.items()}
         header = _Header(request.endpoint, {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()})
     source = dist.get_global_rank(group, 0)
     shared = [header]

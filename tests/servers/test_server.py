@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import tritonclient.http
+import tritonclient.utils
 from pydantic import SecretStr, ValidationError
 from server_process import TOKEN, Server, running_server
 from tiny_server import FAIL, MAX_BATCH, NAN, SLEEP, VOCAB, embedding
@@ -121,7 +122,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_request_reaches_no_rank_and_the_server_goes_on(server: Server, critic: CriticClient, name: str) -> None:
     change, message = BAD[name]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "tokens": np.ones((4, 9), np.int32),
         "lengths": np.full(4, 9, np.int32),
         "returns": np.zeros((4, 8), np.float32),
@@ -132,7 +133,7 @@ def test_bad_request_reaches_no_rank_and_the_server_goes_on(server: Server, crit
     before = critic.status()
     change(arrays)
     with pytest.raises(ServerError, match=message) as caught:
-        raw(server, "critic_train", **arrays)
+        raw(server, "critic_train", TOKEN, **arrays)
     assert "Traceback" not in str(caught.value)
     assert critic.status() == before
     critic.infer(*batch()).result()  # asserts on every rank that all ranks have made as many calls
@@ -142,8 +143,13 @@ def test_empty_batch_is_refused_and_the_server_goes_on(server: Server, critic: C
     with pytest.raises(RequestError, match=r"tokens = shape \[0, 9\], expected .*nothing empty"):
         critic.infer(torch.zeros(0, 9, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     before = critic.status()
-    with pytest.raises(ServerError):
-        raw(server, "critic_infer", tokens=np.zeros((0, 9), np.int32), lengths=np.zeros(0, np.int32))
+    inputs = [tritonclient.http.InferInput("token", [1], "BYTES").set_data_from_numpy(np.array([TOKEN], dtype=object))]
+    for name, shape in (("tokens", [0, 9]), ("lengths", [0])):
+        array = np.zeros(shape, np.int32)
+        inputs.append(tritonclient.http.InferInput(name, shape, "INT32").set_data_from_numpy(array))
+    foreign = tritonclient.http.InferenceServerClient(server.url.removeprefix("http://"))
+    with foreign, pytest.raises(tritonclient.utils.InferenceServerException):
+        foreign.infer("critic_infer", inputs)
     assert critic.status() == before
     critic.infer(*batch()).result()
 
@@ -165,7 +171,8 @@ def test_nan_in_an_answer_is_an_error_that_names_the_row_unless_it_is_padding(cr
 @pytest.mark.parametrize("token", ["", "open-sesame-4712", "ö" * 100])
 def test_wrong_token_is_refused_everywhere_and_never_shown(server: Server, token: str) -> None:
     tokens, lengths = np.ones((1, 4), np.int32), np.full(1, 4, np.int32)
-    for endpoint, arrays in (("status", {}), ("critic_infer", {"tokens": tokens, "lengths": lengths})):
+    requests: dict[str, dict[str, np.ndarray]] = {"status": {}, "critic_infer": {"tokens": tokens, "lengths": lengths}}
+    for endpoint, arrays in requests.items():
         with pytest.raises(ServerError, match="token") as caught:
             raw(server, endpoint, token, **arrays)
         assert caught.value.field == "token"
@@ -212,45 +219,22 @@ def test_updates_arrive_in_the_order_of_the_calls(critic: CriticClient) -> None:
     assert critic.status()["step"] == step + 10
 
 
-def test_answer_lost_on_the_way_is_asked_for_again_and_applied_once(server: Server) -> None:
-    """A relay takes the first request to the server and hangs up before the answer; the client's retry passes."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    target = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-    cut: list[bool] = []
+def test_update_whose_answer_is_lost_is_sent_again_and_applied_once(
+    critic: CriticClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, answers = critic._transport.request, []
 
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-        sink.close()
+    def lossy(*args: Any, **options: Any) -> dict[str, Any]:
+        answers.append(real(*args, **options))
+        if len(answers) == 1:
+            raise ConnectionError("lost")
+        return answers[-1]
 
-    def relay() -> None:
-        while True:
-            try:
-                near, _ = listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(target)
-            request = near.recv(1 << 16)
-            while len(request) < 100 or (b"critic_train" in request and len(request) < 700):
-                request += near.recv(1 << 16)
-            far.sendall(request)
-            if b"critic_train" in request and not cut:
-                far.recv(1)
-                cut.append(True)
-                near.close()
-                far.close()
-                continue
-            threading.Thread(target=pump, args=(near, far), daemon=True).start()
-            threading.Thread(target=pump, args=(far, near), daemon=True).start()
-
-    threading.Thread(target=relay, daemon=True).start()
-    config = server.client_config.model_copy(update={"url": f"http://127.0.0.1:{listener.getsockname()[1]}"})
-    with listener, CriticClient(config) as client:
-        step = client.connect(EXPECT)["step"]
-        metrics = update(client, step + 1)
-        assert cut
-        assert client.status()["step"] == step + 1
-        assert client.status()["bias"] == metrics["bias"]
+    step = critic.status()["step"]
+    monkeypatch.setattr(critic._transport, "request", lossy)
+    metrics = update(critic, step + 1)
+    assert answers == [{"metrics": metrics}] * 2
+    assert critic.status()["step"] == step + 1
 
 
 def test_concurrent_requests_get_their_own_answers(critic: CriticClient) -> None:

@@ -86,6 +86,7 @@ class TinyService:
             "reward": {"k": 2, "mean": 0.0, "std": 1.0},
             "pids": self.pids,
             "calls": self.calls,
+            "bias": self.bias,
         }
 
 

@@ -1,0 +1,30 @@
+"""Folders and shared memory of killed servers are removed by the next one; those of living servers are not."""
+
+import fcntl
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from nemo_eppo.servers.frontend import _remove_leftovers
+
+
+def test_leftovers_are_removed_only_when_their_owner_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    blocks = {}
+    for name in ("dead", "living", "starting"):
+        folder = tmp_path / f"nemo_eppo_triton_{name}"
+        folder.mkdir()
+        prefix = "" if name == "starting" else f"nemo_eppo_test_{tmp_path.name}_{name}"
+        (folder / "owner").write_text(prefix)
+        blocks[name] = Path("/dev/shm") / f"{prefix or 'nemo_eppo_test_' + tmp_path.name}_block"
+        blocks[name].touch()
+    try:
+        with open(tmp_path / "nemo_eppo_triton_living" / "owner") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            _remove_leftovers()
+        assert {path.name for path in tmp_path.iterdir()} == {"nemo_eppo_triton_living", "nemo_eppo_triton_starting"}
+        assert [name for name, block in blocks.items() if block.exists()] == ["living", "starting"]
+    finally:
+        for block in blocks.values():
+            block.unlink(missing_ok=True)
