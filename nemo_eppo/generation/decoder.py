@@ -84,8 +84,9 @@ class Decoder:
         self._gaps = self._hide_gaps(lengths, longest, columns)
         self._filled = longest
         last_hidden = []
-        for part in range(0, rows, max(1, _PREFILL_TOKENS // longest)):
-            taken = slice(part, part + max(1, _PREFILL_TOKENS // longest))
+        at_once = max(1, _PREFILL_TOKENS // longest)
+        for start in range(0, rows, at_once):
+            taken = slice(start, start + at_once)
             hidden = self._run(tokens[taken], self._rotary[:, None, :longest], taken, slice(0, longest))
             if hidden is not None:
                 ends = lengths[taken] - 1
@@ -110,7 +111,7 @@ class Decoder:
         order = list(range(size))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        self._cache[:, holes, : self._filled] = self._cache[:, movers, : self._filled]
+        self._cache[:, holes, ..., : self._filled, :] = self._cache[:, movers, ..., : self._filled, :]
         self._cache = self._cache[:, :size]
         self._positions = self._positions[order]
         self._gaps = None if self._gaps is None else self._gaps[order]
@@ -138,7 +139,7 @@ class Decoder:
         return hidden if model.post_process else None
 
     def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, columns: slice, rotary: Tensor) -> None:
-        """Add the layer's attention to hidden [b, s, H]; cache [b, W, G, 2, D], rotary [2, b or 1, s, 1, 1, D]."""
+        """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
         rows, size, _ = hidden.shape
         width, heads = self._head_width, self._heads_per_group
         qkv = F.linear(_norm(hidden, layer.attention_norm, self._eps), layer.qkv, layer.qkv_bias)
@@ -150,9 +151,9 @@ class Decoder:
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
         query_key.mul_(rotary[0]).addcmul_(halves_swapped, rotary[1])
-        cache[:, columns] = qkv[..., heads:, :]
+        cache[..., columns, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
         if size == 1:  # the heads of a group are rows that share its keys
-            keys, values = cache[:, : columns.stop].permute(3, 0, 2, 1, 4).unbind()
+            keys, values = cache[..., : columns.stop, :].unbind(2)
             gaps = None if self._gaps is None else self._gaps[..., : columns.stop]
             out = F.scaled_dot_product_attention(query[:, 0], keys, values, gaps, scale=self._softmax_scale)
         else:  # a prompt's own tokens come before its padding
@@ -195,7 +196,7 @@ class Decoder:
         return partial
 
     def _allocate(self, rows: int, columns: int) -> None:
-        shape = (sum(map(len, self._layers)), rows, columns, self._groups, 2, self._head_width)
+        shape = (sum(map(len, self._layers)), rows, self._groups, 2, columns, self._head_width)
         if self._storage.numel() < math.prod(shape):
             self._storage = self._storage.new_empty(math.prod(shape))
         self._cache = self._storage[: math.prod(shape)].view(shape)
@@ -219,7 +220,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _layer_weights(layer: Any) -> _Layer:
     weights = dict(layer.named_parameters())
-    fused = "mlp.linear_fc1.layer_norm_weight" in weights  # TransformerEngine: a norm belongs to the projection after it
+    fused = (
+        "mlp.linear_fc1.layer_norm_weight" in weights
+    )  # TransformerEngine: a norm belongs to the projection after it
     return _Layer(
         attention_norm=weights["self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"],
         qkv=weights["self_attention.linear_qkv.weight"],

@@ -44,9 +44,9 @@ class MegatronEngine:
         max_batch_size: int,
         max_sequence_length: int,
     ) -> None:
-        if not 1 <= max_sequence_length <= model_config.max_sequence_length:
+        if not 2 <= max_sequence_length <= model_config.max_sequence_length:
             raise ConfigError(
-                f"max_sequence_length = {max_sequence_length}: expected 1 to {model_config.max_sequence_length}, "
+                f"max_sequence_length = {max_sequence_length}: expected 2 to {model_config.max_sequence_length}, "
                 "the model's longest sequence"
             )
         if max_batch_size < 1:
@@ -94,7 +94,7 @@ class MegatronEngine:
     def _check(self, prompt_ids: list[list[int]], seeds: list[int]) -> None:
         if len(seeds) != len(prompt_ids):
             raise ConfigError(f"seeds: {len(seeds)} for {len(prompt_ids)} prompts; expected one for each")
-        for i, prompt in enumerate(prompt_ids):
+        for i, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
             if not 1 <= len(prompt) < self._max_sequence_length:
                 raise ConfigError(
                     f"prompt {i} has {len(prompt)} tokens; expected 1 to {self._max_sequence_length - 1}, so that a "
@@ -104,6 +104,9 @@ class MegatronEngine:
                 raise ConfigError(
                     f"prompt {i} has tokens from {min(prompt)} to {max(prompt)}; expected 0 to {self._vocab_size - 1}"
                 )
+
+            if not -(2**63) <= seed < 2**63:
+                raise ConfigError(f"seed {i} is {seed}; expected a 64-bit integer")
 
     def _wave(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Decode prompts together, in blocks of steps; rows that have ended leave between blocks."""
@@ -138,7 +141,10 @@ class MegatronEngine:
                 rows, token = rows[kept], token[kept]
         if not torch.isfinite(logprobs).all():
             raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
-        return [self._completion(*result) for result in zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)]
+        return [
+            self._completion(*result)
+            for result in zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
+        ]
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""

@@ -84,7 +84,8 @@ def install() -> None:
     if on_gpu():
         torch.cuda.set_device(device())
         return
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*", category=UserWarning)
+    for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):  # advice for GPUs, on every rank, at every start
+        warnings.filterwarnings("ignore", module=module)
     if torch.cuda.Event is _CpuEvent:
         return
     if "megatron.core" in sys.modules:

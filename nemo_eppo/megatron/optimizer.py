@@ -95,6 +95,9 @@ def build_optimizer(
         ),
         chunks,
     )
+    if precision == "bf16" and not config.distributed:
+        for part in optimizer.chained_optimizers:
+            _give_main_copies_to_heads(part)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -110,3 +113,23 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _give_main_copies_to_heads(optimizer: Any) -> None:
+    # megatron-core's bf16 optimizer cannot checkpoint fp32 parameters (0.16: KeyError): let it see heads as the others,
+    # a model's parameter and the main copy that is updated. They are the last of their group, as the lists must be.
+    for group, model, main, fp32 in zip(
+        optimizer.param_groups,
+        optimizer.float16_groups,
+        optimizer.fp32_from_float16_groups,
+        optimizer.fp32_from_fp32_groups,
+        strict=True,
+    ):
+        first = len(group["params"]) - len(fp32)
+        for index, parameter in enumerate(fp32, start=first):
+            if group["params"][index] is not parameter:
+                raise RuntimeError("an fp32 parameter stands before a bf16 one: optimizer states would be mixed up")
+            parameter.main_param = group["params"][index] = parameter.detach().clone()
+            model.append(parameter)
+            main.append(parameter.main_param)
+        fp32.clear()

@@ -26,7 +26,7 @@ _PREFIX = "nemo_eppo_triton_"
 
 
 class _Triton(Triton):
-    """PyTriton with two settings that its public configuration lacks."""
+    """PyTriton with three settings that its public configuration lacks."""
 
     def _prepare_triton_config(self, workspace: Any) -> None:
         super()._prepare_triton_config(workspace)
@@ -35,7 +35,11 @@ class _Triton(Triton):
 
     def _initialize_server(self) -> None:
         super()._initialize_server()
-        self._triton_server._verbose = False  # its log goes to a file, see `Frontend.failures`
+        server = self._triton_server
+        server._verbose = False  # its log goes to a file, see `Frontend.failures`
+        # In a session of its own: torchrun signals whole process groups, and would end Triton's helpers before the last
+        # answers have left. Triton still ends with this process (PyTriton sets its parent-death signal).
+        server._server_path = Path(f"{shutil.which('setsid')} {server._server_path}")
 
     @property
     def shared_memory_prefix(self) -> str:

@@ -1,6 +1,6 @@
 """Tokens per second of our engine and of transformers on models of the same size, on this machine.
 
-    python tests/benchmarks/generation.py [--threads 1 2] [--repeats 3]
+python tests/benchmarks/generation.py [--threads 1 2] [--repeats 3]
 """
 
 import argparse
@@ -68,7 +68,9 @@ def main() -> None:
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": True, "top_k": 0, "pad_token_id": 0}
         return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)[:, PROMPT:].numel()
 
-    print(f"{BATCH} prompts of {PROMPT} tokens, {NEW} new tokens, {MODEL.num_layers} layers x {MODEL.hidden_size}, fp32")
+    print(
+        f"{BATCH} prompts of {PROMPT} tokens, {NEW} new tokens, {MODEL.num_layers} layers x {MODEL.hidden_size}, fp32"
+    )
     print(f"{'threads':>7} {'ours':>10} {'transformers':>13} {'ratio':>6}   (tokens/s, best of {arguments.repeats})")
     for threads in arguments.threads:
         torch.set_num_threads(threads)

@@ -1,15 +1,20 @@
-"""Small policies with the same weights in every layout, and the slow but obvious ways to decode with them."""
+"""Small policies with the same weights in every layout, and slow but obvious ways to decode and to score with them."""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_eppo.conversion.hf_weights import hf_names, load_tensors
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.megatron.model import build_model
+from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig
+from nemo_eppo.megatron.model import build_model, set_scoring, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
+from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+from nemo_eppo.rollout.batch import Completion
+from nemo_eppo.rollout.sampling import SamplingParams
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -20,11 +25,21 @@ MODEL = ModelConfig(
     vocab_size=61,  # odd, so that tensor parallelism pads it
     max_sequence_length=64,
 )
+QWEN2 = MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6})
+QWEN3 = MODEL.model_copy(update={"qk_norm": True, "head_dim": 12, "tie_embeddings": True})
 EOS, PAD = 2, 0
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "SP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+    "virtual PP 2x2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "TP 2 PP 2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+}
 
 
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
-    """Whole tensors under Hugging Face names, of a size that gives distributions with some likely tokens."""
+    """Whole tensors under Hugging Face names, of a size that gives each prompt a few likely tokens."""
     draw = torch.Generator().manual_seed(11)
     weights = {}
     for name, shape in hf_names(model):
@@ -47,6 +62,38 @@ def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) 
     return MegatronEngine(chunks, model, **(settings | changes))
 
 
-def random_prompts(lengths: list[int], vocab_size: int = MODEL.vocab_size) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(3)
-    return [torch.randint(3, vocab_size, (length,), generator=draw).tolist() for length in lengths]
+def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, MODEL.vocab_size, (length,), generator=draw).tolist() for length in lengths]
+
+
+def greedy_without_cache(chunks: list[Any], model: ModelConfig, prompt: list[int], steps: int) -> list[int]:
+    """The likeliest token after each of `steps` whole forward passes of the model; EOS is a token like others."""
+    runner, ranks = ModelRunner(chunks, micro_batch_size=1), unwrap(chunks[0]).tp_group
+    copies = len(chunks) * unwrap(chunks[0]).pp_group.size()  # an interleaved pipeline wants several micro-batches
+    tokens = list(prompt)
+    for _ in range(steps):
+        rows = torch.tensor([tokens] * copies)
+        lengths = torch.full((copies,), len(tokens))
+        width = model.padded_vocab_size(ranks.size()) // ranks.size()
+        logits = runner.infer(rows, lengths, outputs=width)[0][0, -1].contiguous()
+        shards = [torch.empty_like(logits) for _ in range(ranks.size())]
+        dist.all_gather(shards, logits, group=ranks)
+        tokens.append(int(torch.cat(shards)[: model.vocab_size].argmax()))
+    return tokens[len(prompt) :]
+
+
+def trainer_logprobs(
+    chunks: list[Any], prompts: list[list[int]], completions: list[Completion], sampling: SamplingParams
+) -> list[Tensor]:
+    """Log-probs of the response tokens as the trainer computes them."""
+    rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.tensor([row + [PAD] * (int(lengths.max()) - len(row)) for row in rows])
+    targets = torch.full_like(tokens, IGNORE)
+    for row, prompt, length in zip(range(len(rows)), prompts, lengths.tolist(), strict=True):
+        targets[row, len(prompt) - 1 : length - 1] = tokens[row, len(prompt) : length]
+    scoring = ScoringConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    set_scoring(chunks, scoring)
+    logprobs = ModelRunner(chunks, micro_batch_size=2).infer(tokens, lengths, targets, outputs=2)[0][..., 0]
+    return [logprobs[row][targets[row] != IGNORE] for row in range(len(rows))]

@@ -1,25 +1,17 @@
 """The device layer: megatron-core on a CPU, and loud when megatron-core is not the one it knows."""
 
 import importlib.util
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import run_ranks
 
 from nemo_eppo.megatron import device
 
 pytestmark = pytest.mark.skipif(device.on_gpu(), reason="the CPU layer is not installed on a GPU machine")
-
-
-def python(*lines: str) -> str:
-    """Run a fresh interpreter; what it wrote to stderr, empty on success."""
-    command, root = [sys.executable, "-c", "\n".join(lines)], Path(__file__).parents[2]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
-    return "" if result.returncode == 0 else result.stderr
 
 
 def test_installing_twice_changes_nothing() -> None:
@@ -62,23 +54,37 @@ def test_literals_are_found_in_methods_and_nested_functions() -> None:
     assert Holder().make().device.type == "cpu"
 
 
+def uninstalled() -> Any:
+    """The device module as a fresh process sees it, but with megatron.core already imported in this one."""
+    spec = importlib.util.find_spec("nemo_eppo.megatron.device")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_megatron_core_imported_too_early_is_an_error() -> None:
-    assert "has to run before megatron.core is imported" in python("import megatron.core, nemo_eppo.megatron")
+    with pytest.raises(RuntimeError, match=r"install\(\) has to run before megatron\.core is imported"):
+        uninstalled().install()
+
+
+def fail_twice() -> list[str]:
+    for name in [name for name in sys.modules if name.startswith("megatron.core")]:
+        del sys.modules[name]
+    module, said = uninstalled(), []
+    module._DEVICE_LITERALS = {"utils": ("divide",)}
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as error:
+            module.install()
+        said.append(str(error.value))
+    return said
 
 
 def test_half_an_installation_is_not_mistaken_for_a_whole_one() -> None:
-    spec = importlib.util.find_spec("nemo_eppo.megatron.device")
-    assert spec is not None
-    stderr = python(
-        "import importlib.util",
-        f"spec = importlib.util.spec_from_file_location('device', {spec.origin!r})",
-        "device = importlib.util.module_from_spec(spec)",
-        "spec.loader.exec_module(device)",
-        "device._DEVICE_LITERALS = {'utils': ('divide',)}",
-        "try: device.install()",
-        "except RuntimeError: device.install()",
-    )
-    assert "has to run before megatron.core is imported" in stderr.splitlines()[-1]
+    first, second = run_ranks(fail_twice, 1)[0]
+    assert "megatron.core.utils.divide no longer names a CUDA device" in first
+    assert "has to run before megatron.core is imported" in second
 
 
 def test_named_random_states_leave_the_outer_one_alone() -> None:

@@ -1,0 +1,157 @@
+"""What the decoder computes against the model itself, the trainer's scorer and transformers, on the same weights."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_models import (
+    LAYOUTS,
+    MODEL,
+    QWEN2,
+    QWEN3,
+    build_engine,
+    build_policy,
+    greedy_without_cache,
+    random_prompts,
+    random_weights,
+    trainer_logprobs,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_eppo.conversion.hf_weights import hf_config
+from nemo_eppo.generation import decoder
+from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.rollout.batch import Completion
+from nemo_eppo.rollout.sampling import SamplingParams
+
+GREEDY = SamplingParams(max_new_tokens=10, greedy=True)
+SAMPLINGS = {
+    "plain": SamplingParams(max_new_tokens=12),
+    "temperature": SamplingParams(max_new_tokens=12, temperature=0.7),
+    "top-k": SamplingParams(max_new_tokens=12, top_k=5),
+    "top-p": SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.8),
+    "top-k and top-p": SamplingParams(max_new_tokens=12, temperature=1.5, top_k=9, top_p=0.9),
+    "greedy": SamplingParams(max_new_tokens=12, greedy=True),
+}
+MODELS = {
+    "Llama": ("LlamaForCausalLM", MODEL),
+    "Llama 3.1": (
+        "LlamaForCausalLM",
+        MODEL.model_copy(update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}),
+    ),
+    "Qwen2": ("Qwen2ForCausalLM", QWEN2),
+    "Qwen3": ("Qwen3ForCausalLM", QWEN3),
+}
+FAMILY_LAYOUTS = [("Llama", "one rank"), ("Llama 3.1", "one rank"), ("Qwen2", "TP 2"), ("Qwen3", "TP 2 PP 2")]
+PROMPTS = random_prompts([7, 1, 4, 12, 4])
+NO_EOS = MODEL.vocab_size - 1
+
+
+def ranks(layout: str) -> int:
+    settings = LAYOUTS[layout]
+    return settings.get("tensor_model_parallel_size", 1) * settings.get("pipeline_model_parallel_size", 1)
+
+
+def decode(layout: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Everything the tests below look at, computed in one process group."""
+    chunks = build_policy(layout, model)
+    engine = build_engine(chunks, model)
+    found: dict[str, Any] = {}
+    found["without eos"] = build_engine(chunks, model, eos_id=NO_EOS).generate(PROMPTS, GREEDY, [0] * len(PROMPTS))
+    found["re-forward"] = [greedy_without_cache(chunks, model, prompt, 10) for prompt in PROMPTS]
+    for name, sampling in SAMPLINGS.items():
+        completions = engine.generate(PROMPTS, sampling, list(range(len(PROMPTS))))
+        found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
+    return found
+
+
+@cache
+def decoded(layout: str, model: ModelConfig = MODEL) -> list[dict[str, Any]]:
+    return run_ranks(decode, ranks(layout), LAYOUTS[layout], model)
+
+
+def cut_at(token: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(token) + 1] if token in tokens else tokens
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_with_a_cache_is_greedy_by_whole_forward_passes(layout: str) -> None:
+    for rank in decoded(layout):
+        expected = [cut_at(NO_EOS, tokens) for tokens in rank["re-forward"]]
+        assert [completion.token_ids for completion in rank["without eos"]] == expected
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logprobs_are_the_trainers(layout: str, sampling: str) -> None:
+    completions, expected = decoded(layout)[0][sampling]
+    for completion, logprobs in zip(completions, expected, strict=True):
+        assert len(completion.logprobs) == len(completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str) -> None:
+    expected: list[Completion] = decoded("one rank")[0][sampling][0]
+    for rank in decoded(layout):
+        completions = rank[sampling][0]
+        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+        for completion, other in zip(completions, expected, strict=True):
+            assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+@torch.no_grad()
+def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]]:
+    config = AutoConfig.for_model(**hf_config(model, architecture))
+    network = AutoModelForCausalLM.from_config(config).eval()
+    network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
+    network.tie_weights()
+    responses = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": NO_EOS, "pad_token_id": 0}
+        output = network.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+        responses.append(output[0, len(prompt) :].tolist())
+    return responses
+
+
+@pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
+def test_greedy_is_that_of_transformers(name: str, layout: str) -> None:
+    architecture, model = MODELS[name]
+    greedy = decoded(layout, model)[0]["without eos"]
+    assert [completion.token_ids for completion in greedy] == transformers_greedy(architecture, model)
+
+
+@pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
+def test_logprobs_of_all_families_are_the_trainers(name: str, layout: str) -> None:
+    completions, expected = decoded(layout, MODELS[name][1])[0]["top-p"]
+    for completion, logprobs in zip(completions, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
+
+
+def decode_in_small_prefills(limit: int) -> list[Completion]:
+    decoder._PREFILL_TOKENS = limit
+    return build_engine(build_policy({})).generate(PROMPTS, SAMPLINGS["plain"], list(range(len(PROMPTS))))
+
+
+def test_prompts_may_be_prefilled_in_parts() -> None:
+    expected = decoded("one rank")[0]["plain"][0]
+    for limit in (1, 24):
+        completions = run_ranks(decode_in_small_prefills, 1, limit)[0]
+        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+
+
+def decode_bf16() -> tuple[list[Completion], list[torch.Tensor]]:
+    chunks = build_policy({}, precision="bf16")
+    completions = build_engine(chunks).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
+    return completions, trainer_logprobs(chunks, PROMPTS, completions, SAMPLINGS["temperature"])
+
+
+def test_bf16_models_have_fp32_logprobs_near_the_trainers() -> None:
+    completions, expected = run_ranks(decode_bf16, 1)[0]
+    for completion, logprobs in zip(completions, expected, strict=True):
+        assert any(torch.tensor(completion.logprobs).bfloat16().float() != torch.tensor(completion.logprobs))
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=0.05, rtol=0)

@@ -1,0 +1,293 @@
+"""What a response depends on, where it ends, and what generating leaves alone."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_models import (
+    EOS,
+    MODEL,
+    build_engine,
+    build_policy,
+    greedy_without_cache,
+    random_prompts,
+)
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.generation import megatron_engine
+from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.runtime import data_parallel_rank
+from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.rollout.sampling import SamplingParams
+
+LENGTHS = [7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2, 15, 8, 10, 11]
+PROMPTS = random_prompts(LENGTHS)
+SEEDS = [1000 + i for i in range(len(PROMPTS))]
+HOT = SamplingParams(max_new_tokens=40, temperature=2.0)  # hot enough that EOS comes soon, at different lengths
+
+
+def on_one_rank(test: Any, *args: Any) -> Any:
+    return run_ranks(test, 1, *args)[0]
+
+
+def generate_alone() -> list[Completion]:
+    engine = build_engine(build_policy({}), max_batch_size=1)
+    return engine.generate(PROMPTS, HOT, SEEDS)
+
+
+@cache
+def alone() -> list[Completion]:
+    """Each prompt decoded by itself."""
+    completions: list[Completion] = on_one_rank(generate_alone)
+    ends = [len(completion.token_ids) for completion in completions]
+    assert len(set(ends)) > 6, f"the responses should end at different lengths: {ends}"
+    return completions
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def generate_in_batches(sizes: list[int]) -> list[list[list[int]]]:
+    chunks = build_policy({})
+    return [tokens_of(build_engine(chunks, max_batch_size=size).generate(PROMPTS, HOT, SEEDS)) for size in sizes]
+
+
+def test_a_response_does_not_depend_on_the_batch_size() -> None:
+    for batch in on_one_rank(generate_in_batches, [3, 8, 16]):
+        assert batch == tokens_of(alone())
+
+
+def generate_permuted(order: list[int]) -> list[list[int]]:
+    engine = build_engine(build_policy({}), max_batch_size=5)
+    return tokens_of(engine.generate([PROMPTS[i] for i in order], HOT, [SEEDS[i] for i in order]))
+
+
+def test_a_response_does_not_depend_on_the_order_of_prompts() -> None:
+    order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(0)).tolist()
+    assert on_one_rank(generate_permuted, order) == [tokens_of(alone())[i] for i in order]
+
+
+def generate_among_others() -> list[list[int]]:
+    others = random_prompts([30, 2, 17], seed=9)
+    engine = build_engine(build_policy({}), max_batch_size=20)
+    return tokens_of(engine.generate([*others, *PROMPTS], HOT, [5, 6, 7, *SEEDS]))[len(others) :]
+
+
+def test_a_response_does_not_depend_on_the_other_prompts() -> None:
+    assert on_one_rank(generate_among_others) == tokens_of(alone())
+
+
+def generate_twice_with_other_seeds() -> list[list[list[int]]]:
+    engine = build_engine(build_policy({}))
+    return [tokens_of(engine.generate(PROMPTS[:4], HOT, seeds)) for seeds in ([1, 2, 3, 4], [5, 6, 7, 8])]
+
+
+def test_a_response_depends_on_its_seed() -> None:
+    first, second = on_one_rank(generate_twice_with_other_seeds)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def generate_per_replica() -> tuple[int, list[list[int]]]:
+    engine = build_engine(build_policy({}))
+    shares = [slice(0, 5), slice(5, 5)]  # the second replica has no prompts at all
+    share = shares[data_parallel_rank()]
+    return data_parallel_rank(), tokens_of(engine.generate(PROMPTS[share], HOT, SEEDS[share]))
+
+
+def test_replicas_may_have_different_numbers_of_prompts() -> None:
+    assert sorted(run_ranks(generate_per_replica, 2)) == [(0, tokens_of(alone())[:5]), (1, [])]
+
+
+def draw_many(count: int, sampling: SamplingParams) -> tuple[list[int], torch.Tensor]:
+    chunks = build_policy({})
+    completions = build_engine(chunks, max_batch_size=count).generate(
+        [PROMPTS[0]] * count, sampling, list(range(count))
+    )
+    tokens = torch.tensor([PROMPTS[0]])
+    logits = unwrap(chunks[0])(tokens, torch.arange(tokens.size(1))[None], None)[0, -1, : MODEL.vocab_size]
+    return [completion.token_ids[0] for completion in completions], logits.detach()
+
+
+def test_sampled_tokens_follow_the_softmax() -> None:
+    """Pearson's chi-squared over the tokens expected at least five times, the others pooled; 1e-4 tail."""
+    count, temperature = 4000, 1.5
+    drawn, logits = on_one_rank(draw_many, count, SamplingParams(max_new_tokens=1, temperature=temperature))
+    expected = (logits.double() / temperature).softmax(-1) * count
+    observed = torch.bincount(torch.tensor(drawn), minlength=MODEL.vocab_size).double()
+    often = expected >= 5
+    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    observed = torch.cat([observed[often], observed[~often].sum()[None]])
+    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert freedom >= 15
+    p_value = float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
+    assert p_value > 1e-4, f"chi-squared {statistic:.1f} with {freedom} degrees of freedom"
+
+
+def test_top_k_samples_only_the_k_likeliest() -> None:
+    drawn, logits = on_one_rank(draw_many, 500, SamplingParams(max_new_tokens=1, temperature=5.0, top_k=3))
+    assert set(drawn) == set(logits.topk(3).indices.tolist())
+
+
+def greedy_with_and_without_eos() -> list[tuple[list[int], Completion]]:
+    chunks = build_policy({})
+    pairs = []
+    for prompt in PROMPTS[:6]:
+        whole = greedy_without_cache(chunks, MODEL, prompt, 20)
+        engine = build_engine(chunks, eos_id=whole[6])
+        pairs.append((whole, engine.generate([prompt], SamplingParams(max_new_tokens=20, greedy=True), [0])[0]))
+    return pairs
+
+
+def test_a_response_ends_at_its_first_eos_which_it_includes() -> None:
+    for whole, completion in on_one_rank(greedy_with_and_without_eos):
+        length = whole.index(whole[6]) + 1
+        assert completion.token_ids == whole[:length]
+        assert len(completion.logprobs) == length
+        assert completion.finish_reason == FinishReason.STOP
+
+
+def test_only_responses_without_eos_are_truncated() -> None:
+    for completion in alone():
+        if completion.finish_reason == FinishReason.STOP:
+            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1
+        else:
+            assert EOS not in completion.token_ids
+            assert len(completion.token_ids) == HOT.max_new_tokens
+    assert {completion.finish_reason for completion in alone()} == set(FinishReason)
+
+
+def generate_in_a_window() -> list[Completion]:
+    engine = build_engine(build_policy({}), max_sequence_length=24)
+    return engine.generate(PROMPTS, SamplingParams(max_new_tokens=12, greedy=True), SEEDS)
+
+
+def test_a_response_is_cut_at_max_new_tokens_and_at_the_window() -> None:
+    truncated = set()
+    for prompt, completion in zip(PROMPTS, on_one_rank(generate_in_a_window), strict=True):
+        limit = min(12, 24 - len(prompt))
+        if completion.finish_reason == FinishReason.LENGTH:
+            assert len(completion.token_ids) == limit
+            truncated.add(limit)
+        else:
+            assert len(completion.token_ids) <= limit
+    assert {12, 4} <= truncated, "both limits should have been met"
+
+
+def generate_one_token() -> list[Completion]:
+    return build_engine(build_policy({})).generate(PROMPTS, SamplingParams(max_new_tokens=1, temperature=2.0), SEEDS)
+
+
+def test_one_new_token_is_the_first_of_a_longer_response() -> None:
+    assert tokens_of(on_one_rank(generate_one_token)) == [completion.token_ids[:1] for completion in alone()]
+
+
+def generate_with_compaction_at(shares: list[float]) -> list[list[list[int]]]:
+    chunks = build_policy({})
+    batches = []
+    for share in shares:
+        megatron_engine._COMPACT = share
+        batches.append(tokens_of(build_engine(chunks, max_batch_size=16).generate(PROMPTS, HOT, SEEDS)))
+    return batches
+
+
+def test_moving_the_remaining_rows_together_changes_nothing() -> None:
+    for batch in on_one_rank(generate_with_compaction_at, [0.01, 0.5, 2.0]):
+        assert batch == tokens_of(alone())
+
+
+def look_around_generate() -> dict[str, bool]:
+    chunks = build_policy({})
+    decoder, fired = unwrap(chunks[0]), []
+    for module in decoder.modules():
+        module.register_forward_hook(lambda *_: fired.append(True))
+    chunks[0].train()
+    decoder.decoder.layers[1].eval()
+    modes, state = [module.training for module in decoder.modules()], torch.get_rng_state()
+    build_engine(chunks).generate(PROMPTS, HOT, SEEDS)
+    found = {
+        "hooks are silent": not fired,
+        "modes are kept": modes == [module.training for module in decoder.modules()],
+        "random state is kept": bool(torch.equal(state, torch.get_rng_state())),
+    }
+    tokens = torch.tensor(PROMPTS[:1])
+    decoder(tokens, torch.arange(tokens.size(1))[None], None).sum().backward()
+    found["training goes on"] = all(parameter.grad is not None for parameter in decoder.parameters())
+    return found
+
+
+def test_generating_leaves_model_and_random_state_alone() -> None:
+    found = on_one_rank(look_around_generate)
+    assert all(found.values()), found
+
+
+def generate_around_an_update() -> tuple[list[Completion], list[Completion], list[list[int]]]:
+    chunks = build_policy({})
+    engine, sampling = build_engine(chunks), SamplingParams(max_new_tokens=5, greedy=True)
+    before = engine.generate(PROMPTS[:3], sampling, SEEDS[:3])
+    engine.sleep()
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.2).add_(0.02)
+    engine.wake()
+    engine.refit(None, version=7)
+    after = engine.generate(PROMPTS[:3], sampling, SEEDS[:3])
+    return before, after, [greedy_without_cache(chunks, MODEL, prompt, 5) for prompt in PROMPTS[:3]]
+
+
+def test_updated_weights_are_seen_and_versions_recorded() -> None:
+    before, after, expected = on_one_rank(generate_around_an_update)
+    assert [completion.weight_version for completion in before + after] == [0, 0, 0, 7, 7, 7]
+    assert tokens_of(before) != tokens_of(after)
+    for completion, whole in zip(after, expected, strict=True):
+        assert completion.token_ids == whole[: len(completion.token_ids)]
+
+
+def provoke(case: str) -> str:
+    chunks = build_policy({})
+    sampling = SamplingParams(max_new_tokens=3, greedy=case.endswith("greedy"))
+    try:
+        if case.startswith("NaN"):
+            with torch.no_grad():
+                unwrap(chunks[0]).decoder.layers[2].mlp.linear_fc2.weight[3, 3] = torch.nan
+            build_engine(chunks).generate(PROMPTS, sampling, SEEDS)
+        elif case == "long prompt":
+            build_engine(chunks, max_sequence_length=20).generate(PROMPTS, sampling, SEEDS)
+        elif case == "empty prompt":
+            build_engine(chunks).generate([[5], []], sampling, [0, 1])
+        elif case == "unknown token":
+            build_engine(chunks).generate([[5, 61]], sampling, [0])
+        elif case == "too few seeds":
+            build_engine(chunks).generate([[5], [6]], sampling, [0])
+        elif case == "huge seed":
+            build_engine(chunks).generate([[5]], sampling, [2**63])
+        elif case == "long window":
+            build_engine(chunks, max_sequence_length=65)
+        elif case == "eos outside":
+            build_engine(chunks, eos_id=61)
+        elif case == "no batch":
+            build_engine(chunks, max_batch_size=0)
+    except (ConfigError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("NaN", "FloatingPointError: the model of weight version 0 gives NaN"),
+        ("NaN greedy", "FloatingPointError: the model of weight version 0 gives NaN"),
+        ("long prompt", "ConfigError: prompt 7 has 20 tokens; expected 1 to 19"),
+        ("empty prompt", "ConfigError: prompt 1 has 0 tokens; expected 1 to 63"),
+        ("unknown token", "ConfigError: prompt 0 has tokens from 5 to 61; expected 0 to 60"),
+        ("too few seeds", "ConfigError: seeds: 1 for 2 prompts"),
+        ("huge seed", "ConfigError: seed 0 is 9223372036854775808"),
+        ("long window", "ConfigError: max_sequence_length = 65: expected 2 to 64"),
+        ("eos outside", "ConfigError: eos_id = 61: expected 0 to 60"),
+        ("no batch", "ConfigError: max_batch_size = 0: expected at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(case: str, message: str) -> None:
+    assert on_one_rank(provoke, case).startswith(message)

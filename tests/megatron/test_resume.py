@@ -1,0 +1,66 @@
+"""Training that goes on from a checkpoint is the training that was never interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import MODEL, PP2, SP2, VPP2, Layout, build_runner, close, exported, random_batch
+from torch import Tensor
+
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runner import ModelRunner, Rows
+
+OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
+
+
+def squares(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    real = torch.arange(output.size(1)) < rows["lengths"].unsqueeze(1)
+    return torch.where(real.unsqueeze(-1), output, 0).square().sum() / 50, {}
+
+
+def update(runner: ModelRunner, head: str) -> dict[str, float]:
+    rows = random_batch()
+    if head == "scalar":
+        del rows["targets"]
+    return runner.train_step(rows, squares)
+
+
+def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+    """One update, a checkpoint; what two further updates give."""
+    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+    update(runner, head)
+    manifest = checkpoint.Manifest(head=head, step=1, model=MODEL, optimizer=True)
+    checkpoint.save(directory, runner, manifest)
+    update(runner, head)
+    update(runner, head)
+    return exported(runner)
+
+
+def resumed(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+    checkpoint.load(directory, runner, optimizer=True)
+    update(runner, head)
+    update(runner, head)
+    return exported(runner)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [PP2, VPP2], ids=["PP2", "PP2+VPP2"])
+def test_resumed_training_is_the_same_bit_for_bit(layout: Layout, head: str, precision: str, tmp_path: Path) -> None:
+    case = (2, layout, head, precision, tmp_path / "step_1")
+    expected = run_ranks(interrupted, *case)[0]
+    for parameters in run_ranks(resumed, *case):
+        assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_resumes_in_another_layout(head: str, precision: str, tmp_path: Path) -> None:
+    expected = run_ranks(interrupted, 2, SP2, head, precision, tmp_path / "step_1")[0]
+    for parameters in run_ranks(resumed, 2, VPP2, head, precision, tmp_path / "step_1"):
+        tolerance = 1e-5 if precision == "fp32" else 0.02
+        close(f"{head} {precision}, from TP2+SP to PP2+VPP2", parameters, expected, tolerance)

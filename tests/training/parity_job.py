@@ -1,0 +1,58 @@
+"""One job of the parity test, started by torchrun: `parity_job.py critic|reward|actor config.json run_directory`.
+
+The same classes as the scripts in examples/, without NeMo's six seconds of import.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nemo_eppo.config import load_config
+from nemo_eppo.conversion.hf_weights import export_tensors
+from nemo_eppo.megatron import runtime
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.training.critic import CriticConfig, serve_critic
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
+
+STEPS = 3
+
+
+def run_actor(config: PPOConfig, run: Run) -> None:
+    """Three PPO steps; everything they made, and the policy's weights, go to steps.pt."""
+    job = PPOJob(config, run)
+    ppo = job.start()
+    steps = []
+    for step in range(1, STEPS + 1):
+        prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
+        result = ppo.step(step, prompts)
+        steps.append({"metrics": result.metrics, "batch": result.batch, "experience": result.experience})
+    critic = ppo.remote.save()
+    policy = dict(export_tensors(ppo.policy.runner.chunks, job.plan.model))
+    ppo.remote.close()
+    if dist.get_rank() == 0:
+        torch.save({"steps": steps, "policy": policy, "critic": critic}, run.directory / "steps.pt")
+    runtime.shutdown()
+
+
+def main(kind: str, config_file: Path, directory: Path) -> None:
+    torch.set_num_threads(1)
+    values = json.loads(config_file.read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO)
+    run = Run(directory, 0, logging.getLogger(), ExpManagerConfig())
+    if kind == "critic":
+        serve_critic(load_config(CriticConfig, values), run)
+    elif kind == "reward":
+        serve_reward_model(load_config(RewardModelConfig, values), run)
+    else:
+        run_actor(load_config(PPOConfig, values), run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
