@@ -63,7 +63,7 @@ class Decoder:
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
-        self._storage = torch.empty(0, dtype=self._dtype, device=device.device())
+        self._cache = self._storage = torch.empty(0, dtype=self._dtype, device=device.device())
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor, columns: int) -> Tensor | None:
@@ -145,12 +145,12 @@ class Decoder:
         qkv = F.linear(_norm(hidden, layer.attention_norm, self._eps), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(rows, size, self._groups, heads + 2, width)
         query, key = qkv[..., :heads, :], qkv[..., heads, :]
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             query.copy_(_norm(query, layer.q_norm, self._eps))
             key.copy_(_norm(key, layer.k_norm, self._eps))
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
-        query_key.mul_(rotary[0]).addcmul_(halves_swapped, rotary[1])
+        query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
         cache[..., columns, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
         if size == 1:  # the heads of a group are rows that share its keys
             keys, values = cache[..., : columns.stop, :].unbind(2)

@@ -16,7 +16,6 @@ from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 
 _BLOCK = 8  # steps between looks at what was sampled, each of which waits for the device
-_COMPACT = 0.25  # share of rows that must have ended before the rest is moved together
 
 
 class MegatronEngine:
@@ -104,47 +103,49 @@ class MegatronEngine:
                 raise ConfigError(
                     f"prompt {i} has tokens from {min(prompt)} to {max(prompt)}; expected 0 to {self._vocab_size - 1}"
                 )
-
             if not -(2**63) <= seed < 2**63:
                 raise ConfigError(f"seed {i} is {seed}; expected a 64-bit integer")
 
     def _wave(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Decode prompts together, in blocks of steps; rows that have ended leave between blocks."""
-        longest = max(map(len, prompts))
+        count, longest = len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         limits = (self._max_sequence_length - lengths).clamp(max=sampling.max_new_tokens)
         steps = int(limits.max())
-        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
-        seed = torch.tensor(seeds)
-        tokens = torch.zeros(len(prompts), steps, dtype=torch.int64)
-        logprobs = torch.zeros(len(prompts), steps)
-        ended = torch.zeros(len(prompts), dtype=torch.bool)
-        rows = torch.arange(len(prompts))  # the prompt that each of the decoder's rows answers
-        logits = self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), longest + steps)
+        tokens = torch.full((count, steps), self._pad_id)
+        logprobs = torch.zeros(count, steps)
+        ended = torch.zeros(count, dtype=torch.bool)
+        rows = torch.arange(count)  # the prompt that each of the decoder's rows answers
+        token: Tensor | None = None
         for start in range(0, steps, _BLOCK):
-            block = torch.arange(start, min(start + _BLOCK, steps))
-            uniforms = counter_uniform(seed[rows, None], block).to(device.device())
-            chosen = []
-            for column, step in enumerate(block.tolist()):
-                if step > 0:
-                    logits = self._decoder.step(token)
-                token, logprob = self._choose(logits, uniforms[:, column], sampling)
-                chosen.append((token, logprob))
-            tokens[rows[:, None], block] = torch.stack([token for token, _ in chosen], 1).cpu()
-            logprobs[rows[:, None], block] = self._from_last_stage(torch.stack([lp for _, lp in chosen], 1)).cpu()
-            ended[rows] |= (tokens[rows[:, None], block] == self._eos_id).any(1) | (limits[rows] <= block[-1] + 1)
-            alive = ~ended[rows]
-            if not alive.any():
+            stop = min(start + _BLOCK, steps)
+            uniforms = counter_uniform(torch.tensor(seeds)[rows, None], torch.arange(start, stop)).to(device.device())
+            drawn, scores = [], []
+            for uniform in uniforms.unbind(1):
+                logits = (
+                    self._prefill(prompts, lengths, longest + steps) if token is None else self._decoder.step(token)
+                )
+                token, logprob = self._choose(logits, uniform, sampling)
+                drawn.append(token)
+                scores.append(logprob)
+            tokens[rows, start:stop] = torch.stack(drawn, 1).cpu()
+            logprobs[rows, start:stop] = self._from_last_stage(torch.stack(scores, 1)).cpu()
+            ended[rows] |= (tokens[rows, start:stop] == self._eos_id).any(1) | (limits[rows] <= stop)
+            alive = (~ended[rows]).nonzero().flatten().tolist()
+            if not alive:
                 break
-            if alive.sum() <= (1 - _COMPACT) * len(rows):
-                kept = self._decoder.keep(alive.nonzero().flatten().tolist())
-                rows, token = rows[kept], token[kept]
+            if len(alive) < len(rows):
+                order = self._decoder.keep(alive)
+                rows, token = rows[order], drawn[-1][order]
         if not torch.isfinite(logprobs).all():
             raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
-        return [
-            self._completion(*result)
-            for result in zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
-        ]
+        results = zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
+        return [self._completion(*result) for result in results]
+
+    def _prefill(self, prompts: list[list[int]], lengths: Tensor, columns: int) -> Tensor | None:
+        longest = int(lengths.max())
+        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
+        return self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), columns)
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""

@@ -84,7 +84,8 @@ def install() -> None:
     if on_gpu():
         torch.cuda.set_device(device())
         return
-    for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):  # advice for GPUs, on every rank, at every start
+    # advice for GPUs, on every rank, at every start
+    for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", module=module)
     if torch.cuda.Event is _CpuEvent:
         return

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, SecretStr
 
 from nemo_eppo.config import Config
-from nemo_eppo.servers.protocol import ENDPOINTS, PROTOCOL_VERSION, Array, Arrays, RequestError, check_arrays
+from nemo_eppo.servers.protocol import ENDPOINTS, PROTOCOL_VERSION, Arrays, RequestError, check_arrays
 from nemo_eppo.servers.transport import ServerError, Transport
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ class ServerClient:
         futures = [self._parallel.submit(self._ask, endpoint, chunk) for chunk in chunks]
 
         def join(outputs: list[dict[str, Any]]) -> dict[str, Any]:
+            if len(outputs) == 1:
+                return outputs[0]
             return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
 
         return _then(futures, join)
@@ -186,8 +188,10 @@ class ServerClient:
 
         return watch
 
-    def _refuse_non_finite(self, name: str, values: torch.Tensor) -> None:
-        rows = (~values.isfinite()).any(1).nonzero().flatten().tolist()
+    def _refuse_non_finite(self, name: str, values: torch.Tensor, where: torch.Tensor | bool = True) -> None:
+        if values.sum().isfinite():  # the usual case, in one pass
+            return
+        rows = (~values.isfinite() & where).any(1).nonzero().flatten().tolist()
         if rows:
             message = f"{self.name} server at {self.config.url} gave a non-finite number in row {rows[0]} of {name}"
             raise ServerError(message, f"{name}[{rows[0]}]", "nan or inf", "finite numbers")
@@ -211,9 +215,9 @@ class CriticClient(ServerClient):
         future = self.call("critic_infer", _arrays("critic_infer", tokens=tokens, lengths=lengths))
 
         def check(outputs: list[dict[str, Any]]) -> torch.Tensor:
-            values = torch.from_numpy(outputs[0]["values"].copy())
+            values = torch.from_numpy(outputs[0]["values"])
             real = torch.arange(1, tokens.shape[1]) < lengths.cpu()[:, None]
-            self._refuse_non_finite("values", torch.where(real, values, 0.0))
+            self._refuse_non_finite("values", values, real)
             return values
 
         return _then([future], check)
@@ -270,8 +274,8 @@ class RewardClient(ServerClient):
         arrays = _arrays("reward_infer", tokens=tokens, prompt_lengths=prompt_lengths, lengths=lengths)
 
         def check(outputs: list[dict[str, Any]]) -> Rewards:
-            rewards = torch.from_numpy(outputs[0]["rewards"].copy())
-            latents = torch.from_numpy(outputs[0].get("latents", np.zeros((len(rewards), 0), np.float32)).copy())
+            rewards = torch.from_numpy(outputs[0]["rewards"])
+            latents = torch.from_numpy(outputs[0].get("latents", np.zeros((len(rewards), 0), np.float32)))
             self._refuse_non_finite("rewards", rewards)
             self._refuse_non_finite("latents", latents)
             return Rewards(rewards, latents)
@@ -280,17 +284,19 @@ class RewardClient(ServerClient):
 
 
 def _arrays(endpoint: str, **tensors: torch.Tensor) -> dict[str, np.ndarray]:
-    """Tensors as the arrays of the protocol. Raises RequestError where a conversion would change a value."""
+    """Tensors as the arrays of the protocol. Raises RequestError for one that is not of the kind int, float or bool."""
     arrays = {}
     for name, tensor in tensors.items():
-        wanted: Array = ENDPOINTS[endpoint].inputs[name]
-        array = (tensor.detach().float() if tensor.is_floating_point() else tensor).cpu().numpy()
-        if not np.can_cast(array.dtype, wanted.dtype, "same_kind" if array.dtype.kind == "i" else "safe"):
-            raise RequestError(name, array.dtype, str(wanted))
-        converted = np.ascontiguousarray(array, wanted.dtype)
-        if array.dtype.kind == "i" and not np.array_equal(array, converted):
-            raise RequestError(name, f"{array.min()} to {array.max()}", str(wanted))
-        arrays[name] = converted
+        dtype = ENDPOINTS[endpoint].inputs[name].dtype
+        kind = "float" if tensor.is_floating_point() else "bool" if tensor.dtype == torch.bool else "int"
+        wanted = {np.float32: "float", np.uint8: "bool"}.get(dtype, "int")
+        if kind != wanted:
+            raise RequestError(name, tensor.dtype, wanted)
+        if kind == "int":  # what int32 cannot hold must stay wrong, for the server to refuse it
+            tensor = tensor.clamp(-1, 2**31 - 1)
+        if kind == "float":  # numpy knows no bfloat16
+            tensor = tensor.detach().float()
+        arrays[name] = np.ascontiguousarray(tensor.cpu().numpy(), dtype)
     return arrays
 
 

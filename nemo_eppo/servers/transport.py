@@ -64,7 +64,12 @@ class Transport:
             while not wait([connection.sock], interval):
                 while_waiting()
             response = connection.getresponse()
-            body = response.read()
+            body = bytearray(response.length or 0)  # writable, so that arrays on it need no copy
+            view = memoryview(body)
+            while view and (count := response.readinto(view)):
+                view = view[count:]
+            if view:
+                raise http.client.IncompleteRead(bytes(body[: -len(view)]), len(view))
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
         finally:
@@ -91,7 +96,7 @@ def _encode(arrays: Arrays) -> tuple[bytes, list[memoryview]]:
     return json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode(), pieces
 
 
-def _decode(body: bytes, head_size: int) -> dict[str, Any]:
+def _decode(body: bytearray, head_size: int) -> dict[str, Any]:
     """Outputs by name. A bytes output is the JSON of `error`, which is raised, or of the endpoint's reply."""
     outputs: dict[str, Any] = {}
     start = head_size
@@ -109,7 +114,7 @@ def _decode(body: bytes, head_size: int) -> dict[str, Any]:
     return outputs
 
 
-def _first_line(body: bytes) -> str:
+def _first_line(body: bytearray) -> str:
     """Triton's own message. What follows its first line can be a traceback."""
     try:
         message = str(json.loads(body)["error"])

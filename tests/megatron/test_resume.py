@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, PP2, SP2, VPP2, Layout, build_runner, close, exported, random_batch
+from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
 
 from nemo_eppo.megatron import checkpoint
@@ -49,9 +49,8 @@ def resumed(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [PP2, VPP2], ids=["PP2", "PP2+VPP2"])
-def test_resumed_training_is_the_same_bit_for_bit(layout: Layout, head: str, precision: str, tmp_path: Path) -> None:
-    case = (2, layout, head, precision, tmp_path / "step_1")
+def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp_path: Path) -> None:
+    case = (2, VPP2, head, precision, tmp_path / "step_1")
     expected = run_ranks(interrupted, *case)[0]
     for parameters in run_ranks(resumed, *case):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)

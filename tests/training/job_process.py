@@ -1,10 +1,11 @@
-"""One job of the parity test, started by torchrun: `parity_job.py critic|reward|actor config.json run_directory`.
+"""A job for tests, started by torchrun: `job_process.py critic|reward|actor|steps config.json run_directory`.
 
 The same classes as the scripts in examples/, without NeMo's six seconds of import.
 """
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_mo
 STEPS = 3
 
 
-def run_actor(config: PPOConfig, run: Run) -> None:
+def run_steps(config: PPOConfig, run: Run) -> None:
     """Three PPO steps; everything they made, and the policy's weights, go to steps.pt."""
     job = PPOJob(config, run)
     ppo = job.start()
@@ -45,13 +46,15 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
     values = json.loads(config_file.read_text())
     directory.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO)
-    run = Run(directory, 0, logging.getLogger(), ExpManagerConfig())
+    run = Run(directory, int(os.environ["RANK"]), logging.getLogger(), ExpManagerConfig())
     if kind == "critic":
         serve_critic(load_config(CriticConfig, values), run)
     elif kind == "reward":
         serve_reward_model(load_config(RewardModelConfig, values), run)
+    elif kind == "actor":
+        PPOJob(load_config(PPOConfig, values), run).run()
     else:
-        run_actor(load_config(PPOConfig, values), run)
+        run_steps(load_config(PPOConfig, values), run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets everything up, then lint, types and tests. Arguments go to pytest: bash tests/run.sh tests/algorithms -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash examples/environment.sh
+export OMP_NUM_THREADS=1 # parallel ranks share the cores
+
+echo "== lint"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+echo "== types"
+.venv/bin/mypy
+echo "== tests"
+exec .venv/bin/python -m pytest "$@"
