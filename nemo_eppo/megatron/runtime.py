@@ -98,11 +98,12 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of the model as this one, one per replica."""
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+    return group
+
+
 def data_parallel_rank() -> int:
     """Which replica of the model this rank belongs to."""
-    return int(parallel_state.get_data_parallel_rank())
-
-
-def data_parallel_size() -> int:
-    """Replicas of the model in this job."""
-    return int(parallel_state.get_data_parallel_world_size())
+    return data_parallel_group().rank()

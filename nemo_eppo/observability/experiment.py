@@ -185,9 +185,20 @@ def _check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
         OmegaConf.resolve(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
-    if missing:
-        raise ConfigError("required, but not set (??? in the YAML file): " + ", ".join(sorted(missing)))
-    return load_config(schema, _plain(composed))
+    if not missing:
+        return load_config(schema, _plain(composed))
+    message = "required, but not set (??? in the YAML file): " + ", ".join(sorted(missing))
+    try:  # tell of wrong keys in the same breath: a misspelt one is often the very one that is missing
+        load_config(schema, _set_only(_plain(composed)))
+    except ConfigError as error:
+        message = f"{error}\n{message}"
+    raise ConfigError(message)
+
+
+def _set_only(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _set_only(value) if isinstance(value, dict) else value for key, value in values.items() if value != "???"
+    }
 
 
 def _as_yaml(config: Config) -> str:

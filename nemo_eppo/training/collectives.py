@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from nemo_eppo.megatron import runtime
 
 ResultT = TypeVar("ResultT")
 
@@ -44,7 +45,7 @@ def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[Res
     Returns:
         one result per item, in order, the same on every rank.
     """
-    group = parallel_state.get_data_parallel_group()
+    group = runtime.data_parallel_group()
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     mine = order[group.rank() :: group.size()]
     made: list[Any] = [None] * group.size()

@@ -89,7 +89,7 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
         assert torch.equal(mask, experience.mask)
         for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
             found = torch.where(mask, getattr(experience, name), 0.0).double()
-            torch.testing.assert_close(found, expected[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(found, expected[name], rtol=0, atol=TOLERANCE, msg=name)
         for name, found in (("energies", experience.energies), ("ref_energies", experience.ref_energies)):
             torch.testing.assert_close(found[:, 0].double(), expected[name], rtol=0, atol=TOLERANCE)
         for name in ("actor_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm"):
@@ -104,10 +104,4 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
     for found, weights in ((made["policy"], state.policy), (critic_weights, state.critic)):
         assert set(found) == set(weights)
         for name, expected_weight in weights.items():
-            torch.testing.assert_close(
-                found[name].double(),
-                expected_weight.detach(),
-                rtol=0,
-                atol=TOLERANCE,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
+            torch.testing.assert_close(found[name].double(), expected_weight.detach(), rtol=0, atol=TOLERANCE, msg=name)

@@ -1,0 +1,166 @@
+"""Bad settings and files end a job with one message that names them, before any model is built."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Models
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.megatron import checkpoint, model
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.reward_service import RewardModel
+from nemo_eppo.training.setup import ModelSetup
+from nemo_eppo.training.sft import SFTConfig, train_sft
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "nlp" / "gpt"
+
+
+def actor_settings(models: Models) -> dict[str, Any]:
+    return {
+        "model": {"restore_from_path": models.sft},
+        "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
+        "generation": {"max_new_tokens": 20},
+        "ppo": {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8},
+    }
+
+
+def a_run(directory: Path) -> Run:
+    return Run(directory, 0, logging.getLogger(), ExpManagerConfig())
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was built before the settings were checked")
+
+    monkeypatch.setattr(model._Decoder, "__init__", refuse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ppo": {"epoch": 2}}, r"ppo\.epoch: unknown key \(did you mean 'epochs'\?\)"),
+        ({"ppo": {"energy": {"eta": -1}}}, r"ppo\.energy\.eta = -1: .*greater than or equal to 0"),
+        ({"ppo": {"energy": {"preset": "mlp"}}}, r"ppo\.energy\.preset = 'mlp'"),
+        ({"ppo": {"energy": {"window": "official_trainer"}}}, "depends on how a batch is padded"),
+        ({"ppo": {"mini_batch_size": 3}}, "rollout_batch_size = 8 is not divisible by mini_batch_size = 3"),
+        ({"ppo": {"max_steps": None}}, r"ppo\.max_steps = None"),
+        ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr = 'fast'"),
+        ({"servers": {"critic": {"url": "localhost"}}}, r"servers\.critic\.url = 'localhost'"),
+        ({"model": {"parallel": {"sequence_parallel": True}}}, "needs tensor_model_parallel_size > 1"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], message: str, models: Models) -> None:
+    settings = actor_settings(models)
+    for section, values in changes.items():
+        settings[section] = {**settings[section], **values} if section in settings else values
+    with pytest.raises(ConfigError, match=message):
+        load_config(PPOConfig, settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"train": "missing.jsonl"}, r"missing\.jsonl"),
+        ("data", {"max_prompt_length": 5}, r"prompts\.train\.jsonl:1: .* tokens .* max_prompt_length = 5"),
+        ("data", {"max_prompt_length": 40}, "40 .* 20 is more than the model's window of 48 tokens"),
+        ("model", {"restore_from_path": "nowhere"}, "model.restore_from_path: nowhere does not exist"),
+        ("model", {"tokenizer": "nowhere"}, "nowhere"),
+        (
+            "model",
+            {"parallel": {"tensor_model_parallel_size": 8}},
+            "num_attention_heads = 4 is not divisible by tensor_model_parallel_size = 8",
+        ),
+        (
+            "model",
+            {"parallel": {"pipeline_model_parallel_size": 3}},
+            r"num_layers = 4 is not divisible by pipeline \(x virtual\) stages = 3",
+        ),
+        ("model", {"parallel": {"tensor_model_parallel_size": 2}}, "world size 1 is not divisible by"),
+        ("ppo", {"rollout_batch_size": 64}, "the data set has 32 examples, fewer than one global batch of 64"),
+    ],
+)
+def test_impossible_layouts_and_bad_files_are_named(
+    section: str, values: dict[str, Any], message: str, models: Models, tmp_path: Path
+) -> None:
+    settings = actor_settings(models)
+    settings[section] = {**settings[section], **values}
+    with pytest.raises(ConfigError, match=message):
+        PPOJob(load_config(PPOConfig, settings), a_run(tmp_path))
+
+
+def test_an_empty_data_set_is_named(models: Models, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    settings = actor_settings(models)
+    settings["data"] = {"train": empty, "max_prompt_length": 16}
+    with pytest.raises(ConfigError, match=r"empty\.jsonl: no examples"):
+        PPOJob(load_config(PPOConfig, settings), a_run(tmp_path))
+
+
+def test_a_gold_reward_that_does_not_exist_is_named(models: Models, tmp_path: Path) -> None:
+    config = load_config(PPOConfig, {**actor_settings(models), "gold_reward": "nemo_eppo.data.noun_task:gold"})
+    with pytest.raises(ConfigError, match=r"gold_reward = 'nemo_eppo\.data\.noun_task:gold'"):
+        PPOJob(config, a_run(tmp_path))
+
+
+def test_the_wrong_kind_of_checkpoint_is_named(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a model with head 'scalar', expected 'lm'"):
+        PPOJob(
+            load_config(PPOConfig, {**actor_settings(models), "model": {"restore_from_path": models.rm}}),
+            a_run(tmp_path),
+        )
+    with pytest.raises(ConfigError, match="holds a model with head 'lm', expected 'scalar'"):
+        RewardModel(ModelSetup(restore_from_path=models.sft))
+
+
+def test_a_truncated_checkpoint_is_named(models: Models, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models.sft, damaged)
+    victim = max((damaged / "weights").iterdir(), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=f"is damaged: weights/{victim.name} has .* bytes, its manifest says"):
+        checkpoint.read_manifest(damaged)
+    shutil.rmtree(damaged)
+    shutil.copytree(models.sft, damaged)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"the content of weights/{victim.name}"):
+        checkpoint.verify(damaged)
+
+
+def test_training_jobs_check_their_data_first(models: Models, tmp_path: Path) -> None:
+    data = {"train": models.data / "sft.train.jsonl", "validation": models.data / "sft.validation.jsonl"}
+    wrong = load_config(RewardTrainingConfig, {"model": {"restore_from_path": models.sft}, "data": data})
+    with pytest.raises(ConfigError, match="chosen"):
+        train_reward_model(wrong, a_run(tmp_path))
+    same = {"train": data["train"], "validation": data["train"]}
+    with pytest.raises(ConfigError, match="the same file"):
+        load_config(SFTConfig, {"model": {"restore_from_path": models.sft}, "data": same})
+    short = load_config(
+        SFTConfig, {"model": {"restore_from_path": models.sft}, "data": {**data, "max_sequence_length": 8}}
+    )
+    with pytest.raises(ConfigError, match="max_sequence_length = 8"):
+        train_sft(short, a_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train_gpt_sft", "train_reward_model", "serve_reward_model", "serve_ppo_critic", "train_gpt_ppo_actor"],
+)
+def test_an_unknown_key_on_the_command_line_is_one_message(script: str) -> None:
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "model.restore_from_pth=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "model.restore_from_pth: unknown key (did you mean 'restore_from_path'?)" in done.stderr
+    assert "Traceback" not in done.stderr
