@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_eppo.conversion.hf_weights import hf_names, load_tensors
+from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig
 from nemo_eppo.megatron.model import build_model, set_scoring, unwrap
@@ -57,7 +58,7 @@ def build_policy(layout: dict[str, Any], model: ModelConfig = MODEL, precision: 
     return chunks
 
 
-def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) -> MegatronEngine:
+def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) -> Engine:
     settings = {"eos_id": EOS, "pad_id": PAD, "max_batch_size": 8, "max_sequence_length": model.max_sequence_length}
     return MegatronEngine(chunks, model, **(settings | changes))
 

@@ -152,6 +152,6 @@ def decode_bf16() -> tuple[list[Completion], list[torch.Tensor]]:
 
 def test_bf16_models_have_fp32_logprobs_near_the_trainers() -> None:
     completions, expected = run_ranks(decode_bf16, 1)[0]
-    for completion, logprobs in zip(completions, expected, strict=True):
-        assert any(torch.tensor(completion.logprobs).bfloat16().float() != torch.tensor(completion.logprobs))
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=0.05, rtol=0)
+    ours, theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions]), torch.cat(expected)
+    assert (ours != ours.bfloat16()).any()
+    assert (ours - theirs).abs().mean() < 0.02

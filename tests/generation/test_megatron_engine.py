@@ -181,17 +181,17 @@ def test_one_new_token_is_the_first_of_a_longer_response() -> None:
     assert tokens_of(on_one_rank(generate_one_token)) == [completion.token_ids[:1] for completion in alone()]
 
 
-def generate_with_compaction_at(shares: list[float]) -> list[list[list[int]]]:
+def generate_in_blocks_of(sizes: list[int]) -> list[list[list[int]]]:
     chunks = build_policy({})
     batches = []
-    for share in shares:
-        megatron_engine._COMPACT = share
+    for size in sizes:
+        megatron_engine._BLOCK = size
         batches.append(tokens_of(build_engine(chunks, max_batch_size=16).generate(PROMPTS, HOT, SEEDS)))
     return batches
 
 
-def test_moving_the_remaining_rows_together_changes_nothing() -> None:
-    for batch in on_one_rank(generate_with_compaction_at, [0.01, 0.5, 2.0]):
+def test_how_often_ended_rows_are_dropped_changes_nothing() -> None:
+    for batch in on_one_rank(generate_in_blocks_of, [1, 3, 100]):
         assert batch == tokens_of(alone())
 
 

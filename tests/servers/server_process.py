@@ -15,6 +15,7 @@ from distributed import free_port
 from pydantic import SecretStr
 
 from nemo_eppo.servers.client import ClientConfig
+from nemo_eppo.servers.frontend import remove_leftovers
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "open-sesame-4711"
@@ -61,3 +62,4 @@ def running_server(folder: Path) -> Iterator[Server]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         torchrun.wait()
+        remove_leftovers()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eppo.servers.frontend import _remove_leftovers
+from nemo_eppo.servers.frontend import remove_leftovers
 
 
 def test_leftovers_are_removed_only_when_their_owner_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_leftovers_are_removed_only_when_their_owner_is_dead(tmp_path: Path, mon
     try:
         with open(tmp_path / "nemo_eppo_triton_living" / "owner") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
-            _remove_leftovers()
+            remove_leftovers()
         assert {path.name for path in tmp_path.iterdir()} == {"nemo_eppo_triton_living", "nemo_eppo_triton_starting"}
         assert [name for name, block in blocks.items() if block.exists()] == ["living", "starting"]
     finally:

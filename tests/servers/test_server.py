@@ -86,6 +86,9 @@ def test_large_batches_are_split_by_the_servers_limit_and_keep_their_order(criti
     values = critic.infer(tokens, lengths).result()
     torch.testing.assert_close(values, embedding()[tokens][:, 1:] + before["bias"])
     assert critic.status()["calls"] == before["calls"] + 3
+    tokens[MAX_BATCH + 1, 0] = VOCAB
+    with pytest.raises(ServerError, match=rf"critic_infer \(rows from {MAX_BATCH}\): tokens\[1, 0\] = {VOCAB}"):
+        critic.infer(tokens, lengths).result()
 
 
 def corrupt(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
@@ -168,7 +171,7 @@ def test_nan_in_an_answer_is_an_error_that_names_the_row_unless_it_is_padding(cr
     assert critic.infer(tokens, lengths).result().shape == (4, 8)
 
 
-@pytest.mark.parametrize("token", ["", "open-sesame-4712", "ö" * 100])
+@pytest.mark.parametrize("token", ["", "open-sesame-4712", "ö" * 100], ids=["none", "similar", "not ASCII"])
 def test_wrong_token_is_refused_everywhere_and_never_shown(server: Server, token: str) -> None:
     tokens, lengths = np.ones((1, 4), np.int32), np.full(1, 4, np.int32)
     requests: dict[str, dict[str, np.ndarray]] = {"status": {}, "critic_infer": {"tokens": tokens, "lengths": lengths}}
@@ -259,6 +262,35 @@ def test_status_is_answered_while_the_ranks_are_busy(critic: CriticClient) -> No
     assert not future.done()
     future.result()
     assert critic.status()["busy"] == ""
+
+
+def test_server_that_hangs_is_reported_and_can_be_used_again_when_it_recovers(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_INTERVAL_S", 0.2)
+    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_TIMEOUT_S", 0.5)
+    with CriticClient(server.client_config) as critic:
+        rank0 = psutil.Process(critic.connect(EXPECT)["pids"][0])
+        rank0.suspend()
+        try:
+            with pytest.raises(ServerUnavailable, match=r"unavailable for critic_infer: .*status: no answer"):
+                critic.infer(*batch()).result(timeout=30)
+        finally:
+            rank0.resume()
+        critic.connect(EXPECT)
+        critic.infer(*batch()).result()
+
+
+def test_tensor_of_another_kind_is_refused_before_anything_is_sent(critic: CriticClient) -> None:
+    tokens, lengths = batch()
+    with pytest.raises(RequestError, match=r"tokens = torch\.float32, expected int"):
+        critic.infer(tokens.float(), lengths)
+    with pytest.raises(RequestError, match=r"mask = torch\.int64, expected bool"):
+        critic.train(tokens, lengths, torch.zeros(4, 8), torch.zeros(4, 8), torch.ones(4, 8).long(), 1)
+    with pytest.raises(RequestError, match=r"lengths = shape \[3\], expected int32 \[B\] with B = 4"):
+        critic.infer(tokens, lengths[:3])
+    with pytest.raises(ServerError, match=r"tokens\[0, 0\] = 2147483647, expected a token id"):
+        critic.infer(torch.where(tokens == tokens[0, 0], 2**40, tokens), lengths).result()
 
 
 def test_connect_reports_every_difference_at_once(server: Server) -> None:

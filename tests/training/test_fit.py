@@ -1,0 +1,114 @@
+"""SFT and reward-model training: what is learnt, what is stored, and how an interrupted run goes on."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Models
+from distributed import run_ranks
+from reference_eppo import load_weights, policy_pass, scalars
+
+from nemo_eppo.config import load_config
+from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.sft import SFTConfig, train_sft
+
+
+def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any]:
+    name, loop = ("sft", "sft") if kind == "sft" else ("preferences", "fit")
+    return {
+        "model": {"restore_from_path": models.sft, "micro_batch_size": 3},
+        "data": {
+            "train": models.data / f"{name}.train.jsonl",
+            "validation": models.data / f"{name}.validation.jsonl",
+        },
+        loop: {"epochs": 20, "max_steps": steps, "global_batch_size": 8, **fit},
+        "optimizer": {"lr": 3e-3, "schedule": "cosine", "eps": 1e-4},
+    }
+
+
+def train(kind: str, directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
+    """Train in this process; the rows of metrics.jsonl."""
+    directory.mkdir(exist_ok=True)
+    run = Run(
+        directory, int(os.environ["RANK"]), logging.getLogger(), ExpManagerConfig(create_tensorboard_logger=False)
+    )
+    if kind == "sft":
+        train_sft(load_config(SFTConfig, values), run)
+    else:
+        train_reward_model(load_config(RewardTrainingConfig, values), run)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows without clocks."""
+    return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
+
+
+def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
+    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", 1))
+    tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
+    data = SFTDataset(models.data / "sft.train.jsonl", tokenizer, max_sequence_length=48)
+    batch = [data[index] for index in next(GlobalBatches(len(data), 8, seed=SFTConfig.model_fields["seed"].default))]
+    tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in batch], tokenizer.pad_id)
+    logprobs, _, _ = policy_pass(load_weights(models.policy, False), tokens, models.reference)
+    predicted = torch.arange(1, tokens.size(1))
+    mask = (predicted >= prompts[:, None]) & (predicted < lengths[:, None])
+    assert rows[0]["train/loss"] == pytest.approx(-float(logprobs[mask].mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_training_learns_and_an_interrupted_run_goes_on_bit_for_bit(kind: str, models: Models, tmp_path: Path) -> None:
+    whole = run_ranks(train, 1, kind, tmp_path / "whole", settings(models, kind, 12, checkpoint_interval=6))[0]
+    assert whole[-1]["train/loss"] < 0.8 * whole[0]["train/loss"]
+    # a run that finds the checkpoint of step 6 in its directory, as after a crash
+    source = tmp_path / "whole" / "checkpoints" / "step_000006"
+    target = tmp_path / "parts" / "checkpoints" / "step_000006"
+    shutil.copytree(source, target)
+    parts = run_ranks(train, 1, kind, tmp_path / "parts", settings(models, kind, 12, checkpoint_interval=6))[0]
+    assert learning(parts) == learning(whole[6:])
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, tmp_path: Path) -> None:
+    one = run_ranks(train, 1, kind, tmp_path / "one", settings(models, kind, 4))[0]
+    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, 4))[0]
+    for a, b in zip(learning(one), learning(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+
+
+def test_the_reward_model_stores_mean_and_std_of_its_validation_scores(models: Models, tmp_path: Path) -> None:
+    values = settings(models, "reward", 2)
+    values["reward"] = {"score": "sum", "l2": 0.001}
+    values["model"]["restore_from_path"] = models.rm  # known weights, and next to no learning
+    values["optimizer"]["lr"] = 1e-12
+    rows = run_ranks(train, 1, "reward", tmp_path / "run", values)[0]
+    manifest = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002", "scalar")
+
+    pairs = PreferenceDataset(
+        models.data / "preferences.validation.jsonl",
+        Tokenizer.from_directory(models.data / "tokenizer"),
+        max_sequence_length=48,
+    ).items
+    expected, lead = [], []
+    weights = load_weights(models.scorer, False)
+    for pair in pairs:
+        tokens, prompts, lengths = collate(
+            [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)], pad_id=1
+        )
+        scores = scalars(weights, tokens, models.reference)
+        sums = [float(row[p:n].sum()) for row, p, n in zip(scores, prompts, lengths, strict=True)]
+        expected += sums
+        lead.append(sums[0] > sums[1])
+    assert manifest.state["score"] == "sum"
+    assert manifest.state["mean"] == pytest.approx(float(torch.tensor(expected).mean()), abs=1e-4)
+    assert manifest.state["std"] == pytest.approx(float(torch.tensor(expected).std(correction=0)), abs=1e-4)
+    assert rows[-1]["validation/accuracy"] == pytest.approx(sum(lead) / len(lead))
