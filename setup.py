@@ -13,6 +13,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["nemo_eppo", "nemo_eppo.*"]),
     package_data={"nemo_eppo": ["VERSION", "py.typed"]},
