@@ -137,13 +137,12 @@ class ServerClient:
             raise RuntimeError(f"{self.name} client: `connect` comes before `{endpoint}`")
         sizes = check_arrays(ENDPOINTS[endpoint].inputs, arrays)
         if "step" in arrays:
-            return self._in_order.submit(self._ask, endpoint, arrays)
-        size = self._max_batch_size
-        chunks = [
-            {name: array[start : start + size] for name, array in arrays.items()}
-            for start in range(0, sizes["B"], size)
-        ]
-        futures = [self._parallel.submit(self._ask, endpoint, chunk) for chunk in chunks]
+            return self._in_order.submit(self._ask, endpoint, arrays, f"{endpoint} (step {arrays['step'][0]})")
+        size, futures = self._max_batch_size, []
+        for start in range(0, sizes["B"], size):
+            chunk = {name: array[start : start + size] for name, array in arrays.items()}
+            what = f"{endpoint} (rows from {start})" if start else endpoint
+            futures.append(self._parallel.submit(self._ask, endpoint, chunk, what))
 
         def join(outputs: list[dict[str, Any]]) -> dict[str, Any]:
             if len(outputs) == 1:
@@ -152,9 +151,8 @@ class ServerClient:
 
         return _then(futures, join)
 
-    def _ask(self, endpoint: str, arrays: Arrays) -> dict[str, Any]:
+    def _ask(self, endpoint: str, arrays: Arrays, what: str) -> dict[str, Any]:
         """One request, tried again when the connection breaks; in a thread of the pools."""
-        what = f"{endpoint} (step {arrays['step'][0]})" if "step" in arrays else endpoint
         for pause in (*RETRY_PAUSES_S, None):
             try:
                 watch = self._watch(what)
@@ -216,7 +214,7 @@ class CriticClient(ServerClient):
 
         def check(outputs: list[dict[str, Any]]) -> torch.Tensor:
             values = torch.from_numpy(outputs[0]["values"])
-            real = torch.arange(1, tokens.shape[1]) < lengths.cpu()[:, None]
+            real = torch.arange(values.shape[1]) < lengths.cpu()[:, None]  # the last token's value may be asked for too
             self._refuse_non_finite("values", values, real)
             return values
 

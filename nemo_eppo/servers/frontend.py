@@ -50,6 +50,8 @@ class Frontend:
     """Serves `names` of ENDPOINTS over HTTP: a request, whole and alone, becomes one call of `handler(name, arrays)`.
 
     Calls for different endpoints come from different threads; those for one endpoint come one after the other.
+    An array without elements never gets here: PyTriton's own process fails on it and answers with its traceback, for
+    which reason the clients refuse to send one.
     """
 
     def __init__(self, names: Sequence[str], handler: Handler, host: str, port: int) -> None:
@@ -68,7 +70,7 @@ class Frontend:
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
-        _remove_leftovers()
+        remove_leftovers()
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._log = folder / "triton.log"
         with open(folder / "owner", "w") as owner:
@@ -80,14 +82,13 @@ class Frontend:
                 try:
                     self._triton.run()
                 except Exception as error:
-                    raise RuntimeError(
-                        f"Triton did not start on {self.host}:{self.port}:\n{self.failures()}"
-                    ) from error
+                    where = f"{self.host}:{self.port}"
+                    raise RuntimeError(f"Triton did not start on {where}: {error}\n{self.failures()}") from error
                 shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
                 yield f"http://{shown}:{self.port}"
             finally:
                 self._triton.stop()
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder, self._triton.shared_memory_prefix)
 
     def _create(self, folder: Path) -> _Triton:
         config = TritonConfig(
@@ -147,7 +148,7 @@ def _free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _remove_leftovers() -> None:
+def remove_leftovers() -> None:
     """Remove folders and shared memory of servers that were killed: nobody holds the lock on their `owner` file."""
     for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/owner"):
         try:
@@ -157,6 +158,10 @@ def _remove_leftovers() -> None:
         except OSError:  # its owner lives, it is another user's, or it has just been removed
             continue
         if prefix:  # else its owner is about to take the lock
-            for block in Path("/dev/shm").glob(f"{prefix}*"):
-                block.unlink(missing_ok=True)
-            shutil.rmtree(owner.parent, ignore_errors=True)
+            _remove(owner.parent, prefix)
+
+
+def _remove(folder: Path, prefix: str) -> None:
+    for block in Path("/dev/shm").glob(f"{prefix}*"):
+        block.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -167,7 +167,7 @@ def test_nan_in_an_answer_is_an_error_that_names_the_row_unless_it_is_padding(cr
     tokens, lengths = batch(first=NAN)  # the server puts NaN into values[2, 5]
     with pytest.raises(ServerError, match="non-finite number in row 2 of values"):
         critic.infer(tokens, lengths).result()
-    lengths[2] = 6  # action 5 would predict token 6
+    lengths[2] = 5  # token 5 is padding
     assert critic.infer(tokens, lengths).result().shape == (4, 8)
 
 

@@ -1,0 +1,55 @@
+"""Work done by one rank or replica reaches all: results, and errors."""
+
+import pytest
+import torch.distributed as dist
+from distributed import run_ranks
+
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.training.collectives import PeerError, on_rank0, over_replicas
+
+
+def _on_rank0() -> tuple[str, str]:
+    runtime.initialize(ParallelConfig(), 1)
+    calls: list[int] = []
+
+    def work() -> str:
+        calls.append(dist.get_rank())
+        return "done"
+
+    result = on_rank0(work)
+    assert calls == ([0] if dist.get_rank() == 0 else [])
+
+    def fail() -> None:
+        raise ConnectionError("http://127.0.0.1:1 is gone")
+
+    try:
+        on_rank0(fail)
+    except (ConnectionError, PeerError) as error:
+        return result, f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+def test_rank_0s_result_and_error_reach_every_rank() -> None:
+    first, second = run_ranks(_on_rank0, 2)
+    assert first == ("done", "ConnectionError: http://127.0.0.1:1 is gone")
+    assert second == ("done", "PeerError: rank 0 failed: ConnectionError: http://127.0.0.1:1 is gone")
+
+
+def _over_replicas(tensor_ranks: int) -> tuple[list[int], list[str]]:
+    runtime.initialize(ParallelConfig(tensor_model_parallel_size=tensor_ranks), 1)
+    mine: list[int] = []
+
+    def work(indices: list[int]) -> list[str]:
+        mine.extend(indices)
+        return [f"item {index}" for index in indices]
+
+    return mine, over_replicas([3, 9, 1, 7, 5], work)
+
+
+@pytest.mark.parametrize("tensor_ranks", [1, 2])
+def test_items_are_shared_by_the_replicas_and_come_back_in_order(tensor_ranks: int) -> None:
+    results = run_ranks(_over_replicas, 2, tensor_ranks)
+    assert all(items == [f"item {index}" for index in range(5)] for _, items in results)
+    shares = [sorted(mine) for mine, _ in results]
+    assert shares == ([[1, 2, 4], [0, 3]] if tensor_ranks == 1 else [[0, 1, 2, 3, 4]] * 2)
