@@ -84,7 +84,7 @@ class Decoder:
         self._gaps = self._hide_gaps(lengths, longest, columns)
         self._filled = longest
         last_hidden = []
-        at_once = max(1, _PREFILL_TOKENS // longest)
+        at_once = max(1, _PREFILL_TOKENS // longest)  # rows
         for start in range(0, rows, at_once):
             taken = slice(start, start + at_once)
             hidden = self._run(tokens[taken], self._rotary[:, None, :longest], taken, slice(0, longest))
@@ -104,7 +104,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
-        """Drop all rows but these, moving as few as possible; returns the kept rows in their new order."""
+        """Drop all rows but these (ascending), moving as few as possible; returns the kept rows in their new order."""
         size = len(rows)
         holes = sorted(set(range(size)) - set(rows))
         movers = [row for row in rows if row >= size]
@@ -208,7 +208,9 @@ class Decoder:
         return table[:, :, None, None].to(self._storage)
 
     def _hide_gaps(self, lengths: Tensor, longest: int, columns: int) -> Tensor | None:
-        """What to add to attention scores [n, 1, 1, W]: -inf between a prompt's end and the first response column."""
+        """What to add to attention scores [n, 1, 1, W], -inf between a prompt and its response; None for no gaps."""
+        if bool((lengths == longest).all()):
+            return None
         column = torch.arange(columns, device=lengths.device)
         gaps = (column >= lengths[:, None]) & (column < longest)
         return torch.zeros_like(gaps, dtype=self._dtype).masked_fill_(gaps, -torch.inf)[:, None, None]
@@ -220,9 +222,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _layer_weights(layer: Any) -> _Layer:
     weights = dict(layer.named_parameters())
-    fused = (
-        "mlp.linear_fc1.layer_norm_weight" in weights
-    )  # TransformerEngine: a norm belongs to the projection after it
+    # in TransformerEngine's modules a norm is part of the projection after it
+    fused = "mlp.linear_fc1.layer_norm_weight" in weights
     return _Layer(
         attention_norm=weights["self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"],
         qkv=weights["self_attention.linear_qkv.weight"],

@@ -75,11 +75,11 @@ class MegatronEngine:
         """One completion for each prompt; see `Engine`.
 
         Token t of a response is drawn with the uniform number of (seed, t). Log-probs are those of the distribution
-        sampled from, after temperature and filters; for greedy decoding, of the unfiltered distribution.
+        sampled from, after temperature and filters; under `greedy`, of the softmax at `temperature` (1 unless set).
 
         Raises:
             ConfigError: a prompt or seed that cannot work, found before any communication.
-            FloatingPointError, ValueError: the model gives NaN.
+            FloatingPointError: the model gives NaN; on all ranks.
         """
         self._check(prompt_ids, seeds)
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))  # the first wave needs most memory
@@ -114,38 +114,32 @@ class MegatronEngine:
         steps = int(limits.max())
         tokens = torch.full((count, steps), self._pad_id)
         logprobs = torch.zeros(count, steps)
-        ended = torch.zeros(count, dtype=torch.bool)
         rows = torch.arange(count)  # the prompt that each of the decoder's rows answers
-        token: Tensor | None = None
+        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
+        logits = self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), longest + steps)
         for start in range(0, steps, _BLOCK):
             stop = min(start + _BLOCK, steps)
             uniforms = counter_uniform(torch.tensor(seeds)[rows, None], torch.arange(start, stop)).to(device.device())
             drawn, scores = [], []
-            for uniform in uniforms.unbind(1):
-                logits = (
-                    self._prefill(prompts, lengths, longest + steps) if token is None else self._decoder.step(token)
-                )
-                token, logprob = self._choose(logits, uniform, sampling)
+            for step in range(start, stop):
+                token, logprob = self._choose(logits, uniforms[:, step - start], sampling)
                 drawn.append(token)
                 scores.append(logprob)
+                if step + 1 < stop:
+                    logits = self._decoder.step(token)
             tokens[rows, start:stop] = torch.stack(drawn, 1).cpu()
             logprobs[rows, start:stop] = self._from_last_stage(torch.stack(scores, 1)).cpu()
-            ended[rows] |= (tokens[rows, start:stop] == self._eos_id).any(1) | (limits[rows] <= stop)
-            alive = (~ended[rows]).nonzero().flatten().tolist()
-            if not alive:
+            ended = (tokens[rows, start:stop] == self._eos_id).any(1) | (limits[rows] <= stop)
+            if ended.all():
                 break
-            if len(alive) < len(rows):
-                order = self._decoder.keep(alive)
-                rows, token = rows[order], drawn[-1][order]
+            if ended.any():
+                order = self._decoder.keep((~ended).nonzero().flatten().tolist())
+                rows, token = rows[order], token[order]
+            logits = self._decoder.step(token)
         if not torch.isfinite(logprobs).all():
             raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
         results = zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
         return [self._completion(*result) for result in results]
-
-    def _prefill(self, prompts: list[list[int]], lengths: Tensor, columns: int) -> Tensor | None:
-        longest = int(lengths.max())
-        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
-        return self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), columns)
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""

@@ -102,8 +102,3 @@ def data_parallel_group() -> dist.ProcessGroup:
     """The ranks that hold the same part of the model as this one, one per replica."""
     group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
     return group
-
-
-def data_parallel_rank() -> int:
-    """Which replica of the model this rank belongs to."""
-    return data_parallel_group().rank()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from distributed import run_ranks
 from small_models import (
+    EOS,
     LAYOUTS,
     MODEL,
+    PAD,
     QWEN2,
     QWEN3,
     build_engine,
@@ -22,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.conversion.hf_weights import hf_config
 from nemo_eppo.generation import decoder
+from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 
-GREEDY = SamplingParams(max_new_tokens=10, greedy=True)
 SAMPLINGS = {
     "plain": SamplingParams(max_new_tokens=12),
     "temperature": SamplingParams(max_new_tokens=12, temperature=0.7),
@@ -46,7 +48,6 @@ MODELS = {
 }
 FAMILY_LAYOUTS = [("Llama", "one rank"), ("Llama 3.1", "one rank"), ("Qwen2", "TP 2"), ("Qwen3", "TP 2 PP 2")]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
-NO_EOS = MODEL.vocab_size - 1
 
 
 def ranks(layout: str) -> int:
@@ -59,9 +60,10 @@ def decode(layout: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     chunks = build_policy(layout, model)
     engine = build_engine(chunks, model)
     found: dict[str, Any] = {}
-    found["without eos"] = build_engine(chunks, model, eos_id=NO_EOS).generate(PROMPTS, GREEDY, [0] * len(PROMPTS))
-    found["re-forward"] = [greedy_without_cache(chunks, model, prompt, 10) for prompt in PROMPTS]
-    for name, sampling in SAMPLINGS.items():
+    if model == MODEL:  # the other families are compared with transformers
+        found["whole passes"] = [greedy_without_cache(chunks, model, prompt, 12) for prompt in PROMPTS[:3]]
+    for name in SAMPLINGS if model == MODEL else ("greedy", "top-p"):
+        sampling = SAMPLINGS[name]
         completions = engine.generate(PROMPTS, sampling, list(range(len(PROMPTS))))
         found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
     return found
@@ -72,15 +74,15 @@ def decoded(layout: str, model: ModelConfig = MODEL) -> list[dict[str, Any]]:
     return run_ranks(decode, ranks(layout), LAYOUTS[layout], model)
 
 
-def cut_at(token: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(token) + 1] if token in tokens else tokens
+def up_to_eos(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_greedy_with_a_cache_is_greedy_by_whole_forward_passes(layout: str) -> None:
     for rank in decoded(layout):
-        expected = [cut_at(NO_EOS, tokens) for tokens in rank["re-forward"]]
-        assert [completion.token_ids for completion in rank["without eos"]] == expected
+        expected = [up_to_eos(tokens) for tokens in rank["whole passes"]]
+        assert [completion.token_ids for completion in rank["greedy"][0][: len(expected)]] == expected
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -112,7 +114,7 @@ def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]
     responses = []
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
-        settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": NO_EOS, "pad_token_id": 0}
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
         output = network.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
         responses.append(output[0, len(prompt) :].tolist())
     return responses
@@ -121,7 +123,7 @@ def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
 def test_greedy_is_that_of_transformers(name: str, layout: str) -> None:
     architecture, model = MODELS[name]
-    greedy = decoded(layout, model)[0]["without eos"]
+    greedy = decoded(layout, model)[0]["greedy"][0]
     assert [completion.token_ids for completion in greedy] == transformers_greedy(architecture, model)
 
 
@@ -155,3 +157,16 @@ def test_bf16_models_have_fp32_logprobs_near_the_trainers() -> None:
     ours, theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions]), torch.cat(expected)
     assert (ours != ours.bfloat16()).any()
     assert (ours - theirs).abs().mean() < 0.02
+
+
+def decode_with_fused_names() -> list[Completion]:
+    chunks = build_policy({})
+    for layer in unwrap(chunks[0]).decoder.layers:
+        layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
+        layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
+        del layer.input_layernorm, layer.pre_mlp_layernorm
+    return build_engine(chunks).generate(PROMPTS, SAMPLINGS["greedy"], [0] * len(PROMPTS))
+
+
+def test_norms_are_found_where_transformer_engine_keeps_them() -> None:
+    assert run_ranks(decode_with_fused_names, 1)[0] == decoded("one rank")[0]["greedy"][0]
