@@ -234,6 +234,7 @@ def main() -> None:
                 "ppo.mini_batch_size=32",
                 "ppo.epochs=2",
                 f"ppo.energy.eta={options.eta}",
+                "ppo.kl.coefficient=0.1",
                 "ppo.missing_eos.penalty=2",
                 "optimizer.lr=2e-4",
                 f"servers.critic.url={critic_url}",
@@ -269,7 +270,7 @@ def parse() -> argparse.Namespace:
         default=Path("runs/quickstart"),
         help="directory that is made anew (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=120, help="PPO steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="PPO steps (default: %(default)s)")
     parser.add_argument(
         "--eta",
         type=float,
