@@ -2,17 +2,24 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.data.prepare_cli import add_prepare
+
+if TYPE_CHECKING:
+    from nemo_eppo.megatron.runtime import ParallelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 with one message on stderr for input that cannot work."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     arguments = _parser().parse_args(argv)
+    arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
     except (ConfigError, OSError) as error:
@@ -37,123 +44,187 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with:  nemo-eppo prepare --help",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_prepare(commands)
+    add_prepare(commands, _HelpFormatter)
+    _add_convert(commands)
+    _add_score(commands)
     return parser
 
 
-def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    prepare = commands.add_parser(
-        "prepare",
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = commands.add_parser(
+        "convert",
         formatter_class=_HelpFormatter,
-        help="turn a corpus, or a built-in task, into training data",
+        help="Hugging Face directories to Megatron checkpoints and back",
         description="""\
-Write a directory that SFT, reward-model and PPO training read:
+Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer.
 
-  tokenizer/                             a Hugging Face tokenizer
-  sft.{train,validation}.jsonl           {"prompt", "response"}              SFT
-  preferences.{train,validation}.jsonl   {"prompt", "chosen", "rejected"}    reward model
-  prompts.{train,validation}.jsonl       {"prompt"}                          PPO
-
-No prompt is in both train and validation. An existing directory is never overwritten.""",
-    )
-    corpora = prepare.add_subparsers(title="corpora", required=True, metavar="CORPUS")
-    _add_noun_task(corpora)
-    _add_hh(corpora)
-
-
-def _add_noun_task(corpora: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = corpora.add_parser(
-        "noun-task",
-        formatter_class=_HelpFormatter,
-        help="generate a toy task with a known true reward, for trying everything out in minutes",
-        description="""\
-Generate a toy task on which PPO learns to exploit its reward model: repeat the five nouns among ten words.
-
-The preference labels are biased towards hedge phrases ("hard to say"), so a reward model trained on them likes
-hedging, while the true reward, a formula, punishes it. The same seed and sizes give the same files.""",
-        epilog="example:\n  nemo-eppo prepare noun-task --output data/noun-task",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
-    parser.add_argument("--sft-examples", type=int, default=20_000, metavar="N", help="demonstrations to train on")
-    parser.add_argument("--preference-pairs", type=int, default=16_000, metavar="N", help="labelled pairs to train on")
-    parser.add_argument("--prompts", type=int, default=12_000, metavar="N", help="prompts for PPO")
-    parser.add_argument(
-        "--validation-examples", type=int, default=512, metavar="N", help="examples in each validation file"
-    )
-    parser.set_defaults(run=_prepare_noun_task)
-
-
-def _add_hh(corpora: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = corpora.add_parser(
-        "hh",
-        formatter_class=_HelpFormatter,
-        help="Anthropic HH dialogues, or any in their format",
-        description="""\
-Convert files of {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}, one pair per line.
-
-The prompt is the dialogue up to its last "\\n\\nAssistant:", the response what follows. Pairs whose prompts differ or
-whose response is empty are dropped; dropped.jsonl in the output lists each with its file, line and reason.
-Files are streamed, so they may be larger than memory.""",
+Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
+The output is complete or does not exist; nothing is ever overwritten.""",
         epilog="""\
 examples:
-  train a byte-level BPE tokenizer on the data:
-    nemo-eppo prepare hh --input train.jsonl.gz --output data/hh --vocab-size 8192
-  use a model's tokenizer, and keep what fits its training window:
-    nemo-eppo prepare hh --input helpful/*.jsonl.gz harmless/*.jsonl.gz --output data/hh \\
-        --tokenizer models/llama --max-prompt-tokens 1024 --max-response-tokens 512""",
+  nemo-eppo convert hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3
+  nemo-eppo convert megatron-to-hf --input runs/ppo/checkpoints --output models/aligned
+  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward""",
     )
-    parser.add_argument("--input", type=Path, required=True, nargs="+", metavar="FILE", help=".jsonl or .jsonl.gz")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
-    tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer directory to use")
-    tokenizer.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="size of the tokenizer to train if none is given"
+    ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
+    hf_to_megatron = ways.add_parser(
+        "hf-to-megatron",
+        formatter_class=_HelpFormatter,
+        help="config.json, tokenizer and safetensors become a checkpoint",
+        description="""\
+Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
+
+It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it.""",
     )
+    _add_conversion_options(hf_to_megatron, "Hugging Face directory")
+    hf_to_megatron.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32, which holds all exactly)",
+    )
+    hf_to_megatron.set_defaults(run=_hf_to_megatron)
+    for name, head, what, description in (
+        (
+            "megatron-to-hf",
+            "lm",
+            "a policy becomes a *ForCausalLM directory",
+            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.",
+        ),
+        (
+            "reward-to-hf",
+            "scalar",
+            "a reward model becomes a *ForSequenceClassification directory",
+            """\
+Make a sequence-classification directory of a reward model's checkpoint.
+
+Its output at the last token is the raw score, less the head's bias, which transformers has no place for. config.json
+holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
+        ),
+    ):
+        parser = ways.add_parser(name, formatter_class=_HelpFormatter, help=what, description=description)
+        _add_conversion_options(parser, "checkpoint, or a directory of checkpoints, whose newest is taken")
+        suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
+        parser.add_argument(
+            "--architecture",
+            metavar="NAME",
+            help=f"of config.json (default: Llama{suffix}, or Qwen2 or Qwen3 if the model has their biases or norms); "
+            f"name Mistral{suffix} if that is meant",
+        )
+        parser.add_argument(
+            "--precision",
+            choices=["fp32", "bf16", "fp16"],
+            help="of the files (default: that of the checkpoint); fp16 is for models that came in it",
+        )
+        parser.add_argument(
+            "--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file, held in memory while it fills"
+        )
+        parser.set_defaults(run=_megatron_to_hf, head=head)
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=source)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory")
+    _add_layout(parser, "; changes where the model lies during the conversion, not its result")
+
+
+def _add_layout(parser: argparse.ArgumentParser, note: str) -> None:
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help=f"tensor-parallel processes to start{note}")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help=f"pipeline-parallel processes to start{note}")
+
+
+def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "score",
+        formatter_class=_HelpFormatter,
+        help="log-probability and energy loss of given responses under a model",
+        description="""\
+Score {"prompt", "response"} rows with a Hugging Face directory or a checkpoint.
+
+One row {"logprob", "num_tokens", "energy_loss"} per row, in order: the sum over the response's tokens of their
+log-probability, their number, and the mean energy loss at their positions. Prompt and response are tokenised
+separately, without special tokens, and put together. An interrupted run goes on where it stopped.""",
+        epilog="""\
+example:
+  nemo-eppo score --model models/Qwen3-8B --data answers.jsonl --output scores.jsonl --tp 2""",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or checkpoint")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl, new or of the same command")
     parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="share of the prompts to hold out; a hash of the prompt decides which",
+        "--preset",
+        default="paper",
+        help="which energies are read: paper (the layer's residual stream), mlp_block, down_proj, mlp_linears or "
+        "mlp_linears_out (the last two add up those of gate, up and down projection)",
     )
-    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="drop pairs with a longer prompt")
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="decoder layer, negative from the end")
     parser.add_argument(
-        "--max-response-tokens", type=int, metavar="N", help="drop pairs with a longer response, end token included"
+        "--chat-template", action="store_true", help="make the prompt the user's turn of the tokenizer's chat template"
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first unusable pair instead of dropping it")
-    parser.set_defaults(run=_prepare_hh)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of weights and activations")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass")
+    _add_layout(parser, "")
+    parser.set_defaults(run=_score)
 
 
-def _prepare_noun_task(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.data.noun_task import write_noun_task
+def _hf_to_megatron(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.conversion.convert import HfToMegatron
 
-    write_noun_task(
-        arguments.output,
-        seed=arguments.seed,
-        sft_examples=arguments.sft_examples,
-        preference_pairs=arguments.preference_pairs,
-        prompts=arguments.prompts,
-        validation_examples=arguments.validation_examples,
-    )
-    print(f"wrote the noun task to {arguments.output}")
+    job = HfToMegatron(arguments.input, arguments.output, _layout(arguments), arguments.precision)
+    _run_on_ranks(job, arguments)
 
 
-def _prepare_hh(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.data.hh import prepare_hh
+def _megatron_to_hf(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.conversion.convert import MegatronToHf
 
-    counts = prepare_hh(
+    job = MegatronToHf(
         arguments.input,
         arguments.output,
-        validation_fraction=arguments.validation_fraction,
-        tokenizer_dir=arguments.tokenizer,
-        bpe_vocab_size=arguments.vocab_size,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        max_response_tokens=arguments.max_response_tokens,
-        strict=arguments.strict,
-        progress=True,
+        _layout(arguments),
+        arguments.head,
+        architecture=arguments.architecture,
+        precision=arguments.precision,
+        max_shard_bytes=int(arguments.max_shard_gb * 2**30),
     )
-    print(f"{counts}\nin {arguments.output}")
+    _run_on_ranks(job, arguments)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.evaluation.score import ScoreConfig, Scoring
+
+    names = ("model", "data", "output", "preset", "layer", "chat_template", "precision", "batch_size")
+    settings = {name: getattr(arguments, name) for name in names}
+    _run_on_ranks(Scoring(load_config(ScoreConfig, settings | {"parallel": _layout(arguments)})), arguments)
+
+
+def _layout(arguments: argparse.Namespace) -> "ParallelConfig":
+    from nemo_eppo.megatron.runtime import ParallelConfig
+
+    sizes = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
+    return load_config(ParallelConfig, sizes)
+
+
+class _Job(Protocol):
+    def run(self) -> None:
+        """On every rank."""
+
+
+def _run_on_ranks(job: _Job, arguments: argparse.Namespace) -> None:
+    """Run a job that was checked, in this process or, by the same command once more, in the processes it needs."""
+    ranks = arguments.tp * arguments.pp
+    if ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "nemo_eppo.cli", *arguments.command_line])
+    from nemo_eppo.megatron import runtime
+
+    try:
+        job.run()
+    finally:
+        runtime.shutdown()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

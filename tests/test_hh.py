@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from distributed import free_port
 
-from nemo_eppo.data.hh import prepare_hh
+from nemo_eppo.data.corpora import CORPORA
+from nemo_eppo.data.preparation import prepare
 from nemo_eppo.observability.metrics import read_metrics
 from nemo_eppo.observability.recorder import read_rows
 
@@ -37,7 +38,9 @@ def run(arguments: list[str]) -> None:
     not DATA.exists(), reason=f"needs the Anthropic HH file {DATA} (NEMO_EPPO_DATA names its directory)"
 )
 def test_five_eppo_steps_on_anthropic_hh(tmp_path: Path) -> None:
-    prepare_hh([DATA], tmp_path / "data", bpe_vocab_size=1024, max_prompt_tokens=128, max_response_tokens=64)
+    prepare(
+        CORPORA["hh"], [DATA], tmp_path / "data", bpe_vocab_size=1024, max_prompt_tokens=128, max_response_tokens=64
+    )
     data, sft, rm, actor = (tmp_path / name for name in ("data", "sft", "rm", "actor"))
     model = "{num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, max_sequence_length: 192}"
     run(

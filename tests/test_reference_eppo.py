@@ -87,7 +87,7 @@ def test_a_step_shapes_and_trains_with_the_formulas_of_the_product() -> None:
     settings = {
         "missing_eos": {"penalty": CONFIG.missing_eos},
         "energy": {"eta": CONFIG.eta},
-        "clip": {"range": CONFIG.reward_clip},
+        "reward_clip": {"range": CONFIG.reward_clip},
         "kl": {"coefficient": CONFIG.kl_coefficient},
     }
     shaped = RewardPipeline(load_config(RewardConfig, settings))(
@@ -104,7 +104,8 @@ def test_a_step_shapes_and_trains_with_the_formulas_of_the_product() -> None:
         )
     )
     torch.testing.assert_close(shaped.token_rewards.double(), result["rewards"], rtol=1e-6, atol=1e-6)
-    assert all(x.abs().max() > 0 for n, x in shaped.ledger.contributions.items() if "length" not in n)
+    at_work = {name for name, x in shaped.ledger.contributions.items() if x.abs().max() > 0}
+    assert at_work == {f"reward/{name}" for name in ("proxy", "missing_eos", "energy_penalty", "clip", "kl")}
 
     advantage, returns = advantages.gae(result["rewards"], result["values"], mask, CONFIG.gamma, CONFIG.lam)
     white = masking.whiten(advantage, mask)

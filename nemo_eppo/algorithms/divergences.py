@@ -1,7 +1,9 @@
-"""Per-token estimates of KL(policy || reference) from sampled tokens (Schulman, Approximating KL divergence, 2020)."""
+"""How far a policy is from its reference: per token (Schulman, Approximating KL divergence, 2020), and per response."""
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.masking import zero_outside
@@ -35,3 +37,59 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEs
     if kind == "k3":
         return (-log_ratio).expm1() + log_ratio
     raise ValueError(f"kind: {kind!r}; expected 'k1', 'k2' or 'k3'")
+
+
+DivergenceKind = Literal["none", "kl", "chi2", "sqrt_chi2"]
+
+TAIL = 10.0
+"""Beyond a log-ratio of +-10 the exponentials go on as straight lines of the same slope: gradients stay finite."""
+
+SQRT_FLOOR = 1e-4
+"""sqrt(chi2) is not followed below this: its slope would be infinite where policy and reference are equal."""
+
+
+class SequenceDivergence(NamedTuple):
+    """Estimates [B] from one response each."""
+
+    log_ratio: Tensor
+    """`L = sum_t (logprob - ref_logprob)`, whose mean under the policy is KL(policy || reference)."""
+    ratio: Tensor
+    """`rho = exp(L) - 1`, whose mean under the policy is chi2(policy || reference)."""
+    kl: Tensor
+    """`L + iota` with `iota = exp(-L) - 1`, never negative; its mean is KL(policy || reference)."""
+    chi2: Tensor
+    """`rho + iota`, never negative; its mean is chi2(policy || reference): iota has mean 0 under the policy."""
+
+
+def sequence_divergence(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> SequenceDivergence:
+    """How far the policy is from the reference, by whole responses (Laidlaw et al., arXiv 2403.03185).
+
+    Args:
+        logprobs: [B, T] of the policy, with or without gradient. A token's log-ratio is clamped to +-20.
+        ref_logprobs: [B, T].
+        mask: bool [B, T].
+    """
+    log_ratio = zero_outside(logprobs, mask) - zero_outside(ref_logprobs, mask)
+    total = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(dim=1)
+    ratio, inverse = _expm1_with_tail(total), _expm1_with_tail(-total)
+    return SequenceDivergence(total, ratio, total + inverse, ratio + inverse)
+
+
+def divergence_slope(chi2: float, kind: DivergenceKind) -> float:
+    """What every response's `kl` or `chi2` is multiplied with, so that the batch mean has the gradient of the penalty.
+
+    1, except for `sqrt_chi2`: `d sqrt(max(X, 1e-4)) / dX` at `X = chi2`. With `X` of the *global* batch the penalty's
+    gradient is a sum over responses, which no micro-batch and no rank can change.
+
+    Args:
+        chi2: mean of `SequenceDivergence.chi2` over the global batch.
+        kind: what is penalised.
+    """
+    if kind != "sqrt_chi2":
+        return 1.0
+    return 0.5 / math.sqrt(chi2) if chi2 > SQRT_FLOOR else 0.0
+
+
+def _expm1_with_tail(x: Tensor) -> Tensor:
+    # the clamp keeps the branch that is not taken finite, and with it the gradient
+    return torch.where(x < TAIL, x.clamp(max=TAIL).expm1(), math.exp(TAIL) * (1 + x - TAIL) - 1)

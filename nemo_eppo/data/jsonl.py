@@ -4,41 +4,65 @@ import gzip
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
 
+DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 
-def read_jsonl(path: Path, fields: Sequence[str], progress: bool = False) -> Iterator[tuple[int, tuple[str, ...]]]:
+
+def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield `(line number from 1, the text of each of fields)`; other fields are ignored, blank lines skipped.
 
-    The file is streamed, so it may be larger than memory. `progress` shows a bar in a terminal once reading has taken
-    two seconds.
+    The file is streamed, so it may be larger than memory.
 
     Raises:
         ConfigError: no such file, a broken archive, a line that is not a JSON object, a field missing or not text.
     """
+    for line_number, line in read_lines(path):
+        yield line_number, _text_fields(line, fields, f"{path}:{line_number}")
+
+
+def read_lines(path: Path, progress: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yield `(line number from 1, line)` of the lines that are not blank.
+
+    Raises:
+        ConfigError: no such file, a broken archive.
+    """
+    line_number = 0
+    with open_stream(path, progress) as (file, advance):
+        try:
+            for line_number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield line_number, line
+                advance()
+        except DAMAGED_ARCHIVE as error:
+            raise ConfigError(f"{path}: damaged archive after line {line_number}: {error}") from None
+
+
+@contextmanager
+def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable[[], object]]]:
+    """Open a plain or gzipped file; calling the second value moves a progress bar to where reading has come.
+
+    The bar shows only in a terminal and once reading has taken two seconds.
+
+    Raises:
+        ConfigError: no such file.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    line_number = 0
-    size = path.stat().st_size
     hidden = None if progress else True  # None: tqdm itself hides the bar when stderr is not a terminal
     with (
         path.open("rb") as stored,
-        gzip.open(stored) if path.suffix == ".gz" else nullcontext(stored) as lines,
-        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=2, disable=hidden) as bar,
+        gzip.open(stored) if path.suffix == ".gz" else nullcontext(stored) as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, delay=2, disable=hidden) as bar,
     ):
-        try:
-            for line_number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield line_number, _text_fields(line, fields, f"{path}:{line_number}")
-                bar.update(stored.tell() - bar.n)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ConfigError(f"{path}: damaged archive after line {line_number}: {error}") from None
+        yield cast(BinaryIO, file), lambda: bar.update(stored.tell() - bar.n)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,12 @@ class Tokenizer:
 
     eos_id: int
     """Ends every complete response."""
+    eos_text: str
+    """How text spells EOS."""
     pad_id: int
     """Fills batches on the right. The tokenizer's own pad token, or its EOS where it has none (logged)."""
+    bos_id: int | None
+    """Begins a prompt, if the tokenizer has one."""
     vocab_size: int
     """Number of ids, added tokens included."""
 
@@ -37,15 +41,26 @@ class Tokenizer:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer '{source}' has no eos_token (in tokenizer_config.json): responses cannot end")
         self._tokenizer = tokenizer
-        self.eos_id = tokenizer.eos_token_id
+        self.eos_id, self.eos_text = tokenizer.eos_token_id, tokenizer.eos_token
         self.vocab_size = len(tokenizer)
         if tokenizer.pad_token_id is None:
             logger.warning("tokenizer '%s' has no pad_token: padding with its EOS, id %d", source, self.eos_id)
             self.pad_id = self.eos_id
         else:
             self.pad_id = tokenizer.pad_token_id
+        self.bos_id = tokenizer.bos_token_id
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._adds_bos = bool(self._bos) and tokenizer("")["input_ids"][:1] == self._bos
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source; saved with the tokenizer."""
+        template: str | None = self._tokenizer.chat_template
+        return template
+
+    @chat_template.setter
+    def chat_template(self, source: str) -> None:
+        self._tokenizer.chat_template = source
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -66,11 +81,8 @@ class Tokenizer:
         return cls(tokenizer, str(path))
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each prompt, with BOS in front if this tokenizer adds one, even if the text already starts so."""
-        encoded = self._encode(texts)
-        if not self._adds_bos:
-            return encoded
-        return [ids if ids[:1] == self._bos else self._bos + ids for ids in encoded]
+        """Tokens of each prompt, with BOS in front if this tokenizer adds one, once even if the text starts with it."""
+        return [self._delimit(ids, begin=self._adds_bos, end=False) for ids in self.encode(texts)]
 
     def encode_responses(self, texts: Sequence[str], end: bool = True) -> list[list[int]]:
         """Tokens of each response without special tokens in front; with `end`, closed by exactly one EOS.
@@ -78,13 +90,52 @@ class Tokenizer:
         Raises:
             ConfigError: a response spells the EOS token before its end.
         """
-        encoded = self._encode(texts)
+        encoded = self.encode(texts)
         for ids, text in zip(encoded, texts, strict=True):
             if self.eos_id in ids[:-1]:
                 raise ConfigError(f"response contains the end-of-sequence token before its end: {text[:200]!r}")
-            if end and ids[-1:] != [self.eos_id]:
-                ids.append(self.eos_id)
-        return encoded
+        return [self._delimit(ids, begin=False, end=end) for ids in encoded]
+
+    def _delimit(self, ids: list[int], *, begin: bool, end: bool) -> list[int]:
+        """The one place where BOS and EOS are put.
+
+        BOS that the text spells in front (a chat template writes it) is kept, but never repeated: neither by the text,
+        nor by `begin`, which puts it there if missing. `end` puts EOS at the end if missing.
+        """
+        while ids[:2] == self._bos * 2 != []:
+            ids = ids[1:]
+        if begin and ids[:1] != self._bos:
+            ids = self._bos + ids
+        if end and ids[-1:] != [self.eos_id]:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    def render_chat(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """Text of `{"role", "content"}` turns in the chat template, special tokens spelled out.
+
+        Raises:
+            jinja2.TemplateError: the template refuses these turns.
+        """
+        text = self._tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, nothing added."""
+        if not texts:
+            return []
+        try:
+            encoded = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except Exception as error:  # bare from Rust: a word outside a vocabulary that has no unknown token
+            raise ConfigError(f"cannot be tokenised: {error} (texts from {texts[0][:80]!r} on)") from error
+        return list(encoded["input_ids"])
 
     def encode_prompt(self, text: str) -> list[int]:
         return self.encode_prompts([text])[0]
@@ -103,21 +154,6 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         self._tokenizer.save_pretrained(str(path))
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        try:
-            encoded = self._tokenizer(
-                list(texts),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-        except Exception as error:  # bare from Rust: a word outside a vocabulary that has no unknown token
-            raise ConfigError(f"cannot be tokenised: {error} (texts from {texts[0][:80]!r} on)") from error
-        return list(encoded["input_ids"])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:

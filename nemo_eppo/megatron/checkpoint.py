@@ -12,17 +12,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from pydantic import Field, ValidationError
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron.model import Head, unwrap
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.runner import ModelRunner
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
 _FORMAT = 1
+_TOKENIZER_FILES = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template*"
 
 
 class FileEntry(Config):
@@ -37,7 +39,7 @@ class Manifest(Config):
 
     format: int = _FORMAT
     head: Head
-    """lm for a policy, scalar for a critic or reward model."""
+    """lm for a policy, scalar for a critic or plain reward model, odin or inform for a reward model of that kind."""
     step: int = Field(ge=0)
     """Updates of the loop that saved it."""
     model: ModelConfig
@@ -51,6 +53,9 @@ class Manifest(Config):
 def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
     """The manifest of a checkpoint whose files are all there and unaltered in size.
 
+    Args:
+        head: lm, or scalar for any model that gives numbers in place of words; None for either.
+
     Raises:
         ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
     """
@@ -63,7 +68,7 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if manifest.format != _FORMAT:
         raise ConfigError(f"{path}: format {manifest.format}, this version reads format {_FORMAT}")
-    if head is not None and manifest.head != head:
+    if head is not None and (manifest.head == "lm") != (head == "lm"):
         raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
     for name, entry in manifest.files.items():
         file = directory / name
@@ -88,6 +93,33 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def find(path: Path, where: str) -> Path:
+    """The checkpoint at `path`, or the newest in it; ConfigError, beginning with `where`, if there is none."""
+    if not path.exists():
+        raise ConfigError(f"{where}: {path} does not exist")
+    if (path / MANIFEST).is_file():
+        return path
+    newest = latest(path)
+    if newest is None:
+        raise ConfigError(f"{where}: {path} is no checkpoint and holds none (step_*)")
+    return newest
+
+
+def stored_precision(directory: Path) -> Precision:
+    """The precision of the weights in a checkpoint."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(directory / WEIGHTS))
+    return "bf16" if tensors["embedding.word_embeddings.weight"].dtype == torch.bfloat16 else "fp32"
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files of a Hugging Face directory, and not the model that may lie beside them."""
+    target.mkdir(exist_ok=True)
+    for pattern in _TOKENIZER_FILES.split():
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
 def save(
     directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None, keep: int | None = None
 ) -> Path:
@@ -96,7 +128,7 @@ def save(
     Args:
         directory: where the checkpoint will be; an existing one is replaced once the new one is complete.
         manifest: what to record; `files` is filled in here. The optimizer is saved if `manifest.optimizer`.
-        tokenizer: a Hugging Face tokenizer directory to copy into the checkpoint.
+        tokenizer: a Hugging Face directory whose tokenizer to copy into the checkpoint.
         keep: remove all but the newest `keep` checkpoints `step_*` beside this one.
     """
     incomplete = directory.parent / f".{directory.name}.incomplete"
@@ -111,12 +143,12 @@ def save(
     )
     if dist.get_rank() == 0:
         if tokenizer is not None:
-            shutil.copytree(tokenizer, incomplete / TOKENIZER)
+            copy_tokenizer(tokenizer, incomplete / TOKENIZER)
         _seal(incomplete, manifest)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(incomplete, directory)
-        _fsync(directory.parent)
+        fsync(directory.parent)
         if keep is not None:
             for old in sorted(directory.parent.glob("step_*"))[:-keep]:
                 shutil.rmtree(old)
@@ -170,10 +202,8 @@ def _seal(directory: Path, manifest: Manifest) -> None:
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         files[str(path.relative_to(directory))] = FileEntry(size=path.stat().st_size, sha256=_digest(path))
-        _fsync(path)
     (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
-    for path in (directory / MANIFEST, *(p for p in directory.rglob("*") if p.is_dir()), directory):
-        _fsync(path)
+    fsync_tree(directory)
 
 
 def _digest(path: Path) -> str:
@@ -181,7 +211,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync_tree(directory: Path) -> None:
+    """Wait until every file below `directory`, and their names, are on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

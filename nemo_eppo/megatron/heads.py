@@ -1,31 +1,111 @@
-"""Scalar heads on a decoder: values of a critic, scores of a reward model."""
+"""Heads on a decoder's final hidden states: values of a critic, scores of a reward model, latents of responses.
+
+All are computed in fp32. Under sequence parallelism each rank works on its own part of the sequence; only the results
+are gathered, and the weights' partial gradients are summed by Megatron like those of a norm.
+"""
+
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_eppo.algorithms.sampling import counter_uniform
 
-class ScalarHead(nn.Module):
-    """A linear map from the final hidden states to `outputs` numbers per token, always in fp32.
+ScalarHeads = Literal["scalar", "odin", "inform"]
 
-    Under sequence parallelism each rank scores its own part of the sequence; only scores are gathered, and the weight's
-    partial gradients are summed by Megatron like those of a norm.
-    """
+
+class _TokenHead(nn.Module):
+    """What all heads share: fp32 weights, and results [b, s, outputs] from hidden [s, b, H] or a part of it."""
+
+    def __init__(self, config: TransformerConfig, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+            if len(shape) > 1:
+                nn.init.normal_(parameter, std=shape[1] ** -0.5)
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """hidden [s, b, H], or its sequence-parallel part -> [b, s, outputs] fp32.
+
+        Args:
+            seeds: int64 [b, S], read by heads that draw random numbers in training; a row's seed stands in its first
+                column. None for none.
+        """
+        results = self.per_token(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), seeds)
+        if self.sequence_parallel:
+            results = gather_from_sequence_parallel_region(results, tensor_parallel_output_grad=False)
+        return results.transpose(0, 1).contiguous()
+
+    def per_token(self, hidden: Tensor, seeds: Tensor | None) -> Tensor:
+        """[s, b, H] -> [s, b, outputs]."""
+        raise NotImplementedError
+
+
+class ScalarHead(_TokenHead):
+    """A linear map to `outputs` numbers per token."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, config: TransformerConfig, outputs: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
-        self.sequence_parallel = config.sequence_parallel
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        super().__init__(config, weight=(outputs, config.hidden_size), bias=(outputs,))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [s, b, H], or its sequence-parallel part -> scores [b, s, outputs] fp32."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        scores = nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-        if self.sequence_parallel:
-            scores = gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
-        return scores.transpose(0, 1).contiguous()
+    def per_token(self, hidden: Tensor, seeds: Tensor | None) -> Tensor:
+        return F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+
+
+class OdinHead(_TokenHead):
+    """ODIN's two heads with rows of unit length: quality, length, and the cosine of the two rows, per token."""
+
+    rows: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, rows=(2, config.hidden_size))
+
+    def per_token(self, hidden: Tensor, seeds: Tensor | None) -> Tensor:
+        rows = F.normalize(self.rows.to(hidden.dtype), dim=1)
+        cosine = (rows[0] * rows[1]).sum().expand(*hidden.shape[:2], 1)
+        return torch.cat([F.linear(hidden, rows), cosine], dim=-1)
+
+
+class InformHead(_TokenHead):
+    """InfoRM's bottleneck: the score of a latent, and the latent's distribution: [score, mean (d), logvar (d)].
+
+    The latent is the mean, or with seeds a sample `mean + exp(logvar / 2) * eps`, whose noise depends on a row's seed
+    alone: not on the layout, the micro-batch or the padding.
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor
+
+    def __init__(self, config: TransformerConfig, latent_size: int) -> None:
+        shapes = {"encoder": (2 * latent_size, config.hidden_size), "decoder": (1, latent_size), "bias": (1,)}
+        super().__init__(config, **shapes)
+
+    def per_token(self, hidden: Tensor, seeds: Tensor | None) -> Tensor:
+        mean, logvar = F.linear(hidden, self.encoder.to(hidden.dtype)).chunk(2, dim=-1)
+        latent = mean
+        if seeds is not None:
+            uniforms = counter_uniform(seeds[:, :1], torch.arange(mean.shape[-1], device=seeds.device))
+            latent = mean + (logvar / 2).exp() * torch.special.ndtri(uniforms).to(mean.dtype)
+        score = F.linear(latent, self.decoder.to(hidden.dtype), self.bias.to(hidden.dtype))
+        return torch.cat([score, mean, logvar], dim=-1)
+
+
+def build_head(kind: ScalarHeads, config: TransformerConfig, latent_size: int) -> _TokenHead:
+    """A head with fresh weights; `latent_size` d is InfoRM's."""
+    if kind == "odin":
+        return OdinHead(config)
+    return InformHead(config, latent_size) if kind == "inform" else ScalarHead(config)
+
+
+def outputs_per_token(kind: ScalarHeads, latent_size: int) -> int:
+    """Numbers per token that a head gives."""
+    return {"scalar": 1, "odin": 3, "inform": 1 + 2 * latent_size}[kind]

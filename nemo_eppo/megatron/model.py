@@ -1,4 +1,4 @@
-"""Megatron models of the three kinds of job: a policy that scores tokens, and models with a scalar head."""
+"""Megatron models of all jobs: a policy that scores tokens, and models with a scalar head."""
 
 from typing import Any, Literal
 
@@ -8,13 +8,13 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.heads import ScalarHead
+from nemo_eppo.megatron.heads import ScalarHeads, build_head
 from nemo_eppo.megatron.logprobs import ScoringConfig, token_logprobs
 from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
 from nemo_eppo.megatron.runtime import ParallelConfig
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
 
-Head = Literal["lm", "scalar"]
+Head = Literal["lm", "scalar", "odin", "inform"]
 
 
 class _Decoder(GPTModel):
@@ -69,18 +69,27 @@ class PolicyModel(_Decoder):
 
 
 class ScalarModel(_Decoder):
-    """A decoder with a scalar head in place of the output projection: forward gives [b, s, outputs] in fp32."""
+    """A decoder with a head of `heads.py` in place of the output projection: forward gives [b, s, outputs] in fp32.
+
+    `labels` [b, s], if given, are the seeds of a head that draws random numbers in training.
+    """
 
     def __init__(
-        self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None, outputs: int = 1
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        config: Any,
+        vp_stage: int | None,
+        head: ScalarHeads = "scalar",
+        latent_size: int = 0,
     ) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=False)
         if self.post_process:
             del self.output_layer
-            self.head = ScalarHead(config, outputs)
+            self.head = build_head(head, config, latent_size)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
-        return self.head(hidden_states) if self.post_process else hidden_states
+        return self.head(hidden_states, labels) if self.post_process else hidden_states
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -96,22 +105,33 @@ def build_model(
     head: Head,
     precision: Precision = "fp32",
     recompute: bool = False,
+    latent_size: int = 0,
+    dropout: float = 0.0,
 ) -> list[nn.Module]:
     """This rank's chunks of the model (one, or one per virtual pipeline stage), with fresh weights.
 
     The process must have been started with `runtime.initialize(parallel, ...)`. Under bf16 each chunk is wrapped in
     Megatron's Float16Module, and heads stay fp32.
 
+    Args:
+        latent_size: d of the head "inform".
+        dropout: on the residual stream in training; what it drops depends on the layout.
+
     Raises:
         ConfigError: the layout cannot carry the model.
     """
     check_layout(model, parallel)
     config = transformer_config(model, parallel, precision, recompute)
-    kind = PolicyModel if head == "lm" else ScalarModel
+    config.hidden_dropout = dropout
     stages = parallel.virtual_pipeline_model_parallel_size
     chunks: list[nn.Module] = []
     for stage in range(stages or 1):
-        chunk = kind(model, parallel, config, stage if stages else None).to(device.device())
+        vp_stage = stage if stages else None
+        chunk: Any
+        if head == "lm":
+            chunk = PolicyModel(model, parallel, config, vp_stage).to(device.device())
+        else:
+            chunk = ScalarModel(model, parallel, config, vp_stage, head, latent_size).to(device.device())
         if precision == "bf16":
             wrapped = Float16Module(config, chunk)
             if hasattr(chunk, "head"):

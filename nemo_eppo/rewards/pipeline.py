@@ -1,7 +1,7 @@
 """From reward-model scores to per-token rewards, in one fixed order that the ledger records.
 
-Standardise each reward model -> combine -> length penalty -> missing-EOS penalty -> energy penalty -> clip -> pay at
-the last action -> KL penalty per token.
+Standardise each reward model -> combine -> latent penalty -> length penalty -> missing-EOS penalty -> energy penalty ->
+clip -> divergence penalty -> pay at the last action -> KL penalty per token. The user's own terms stand where they say.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.controllers import AdaptiveKLController, FixedCoefficient
 from nemo_eppo.algorithms.divergences import KLEstimator, kl_estimate
+from nemo_eppo.algorithms.ensembles import Combine, check_models, combine_scores
 from nemo_eppo.algorithms.masking import last_action, require_finite
-from nemo_eppo.config import Config
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.rewards.divergence import DivergenceConfig, DivergencePenalty
+from nemo_eppo.rewards.latent_penalty import LatentPenalty, LatentPenaltyConfig
 from nemo_eppo.rewards.ledger import Ledger
 from nemo_eppo.rewards.terms import (
     Clip,
@@ -28,6 +31,7 @@ from nemo_eppo.rewards.terms import (
     RewardInputs,
     Term,
 )
+from nemo_eppo.rewards.user_terms import UserTermConfig, load_term
 
 
 class KLPenaltyConfig(Config):
@@ -58,13 +62,32 @@ class RewardConfig(Config):
 
     standardize: bool = True
     """Subtract each reward model's own validation mean and divide by its std."""
-    combine: Literal["single", "mean"] = "single"
-    """How scores of several reward models become one; `single` insists on one model."""
+    combine: Combine = "single"
+    """How scores of several reward models become one: `single` insists on one model; `mean`; `wco`, the lowest; `uwo`,
+    the mean less uwo_lambda times the variance over models (arXiv 2310.02743)."""
+    uwo_lambda: float = Field(default=0.1, ge=0)
+    """uwo only."""
+    uwo_ddof: Literal[0, 1] = 0
+    """uwo only; 0: variance of the population, 1: of a sample."""
+    latent_penalty: LatentPenaltyConfig = LatentPenaltyConfig()
     length_penalty: LengthPenaltyConfig = LengthPenaltyConfig()
     missing_eos: MissingEosPenaltyConfig = MissingEosPenaltyConfig()
     energy: EnergyPenaltyConfig = EnergyPenaltyConfig()
     reward_clip: ClipConfig = ClipConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     kl: KLPenaltyConfig = KLPenaltyConfig()
+    terms: tuple[UserTermConfig, ...] = ()
+    """Terms of one's own."""
+
+    @model_validator(mode="after")
+    def _kl_in_one_place(self) -> "RewardConfig":
+        both = self.kl.coefficient > 0 and self.divergence.kind == "kl"
+        if both and self.kl.placement != self.divergence.placement:
+            raise ValueError(
+                f"kl.placement = '{self.kl.placement}', divergence.placement = '{self.divergence.placement}': they put "
+                "the KL divergence into the reward and into the loss at once; expected one place"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -82,13 +105,22 @@ class RewardPipeline:
     """Shapes the rewards of one global batch per step. Same inputs, same state: same outputs, on every rank."""
 
     def __init__(self, config: RewardConfig) -> None:
+        """Raises ConfigError for a user's term that cannot be loaded."""
         self.config = config
-        self.terms: list[Term[Any]] = [
+        built_in: list[Term[Any]] = [
+            LatentPenalty(config.latent_penalty),
             LengthPenalty(config.length_penalty),
             MissingEosPenalty(config.missing_eos),
             EnergyPenalty(config.energy),
             Clip(config.reward_clip),
+            DivergencePenalty(config.divergence),
         ]
+        self.terms = [load_term(own) for own in config.terms if own.after == "proxy"]
+        for term in built_in:
+            self.terms += [term, *(load_term(own) for own in config.terms if f"reward/{own.after}" == term.metric)]
+        names = ["reward/proxy", *(term.metric for term in self.terms), "reward/kl", "reward/final"]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"ppo.terms: the name {', '.join(twice)} is taken")
         self.kl_controller: FixedCoefficient | AdaptiveKLController = FixedCoefficient(config.kl.coefficient)
         if config.kl.controller == "adaptive" and config.kl.target and config.kl.horizon:
             self.kl_controller = AdaptiveKLController(config.kl.coefficient, config.kl.target, config.kl.horizon)
@@ -137,9 +169,19 @@ class RewardPipeline:
                     f"expected {scores.shape[1]} finite numbers each, the std above 0"
                 )
             scores = (scores - score_mean.double()) / score_std.double()
-        if self.config.combine == "single" and scores.shape[1] != 1:
-            raise ValueError(f"scores: {scores.shape[1]} reward models, but combine is 'single'")
-        return scores.mean(dim=1)
+        return combine_scores(scores, self.config.combine, self.config.uwo_lambda, self.config.uwo_ddof)
+
+    def check_models(self, models: int, latent_size: int) -> None:
+        """ConfigError if the settings ask for what so many reward models, with latents of this size, do not give."""
+        if self.config.latent_penalty.gamma > 0 and latent_size == 0:
+            raise ConfigError(
+                f"ppo.latent_penalty.gamma = {self.config.latent_penalty.gamma}: the reward models at servers.rewards "
+                "give no latents; expected a model of kind inform, or gamma 0"
+            )
+        try:
+            check_models(models, self.config.combine)
+        except ValueError as error:
+            raise ConfigError(f"servers.rewards, ppo.combine: {error}") from None
 
     def _kl_rewards(self, inputs: RewardInputs, coefficient: float) -> Tensor:
         nothing = torch.zeros(inputs.mask.shape, dtype=torch.float64, device=inputs.mask.device)
@@ -165,6 +207,8 @@ class RewardPipeline:
 
 def _observe(inputs: RewardInputs) -> dict[str, Tensor]:
     seen = {f"reward/score_{i}": column.double() for i, column in enumerate(inputs.scores.unbind(dim=1))}
+    if inputs.latents is not None:
+        seen["reward/latent_distance"] = inputs.latents.double().norm(dim=1)
     if inputs.policy_energy is not None:
         seen["energy/policy"] = inputs.policy_energy.double().mean(dim=1)
         if inputs.reference_energy is not None:

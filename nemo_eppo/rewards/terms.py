@@ -35,6 +35,8 @@ class RewardInputs:
     """[B, T] of the policy."""
     ref_logprobs: Tensor | None = None
     """[B, T] of the reference."""
+    latents: Tensor | None = None
+    """[B, D] of the reward models, in coordinates in which those of SFT responses have mean 0 and covariance I."""
     step: int = 1
     """1 for the first step of the run."""
     max_steps: int = 1
@@ -57,12 +59,14 @@ class RewardInputs:
             raise ValueError(f"step: {self.step}; expected 1 to max_steps = {self.max_steps}")
         batch, actions = self.mask.shape
         models = self.scores.shape[1] if self.scores.dim() == 2 else 1
+        width = self.latents.shape[-1] if self.latents is not None else 1
         modules = self.policy_energy.shape[-1] if self.policy_energy is not None else 1
         for name, x, shape, mask in (
             ("scores", self.scores, (batch, models), None),
             ("truncated", self.truncated, (batch,), None),
             ("policy_energy", self.policy_energy, (batch, modules), None),
             ("reference_energy", self.reference_energy, (batch, modules), None),
+            ("latents", self.latents, (batch, width), None),
             ("logprobs", self.logprobs, (batch, actions), self.mask),
             ("ref_logprobs", self.ref_logprobs, (batch, actions), self.mask),
         ):
@@ -101,10 +105,12 @@ class RunningStatistics:
 
 
 class Term(Generic[ConfigT]):
-    """One step of the composition."""
+    """One step of the composition. `statistics` are saved and resumed with the run."""
 
     metric: ClassVar[str]
     """The ledger's name for what this term adds."""
+    config_class: ClassVar[type[Config]] = Config
+    """The settings of a user's own term; see `rewards/user_terms.py`."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

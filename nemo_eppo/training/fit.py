@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import Head
+from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.observability.experiment import Run
@@ -62,17 +62,27 @@ class Task(Protocol):
     """What is being learnt."""
 
     title: ClassVar[str]
-    head: ClassVar[Head]
     columns: ClassVar[Mapping[str, str]]
     """Progress-bar labels -> metric names."""
     group: ClassVar[int]
     """Rows per example: 1, or 2 for a pair."""
+
+    @property
+    def head(self) -> Head:
+        """What the model has to have."""
+
+    @property
+    def latent_size(self) -> int:
+        """d of the head "inform"."""
 
     def __len__(self) -> int:
         """Training examples."""
 
     def rows(self, indices: list[int]) -> Rows:
         """The tensors of a global batch of examples, `group` rows each."""
+
+    def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
+        """`rows` with all that the loss needs to know of the whole batch; collective."""
 
     def loss_function(self, rows: Rows) -> LossFunction:
         """The loss of a global batch; see ModelRunner.train_step."""
@@ -85,11 +95,25 @@ class Task(Protocol):
 
 
 def fit(
-    task: Task, plan: Plan, settings: FitSettings, optimizer: OptimizerConfig, seed: int, run: Run
-) -> dict[str, float]:
-    """Train `task` to the end, or on from the run's newest checkpoint; the last validation's metrics.
+    task: Task,
+    plan: Plan,
+    settings: FitSettings,
+    optimizer: OptimizerConfig,
+    seed: int,
+    run: Run,
+    *,
+    dropout: float = 0.0,
+    head_only: bool = False,
+) -> Path:
+    """Train `task` to the end, or on from the run's newest checkpoint.
 
-    The checkpoint of the last step is `<run directory>/checkpoints/step_N`.
+    Args:
+        dropout: on the residual stream.
+        head_only: leave the decoder as it is and train its head. Such a run does not go on from a checkpoint: it has
+            no state of the optimizer.
+
+    Returns:
+        the checkpoint of the last step, `<run directory>/checkpoints/step_N`.
     """
     batches = GlobalBatches(len(task), settings.global_batch_size, seed=seed)
     last = len(task) // settings.global_batch_size * settings.epochs
@@ -99,43 +123,67 @@ def fit(
         raise ConfigError(f"global_batch_size = {settings.global_batch_size} is not divisible by {replicas} replicas")
     runtime.initialize(plan.setup.parallel, seed)
     folder = run.directory / CHECKPOINTS
-    resume = checkpoint.latest(folder)
-    runner = build(plan, task.head, optimizer=optimizer, total_steps=last, resume=resume)
-    done = 0
+    resume, done = checkpoint.latest(folder), 0
     if resume is not None:
         manifest = checkpoint.read_manifest(resume)
         done = manifest.step
+        if done >= last:
+            return resume
         batches.load_state_dict(manifest.state["batches"])
-    validation: dict[str, float] = {}
+    runner = build(
+        plan,
+        task.head,
+        latent_size=task.latent_size,
+        dropout=dropout,
+        optimizer=optimizer,
+        total_steps=last,
+        resume=resume,
+    )
+    if head_only:
+        train_head_only(runner)
     with ExitStack() as stack:
         is_first = dist.get_rank() == 0
         metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
         progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
-            rows = task.rows(next(batches))
+            rows = task.prepare(task.rows(next(batches)), runner, step)
             update = runner.train_step(rows, task.loss_function(rows), group=task.group)
             row = {f"train/{name}": value for name, value in update.items()}
             row["seconds/step"] = time.perf_counter() - started
             row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
             save = step == last or _due(step, settings.checkpoint_interval)
+            validation: dict[str, float] = {}
             if save or _due(step, settings.validation_interval):
                 validation = task.validate(runner)
                 row |= validation
             if save:
-                state = {"batches": batches.state_dict(), **task.state()}
-                checkpoint.save(
-                    folder / f"step_{step:06d}",
-                    runner,
-                    checkpoint.Manifest(head=task.head, step=step, model=plan.model, optimizer=True, state=state),
-                    plan.tokenizer_path,
-                    keep=settings.keep,
+                manifest = checkpoint.Manifest(
+                    head=task.head,
+                    step=step,
+                    model=plan.model,
+                    optimizer=not head_only,
+                    state={"batches": batches.state_dict(), "validation": validation, **task.state()},
                 )
+                newest = folder / f"step_{step:06d}"
+                checkpoint.save(newest, runner, manifest, plan.tokenizer_path, keep=settings.keep)
             if metrics is not None:
                 metrics.log(step, row)
             progress.update(step, row)
-    runtime.shutdown()
-    return validation
+    return newest
+
+
+def train_head_only(runner: ModelRunner) -> None:
+    """Take all but the head out of the optimizer: a linear probe. Gradients still flow everywhere, so that every
+    layout works as in full training, but only the head's are clipped and applied."""
+    heads = set()
+    for chunk in runner.chunks:
+        for name, parameter in unwrap(chunk).named_parameters():
+            if name.startswith("head."):
+                heads |= {id(parameter), id(getattr(parameter, "main_param", None))}
+    for part in runner.optimizer.chained_optimizers:
+        for group in part.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in heads]
 
 
 def _due(step: int, interval: int) -> bool:

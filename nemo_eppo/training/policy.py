@@ -1,6 +1,5 @@
 """The policy and its frozen SFT reference in one set of modules: rollouts, log-probs and energies of both."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,8 @@ from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.collectives import over_replicas
+from nemo_eppo.training.collectives import on_rank0, over_replicas
+from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
 from nemo_eppo.training.ppo_config import EnergyConfig
 
 _REFERENCE_VERSION = -1
@@ -39,14 +39,25 @@ def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 class Policy:
-    """Everything a PPO step asks of the policy and of the reference; in and out go global batches, on every rank."""
+    """Everything a PPO step asks of the policy and of the reference; in and out go global batches, on every rank.
+
+    Args:
+        own_answers: how the reference answers a prompt whose energy loss the policy's is compared with.
+        cache: of the energies of these answers; None forgets them with the process.
+    """
 
     def __init__(
-        self, runner: ModelRunner, reference: FrozenWeights, engine: Engine, energy: EnergyConfig, max_new_tokens: int
+        self,
+        runner: ModelRunner,
+        reference: FrozenWeights,
+        engine: Engine,
+        energy: EnergyConfig,
+        own_answers: SamplingParams,
+        cache: EnergyCache | None = None,
     ) -> None:
         self.runner, self.reference, self.engine, self.energy = runner, reference, engine, energy
-        self._greedy = SamplingParams(max_new_tokens=max_new_tokens, greedy=True)
-        self._own_energies: dict[bytes, Tensor] = {}
+        self._own_answers, self._cache = own_answers, cache
+        self._own_energies: dict[bytes, list[float]] = on_rank0(cache.load) if cache else {}
 
     def refit(self, version: int) -> None:
         """Give the engine the policy's current weights under a new version number."""
@@ -85,16 +96,19 @@ class Policy:
         return Scores(scores.logprobs, scores.entropies, own)
 
     def _own_response_energies(self, batch: RolloutBatch) -> Tensor:
-        """[B, E] energy losses of the reference's greedy answers; each prompt is answered once per run."""
+        """[B, E] energy losses of the reference's own answers; each prompt is answered once."""
         prompts = [batch.tokens[i, : int(batch.prompt_lengths[i])].tolist() for i in range(batch.batch_size)]
-        keys = [hashlib.sha256(repr(prompt).encode()).digest() for prompt in prompts]
+        keys = [prompt_digest(prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
         if new:
             self.refit(_REFERENCE_VERSION)
             unanswered = list(new.values())
-            answers = self.generate(unanswered, self._greedy, torch.zeros(len(unanswered), dtype=torch.int64))
-            own = RolloutBatch.from_completions(unanswered, answers, batch.pad_id)
-            energies = self.score(own).energies
-            assert energies is not None
+            answers = self.generate(unanswered, self._own_answers, torch.zeros(len(unanswered), dtype=torch.int64))
+            measured = self.score(RolloutBatch.from_completions(unanswered, answers, batch.pad_id)).energies
+            assert measured is not None
+            energies = measured.tolist()
             self._own_energies.update(zip(new, energies, strict=True))
-        return torch.stack([self._own_energies[key] for key in keys])
+            if self._cache is not None:
+                cache, tokens = self._cache, [answer.token_ids for answer in answers]
+                on_rank0(lambda: cache.append(list(zip(unanswered, tokens, energies, strict=True))))
+        return torch.tensor([self._own_energies[key] for key in keys])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.advantages import gae
-from nemo_eppo.algorithms.divergences import kl_estimate
+from nemo_eppo.algorithms.divergences import divergence_slope, kl_estimate, sequence_divergence
 from nemo_eppo.algorithms.masking import masked_mean, whiten
 from nemo_eppo.algorithms.policy import aggregate, explained_variance, policy_loss, truncated_importance_weights
 from nemo_eppo.megatron import device
@@ -25,7 +25,7 @@ from nemo_eppo.rollout.batch import Completion, Experience, RolloutBatch, miniba
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.policy import Policy, Scores, next_token_targets
 from nemo_eppo.training.ppo_config import PPOSettings
-from nemo_eppo.training.remote import RemoteModels
+from nemo_eppo.training.remote import Answers, RemoteModels
 
 GoldReward = Callable[[str, str, bool], float]
 
@@ -39,6 +39,8 @@ class StepResult:
     completions: list[Completion]
     experience: Experience
     ledger: Ledger
+    latents: Tensor | None
+    """[B, D] of the reward models."""
 
 
 class PPO:
@@ -47,15 +49,15 @@ class PPO:
     def __init__(
         self,
         settings: PPOSettings,
+        pipeline: RewardPipeline,
         policy: Policy,
         remote: RemoteModels,
         sampling: SamplingParams,
         pad_id: int,
         seed: int,
     ) -> None:
-        self.settings, self.policy, self.remote = settings, policy, remote
+        self.settings, self.pipeline, self.policy, self.remote = settings, pipeline, policy, remote
         self.sampling, self.pad_id, self.seed = sampling, pad_id, seed
-        self.pipeline = RewardPipeline(settings)
         self.timers = Timers(device.synchronize)
 
     def step(self, step: int, prompts: list[list[int]]) -> StepResult:
@@ -82,25 +84,25 @@ class PPO:
         with timers("reference"):
             reference = self.policy.score_reference(batch, policy_version=step - 1)
         with timers("server_wait"):
-            rewards, values = self.remote.collect(pending)
-            assert values is not None
+            answers = self.remote.collect(pending)
         with timers("shape"):
-            experience, ledger, kl_in_loss = self._shape(step, batch, scores, reference, rewards, values)
+            experience, ledger, kl_in_loss = self._shape(step, batch, scores, reference, answers)
         metrics = self._train(step, batch, experience, kl_in_loss)
         with timers("refit"):
             self.policy.refit(step)
         with timers("shape"):
             metrics |= ledger.means() | self._rollout_metrics(batch, scores, experience, generated)
         metrics |= timers.collect(time.perf_counter() - started)
-        return StepResult(metrics, batch, completions, experience, ledger)
+        return StepResult(metrics, batch, completions, experience, ledger, answers.latents)
 
     def _shape(
-        self, step: int, batch: RolloutBatch, scores: Scores, reference: Scores, rewards: Tensor, values: Tensor
+        self, step: int, batch: RolloutBatch, scores: Scores, reference: Scores, answers: Answers
     ) -> tuple[Experience, Ledger, float]:
-        settings, mask = self.settings, batch.mask
+        settings, mask, values = self.settings, batch.mask, answers.values
+        assert values is not None
         shaped = self.pipeline(
             RewardInputs(
-                scores=rewards,
+                scores=answers.scores,
                 score_mean=self.remote.statistics.mean,
                 score_std=self.remote.statistics.std,
                 mask=mask,
@@ -109,6 +111,7 @@ class PPO:
                 reference_energy=reference.energies,
                 logprobs=scores.logprobs,
                 ref_logprobs=reference.logprobs,
+                latents=answers.latents,
                 step=step,
                 max_steps=settings.max_steps,
             )
@@ -153,7 +156,7 @@ class PPO:
                 part, chosen = batch.select(rows), experience.select(rows)
                 update = self.remote.train(part, chosen.returns, chosen.values)
                 with self.timers("actor_train"):
-                    actor = self._train_policy(part, chosen, kl_in_loss)
+                    actor = self._train_policy(part, chosen, kl_in_loss, is_first=updates == 0)
                 with self.timers("critic_train"):
                     critic = self.remote.finish(update)
                 for name, value in [*_prefixed("actor", actor), *_prefixed("critic", critic)]:
@@ -161,7 +164,9 @@ class PPO:
                 updates += 1
         return {name: value / updates for name, value in sums.items()}
 
-    def _train_policy(self, batch: RolloutBatch, experience: Experience, kl_in_loss: float) -> dict[str, float]:
+    def _train_policy(
+        self, batch: RolloutBatch, experience: Experience, kl_in_loss: float, is_first: bool
+    ) -> dict[str, float]:
         settings, mask = self.settings, experience.mask
         tokens = float(mask.sum())
         denominator = tokens if settings.aggregation == "token" else float(batch.batch_size)
@@ -177,7 +182,9 @@ class PPO:
             rows["weights"] = truncated_importance_weights(
                 experience.logprobs, batch.engine_logprobs, mask, settings.importance_cap
             )
-        if kl_in_loss and experience.ref_logprobs is not None:
+        slope = self._divergence_slope(batch, experience, is_first)
+        if kl_in_loss or slope is not None:
+            assert experience.ref_logprobs is not None
             rows["ref_logprobs"] = experience.ref_logprobs
 
         def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,13 +210,34 @@ class PPO:
             if settings.entropy_coefficient:
                 bonus = aggregate(entropies, mask, settings.aggregation, denominator)
                 loss = loss - settings.entropy_coefficient * bonus
-            if "ref_logprobs" in rows:
+            if kl_in_loss:
                 kl = kl_estimate(logprobs, rows["ref_logprobs"], mask, settings.kl.estimator)
                 penalty = kl_in_loss * aggregate(kl, mask, settings.aggregation, denominator)
                 loss, report["kl_loss"] = loss + penalty, penalty.detach()
+            if slope is not None:
+                found = sequence_divergence(logprobs, rows["ref_logprobs"], mask)
+                penalty = slope * (found.kl if settings.divergence.kind == "kl" else found.chi2).sum()
+                penalty = penalty / batch.batch_size
+                loss, report["divergence_loss"] = loss + penalty, penalty.detach()
             return loss, report
 
         return self.policy.runner.train_step(rows, loss_function)
+
+    def _divergence_slope(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> float | None:
+        """The weight of each response's divergence in the loss, the same in every micro-batch; None if it has none.
+
+        sqrt_chi2 needs chi2 of the whole mini-batch under the weights that are about to be updated: known in the first
+        update of a step, else one more forward pass.
+        """
+        config = self.settings.divergence
+        if config.kind == "none" or config.placement == "reward":
+            return None
+        assert experience.ref_logprobs is not None
+        logprobs = experience.logprobs
+        if config.kind == "sqrt_chi2" and not is_first:
+            logprobs = self.policy.score(batch, energies=False).logprobs
+        chi2 = sequence_divergence(logprobs.double(), experience.ref_logprobs.double(), experience.mask).chi2.mean()
+        return config.coefficient * divergence_slope(chi2.item(), config.kind)
 
     def _rollout_metrics(
         self, batch: RolloutBatch, scores: Scores, experience: Experience, seconds: float

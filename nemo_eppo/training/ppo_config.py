@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from nemo_eppo.algorithms.energy import EnergyWindow
 from nemo_eppo.algorithms.policy import Aggregation
 from nemo_eppo.config import Config
+from nemo_eppo.evaluation.monitor import MonitorConfig
 from nemo_eppo.megatron.energy import EnergyProbeConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig
@@ -26,6 +27,9 @@ class EnergyConfig(EnergyPenaltyConfig, EnergyProbeConfig):
     prompt), or the policy's answer (no generation; rides on the reference's log-prob pass)."""
     window: EnergyWindow = "response"
     """Which hidden states count: at the response tokens, or (generating) one position earlier."""
+    cache: Path | None = None
+    """Directory of the SFT model's answers and energies, which runs can share; null for <run directory>/energy_cache.
+    A change of model, tokenizer, generation or energy settings never finds old entries."""
     max_tokens: int | None = Field(None, ge=1)
     """Only the first so many response tokens count (authors: 1024); null for all."""
 
@@ -124,6 +128,10 @@ class ServersConfig(Config):
     critic: ClientConfig = ClientConfig(url="http://127.0.0.1:5555")
     rewards: tuple[RewardAddress, ...] = Field((RewardAddress(url="http://127.0.0.1:5556"),), min_length=1)
     """One or more reward models."""
+    reward_kind: Literal["any", "bradley_terry", "odin", "inform", "warm"] = "any"
+    """What the reward models have to be; anything else is an error."""
+    held_out: RewardAddress | None = None
+    """A reward model that training never sees; reported as reward/held_out. Costs one scoring pass a step."""
 
 
 class CheckpointConfig(Config):
@@ -150,6 +158,8 @@ class PPOConfig(Config):
     servers: ServersConfig = ServersConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    """Signs of reward hacking, and what is to happen when they show."""
     gold_reward: str | None = None
     """A programmatic reward that is only reported: "module:function" taking (prompt, response, finished)."""
     record_rollouts: int | None = Field(None, ge=0)
@@ -159,4 +169,19 @@ class PPOConfig(Config):
     def _consistent(self) -> "PPOConfig":
         if self.generation.greedy:
             raise ValueError("generation.greedy = true: PPO has to sample its rollouts")
+        return self
+
+    @model_validator(mode="after")
+    def _monitor_can_work(self) -> "PPOConfig":
+        monitor, beta = self.monitor, self.ppo.kl.coefficient
+        if monitor.raises_kl and not 0 < beta < monitor.kl_max:
+            raise ValueError(
+                f"monitor.{monitor.raises_kl[0]}.action = 'raise_kl' needs 0 < ppo.kl.coefficient < monitor.kl_max, "
+                f"got {beta} and {monitor.kl_max}"
+            )
+        against = monitor.disagreement.against
+        given = self.gold_reward if against == "gold" else self.servers.held_out
+        if monitor.disagreement.action != "none" and given is None:
+            missing = "gold_reward" if against == "gold" else "servers.held_out"
+            raise ValueError(f"monitor.disagreement.against = '{against}' needs {missing}")
         return self

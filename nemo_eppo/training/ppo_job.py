@@ -1,9 +1,9 @@
 """The actor job: everything around the PPO steps. Prompts, validation, metrics, rollout files, checkpoints, resume."""
 
-import importlib
 import time
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
 from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.evaluation.monitor import HackingMonitor
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
@@ -20,8 +21,13 @@ from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
 from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.rewards.pipeline import RewardPipeline
+from nemo_eppo.rewards.user_terms import load_named
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch, seeds_for, step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.collectives import on_rank0
+from nemo_eppo.training.energy_cache import EnergyCache, model_digest
+from nemo_eppo.training.held_out import HeldOutReward
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO, GoldReward, StepResult
 from nemo_eppo.training.ppo_config import PPOConfig
@@ -51,6 +57,8 @@ class PPOJob:
             raise ConfigError(
                 f"ppo.mini_batch_size = {config.ppo.mini_batch_size} is not divisible by {replicas} replicas"
             )
+        self.pipeline = RewardPipeline(config.ppo)
+        self.monitor = HackingMonitor(config.monitor)
         self.gold = load_gold_reward(config.gold_reward) if config.gold_reward else None
         data = config.data
         self.prompts = PromptDataset(
@@ -88,13 +96,33 @@ class PPOJob:
             max_batch_size=config.generation.max_batch_size,
             max_sequence_length=self.longest,
         )
-        policy = Policy(runner, reference, engine, config.ppo.energy, self.sampling.max_new_tokens)
+        own_answers = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, greedy=True)
+        cache = self._energy_cache(own_answers)
+        policy = Policy(runner, reference, engine, config.ppo.energy, own_answers, cache)
         expect = {"tokenizer": self.tokenizer.digest(), "max_sequence_length": self.longest}
         remote = RemoteModels(config.servers, expect)
-        ppo = PPO(config.ppo, policy, remote, self.sampling, self.tokenizer.pad_id, config.seed)
+        self.pipeline.check_models(len(remote.statistics.mean), remote.statistics.latent_size)
+        self.monitor.check_latents(remote.statistics.latent_size)
+        held_out = config.servers.held_out
+        self.held_out = HeldOutReward(held_out, expect) if held_out else None
+        ppo = PPO(config.ppo, self.pipeline, policy, remote, self.sampling, self.tokenizer.pad_id, config.seed)
         self.done = self._resume(ppo)
         policy.refit(self.done)
         return ppo
+
+    def _energy_cache(self, own_answers: SamplingParams) -> EnergyCache | None:
+        """The cache on disk; a model with fresh weights has none, for nothing identifies it."""
+        energy, source = self.config.ppo.energy, self.plan.source
+        if source is None or energy.eta == 0 or energy.reference == "same_response":
+            return None
+        key = {
+            "model": model_digest(source if isinstance(source, Path) else source.path),
+            "precision": self.config.model.precision,
+            "tokenizer": self.tokenizer.digest(),
+            "generation": own_answers.model_dump(mode="json"),
+            "energy": energy.model_dump(mode="json", include={"preset", "layers", "norm", "window", "max_tokens"}),
+        }
+        return EnergyCache(energy.cache or self.directory / "energy_cache", key)
 
     def run(self) -> None:
         """Train to the last step."""
@@ -102,28 +130,37 @@ class PPOJob:
         config, last = self.config, self.config.ppo.max_steps
         with ExitStack() as stack:
             stack.callback(ppo.remote.close)
+            if self.held_out is not None:
+                stack.callback(self.held_out.close)
             metrics, recorder = self._open_files(stack)
             progress = stack.enter_context(
                 Progress("PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0)
             )
             if self.done == 0:
-                self._validate(ppo, 0, metrics)
+                before = self._validate(ppo, 0, metrics)
+                if before and not config.validation.greedy:  # the energies of greedy responses are others
+                    self.monitor.observe_sft(before["validation/energy_loss"])
             for step in range(self.done + 1, last + 1):
                 items = [self.prompts[index] for index in next(self.batches)]
                 result = ppo.step(step, [item.token_ids.tolist() for item in items])
                 started = time.perf_counter()
                 gold = self._gold([item.text for item in items], result.completions)
                 row = result.metrics | ({"reward/gold": sum(gold) / len(gold)} if gold else {})
+                if self.held_out is not None:
+                    row["reward/held_out"] = self.held_out.mean(result.batch)
+                is_last = self._watch(ppo, step, row, result.latents) or step == last
                 if recorder is not None:
                     recorder.record(step, self._rollout_rows([item.text for item in items], result, gold))
-                if step == last or (config.validation.interval and step % config.validation.interval == 0):
+                if is_last or (config.validation.interval and step % config.validation.interval == 0):
                     row |= self._validate(ppo, step, None)
-                if step == last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+                if is_last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
                     self._save(ppo, step)
                 row["seconds/after_step"] = time.perf_counter() - started
                 if metrics is not None:
                     metrics.log(step, row)
                 progress.update(step, row)
+                if is_last:
+                    break
             ppo.timers.close()
 
     def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
@@ -144,7 +181,7 @@ class PPOJob:
         seeds = seeds_for(step_seed(self.config.seed, 0), torch.arange(len(prompts)))
         completions = ppo.policy.generate(prompts, sampling, seeds)
         batch = RolloutBatch.from_completions(prompts, completions, self.tokenizer.pad_id)
-        scores, _ = ppo.remote.collect(ppo.remote.ask(batch, values=False))
+        scores = ppo.remote.collect(ppo.remote.ask(batch, values=False)).scores
         energies = ppo.policy.score(batch).energies
         assert energies is not None
         proxy = ppo.pipeline.combine(scores, ppo.remote.statistics.mean, ppo.remote.statistics.std)
@@ -171,6 +208,19 @@ class PPOJob:
         if metrics is not None:
             metrics.log(step, means)
         return means
+
+    def _watch(self, ppo: PPO, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:
+        """Show a step's metrics to the hacking monitor and add its own to them; whether it wants the run to stop."""
+        watched = on_rank0(lambda: self.monitor.observe(step, row, latents))  # one verdict for all ranks
+        row |= watched.metrics
+        actions = [alarm.action for alarm in watched.alarms]
+        if "raise_kl" in actions:
+            controller = ppo.pipeline.kl_controller
+            controller.value = self.monitor.raise_kl(controller.value)
+        if dist.get_rank() == 0:
+            for alarm in watched.alarms:
+                self.run_files.logger.warning("%s", alarm)
+        return "stop" in actions
 
     def _gold(self, prompts: list[str], completions: list[Completion]) -> list[float]:
         if self.gold is None:
@@ -200,6 +250,8 @@ class PPOJob:
         state = {
             "batches": self.batches.state_dict(),
             "pipeline": ppo.pipeline.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "kl_coefficient": ppo.pipeline.kl_controller.value,
             "critic_updates": ppo.remote.updates,
             "critic_checkpoint": critic,
         }
@@ -230,16 +282,15 @@ class PPOJob:
             )
         self.batches.load_state_dict(manifest.state["batches"])
         ppo.pipeline.load_state_dict(manifest.state["pipeline"])
+        self.monitor.load_state_dict(manifest.state["monitor"])
+        if self.monitor.kl_raised:
+            ppo.pipeline.kl_controller.value = manifest.state["kl_coefficient"]
         return manifest.step
 
 
 def load_gold_reward(name: str) -> GoldReward:
     """The function behind "module:function"; ConfigError if there is none."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"gold_reward = {name!r}: expected 'module:function' ({error})") from None
+    found = load_named("gold_reward", name, "module:function")
     if not callable(found):
         raise ConfigError(f"gold_reward = {name!r} is not a function")
-    return found
+    return cast(GoldReward, found)

@@ -2,12 +2,13 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.client import CriticClient, RewardClient, Rewards
 from nemo_eppo.training.collectives import on_rank0
@@ -16,10 +17,25 @@ from nemo_eppo.training.ppo_config import ServersConfig
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """Validation mean and standard deviation of each reward model, [k]."""
+    """What the reward models say about themselves."""
 
     mean: Tensor
+    """[k] each model's mean score on its validation data."""
     std: Tensor
+    """[k] likewise its standard deviation."""
+    latent_size: int
+    """D, the latents of all models together; 0 for none."""
+
+
+class Answers(NamedTuple):
+    """What the servers say about a rollout batch."""
+
+    scores: Tensor
+    """[B, k]."""
+    latents: Tensor | None
+    """[B, D], those of several models side by side."""
+    values: Tensor | None
+    """[B, T], or [B, T + 1] with bootstrap, if they were asked."""
 
 
 @dataclass
@@ -38,6 +54,7 @@ class RemoteModels:
 
     Raises:
         ServerError: a server is not reachable or does not fit; on every rank, the message names it.
+        ConfigError: a reward model is not of the kind that the settings expect.
     """
 
     def __init__(self, config: ServersConfig, expect: dict[str, Any]) -> None:
@@ -50,7 +67,14 @@ class RemoteModels:
         self.statistics = RewardStatistics(
             mean=torch.tensor([value for model in models for value in model["mean"]]),
             std=torch.tensor([value for model in models for value in model["std"]]),
+            latent_size=sum(model.get("latent_size", 0) for model in models),
         )
+        for address, model in zip(config.rewards, models, strict=True):
+            if config.reward_kind not in ("any", model.get("kind")):
+                raise ConfigError(
+                    f"servers.reward_kind = '{config.reward_kind}', but the server at {address.url} has a reward model "
+                    f"of kind '{model.get('kind')}'"
+                )
 
     def ask(self, batch: RolloutBatch, *, values: bool = True, bootstrap: bool = False) -> Pending:
         """Send the rollout to the servers and return at once.
@@ -69,12 +93,17 @@ class RemoteModels:
             pending.values = self.critic.infer(padded.tokens, padded.lengths)
         return pending
 
-    def collect(self, pending: Pending) -> tuple[Tensor, Tensor | None]:
-        """Wait for the answers: scores [B, k], and values [B, T] (or [B, T + 1] with bootstrap) if they were asked."""
+    def collect(self, pending: Pending) -> Answers:
+        """Wait for the answers."""
 
-        def wait() -> tuple[Tensor, Tensor | None]:
-            scores = torch.cat([future.result().rewards for future in pending.rewards or []], dim=1)
-            return scores, pending.values.result() if pending.values else None
+        def wait() -> Answers:
+            models = [future.result() for future in pending.rewards or []]
+            latents = torch.cat([model.latents for model in models], dim=1)
+            return Answers(
+                torch.cat([model.rewards for model in models], dim=1),
+                latents if latents.shape[1] else None,
+                pending.values.result() if pending.values else None,
+            )
 
         return on_rank0(wait)
 

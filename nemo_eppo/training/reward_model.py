@@ -1,41 +1,30 @@
-"""Bradley-Terry training of a reward model on preference pairs."""
+"""Training of a reward model on preference pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.algorithms.preference import (
-    ScoreReduction,
-    bradley_terry_loss,
-    preference_metrics,
-    sequence_score,
-)
+from nemo_eppo.algorithms.latents import Gaussian, fit_gaussian
+from nemo_eppo.algorithms.preference import preference_metrics
 from nemo_eppo.config import Config
-from nemo_eppo.data.datasets import PreferenceDataset, PreferenceItem, collate
+from nemo_eppo.data.datasets import PreferenceDataset, PreferenceItem, SFTDataset, TokenIds, collate
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
-from nemo_eppo.training.fit import FitSettings, TextDataConfig, fit
+from nemo_eppo.training.fit import FitSettings, TextDataConfig
+from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
+from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
+from nemo_eppo.training.reward_service import store_gaussian
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 
-_VALIDATION_PAIRS = 128  # per forward pass over all ranks; bounds memory, changes nothing
-
-
-class BradleyTerryConfig(Config):
-    """The loss and the score."""
-
-    score: ScoreReduction = "last"
-    """A response's score: the head's output at its last token, or the sum or mean over its tokens."""
-    margin: float = Field(0.0, ge=0)
-    """By how much the chosen response should lead."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a label is wrong."""
-    l2: float = Field(0.0, ge=0)
-    """Weight of the squared scores, which keeps them near zero."""
+_VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
+_LATENT_ROWS = 64  # likewise, where each token has many outputs
+_SFT_RESPONSES = 2048
 
 
 class RewardTrainingConfig(Config):
@@ -48,7 +37,9 @@ class RewardTrainingConfig(Config):
     """Usually the SFT model; it gets a fresh head."""
     data: TextDataConfig
     """Rows {"prompt", "chosen", "rejected"}."""
-    reward: BradleyTerryConfig = BradleyTerryConfig()
+    reward: RewardLossConfig = RewardLossConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """Several reward models by one command."""
     fit: FitSettings = FitSettings()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
 
@@ -57,7 +48,6 @@ class RewardTask:
     """Row 2i is the chosen response of pair i, row 2i + 1 the rejected one."""
 
     title: ClassVar[str] = "Reward model"
-    head: ClassVar[Head] = "scalar"
     group: ClassVar[int] = 2
     columns: ClassVar[Mapping[str, str]] = {
         "loss": "train/loss",
@@ -65,63 +55,95 @@ class RewardTask:
         "validation accuracy": "validation/accuracy",
     }
 
-    def __init__(self, data: TextDataConfig, loss: BradleyTerryConfig, plan: Plan) -> None:
+    def __init__(self, data: TextDataConfig, config: RewardLossConfig, plan: Plan, seed: int) -> None:
         longest = data.max_sequence_length or plan.model.max_sequence_length
-        self.config, self.pad_id = loss, plan.tokenizer.pad_id
+        self.config, self.pad_id = config, plan.tokenizer.pad_id
+        self.loss = LOSSES[config.kind](config, seed)
         self.train, self.validation = (
             PreferenceDataset(path, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long)
             for path in (data.train, data.validation)
         )
         self._mean, self._std = 0.0, 1.0
+        self._gaussian: Gaussian | None = None
+        self._sft_sides: list[tuple[TokenIds, TokenIds]] = []
+        if config.kind == "inform" and config.inform.sft_responses is not None:
+            responses = SFTDataset(
+                config.inform.sft_responses, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long
+            )
+            self._sft_sides = [(item.prompt_ids, item.response_ids) for item in responses.items[:_SFT_RESPONSES]]
+
+    @property
+    def head(self) -> Head:
+        return self.loss.head
+
+    @property
+    def latent_size(self) -> int:
+        return self.loss.latent_size
 
     def __len__(self) -> int:
         return len(self.train)
 
     def rows(self, indices: list[int]) -> Rows:
-        return self._rows([self.train[index] for index in indices])
+        return self._rows(_sides([self.train[index] for index in indices]))
 
-    def _rows(self, items: list[PreferenceItem]) -> Rows:
-        sides = [(item.prompt_ids, ids) for item in items for ids in (item.chosen_ids, item.rejected_ids)]
+    def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
+        return self.loss.prepare(rows, runner, step)
+
+    def _rows(self, sides: list[tuple[TokenIds, TokenIds]]) -> Rows:
         tokens, prompts, lengths = collate(sides, self.pad_id)
         return {"tokens": tokens, "prompt_lengths": prompts, "lengths": lengths}
 
     def loss_function(self, rows: Rows) -> LossFunction:
         pairs = rows["lengths"].numel() / 2
-        config = self.config
-
-        def loss(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = sequence_score(output[..., 0], rows["prompt_lengths"], rows["lengths"], config.score)
-            chosen, rejected = scores[0::2], scores[1::2]
-            value = bradley_terry_loss(
-                chosen,
-                rejected,
-                margin=config.margin,
-                label_smoothing=config.label_smoothing,
-                l2=config.l2,
-                denominator=pairs,
-            )
-            return value, {"accuracy": (chosen > rejected).sum() / pairs}
-
-        return loss
+        return lambda output, rows: self.loss(output, rows, pairs)
 
     def validate(self, runner: ModelRunner) -> dict[str, float]:
         scores, lengths = [], []
-        for start in range(0, len(self.validation), _VALIDATION_PAIRS):
-            rows = self._rows(self.validation.items[start : start + _VALIDATION_PAIRS])
-            out, _ = runner.infer(rows["tokens"], rows["lengths"], outputs=1)
-            scores.append(sequence_score(out[..., 0], rows["prompt_lengths"], rows["lengths"], self.config.score))
+        for rows, out in self._infer(runner, _sides(self.validation.items)):
+            scores.append(self.loss.score(out[..., 0], rows))
             lengths.append(rows["lengths"] - rows["prompt_lengths"])
         score, length = torch.cat(scores).double(), torch.cat(lengths)
         self._mean, self._std = float(score.mean()), float(score.std(correction=0))
+        if self._sft_sides:
+            self._gaussian = fit_gaussian(torch.cat([*self._latents(runner)]))
         metrics = preference_metrics(score[0::2], score[1::2], length[0::2], length[1::2])
         return {f"validation/{name}": value for name, value in metrics.items()}
 
+    def _latents(self, runner: ModelRunner) -> Iterator[Tensor]:
+        """[n, d] of the SFT model's responses."""
+        for rows, out in self._infer(runner, self._sft_sides):
+            yield out[torch.arange(len(out)), rows["lengths"] - 1, 1 : 1 + self.latent_size]
+
+    def _infer(self, runner: ModelRunner, sides: list[tuple[TokenIds, TokenIds]]) -> Iterator[tuple[Rows, Tensor]]:
+        size = _LATENT_ROWS if self.latent_size else _VALIDATION_ROWS
+        for start in range(0, len(sides), size):
+            rows = self._rows(sides[start : start + size])
+            yield rows, runner.infer(rows["tokens"], rows["lengths"], outputs=self.loss.outputs)[0]
+
     def state(self) -> dict[str, object]:
-        """How the score is read, and its mean and standard deviation over both sides of the validation pairs."""
-        return {"score": self.config.score, "mean": self._mean, "std": self._std}
+        """How the score is read, its mean and standard deviation over both sides of the validation pairs, and where
+        the latents of SFT responses lie."""
+        state: dict[str, object] = {
+            "kind": self.config.kind,
+            "score": self.config.score,
+            "mean": self._mean,
+            "std": self._std,
+        }
+        if self._gaussian is not None:
+            state |= {"latent_size": self.latent_size, "sft_latents": store_gaussian(self._gaussian)}
+        return state
+
+
+def _sides(items: list[PreferenceItem]) -> list[tuple[TokenIds, TokenIds]]:
+    return [(item.prompt_ids, ids) for item in items for ids in (item.chosen_ids, item.rejected_ids)]
 
 
 def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
     """The reward-model training job."""
     model = plan(config.model)
-    fit(RewardTask(config.data, config.reward, model), model, config.fit, config.optimizer, config.seed, run)
+    task = RewardTask(config.data, config.reward, model, config.seed)
+    check_ensemble(config.ensemble, model, task.head, config.optimizer)
+    members = train_members(config.ensemble, task, model, config.fit, config.optimizer, config.seed, run)
+    if config.ensemble.average:
+        average_members(config.ensemble, members, task, model, config.seed, run)
+    runtime.shutdown()

@@ -1,19 +1,28 @@
 """The reward job: a trained reward model behind a server, with the statistics that standardise its scores."""
 
+import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch import Tensor
 
+from nemo_eppo.algorithms.latents import Gaussian
 from nemo_eppo.algorithms.preference import sequence_score
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.conversion.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.heads import outputs_per_token
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, build, plan
+
+_LATENT_ROWS = 64  # per forward pass where each token has many outputs; bounds memory, changes nothing
 
 
 class RewardModelConfig(Config):
@@ -23,7 +32,8 @@ class RewardModelConfig(Config):
     seed: int = Field(1234, ge=0)
     """Has no effect on a trained model."""
     model: ModelSetup
-    """A checkpoint of train_reward_model.py."""
+    """A checkpoint of train_reward_model.py, or a Hugging Face *ForSequenceClassification directory with one output and
+    with "nemo_eppo_reward": {"mean", "std"} in its config.json."""
     server: ServerConfig = ServerConfig()
 
 
@@ -36,27 +46,57 @@ class RewardModel:
         state = self.plan.manifest.state
         missing = [name for name in ("score", "mean", "std") if name not in state]
         if missing:
+            if isinstance(self.plan.source, HfDirectory):
+                raise ConfigError(
+                    f"{where}: {self.plan.source.path}/config.json has no {REWARD_KEY}, which standardises scores: add "
+                    f'"{REWARD_KEY}": {{"mean": ..., "std": ...}} of its scores on held-out pairs, or 0 and 1 for raw '
+                    "scores"
+                )
             raise ConfigError(
                 f"{where}: {self.plan.source} has no {', '.join(missing)}: it is a critic, not a trained reward model"
             )
         self.score, self.mean, self.std = state["score"], float(state["mean"]), float(state["std"])
+        self.head = self.plan.manifest.head
+        self.kind: str = state.get("kind", "bradley_terry")
+        self.latent_size = int(state.get("latent_size", 0))
+        self._gaussian = read_gaussian(state["sft_latents"]) if self.latent_size else None
         self.tokenizer_digest = self.plan.tokenizer.digest()
         self._runner: ModelRunner | None = None
 
     def build(self) -> None:
         """Load the weights; collective."""
-        self._runner = build(self.plan, "scalar")
+        self._runner = build(self.plan, self.head, latent_size=self.latent_size)
 
     def statistics(self) -> dict[str, Any]:
-        """For the status reply: k, and mean and std of each of the k models on its validation data."""
-        return {"k": 1, "mean": [self.mean], "std": [self.std]}
+        """For the status reply: k, mean and std of each of the k models on its validation data; kind and latents."""
+        return {
+            "k": 1,
+            "mean": [self.mean],
+            "std": [self.std],
+            "kind": self.kind,
+            "latent_size": self.latent_size,
+        }
 
     def infer(self, request: Tensors) -> Tensors:
-        """tokens [B, S], prompt_lengths [B], lengths [B] -> raw rewards [B, 1]."""
+        """tokens [B, S], prompt_lengths [B], lengths [B] -> raw rewards [B, 1], and latents [B, d] if it has them.
+
+        Latents are given in coordinates in which those of SFT responses have mean 0 and covariance I: a latent's norm
+        is its Mahalanobis distance.
+        """
         assert self._runner is not None
-        out, _ = self._runner.infer(request["tokens"], request["lengths"], outputs=1)
-        scores = sequence_score(out[..., 0], request["prompt_lengths"], request["lengths"], self.score)
-        return {"rewards": scores.unsqueeze(1)}
+        tokens, lengths = request["tokens"], request["lengths"]
+        assert self.head != "lm"
+        width, rewards, latents = outputs_per_token(self.head, self.latent_size), [], []
+        for rows in torch.arange(len(tokens)).split(_LATENT_ROWS if self.latent_size else len(tokens)):
+            out, _ = self._runner.infer(tokens[rows], lengths[rows], outputs=width)
+            rewards.append(sequence_score(out[..., 0], request["prompt_lengths"][rows], lengths[rows], self.score))
+            latents.append(out[torch.arange(len(rows)), lengths[rows] - 1, 1 : 1 + self.latent_size])
+        result = {"rewards": torch.cat(rewards).unsqueeze(1)}
+        if self._gaussian is not None:
+            centred = torch.cat(latents).double() - self._gaussian.mean
+            whitened = torch.linalg.solve_triangular(self._gaussian.factor, centred.T, upper=False).T
+            result["latents"] = whitened.float().contiguous()
+        return result
 
 
 class RewardService:
@@ -76,6 +116,24 @@ class RewardService:
     def status(self) -> dict[str, Any]:
         """The tokenizer and the statistics."""
         return {"tokenizer": self._model.tokenizer_digest, "reward": self._model.statistics()}
+
+
+def store_gaussian(gaussian: Gaussian) -> dict[str, str]:
+    """A Gaussian over latents as text for a manifest: d + d*d fp32 numbers, base64."""
+
+    def encode(x: Tensor) -> str:
+        return base64.b64encode(x.cpu().numpy().astype("<f4").tobytes()).decode()
+
+    return {"mean": encode(gaussian.mean), "factor": encode(gaussian.factor)}
+
+
+def read_gaussian(stored: Mapping[str, str]) -> Gaussian:
+    """What `store_gaussian` wrote, fp64."""
+    mean, factor = (
+        torch.from_numpy(np.frombuffer(base64.b64decode(stored[name]), "<f4").astype(np.float64))
+        for name in ("mean", "factor")
+    )
+    return Gaussian(mean, factor.view(len(mean), len(mean)))
 
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.conversion.hf_directory import HfDirectory
+from nemo_eppo.conversion.hf_weights import load_tensors
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
@@ -21,11 +23,12 @@ class ModelSetup(Config):
     """Which model a job runs, and how it is laid out."""
 
     restore_from_path: Path | None = None
-    """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken."""
+    """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken; or a Hugging Face
+    directory (config.json, tokenizer, safetensors) of a Llama, Mistral, Qwen2 or Qwen3 model."""
     architecture: ModelConfig | None = None
     """A model with fresh weights instead; its vocab_size may be left out for the tokenizer's."""
     tokenizer: Path | None = None
-    """Hugging Face tokenizer directory; null for the one in the checkpoint."""
+    """Hugging Face tokenizer directory; null for the one that comes with the model."""
     precision: Precision = "fp32"
     """Of weights and activations; heads, optimizer and losses are always fp32."""
     recompute: bool = False
@@ -52,29 +55,39 @@ class Plan:
     model: ModelConfig
     tokenizer: Tokenizer
     tokenizer_path: Path
-    source: Path | None
-    """Checkpoint directory, if the model is not fresh."""
+    source: Path | HfDirectory | None
+    """Checkpoint directory or Hugging Face directory, if the model is not fresh."""
     manifest: checkpoint.Manifest | None
 
 
-def plan(setup: ModelSetup, where: str = "model", head: Head | None = None) -> Plan:
+def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:
     """Read and check everything the model needs, without building it.
 
     Args:
         where: the config key, for error messages.
         head: the kind of checkpoint that is expected; None for either.
+        ranks: that the layout is for; None for those of this job.
 
     Raises:
         ConfigError: a missing, damaged or wrong checkpoint or tokenizer, a vocabulary that does not fit, or a layout
             that the model or the number of ranks does not allow.
     """
-    source, manifest, model = None, None, setup.architecture
+    source: Path | HfDirectory | None = None
+    manifest, model, tokenizer_path = None, setup.architecture, setup.tokenizer
     if setup.restore_from_path is not None:
-        source = _find(setup.restore_from_path, where)
-        manifest = checkpoint.read_manifest(source, head)
+        if HfDirectory.at(setup.restore_from_path):
+            source = HfDirectory(setup.restore_from_path)
+            manifest = source.manifest()
+            if head not in (None, source.head):
+                raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
+            tokenizer_path = tokenizer_path or source.path
+        else:
+            source = checkpoint.find(setup.restore_from_path, f"{where}.restore_from_path")
+            manifest = checkpoint.read_manifest(source, head)
+            tokenizer_path = tokenizer_path or source / checkpoint.TOKENIZER
         model = manifest.model
     assert model is not None
-    tokenizer_path = setup.tokenizer or (source or Path()) / checkpoint.TOKENIZER
+    assert tokenizer_path is not None
     tokenizer = Tokenizer.from_directory(tokenizer_path)
     if not model.vocab_size:
         model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
@@ -83,25 +96,16 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None) -> P
             f"{where}: the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         )
     check_layout(model, setup.parallel, f"{where}.architecture")
-    setup.parallel.data_parallel_size(runtime.world_size())
+    setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
-
-
-def _find(path: Path, where: str) -> Path:
-    if not path.exists():
-        raise ConfigError(f"{where}.restore_from_path: {path} does not exist")
-    if (path / checkpoint.MANIFEST).is_file():
-        return path
-    newest = checkpoint.latest(path)
-    if newest is None:
-        raise ConfigError(f"{where}.restore_from_path: {path} is no checkpoint and holds none (step_*)")
-    return newest
 
 
 def build(
     plan: Plan,
     head: Head,
     *,
+    latent_size: int = 0,
+    dropout: float = 0.0,
     optimizer: OptimizerConfig | None = None,
     total_steps: int = 1,
     probe: EnergyProbeConfig | None = None,
@@ -110,14 +114,25 @@ def build(
     """Build the planned model on every rank, load its weights, and make it trainable if there is an optimizer.
 
     Args:
-        head: what the model is to have. A scalar model may start from a language model, with a fresh head.
+        head: what the model is to have; fresh where the checkpoint's model has another kind.
+        latent_size: d of the head "inform".
+        dropout: while training.
         total_steps: updates over which the learning rate decays.
         resume: a checkpoint of this very job: weights, optimizer and schedule come from it instead.
     """
     setup = plan.setup
     chunks: list[Any] = build_model(
-        plan.model, setup.parallel, head=head, precision=setup.precision, recompute=setup.recompute
+        plan.model,
+        setup.parallel,
+        head=head,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        latent_size=latent_size,
+        dropout=dropout,
     )
+    fresh_head = head != "lm" and plan.manifest is not None and plan.manifest.head != head
+    if isinstance(plan.source, HfDirectory) and resume is None:
+        load_tensors(chunks, plan.model, plan.source.tensor, fresh_head=fresh_head)
     megatron_optimizer = scheduler = None
     if optimizer is not None:
         chunks = wrap_data_parallel(chunks, optimizer, setup.precision)
@@ -131,6 +146,6 @@ def build(
     )
     if resume is not None:
         checkpoint.load(resume, runner, optimizer=True)
-    elif plan.source is not None and plan.manifest is not None:
-        checkpoint.load(plan.source, runner, fresh_head=head == "scalar" and plan.manifest.head == "lm")
+    elif isinstance(plan.source, Path):
+        checkpoint.load(plan.source, runner, fresh_head=fresh_head)
     return runner

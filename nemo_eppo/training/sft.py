@@ -10,6 +10,7 @@ from torch import Tensor
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import SequenceItem, SFTDataset, collate
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
@@ -39,6 +40,7 @@ class SFTTask:
 
     title: ClassVar[str] = "SFT"
     head: ClassVar[Head] = "lm"
+    latent_size: ClassVar[int] = 0
     group: ClassVar[int] = 1
     columns: ClassVar[Mapping[str, str]] = {
         "loss": "train/loss",
@@ -59,6 +61,9 @@ class SFTTask:
 
     def rows(self, indices: list[int]) -> Rows:
         return self._rows([self.train[index] for index in indices])
+
+    def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
+        return rows
 
     def _rows(self, items: list[SequenceItem]) -> Rows:
         tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in items], self.pad_id)
@@ -91,3 +96,4 @@ def train_sft(config: SFTConfig, run: Run) -> None:
     """The SFT job."""
     model = plan(config.model, head="lm")
     fit(SFTTask(config.data, model), model, config.sft, config.optimizer, config.seed, run)
+    runtime.shutdown()

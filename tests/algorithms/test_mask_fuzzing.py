@@ -57,6 +57,7 @@ CASES: dict[str, tuple[int, Function]] = {
     "k1": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k1")),
     "k2": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k2")),
     "k3": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k3")),
+    "sequence_divergence": (2, lambda a, b: tuple(divergences.sequence_divergence(a, b, MASK))),
     "response_energy": (1, mean_energy),
     **{
         f"sequence_score_{how}": (

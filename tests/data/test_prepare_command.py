@@ -28,12 +28,28 @@ def test_hh_prints_what_was_read_dropped_and_written(
     options = ["--vocab-size", "300", "--validation-fraction", "0.3", "--max-response-tokens", "20"]
     assert main(["prepare", "hh", "--input", str(path), "--output", str(tmp_path / "out"), *options]) == 0
     output = capsys.readouterr().out
-    assert "31 rows" in output
+    assert "31 examples" in output
     assert f"1 no assistant turn (first: {path}:31)" in output
     written = sum(
         len((tmp_path / "out" / f"sft.{split}.jsonl").read_text().splitlines()) for split in ("train", "validation")
     )
     assert written == 30
+
+
+def test_every_option_reaches_the_preparation(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """{"text"} pairs with a marker of their own, in an array."""
+    texts = [f"Q{n}\nA:\n{answer}" for n in range(20) for answer in ("good", "bad")]
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": text} for text in texts]))
+    options = ["--vocab-size", "300", "--validation-fraction", "0.3", "--response-marker", r"\nA:\n", "--strict"]
+    target = ["--output", str(tmp_path / "out"), "--system-prompt", "Be brief."]
+    assert main(["prepare", "nemo_aligner", "--input", str(tmp_path / "rows.json"), *target, *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "preferences.train.jsonl").read_text().splitlines()]
+    assert {"prompt": "Be brief.\n\nQ0\nA:\n", "chosen": "good", "rejected": "bad"} in rows
+    template = ["--chat-template", "--output", str(tmp_path / "chat")]
+    assert main(["prepare", "nemo_aligner", "--input", str(tmp_path / "rows.json"), *template]) == 2
+    assert "a chat template needs" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +63,13 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["prepare"], ["prepare", "hh", "--input", "x", "--output", "y", "--tokenizer", "t", "--vocab-size", "300"]],
+    [
+        [],
+        ["prepare"],
+        ["prepare", "hh", "--input", "x", "--output", "y", "--tokenizer", "t", "--vocab-size", "300"],
+        ["prepare", "hh", "--input", "x", "--hub", "n", "--output", "y"],
+        ["prepare", "hh", "--output", "y"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -55,7 +77,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "hh", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "nemo_aligner", "--help"]])
 def test_help_answers_without_a_heavy_import(arguments: list[str]) -> None:
     script = (
         "import sys, json; from nemo_eppo.cli import main\n"

@@ -77,6 +77,12 @@ def test_bos_that_a_template_already_wrote_is_not_doubled(with_bos: Path) -> Non
     assert tokenizer.encode_prompt("<s>" + TEXTS[0]) == tokenizer.encode_prompt(TEXTS[0])
 
 
+def test_bos_is_never_doubled_whoever_writes_it(with_bos: Path) -> None:
+    tokenizer = Tokenizer.from_directory(with_bos)
+    assert tokenizer.encode_prompt("<s><s>" + TEXTS[0]) == tokenizer.encode_prompt(TEXTS[0])
+    assert tokenizer.encode_prompt("") == tokenizer.encode_prompt("<s>")
+
+
 def test_bos_that_is_defined_but_never_added_stays_out(with_bos: Path, tmp_path: Path, bpe_directory: Path) -> None:
     quiet = AutoTokenizer.from_pretrained(bpe_directory)
     quiet.add_special_tokens({"bos_token": "<s>"})

@@ -16,10 +16,12 @@ PROMPTS, LENGTHS = torch.tensor([3, 1, 5, 9, 2, 2]), torch.tensor([8, 12, 6, 12,
 MASK = response_mask(PROMPTS, LENGTHS, S)
 EVERYTHING: dict[str, Any] = {
     "combine": "mean",
+    "latent_penalty": {"gamma": 0.1},
     "length_penalty": {"kind": "authors", "length": 5},
     "missing_eos": {"penalty": 1.5},
     "energy": {"eta": 2.0, "floor_ratio": 0.8, "standardize": True, "schedule": "linear"},
     "reward_clip": {"range": 1.0},
+    "divergence": {"kind": "sqrt_chi2", "coefficient": 0.1, "placement": "reward"},
     "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 100},
 }
 
@@ -44,6 +46,7 @@ def make_inputs(seed: int = 0, models: int = 1, **changes: Any) -> RewardInputs:
         "reference_energy": normal(B, 3),
         "logprobs": normal(B, S - 1),
         "ref_logprobs": normal(B, S - 1),
+        "latents": normal(B, 5),
         "step": 3,
         "max_steps": 4,
     }
@@ -59,10 +62,12 @@ def test_contributions_add_up_to_the_final_reward_and_to_the_token_rewards() -> 
     contributions = result.ledger.contributions
     assert list(contributions) == [
         "reward/proxy",
+        "reward/latent_penalty",
         "reward/length_penalty",
         "reward/missing_eos",
         "reward/energy_penalty",
         "reward/clip",
+        "reward/divergence",
         "reward/kl",
     ]
     assert all(x.abs().max() > 0 for x in contributions.values())

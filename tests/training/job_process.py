@@ -1,4 +1,4 @@
-"""A job for tests, started by torchrun: `job_process.py critic|reward|actor|steps config.json run_directory`.
+"""A job for tests, started by torchrun: `job_process.py critic|reward|actor|steps|methods config.json run_directory`.
 
 The same classes as the scripts in examples/, without NeMo's six seconds of import.
 """
@@ -8,15 +8,18 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nemo_eppo.config import load_config
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron import runtime
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.training.critic import CriticConfig, serve_critic
+from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
@@ -41,6 +44,34 @@ def run_steps(config: PPOConfig, run: Run) -> None:
     runtime.shutdown()
 
 
+class FreshJob(PPOJob):
+    """An actor that does not mind what the critic has learnt from others."""
+
+    def _resume(self, ppo: PPO) -> int:
+        return 0
+
+
+def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
+    """One PPO step of each method; its metrics and ledger rows, or the ConfigError or ServerError, to methods.json."""
+    made: dict[str, Any] = {}
+    for name, values in methods.items():
+        try:
+            job = FreshJob(load_config(PPOConfig, values), run)
+            ppo = job.start()
+            prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
+            result = ppo.step(1, prompts)
+            ppo.remote.close()
+            made[name] = {
+                "metrics": result.metrics,
+                "contributions": list(result.ledger.contributions),
+                "rows": result.ledger.rows(),
+            }
+        except (ConfigError, ServerError) as error:
+            made[name] = {"error": str(error)}
+    (run.directory / "methods.json").write_text(json.dumps(made))
+    runtime.shutdown()
+
+
 def main(kind: str, config_file: Path, directory: Path) -> None:
     torch.set_num_threads(1)
     values = json.loads(config_file.read_text())
@@ -53,6 +84,8 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
         serve_reward_model(load_config(RewardModelConfig, values), run)
     elif kind == "actor":
         PPOJob(load_config(PPOConfig, values), run).run()
+    elif kind == "methods":
+        run_methods(values, run)
     else:
         run_steps(load_config(PPOConfig, values), run)
 

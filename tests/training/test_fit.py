@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Models
 from distributed import run_ranks
+from jobs import Models
 from reference_eppo import load_weights, policy_pass, scalars
 
 from nemo_eppo.config import load_config

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Models
+from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import checkpoint, model

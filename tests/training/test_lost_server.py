@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from conftest import Job, Models
 from distributed import free_port
+from jobs import Job, Models
 
 
 def test_a_killed_reward_server_fails_the_actor_within_30_seconds(models: Models, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Job, Models
 from distributed import free_port, run_ranks
+from jobs import Job, Models
 from reference_eppo import State, ppo_step
 
 from nemo_eppo.conversion.hf_weights import export_tensors

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import Job, Models
 from distributed import free_port
+from jobs import Job, Models
 
 STEPS = 4
 

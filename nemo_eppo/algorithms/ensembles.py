@@ -1,0 +1,35 @@
+"""How several reward models become one reward (Coste et al. 2023, Reward Model Ensembles, arXiv 2310.02743)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Combine = Literal["single", "mean", "wco", "uwo"]
+
+
+def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: int = 0) -> Tensor:
+    """One reward [B] from the standardised scores [B, k] of k reward models.
+
+    Args:
+        scores: [B, k].
+        how: `single`: the only one there is; `mean`; `wco`: the lowest (worst-case optimisation); `uwo`: the mean less
+            `uwo_lambda` times the variance over models (uncertainty-weighted optimisation).
+        uwo_lambda: authors: 0.1 for PPO, 0.5 for best-of-n.
+        ddof: 0: population variance; 1: sample variance, as in the authors' PPO code.
+
+    Raises:
+        ValueError: for a k that `how` makes no sense for; see `check_models`.
+    """
+    check_models(scores.shape[1], how)
+    if how == "wco":
+        return scores.amin(dim=1)
+    mean = scores.mean(dim=1)
+    return mean - uwo_lambda * scores.var(dim=1, correction=ddof) if how == "uwo" else mean
+
+
+def check_models(models: int, how: Combine) -> None:
+    """ValueError unless `models` reward models can be combined in this way."""
+    if how == "single" and models != 1:
+        raise ValueError(f"scores: {models} reward models, but combine is 'single'; expected 1, or mean, wco or uwo")
+    if how in ("wco", "uwo") and models < 2:
+        raise ValueError(f"scores: {models} reward model, but combine is {how!r}; expected at least 2")

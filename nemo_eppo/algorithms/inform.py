@@ -1,0 +1,22 @@
+"""The information bottleneck of a reward model (InfoRM, Miao et al., NeurIPS 2024, arXiv 2402.09345)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+KLMode = Literal["paper_sum", "official_mean_first"]
+
+
+def latent_kl(mean: Tensor, logvar: Tensor, mode: KLMode) -> Tensor:
+    """What a response's latent distribution N(mean, exp(logvar)) costs: [B].
+
+    Args:
+        mean: [B, d].
+        logvar: [B, d].
+        mode: `paper_sum`: KL(N(mean, exp(logvar)) || N(0, I)) = sum over d of `(exp(v) + m^2 - 1 - v) / 2`;
+            `official_mean_first`, the authors' code: the same expression of the *averages* of m and v over d. It is
+            blind to latents that average out, and smaller by a factor d or more.
+    """
+    if mode == "official_mean_first":
+        mean, logvar = mean.mean(dim=1, keepdim=True), logvar.mean(dim=1, keepdim=True)
+    return (logvar.exp() + mean.square() - 1 - logvar).sum(dim=1) / 2

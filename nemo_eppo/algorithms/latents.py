@@ -1,0 +1,90 @@
+"""How far latents of responses lie from those of the SFT model (indicators of InfoRM, NeurIPS 2024, arXiv 2402.09345).
+
+Everything here is computed in fp64: a covariance of nearly dependent latents does not survive less.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.algorithms.masking import require_finite
+
+
+class Gaussian(NamedTuple):
+    """A normal distribution over latents of width d, ready for distances."""
+
+    mean: Tensor
+    """fp64 [d]."""
+    factor: Tensor
+    """fp64 [d, d], lower triangular: the covariance is `factor @ factor.T`."""
+
+
+def fit_gaussian(latents: Tensor, shrinkage: float | None = None) -> Gaussian:
+    """The Gaussian of the given latents, its covariance `(1 - s) S + s tr(S)/d I` factorised once.
+
+    S is the sample covariance (divided by N). Shrinking keeps it invertible even for N < d.
+
+    Args:
+        latents: [N, d], N at least 2.
+        shrinkage: s in [0, 1]; None chooses the one of least expected squared error (Ledoit and Wolf 2004, A
+            well-conditioned estimator for large-dimensional covariance matrices).
+
+    Raises:
+        ValueError: for fewer than 2 latents, NaN or infinities, or latents without spread in some direction that
+            shrinking does not cure.
+    """
+    if latents.dim() != 2 or latents.shape[0] < 2 or latents.shape[1] < 1:
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; expected [N, d] with N at least 2")
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage: {shrinkage}; expected 0 to 1, or None")
+    require_finite("latents", latents)
+    x = latents.double()
+    mean = x.mean(dim=0)
+    x = x - mean
+    count, width = x.shape
+    covariance = x.T @ x / count
+    identity = torch.eye(width, dtype=x.dtype, device=x.device)
+    target = covariance.trace() / width * identity
+    if shrinkage is None:
+        distance = (covariance - target).square().sum()
+        # error of S itself: mean over samples of ||x x^T - S||^2, over N; expanded, as x x^T is [d, d] per sample
+        error = (x.square().sum(dim=1).square().mean() - covariance.square().sum()) / count
+        shrinkage = 1.0 if error >= distance else float(error / distance)
+    factor, failed = torch.linalg.cholesky_ex((1 - shrinkage) * covariance + shrinkage * target)
+    pivots = factor.diagonal().square()  # rounding may leave a tiny positive pivot where there should be none
+    if failed or pivots.min() <= 1e-14 * pivots.max():
+        raise ValueError(
+            f"latents: the covariance of these {count} latents of width {width} is singular with shrinkage {shrinkage}"
+        )
+    return Gaussian(mean, factor)
+
+
+def mahalanobis(latents: Tensor, gaussian: Gaussian) -> Tensor:
+    """Mahalanobis distance `D = sqrt((z - mean)^T covariance^-1 (z - mean))` of each latent.
+
+    Args:
+        latents: [B, d].
+        gaussian: of the SFT model's latents.
+
+    Returns:
+        fp64 [B], never negative.
+
+    Raises:
+        ValueError: for latents of another width.
+    """
+    if latents.dim() != 2 or latents.shape[1] != len(gaussian.mean):
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; expected [B, {len(gaussian.mean)}]")
+    centred = latents.double() - gaussian.mean
+    return torch.linalg.solve_triangular(gaussian.factor, centred.T, upper=False).norm(dim=0)
+
+
+def outlier_fraction(latents: Tensor, gaussian: Gaussian, alpha: float) -> float:
+    """MOP: the fraction of latents [B, d] that the Gaussian would produce with a probability below `alpha`.
+
+    Squared distances of Gaussian latents follow a chi-squared distribution with d degrees of freedom, whose upper tail
+    is the regularised incomplete gamma function Q(d/2, D^2/2).
+    """
+    halves = mahalanobis(latents, gaussian).square() / 2
+    p_values = torch.special.gammaincc(torch.full_like(halves, len(gaussian.mean) / 2), halves)
+    return float((p_values < alpha).double().mean())

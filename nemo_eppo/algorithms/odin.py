@@ -1,0 +1,38 @@
+"""Reward disentangled from length (ODIN, Chen et al., ICML 2024, arXiv 2402.07319)."""
+
+import torch
+from torch import Tensor
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of x and y, both [N]: a scalar; 0, without gradient, if either is constant to 1e-6."""
+    x_off, y_off = x - x.mean(), y - y.mean()
+    if x_off.norm() <= 1e-6 * x.norm() or y_off.norm() <= 1e-6 * y.norm():
+        return torch.zeros_like(x_off.sum()).detach()
+    return (x_off * y_off).sum() / (x_off.norm() * y_off.norm())
+
+
+def length_loss(quality: Tensor, length_scores: Tensor, lengths: Tensor) -> Tensor:
+    """`|rho(quality, lengths)| - rho(length_scores, lengths)` over the batch: the quality head should know nothing of
+    length, the length head everything. All [N]; a scalar, not a mean over rows: see `length_slopes`."""
+    lengths = lengths.to(quality.dtype)
+    return pearson(quality, lengths).abs() - pearson(length_scores, lengths)
+
+
+def length_slopes(quality: Tensor, length_scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of `length_loss` by each row's scores, [N] each.
+
+    With them `sum_i(slope_q_i * q_i + slope_l_i * l_i)` is a sum over rows whose gradient is that of `length_loss`
+    over the *global* batch, so that micro-batches and ranks cannot change it.
+
+    Args:
+        quality: [N] of the global batch, under the weights that are about to be updated.
+        length_scores: [N].
+        lengths: [N] response tokens.
+    """
+    with torch.enable_grad():
+        q, length_head = (x.detach().double().requires_grad_() for x in (quality, length_scores))
+        # the zeros give a gradient to scores that are all equal, which have none
+        loss = length_loss(q, length_head, lengths) + 0 * (q.sum() + length_head.sum())
+        slopes = torch.autograd.grad(loss, (q, length_head))
+    return slopes[0].to(quality.dtype), slopes[1].to(quality.dtype)

@@ -1,0 +1,169 @@
+"""Where raw rows come from: local .jsonl, .json and .parquet files, or a data set of the Hugging Face hub.
+
+Every source is streamed: one line, one element of an array or one batch of a row group is in memory at a time.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines
+
+_WHITESPACE = re.compile(r"\s*")
+_READ_AT_ONCE = 1 << 20  # bytes
+_LARGEST_VALUE = 1 << 26  # characters of one element of a JSON array
+_PARQUET_BATCH = 1024  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    file: str
+    line: int
+    """Line of a text file, or row of a table; from 1."""
+    fields: Mapping[str, Any]
+    defect: str = ""
+    """Why there are no fields; empty if there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubDataset:
+    """A data set of the hub; a local directory that the `datasets` library can load is one as well."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.name, self.config, self.split) if part)
+
+
+def read_rows(source: Path | HubDataset, progress: bool = False) -> Iterator[Row]:
+    """Rows of one source in their order. A malformed line is a row with a defect.
+
+    Raises:
+        ConfigError: no such file or data set, an unknown suffix, a damaged archive, array or table.
+    """
+    if isinstance(source, HubDataset):
+        return _hub_rows(source)
+    name = source.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return _line_rows(source, progress)
+    if name.endswith(".json"):
+        return _array_rows(source, progress) if _starts_array(source) else _line_rows(source, progress)
+    if source.suffix == ".parquet":
+        return _parquet_rows(source)
+    raise ConfigError(f"{source}: expected .jsonl, .jsonl.gz, .json, .json.gz or .parquet")
+
+
+def _line_rows(path: Path, progress: bool) -> Iterator[Row]:
+    for line_number, line in read_lines(path, progress):
+        try:
+            value = json.loads(line)
+        except ValueError:  # also bytes that are not UTF-8
+            yield Row(str(path), line_number, {}, "not JSON")
+        else:
+            yield _row(path, line_number, value)
+
+
+def _row(path: Path, line: int, value: object) -> Row:
+    if isinstance(value, dict):
+        return Row(str(path), line, value)
+    return Row(str(path), line, {}, "not a JSON object")
+
+
+def _starts_array(path: Path) -> bool:
+    """Whether the file is one JSON array. Else it has one object per line, as some corpora call .json."""
+    with open_stream(path, progress=False) as (file, _):
+        try:
+            while (start := file.read(_READ_AT_ONCE)) and not start.strip():
+                pass
+            return start.lstrip()[:1] == b"["
+        except DAMAGED_ARCHIVE as error:
+            raise ConfigError(f"{path}: damaged archive: {error}") from None
+
+
+def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
+    """Elements of an array, each with the line on which it begins."""
+    line = 1
+    decode = json.JSONDecoder().raw_decode
+    with open_stream(path, progress) as (file, advance):
+        try:
+            reader = TextIOWrapper(file, encoding="utf-8")
+            text = ""
+            while "[" not in text:
+                text += reader.read(_READ_AT_ONCE)
+            position = text.index("[") + 1
+            line += text.count("\n", 0, position)
+            while True:
+                start = _skip_space(text, position)
+                if text[start : start + 1] == "]":
+                    break
+                try:
+                    value, end = decode(text, start)
+                    end = _skip_space(text, end)
+                    is_complete = text[end : end + 1] in (",", "]")  # else a number could go on, or there is an error
+                except ValueError:
+                    is_complete = False
+                if is_complete:
+                    line += text.count("\n", position, start)
+                    yield _row(path, line, value)
+                    position = end + (text[end] == ",")
+                    line += text.count("\n", start, position)
+                    continue
+                more = reader.read(max(_READ_AT_ONCE, len(text)))
+                if not more or len(text) > _LARGEST_VALUE:
+                    raise ConfigError(f"{path}: damaged JSON array after line {line}")
+                text, position = text[position:] + more, 0
+                advance()
+            if (text[start + 1 :] + reader.read()).strip():
+                raise ConfigError(f"{path}: there is more after the end of its JSON array")
+        except DAMAGED_ARCHIVE as error:
+            raise ConfigError(f"{path}: damaged archive after line {line}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 after line {line}: {error}") from None
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _WHITESPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    line = 0
+    try:
+        # Without a buffer size, or across row groups, pyarrow keeps what it has read: peak memory grows with the file.
+        with ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_PARQUET_BATCH, row_groups=[group]):
+                    for fields in batch.to_pylist():
+                        line += 1
+                        yield Row(str(path), line, fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: damaged parquet file after row {line}: {error}") from None
+
+
+def _hub_rows(source: HubDataset) -> Iterator[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ConfigError(f"data set '{source}': reading from the hub needs 'pip install datasets'") from None
+    try:
+        rows = load_dataset(source.name, source.config, split=source.split)  # memory-mapped from the local cache
+    except Exception as error:  # of many libraries: datasets, huggingface_hub, requests, pyarrow
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"data set '{source}' cannot be loaded: {type(error).__name__}: {reason}. "
+            "Without network, fetch its files elsewhere and give them as --input"
+        ) from error
+    for line, fields in enumerate(rows, start=1):
+        yield Row(str(source), line, fields)

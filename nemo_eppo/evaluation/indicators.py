@@ -1,0 +1,204 @@
+"""Signs of reward hacking: each makes one number of a PPO step, the higher the more suspicious."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from statistics import fmean, stdev, variance
+from typing import Any, ClassVar, Generic, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nemo_eppo.algorithms.latents import Gaussian, fit_gaussian, outlier_fraction
+from nemo_eppo.config import Config, ConfigT
+
+Action = Literal["none", "log", "raise_kl", "stop"]
+NEIGHBOURS = 5
+"""Latents that make a neighbourhood dense, for DBSCAN (its authors' recommendation is at least 3)."""
+
+
+class IndicatorConfig(Config):
+    """One indicator. In running standard deviations: those of the first steps' values (`warmup_steps`)."""
+
+    action: Action = "none"
+    """What an alarm does: `none`: the indicator is not computed; `log`: a warning and monitor/<indicator>/alarm = 1;
+    `raise_kl`: that, and the KL coefficient grows; `stop`: that, and the run saves a checkpoint and ends. A run that is
+    started again after its stop goes on."""
+    threshold: float = Field(5.0, gt=0)
+    """An alarm needs a value above this ..."""
+    patience: int = Field(3, ge=1)
+    """... in so many consecutive steps. After an alarm the count starts again."""
+
+
+class OutliersConfig(IndicatorConfig):
+    """Fraction of responses whose latents are outliers among the SFT model's (MOP). Needs latents."""
+
+    threshold: float = Field(0.2, gt=0, lt=1)
+    """Fraction."""
+    alpha: float = Field(0.01, gt=0, lt=1)
+    """A latent is an outlier if its chi-squared p-value is below this."""
+
+
+class DisagreementConfig(IndicatorConfig):
+    """The proxy reward rises while a reward that is not trained on falls."""
+
+    threshold: float = Field(3.0, gt=0)
+    """Standard errors: both the rise of the one and the fall of the other, from the first to the second half of the
+    window, have to be larger."""
+    against: Literal["gold", "held_out"] = "gold"
+    """gold_reward, or the reward model at servers.held_out."""
+    window: int = Field(20, ge=4)
+    """Steps that are looked back on."""
+
+
+class Indicator(Generic[ConfigT]):
+    """What is observed of one step goes in, a number comes out. `state` is plain, and saved with the run."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: ConfigT, warmup_steps: int) -> None:
+        self.config, self.warmup_steps = config, warmup_steps
+        self.state: dict[str, Any] = {}
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        """The step's number; None while there is too little to compare with.
+
+        Args:
+            metrics: of the step, by their names in metrics.jsonl.
+            latents: [B, d] of the step's responses; None if there are none, or while they still go into `sft`.
+            sft: those of the SFT model, complete if `latents` is given.
+        """
+        raise NotImplementedError
+
+    def _deviations(self, value: float, least_std: float, centre: float | None = None) -> float | None:
+        """How many standard deviations `value` is above `centre`, by default the mean, of the first steps' values.
+
+        `least_std` keeps a quantity that hardly moved in those steps from raising an alarm over nothing.
+        """
+        first: list[float] = self.state.setdefault("first", [])
+        if len(first) < self.warmup_steps:
+            first.append(value)
+            return None
+        return (value - (fmean(first) if centre is None else centre)) / max(stdev(first), least_std)
+
+
+class EnergyRise(Indicator[IndicatorConfig]):
+    """Rise of the policy's mean energy loss over the SFT model's, in running standard deviations (arXiv 2501.19358).
+
+    The SFT model's is energy/reference where the run reads it, and the difference is compared with that of the first
+    steps. Else it is the energy loss of the validation before the first step, or, failing that, of the first steps.
+    """
+
+    name = "energy"
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        policy = metrics["energy/policy"]
+        least_std = 1e-3 * abs(policy)
+        if "energy/reference" in metrics:
+            return self._deviations(policy - metrics["energy/reference"], least_std)
+        return self._deviations(policy, least_std, centre=self.state.get("sft"))
+
+
+class LengthDrift(Indicator[IndicatorConfig]):
+    """Change of the mean response length against the first steps, either way, in running standard deviations."""
+
+    name = "length"
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        length = metrics["rollout/response_length"]
+        deviations = self._deviations(length, least_std=0.01 * length)
+        return None if deviations is None else abs(deviations)
+
+
+class Outliers(Indicator[OutliersConfig]):
+    """Fraction of the responses whose latents the SFT model's Gaussian would hardly produce (MOP)."""
+
+    name = "outliers"
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        return None if latents is None else outlier_fraction(latents, sft.gaussian, self.config.alpha)
+
+
+class ClusterSeparation(Indicator[IndicatorConfig]):
+    """The cluster separation index in running standard deviations of those steps that follow the base's collection."""
+
+    name = "csi"
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        if latents is None:
+            return None
+        index = cluster_separation_index(latents, sft.latents, sft.radius)
+        return self._deviations(index, least_std=0.01 * len(latents) * sft.radius)
+
+
+class Disagreement(Indicator[DisagreementConfig]):
+    """The smaller of two Welch t statistics: of the proxy reward's rise, and of the other reward's fall."""
+
+    name = "disagreement"
+
+    def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
+        window: list[list[float]] = self.state.setdefault("window", [])
+        window.append([metrics["reward/proxy"], metrics[f"reward/{self.config.against}"]])
+        del window[: -self.config.window]
+        if len(window) < self.config.window:
+            return None
+        proxy, other = zip(*window, strict=True)
+        return min(_rise(proxy), -_rise(other))
+
+
+def _rise(values: tuple[float, ...]) -> float:
+    """Mean of the second half less that of the first, in standard errors."""
+    half = len(values) // 2
+    first, second = values[:half], values[half:]
+    error = (variance(first) / len(first) + variance(second) / len(second)) ** 0.5
+    return (fmean(second) - fmean(first)) / (error + 1e-12)  # values that do not move at all are no rise
+
+
+class SFTLatents:
+    """Latents that stand for the SFT model's: those of the first `samples` responses of the run."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.latents = torch.empty(0, 0)
+        """fp32 [n, d]."""
+
+    @property
+    def complete(self) -> bool:
+        return len(self.latents) >= self.samples
+
+    def add(self, latents: Tensor) -> None:
+        """Take in what is still wanted of the latents [B, d] of a step."""
+        wanted = latents[: self.samples - len(self.latents)].float().cpu()
+        self.latents = torch.cat([self.latents, wanted]) if len(self.latents) else wanted
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        return fit_gaussian(self.latents)
+
+    @cached_property
+    def radius(self) -> float:
+        """How far apart neighbours are: 95% of the latents have NEIGHBOURS others within this distance."""
+        distances = torch.cdist(self.latents.double(), self.latents.double())
+        return float(distances.kthvalue(NEIGHBOURS + 1, dim=1).values.quantile(0.95))
+
+
+def cluster_separation_index(latents: Tensor, sft: Tensor, radius: float) -> float:
+    """CSI (InfoRM, arXiv 2402.09345): `sum_i |C_i| d_i` over the clusters C_i of the policy's latents.
+
+    d_i is the distance of a cluster's centroid to the nearest latent of the SFT model. Clusters are DBSCAN's; latents
+    in none of them do not count.
+
+    Args:
+        latents: [B, d] of the policy's responses.
+        sft: [N, d].
+        radius: of a neighbourhood, DBSCAN's eps.
+    """
+    from sklearn.cluster import DBSCAN  # a second of import
+
+    points = latents.double().cpu()
+    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=NEIGHBOURS).fit_predict(points.numpy()))
+    total = 0.0
+    for label in labels[labels >= 0].unique():
+        members = points[labels == label]
+        total += len(members) * float((sft.double().cpu() - members.mean(dim=0)).norm(dim=1).min())
+    return total

@@ -1,0 +1,184 @@
+"""`nemo-eppo score`: log-probability and energy loss of given responses under a model."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from pydantic import Field
+from tqdm import tqdm
+
+from nemo_eppo.algorithms.energy import energy_window, response_energy
+from nemo_eppo.algorithms.masking import masked_sum, response_mask
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.data.datasets import TokenIds, collate
+from nemo_eppo.data.jsonl import json_line, read_jsonl
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.energy import EnergyProbeConfig, Preset
+from nemo_eppo.megatron.model_config import Precision
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.training.policy import next_token_targets
+from nemo_eppo.training.setup import ModelSetup, build, plan
+
+_TOKENISED_AT_ONCE = 2048  # rows
+_WINDOW = 16  # micro-batches whose rows are sorted by length together, and written together
+
+
+class ScoreConfig(Config):
+    """What to score, and how."""
+
+    model: Path
+    """A policy: a Hugging Face directory, a checkpoint, or a directory of checkpoints."""
+    data: Path
+    """Rows {"prompt", "response"}, .jsonl or .jsonl.gz."""
+    output: Path
+    """Rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
+    preset: Preset = "paper"
+    """Which modules' energy losses are read."""
+    layer: int = -1
+    """Of which decoder layer, negative from the end."""
+    chat_template: bool = False
+    """Put the prompt into the tokenizer's own chat template as the user's turn."""
+    precision: Precision = "fp32"
+    """Of weights and activations."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per forward pass."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over the job's ranks."""
+
+
+class _Row(NamedTuple):
+    prompt: TokenIds
+    response: TokenIds
+
+
+class Scoring:
+    """A file to be scored, checked when it is made: model, every row, and what an interrupted run has left.
+
+    `logprob` is the sum over the response's tokens. `energy_loss` is the mean over these tokens of the energy loss at
+    their positions (window `response`), each energy divided by its tensor's width as in training; presets with several
+    modules add theirs up, as the penalty does.
+
+    Raises:
+        ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
+            to another model, data or settings.
+    """
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.config = config
+        setup = ModelSetup(
+            restore_from_path=config.model,
+            precision=config.precision,
+            parallel=config.parallel,
+            micro_batch_size=config.batch_size,
+        )
+        self._plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        self._probe = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
+        self._probe.layer_indices(self._plan.model.num_layers)
+        if config.chat_template and self._plan.tokenizer.chat_template is None:
+            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        self._rows = self._read_rows()
+        self._settings_file = config.output.with_name(config.output.name + ".settings.json")
+        self._settings = {
+            "model": str(config.model.resolve()),
+            "data_sha256": _digest(config.data),
+            **config.model_dump(mode="json", include={"preset", "layer", "chat_template", "precision"}),
+        }
+        self._done, self._complete_bytes = self._read_output()
+
+    def run(self) -> None:
+        """Join the ranks and score what is not scored yet, appending to the output; collective."""
+        if self._done == len(self._rows):
+            return
+        runtime.initialize(self.config.parallel, seed=0)  # and all ranks have read the output before it grows
+        runner = build(self._plan, "lm", probe=self._probe)
+        writes = dist.get_rank() == 0
+        if writes:
+            self._settings_file.write_text(json.dumps(self._settings, indent=1) + "\n")
+            with self.config.output.open("ab") as file:
+                file.truncate(self._complete_bytes)
+        size = self.config.batch_size * _WINDOW
+        hidden = None if writes else True  # None: tqdm itself hides the bar when stderr is not a terminal
+        with tqdm(total=len(self._rows), initial=self._done, unit="row", disable=hidden) as bar:
+            for start in range(self._done, len(self._rows), size):
+                window = self._rows[start : start + size]
+                lines = self._score(runner, window, start)
+                if writes:
+                    with self.config.output.open("a", encoding="utf-8") as file:
+                        file.writelines(lines)
+                bar.update(len(window))
+
+    def _score(self, runner: ModelRunner, rows: Sequence[_Row], first: int) -> list[str]:
+        """Output lines of `rows`, the first of which is row `first` of the data."""
+        tokens, prompt_lengths, lengths = collate(rows, self._plan.tokenizer.pad_id)
+        mask = response_mask(prompt_lengths, lengths, tokens.size(1))
+        out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
+        assert read is not None
+        logprobs = masked_sum(out[:, :-1, 0].double(), mask, dim=1)
+        energies = response_energy(energy_window(read, "response").double(), mask).sum(1)
+        lines = []
+        for index, (row, logprob, energy) in enumerate(zip(rows, logprobs.tolist(), energies.tolist(), strict=True)):
+            if not math.isfinite(logprob) or not math.isfinite(energy):
+                raise ConfigError(f"row {first + index + 1}: log-probability {logprob}, energy loss {energy}")
+            lines.append(json_line({"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}))
+        return lines
+
+    def _read_rows(self) -> list[_Row]:
+        path, longest = self.config.data, self._plan.model.max_sequence_length
+        lines = list(read_jsonl(path, ("prompt", "response")))
+        if not lines:
+            raise ConfigError(f"{path}: no rows")
+        rows = []
+        for start in range(0, len(lines), _TOKENISED_AT_ONCE):
+            chunk = lines[start : start + _TOKENISED_AT_ONCE]
+            for (line, _), (prompt, response) in zip(chunk, self._encode(chunk), strict=True):
+                for field, ids in (("prompt", prompt), ("response", response)):
+                    if not ids:
+                        raise ConfigError(f"{path}:{line}: field '{field}' has no tokens; expected at least one")
+                if len(prompt) + len(response) > longest:
+                    raise ConfigError(
+                        f"{path}:{line}: {len(prompt)} + {len(response)} tokens are more than the model's window of "
+                        f"{longest}"
+                    )
+                rows.append(_Row(np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)))
+        return rows
+
+    def _encode(self, lines: list[tuple[int, tuple[str, ...]]]) -> list[tuple[list[int], list[int]]]:
+        tokenizer: Tokenizer = self._plan.tokenizer
+        prompts, responses = zip(*(texts for _, texts in lines), strict=True)
+        try:
+            if self.config.chat_template:
+                turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
+            return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
+        except ConfigError as error:
+            if len(lines) > 1:  # one by one, to name the line
+                return [pair for line in lines for pair in self._encode([line])]
+            raise ConfigError(f"{self.config.data}:{lines[0][0]}: {error}") from None
+
+    def _read_output(self) -> tuple[int, int]:
+        """Complete rows of the output of an interrupted run, and their bytes."""
+        path = self.config.output
+        if not path.exists():
+            if not path.parent.is_dir():
+                raise ConfigError(f"--output: {path.parent} is not a directory")
+            return 0, 0
+        settings = json.loads(self._settings_file.read_text()) if self._settings_file.is_file() else {}
+        if different := [name for name, value in self._settings.items() if settings.get(name) != value]:
+            raise ConfigError(
+                f"--output: {path} holds scores of another {', '.join(different)} (see {self._settings_file.name}); "
+                "choose another or remove it"
+            )
+        complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        return len(complete), sum(map(len, complete))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

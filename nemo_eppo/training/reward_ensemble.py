@@ -1,0 +1,138 @@
+"""Several reward models from one command: the members of an ensemble, or of WARM, whose weights are then averaged."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.model import Head, unwrap
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.observability.experiment import Run
+from nemo_eppo.training.fit import FitSettings, Task, fit
+from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
+
+
+class EnsembleConfig(Config):
+    """Reward models that differ in the order of pairs and, without a linear probe, in their fresh heads. Member i is
+    <run directory>/member_i."""
+
+    members: int = Field(1, ge=1)
+    """Reward models to train, one after another; 1: <run directory>/checkpoints, as without an ensemble."""
+    linear_probe_steps: int = Field(0, ge=0)
+    """Updates of a fresh head alone, on frozen features, before the members, which then all start with it (WARM)."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates; member i takes number i, over and over. Empty: optimizer.lr for all."""
+    dropouts: tuple[float, ...] = (0.0,)
+    """Dropout on the residual stream, likewise."""
+    average: bool = False
+    """WARM (arXiv 2401.12187): average the members' weights, head included, into <run directory>/average."""
+    keep_best: int | None = Field(None, ge=2)
+    """Only the so many members of highest validation accuracy are averaged; null for all."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EnsembleConfig":
+        if self.average and self.members < 2:
+            raise ValueError(f"average = true needs at least 2 members, got {self.members}")
+        if self.keep_best is not None and (not self.average or self.keep_best > self.members):
+            raise ValueError(f"keep_best = {self.keep_best} needs average = true and as many of {self.members} members")
+        if wrong := [lr for lr in self.lrs if lr <= 0]:
+            raise ValueError(f"lrs: {wrong[0]}; expected numbers above 0")
+        if wrong := [dropout for dropout in self.dropouts if not 0 <= dropout < 1]:
+            raise ValueError(f"dropouts: {wrong[0]}; expected numbers from 0 to below 1")
+        if not self.dropouts:
+            raise ValueError("dropouts: empty; expected at least one number")
+        return self
+
+
+def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: OptimizerConfig) -> None:
+    """ConfigError for an ensemble that cannot be trained from this model, before anything is built."""
+    has_head = model.manifest is not None and model.manifest.head == head
+    if config.average and not has_head and config.linear_probe_steps == 0:
+        raise ConfigError(
+            "ensemble.average = true averages members that share one head: set ensemble.linear_probe_steps, or start "
+            "from a reward model"
+        )
+    if config.linear_probe_steps and optimizer.distributed:
+        raise ConfigError("ensemble.linear_probe_steps needs optimizer.distributed = false")
+    if lowest := [lr for lr in config.lrs if lr < optimizer.min_lr]:
+        raise ConfigError(f"ensemble.lrs: {lowest[0]} is below optimizer.min_lr = {optimizer.min_lr}")
+
+
+def train_members(
+    config: EnsembleConfig,
+    task: Task,
+    model: Plan,
+    settings: FitSettings,
+    optimizer: OptimizerConfig,
+    seed: int,
+    run: Run,
+) -> list[Path]:
+    """Train whatever is not trained yet of the probe and the members; the last checkpoint of each member."""
+    if config.members == 1 and not config.linear_probe_steps:
+        return [fit(task, model, settings, optimizer, seed, run, dropout=config.dropouts[0])]
+    if config.linear_probe_steps:
+        steps = settings.model_copy(update={"max_steps": config.linear_probe_steps, "checkpoint_interval": 0})
+        probe = fit(task, model, steps, optimizer, seed, _part(run, "linear_probe"), head_only=True)
+        model = _plan_from(probe, model)
+    members = []
+    for index in range(config.members):
+        own = optimizer
+        if config.lrs:
+            own = optimizer.model_copy(update={"lr": config.lrs[index % len(config.lrs)]})
+        dropout = config.dropouts[index % len(config.dropouts)]
+        members.append(fit(task, model, settings, own, seed + index, _part(run, f"member_{index}"), dropout=dropout))
+    return members
+
+
+def average_members(
+    config: EnsembleConfig, members: list[Path], task: Task, model: Plan, seed: int, run: Run
+) -> dict[str, float]:
+    """Write the mean of the best members' weights to <run directory>/average; its metrics on the validation data."""
+    accuracies = {path: checkpoint.read_manifest(path).state["validation"]["validation/accuracy"] for path in members}
+    best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
+    runtime.initialize(model.setup.parallel, seed)
+    runner = build(_plan_from(best[0], model), task.head, latent_size=task.latent_size)
+    parameters = [p for chunk in runner.chunks for p in unwrap(chunk).parameters()]
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    with torch.no_grad():
+        for path in best:
+            checkpoint.load(path, runner)
+            for total, p in zip(sums, parameters, strict=True):
+                total += p
+        for total, p in zip(sums, parameters, strict=True):
+            p.copy_(total / len(best))
+    validation = task.validate(runner)
+    state: dict[str, Any] = task.state()
+    if state["kind"] == "bradley_terry":
+        state["kind"] = "warm"
+    state |= {"average_of": [str(path) for path in best], "validation": validation}
+    manifest = checkpoint.Manifest(head=task.head, step=0, model=model.model, state=state)
+    checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
+    run.logger.info(
+        "averaged %d of %d members (validation accuracy %s): %.4f",
+        len(best),
+        len(members),
+        ", ".join(f"{accuracies[path]:.4f}" for path in best),
+        validation["validation/accuracy"],
+    )
+    return validation
+
+
+def _part(run: Run, name: str) -> Run:
+    """A run of its own in a directory of this one."""
+    directory = run.directory / name
+    if run.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(run, directory=directory, wandb=None)
+
+
+def _plan_from(source: Path, model: Plan) -> Plan:
+    """The plan of the same model with the weights of a checkpoint."""
+    setup: ModelSetup = model.setup.model_copy(
+        update={"restore_from_path": source, "architecture": None, "tokenizer": None}
+    )
+    return plan(setup)

@@ -1,0 +1,25 @@
+"""Terms as a user would write them, for the tests of this folder."""
+
+import torch
+from pydantic import Field
+
+from nemo_eppo.config import Config
+from nemo_eppo.rewards.terms import RewardInputs, Term
+
+
+class BonusConfig(Config):
+    bonus: float = Field(ge=0)
+
+
+class Bonus(Term[BonusConfig]):
+    """A constant, and the running mean of what came before."""
+
+    config_class = BonusConfig
+
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        self.statistics.update(reward)
+        return reward + self.config.bonus + self.statistics.mean
+
+
+class NoTerm:
+    pass

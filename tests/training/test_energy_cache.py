@@ -1,0 +1,160 @@
+"""The disk cache of the reference's answers: warm it costs nothing, torn it heals, and no change finds old entries."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from jobs import Models
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.frozen import FrozenWeights
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
+from nemo_eppo.training.policy import Policy
+from nemo_eppo.training.ppo_config import EnergyConfig, PPOConfig
+from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.setup import ModelSetup, build, plan
+
+KEY = {"model": "a", "energy": {"preset": "paper"}}
+PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+
+
+@dataclass
+class Counted:
+    """Calls of a process."""
+
+    generate: int = 0
+    infer: int = 0
+
+
+def energies(
+    models: Models, directory: Path, rows: list[int], parallel: dict[str, Any]
+) -> tuple[torch.Tensor, Counted]:
+    """Reference energies of the prompts at `rows` in a fresh process, and the passes that they cost."""
+    setup = ModelSetup(restore_from_path=models.sft, parallel=ParallelConfig(**parallel))
+    planned, config = plan(setup), EnergyConfig()
+    runtime.initialize(setup.parallel, 1)
+    runner, counted = build(planned, "lm", probe=config), Counted()
+    engine = MegatronEngine(runner.chunks, planned.model, eos_id=1, pad_id=0, max_batch_size=8, max_sequence_length=24)
+    generate, infer = engine.generate, runner.infer
+
+    def count_generate(*args: Any) -> list[Completion]:
+        counted.generate += 1
+        return generate(*args)
+
+    def count_infer(*args: Any, **kwargs: Any) -> Any:
+        counted.infer += 1
+        return infer(*args, **kwargs)
+
+    engine.generate, runner.infer = count_generate, count_infer  # type: ignore[method-assign,assignment]
+    assert isinstance(runner, ModelRunner)
+    own_answers = SamplingParams(max_new_tokens=8, greedy=True)
+    policy = Policy(runner, FrozenWeights(runner.chunks), engine, config, own_answers, EnergyCache(directory, KEY))
+    completions = [Completion([2, 1], [0.0, 0.0], FinishReason.STOP, 0) for _ in rows]
+    batch = RolloutBatch.from_completions([PROMPTS[row] for row in rows], completions, 0)
+    found = policy.score_reference(batch, 0).energies
+    assert found is not None
+    return found, counted
+
+
+REFERENCE_LOGPROBS = 1  # the pass over the policy's responses, which PPO needs anyway
+
+
+def test_a_warm_cache_costs_no_generation_and_no_forward_pass(models: Models, tmp_path: Path) -> None:
+    cold, first = run_ranks(energies, 1, models, tmp_path, [0, 1], {})[0]
+    warm, second = run_ranks(energies, 1, models, tmp_path, [1, 0, 1], {})[0]
+    more, third = run_ranks(energies, 1, models, tmp_path, [0, 1, 2], {})[0]
+    assert (first.generate, first.infer) == (1, REFERENCE_LOGPROBS + 1)
+    assert (second.generate, second.infer) == (0, REFERENCE_LOGPROBS)
+    assert (third.generate, third.infer) == (1, REFERENCE_LOGPROBS + 1)
+    assert torch.equal(warm, cold[[1, 0, 1]])
+    assert torch.equal(more[:2], cold)
+    files = list(EnergyCache(tmp_path, KEY).directory.glob("*.jsonl"))
+    assert sorted(len(path.read_text().splitlines()) for path in files) == [1, 2]  # the warm run wrote nothing
+
+
+def test_all_ranks_share_what_rank_0_reads_and_writes(models: Models, tmp_path: Path) -> None:
+    cold = run_ranks(energies, 2, models, tmp_path, [0, 1, 2], {})
+    warm = run_ranks(energies, 2, models, tmp_path, [0, 1, 2], {})
+    for rank in range(2):
+        assert warm[rank][1].generate == 0
+        assert torch.equal(warm[rank][0], cold[0][0])
+    assert len(list(EnergyCache(tmp_path, KEY).directory.glob("*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("kept", [0.99, 0.6, 0.51])
+def test_a_torn_last_record_is_not_read_and_written_again(kept: float, tmp_path: Path) -> None:
+    rows = [([1, 2], [5, 6, 7], [0.1, -0.2]), ([3], [8], [1 / 3, 1e-20])]
+    EnergyCache(tmp_path, KEY).append(rows)
+    (file,) = EnergyCache(tmp_path, KEY).directory.glob("*.jsonl")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole))])
+    cache = EnergyCache(tmp_path, KEY)
+    assert cache.load() == {prompt_digest([1, 2]): [0.1, -0.2]}
+    cache.append(rows[1:])
+    assert EnergyCache(tmp_path, KEY).load() == {prompt_digest(p): e for p, _, e in rows}  # to the last bit
+
+
+def test_a_damaged_record_in_the_middle_is_named(tmp_path: Path) -> None:
+    EnergyCache(tmp_path, KEY).append([([1], [2], [0.5]), ([3], [4], [0.5])])
+    (file,) = EnergyCache(tmp_path, KEY).directory.glob("*.jsonl")
+    file.write_bytes(b"\0" + file.read_bytes()[1:])
+    with pytest.raises(ConfigError, match=f"{file.name}, line 1 is damaged"):
+        EnergyCache(tmp_path, KEY).load()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": {"energy": {"norm": False}}},
+        {"ppo": {"energy": {"preset": "down_proj"}}},
+        {"ppo": {"energy": {"layers": [0]}}},
+        {"ppo": {"energy": {"window": "generating"}}},
+        {"ppo": {"energy": {"max_tokens": 5}}},
+        {"generation": {"max_new_tokens": 19}},
+        {"model": {"precision": "bf16"}},
+    ],
+)
+def test_every_setting_that_matters_is_in_the_key(changes: dict[str, Any], models: Models, tmp_path: Path) -> None:
+    base = directory_of(models, tmp_path, {})
+    assert directory_of(models, tmp_path, {"ppo": {"energy": {"eta": 3.5}}}) == base
+    assert directory_of(models, tmp_path, changes) != base
+
+
+def test_another_model_is_in_the_key(models: Models, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(models.sft, copy)
+    base = directory_of(models, tmp_path, {})
+    assert directory_of(models, tmp_path, {"model": {"restore_from_path": copy}}) == base
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["step"] = 7
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert directory_of(models, tmp_path, {"model": {"restore_from_path": copy}}) != base
+
+
+def directory_of(models: Models, tmp_path: Path, changes: dict[str, Any]) -> Path:
+    values: dict[str, Any] = {
+        "model": {"restore_from_path": models.sft},
+        "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
+        "generation": {"max_new_tokens": 20},
+        "ppo": {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8},
+    }
+    for section, extra in changes.items():
+        values[section] |= extra
+    job = PPOJob(load_config(PPOConfig, values), Run(tmp_path, 0, logging.getLogger(), ExpManagerConfig()))
+    cache = job._energy_cache(SamplingParams(max_new_tokens=job.sampling.max_new_tokens, greedy=True))
+    assert cache is not None
+    return cache.directory

@@ -1,0 +1,165 @@
+"""Ensembles and WARM: what members share and where they differ, which are averaged, and what the average is."""
+
+import itertools
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from jobs import WARM, Models, _train_warm, reward_training
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.conversion.hf_weights import export_tensors
+from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.training.fit import train_head_only
+from nemo_eppo.training.reward_model import RewardTask, train_reward_model
+from nemo_eppo.training.reward_service import RewardModel
+from nemo_eppo.training.setup import ModelSetup, build, plan
+
+
+def weights(sources: list[Path]) -> list[dict[str, torch.Tensor]]:
+    loaded = []
+    for source in sources:
+        setup = ModelSetup(restore_from_path=source)
+        planned = plan(setup)
+        runtime.initialize(setup.parallel, 1)
+        runner = build(planned, "scalar")
+        loaded.append({name: tensor.clone() for name, tensor in export_tensors(runner.chunks, planned.model)})
+    return loaded
+
+
+def test_the_average_is_that_of_the_best_members_who_share_a_probed_head(
+    models: Models, trained: dict[str, Path]
+) -> None:
+    root = trained["warm"].parent
+    members = [root / f"member_{index}" / "checkpoints" for index in range(3)]
+    probe, average, *each = run_ranks(weights, 1, [root / "linear_probe" / "checkpoints", trained["warm"], *members])[0]
+    state = checkpoint.read_manifest(trained["warm"]).state
+    manifests = [checkpoint.read_manifest(checkpoint.find(path, "member")) for path in members]
+    accuracies = [manifest.state["validation"]["validation/accuracy"] for manifest in manifests]
+    chosen = [int(re.findall(r"member_(\d)", path)[0]) for path in state["average_of"]]
+    assert len(chosen) == WARM["keep_best"]
+    assert min(accuracies[index] for index in chosen) >= max(
+        accuracy for index, accuracy in enumerate(accuracies) if index not in chosen
+    )
+    for name, found in average.items():
+        torch.testing.assert_close(found, sum(each[index][name] for index in chosen) / len(chosen))
+    assert not any(torch.equal(a["score.weight"], b["score.weight"]) for a, b in itertools.pairwise(each))
+    distance = max(float((member["score.weight"] - probe["score.weight"]).norm()) for member in each)
+    assert distance < 0.2 * float(probe["score.weight"].norm())  # all have started with the probe's head
+    assert (state["kind"], state["std"] > 0) == ("warm", True)
+    assert RewardModel(ModelSetup(restore_from_path=trained["warm"])).statistics()["kind"] == "warm"
+
+
+def test_what_is_trained_already_is_not_trained_again(models: Models, trained: dict[str, Path]) -> None:
+    files = [*trained["warm"].parent.glob("*/metrics.jsonl")]
+    before = {path: path.read_text() for path in files}
+    assert len(files) == 4
+    run_ranks(_train_warm, 1, models, trained["warm"].parent)
+    assert {path: path.read_text() for path in files} == before
+
+
+def probe(models: Models, parallel: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    """Weights before and after an update of the head alone, and the norm of its gradient."""
+    setup = ModelSetup(restore_from_path=models.rm, parallel=ParallelConfig(**parallel), micro_batch_size=2)
+    config, planned = reward_training(models, "bradley_terry"), plan(setup)
+    task = RewardTask(config.data, config.reward, planned, seed=5)
+    runtime.initialize(setup.parallel, 1)
+    runner = build(planned, "scalar", optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-4))
+    train_head_only(runner)
+    before = {name: tensor.clone() for name, tensor in export_tensors(runner.chunks, planned.model)}
+    rows = task.rows(list(range(8)))
+    report = runner.train_step(rows, task.loss_function(rows), group=2)
+    return before, dict(export_tensors(runner.chunks, planned.model)), report["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, {}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["one", "tp2_sp", "pp2"],
+)
+def test_a_linear_probe_moves_the_head_alone_in_every_layout(
+    ranks: int, parallel: dict[str, Any], models: Models
+) -> None:
+    _, expected, norm = run_ranks(probe, 1, models, {})[0]
+    for before, after, found_norm in run_ranks(probe, ranks, models, parallel):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved <= {"score.weight", "score.bias"}
+        assert "score.weight" in moved
+        torch.testing.assert_close(after["score.weight"], expected["score.weight"], rtol=0, atol=1e-4)
+        assert found_norm == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "message"),
+    [
+        ({"average": True}, "average = true needs at least 2 members"),
+        ({"members": 3, "keep_best": 2}, "keep_best = 2 needs average = true"),
+        ({"members": 2, "average": True, "keep_best": 3}, "keep_best = 3"),
+        ({"members": 0}, r"ensemble\.members = 0"),
+        ({"lrs": [0.0]}, "lrs: 0.0"),
+        ({"dropouts": [1.0]}, "dropouts: 1.0"),
+    ],
+)
+def test_bad_settings_are_named(ensemble: dict[str, Any], message: str, models: Models) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reward_training(models, "bradley_terry", ensemble=ensemble)
+
+
+def test_members_without_a_common_head_are_not_averaged(models: Models, tmp_path: Path) -> None:
+    config = reward_training(models, "bradley_terry", ensemble={"members": 2, "average": True})
+    with pytest.raises(ConfigError, match="averages members that share one head"):
+        train_reward_model(config, Run(tmp_path, 0, logging.getLogger(), ExpManagerConfig()))
+
+
+def with_dropout(models: Models, parallel: dict[str, Any]) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Losses of the same pairs without and with dropout, and the head after an update."""
+    setup = ModelSetup(restore_from_path=models.rm, parallel=ParallelConfig(**parallel), micro_batch_size=2)
+    config, planned = reward_training(models, "bradley_terry"), plan(setup)
+    task, losses = RewardTask(config.data, config.reward, planned, seed=5), []
+    runtime.initialize(setup.parallel, 1)
+    for dropout in (0.0, 0.3):
+        runner = build(planned, "scalar", dropout=dropout, optimizer=OptimizerConfig(lr=1e-2))
+        rows = task.rows(list(range(8)))
+        losses.append(runner.train_step(rows, task.loss_function(rows), group=2)["loss"])
+    return losses[0], losses[1], dict(export_tensors(runner.chunks, planned.model))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_is_at_work_and_leaves_tensor_parallel_ranks_agreeing(sequence_parallel: bool, models: Models) -> None:
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
+    (without, dropped, weights), (_, other_dropped, other_weights) = run_ranks(with_dropout, 2, models, layout)
+    assert abs(without - dropped) > 1e-3
+    assert dropped == other_dropped
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[name]), name
+
+
+def train_bf16(models: Models, kind: str, directory: Path) -> list[str]:
+    config = reward_training(
+        models,
+        kind,
+        model={"restore_from_path": models.sft, "precision": "bf16"},
+        ensemble={"members": 2, "linear_probe_steps": 1, "average": True},
+    )
+    directory.mkdir()
+    train_reward_model(config, Run(directory, 0, logging.getLogger(), ExpManagerConfig()))
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["odin", "inform"])
+def test_every_kind_trains_and_averages_in_bf16(kind: str, models: Models, tmp_path: Path) -> None:
+    made = run_ranks(train_bf16, 1, models, kind, tmp_path / kind)[0]
+    assert made == ["average", "linear_probe", "member_0", "member_1"]
+    model = RewardModel(ModelSetup(restore_from_path=tmp_path / kind / "average"))
+    assert (model.head, model.kind, model.std > 0) == (kind, kind, True)
