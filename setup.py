@@ -33,6 +33,9 @@ setup(
         "pyarrow<26",  # 26 refuses numpy 1.26 when imported
         "tensorboard",
         "matplotlib",
+        "scikit-learn",
+        "jinja2",
+        "pyyaml",
         "rich",
         "tqdm",
     ],
