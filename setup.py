@@ -32,7 +32,6 @@ setup(
         "safetensors",
         "pyarrow<26",  # 26 refuses numpy 1.26 when imported
         "tensorboard",
-        "matplotlib",
         "scikit-learn",
         "jinja2",
         "pyyaml",

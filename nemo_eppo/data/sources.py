@@ -94,9 +94,7 @@ def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
     with open_stream(path, progress) as (file, advance):
         try:
             reader = TextIOWrapper(file, encoding="utf-8")
-            text = ""
-            while "[" not in text:
-                text += reader.read(_READ_AT_ONCE)
+            text = reader.read(_READ_AT_ONCE)
             position = text.index("[") + 1
             line += text.count("\n", 0, position)
             while True:

@@ -57,7 +57,7 @@ def test_an_array_is_read_in_pieces_of_any_size(
 ) -> None:
     monkeypatch.setattr(sources, "_READ_AT_ONCE", read_at_once)
     assert fields(array(json.dumps(ROWS[:30], indent=1))) == ROWS[:30]
-    assert fields(array(" [ ] ")) == []
+    assert fields(array("[ ] ")) == []
 
 
 def test_rows_of_an_array_know_their_lines(array: Callable[[str], Path]) -> None:
