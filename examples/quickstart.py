@@ -240,6 +240,7 @@ def main() -> None:
                 f"servers.critic.url={critic_url}",
                 f"servers.rewards=[{{url: '{reward_url}'}}]",
                 "validation.max_prompts=256",
+                "validation.interval=10",
                 "gold_reward=nemo_eppo.data.noun_task:gold_reward",
             ],
             ranks=TENSOR_PARALLEL,
