@@ -146,7 +146,7 @@ def resume(model: Path, data: Path, output: Path) -> None:
             raise KeyboardInterrupt
         return real(self, *args)
 
-    Scoring._score = interrupted  # type: ignore[method-assign]  # in a process of its own
+    Scoring._score = interrupted  # type: ignore[method-assign, assignment]  # in a process of its own
     with pytest.raises(KeyboardInterrupt):
         run_job(config)
     assert len(scored(output)) == 2 * score._WINDOW
