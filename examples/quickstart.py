@@ -11,6 +11,7 @@ Everything is written to the output directory: report.html, summary.json, and th
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from nemo_eppo.observability.report import report_from_run, summary_table, valid
 
 SCRIPTS = Path(__file__).resolve().parent / "nlp" / "gpt"
 GRACE_S = 30.0  # how long a job may take to stop before it is killed
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MARK = ".quickstart"  # in every directory that this script made, and may therefore replace
 TENSOR_PARALLEL = 2
 MODEL = (
     "{num_layers: 4, hidden_size: 64, ffn_hidden_size: 192, num_attention_heads: 4, max_sequence_length: 48, "
@@ -43,13 +46,18 @@ class Jobs:
 
     def __init__(self, logs: Path) -> None:
         self._logs, self._running = logs, list[subprocess.Popen[str]]()
-        logs.mkdir(parents=True)
+        logs.mkdir()
 
     def __enter__(self) -> "Jobs":
+        # What a dead job leaves behind becomes a child of this process (PR_SET_CHILD_SUBREAPER), so `stop` finds it.
+        ctypes.CDLL(None).prctl(36, 1)
+        for number in STOP_SIGNALS:  # SIGINT too: a shell starts background processes with Ctrl-C ignored
+            signal.signal(number, _interrupted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         self.stop()
 
     def run(self, name: str, script: str, settings: Sequence[str], ranks: int = 1) -> None:
@@ -75,16 +83,11 @@ class Jobs:
 
     def stop(self) -> None:
         """End all jobs and whatever they started: first asked, then killed."""
-        families = []
+        family = psutil.Process().children(recursive=True)
         for process in self._running:
-            with suppress(psutil.NoSuchProcess):
-                parent = psutil.Process(process.pid)
-                families += [parent, *parent.children(recursive=True)]
-        for process in self._running:
-            with suppress(ProcessLookupError):
-                process.terminate()
-        _, alive = psutil.wait_procs(families, GRACE_S)
-        for straggler in alive:
+            process.terminate()
+        psutil.wait_procs(family, GRACE_S)
+        for straggler in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 straggler.kill()
         self._running.clear()
@@ -100,7 +103,8 @@ class Jobs:
             stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # the jobs share the cores
+            # the jobs share the cores; a GPU would have to be two, one for each tensor-parallel rank
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             start_new_session=True,  # Ctrl-C reaches this process, which then ends the jobs in good order
         )
         self._running.append(process)
@@ -129,12 +133,16 @@ class Server:
         return str(json.loads(self._ready.read_text())["url"])
 
 
+def _interrupted(number: int, _: object) -> None:
+    print("\nquickstart: interrupted, stopping all jobs", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     options = parse()
     started = time.monotonic()
     out: Path = options.output.absolute()
-    shutil.rmtree(out, ignore_errors=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    make_anew(out)
     steps = options.steps
     sizes = {"sft_examples": 40_000, "preference_pairs": 16_000, "prompts": 12_000, "validation_examples": 256}
     sft_steps, reward_steps = 1250, 1000
@@ -255,6 +263,15 @@ def main() -> None:
     print(f"Report: {report}\nSummary: {out / 'summary.json'}")
 
 
+def make_anew(directory: Path) -> None:
+    """Replace what an earlier quickstart left, and nothing else."""
+    if directory.exists() and not (directory / MARK).exists() and (directory.is_file() or any(directory.iterdir())):
+        sys.exit(f"quickstart: {directory} was not made by a quickstart and is not replaced; choose another --output")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / MARK).touch()
+
+
 def before_and_after(validation: Path) -> list[Any]:
     """Means over the validation prompts at the first and the last step."""
     files = recorded_steps(validation)
@@ -282,11 +299,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--fast", action="store_true", help="hardly train anything: only to see whether everything runs"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, least in (("steps", 1), ("eta", 0), ("seed", 0)):
+        if not getattr(options, name) >= least:  # so written, NaN is refused as well
+            parser.error(f"--{name} {getattr(options, name)}: expected at least {least}")
+    return options
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("quickstart: interrupted, all jobs were stopped")
+    main()

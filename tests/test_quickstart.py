@@ -65,3 +65,12 @@ def test_ctrl_c_stops_every_process_it_started(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(90) != 0
     assert processes_of(output) == []
+
+
+def test_a_directory_that_it_did_not_make_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    process = start(tmp_path)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert str(tmp_path) in printed
+    assert (tmp_path / "thesis.txt").exists()
