@@ -36,7 +36,10 @@ class ModelSetup(Config):
     parallel: ParallelConfig = ParallelConfig()
     """Layout over the job's ranks."""
     micro_batch_size: int = Field(4, ge=1)
-    """Rows (preference pairs for a reward model) per forward pass of one replica."""
+    """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Sequence packing: rows are put together without padding, up to so many tokens per forward pass, and balanced over
+    micro-batches and replicas. A longer row gets a pass of its own length. Replaces micro_batch_size; null pads."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSetup":
@@ -140,6 +143,7 @@ def build(
     runner = ModelRunner(
         chunks,
         setup.micro_batch_size,
+        micro_batch_tokens=setup.micro_batch_tokens,
         optimizer=megatron_optimizer,
         scheduler=scheduler,
         probe=EnergyProbe(probe, chunks, plan.model.num_layers) if probe is not None else None,

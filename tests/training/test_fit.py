@@ -53,6 +53,16 @@ def learning(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_packed_training_is_padded_training(kind: str, models: Models, tmp_path: Path) -> None:
+    values = settings(models, kind, 3)
+    [padded] = run_ranks(train, 1, kind, tmp_path / "padded", values)
+    packed_model = {"restore_from_path": models.sft, "micro_batch_tokens": 80}
+    [packed] = run_ranks(train, 1, kind, tmp_path / "packed", values | {"model": packed_model})
+    for expected, found in zip(learning(padded), learning(packed), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
     [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", 1))
     tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
