@@ -11,6 +11,7 @@ from nemo_eppo.conversion.hf_directory import HfDirectory
 from nemo_eppo.conversion.hf_weights import load_tensors
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
 from nemo_eppo.megatron.model import Head, build_model
 from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
@@ -151,5 +152,7 @@ def build(
     if resume is not None:
         checkpoint.load(resume, runner, optimizer=True)
     elif isinstance(plan.source, Path):
-        checkpoint.load(plan.source, runner, fresh_head=fresh_head)
+        source = plan.source
+        on_rank0(lambda: checkpoint.verify(source))
+        checkpoint.load(source, runner, fresh_head=fresh_head)
     return runner
