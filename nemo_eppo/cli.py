@@ -56,7 +56,8 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=_HelpFormatter,
         help="Hugging Face directories to Megatron checkpoints and back",
         description="""\
-Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer.
+Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
+model needs the memory of one of its files and one of its layers, whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
@@ -74,7 +75,8 @@ examples:
         description="""\
 Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
 
-It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it.""",
+It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it. Other
+architectures are handed to Megatron-Bridge where that is installed; its checkpoints are for Megatron-LM and NeMo.""",
     )
     _add_conversion_options(hf_to_megatron, "Hugging Face directory")
     hf_to_megatron.add_argument(
@@ -124,12 +126,6 @@ holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standa
 def _add_conversion_options(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=source)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory")
-    _add_layout(parser, "; changes where the model lies during the conversion, not its result")
-
-
-def _add_layout(parser: argparse.ArgumentParser, note: str) -> None:
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help=f"tensor-parallel processes to start{note}")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help=f"pipeline-parallel processes to start{note}")
 
 
 def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -162,30 +158,35 @@ example:
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of weights and activations")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass")
-    _add_layout(parser, "")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel processes to start")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel processes to start")
     parser.set_defaults(run=_score)
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.conversion.bridge import import_with_bridge
     from nemo_eppo.conversion.convert import HfToMegatron
+    from nemo_eppo.conversion.hf_weights import UnsupportedArchitecture
 
-    job = HfToMegatron(arguments.input, arguments.output, _layout(arguments), arguments.precision)
-    _run_on_ranks(job, arguments)
+    try:
+        HfToMegatron(arguments.input, arguments.output, arguments.precision).run()
+    except UnsupportedArchitecture as reason:
+        import_with_bridge(arguments.input, arguments.output, reason)
+    print(f"wrote {arguments.output}")
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from nemo_eppo.conversion.convert import MegatronToHf
 
-    job = MegatronToHf(
+    MegatronToHf(
         arguments.input,
         arguments.output,
-        _layout(arguments),
         arguments.head,
         architecture=arguments.architecture,
         precision=arguments.precision,
         max_shard_bytes=int(arguments.max_shard_gb * 2**30),
-    )
-    _run_on_ranks(job, arguments)
+    ).run()
+    print(f"wrote {arguments.output}")
 
 
 def _score(arguments: argparse.Namespace) -> None:

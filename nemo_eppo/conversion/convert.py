@@ -1,26 +1,25 @@
 """`nemo-eppo convert`: Hugging Face directories to Megatron checkpoints and back.
 
-Each conversion is checked when it is made and runs on all ranks of its layout; more ranks only split the memory.
+Each conversion is checked when it is made. It streams the weights in one process: a model of any size is converted in
+the memory of one of its files and one decoder layer.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.conversion.checkpoint_weights import read_weights, write_weights
 from nemo_eppo.conversion.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
-from nemo_eppo.conversion.hf_weights import export_tensors, hf_config, hf_names, load_tensors
+from nemo_eppo.conversion.hf_weights import hf_config, hf_names
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import Head, build_model
-from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
-from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.model import Head
+from nemo_eppo.megatron.model_config import DTYPES, Precision
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,35 +33,35 @@ class HfToMegatron:
         precision: of the checkpoint; None for the narrowest that holds every tensor exactly.
 
     Raises:
-        ConfigError: see HfDirectory; or a tokenizer or layout that does not fit the model.
+        ConfigError: see HfDirectory; or a tokenizer that does not fit the model.
     """
 
-    def __init__(
-        self, source: Path, output: Path, parallel: ParallelConfig, precision: Precision | None = None
-    ) -> None:
+    def __init__(self, source: Path, output: Path, precision: Precision | None = None) -> None:
         _require_absent(output)
-        self.source, self.output, self.parallel = HfDirectory(source), output, parallel
+        self.source, self.output = HfDirectory(source), output
         self.precision: Precision = precision or self.source.precision
         tokenizer, model = Tokenizer.from_directory(source), self.source.model
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
             )
-        check_layout(model, parallel)
 
     def run(self) -> None:
-        """Join the ranks and convert; collective."""
-        model, head = self.source.model, self.source.head
-        runtime.initialize(self.parallel, seed=0)
-        chunks = build_model(model, self.parallel, head=head, precision=self.precision)
-        with _bar(None, model) as bar:
+        """Convert."""
+        manifest = self.source.manifest()
+        with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
 
             def source(name: str) -> Tensor:
+                """A missing score.bias is zero."""
                 bar.update()
-                return self.source.tensor(name)
+                try:
+                    return self.source.tensor(name)
+                except KeyError:  # HfDirectory has seen to it that only this one can be missing
+                    return torch.zeros(1)
 
-            load_tensors(chunks, model, source)
-        checkpoint.save(self.output, ModelRunner(chunks, 1), self.source.manifest(), self.source.path)
+            weights = checkpoint.start(self.output)
+            write_weights(weights, manifest.model, None if manifest.head == "lm" else 1, DTYPES[self.precision], source)
+        checkpoint.complete(self.output, manifest, self.source.path)
 
 
 class MegatronToHf:
@@ -88,7 +87,6 @@ class MegatronToHf:
         self,
         source: Path,
         output: Path,
-        parallel: ParallelConfig,
         head: Head,
         *,
         architecture: str | None = None,
@@ -96,13 +94,12 @@ class MegatronToHf:
         max_shard_bytes: int = 4 * 2**30,
     ) -> None:
         _require_absent(output)
-        self.source, self.output, self.parallel, self.head = checkpoint.find(source, "--input"), output, parallel, head
+        self.source, self.output, self.head = checkpoint.find(source, "--input"), output, head
         self.manifest = checkpoint.read_manifest(self.source, head)
         self.stored = checkpoint.stored_precision(self.source)
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes
         model = self.manifest.model
-        check_layout(model, parallel)
         family = "Qwen2" if model.qkv_bias else "Qwen3" if model.qk_norm else "Llama"
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
         architecture = architecture or family + suffix
@@ -122,14 +119,12 @@ class MegatronToHf:
             self.config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
     def run(self) -> None:
-        """Join the ranks and convert; collective."""
-        model = self.manifest.model
-        runtime.initialize(self.parallel, seed=0)
-        chunks: list[Any] = build_model(model, self.parallel, head=self.head, precision=self.stored)
-        checkpoint.load(self.source, ModelRunner(chunks, 1))
-        with _bar(export_tensors(chunks, model), model) as tensors:
-            tokenizer = self.source / checkpoint.TOKENIZER
-            write_hf_directory(self.output, self.config, self._files_tensors(tensors), tokenizer, self.max_shard_bytes)
+        """Convert."""
+        outputs = None if self.head == "lm" else 1
+        tensors = read_weights(self.source / checkpoint.WEIGHTS, self.manifest.model, outputs)
+        bar = tqdm(tensors, total=len(hf_names(self.manifest.model)), unit="tensor", disable=None)
+        tokenizer = self.source / checkpoint.TOKENIZER
+        write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
 
     def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors as the files hold them."""
@@ -143,11 +138,6 @@ class MegatronToHf:
             if not stored.isfinite().all():
                 raise ConfigError(f"{name} is not finite in {self.precision}: largest |value| {tensor.abs().max():.3g}")
             yield name, stored
-
-
-def _bar(tensors: Iterator[Any] | None, model: ModelConfig) -> Any:
-    hidden = None if dist.get_rank() == 0 else True  # None: tqdm itself hides the bar when stderr is not a terminal
-    return tqdm(tensors, total=len(hf_names(model)), unit="tensor", disable=hidden)
 
 
 def _require_absent(output: Path) -> None:

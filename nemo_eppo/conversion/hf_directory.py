@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch.distributed as dist
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -119,19 +118,15 @@ class HfDirectory:
 def write_hf_directory(
     path: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], tokenizer: Path, max_shard_bytes: int
 ) -> None:
-    """Write a model directory that is complete or does not exist; collective, rank 0 writes.
+    """Write a model directory that is complete or does not exist.
 
     Args:
         path: must not exist.
         config: config.json; written last, so that `tensors` may still complete it.
-        tensors: of `export_tensors`; all ranks iterate.
+        tensors: whole tensors by name; only those of one file are held.
         tokenizer: directory whose tokenizer files are copied.
         max_shard_bytes: of one safetensors file, and so of the tensors held at a time; a larger tensor gets its own.
     """
-    if dist.get_rank():
-        for _ in tensors:
-            pass
-        return
     incomplete = path.parent / f".{path.name}.incomplete"
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir(parents=True)

@@ -29,16 +29,32 @@ _FUSED_NORMS = {
 }
 
 
-class _Entry(NamedTuple):
+class UnsupportedArchitecture(ConfigError):
+    """A model of none of the families."""
+
+
+class Entry(NamedTuple):
     """How one Megatron parameter is split over ranks, and the Hugging Face tensors it holds."""
 
     split: _Split
     tensors: dict[str, Shape]
 
+    def shard(self, whole: list[Tensor], model: ModelConfig, rank: int = 0, size: int = 1) -> Tensor:
+        """Whole Hugging Face tensors -> the parameter on one of `size` tensor-parallel ranks."""
+        return _shard(self.split, whole, model, rank, size)
+
+    def join(self, shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+        """The parameter on all tensor-parallel ranks -> whole Hugging Face tensors that share no memory with it."""
+        return _join(self.split, shards, model)
+
+    def shape(self, model: ModelConfig) -> Shape:
+        """Of the parameter in an unsplit model."""
+        return tuple(self.shard([torch.empty(shape, device="meta") for shape in self.tensors.values()], model).shape)
+
 
 def hf_names(model: ModelConfig) -> list[tuple[str, Shape]]:
     """Name and shape of every tensor of the language model, in the order in which `export_tensors` gives them."""
-    return [tensor for entry in _entries(model).values() for tensor in entry.tensors.items()]
+    return [tensor for entry in entries(model).values() for tensor in entry.tensors.items()]
 
 
 def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -53,13 +69,13 @@ def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str,
     dist.all_gather_object(held, {name: (tuple(p.shape), p.dtype) for name, p in mine.items()}, group=stages)
     everywhere = {name: found for stage in held for name, found in stage.items()}
     outputs = everywhere["head.weight"][0][0] if "head.weight" in everywhere else None
-    for name, entry in _entries(model, outputs).items():
+    for name, entry in entries(model, outputs).items():
         owner = next(rank for rank, names in enumerate(held) if name in names)
         if owner == stages.rank():
             parameter = mine[name].detach().contiguous()
             shards = [torch.empty_like(parameter) for _ in range(tensor_ranks.size())]
             dist.all_gather(shards, parameter, group=tensor_ranks)
-            tensors = _join(entry.split, shards, model)
+            tensors = entry.join(shards, model)
         else:
             dtype = everywhere[name][1]
             tensors = [torch.empty(shape, dtype=dtype, device=device.device()) for shape in entry.tensors.values()]
@@ -86,15 +102,15 @@ def load_tensors(
     group = unwrap(chunks[0]).tp_group
     mine = _parameters(chunks)
     outputs = mine["head.weight"].size(0) if "head.weight" in mine else None
-    entries = _entries(model, outputs)
+    held = entries(model, outputs)
     if model.tie_embeddings:  # the last pipeline stage has its own copy
-        entries["output_layer.weight"] = entries["embedding.word_embeddings.weight"]
+        held["output_layer.weight"] = held["embedding.word_embeddings.weight"]
     problems: list[str] = []
     for name, parameter in mine.items():
         if fresh_head and name.startswith("head."):
             continue
         whole = []
-        for hf_name, shape in entries[name].tensors.items():
+        for hf_name, shape in held[name].tensors.items():
             try:
                 tensor = source(hf_name)
             except KeyError:
@@ -106,8 +122,8 @@ def load_tensors(
                 whole.append(tensor)
             else:
                 problems.append(f"{hf_name}: expected {shape}, found {tuple(tensor.shape)}")
-        if len(whole) == len(entries[name].tensors):
-            parameter.copy_(_shard(entries[name].split, whole, model, group.rank(), group.size()))
+        if len(whole) == len(held[name].tensors):
+            parameter.copy_(held[name].shard(whole, model, group.rank(), group.size()))
     if problems:
         raise ConfigError("checkpoint does not fit the model:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -208,7 +224,7 @@ def _family(architecture: str) -> str:
     family = architecture.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
     if family == architecture or family not in FAMILIES:
         supported = ", ".join(f"{name}ForCausalLM, {name}ForSequenceClassification" for name in FAMILIES)
-        raise ConfigError(f"architecture {architecture!r} is not supported; expected one of: {supported}")
+        raise UnsupportedArchitecture(f"architecture {architecture!r} is not supported; expected one of: {supported}")
     return family
 
 
@@ -218,11 +234,11 @@ def _expect(settings: Mapping[str, Any], **expected: Any) -> None:
             raise ConfigError(f"{key} = {found!r} in config.json is not supported; expected {value!r}")
 
 
-def _entries(model: ModelConfig, outputs: int | None = None) -> dict[str, _Entry]:
+def entries(model: ModelConfig, outputs: int | None = None) -> dict[str, Entry]:
     """All parameters by name, layers numbered over the whole model; `outputs` of a scalar head, None for lm_head."""
     hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, model.head_width
     query, kv = model.num_attention_heads * width, model.kv_heads * width
-    entries = {"embedding.word_embeddings.weight": _embedding("model.embed_tokens.weight", model)}
+    found = {"embedding.word_embeddings.weight": _embedding("model.embed_tokens.weight", model)}
     for i in range(model.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         attention = theirs + "self_attn."
@@ -248,22 +264,22 @@ def _entries(model: ModelConfig, outputs: int | None = None) -> dict[str, _Entry
         if model.qk_norm:
             layer["self_attention.q_layernorm.weight"] = ("whole", {attention + "q_norm.weight": (width,)})
             layer["self_attention.k_layernorm.weight"] = ("whole", {attention + "k_norm.weight": (width,)})
-        entries.update({ours + name: _Entry(*entry) for name, entry in layer.items()})
-    entries["decoder.final_layernorm.weight"] = _Entry("whole", {"model.norm.weight": (hidden,)})
+        found.update({ours + name: Entry(*entry) for name, entry in layer.items()})
+    found["decoder.final_layernorm.weight"] = Entry("whole", {"model.norm.weight": (hidden,)})
     if outputs is not None:
-        entries["head.weight"] = _Entry("whole", {"score.weight": (outputs, hidden)})
-        entries["head.bias"] = _Entry("whole", {"score.bias": (outputs,)})
+        found["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)})
+        found["head.bias"] = Entry("whole", {"score.bias": (outputs,)})
     elif not model.tie_embeddings:
-        entries["output_layer.weight"] = _embedding("lm_head.weight", model)
-    return entries
+        found["output_layer.weight"] = _embedding("lm_head.weight", model)
+    return found
 
 
-def _embedding(name: str, model: ModelConfig) -> _Entry:
-    return _Entry("vocabulary", {name: (model.vocab_size, model.hidden_size)})
+def _embedding(name: str, model: ModelConfig) -> Entry:
+    return Entry("vocabulary", {name: (model.vocab_size, model.hidden_size)})
 
 
 def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
-    """This rank's parameters, named as in `_entries` whatever the pipeline stage and the layer spec."""
+    """This rank's parameters, named as in `entries` whatever the pipeline stage and the layer spec."""
     found = {}
     for chunk in chunks:
         decoder = unwrap(chunk)

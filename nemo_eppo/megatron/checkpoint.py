@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from pydantic import Field, ValidationError
 
 from nemo_eppo.config import Config, ConfigError
@@ -164,20 +166,32 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
 
 def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> AsyncRequest:
     """All that has to be done to write the weights under a temporary name; collective over all ranks."""
-    incomplete = _incomplete(directory)
     if dist.get_rank() == 0:
-        shutil.rmtree(incomplete, ignore_errors=True)
-        (incomplete / WEIGHTS).mkdir(parents=True)
+        start(directory)
     dist.barrier()
     return dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
-        str(incomplete / WEIGHTS),
+        str(_incomplete(directory) / WEIGHTS),
         async_sharded_save=True,
     )
 
 
+def start(directory: Path) -> Path:
+    """An empty directory, under a temporary name, for the weights of the checkpoint that will be `directory`."""
+    weights = _incomplete(directory) / WEIGHTS
+    shutil.rmtree(weights.parent, ignore_errors=True)
+    weights.mkdir(parents=True)
+    return weights
+
+
+def mark_weights(weights: Path) -> None:
+    """Write beside the arrays what Megatron's reader has to know: their format, and that there is no other state."""
+    torch.save({}, weights / COMMON_STATE_FNAME)
+    save_config(CheckpointingConfig("torch_dist", 1), str(weights))
+
+
 def complete(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
-    """Make a checkpoint of what `begin` wrote, on one rank: tokenizer, manifest with all digests, final name."""
+    """Make a checkpoint of the weights that are written, on one rank: tokenizer, manifest with digests, final name."""
     incomplete = _incomplete(directory)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, incomplete / TOKENIZER)

@@ -12,7 +12,9 @@ from distributed import run_ranks
 from hf_models import FAMILIES, VOCABULARY, batch, edit_config, random_model, save, transformers_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
@@ -37,16 +39,12 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def checkpoints(directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same models as checkpoints, converted on two tensor-parallel ranks."""
+    """The same models as checkpoints."""
     root = tmp_path_factory.mktemp("checkpoints")
     converted = {family: root / family for family in FAMILIES}
-    run_ranks(_to_megatron, 2, directories, converted)
+    for family, source in directories.items():
+        HfToMegatron(source, converted[family]).run()
     return converted
-
-
-def _to_megatron(sources: dict[str, Path], targets: dict[str, Path]) -> None:
-    for family, source in sources.items():
-        HfToMegatron(source, targets[family], TP2).run()
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -87,15 +85,43 @@ def test_logits_are_those_of_transformers(source: str, layout: str, request: pyt
             torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=0, atol=1e-5)
 
 
-def back(sources: dict[str, Path], root: Path) -> None:
+def resave(sources: dict[str, Path], parallel: ParallelConfig, targets: dict[str, Path]) -> None:
+    initialize(parallel, seed=0)
     for family, source in sources.items():
-        architecture = "MistralForCausalLM" if family == "Mistral" else None
-        MegatronToHf(source, root / family, PP2, "lm", architecture=architecture, max_shard_bytes=20_000).run()
+        planned = plan(ModelSetup(restore_from_path=source, parallel=parallel))
+        assert planned.manifest is not None
+        checkpoint.save(targets[family], build(planned, "lm"), planned.manifest, planned.tokenizer_path)
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """Name, dtype and shape of what a checkpoint of one rank holds."""
+    found = FileSystemReader(directory / "weights").read_metadata().state_dict_metadata
+    return {
+        key: (meta.size, meta.properties.dtype) if isinstance(meta, TensorStorageMetadata) else None
+        for key, meta in found.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2", "PP2"])
+def test_checkpoints_of_training_jobs_are_read_and_written_alike(
+    layout: str, directories: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    parallel, ranks = LAYOUTS[layout]
+    families = ("Qwen2", "Qwen3")  # biases and tied embeddings; norms of query and key
+    saved = {family: tmp_path / family for family in families}
+    run_ranks(resave, ranks, {family: checkpoints[family] for family in families}, parallel, saved)
+    for family in families:
+        MegatronToHf(saved[family], tmp_path / f"{family}-back", "lm").run()
+        same_tensors(tmp_path / f"{family}-back", directories[family])
+        if layout == "one rank":
+            assert contents(saved[family]) == contents(checkpoints[family])
 
 
 def test_round_trip_is_bit_exact(directories: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    run_ranks(back, 2, checkpoints, tmp_path)
     for family, original in directories.items():
+        architecture = "MistralForCausalLM" if family == "Mistral" else None
+        target = tmp_path / family
+        MegatronToHf(checkpoints[family], target, "lm", architecture=architecture, max_shard_bytes=20_000).run()
         same_tensors(tmp_path / family, original)
         assert len(list((tmp_path / family).glob("model-*-of-*.safetensors"))) > 1
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -117,13 +143,13 @@ def test_a_checkpoint_keeps_the_tokenizer_and_not_the_model_beside_it(checkpoint
 def narrow_round_trip(root: Path) -> None:
     for name in ("bfloat16", "float16"):
         save(random_model("Qwen2", dtype=getattr(torch, name)), root / name)
-        HfToMegatron(root / name, root / f"{name}-megatron", ParallelConfig()).run()
-    MegatronToHf(root / "bfloat16-megatron", root / "bfloat16-back", ParallelConfig(), "lm").run()
-    MegatronToHf(root / "float16-megatron", root / "float16-back", ParallelConfig(), "lm", precision="fp16").run()
+        HfToMegatron(root / name, root / f"{name}-megatron").run()
+    MegatronToHf(root / "bfloat16-megatron", root / "bfloat16-back", "lm").run()
+    MegatronToHf(root / "float16-megatron", root / "float16-back", "lm", precision="fp16").run()
 
 
 def test_bf16_and_fp16_models_keep_every_bit(tmp_path: Path) -> None:
-    run_ranks(narrow_round_trip, 1, tmp_path)
+    narrow_round_trip(tmp_path)
     assert checkpoint.stored_precision(tmp_path / "bfloat16-megatron") == "bf16"
     assert checkpoint.stored_precision(tmp_path / "float16-megatron") == "fp32"
     for name in ("bfloat16", "float16"):
@@ -139,32 +165,29 @@ def too_large_for_fp16(root: Path) -> str:
     network = random_model("Llama")
     network.model.norm.weight.data[0] = 1e6
     save(network, root / "hf")
-    HfToMegatron(root / "hf", root / "megatron", ParallelConfig()).run()
+    HfToMegatron(root / "hf", root / "megatron").run()
     with pytest.raises(ConfigError) as error:
-        MegatronToHf(root / "megatron", root / "back", ParallelConfig(), "lm", precision="fp16").run()
+        MegatronToHf(root / "megatron", root / "back", "lm", precision="fp16").run()
     assert not (root / "back").exists()
     return str(error.value)
 
 
 def test_an_overflow_stops_and_leaves_no_directory(tmp_path: Path) -> None:
-    assert (
-        "model.norm.weight is not finite in fp16: largest |value| 1e+06"
-        in run_ranks(too_large_for_fp16, 1, tmp_path)[0]
-    )
+    assert "model.norm.weight is not finite in fp16: largest |value| 1e+06" in too_large_for_fp16(tmp_path)
 
 
 def reward_round_trip(root: Path) -> list[Tensor]:
     """Raw and standardised scores of a trained reward model's checkpoint, and of its exported directory."""
     from nemo_eppo.megatron.model import unwrap
 
-    HfToMegatron(root / "hf", root / "trained", ParallelConfig()).run()
+    HfToMegatron(root / "hf", root / "trained").run()
     initialize(ParallelConfig(), seed=0)
     trained = plan(ModelSetup(restore_from_path=root / "trained"), head="scalar")
     runner = build(trained, "scalar")
     unwrap(runner.chunks[0]).head.bias.data.fill_(0.75)  # as training leaves one
     assert trained.manifest is not None
     checkpoint.save(root / "biased", runner, trained.manifest, trained.tokenizer_path)
-    MegatronToHf(root / "biased", root / "back", ParallelConfig(), "scalar").run()
+    MegatronToHf(root / "biased", root / "back", "scalar").run()
     scores = []
     for name in ("biased", "back"):
         initialize(ParallelConfig(), seed=0)
@@ -296,27 +319,88 @@ def test_wrong_sources_and_outputs_are_one_message(
         (["megatron-to-hf", "--input", llama, "--output", str(tmp_path)], f"--output: {tmp_path} already exists"),
         (["reward-to-hf", "--input", llama, "--output", target], "head 'lm', expected 'scalar'"),
         (["megatron-to-hf", "--input", str(tmp_path), "--output", target], "is no checkpoint and holds none"),
-        (["megatron-to-hf", "--input", llama, "--output", target, "--tp", "3"], "not divisible by tensor_model"),
         (["megatron-to-hf", "--input", llama, "--output", target, "--architecture", "Qwen2ForCausalLM"], "qkv_bias"),
         (["hf-to-megatron", "--input", str(tmp_path / "x"), "--output", target], "config.json cannot be read"),
-        (["hf-to-megatron", "--input", str(directories["Llama"]), "--output", target, "--pp", "0"], "= 0"),
     ):
         assert main(["convert", *command]) == 2
         assert said in capsys.readouterr().err
 
 
-def test_the_command_starts_the_processes_it_needs(directories: dict[str, Path], tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "nemo_eppo.cli", "convert"]
-    there = [*run, "hf-to-megatron", "--input", str(directories["Qwen3"]), "--output", str(tmp_path / "megatron")]
-    subprocess.run([*there, "--tp", "2"], check=True, timeout=400)
-    run_ranks(command, 1, ["megatron-to-hf", "--input", str(tmp_path / "megatron"), "--output", str(tmp_path / "back")])
+def test_the_commands_convert_there_and_back(directories: dict[str, Path], tmp_path: Path) -> None:
+    for way, source, target in (
+        ("hf-to-megatron", directories["Qwen3"], "there"),
+        ("megatron-to-hf", tmp_path / "there", "back"),
+    ):
+        assert main(["convert", way, "--input", str(source), "--output", str(tmp_path / target)]) == 0
     same_tensors(tmp_path / "back", directories["Qwen3"])
     assert [file.name for file in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     assert Tokenizer.from_directory(tmp_path / "back").vocab_size == 61
 
 
-def command(arguments: list[str]) -> None:
-    assert main(["convert", *arguments]) == 0
+def test_other_architectures_go_through_megatron_bridge_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
+    command = ["convert", "hf-to-megatron", "--input", str(tmp_path / "gemma"), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "'Gemma3ForCausalLM' is not supported; expected one of: LlamaForCausalLM" in said
+    assert "Megatron-Bridge, which is not installed" in said
+
+    package = tmp_path / "megatron" / "bridge"  # the boundary: the package itself needs TransformerEngine
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "class AutoBridge:\n"
+        "    @staticmethod\n"
+        "    def import_ckpt(hf_model_id, megatron_path):\n"
+        "        open(megatron_path, 'w').write(hf_model_id)\n"
+    )
+    import megatron
+
+    monkeypatch.setattr(megatron, "__path__", [*megatron.__path__, str(package.parent)])
+    assert main(command) == 0
+    assert (tmp_path / "out").read_text() == str(tmp_path / "gemma")
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from nemo_eppo.conversion.checkpoint_weights import read_weights
+from nemo_eppo.conversion.convert import HfToMegatron, MegatronToHf
+
+def kilobytes(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+
+source, target, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+job = HfToMegatron(source, target) if way == "there" else MegatronToHf(source, target, "lm", max_shard_bytes=40 << 20)
+if way == "back":
+    next(read_weights(job.source / "weights", job.manifest.model, None))  # torch imports the most of itself
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, here
+before = kilobytes("VmRSS")
+job.run()
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def test_a_model_needs_the_memory_of_one_file_and_one_layer(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        eos_token_id=0,
+    )
+    source = save(AutoModelForCausalLM.from_config(config), tmp_path / "hf", max_shard_size="40MB")
+    total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    layer = total // 24
+    for way, start, target in (("there", source, "megatron"), ("back", tmp_path / "megatron", "back")):
+        command = [sys.executable, "-c", _PEAK, str(start), str(tmp_path / target), way]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout)
+        print(f"{way}: {peak / 2**20:.0f} MiB for a model of {total / 2**20:.0f} MiB in files of 40 MB")
+        assert peak < 2 * 40e6 + 3 * layer < total / 3  # twice a file: what is read of it, and what is written of it
+    same_tensors(tmp_path / "back", source)
 
 
 def held_while_writing(directory: Path, tokenizer: Path) -> int:
@@ -325,7 +409,6 @@ def held_while_writing(directory: Path, tokenizer: Path) -> int:
 
     from nemo_eppo.conversion.hf_directory import write_hf_directory
 
-    initialize(ParallelConfig(), seed=0)
     alive: Any = weakref.WeakSet()
     most = 0
 
@@ -343,5 +426,5 @@ def held_while_writing(directory: Path, tokenizer: Path) -> int:
 
 
 def test_at_most_one_file_and_one_tensor_are_held(directories: dict[str, Path], tmp_path: Path) -> None:
-    assert run_ranks(held_while_writing, 1, tmp_path / "out", directories["Llama"]) == [3]
+    assert held_while_writing(tmp_path / "out", directories["Llama"]) == 3
     assert len(tensors_of(tmp_path / "out")) == 10

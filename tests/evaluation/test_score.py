@@ -122,7 +122,7 @@ def score_in_all_ways(model: Path, data: Path, directory: Path) -> None:
     run_job(ScoreConfig(model=model, data=data, output=directory / "first", layer=0))
     run_job(ScoreConfig(model=model, data=data, output=directory / "linears", preset="mlp_linears"))
     run_job(ScoreConfig(model=model, data=data, output=directory / "chat", chat_template=True))
-    HfToMegatron(model, directory / "megatron", ParallelConfig()).run()
+    HfToMegatron(model, directory / "megatron").run()
     run_job(ScoreConfig(model=directory / "megatron", data=data, output=directory / "checkpoint"))
 
 
