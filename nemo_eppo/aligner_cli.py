@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,4 +135,4 @@ def render_report(result: "Conversion", source: Path) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(dict(value) if isinstance(value, Mapping) else value)
+    return value if isinstance(value, str) and value.isprintable() else repr(value)

@@ -59,9 +59,11 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
         result.rows.append(Row(key, value, "default", rule.target, "that project's default"))
     try:
         JOBS[kind](result)
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError(f"{path}: null where a value is needed, for {error}") from None
     except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path}: a value of another type than that project has there: {error}") from None
     return result
 
@@ -131,7 +133,7 @@ def _rule(rules: Rules, key: str) -> Rule | None:
 
 def _apply(key: str, value: Any, rule: Rule | None, result: Conversion) -> None:
     if rule is not None and rule.target and isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{key} = {value!r}: refers to a key that the file does not have")
+        raise ConfigError(f"{key} = {value!r}: refers to what neither the file nor the environment has")
     if rule is None:
         row = Row(key, value, "unknown", note="no key of that project's files: nothing was done with it")
     elif rule.joint:

@@ -60,6 +60,7 @@ def _kl(c: Conversion) -> None:
 def _servers(c: Conversion) -> None:
     def url(server: str) -> str:
         host = c.source[f"remote_critic_rm.{server}.ip"]
+        c.require(f"remote_critic_rm.{server}.ip", bool(host), "expected a host name or an address")
         if host not in ("localhost", "127.0.0.1"):
             c.todo.append(f"servers: {host} demands a token: the same for its server.token and the actor's")
         return f"http://{host}:{c.source[f'remote_critic_rm.{server}.port']}"

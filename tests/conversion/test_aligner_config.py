@@ -305,7 +305,9 @@ def test_contradictions_are_reported(tmp_path: Path) -> None:
         ("model__optim__name", "sgd", "model.optim.name = 'sgd': the optimizer is AdamW"),
         ("model__optim__sched__min_lr", 1.0, "model.optim.sched.min_lr = 1.0: above model.optim.lr"),
         ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),
-        ("model__seed", "${model.nowhere}", "refers to a key that the file does not have"),
+        ("model__seed", "${model.nowhere}", "refers to what neither the file nor the environment has"),
+        ("model__global_batch_size", None, "null where a value is needed, for 'ppo.mini_batch_size'"),
+        ("remote_critic_rm__critic__ip", None, "remote_critic_rm.critic.ip = None: expected a host name"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_name(key: str, value: Any, complaint: str, tmp_path: Path) -> None:

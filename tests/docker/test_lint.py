@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path for room in (".ci", "docker", "examples", "tests") for path in (ROOT / room).rglob("*.sh"))
+SCRIPTS = sorted(
+    path
+    for room in (".ci", "docker", "examples", "tests")
+    for kind in ("sh", "sbatch")
+    for path in (ROOT / room).rglob(f"*.{kind}")
+)
 
 
 def lint(tool: str, *files: Path) -> None:
