@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 # Built together in NVIDIA's images, for their CUDA and drivers: installing another version would break them.
-FROM_IMAGE = {"torch", "megatron-core", "nemo-toolkit", "transformer-engine"}
+FROM_IMAGE = {"torch", "megatron-core", "nemo-toolkit"}
 # Only the PyTriton servers need these. The actor speaks HTTP to them and runs with numpy 2 as well.
 SERVERS_ONLY = {"numpy", "nvidia-pytriton"}
 

@@ -13,6 +13,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -140,12 +141,31 @@ def test_the_base_keeps_its_packages_and_servers_get_an_older_numpy(image: Image
     assert image.run(image.python, "-c", "import pytriton", check=False).returncode, "servers only"
 
 
-def test_an_image_without_megatron_is_refused(image: Image) -> None:
-    code = "import sys; sys.argv[1:] = ['missing', 'actor', 'te']; exec(open('docker/requirements.py').read())"
-    refused = image.run(image.python, "-c", code, check=False)
+@pytest.mark.parametrize(
+    ("image_has", "complaint"),
+    [
+        (
+            {"torch": "2.10.0a0+b4e4ee81d3.nv25.12", "megatron-core": "0.17.0"},
+            "megatron-core<0.17,>=0.16, but has 0.17.0",
+        ),
+        ({"megatron-core": "0.16.0"}, "torch>=2.6, but does not have it"),
+    ],
+)
+def test_an_image_of_another_release_is_refused(image_has: dict[str, str], complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "packaging").symlink_to(Path(sysconfig.get_path("purelib")) / "packaging")
+    own = metadata.distribution("nemo_eppo").read_text("METADATA")
+    described = {name: f"Metadata-Version: 2.1\nName: {name}\nVersion: {v}\n" for name, v in image_has.items()}
+    for name, text in {**described, "nemo_eppo": own or ""}.items():
+        (tmp_path / f"{name.replace('-', '_')}-0.dist-info").mkdir()
+        (tmp_path / f"{name.replace('-', '_')}-0.dist-info" / "METADATA").write_text(text)
+    refused = subprocess.run(
+        [sys.executable, "-S", ROOT / "docker" / "requirements.py", "missing", "actor"],  # -S: no site-packages
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert refused.returncode == 1
-    assert "the image has to bring transformer-engine" in refused.stderr
-    assert "choose another BASE" in refused.stderr
+    assert refused.stderr == f"requirements: the image has to bring {complaint}; choose another BASE\n"
 
 
 def test_a_server_in_the_image_is_healthy_until_it_dies(image: Image, models: Models, tmp_path: Path) -> None:
