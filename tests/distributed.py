@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import traceback
@@ -15,9 +16,12 @@ import torch
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the kernel gives to outgoing connections: nothing takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _pack(value: Any) -> bytes:

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from pydantic import Field, ValidationError
 
 from nemo_eppo.config import Config, ConfigError
@@ -43,6 +45,8 @@ class Manifest(Config):
     step: int = Field(ge=0)
     """Updates of the loop that saved it."""
     model: ModelConfig
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Of the validation at this step."""
     optimizer: bool = False
     """Whether optimizer and schedule are in it, so that training can go on."""
     state: dict[str, Any] = Field(default_factory=dict)
@@ -81,16 +85,39 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
 def verify(directory: Path) -> Manifest:
     """As `read_manifest`, and every file's digest is compared too."""
     manifest = read_manifest(directory)
-    for name, entry in manifest.files.items():
-        if _digest(directory / name) != entry.sha256:
+    for name, digest in _digests(directory, list(manifest.files)).items():
+        if digest != manifest.files[name].sha256:
             raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
     return manifest
 
 
+def verify_newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that goes on, every digest compared.
+
+    Raises:
+        ConfigError: it is damaged; the message names the file, and how to go on from the checkpoint before.
+    """
+    newest = latest(folder)
+    if newest is None:
+        return None
+    try:
+        verify(newest)
+    except ConfigError as error:
+        others = [path for path in complete_in(folder) if path != newest]
+        then = f"to go on from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
+        raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
+    return newest
+
+
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint `step_*` in a directory of checkpoints."""
-    found = sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
+    found = complete_in(directory)
     return found[-1] if found else None
+
+
+def complete_in(directory: Path) -> list[Path]:
+    """The checkpoints `step_*` in a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
 
 
 def find(path: Path, where: str) -> Path:
@@ -120,40 +147,49 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def save(
-    directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None, keep: int | None = None
-) -> Path:
-    """Write a checkpoint; collective over all ranks.
+def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None) -> Path:
+    """Write a checkpoint and wait until it is complete; collective over all ranks.
 
     Args:
         directory: where the checkpoint will be; an existing one is replaced once the new one is complete.
         manifest: what to record; `files` is filled in here. The optimizer is saved if `manifest.optimizer`.
         tokenizer: a Hugging Face directory whose tokenizer to copy into the checkpoint.
-        keep: remove all but the newest `keep` checkpoints `step_*` beside this one.
     """
-    incomplete = directory.parent / f".{directory.name}.incomplete"
+    begin(directory, runner, manifest).execute_sync()
+    if dist.get_rank() == 0:
+        complete(directory, manifest, tokenizer)
+    dist.barrier()
+    return directory
+
+
+def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> AsyncRequest:
+    """All that has to be done to write the weights under a temporary name; collective over all ranks."""
+    incomplete = _incomplete(directory)
     if dist.get_rank() == 0:
         shutil.rmtree(incomplete, ignore_errors=True)
         (incomplete / WEIGHTS).mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(
+    return dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
         str(incomplete / WEIGHTS),
-        async_sharded_save=False,
+        async_sharded_save=True,
     )
-    if dist.get_rank() == 0:
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, incomplete / TOKENIZER)
-        _seal(incomplete, manifest)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(incomplete, directory)
-        fsync(directory.parent)
-        if keep is not None:
-            for old in sorted(directory.parent.glob("step_*"))[:-keep]:
-                shutil.rmtree(old)
-    dist.barrier()
-    return directory
+
+
+def complete(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
+    """Make a checkpoint of what `begin` wrote, on one rank: tokenizer, manifest with all digests, final name."""
+    incomplete = _incomplete(directory)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, incomplete / TOKENIZER)
+    _seal(incomplete, manifest)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(incomplete, directory)
+    fsync(directory.parent)
+
+
+def _incomplete(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.incomplete"
 
 
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
@@ -199,16 +235,22 @@ def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> di
 
 
 def _seal(directory: Path, manifest: Manifest) -> None:
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        files[str(path.relative_to(directory))] = FileEntry(size=path.stat().st_size, sha256=_digest(path))
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    digests = _digests(directory, names)
+    files = {name: FileEntry(size=(directory / name).stat().st_size, sha256=digests[name]) for name in names}
     (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
     fsync_tree(directory)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(directory: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time: hashing does not hold Python's lock."""
+
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def fsync_tree(directory: Path) -> None:

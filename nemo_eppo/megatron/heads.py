@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -29,13 +30,14 @@ class _TokenHead(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
         self.sequence_parallel = config.sequence_parallel
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
 
     def forward(self, hidden: Tensor, seeds: Tensor | None = None) -> Tensor:
         """hidden [s, b, H], or its sequence-parallel part -> [b, s, outputs] fp32.
 
         Args:
-            seeds: int64 [b, S], read by heads that draw random numbers in training; a row's seed stands in its first
-                column. None for none.
+            seeds: int64 [b, s], read by heads that draw random numbers in training; a row's seed stands in all of its
+                columns. None for none.
         """
         results = self.per_token(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), seeds)
         if self.sequence_parallel:
@@ -93,7 +95,9 @@ class InformHead(_TokenHead):
         mean, logvar = F.linear(hidden, self.encoder.to(hidden.dtype)).chunk(2, dim=-1)
         latent = mean
         if seeds is not None:
-            uniforms = counter_uniform(seeds[:, :1], torch.arange(mean.shape[-1], device=seeds.device))
+            size, first = len(hidden), len(hidden) * self.tensor_rank if self.sequence_parallel else 0
+            own = seeds.T[first : first + size].unsqueeze(-1)
+            uniforms = counter_uniform(own, torch.arange(mean.shape[-1], device=seeds.device))
             latent = mean + (logvar / 2).exp() * torch.special.ndtri(uniforms).to(mean.dtype)
         score = F.linear(latent, self.decoder.to(hidden.dtype), self.bias.to(hidden.dtype))
         return torch.cat([score, mean, logvar], dim=-1)

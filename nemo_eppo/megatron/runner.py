@@ -1,12 +1,14 @@
 """Forward passes and updates of one model over all ranks of a job.
 
 Everything goes in and comes out as the *global* batch, the same on every rank: rows are dealt to data-parallel replicas
-by length, cut into micro-batches that are padded only to their own longest row, run through Megatron's pipeline
-schedule, and put back in order. So neither layout nor micro-batch size nor padding can change a result beyond rounding.
+by length, cut into micro-batches that are padded only to their own longest row, or packed without padding, run through
+Megatron's pipeline schedule, and put back in order. So neither layout nor micro-batch size nor padding nor packing can
+change a result beyond rounding.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from nemo_eppo.megatron import device
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.packing import Packing, balanced_packs
 
 Rows = dict[str, Tensor]
 LossFunction = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
@@ -28,12 +31,39 @@ LossFunction = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
 The loss is already divided by the *global* denominator, so that losses of all micro-batches and ranks add up."""
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Rows of one forward pass: padded to the longest of them, as losses see them, and perhaps packed for the model."""
+
+    indices: Tensor
+    rows: Rows
+    packing: Packing | None
+
+    @property
+    def tokens(self) -> Tensor:
+        """[b, s], or packed [1, n]."""
+        return self._input("tokens", 0)
+
+    @property
+    def targets(self) -> Tensor | None:
+        return self._input("targets", IGNORE) if "targets" in self.rows else None
+
+    def padded(self, output: Tensor) -> Tensor:
+        """The model's output as [b, s, C]."""
+        return output if self.packing is None else self.packing.unpack(output)
+
+    def _input(self, name: str, fill: int) -> Tensor:
+        return self.rows[name] if self.packing is None else self.packing.pack(self.rows[name], fill)
+
+
 class ModelRunner:
     """Runs a model's chunks; with an optimizer it also trains them.
 
     Args:
         chunks: what `build_model` returned, wrapped by `wrap_data_parallel` if it is to be trained.
         micro_batch_size: rows per forward pass.
+        micro_batch_tokens: pack rows into micro-batches of at most so many tokens instead, without padding; a longer
+            row is still run. None for padded micro-batches.
     """
 
     def __init__(
@@ -41,11 +71,12 @@ class ModelRunner:
         chunks: list[Any],
         micro_batch_size: int,
         *,
+        micro_batch_tokens: int | None = None,
         optimizer: Any = None,
         scheduler: Any = None,
         probe: EnergyProbe | None = None,
     ) -> None:
-        self.chunks, self.micro_batch_size = chunks, micro_batch_size
+        self.chunks, self.micro_batch_size, self.micro_batch_tokens = chunks, micro_batch_size, micro_batch_tokens
         self.optimizer, self.scheduler, self.probe = optimizer, scheduler, probe
         self.config = unwrap(chunks[0]).config
         self._schedule = get_forward_backward_func()
@@ -74,14 +105,13 @@ class ModelRunner:
         rows: Rows = {"tokens": tokens, "lengths": lengths}
         if targets is not None:
             rows["targets"] = targets
-        share = self._deal(lengths)
-        mine = share[self._replicas.rank()]
+        mine = self._deal(lengths)[self._replicas.rank()]
         probe = self.probe if energies else None
         if energies and probe is None:
             raise RuntimeError("energies were asked for, but this runner has no energy probe")
         width = outputs + (probe.config.energies_per_token() if probe else 0)
         result = torch.zeros(tokens.size(0), tokens.size(1), width, device=device.device())
-        if len(mine):
+        if mine:
             for indices, out in self._infer_replica(rows, mine, outputs, probe):
                 size = min(out.size(1), tokens.size(1))
                 keep = (torch.arange(size) < lengths[indices].unsqueeze(1)).to(out.device)
@@ -100,7 +130,7 @@ class ModelRunner:
             rows: tensors [N, ...]; "tokens" and "lengths" are required. Tensors whose second dimension is S or S - 1
                 are cut to the micro-batch's longest row.
             loss_function: see LossFunction; it runs on the last pipeline stage.
-            group: so many consecutive rows are always in one micro-batch, whose size then counts groups.
+            group: so many consecutive rows are always in one micro-batch, whose `micro_batch_size` then counts groups.
 
         Returns:
             the reported sums over the whole mini-batch, plus "grad_norm" and "lr", the same on every rank.
@@ -110,8 +140,13 @@ class ModelRunner:
             ValueError: a token is not in the model's vocabulary, or there are too few rows for the layout.
         """
         self._check_tokens(rows["tokens"])
-        # every rank cuts every replica's share, so that all of them fail if one share is too small
-        shares = [self._micro_batches(share, repeat=False) for share in self._deal(rows["lengths"], group)]
+        shares = self._deal(rows["lengths"], group)
+        for share in shares:  # every rank looks at every replica's, so that all of them fail if one is too small
+            if len(share) % self._interleaved or not share:
+                raise ValueError(
+                    f"tokens: {len(rows['tokens'])} rows cannot fill the micro-batches of {len(shares)} data-parallel "
+                    f"replicas: one would get {len(share)}, expected a multiple of {self._interleaved}"
+                )
         batches = [self._cut(rows, indices) for indices in shares[self._replicas.rank()]]
         for chunk in self.chunks:
             chunk.train()
@@ -119,8 +154,8 @@ class ModelRunner:
         self.optimizer.zero_grad()
         scale = len(batches) * self._replicas.size()  # Megatron divides by both; our losses are global sums already
 
-        def loss(batch: Rows, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            value, report = loss_function(output, batch)
+        def loss(batch: _MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value, report = loss_function(batch.padded(output), batch.rows)
             return value * scale, {"loss": value.detach(), **report}
 
         reports = self._run(batches, lambda batch: partial(loss, batch), forward_only=False)
@@ -136,13 +171,13 @@ class ModelRunner:
         return sums
 
     def _infer_replica(
-        self, rows: Rows, mine: Tensor, outputs: int, probe: EnergyProbe | None
+        self, rows: Rows, mine: list[Tensor], outputs: int, probe: EnergyProbe | None
     ) -> list[tuple[Tensor, Tensor]]:
         for chunk in self.chunks:
             chunk.eval()
-        pieces = self._micro_batches(mine, repeat=True)
-        batches = [self._cut(rows, indices) for indices in pieces]
-        shapes = [(batch["tokens"].size(0), batch["tokens"].size(1)) for batch in batches]
+        mine = mine + mine[-1:] * (-len(mine) % self._interleaved)
+        batches = [self._cut(rows, indices) for indices in mine]
+        shapes = [(batch.tokens.size(0), batch.tokens.size(1)) for batch in batches]
 
         def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
             return output
@@ -161,16 +196,20 @@ class ModelRunner:
         if probe is not None:
             read = probe.collect(shapes)
             parts = [torch.cat(pair, dim=-1) for pair in zip(parts, read, strict=True)]
-        return list(zip(pieces, parts, strict=True))
+        return [(batch.indices, batch.padded(part)) for batch, part in zip(batches, parts, strict=True)]
 
-    def _run(self, batches: list[Rows], make_loss: Callable[[Rows], Any], forward_only: bool) -> list[Any]:
+    def _run(
+        self, batches: list[_MicroBatch], make_loss: Callable[[_MicroBatch], Any], forward_only: bool
+    ) -> list[Any]:
         """Megatron's schedule over the micro-batches; what the last stage's loss functions reported."""
 
-        def forward_step(batch_iterator: Iterator[Rows], model: nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(batch_iterator: Iterator[_MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             batch = next(batch_iterator)
-            tokens = batch["tokens"]
+            tokens = batch.tokens
             positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-            return model(tokens, positions, None, labels=batch.get("targets")), make_loss(batch)
+            packed = batch.packing.params if batch.packing else None
+            output = model(tokens, positions, None, labels=batch.targets, packed_seq_params=packed)
+            return output, make_loss(batch)
 
         iterators = [iter(batches) for _ in self.chunks]
         return self._schedule(
@@ -178,29 +217,38 @@ class ModelRunner:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0]["tokens"].size(1),
+            seq_length=batches[0].tokens.size(1),
             micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _deal(self, lengths: Tensor, group: int = 1) -> list[Tensor]:
-        """Row indices [groups, group] for each replica, longest first, so that replicas get equal work."""
-        order = torch.argsort(lengths.view(-1, group).amax(1), descending=True, stable=True)
-        rows = order.unsqueeze(1) * group + torch.arange(group, device=order.device)
-        return [rows[replica :: self._replicas.size()] for replica in range(self._replicas.size())]
+    @property
+    def _interleaved(self) -> int:
+        """What the number of micro-batches has to be a multiple of: the interleaved schedule fills all stages."""
+        return self._stages.size() if len(self.chunks) > 1 else 1
 
-    def _micro_batches(self, mine: Tensor, *, repeat: bool) -> list[Tensor]:
-        """Row indices of each micro-batch. Where groups are too few, inference may `repeat` the last micro-batch."""
-        multiple = self._stages.size() if len(self.chunks) > 1 else 1  # what the interleaved schedule can run
-        count = max(1, -(-len(mine) // (self.micro_batch_size * multiple))) * multiple
-        if count > len(mine) and not repeat:
-            raise ValueError(
-                f"tokens: a share of {len(mine)} for one of {self._replicas.size()} data-parallel replicas cannot fill "
-                f"{count} micro-batches"
+    def _deal(self, lengths: Tensor, group: int = 1) -> list[list[Tensor]]:
+        """Row indices of each micro-batch of each replica, so that replicas get equal work. Fewer groups than
+        replicas or micro-batches leave some out."""
+        replicas, sizes = self._replicas.size(), lengths.view(-1, group)
+        rows = torch.arange(len(lengths)).view(-1, group)
+        if self.micro_batch_tokens is not None:
+            packs = balanced_packs(
+                sizes.sum(1).tolist(),
+                self.micro_batch_tokens,
+                replicas * self._interleaved,
+                self.config.hidden_size,
             )
-        pieces = [part.flatten() for part in torch.tensor_split(mine, min(count, len(mine)))]
-        return pieces + pieces[-1:] * (count - len(pieces))
+            return [[rows[pack].flatten() for pack in packs[replica::replicas] if pack] for replica in range(replicas)]
+        order = rows[torch.argsort(sizes.amax(1), descending=True, stable=True)]
+        return [self._split(order[replica::replicas]) for replica in range(replicas)]
+
+    def _split(self, share: Tensor) -> list[Tensor]:
+        """A replica's row indices [groups, group] -> those of its micro-batches."""
+        rounds = -(-len(share) // (self.micro_batch_size * self._interleaved))
+        parts = share.tensor_split(rounds * self._interleaved) if rounds else ()
+        return [part.flatten() for part in parts if len(part)]
 
     def _check_tokens(self, tokens: Tensor) -> None:
         # tensor-parallel embeddings give zeros, not an error, for an id outside the vocabulary
@@ -208,11 +256,16 @@ class ModelRunner:
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens: id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}")
 
-    def _cut(self, rows: Mapping[str, Tensor], indices: Tensor) -> Rows:
+    def _cut(self, rows: Mapping[str, Tensor], indices: Tensor) -> _MicroBatch:
         full = rows["tokens"].size(1)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        longest = int(rows["lengths"][indices].max())
-        size = -(-longest // multiple) * multiple
+        lengths = rows["lengths"][indices]
+        size = int(lengths.max())
+        packing = None
+        if self.micro_batch_tokens is not None:
+            packing = Packing(lengths.to(device.device()), size, multiple)
+        else:
+            size = -(-size // multiple) * multiple
         batch = {}
         for name, value in rows.items():
             picked = value[indices]
@@ -223,7 +276,7 @@ class ModelRunner:
                     padding = (0,) * (2 * (value.dim() - 2)) + (0, wanted - picked.size(1))
                     picked = nn.functional.pad(picked, padding, value=IGNORE if name == "targets" else 0)
             batch[name] = picked.to(device.device()).contiguous()
-        return batch
+        return _MicroBatch(indices, batch, packing)
 
     def _sum_reports(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reports[0])] if parallel_state.is_pipeline_last_stage() else [None]

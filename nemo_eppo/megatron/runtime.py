@@ -84,8 +84,14 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
         )
+    seed_all(seed)
+
+
+def seed_all(seed: int, step: int = 0) -> None:
+    """Seed every generator anew, as described in `initialize`; another `step` gives other numbers."""
+    seed = (seed + 1_000_003 * step) % 2**31
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -61,9 +62,19 @@ class SDPACoreAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, heads, width], key and value [s, b, groups, width] -> [s, b, heads * width]."""
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("this core attention takes neither packed sequences nor an attention bias")
+        """query [s, b, heads, width], key and value [s, b, groups, width] -> [s, b, heads * width].
+
+        Packed rows come as [tokens, heads, width], and leave as [tokens, heads * width].
+        """
+        if attention_bias is not None:
+            raise NotImplementedError("this core attention takes no attention bias")
+        if packed_seq_params is not None:
+            sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
+            parts = [t.unsqueeze(1).split(sizes) for t in (query, key, value)]
+            return torch.cat([self._attend(q, k, v, None) for q, k, v in zip(*parts, strict=True)]).squeeze(1)
+        return self._attend(query, key, value, attention_mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = nn.functional.scaled_dot_product_attention(
             q,

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,8 @@ class ExpManagerConfig(Config):
     """One of several runs of an experiment."""
     resume_if_exists: bool = True
     """Go on with the run that the directory holds. If false, such a directory is an error."""
+    max_time_per_run: str | None = Field(None, pattern=r"^\d+:\d{2}:\d{2}:\d{2}$")
+    """DD:HH:MM:SS after which the job saves and ends, so that the same command can go on later; null for no limit."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard scalars to <run directory>/tensorboard."""
     create_wandb_logger: bool = False
@@ -58,6 +60,14 @@ class ExpManagerConfig(Config):
         if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
             raise ValueError("create_wandb_logger = true needs wandb_logger_kwargs with name and project")
         return self
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time_per_run` as a number."""
+        if self.max_time_per_run is None:
+            return None
+        days, hours, minutes, seconds = map(int, self.max_time_per_run.split(":"))
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
     @property
     def directory(self) -> Path:
@@ -75,6 +85,8 @@ class Run:
     logger: logging.Logger
     settings: ExpManagerConfig
     wandb: MetricsSink | None = None
+    started: float = field(default_factory=time.monotonic)
+    """On the monotonic clock."""
 
     def open_metrics(self, resume_step: int | None = None) -> MetricsLogger:
         """The metrics of this run, for rank 0; `resume_step` as in MetricsLogger."""

@@ -246,10 +246,23 @@ class CriticClient(ServerClient):
         )
         return _then([self.call("critic_train", arrays)], lambda outputs: outputs[0]["metrics"])
 
-    def save(self, step: int) -> "Future[str]":
-        """Save the critic, which must stand at update `step`. Gives the checkpoint's path on the server."""
-        arrays = _arrays("critic_save", step=torch.tensor([step]))
-        return _then([self.call("critic_save", arrays)], lambda outputs: outputs[0]["path"])
+    def begin(self, run: int, step: int) -> "Future[int]":
+        """Have the critic stand at update `step` of the run with the id `run`: it goes back if it is further."""
+        arrays = _arrays("critic_begin", step=torch.tensor([step]), run=torch.tensor([run]))
+        return _then([self.call("critic_begin", arrays)], lambda outputs: outputs[0]["step"])
+
+    def save(self, step: int, keep: Sequence[int]) -> "Future[str]":
+        """Start saving the critic, which must stand at update `step`. Gives the path that it will have on the server.
+
+        Args:
+            keep: updates whose checkpoints are still needed; others are removed.
+        """
+        arrays = _arrays("critic_save", step=torch.tensor([step]), keep=torch.tensor([0, *keep]))
+        return _then([self.call("critic_save", arrays)], _path)
+
+    def saved(self, step: int) -> "Future[str]":
+        """Done when the checkpoint that `save` started is complete."""
+        return _then([self.call("critic_saved", _arrays("critic_saved", step=torch.tensor([step])))], _path)
 
 
 class Rewards(NamedTuple):
@@ -290,12 +303,17 @@ def _arrays(endpoint: str, **tensors: torch.Tensor) -> dict[str, np.ndarray]:
         wanted = {np.float32: "float", np.uint8: "bool"}.get(dtype, "int")
         if kind != wanted:
             raise RequestError(name, tensor.dtype, wanted)
-        if kind == "int":  # what int32 cannot hold must stay wrong, for the server to refuse it
+        if dtype == np.int32:  # what it cannot hold must stay wrong, for the server to refuse it
             tensor = tensor.clamp(-1, 2**31 - 1)
         if kind == "float":  # numpy knows no bfloat16
             tensor = tensor.detach().float()
         arrays[name] = np.ascontiguousarray(tensor.cpu().numpy(), dtype)
     return arrays
+
+
+def _path(outputs: list[dict[str, Any]]) -> str:
+    path: str = outputs[0]["path"]
+    return path
 
 
 def _then(futures: Sequence["Future[A]"], finish: Callable[[list[A]], B]) -> "Future[B]":

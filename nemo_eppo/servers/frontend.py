@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import random
 import shutil
 import socket
 import sysconfig
@@ -22,6 +23,7 @@ Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 # Triton waits this long for requests in flight when it is told to end, and so when rank 0 has died under it.
 EXIT_TIMEOUT_S = 5
+FREE_PORTS = (20000, 32000)
 _PREFIX = "nemo_eppo_triton_"
 
 
@@ -138,14 +140,20 @@ def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0, found by binding it: Triton itself reports a taken port late and obscurely."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"port = {port}: cannot listen on {host}:{port}, {error.strerror}") from None
-        return int(probe.getsockname()[1])
+    """`port`, or a free one for 0, found by binding it: Triton itself reports a taken port late and obscurely.
+
+    A free one is sought below those that the kernel gives to outgoing connections, which might take it before Triton.
+    """
+    candidates = [port] if port else random.SystemRandom().sample(range(*FREE_PORTS), 20)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+                return candidate
+            except OSError as error:
+                why = error.strerror
+    raise ConfigError(f"port = {port}: cannot listen on {host}:{candidate}, {why}")
 
 
 def remove_leftovers() -> None:

@@ -76,7 +76,12 @@ ENDPOINTS = {
         },
         reply="metrics",
     ),
-    "critic_save": Endpoint({"step": _STEP}, reply="path"),
+    # The run `run` begins, or goes on, after update `step`: the critic goes back to it if it is further.
+    "critic_begin": Endpoint({"step": _STEP, "run": _STEP}, reply="step"),
+    # Starts saving update `step`, and drops all earlier checkpoints but those of the updates `keep` (0: the start).
+    "critic_save": Endpoint({"step": _STEP, "keep": Array(np.int64, ("K",))}, reply="path"),
+    # Answers once what `critic_save` started is complete.
+    "critic_saved": Endpoint({"step": _STEP}, reply="path"),
     "reward_infer": Endpoint(
         {"tokens": _TOKENS, "prompt_lengths": _PER_SEQUENCE, "lengths": _PER_SEQUENCE},
         {"rewards": Array(np.float32, ("B", "K")), "latents": Array(np.float32, ("B", "D"), optional=True)},

@@ -1,5 +1,6 @@
 """The critic job: a value model that serves values and learns from what the actor sends; a reward model if asked to."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor
 from nemo_eppo.algorithms.policy import value_loss
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.runner import Rows
+from nemo_eppo.megatron.runner import ModelRunner, Rows
+from nemo_eppo.megatron.saving import CheckpointSaver
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
@@ -30,8 +33,8 @@ class CriticSettings(Config):
     """Values are clipped to within this of those of the rollout; null for no clipping."""
     total_updates: int = Field(1, ge=1)
     """Updates over which a decaying learning rate falls: PPO steps x epochs x mini-batches."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints to keep."""
+    asynchronous_save: bool = True
+    """Serve and learn on while a checkpoint is written. The actor decides when, and which are kept."""
 
 
 class CriticConfig(Config):
@@ -53,9 +56,10 @@ class CriticService:
     """Values and updates of the critic. One mini-batch is one update; `step` counts them."""
 
     name = "critic"
+    _runner: ModelRunner
 
     def __init__(self, config: CriticConfig, directory: Path) -> None:
-        self._config, self._directory = config, directory
+        self._config = config
         self._plan = plan(config.model)
         self._reward = None
         if config.reward_model is not None:
@@ -68,20 +72,20 @@ class CriticService:
             if self._reward.tokenizer_digest != self._plan.tokenizer.digest():
                 raise ConfigError(f"reward_model: {config.reward_model} has another tokenizer than the critic")
         runtime.initialize(config.model.parallel, config.seed)
-        resume = checkpoint.latest(directory / CHECKPOINTS)
-        self._runner = build(
-            self._plan, "scalar", optimizer=config.optimizer, total_steps=config.critic.total_updates, resume=resume
-        )
-        self._step = checkpoint.read_manifest(resume).step if resume else 0
+        self._folder = directory / CHECKPOINTS
+        self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.critic.asynchronous_save)
+        self._build(on_rank0(lambda: checkpoint.verify_newest(self._folder)))
         if self._reward is not None:
             self._reward.build()
         self.vocab_size = self._plan.model.vocab_size
         # one more than the model's window: the value after the last token of the longest response can be asked for
         self.max_sequence_length = self._plan.model.max_sequence_length + 1
         self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {
+            "critic_begin": self._begin,
             "critic_infer": self._infer,
             "critic_train": self._train,
             "critic_save": self._save,
+            "critic_saved": self._saved,
             **({"reward_infer": self._reward.infer} if self._reward else {}),
         }
 
@@ -94,6 +98,44 @@ class CriticService:
         """The tokenizer, and the reward model's statistics if there is one."""
         reward = {"reward": self._reward.statistics()} if self._reward else {}
         return {"tokenizer": self._plan.tokenizer.digest(), **reward}
+
+    def close(self) -> None:
+        """Wait until what is being saved is complete."""
+        self._saver.finish()
+
+    def _build(self, resume: Path | None) -> None:
+        """The model and its optimizer as in a checkpoint of this job, or as they were at its very start."""
+        runtime.seed_all(self._config.seed)
+        self._runner = build(
+            self._plan,
+            "scalar",
+            optimizer=self._config.optimizer,
+            total_steps=self._config.critic.total_updates,
+            resume=resume,
+        )
+        manifest = checkpoint.read_manifest(resume) if resume else None
+        self._step = manifest.step if manifest else 0
+        self._run: int | None = manifest.state["run"] if manifest else None
+
+    def _begin(self, request: Tensors) -> int:
+        step, run = int(request["step"]), int(request["run"])
+        if step != self._step:
+            if self._run not in (None, run):
+                raise ServiceError(
+                    f"the critic has made {self._step} updates of another run: start it afresh with another run "
+                    f"directory, or resume the actor from that run's"
+                )
+            self._saver.finish()
+            resume = self._saver.path(step) if step else None
+            if resume is not None:
+                try:
+                    on_rank0(lambda: checkpoint.verify(resume))
+                except (ConfigError, PeerError) as error:
+                    raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
+            del self._runner  # before the new one needs as much memory
+            self._build(resume)
+        self._run = run
+        return self._step
 
     def _infer(self, request: Tensors) -> Tensors:
         values, _ = self._runner.infer(request["tokens"], request["lengths"], outputs=1)
@@ -116,18 +158,29 @@ class CriticService:
         return metrics
 
     def _save(self, request: Tensors) -> str:
-        manifest = checkpoint.Manifest(head="scalar", step=self._step, model=self._plan.model, optimizer=True)
-        path = checkpoint.save(
-            self._directory / CHECKPOINTS / f"step_{self._step:06d}",
-            self._runner,
-            manifest,
-            self._plan.tokenizer_path,
-            keep=self._config.critic.keep,
+        needed = {self._saver.path(int(step)) for step in (*request["keep"], self._step)}
+
+        def tidy() -> None:
+            for path in set(checkpoint.complete_in(self._folder)) - needed:
+                shutil.rmtree(path)
+
+        manifest = checkpoint.Manifest(
+            head="scalar", step=self._step, model=self._plan.model, optimizer=True, state={"run": self._run}
         )
+        self._saver.save(self._runner, manifest, after=tidy)
+        return str(self._saver.path(self._step))
+
+    def _saved(self, request: Tensors) -> str:
+        self._saver.finish()
+        path = self._saver.path(int(request["step"]))
+        if not on_rank0(path.is_dir):
+            raise ServiceError(f"{path} was not saved")
         return str(path)
 
 
 def serve_critic(config: CriticConfig, run: Run) -> None:
     """Build the critic and serve until the job is told to stop."""
-    serve(CriticService(config, run.directory), config.server, group=dist.new_group(backend="gloo"))
+    service = CriticService(config, run.directory)
+    serve(service, config.server, group=dist.new_group(backend="gloo"))
+    service.close()
     runtime.shutdown()

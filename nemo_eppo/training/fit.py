@@ -12,18 +12,21 @@ from pydantic import Field, model_validator
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
+from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
 from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.training.setup import Plan, build
+from nemo_eppo.training.stopping import RunStopped, StopWatch
 
 CHECKPOINTS = "checkpoints"
 
 
 class FitSettings(Config):
-    """How long to train, and when to look and save."""
+    """How long to train, and when to look."""
 
     epochs: int = Field(1, ge=1)
     """Passes over the training data."""
@@ -32,11 +35,7 @@ class FitSettings(Config):
     global_batch_size: int = Field(32, ge=1)
     """Examples (pairs for a reward model) per update, over all ranks."""
     validation_interval: int = Field(0, ge=0)
-    """Updates between validations; 0 for only the last."""
-    checkpoint_interval: int = Field(0, ge=0)
-    """Updates between checkpoints; 0 for only the last."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints to keep."""
+    """Updates between validations; 0 for only those that are saved."""
 
 
 class TextDataConfig(Config):
@@ -64,6 +63,8 @@ class Task(Protocol):
     title: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
     """Progress-bar labels -> metric names."""
+    validated: ClassVar[tuple[str, ...]]
+    """Names of the metrics that `validate` gives."""
     group: ClassVar[int]
     """Rows per example: 1, or 2 for a pair."""
 
@@ -101,6 +102,7 @@ def fit(
     optimizer: OptimizerConfig,
     seed: int,
     run: Run,
+    saving: CheckpointConfig,
     *,
     dropout: float = 0.0,
     head_only: bool = False,
@@ -114,7 +116,11 @@ def fit(
 
     Returns:
         the checkpoint of the last step, `<run directory>/checkpoints/step_N`.
+
+    Raises:
+        RunStopped: the run was told to end before, and is saved.
     """
+    saving.check_best(task.validated)
     batches = GlobalBatches(len(task), settings.global_batch_size, seed=seed)
     last = len(task) // settings.global_batch_size * settings.epochs
     last = min(last, settings.max_steps or last)
@@ -123,7 +129,7 @@ def fit(
         raise ConfigError(f"global_batch_size = {settings.global_batch_size} is not divisible by {replicas} replicas")
     runtime.initialize(plan.setup.parallel, seed)
     folder = run.directory / CHECKPOINTS
-    resume, done = checkpoint.latest(folder), 0
+    resume, done = on_rank0(lambda: checkpoint.verify_newest(folder)), 0
     if resume is not None:
         manifest = checkpoint.read_manifest(resume)
         done = manifest.step
@@ -141,18 +147,23 @@ def fit(
     )
     if head_only:
         train_head_only(runner)
+    saver = CheckpointSaver(folder, plan.tokenizer_path, saving.asynchronous)
     with ExitStack() as stack:
         is_first = dist.get_rank() == 0
+        watch = stack.enter_context(StopWatch(run))
         metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
         progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
+            if dropout:
+                runtime.seed_all(seed, step)  # what is dropped follows from the step, also after a resume
             rows = task.prepare(task.rows(next(batches)), runner, step)
             update = runner.train_step(rows, task.loss_function(rows), group=task.group)
             row = {f"train/{name}": value for name, value in update.items()}
             row["seconds/step"] = time.perf_counter() - started
             row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
-            save = step == last or _due(step, settings.checkpoint_interval)
+            stop = watch.due()
+            save = stop or step == last or _due(step, saving.interval)
             validation: dict[str, float] = {}
             if save or _due(step, settings.validation_interval):
                 validation = task.validate(runner)
@@ -162,15 +173,20 @@ def fit(
                     head=task.head,
                     step=step,
                     model=plan.model,
+                    metrics=validation,
                     optimizer=not head_only,
-                    state={"batches": batches.state_dict(), "validation": validation, **task.state()},
+                    state={"batches": batches.state_dict(), **task.state()},
                 )
-                newest = folder / f"step_{step:06d}"
-                checkpoint.save(newest, runner, manifest, plan.tokenizer_path, keep=settings.keep)
+                saver.save(runner, manifest, after=lambda: tidy(folder, saving))
+            saver.poll()
             if metrics is not None:
                 metrics.log(step, row)
             progress.update(step, row)
-    return newest
+            if stop and step < last:
+                saver.finish()
+                raise RunStopped(f"saved after step {step} of {last}")
+        saver.finish()
+    return saver.path(last)
 
 
 def train_head_only(runner: ModelRunner) -> None:

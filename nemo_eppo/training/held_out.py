@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.client import RewardClient
-from nemo_eppo.training.collectives import on_rank0
 from nemo_eppo.training.ppo_config import RewardAddress
 
 

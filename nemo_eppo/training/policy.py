@@ -7,12 +7,12 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.energy import energy_mask, energy_window, response_energy
 from nemo_eppo.generation.engine import Engine
+from nemo_eppo.megatron.collectives import on_rank0, over_replicas
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.collectives import on_rank0, over_replicas
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
 from nemo_eppo.training.ppo_config import EnergyConfig
 

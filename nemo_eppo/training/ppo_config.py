@@ -11,6 +11,7 @@ from nemo_eppo.config import Config
 from nemo_eppo.evaluation.monitor import MonitorConfig
 from nemo_eppo.megatron.energy import EnergyProbeConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig
 from nemo_eppo.rewards.pipeline import RewardConfig
 from nemo_eppo.rewards.terms import EnergyPenaltyConfig
@@ -134,15 +135,6 @@ class ServersConfig(Config):
     """A reward model that training never sees; reported as reward/held_out. Costs one scoring pass a step."""
 
 
-class CheckpointConfig(Config):
-    """When the actor and the critic are saved."""
-
-    interval: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 for only the last."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints to keep."""
-
-
 class PPOConfig(Config):
     """The PPO actor job."""
 
@@ -158,6 +150,7 @@ class PPOConfig(Config):
     servers: ServersConfig = ServersConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Of the actor; the critic is saved with it."""
     monitor: MonitorConfig = MonitorConfig()
     """Signs of reward hacking, and what is to happen when they show."""
     gold_reward: str | None = None
@@ -169,6 +162,14 @@ class PPOConfig(Config):
     def _consistent(self) -> "PPOConfig":
         if self.generation.greedy:
             raise ValueError("generation.greedy = true: PPO has to sample its rollouts")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "PPOConfig":
+        gold = ("validation/gold_reward",) if self.gold_reward else ()
+        self.checkpoint.check_best(("validation/proxy_reward", *gold, "validation/energy_loss"))
+        if self.checkpoint.best is not None and self.data.validation is None:
+            raise ValueError(f"checkpoint.best = {self.checkpoint.best!r} needs data.validation")
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """The actor job: everything around the PPO steps. Prompts, validation, metrics, rollout files, checkpoints, resume."""
 
+import secrets
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +15,13 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.monitor import HackingMonitor
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import ScoringConfig
 from nemo_eppo.megatron.model import set_scoring
+from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.observability.experiment import Run
+from nemo_eppo.observability.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
 from nemo_eppo.observability.recorder import RolloutRecorder
@@ -25,7 +29,6 @@ from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.user_terms import load_named
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch, seeds_for, step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.collectives import on_rank0
 from nemo_eppo.training.energy_cache import EnergyCache, model_digest
 from nemo_eppo.training.held_out import HeldOutReward
 from nemo_eppo.training.policy import Policy
@@ -33,6 +36,7 @@ from nemo_eppo.training.ppo import PPO, GoldReward, StepResult
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.remote import RemoteModels
 from nemo_eppo.training.setup import Plan, build, plan
+from nemo_eppo.training.stopping import StopWatch
 
 CHECKPOINTS = "checkpoints"
 
@@ -42,6 +46,7 @@ class PPOJob:
 
     def __init__(self, config: PPOConfig, run: Run) -> None:
         self.config, self.run_files, self.directory = config, run, run.directory
+        self.checkpoints = run.directory / CHECKPOINTS
         self.plan: Plan = plan(config.model, head="lm")
         self.tokenizer: Tokenizer = self.plan.tokenizer
         self.sampling = SamplingParams(**config.generation.model_dump(include=set(SamplingParams.model_fields)))
@@ -106,6 +111,7 @@ class PPOJob:
         held_out = config.servers.held_out
         self.held_out = HeldOutReward(held_out, expect) if held_out else None
         ppo = PPO(config.ppo, self.pipeline, policy, remote, self.sampling, self.tokenizer.pad_id, config.seed)
+        self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, config.checkpoint.asynchronous)
         self.done = self._resume(ppo)
         policy.refit(self.done)
         return ppo
@@ -132,6 +138,7 @@ class PPOJob:
             stack.callback(ppo.remote.close)
             if self.held_out is not None:
                 stack.callback(self.held_out.close)
+            watch = stack.enter_context(StopWatch(self.run_files))
             metrics, recorder = self._open_files(stack)
             progress = stack.enter_context(
                 Progress("PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0)
@@ -149,18 +156,24 @@ class PPOJob:
                 if self.held_out is not None:
                     row["reward/held_out"] = self.held_out.mean(result.batch)
                 is_last = self._watch(ppo, step, row, result.latents) or step == last
+                stop = watch.due()
+                save = stop or is_last or _due(step, config.checkpoint.interval)
                 if recorder is not None:
                     recorder.record(step, self._rollout_rows([item.text for item in items], result, gold))
-                if is_last or (config.validation.interval and step % config.validation.interval == 0):
-                    row |= self._validate(ppo, step, None)
-                if is_last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
-                    self._save(ppo, step)
+                validation = {}
+                if is_last or _due(step, config.validation.interval) or (save and config.checkpoint.best):
+                    validation = self._validate(ppo, step, None)
+                if save:
+                    self._save(ppo, step, validation)
+                self.saver.poll()
+                row |= validation
                 row["seconds/after_step"] = time.perf_counter() - started
                 if metrics is not None:
                     metrics.log(step, row)
                 progress.update(step, row)
-                if is_last:
+                if is_last or stop:
                     break
+            self.saver.finish()
             ppo.timers.close()
 
     def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
@@ -245,47 +258,63 @@ class PPOJob:
             )
         ]
 
-    def _save(self, ppo: PPO, step: int) -> None:
-        critic = ppo.remote.save()
+    def _save(self, ppo: PPO, step: int, validation: dict[str, float]) -> None:
+        """Save actor and critic. The actor's checkpoint comes into being after the critic's, so that every actor that
+        can be resumed finds its critic; each drops a checkpoint only when the other no longer needs it."""
+        self.saver.finish()
+        critic = ppo.remote.save(on_rank0(self._critics_needed))
+        updates = ppo.remote.updates
         state = {
             "batches": self.batches.state_dict(),
             "pipeline": ppo.pipeline.state_dict(),
             "monitor": self.monitor.state_dict(),
             "kl_coefficient": ppo.pipeline.kl_controller.value,
-            "critic_updates": ppo.remote.updates,
+            "critic_updates": updates,
             "critic_checkpoint": critic,
         }
-        manifest = checkpoint.Manifest(head="lm", step=step, model=self.plan.model, optimizer=True, state=state)
-        checkpoint.save(
-            self.directory / CHECKPOINTS / f"step_{step:06d}",
+        manifest = checkpoint.Manifest(
+            head="lm", step=step, model=self.plan.model, metrics=validation, optimizer=True, state=state
+        )
+        self.saver.save(
             ppo.policy.runner,
             manifest,
-            self.plan.tokenizer_path,
-            keep=self.config.checkpoint.keep,
+            before=lambda: ppo.remote.critic.saved(updates).result(),
+            after=lambda: tidy(self.checkpoints, self.config.checkpoint),
         )
 
+    def _critics_needed(self) -> list[int]:
+        """The critic's updates that this run's checkpoints go with."""
+        saved = checkpoint.complete_in(self.checkpoints)
+        return [checkpoint.read_manifest(path).state["critic_updates"] for path in saved]
+
     def _resume(self, ppo: PPO) -> int:
-        """Load the newest checkpoint of this run, if there is one; the step it was made at."""
-        newest = checkpoint.latest(self.directory / CHECKPOINTS)
+        """Load the newest checkpoint of this run, if there is one, and have the critic go back to the same step; the
+        step it was made at."""
+        run = on_rank0(self._run_id)
+        newest = on_rank0(lambda: checkpoint.verify_newest(self.checkpoints))
         if newest is None:
-            if ppo.remote.updates:
-                raise ConfigError(
-                    f"the critic has made {ppo.remote.updates} updates, this run none: start the critic afresh, "
-                    f"or resume the actor from {self.directory / CHECKPOINTS}"
-                )
+            ppo.remote.begin(run, 0)
             return 0
-        manifest = checkpoint.load(newest, ppo.policy.runner, optimizer=True)
-        if manifest.state["critic_updates"] != ppo.remote.updates:
-            raise ConfigError(
-                f"{newest} was saved after {manifest.state['critic_updates']} critic updates, the critic server is at "
-                f"{ppo.remote.updates}: restart it from {manifest.state['critic_checkpoint']}"
-            )
+        manifest = checkpoint.read_manifest(newest)
+        ppo.remote.begin(run, manifest.state["critic_updates"])
+        checkpoint.load(newest, ppo.policy.runner, optimizer=True)
         self.batches.load_state_dict(manifest.state["batches"])
         ppo.pipeline.load_state_dict(manifest.state["pipeline"])
         self.monitor.load_state_dict(manifest.state["monitor"])
         if self.monitor.kl_raised:
             ppo.pipeline.kl_controller.value = manifest.state["kl_coefficient"]
         return manifest.step
+
+    def _run_id(self) -> int:
+        """A number by which the critic knows this run again."""
+        path = self.directory / "run_id"
+        if not path.exists():
+            write_atomically(path, f"{secrets.randbits(62)}\n")
+        return int(path.read_text())
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def load_gold_reward(name: str) -> GoldReward:

@@ -1,5 +1,6 @@
 """The actor's side of the critic and reward servers: rank 0 asks, every rank hears the answer."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.client import CriticClient, RewardClient, Rewards
-from nemo_eppo.training.collectives import on_rank0
 from nemo_eppo.training.ppo_config import ServersConfig
 
 
@@ -118,9 +119,18 @@ class RemoteModels:
         """The metrics of an update that `train` started."""
         return on_rank0(lambda: update.result() if update else {})
 
-    def save(self) -> str:
-        """Have the critic save itself; its path on the server."""
-        return on_rank0(lambda: self.critic.save(self.updates).result())
+    def begin(self, run: int, updates: int) -> None:
+        """Have the critic stand where this run begins or goes on: after so many updates.
+
+        Raises:
+            ServerError: the critic belongs to another run, or has no checkpoint to go back to.
+        """
+        self.updates = on_rank0(lambda: self.critic.begin(run, updates).result())
+
+    def save(self, keep: Sequence[int]) -> str:
+        """Have the critic start to save itself, and drop its checkpoints but those of the updates `keep`; the path that
+        the new one will have on the server."""
+        return on_rank0(lambda: self.critic.save(self.updates, keep).result())
 
     def close(self) -> None:
         """End the clients' threads."""

@@ -11,6 +11,7 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import Run
 from nemo_eppo.training.fit import FitSettings, Task, fit
 from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
@@ -70,13 +71,15 @@ def train_members(
     optimizer: OptimizerConfig,
     seed: int,
     run: Run,
+    saving: CheckpointConfig,
 ) -> list[Path]:
     """Train whatever is not trained yet of the probe and the members; the last checkpoint of each member."""
     if config.members == 1 and not config.linear_probe_steps:
-        return [fit(task, model, settings, optimizer, seed, run, dropout=config.dropouts[0])]
+        return [fit(task, model, settings, optimizer, seed, run, saving, dropout=config.dropouts[0])]
     if config.linear_probe_steps:
-        steps = settings.model_copy(update={"max_steps": config.linear_probe_steps, "checkpoint_interval": 0})
-        probe = fit(task, model, steps, optimizer, seed, _part(run, "linear_probe"), head_only=True)
+        steps = settings.model_copy(update={"max_steps": config.linear_probe_steps})
+        only_last = saving.model_copy(update={"interval": 0})
+        probe = fit(task, model, steps, optimizer, seed, _part(run, "linear_probe"), only_last, head_only=True)
         model = _plan_from(probe, model)
     members = []
     for index in range(config.members):
@@ -84,7 +87,8 @@ def train_members(
         if config.lrs:
             own = optimizer.model_copy(update={"lr": config.lrs[index % len(config.lrs)]})
         dropout = config.dropouts[index % len(config.dropouts)]
-        members.append(fit(task, model, settings, own, seed + index, _part(run, f"member_{index}"), dropout=dropout))
+        part = _part(run, f"member_{index}")
+        members.append(fit(task, model, settings, own, seed + index, part, saving, dropout=dropout))
     return members
 
 
@@ -92,7 +96,7 @@ def average_members(
     config: EnsembleConfig, members: list[Path], task: Task, model: Plan, seed: int, run: Run
 ) -> dict[str, float]:
     """Write the mean of the best members' weights to <run directory>/average; its metrics on the validation data."""
-    accuracies = {path: checkpoint.read_manifest(path).state["validation"]["validation/accuracy"] for path in members}
+    accuracies = {path: checkpoint.read_manifest(path).metrics["validation/accuracy"] for path in members}
     best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
     runtime.initialize(model.setup.parallel, seed)
     runner = build(_plan_from(best[0], model), task.head, latent_size=task.latent_size)
@@ -109,8 +113,8 @@ def average_members(
     state: dict[str, Any] = task.state()
     if state["kind"] == "bradley_terry":
         state["kind"] = "warm"
-    state |= {"average_of": [str(path) for path in best], "validation": validation}
-    manifest = checkpoint.Manifest(head=task.head, step=0, model=model.model, state=state)
+    state["average_of"] = [str(path) for path in best]
+    manifest = checkpoint.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
     checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
     run.logger.info(
         "averaged %d of %d members (validation accuracy %s): %.4f",

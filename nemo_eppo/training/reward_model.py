@@ -1,6 +1,7 @@
 """Training of a reward model on preference pairs."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
@@ -15,12 +16,14 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
+from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.training.fit import FitSettings, TextDataConfig
 from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
 from nemo_eppo.training.reward_service import store_gaussian
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
+from nemo_eppo.training.stopping import RunStopped
 
 _VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
 _LATENT_ROWS = 64  # likewise, where each token has many outputs
@@ -41,6 +44,7 @@ class RewardTrainingConfig(Config):
     ensemble: EnsembleConfig = EnsembleConfig()
     """Several reward models by one command."""
     fit: FitSettings = FitSettings()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
 
 
@@ -54,6 +58,7 @@ class RewardTask:
         "accuracy": "train/accuracy",
         "validation accuracy": "validation/accuracy",
     }
+    validated: ClassVar[tuple[str, ...]] = ("validation/accuracy", "validation/margin", "validation/ece")
 
     def __init__(self, data: TextDataConfig, config: RewardLossConfig, plan: Plan, seed: int) -> None:
         longest = data.max_sequence_length or plan.model.max_sequence_length
@@ -143,7 +148,10 @@ def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
     model = plan(config.model)
     task = RewardTask(config.data, config.reward, model, config.seed)
     check_ensemble(config.ensemble, model, task.head, config.optimizer)
-    members = train_members(config.ensemble, task, model, config.fit, config.optimizer, config.seed, run)
-    if config.ensemble.average:
-        average_members(config.ensemble, members, task, model, config.seed, run)
+    with suppress(RunStopped):
+        members = train_members(
+            config.ensemble, task, model, config.fit, config.optimizer, config.seed, run, config.checkpoint
+        )
+        if config.ensemble.average:
+            average_members(config.ensemble, members, task, model, config.seed, run)
     runtime.shutdown()

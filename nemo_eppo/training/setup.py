@@ -11,6 +11,7 @@ from nemo_eppo.conversion.hf_directory import HfDirectory
 from nemo_eppo.conversion.hf_weights import load_tensors
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
 from nemo_eppo.megatron.model import Head, build_model
 from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
@@ -36,7 +37,10 @@ class ModelSetup(Config):
     parallel: ParallelConfig = ParallelConfig()
     """Layout over the job's ranks."""
     micro_batch_size: int = Field(4, ge=1)
-    """Rows (preference pairs for a reward model) per forward pass of one replica."""
+    """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Sequence packing: rows are put together without padding, up to so many tokens per forward pass, and balanced over
+    micro-batches and replicas. A longer row gets a pass of its own length. Replaces micro_batch_size; null pads."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSetup":
@@ -140,6 +144,7 @@ def build(
     runner = ModelRunner(
         chunks,
         setup.micro_batch_size,
+        micro_batch_tokens=setup.micro_batch_tokens,
         optimizer=megatron_optimizer,
         scheduler=scheduler,
         probe=EnergyProbe(probe, chunks, plan.model.num_layers) if probe is not None else None,
@@ -147,5 +152,7 @@ def build(
     if resume is not None:
         checkpoint.load(resume, runner, optimizer=True)
     elif isinstance(plan.source, Path):
-        checkpoint.load(plan.source, runner, fresh_head=fresh_head)
+        source = plan.source
+        on_rank0(lambda: checkpoint.verify(source))
+        checkpoint.load(source, runner, fresh_head=fresh_head)
     return runner

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import ClassVar
 
 from pydantic import Field
@@ -14,10 +15,12 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
+from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.training.fit import FitSettings, TextDataConfig, fit
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
+from nemo_eppo.training.stopping import RunStopped
 
 _VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
 
@@ -32,6 +35,7 @@ class SFTConfig(Config):
     data: TextDataConfig
     """Rows {"prompt", "response"}."""
     sft: FitSettings = FitSettings()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
 
 
@@ -47,6 +51,7 @@ class SFTTask:
         "tokens/s": "train/tokens_per_second",
         "validation loss": "validation/loss",
     }
+    validated: ClassVar[tuple[str, ...]] = ("validation/loss", "validation/perplexity")
 
     def __init__(self, data: TextDataConfig, plan: Plan) -> None:
         longest = data.max_sequence_length or plan.model.max_sequence_length
@@ -95,5 +100,7 @@ class SFTTask:
 def train_sft(config: SFTConfig, run: Run) -> None:
     """The SFT job."""
     model = plan(config.model, head="lm")
-    fit(SFTTask(config.data, model), model, config.sft, config.optimizer, config.seed, run)
+    task = SFTTask(config.data, model)
+    with suppress(RunStopped):
+        fit(task, model, config.sft, config.optimizer, config.seed, run, config.checkpoint)
     runtime.shutdown()

@@ -163,6 +163,21 @@ def test_micro_batch_size_changes_nothing(micro_batch_size: int, policy: dict[st
     same(f"micro-batches of {micro_batch_size}", run({}, 1, micro_batch_size=micro_batch_size), policy)
 
 
+PACKED = 21  # tokens: packs of two or three of the six rows
+
+
+@pytest.mark.parametrize("layout", ["TP1", *LAYOUTS])
+def test_packing_changes_no_policy(layout: str, policy: dict[str, Any]) -> None:
+    packed = run(*LAYOUTS.get(layout, ({}, 1)), micro_batch_tokens=PACKED)
+    same(f"packed policy {layout}", packed, policy)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "PP2+VPP2"])
+def test_packing_changes_no_critic(layout: str, critic: dict[str, Any]) -> None:
+    packed = run(*LAYOUTS.get(layout, ({}, 1)), scalar=True, micro_batch_tokens=PACKED, recompute=True)
+    same(f"packed critic {layout}", packed, critic)
+
+
 def test_further_padding_changes_nothing(policy: dict[str, Any]) -> None:
     rows = mini_batch()
     size, extra = rows["tokens"].size(1), 5
@@ -186,8 +201,8 @@ def test_order_of_rows_changes_nothing(policy: dict[str, Any]) -> None:
     same("order of rows", result, policy)
 
 
-def all_energies(layout: Layout) -> list[Tensor]:
-    runner = build_runner(layout)
+def all_energies(layout: Layout, micro_batch_tokens: int | None = None) -> list[Tensor]:
+    runner = build_runner(layout, micro_batch_tokens=micro_batch_tokens)
     energies = []
     for preset in PRESETS:
         runner.probe = EnergyProbe(EnergyProbeConfig(preset=preset, layers=(0, -1)), runner.chunks, MODEL.num_layers)
@@ -195,10 +210,11 @@ def all_energies(layout: Layout) -> list[Tensor]:
     return energies  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("packed", [None, PACKED])
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2+VPP2"])
-def test_layout_changes_no_energy_of_any_preset(layout: str) -> None:
+def test_layout_and_packing_change_no_energy_of_any_preset(layout: str, packed: int | None) -> None:
     expected = run_ranks(all_energies, 1, {})[0]
-    for energies in run_ranks(all_energies, LAYOUTS[layout][1], LAYOUTS[layout][0]):
+    for energies in run_ranks(all_energies, LAYOUTS[layout][1], LAYOUTS[layout][0], packed):
         for preset, got, want in zip(PRESETS, energies, expected, strict=True):
             close(f"{preset} {layout}", got, want)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
+from nemo_eppo.megatron.saving import CheckpointSaver
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -54,6 +55,31 @@ def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp
     expected = run_ranks(interrupted, *case)[0]
     for parameters in run_ranks(resumed, *case):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
+    """Save after one update and go on; whether the checkpoint was there at once and after a while, and both weights."""
+    runner = build_runner(layout, optimizer=OPTIMIZER)
+    update(runner, "lm")
+    then = {name: tensor.clone() for name, tensor in exported(runner).items()}
+    saver = CheckpointSaver(folder, None, asynchronous=True)
+    saver.save(runner, checkpoint.Manifest(head="lm", step=1, model=MODEL, optimizer=True))
+    there = [saver.path(1).exists()]
+    update(runner, "lm")
+    while not saver.path(1).exists():
+        saver.poll()
+        torch.distributed.barrier()
+    saver.finish()
+    checkpoint.verify(saver.path(1))
+    there.append(saver.path(1).exists())
+    checkpoint.load(saver.path(1), runner, optimizer=True)
+    return there, then, exported(runner)
+
+
+def test_a_checkpoint_written_while_training_goes_on_holds_the_weights_of_its_step(tmp_path: Path) -> None:
+    for there, then, loaded in run_ranks(saved_while_training, 2, SP2, tmp_path):
+        assert there == [False, True]
+        assert all(torch.equal(loaded[name], then[name]) for name in then)
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])

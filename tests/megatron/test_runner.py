@@ -69,7 +69,7 @@ def refusals(layout: Layout) -> list[str]:
 @pytest.mark.parametrize("layout", [VPP2, {}], ids=["PP2+VPP2", "DP2"])
 def test_bad_input_is_refused_on_every_rank(layout: Layout) -> None:
     for few, training, inference, no_probe in run_ranks(refusals, 2, layout):
-        assert "data-parallel replicas cannot fill" in few
+        assert "rows cannot fill the micro-batches" in few
         assert training == inference == "tokens: id 101; expected ids from 0 to 100"
         assert "has no energy probe" in no_probe
 

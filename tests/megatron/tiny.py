@@ -68,6 +68,7 @@ def build_runner(
     precision: Precision = "fp32",
     recompute: bool = False,
     micro_batch_size: int = 2,
+    micro_batch_tokens: int | None = None,
     probe: EnergyProbeConfig | None = None,
     optimizer: OptimizerConfig | None = None,
 ) -> ModelRunner:
@@ -81,7 +82,14 @@ def build_runner(
     if optimizer is not None:
         chunks = wrap_data_parallel(chunks, optimizer, precision)
         megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, precision, total_steps=10)
-    return ModelRunner(chunks, micro_batch_size, optimizer=megatron_optimizer, scheduler=scheduler, probe=energy_probe)
+    return ModelRunner(
+        chunks,
+        micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        optimizer=megatron_optimizer,
+        scheduler=scheduler,
+        probe=energy_probe,
+    )
 
 
 def exported(runner: ModelRunner, model: ModelConfig = MODEL) -> dict[str, Tensor]:

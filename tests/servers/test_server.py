@@ -207,9 +207,9 @@ def test_repeated_update_is_not_applied_twice(critic: CriticClient) -> None:
 
 def test_only_the_current_step_is_saved(critic: CriticClient) -> None:
     step = critic.status()["step"]
-    assert critic.save(step).result() == f"checkpoints/step_{step}"
+    assert critic.save(step, [2, 4]).result() == f"checkpoints/step_{step} and [0, 2, 4]"
     with pytest.raises(ServerError, match=f"step = {step + 1}, expected {step}"):
-        critic.save(step + 1).result()
+        critic.save(step + 1, []).result()
 
 
 def test_updates_arrive_in_the_order_of_the_calls(critic: CriticClient) -> None:

@@ -38,7 +38,7 @@ class TinyService:
         self.endpoints: dict[str, Callable[[Tensors], Any]] = {
             "critic_infer": self.infer,
             "critic_train": self.train,
-            "critic_save": lambda _: f"checkpoints/step_{self.step}",
+            "critic_save": lambda arrays: f"checkpoints/step_{self.step} and {arrays['keep'].tolist()}",
             "reward_infer": self.reward,
         }
         pids: list[Any] = [None] * self.world

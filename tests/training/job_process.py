@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kill_switch import arm
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.training.critic import CriticConfig, serve_critic
@@ -36,8 +38,9 @@ def run_steps(config: PPOConfig, run: Run) -> None:
         prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
         result = ppo.step(step, prompts)
         steps.append({"metrics": result.metrics, "batch": result.batch, "experience": result.experience})
-    critic = ppo.remote.save()
+    critic = ppo.remote.save([])
     policy = dict(export_tensors(ppo.policy.runner.chunks, job.plan.model))
+    on_rank0(lambda: ppo.remote.critic.saved(ppo.remote.updates).result())
     ppo.remote.close()
     if dist.get_rank() == 0:
         torch.save({"steps": steps, "policy": policy, "critic": critic}, run.directory / "steps.pt")
@@ -77,13 +80,20 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
     values = json.loads(config_file.read_text())
     directory.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO)
-    run = Run(directory, int(os.environ["RANK"]), logging.getLogger(), ExpManagerConfig())
+    if "kill" in values:
+        arm(**values.pop("kill"))
+    manager = ExpManagerConfig(**values.get("exp_manager", {}))
+    run = Run(directory, int(os.environ.get("RANK", "0")), logging.getLogger(), manager)
     if kind == "critic":
         serve_critic(load_config(CriticConfig, values), run)
     elif kind == "reward":
         serve_reward_model(load_config(RewardModelConfig, values), run)
     elif kind == "actor":
-        PPOJob(load_config(PPOConfig, values), run).run()
+        try:
+            PPOJob(load_config(PPOConfig, values), run).run()
+        except ConfigError as error:
+            sys.exit(print(error) or 2)
+        runtime.shutdown()
     elif kind == "methods":
         run_methods(values, run)
     else:

@@ -56,7 +56,7 @@ class Models:
 
 
 class Job:
-    """A job of several ranks under torchrun: log and settings in `directory`, where it also runs unless told else."""
+    """A job, of several ranks under torchrun: log and settings in `directory`, where it also runs unless told else."""
 
     def __init__(
         self, kind: str, ranks: int, config: dict[str, Any], directory: Path, run_directory: Path | None = None
@@ -64,8 +64,11 @@ class Job:
         directory.mkdir(parents=True)
         self.directory, self.log = directory, directory / "log.txt"
         (directory / "config.json").write_text(json.dumps(config, default=str))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port"]
-        command += [str(free_port()), str(JOB), kind, str(directory / "config.json"), str(run_directory or directory)]
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+            command += ["--master_port", str(free_port())]
+        command += [str(JOB), kind, str(directory / "config.json"), str(run_directory or directory)]
         with self.log.open("wb") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -38,9 +38,8 @@ def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any
 def train(kind: str, directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
     """Train in this process; the rows of metrics.jsonl."""
     directory.mkdir(exist_ok=True)
-    run = Run(
-        directory, int(os.environ["RANK"]), logging.getLogger(), ExpManagerConfig(create_tensorboard_logger=False)
-    )
+    manager = ExpManagerConfig(create_tensorboard_logger=False, **values.get("exp_manager", {}))
+    run = Run(directory, int(os.environ["RANK"]), logging.getLogger(), manager)
     if kind == "sft":
         train_sft(load_config(SFTConfig, values), run)
     else:
@@ -51,6 +50,16 @@ def train(kind: str, directory: Path, values: dict[str, Any]) -> list[dict[str, 
 def learning(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """The rows without clocks."""
     return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_packed_training_is_padded_training(kind: str, models: Models, tmp_path: Path) -> None:
+    values = settings(models, kind, 3)
+    [padded] = run_ranks(train, 1, kind, tmp_path / "padded", values)
+    packed_model = {"restore_from_path": models.sft, "micro_batch_tokens": 80}
+    [packed] = run_ranks(train, 1, kind, tmp_path / "packed", values | {"model": packed_model})
+    for expected, found in zip(learning(padded), learning(packed), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
@@ -67,14 +76,53 @@ def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_training_learns_and_an_interrupted_run_goes_on_bit_for_bit(kind: str, models: Models, tmp_path: Path) -> None:
-    whole = run_ranks(train, 1, kind, tmp_path / "whole", settings(models, kind, 12, checkpoint_interval=6))[0]
+    whole = run_ranks(
+        train, 1, kind, tmp_path / "whole", {**settings(models, kind, 12), "checkpoint": {"interval": 6}}
+    )[0]
     assert whole[-1]["train/loss"] < 0.8 * whole[0]["train/loss"]
     # a run that finds the checkpoint of step 6 in its directory, as after a crash
     source = tmp_path / "whole" / "checkpoints" / "step_000006"
     target = tmp_path / "parts" / "checkpoints" / "step_000006"
     shutil.copytree(source, target)
-    parts = run_ranks(train, 1, kind, tmp_path / "parts", settings(models, kind, 12, checkpoint_interval=6))[0]
+    parts = run_ranks(
+        train, 1, kind, tmp_path / "parts", {**settings(models, kind, 12), "checkpoint": {"interval": 6}}
+    )[0]
     assert learning(parts) == learning(whole[6:])
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Path) -> None:
+    values = settings(models, kind, 4)
+    [whole] = run_ranks(train, 1, kind, tmp_path / "whole", values | {"checkpoint": {"interval": 2}})
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "step_000002", tmp_path / "parts" / "checkpoints" / "step_000002"
+    )
+    split = values | {"model": values["model"] | {"parallel": {"tensor_model_parallel_size": 2}}}
+    parts = run_ranks(train, 2, kind, tmp_path / "parts", split)[0]
+    for row, expected in zip(learning(parts), learning(whole)[2:], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", 6) | {
+        "checkpoint": {"interval": 1, "keep": 1, "best": "validation/loss", "best_is": "lowest"}
+    }
+    [whole] = run_ranks(train, 1, "sft", tmp_path / "whole", values)
+    losses = {row["step"]: row["validation/loss"] for row in whole}
+    best = min(losses, key=losses.__getitem__)
+    folder = tmp_path / "whole" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == sorted({"best", f"step_{best:06d}", "step_000006"})
+    assert (folder / "best").resolve().name == f"step_{best:06d}"
+
+    limited = values | {"exp_manager": {"max_time_per_run": "00:00:00:00"}}
+    for steps in (1, 2, 3):  # one each, then its time is up
+        [rows] = run_ranks(train, 1, "sft", tmp_path / "parts", limited)
+        assert learning(rows) == learning(whole)[:steps]
+    values["checkpoint"]["best"] = "validation/accuracy"
+    with pytest.raises(
+        RuntimeError, match=r"checkpoint\.best = 'validation/accuracy': expected one of validation/loss"
+    ):
+        run_ranks(train, 1, "sft", tmp_path / "wrong", values)
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])

@@ -24,7 +24,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
+    "tp2_sp_packed": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
+PACKED = 70  # tokens per micro-batch: two to four rows
 
 
 def _read_critic(directory: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -38,11 +40,12 @@ def _read_critic(directory: Path, model: ModelConfig) -> dict[str, torch.Tensor]
 def test_three_steps_match_the_reference(layout: str, models: Models, reward_url: str, tmp_path: Path) -> None:
     reference, parallel = models.reference, LAYOUTS[layout]
     adam, port = {"weight_decay": reference.weight_decay, "eps": reference.adam_eps}, free_port()
+    micro_batches = {"micro_batch_tokens": PACKED} if layout.endswith("packed") else {"micro_batch_size": 2}
     critic = Job(
         "critic",
         2,
         {
-            "model": {"restore_from_path": models.rm, "parallel": parallel, "micro_batch_size": 2},
+            "model": {"restore_from_path": models.rm, "parallel": parallel, **micro_batches},
             "optimizer": {"lr": reference.critic_lr, **adam},
             "server": {"port": port},
         },
@@ -54,7 +57,7 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
             2,
             {
                 "seed": SEED,
-                "model": {"restore_from_path": models.sft, "parallel": parallel, "micro_batch_size": 2},
+                "model": {"restore_from_path": models.sft, "parallel": parallel, **micro_batches},
                 "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
                 "generation": {"max_new_tokens": 20},
                 "ppo": {

@@ -42,7 +42,7 @@ def test_the_average_is_that_of_the_best_members_who_share_a_probed_head(
     probe, average, *each = run_ranks(weights, 1, [root / "linear_probe" / "checkpoints", trained["warm"], *members])[0]
     state = checkpoint.read_manifest(trained["warm"]).state
     manifests = [checkpoint.read_manifest(checkpoint.find(path, "member")) for path in members]
-    accuracies = [manifest.state["validation"]["validation/accuracy"] for manifest in manifests]
+    accuracies = [manifest.metrics["validation/accuracy"] for manifest in manifests]
     chosen = [int(re.findall(r"member_(\d)", path)[0]) for path in state["average_of"]]
     assert len(chosen) == WARM["keep_best"]
     assert min(accuracies[index] for index in chosen) >= max(

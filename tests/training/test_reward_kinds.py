@@ -21,18 +21,21 @@ from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
 KINDS = ("odin", "inform")
-LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
-    "micro_batches_of_1": (1, {}, 1),
-    "dp2": (2, {}, 2),
-    "tp2": (2, {"tensor_model_parallel_size": 2}, 3),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 3),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}, 2),
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
+    "micro_batches_of_1": (1, {}, {"micro_batch_size": 1}),
+    "dp2": (2, {}, {"micro_batch_size": 2}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}, {"micro_batch_size": 3}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"micro_batch_size": 3}),
+    "tp2_sp_packed": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"micro_batch_tokens": 131}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, {"micro_batch_size": 2}),
 }
 
 
-def update(models: Models, source: Path, kind: str, layout: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+def update(
+    models: Models, source: Path, kind: str, layout: dict[str, Any], micro_batches: dict[str, int]
+) -> dict[str, Any]:
     """One update of a trained model: what it reported, and the gradient of the head."""
-    setup = ModelSetup(restore_from_path=source, parallel=ParallelConfig(**layout), micro_batch_size=micro_batch_size)
+    setup = ModelSetup(restore_from_path=source, parallel=ParallelConfig(**layout), **micro_batches)
     config, planned = settings(models, kind), plan(setup, head="scalar")
     task = RewardTask(config.data, config.reward, planned, seed=5)
     runtime.initialize(setup.parallel, 1)
@@ -51,9 +54,9 @@ def update(models: Models, source: Path, kind: str, layout: dict[str, Any], micr
 def test_no_layout_or_micro_batch_changes_an_update(
     layout: str, kind: str, models: Models, trained: dict[str, Path]
 ) -> None:
-    whole = run_ranks(update, 1, models, trained[kind], kind, {}, 8)[0]
-    ranks, parallel, micro_batch_size = LAYOUTS[layout]
-    for found in run_ranks(update, ranks, models, trained[kind], kind, parallel, micro_batch_size):
+    whole = run_ranks(update, 1, models, trained[kind], kind, {}, {"micro_batch_size": 8})[0]
+    ranks, parallel, micro_batches = LAYOUTS[layout]
+    for found in run_ranks(update, ranks, models, trained[kind], kind, parallel, micro_batches):
         assert found["report"].keys() == whole["report"].keys()
         for name, value in whole["report"].items():
             assert found["report"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

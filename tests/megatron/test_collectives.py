@@ -5,8 +5,8 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas
 from nemo_eppo.megatron.runtime import ParallelConfig
-from nemo_eppo.training.collectives import PeerError, on_rank0, over_replicas
 
 
 def _on_rank0() -> tuple[str, str]:

@@ -1,0 +1,136 @@
+"""When checkpoints of a run are written, which are kept, and writing them while training goes on."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.runner import ModelRunner
+
+BEST = "best"
+
+
+class CheckpointConfig(Config):
+    """When a run is saved, and what is kept of it."""
+
+    interval: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 for only the last."""
+    keep: int = Field(2, ge=1)
+    """The newest so many checkpoints are kept."""
+    best: str | None = None
+    """A metric of the validation: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """What is best."""
+    asynchronous: bool = True
+    """Go on with the training while a checkpoint is written. It appears once it is complete."""
+
+    @model_validator(mode="after")
+    def _best_is_validated(self) -> "CheckpointConfig":
+        if self.best is not None and not self.best.startswith("validation/"):
+            raise ValueError(f"best = {self.best!r}: expected a metric of the validation, validation/...")
+        return self
+
+    def check_best(self, known: tuple[str, ...]) -> None:
+        """ConfigError if `best` is not among the `known` metrics."""
+        if self.best is not None and self.best not in known:
+            raise ConfigError(f"checkpoint.best = {self.best!r}: expected one of {', '.join(known)}")
+
+
+class CheckpointSaver:
+    """Writes the checkpoints `step_*` of one run. All methods but `path` are collective over the ranks of the job.
+
+    Writing has two stages: a child process of every rank writes what the weights were at `save`; then a thread of rank
+    0 adds the manifest and renames the directory, and only then does the checkpoint exist.
+
+    Args:
+        folder: of the run's checkpoints.
+        tokenizer: whose files each checkpoint gets.
+        asynchronous: go on while a checkpoint is written.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path | None, asynchronous: bool) -> None:
+        self._folder, self._tokenizer, self._asynchronous = folder, tokenizer, asynchronous
+        self._writing = AsyncCallsQueue()
+        self._sealing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if dist.get_rank() == 0:
+            for abandoned in folder.glob(".step_*.incomplete"):
+                shutil.rmtree(abandoned)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self._folder / f"step_{step:06d}"
+
+    def save(
+        self,
+        runner: ModelRunner,
+        manifest: checkpoint.Manifest,
+        *,
+        before: Callable[[], object] | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> None:
+        """Save the run as it is now, under the manifest's step.
+
+        Args:
+            before: called by rank 0, in another thread, before the checkpoint comes into being. What it raises ends the
+                job at the next call.
+            after: likewise, afterwards.
+        """
+        self.finish()
+        directory = self.path(manifest.step)
+        request = checkpoint.begin(directory, runner, manifest)
+
+        def seal() -> None:
+            if before is not None:
+                before()
+            checkpoint.complete(directory, manifest, self._tokenizer)
+            if after is not None:
+                after()
+
+        def hand_over() -> None:
+            if dist.get_rank() == 0:
+                self._sealing = self._thread.submit(seal)
+
+        request.add_finalize_fn(hand_over)
+        self._writing.schedule_async_request(request)
+        if not self._asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Let a checkpoint that is written go on to its next stage; to be called after each step."""
+        self._writing.maybe_finalize_async_calls(blocking=False)
+        if self._sealing is not None and self._sealing.done():
+            self._sealing.result()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete."""
+        self._writing.maybe_finalize_async_calls(blocking=True)
+        on_rank0(lambda: self._sealing.result() if self._sealing else None)
+        self._sealing = None
+
+
+def tidy(folder: Path, config: CheckpointConfig) -> None:
+    """Remove all but the newest checkpoints and the best, and link that one; on one rank."""
+    saved = checkpoint.complete_in(folder)
+    wanted = set(saved[-config.keep :])
+    if config.best is not None:
+        sign = 1 if config.best_is == "highest" else -1
+        values = {path: checkpoint.read_manifest(path).metrics[config.best] * sign for path in saved}
+        best = max(saved, key=values.__getitem__)
+        wanted.add(best)
+        link = folder / f".{BEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(best.name)
+        os.replace(link, folder / BEST)
+    for path in saved:
+        if path not in wanted:
+            shutil.rmtree(path)

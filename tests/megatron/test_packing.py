@@ -1,0 +1,64 @@
+"""Packs are full, balanced and complete; rows that share a pack do not see each other."""
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import SP2, build_runner, random_batch
+from torch import Tensor
+
+from nemo_eppo.megatron.packing import Packing, balanced_packs
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("multiple", [1, 2, 6])
+def test_every_item_is_packed_once_within_the_budget_and_in_balance(seed: int, multiple: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.exp(torch.randn(64, generator=draw) * 0.8 + 4).long().clamp(1, 700).tolist()
+    packs = balanced_packs(lengths, 1024, multiple, hidden_size=64)
+    assert packs == balanced_packs(lengths, 1024, multiple, hidden_size=64)
+    assert sorted(item for pack in packs for item in pack) == list(range(64))
+    assert len(packs) % multiple == 0
+    assert len(packs) < 2 * sum(lengths) / 1024 + multiple  # packs are at least half full
+    assert max(sum(lengths[item] for item in pack) for pack in packs) <= 1024
+    work = [sum(lengths[item] * (1 + lengths[item] / (12 * 64)) for item in pack) for pack in packs]
+    largest = max(length * (1 + length / (12 * 64)) for length in lengths)
+    assert max(work) - min(work) <= largest  # what dealing the longest first guarantees
+
+
+def test_an_item_beyond_the_budget_is_packed_and_packs_may_stay_empty() -> None:
+    assert balanced_packs([3, 9, 2, 4], 5, 1, 8) == [[1], [3, 0, 2]]
+    assert balanced_packs([3], 5, 4, 8) == [[0], [], [], []]
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_unpacking_undoes_packing(multiple: int) -> None:
+    lengths, padded = torch.tensor([3, 5, 1]), torch.arange(1, 16).view(3, 5)
+    packing = Packing(lengths, 5, multiple)
+    packed = packing.pack(padded, -1)
+    assert packed.tolist()[0] == [1, 2, 3, 6, 7, 8, 9, 10, 11] + [-1] * (-9 % multiple)
+    assert packing.params.cu_seqlens_q.tolist() == [0, 3, 8, 9] + ([16] if multiple == 8 else [])
+    values = packed.unsqueeze(-1).float().requires_grad_()
+    unpacked = packing.unpack(values)
+    inside = torch.arange(5) < lengths[:, None]
+    assert torch.equal(unpacked[..., 0], torch.where(inside, padded, 0).float())
+    unpacked.sum().backward()
+    assert values.grad is not None
+    assert values.grad[0, :, 0].tolist() == [1.0] * 9 + [0.0] * (-9 % multiple)
+
+
+def one_row_changed(layout: dict[str, object]) -> tuple[Tensor, Tensor]:
+    runner, rows = build_runner(layout, micro_batch_tokens=10**6), random_batch()
+    arguments = (rows["lengths"], rows["targets"])
+    before, _ = runner.infer(rows["tokens"], *arguments, outputs=2)
+    changed = rows["tokens"].clone()
+    changed[2] = changed[2].flip(0)
+    after, _ = runner.infer(changed, *arguments, outputs=2)
+    return before, after
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (SP2, 2)], ids=["TP1", "TP2+SP"])
+def test_a_row_changes_no_bit_of_the_others_in_its_pack(layout: dict[str, object], ranks: int) -> None:
+    before, after = run_ranks(one_row_changed, ranks, layout)[0]
+    others = torch.arange(len(before)) != 2
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[2], after[2])

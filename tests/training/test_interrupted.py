@@ -1,0 +1,236 @@
+"""PPO that is killed, told to stop, or started again in another layout is the PPO that was never interrupted."""
+
+import json
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import free_port, run_ranks
+from jobs import Job, Models
+
+from nemo_eppo.conversion.hf_weights import export_tensors
+from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.model import Head, build_model
+from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.runtime import ParallelConfig
+
+STEPS = 5
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+@dataclass
+class Runs:
+    """Starts critics and actors over the run directories `critic` and `actor` below `root`."""
+
+    models: Models
+    reward_url: str
+    root: Path
+    started: int = 0
+
+    def start(self, kind: str, ranks: int, settings: dict[str, Any]) -> Job:
+        self.started += 1
+        return Job(kind, ranks, settings, self.root / f"{kind}_{self.started}", self.root / kind)
+
+    def critic(self, port: int, ranks: int = 1, parallel: Any = None, **extra: Any) -> Job:
+        model = {"restore_from_path": self.models.rm, "parallel": parallel or {}}
+        settings = {"model": model, "server": {"port": port}, "optimizer": {"lr": 1e-3}, **extra}
+        return self.start("critic", ranks, settings)
+
+    def actor(self, port: int, ranks: int = 1, parallel: Any = None, steps: int = STEPS, **extra: Any) -> Job:
+        settings = {
+            "model": {"restore_from_path": self.models.sft, "parallel": parallel or {}},
+            "data": {
+                "train": self.models.data / "prompts.train.jsonl",
+                "validation": self.models.data / "prompts.validation.jsonl",
+                "max_prompt_length": 16,
+            },
+            "generation": {"max_new_tokens": 20},
+            "ppo": {
+                "max_steps": steps,
+                "rollout_batch_size": 8,
+                "mini_batch_size": 4,
+                "energy": {"standardize": True},  # running statistics that a resume has to restore
+                "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 0.01, "horizon": 100},
+            },
+            "optimizer": {"lr": 1e-3},
+            "checkpoint": {"interval": 1, "best": "validation/proxy_reward"},
+            "servers": {
+                "critic": {"url": f"http://127.0.0.1:{port}", "connect_timeout": 60},
+                "rewards": [{"url": self.reward_url}],
+            },
+            **extra,
+        }
+        return self.start("actor", ranks, settings)
+
+    def trajectory(self) -> list[dict[str, float]]:
+        rows = [json.loads(line) for line in (self.root / "actor" / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
+
+    def saved(self, kind: str) -> list[str]:
+        return sorted(path.name for path in (self.root / kind / "checkpoints").iterdir())
+
+    def weights(self, kind: str, name: str) -> dict[str, torch.Tensor]:
+        head: Head = "lm" if kind == "actor" else "scalar"
+        path = self.root / kind / "checkpoints" / name
+        return run_ranks(read_weights, 1, path, self.models.config, head)[0]
+
+
+def read_weights(directory: Path, model: ModelConfig, head: Head) -> dict[str, torch.Tensor]:
+    runtime.initialize(ParallelConfig(), 1)
+    chunks = build_model(model, ParallelConfig(), head=head)
+    checkpoint.load(directory, ModelRunner(chunks, 4))
+    return dict(export_tensors(chunks, model))
+
+
+def log(job: Job) -> str:
+    return job.log.read_text()[-5000:]
+
+
+@pytest.fixture(scope="module")
+def whole(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The uninterrupted run."""
+    runs, port = Runs(models, reward_url, tmp_path_factory.mktemp("whole")), free_port()
+    critic = runs.critic(port)
+    try:
+        actor = runs.actor(port)
+        assert actor.wait(200) == 0, log(actor)
+    finally:
+        critic.stop()
+    assert [row["step"] for row in runs.trajectory()] == [0, 1, 2, 3, 4, 5]
+    return runs
+
+
+def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    critic = runs.critic(port)
+    try:
+        # a call number counts from the restart; the first run is killed before there is any checkpoint
+        for phase, call in (
+            ("critic_train", 1),
+            ("generate", 3),
+            ("logprobs", 7),
+            ("server_wait", 3),
+            ("save", 2),
+            ("actor_train", 3),
+        ):
+            actor = runs.actor(port, kill={"phase": phase, "call": call})
+            assert actor.wait(100) == -signal.SIGKILL, f"{phase}: {log(actor)}"
+        critic.stop(signal.SIGKILL)
+        critic = runs.critic(port, kill={"phase": "critic", "call": 2})  # and now the critic, between two updates
+        actor = runs.actor(port)
+        assert actor.wait(100) == 1, log(actor)
+        assert f"critic server at http://127.0.0.1:{port} unavailable for critic_train" in log(actor)
+        critic.stop()
+        critic = runs.critic(port)
+        actor = runs.actor(port)
+        assert actor.wait(100) == 0, log(actor)
+    finally:
+        critic.stop()
+    assert runs.trajectory() == whole.trajectory()
+    for kind, name in (("actor", "step_000005"), ("critic", "step_000010")):
+        found, expected = runs.weights(kind, name), whole.weights(kind, name)
+        assert found.keys() == expected.keys()
+        for tensor, value in expected.items():
+            assert torch.equal(found[tensor], value), tensor
+
+
+def test_the_newest_and_the_best_checkpoint_stay_with_their_critics(whole: Runs) -> None:
+    rewards = {row["step"]: row["validation/proxy_reward"] for row in whole.trajectory() if row["step"]}
+    best = max(rewards, key=rewards.__getitem__)
+    kept = {best, 4, 5}
+    assert whole.saved("actor") == ["best", *(f"step_{step:06d}" for step in sorted(kept))]
+    manifest = checkpoint.verify(whole.root / "actor" / "checkpoints" / "best")
+    assert (manifest.step, manifest.metrics["validation/proxy_reward"]) == (best, rewards[best])
+    assert {f"step_{2 * step:06d}" for step in kept} <= set(whole.saved("critic"))
+
+
+def test_a_run_goes_on_in_another_layout(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    for steps, actor_layout, critic_layout in ((1, TP2, PP2), (2, {}, TP2)):
+        critic = runs.critic(port, 2, critic_layout)
+        try:
+            actor = runs.actor(port, 2, actor_layout, steps=steps)
+            assert actor.wait(100) == 0, log(actor)
+        finally:
+            critic.stop()
+    expected = [row for row in whole.trajectory() if row["step"] <= 2]
+    for row, wanted in zip(runs.trajectory(), expected, strict=True):
+        # the learning rate is constant, so that max_steps changes nothing
+        assert row == pytest.approx(wanted, abs=2e-5), row["step"]
+
+
+def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    rarely: dict[str, Any] = {"checkpoint": {"interval": 100, "best": "validation/proxy_reward"}}
+    critic = runs.critic(port)
+    try:
+        late = runs.actor(port, exp_manager={"max_time_per_run": "00:00:00:01"}, **rarely)
+        assert late.wait(100) == 0, log(late)
+        assert "max_time_per_run = 00:00:00:01: saving, then ending" in log(late)
+        assert runs.saved("actor") == ["best", "step_000001"]
+        told = runs.actor(port, **rarely)
+        told.wait_for(lambda: [row["step"] for row in runs.trajectory()][-1] >= 2)
+        told.process.send_signal(signal.SIGTERM)
+        assert told.wait(100) == 0, log(told)
+        assert "SIGTERM: saving, then ending" in log(told)
+        steps = [row["step"] for row in runs.trajectory()]
+        assert steps[-1] < STEPS
+        assert runs.saved("actor")[-1] == f"step_{steps[-1]:06d}"
+        last = runs.actor(port, **rarely)
+        assert last.wait(100) == 0, log(last)
+    finally:
+        critic.stop()
+    found, expected = (
+        [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in of.trajectory()]
+        for of in (runs, whole)
+    )
+    assert found == expected  # but for the validations, which come with checkpoints
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_works(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    for kind in ("actor", "critic"):
+        shutil.copytree(whole.root / kind, tmp_path / kind, symlinks=True)
+    newest = tmp_path / "actor" / "checkpoints" / "step_000005"
+    file = max((newest / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    critic = runs.critic(port)
+    try:
+        actor = runs.actor(port)
+        assert actor.wait(100) == 2, log(actor)
+        said = log(actor)
+        assert f"{newest} is damaged: the content of weights/{file.name} is not what its manifest says" in said
+        command = said.split("step_000004: ")[1].splitlines()[0]
+        assert command == f"mv {newest} {newest.parent / 'damaged_step_000005'}"
+        newest.rename(newest.parent / "damaged_step_000005")
+        actor = runs.actor(port)
+        assert actor.wait(100) == 0, log(actor)
+    finally:
+        critic.stop()
+    assert runs.trajectory() == whole.trajectory()
+
+
+def test_a_critic_that_does_not_fit_is_refused(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    shutil.copytree(whole.root / "critic", tmp_path / "critic")
+    shutil.rmtree(tmp_path / "critic" / "checkpoints" / "step_000010")
+    critic = runs.critic(port)
+    try:
+        actor = runs.actor(port)
+        assert actor.wait(100) != 0
+        assert "the critic has made 8 updates of another run" in log(actor)
+        shutil.rmtree(tmp_path / "actor")
+        shutil.copytree(whole.root / "actor", tmp_path / "actor", symlinks=True)
+        actor = runs.actor(port)
+        assert actor.wait(100) != 0
+        assert "the critic cannot go back to update 10" in log(actor)
+    finally:
+        critic.stop()
