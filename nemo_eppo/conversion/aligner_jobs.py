@@ -42,6 +42,8 @@ def ppo_actor(c: Conversion) -> None:
     eps = float(c.source["model.ppo.ratio_eps"])
     c.put("ppo.clip_low", eps)
     c.put("ppo.clip_high", eps)
+    metrics = {"val_global_rewards": "proxy_reward", "val_rewards": "proxy_reward"}
+    _best(c, metrics if c.values["data.validation"] else {})
     _kl(c)
     c.put("ppo.standardize", False, "true standardises rewards by the reward model's own mean and deviation")
     c.put("ppo.reward_clip.range", None, "that project does not clip rewards")
@@ -112,6 +114,7 @@ def reward_training(c: Conversion) -> None:
     _data(c, "nemo-eppo prepare nemo_aligner", "preferences", validation_required=True)
     c.put("data.max_sequence_length", int(get("model.data.seq_length") or c.source["model.encoder_seq_length"]))
     c.put("data.too_long", "drop")
+    _best(c, {"val_loss": "accuracy", "val_acc": "accuracy", "val_accuracy": "accuracy"})
     _regression(c)
 
 
@@ -124,6 +127,7 @@ def sft(c: Conversion) -> None:
             key = f"model.data.{theirs}.file_names"
         _file(c, f"data.{ours}", key, c.source.get(key), "nemo-eppo prepare nemo_aligner", "sft")
     c.put("data.too_long", "drop")
+    _best(c, {"val_loss": "loss"})
 
 
 def _common(c: Conversion) -> None:
@@ -159,6 +163,23 @@ def _common(c: Conversion) -> None:
             note = "true shards optimizer states over data-parallel ranks, as there; GPUs only, so it is left to you"
             _mark(c, "model.optim.name", "changed", note)
         c.put("optimizer.distributed", False, note)
+
+
+def _best(c: Conversion, metrics: dict[str, str]) -> None:
+    """Which checkpoint is kept for its score: its `monitor` -> our metric."""
+    name = "exp_manager.checkpoint_callback_params"
+    most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
+    if not most or monitor not in metrics:
+        for part in ("save_top_k", "monitor", "mode"):
+            _mark(c, f"{name}.{part}", "dropped", "the newest checkpoints are kept, none for its score")
+        return
+    metric = metrics[monitor]
+    c.put("checkpoint.best", f"validation/{metric}")
+    c.put("checkpoint.best_is", "lowest" if metric == "loss" else "highest")
+    if most != 1:
+        _mark(c, f"{name}.save_top_k", "changed", "the single best is kept, and the checkpoint.keep newest")
+    if metric == "accuracy" and monitor == "val_loss":
+        _mark(c, f"{name}.monitor", "changed", "reward models are compared by their accuracy")
 
 
 def _model_path(c: Conversion, key: str, kind: str) -> str:

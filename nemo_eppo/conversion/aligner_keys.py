@@ -28,7 +28,7 @@ _MODEL = "comes with the model"
 _LIGHTNING = "of Lightning's own loop, which is not used"
 _LORA = "not translated: all weights are trained unless adapters are set by hand"
 _FORMAT = "data are JSON lines (nemo-eppo prepare)"
-_CHECKPOINTS = "the newest checkpoints are kept (checkpoint.keep, fit.keep, critic.keep), none by its score"
+_NO_BEST = "the critic is saved with the actor, whose checkpoint.* say when, and what is kept"
 
 COMMON: Rules = {
     "defaults": dropped("Hydra's list of files, here for Transformer Engine's overlap of communication"),
@@ -81,17 +81,17 @@ EXP_MANAGER: Rules = {
     "exp_manager.resume_if_exists": to("exp_manager.resume_if_exists"),
     "exp_manager.resume_ignore_no_checkpoint": dropped("a run without a checkpoint starts from the beginning"),
     "exp_manager.resume_from_checkpoint": lost("a run goes on from its own newest checkpoint", None),
-    "exp_manager.max_time_per_run": lost("there is no time limit; a stopped job goes on from its checkpoint", None),
+    "exp_manager.max_time_per_run": to("exp_manager.max_time_per_run"),
     "exp_manager.create_checkpoint_callback": lost("the last step is always saved", True, None),
-    "exp_manager.checkpoint_callback_params.monitor": dropped(_CHECKPOINTS),
-    "exp_manager.checkpoint_callback_params.mode": dropped(_CHECKPOINTS),
-    "exp_manager.checkpoint_callback_params.save_top_k": dropped(_CHECKPOINTS),
-    "exp_manager.checkpoint_callback_params.save_best_model": dropped(_CHECKPOINTS),
+    "exp_manager.checkpoint_callback_params.monitor": joint("checkpoint.best"),
+    "exp_manager.checkpoint_callback_params.mode": joint("checkpoint.best_is"),
+    "exp_manager.checkpoint_callback_params.save_top_k": joint("checkpoint.best"),
+    "exp_manager.checkpoint_callback_params.save_best_model": dropped("the best is linked as checkpoints/best"),
     "exp_manager.checkpoint_callback_params.always_save_nemo": dropped("no .nemo files: nemo-eppo convert"),
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": dropped("no .nemo files: nemo-eppo convert"),
     "exp_manager.checkpoint_callback_params.filename": dropped("checkpoints are step_N"),
     "exp_manager.checkpoint_callback_params.model_parallel_size": dropped("checkpoints load in any layout"),
-    "trainer.max_time": lost("there is no time limit; a stopped job goes on from its checkpoint", None),
+    "trainer.max_time": dropped("exp_manager.max_time_per_run is what ends a run, there as here"),
     "trainer.max_epochs": dropped(_COPY),
     "trainer.max_steps": dropped(_COPY),
 }
@@ -236,6 +236,9 @@ CRITIC: Rules = {
     **_REWARD_HEAD,
     **_STANDARDIZATION,
     **_optimizer(lr=9e-6, min_lr=9e-7),
+    "exp_manager.checkpoint_callback_params.monitor": dropped(_NO_BEST),
+    "exp_manager.checkpoint_callback_params.mode": dropped(_NO_BEST),
+    "exp_manager.checkpoint_callback_params.save_top_k": dropped(_NO_BEST),
     "trainer.ppo.port": to("server.port", 5556),
     "trainer.ppo.combine_rm_and_critic_server": joint("reward_model", True),
     "trainer.ppo.max_steps": joint("critic.total_updates", 10000),
@@ -274,7 +277,7 @@ def _fit(section: str, lr: float, min_lr: float, weight_decay: float) -> Rules:
         f"trainer.{section}.max_epochs": to(f"{ours}.epochs", 1),
         f"trainer.{section}.max_steps": to(f"{ours}.max_steps", -1, limit),
         f"trainer.{section}.val_check_interval": to(f"{ours}.validation_interval", 100, steps),
-        f"trainer.{section}.save_interval": to(f"{ours}.checkpoint_interval", 100, steps),
+        f"trainer.{section}.save_interval": to("checkpoint.interval", 100, steps),
         f"trainer.{section}.limit_val_batches": lost("all validation data are used", 1.0, None),
         f"trainer.{section}.limit_train_batches": lost("all training data are used", 1.0, None),
         f"trainer.{section}.gradient_clip_val": to("optimizer.clip_grad", 1.0, clip_norm),
@@ -338,7 +341,7 @@ SFT: Rules = {
     "model.data.train_ds.index_mapping_dir": dropped(_FORMAT),
     "model.data.train_ds.prompt_template": dropped(_SFT_TEXT),
     "model.data.train_ds.hf_dataset": dropped(_FORMAT),
-    "model.data.train_ds.packed_sequence": dropped(_SPEED),
+    "model.data.train_ds.packed_sequence": dropped("changes speed only: model.micro_batch_tokens packs"),
     "model.data.train_ds.packed_sequence_return_cu_seqlen": dropped(_SPEED),
     "model.data.validation_ds.file_path": joint("data.validation"),
     "model.data.validation_ds.file_names": joint("data.validation"),

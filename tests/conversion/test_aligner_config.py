@@ -17,9 +17,9 @@ from nemo_eppo.conversion.aligner_keys import KINDS
 from nemo_eppo.conversion.aligner_rules import Conversion
 from nemo_eppo.training.critic import CriticConfig
 from nemo_eppo.training.ppo_config import PPOConfig
-from nemo_eppo.training.reward_model import RewardTrainingConfig
+from nemo_eppo.training.reward_model import RewardTask, RewardTrainingConfig
 from nemo_eppo.training.reward_service import RewardModelConfig
-from nemo_eppo.training.sft import SFTConfig
+from nemo_eppo.training.sft import SFTConfig, SFTTask
 
 CONF = Path(__file__).parents[2] / "conf"
 SCHEMAS: dict[str, type[Config]] = {
@@ -58,8 +58,12 @@ ACTOR: dict[str, Any] = {
         "explicit_log_dir": "/results/actor",
         "create_wandb_logger": True,
         "wandb_logger_kwargs": {"project": "p", "name": "n"},
+        "max_time_per_run": "00:03:30:00",
         "checkpoint_callback_params": {
-            "model_parallel_size": "${multiply:${model.tensor_model_parallel_size},${model.nowhere}}"
+            "monitor": "val_global_rewards",
+            "save_top_k": 3,
+            "mode": "max",
+            "model_parallel_size": "${multiply:${model.tensor_model_parallel_size},${model.nowhere}}",
         },
     },
     "pretrained_checkpoint": {"restore_from_path": "/models/sft.nemo"},
@@ -101,6 +105,7 @@ REWARD_SERVER: dict[str, Any] = {
 }
 REWARD_TRAINING: dict[str, Any] = {
     "trainer": {"rm": {"max_epochs": 2, "max_steps": -1, "val_check_interval": 50, "save_interval": 200}},
+    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 3, "mode": "min"}},
     "pretrained_checkpoint": {"restore_from_path": "/models/sft_hf"},
     "model": {
         "global_batch_size": 32,
@@ -113,6 +118,7 @@ REWARD_TRAINING: dict[str, Any] = {
 }
 SFT: dict[str, Any] = {
     "trainer": {"sft": {"max_steps": 500, "val_check_interval": 0.5}},
+    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 1, "mode": "min"}},
     "model": {
         "restore_from_path": "/models/base.nemo",
         "hidden_dropout": 0.1,
@@ -229,6 +235,9 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "validation.interval": 7,
         "validation.max_prompts": 96,
         "checkpoint.interval": 7,
+        "checkpoint.best": "validation/proxy_reward",
+        "checkpoint.best_is": "highest",
+        "exp_manager.max_time_per_run": "00:03:30:00",
         "seed": 99,
         "exp_manager.explicit_log_dir": "/results/actor",
         "exp_manager.wandb_logger_kwargs": {"project": "p", "name": "n"},
@@ -237,6 +246,7 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
     }.items() <= ours.items()
     assert status(result, "model.ppo.sampling_params.repetition_penalty") == "lost"
     assert status(result, "trainer.ppo.trt_llm.enable") == "dropped"
+    assert status(result, "exp_manager.checkpoint_callback_params.save_top_k") == "changed"
     assert status(result, "model.optim.name") == "changed"
     assert status(result, "model.optim.weight_decay") == "default"
     assert status(result, "exp_manager.checkpoint_callback_params.model_parallel_size") == "dropped"
@@ -266,7 +276,7 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
         "fit.epochs": 2,
         "fit.max_steps": None,
         "fit.validation_interval": 50,
-        "fit.checkpoint_interval": 200,
+        "checkpoint.interval": 200,
         "fit.global_batch_size": 32,
         "data.max_sequence_length": 1024,
         "optimizer.lr": 9e-6,
@@ -277,8 +287,12 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
         "sft.global_batch_size": 16,
         "data.max_sequence_length": 512,
         "data.validation": "/d/val.jsonl",
+        "checkpoint.best": "validation/loss",
+        "checkpoint.best_is": "lowest",
         "optimizer.lr": 3e-5,
     }.items() <= sft.values.items()
+    assert sft.values["checkpoint.best"] in SFTTask.validated
+    assert training["checkpoint.best"] in RewardTask.validated
     assert status(sft, "model.hidden_dropout") == "lost"
     assert status(sft, "trainer.sft.val_check_interval") == "changed", "a share of an epoch is no number of steps"
 
