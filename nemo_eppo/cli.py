@@ -65,7 +65,8 @@ The output is complete or does not exist; nothing is ever overwritten.""",
 examples:
   nemo-eppo convert hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3
   nemo-eppo convert megatron-to-hf --input runs/ppo/checkpoints --output models/aligned
-  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward""",
+  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward
+  nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml""",
     )
     ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
     add_aligner_config(ways, _HelpFormatter)
