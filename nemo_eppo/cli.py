@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from nemo_eppo.aligner_cli import add_aligner_config
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.prepare_cli import add_prepare
 
@@ -54,7 +55,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     convert = commands.add_parser(
         "convert",
         formatter_class=_HelpFormatter,
-        help="Hugging Face directories to Megatron checkpoints and back",
+        help="Hugging Face directories to Megatron checkpoints and back; settings of NeMo-Aligner",
         description="""\
 Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
 model needs the memory of one of its files and one of its layers, whatever its size.
@@ -65,9 +66,11 @@ The output is complete or does not exist; nothing is ever overwritten.""",
 examples:
   nemo-eppo convert hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3
   nemo-eppo convert megatron-to-hf --input runs/ppo/checkpoints --output models/aligned
-  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward""",
+  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward
+  nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml""",
     )
     ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
+    add_aligner_config(ways, _HelpFormatter)
     hf_to_megatron = ways.add_parser(
         "hf-to-megatron",
         formatter_class=_HelpFormatter,

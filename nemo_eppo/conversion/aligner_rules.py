@@ -1,0 +1,157 @@
+"""What becomes of one key of NeMo-Aligner, or of several together; the tables are in aligner_keys.py."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_eppo.config import ConfigError
+
+REQUIRED = "???"
+"""OmegaConf's mark of a value that has to be set."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done with a key. Without `target` it has no counterpart; `note` says why, or what is different."""
+
+    target: str = ""
+    """Our key, or several, separated by commas; of a joint key for the report only."""
+    note: str = ""
+    convert: Callable[[Any], Any] | None = None
+    """From its value to ours; ValueError for one that cannot be."""
+    default: Any = None
+    """Its value in that project where a file does not set it."""
+    harmless: tuple[Any, ...] | None = None
+    """Without counterpart: the values with which results do not change. None: all."""
+    joint: bool = False
+    """A function over several keys deals with it."""
+
+
+def to(target: str, default: Any = None, convert: Callable[[Any], Any] | None = None, note: str = "") -> Rule:
+    """The same setting of ours."""
+    return Rule(target, note, convert, default)
+
+
+def joint(target: str, default: Any = None, note: str = "") -> Rule:
+    """Becomes part of a setting of ours; without `target` of a remark."""
+    return Rule(target, note, default=default, joint=True)
+
+
+def dropped(note: str) -> Rule:
+    """Changes no result, or has no meaning with us."""
+    return Rule(note=note)
+
+
+def lost(note: str, *harmless: Any) -> Rule:
+    """Changes results, unless it has one of the values `harmless`; there is nothing like it with us."""
+    return Rule(note=note, harmless=harmless)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the report."""
+
+    key: str
+    value: Any
+    status: str
+    """mapped, default (not in the file: that project's default), changed, dropped, lost, conflict or unknown."""
+    target: str = ""
+    note: str = ""
+
+
+@dataclass
+class Conversion:
+    """A file that is being converted: what it says, what has come of it, and what is left to do by hand."""
+
+    kind: str
+    source: Mapping[str, Any]
+    """Key -> value, interpolations resolved, that project's defaults included."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Our settings: dotted key -> value."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Remarks for keys of `values`."""
+    rows: list[Row] = field(default_factory=list)
+    todo: list[str] = field(default_factory=list)
+
+    def put(self, key: str, value: Any, note: str = "") -> None:
+        self.values[key] = value
+        if note:
+            self.notes[key] = note
+
+    def conflict(self, key: str, note: str) -> None:
+        """The file contradicts itself; what is done about it."""
+        self.rows.append(Row(key, self.source.get(key), "conflict", note=note))
+
+    def require(self, key: str, condition: bool, message: str) -> None:
+        """End the conversion for a value that cannot be."""
+        if not condition:
+            raise ConfigError(f"{key} = {self.source.get(key)!r}: {message}")
+
+
+class Changed(Exception):
+    """Raised by a `Rule.convert`: `value` is the nearest that there is; the message says what is different."""
+
+    def __init__(self, value: Any, note: str) -> None:
+        super().__init__(note)
+        self.value = value
+
+
+def precision(value: Any) -> str:
+    name = str(value).lower().removesuffix("-mixed").removesuffix("-true").removeprefix("fp").removeprefix("float")
+    if name in ("bf16", "b16"):
+        return "bf16"
+    if name == "32":
+        return "fp32"
+    if name == "16":
+        raise Changed("bf16", "there is no fp16; bf16 needs no loss scaling")
+    raise ValueError("expected bf16, 16 or 32")
+
+
+def steps(value: Any) -> int:
+    """An interval in steps: 0 and None for never."""
+    if value is None:
+        return 0
+    if float(value) < 0 or not float(value).is_integer() or (isinstance(value, float) and value == 1):
+        raise Changed(0, f"{value}: only whole numbers of steps; 0 is for the end alone")
+    return int(value)
+
+
+def limit(value: Any) -> int | None:
+    """A number of steps of which -1 and None mean: no limit."""
+    return None if value is None or int(value) < 0 else int(value)
+
+
+def clip_norm(value: Any) -> float:
+    return 0.0 if value is None else float(value)
+
+
+def value_clip(value: Any) -> float | None:
+    return float(value) if value else None
+
+
+def top_p(value: Any) -> float:
+    return 1.0 if not value else float(value)
+
+
+def recompute(value: Any) -> bool:
+    if value == "selective":
+        raise Changed(True, "selective: whole layers are recomputed instead, which is slower and saves more memory")
+    if value not in (None, "full"):
+        raise ValueError("expected full, selective or null")
+    return value == "full"
+
+
+def schedule(value: Any) -> str:
+    if value in (None, "CosineAnnealing"):
+        return "cosine" if value else "constant"
+    raise Changed("constant", f"{value}: there are constant, linear and cosine")
+
+
+def pooling(value: Any) -> str:
+    if value:
+        raise Changed("mean", "the mean over the response's tokens, not over the prompt's as well")
+    return "last"
+
+
+def floats(value: Any) -> list[float]:
+    return [float(x) for x in value]

@@ -1,0 +1,89 @@
+"""docker/compose.yaml says what Compose understands, and its jobs understand what it tells them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import check_jsonschema
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+TOKEN = "shared-secret"
+
+
+def test_it_follows_the_compose_specification() -> None:
+    schemas = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    jsonschema.validate(COMPOSE, json.loads((schemas / "compose-spec.json").read_text()))
+
+
+def test_the_actor_waits_for_healthy_servers_and_all_jobs_have_a_gpu_of_their_own() -> None:
+    assert SERVICES["actor"]["depends_on"] == {
+        name: {"condition": "service_healthy"} for name in SERVICES if name != "actor"
+    }
+    devices = [service["deploy"]["resources"]["reservations"]["devices"][0] for service in SERVICES.values()]
+    ids = [id for device in devices for id in device["device_ids"]]
+    assert len(ids) == len(set(ids)) == len(SERVICES)
+    assert all(device["capabilities"] == ["gpu"] for device in devices)
+    for service in SERVICES.values():
+        assert service["ipc"] == "host"
+        assert service["healthcheck"]["test"][-1] == "/opt/nemo_eppo/docker/health.py"
+
+
+def test_without_a_token_nothing_starts() -> None:
+    assert SERVICES["actor"]["environment"]["NEMO_EPPO_TOKEN"].startswith("${NEMO_EPPO_TOKEN:?")
+
+
+@pytest.mark.parametrize("name", ["actor", "critic", "reward"])
+def test_the_settings_of_each_job_load(name: str, tmp_path: Path) -> None:
+    command = [argument.replace("$$", "$") for argument in SERVICES[name]["command"]]
+    shown = subprocess.run(
+        ["bash", str(ROOT / "docker" / "entrypoint.sh"), *command, "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHON": sys.executable,
+            "SERVERS": sys.prefix,
+            "PYTHONPATH": str(ROOT),
+            "NEMO_EPPO_TOKEN": TOKEN,
+            "NEMO_EPPO_STATE": str(tmp_path),
+        },
+    )
+    assert shown.returncode == 0, shown.stderr
+    settings = yaml.safe_load(shown.stdout)
+    mounts = {volume.partition("}:")[2].removesuffix(":ro") for volume in SERVICES[name]["volumes"]}
+    paths = re.findall(r"(?<=[ '\"])(/(?:models|data|runs)\S*)", shown.stdout)
+    assert paths
+    assert all("/" + path.split("/")[1] in mounts for path in paths)
+    if name == "actor":
+        servers = settings["servers"]
+        addresses = [servers["critic"]["url"], *(reward["url"] for reward in servers["rewards"])]
+        assert addresses == ["http://critic:5555", "http://reward:5556"]
+    else:
+        assert settings["server"]["host"] == "0.0.0.0"
+        assert settings["server"]["port"] == {"critic": 5555, "reward": 5556}[name]
+        assert TOKEN not in shown.stdout
+
+
+def test_the_token_reaches_the_actor(tmp_path: Path) -> None:
+    overrides = [argument.replace("$$", "$") for argument in SERVICES["actor"]["command"] if "oc.env" in argument]
+    assert len(overrides) == 2
+    code = f"""
+import os
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+os.environ["NEMO_EPPO_TOKEN"] = {TOKEN!r}
+with initialize_config_dir({str(ROOT / "conf")!r}, version_base="1.3"):
+    servers = compose("gpt_ppo_actor", {["++" + override for override in overrides]!r}).servers
+print(servers.critic.token, servers.rewards[0].token)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert told.stdout.split() == [TOKEN, TOKEN], told.stderr
