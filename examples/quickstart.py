@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.data.noun_task import write_noun_task
-from nemo_eppo.launch.check import check_launch
 from nemo_eppo.launch.local import LaunchError, run_local
 from nemo_eppo.launch.schema import read_launch
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
@@ -35,10 +34,11 @@ def main() -> None:
     out: Path = options.output.absolute()
     make_anew(out)
     sizes = {"sft_examples": 40_000, "preference_pairs": 16_000, "prompts": 12_000, "validation_examples": 256}
-    variables = {"seed": options.seed, "steps": options.steps, "eta": options.eta}
+    changes = {"output": out, **{f"variables.{name}": getattr(options, name) for name in ("seed", "steps", "eta")}}
     if options.fast:
         sizes = {"sft_examples": 512, "preference_pairs": 256, "prompts": 256, "validation_examples": 32}
-        variables |= {"sft_steps": 10, "reward_steps": 5}
+        changes |= {"variables.sft_steps": 10, "jobs.sft.settings.optimizer.warmup_steps": 5}
+        changes |= {"variables.reward_steps": 5, "jobs.reward_model.settings.optimizer.warmup_steps": 2}
 
     def stage(number: int, what: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {number}/3 {what}", flush=True)
@@ -47,10 +47,7 @@ def main() -> None:
     write_noun_task(out / "data", options.seed, **sizes)
 
     stage(2, "launching SFT, reward model, servers, actor")
-    launch = read_launch(
-        LAUNCH_FILE, [f"output={out}", *(f"variables.{key}={value}" for key, value in variables.items())]
-    )
-    check_launch(launch, here=True)
+    launch = read_launch(LAUNCH_FILE, [f"{key}={value}" for key, value in changes.items()])
     try:
         run_local(launch)
     except LaunchError as error:

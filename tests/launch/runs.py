@@ -1,6 +1,7 @@
 """Launch files of tiny runs, and what is left of a run on this machine."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +51,11 @@ def processes_of(output: Path, but: int = 0) -> list[str]:
     return found
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory_of(process: int) -> set[Path]:
+    """Blocks of shared memory that the descendants of a process have mapped."""
+    blocks = set()
+    for child in psutil.Process(process).children(recursive=True):
+        with suppress(OSError):  # it has just ended
+            maps = Path(f"/proc/{child.pid}/maps").read_text().splitlines()
+            blocks |= {Path(line.split()[5]) for line in maps if "/dev/shm/" in line}
+    return {block for block in blocks if block.exists()}

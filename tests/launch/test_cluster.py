@@ -115,17 +115,24 @@ def commands_in(directory: Path, python: str) -> dict[str, str]:
     return {**os.environ, **nodes, "PATH": path, "SLURM_JOB_ID": "17", "REQUEUED": str(directory / "requeued")}
 
 
-def test_the_batch_script_trains_against_its_servers_and_ends_them(models: Models, tmp_path: Path) -> None:
-    launch = read_launch(write(cluster_run(models, tmp_path), tmp_path / "launch.yaml"))
-    script = batch_script(launch)
-    shellcheck(script)
+def test_the_batch_script_trains_ends_its_servers_and_goes_on_when_it_is_submitted_again(
+    models: Models, tmp_path: Path
+) -> None:
+    file = write(cluster_run(models, tmp_path), tmp_path / "launch.yaml")
     environment = commands_in(tmp_path, f'exec {sys.executable} "$@"')
-    done = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert read_metrics(tmp_path / "out" / "actor" / "metrics.jsonl")["critic/loss"][0] == list(range(1, STEPS + 1))
-    assert processes_of(tmp_path / "out") == []
+    metrics = tmp_path / "out" / "actor" / "metrics.jsonl"
+    made: list[str] = []
+    for steps in (STEPS, STEPS + 1):
+        script = batch_script(read_launch(file, [f"jobs.actor.settings.ppo.max_steps={steps}"]))
+        shellcheck(script)
+        done = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert read_metrics(metrics)["critic/loss"][0] == list(range(1, steps + 1))
+        assert metrics.read_text().splitlines()[: len(made)] == made  # none of these was made again
+        made = metrics.read_text().splitlines()
+        assert processes_of(tmp_path / "out") == []
     assert not (tmp_path / "requeued").exists()
 
 
