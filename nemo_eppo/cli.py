@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from nemo_eppo.aligner_cli import add_aligner_config
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.prepare_cli import add_prepare
+from nemo_eppo.launch.launch_cli import add_launch
 
 if TYPE_CHECKING:
     from nemo_eppo.megatron.runtime import ParallelConfig
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_prepare(commands, _HelpFormatter)
     _add_convert(commands)
     _add_score(commands)
+    add_launch(commands, _HelpFormatter)
     return parser
 
 

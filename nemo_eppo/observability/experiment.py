@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -178,13 +178,25 @@ def _force(override: str, config_directories: list[Path]) -> str:
     return override if is_group else f"++{override}"
 
 
-def _compose(directory: Path, name: str, overrides: list[str]) -> DictConfig:
+def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(directory), version_base="1.3"):
-            return compose(name, overrides)
+            return compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise ConfigError(f"cannot read the settings {directory / name}.yaml: {error}{cause}") from None
+
+
+def read_settings(schema: type[ConfigT], directory: Path, name: str, overrides: Sequence[str]) -> ConfigT:
+    """The checked settings of a job that is started with these `key=value` arguments.
+
+    Args:
+        directory: holds the YAML file `name` (without its ending).
+
+    Raises:
+        ConfigError: as the job itself would report it.
+    """
+    return _check(schema, _compose(directory, name, [_force(override, [directory]) for override in overrides]))
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:

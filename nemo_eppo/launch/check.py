@@ -1,0 +1,110 @@
+"""Everything about a launch that can be wrong is found here, before anything starts."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.launch.command import LOCAL_HOST, REPOSITORY, Address, fixed_port, overrides, script
+from nemo_eppo.launch.schema import LaunchConfig
+from nemo_eppo.observability.experiment import read_settings
+
+# Settings that name what a job reads.
+INPUTS = ("model.restore_from_path", "model.tokenizer", "reward_model", "data.train", "data.validation")
+HEADS = {"train_gpt_ppo_actor": "lm", "serve_reward_model": "scalar"}
+
+
+def check_launch(launch: LaunchConfig, *, here: bool) -> None:
+    """Check every job's settings against its schema, its layout against its ranks, and that what it reads is there.
+
+    Args:
+        here: the jobs run on this machine: files have to exist, ports have to be free.
+
+    Raises:
+        ConfigError: one paragraph for each job with a fault.
+    """
+    if not Path(script(next(iter(launch.jobs.values())))).exists():
+        raise ConfigError(
+            f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
+        )
+    schemas = _schemas()
+    nowhere = {name: Address("http://127.0.0.1:1") for name, job in launch.jobs.items() if job.serves}
+    faults = []
+    for name, job in launch.jobs.items():
+        schema, config_name = schemas[job.script]
+        try:
+            settings: Any = read_settings(schema, REPOSITORY / "conf", config_name, overrides(launch, name, nowhere))
+            settings.model.parallel.data_parallel_size(job.ranks)
+            if here:
+                if job.nodes > 1:
+                    raise ConfigError(f"nodes = {job.nodes}: expected 1 on this machine")
+                _check_inputs(launch, name, settings)
+        except ConfigError as error:
+            faults.append(f"jobs.{name}: {error}")
+    if here:
+        faults += _taken_ports(launch)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _schemas() -> dict[str, tuple[type[Config], str]]:
+    """Schema and YAML file of every script; they bring torch, so they are imported late."""
+    from nemo_eppo.training.critic import CriticConfig
+    from nemo_eppo.training.ppo_config import PPOConfig
+    from nemo_eppo.training.reward_model import RewardTrainingConfig
+    from nemo_eppo.training.reward_service import RewardModelConfig
+    from nemo_eppo.training.sft import SFTConfig
+
+    return {
+        "train_gpt_sft": (SFTConfig, "gpt_sft"),
+        "train_reward_model": (RewardTrainingConfig, "gpt_reward_model"),
+        "serve_reward_model": (RewardModelConfig, "serve_reward_model"),
+        "serve_ppo_critic": (CriticConfig, "gpt_ppo_critic"),
+        "train_gpt_ppo_actor": (PPOConfig, "gpt_ppo_actor"),
+    }
+
+
+def _check_inputs(launch: LaunchConfig, name: str, settings: Any) -> None:
+    from nemo_eppo.training.setup import plan
+
+    made_here = {}
+    for key in INPUTS:
+        value: Any = settings
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if value is None:
+            continue
+        made_here[key] = _maker(launch, value)
+        if made_here[key] and made_here[key] not in launch.before(name):
+            raise ConfigError(f"{key} = {value} is made by the job {made_here[key]}, which is not among its needs")
+        if not made_here[key] and not value.exists():
+            raise ConfigError(f"{key} = {value} does not exist")
+    if not any(made_here.get(key) for key in ("model.restore_from_path", "model.tokenizer")):
+        job = launch.jobs[name]
+        plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
+
+
+def _maker(launch: LaunchConfig, path: Path) -> str | None:
+    """The job in whose run directory a path lies."""
+    return next(
+        (name for name in launch.jobs if path.absolute().is_relative_to((launch.output / name).absolute())), None
+    )
+
+
+def _taken_ports(launch: LaunchConfig) -> list[str]:
+    faults, owners = [], dict[int, str]()
+    for name, job in launch.jobs.items():
+        port = fixed_port(job) if job.serves else 0
+        if not port:
+            continue
+        where = f"jobs.{name}.settings.server.port = {port}"
+        if port in owners:
+            faults.append(f"{where}: the job {owners[port]} has it already")
+        owners[port] = name
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((str(job.setting("server.host") or LOCAL_HOST), port))
+            except OSError as error:
+                faults.append(f"{where}: cannot listen there, {error.strerror}")
+    return faults

@@ -1,0 +1,147 @@
+"""A job's command line and environment: the same on one machine, under Slurm and in Kubernetes."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.schema import JobConfig, LaunchConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = PurePath("examples/nlp/gpt")
+TOKEN = "NEMO_EPPO_TOKEN"
+"""Environment variable that carries the servers' shared secret, which never stands on a command line."""
+LOCAL_HOST = "127.0.0.1"
+FIRST_PORT = 5555
+MASTER_PORT = 29500
+THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # the second: Megatron's overlaps rely on it
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and where others find it."""
+
+    url: str
+    host: str = LOCAL_HOST
+    port: int = 0
+
+    @property
+    def open_to_network(self) -> bool:
+        return not self.host.startswith("127.")
+
+
+def ports(launch: LaunchConfig) -> dict[str, int]:
+    """The servers' ports where they cannot be found out at run time: as set, else counted from FIRST_PORT."""
+    servers = [name for name, job in launch.jobs.items() if job.serves]
+    return {name: fixed_port(launch.jobs[name]) or FIRST_PORT + i for i, name in enumerate(servers)}
+
+
+def fixed_port(job: JobConfig) -> int:
+    """The port that its settings ask for; 0 for any."""
+    return int(job.setting("server.port") or 0)
+
+
+def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> list[str]:
+    """The `key=value` arguments of a job: its settings, and what only the launcher knows.
+
+    Args:
+        addresses: of the job itself if it is a server, and of the servers it needs.
+    """
+    job = launch.jobs[name]
+    filled: dict[str, Any] = {"exp_manager.explicit_log_dir": str(launch.output / name)}
+    if job.serves:
+        own = addresses[name]
+        filled |= {"server.host": own.host, "server.port": own.port} | _token("server.token", own)
+    if job.script == "train_gpt_ppo_actor":
+        critic = next(need for need in job.needs if launch.jobs[need].script == "serve_ppo_critic")
+        filled["servers.critic.url"] = addresses[critic].url
+        filled |= _token("servers.critic.token", addresses[critic])
+        filled["servers.rewards"] = [_reward(launch, need, addresses) for need in launch.reward_servers(name)]
+        if job.held_out is not None:
+            filled["servers.held_out"] = _reward(launch, job.held_out, addresses)
+    settings = dict(_flat(job.settings)) | filled
+    return [f"{key}={_hydra(value)}" for key, value in settings.items()]
+
+
+def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:
+    kind = {"job": "critic"} if launch.jobs[name].script == "serve_ppo_critic" else {}
+    return {"url": addresses[name].url, **kind, **_token("token", addresses[name])}
+
+
+def _token(key: str, address: Address) -> dict[str, str]:
+    return {key: f"${{oc.env:{TOKEN}}}"} if address.open_to_network else {}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides, which reads it back as the same value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    return text if _reads_as_itself(text) else "'" + re.sub(r"(\\*)('|$)", _escaped, text) + "'"
+
+
+def _reads_as_itself(text: str) -> bool:
+    try:
+        found = OverridesParser.create().parse_override(f"key=[{text}]").value()
+    except HydraException:
+        return False
+    return bool(found == [text])
+
+
+def _escaped(match: re.Match[str]) -> str:
+    backslashes, quote = match.groups()  # backslashes count double in front of a quote only
+    return backslashes * 2 + ("\\'" if quote else "")
+
+
+def script(job: JobConfig, code: PurePath = REPOSITORY) -> str:
+    """The script's file, `code` being where the repository lies."""
+    return str(code / SCRIPTS / f"{job.script}.py")
+
+
+def torchrun(job: JobConfig, rendezvous: Sequence[str] = ("--standalone",), python: str = sys.executable) -> list[str]:
+    """What starts a script's ranks on one machine."""
+    if job.ranks == 1:
+        return [python, "-u"]
+    return [python, "-u", "-m", "torch.distributed.run", "--nproc_per_node", str(job.ranks_per_node), *rendezvous]
+
+
+def trainer(launch: LaunchConfig) -> str:
+    """The one job of a cluster's launch that is no server: its end is the end of all.
+
+    Raises:
+        ConfigError: there are several, or a job waits for it; a cluster starts all jobs of a launch at once.
+    """
+    trainers = [name for name, job in launch.jobs.items() if not job.serves]
+    if len(trainers) != 1 or any(trainers[0] in job.needs for job in launch.jobs.values()):
+        raise ConfigError(
+            f"jobs: a cluster starts all at once; expected servers and one job that needs them, found besides servers "
+            f"{', '.join(trainers) or 'none'}. A training that has to end first is a launch of its own"
+        )
+    return trainers[0]
+
+
+def environment(launch: LaunchConfig, name: str) -> dict[str, str]:
+    """Environment variables of a job, the token not among them."""
+    return THREADS | launch.environment | launch.jobs[name].environment

@@ -1,0 +1,64 @@
+"""Which GPUs of this machine each job gets, so that jobs which run together do not share one."""
+
+import os
+import shutil
+import subprocess
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.schema import JobConfig, LaunchConfig
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+class Gpus:
+    """Hands out GPUs. Without any, or where the launch file sets CUDA_VISIBLE_DEVICES, jobs are left alone.
+
+    Args:
+        visible: identifiers of the machine's GPUs.
+
+    Raises:
+        ConfigError: jobs that run at the same time have more ranks than there are GPUs.
+    """
+
+    def __init__(self, launch: LaunchConfig, visible: list[str]) -> None:
+        self._free = visible
+        self._managed = {
+            name
+            for name, job in launch.jobs.items()
+            if visible and VISIBLE not in launch.environment and VISIBLE not in job.environment
+        }
+        self._held: dict[str, list[str]] = {}
+        servers = {name for name in self._managed if launch.jobs[name].serves}
+        for name in self._managed:
+            # servers start as soon as they can and stay: only those that need this job are surely not there yet
+            beside = {server for server in servers if name not in launch.before(server)} | {name}
+            ranks = sum(launch.jobs[job].ranks for job in beside)
+            if ranks > len(visible):
+                raise ConfigError(
+                    f"jobs.{name}.ranks_per_node: {', '.join(sorted(beside))} run together on {ranks} ranks, but "
+                    f"there are {len(visible)} GPUs; set {VISIBLE} in `environment` to share them"
+                )
+
+    def take(self, name: str, job: JobConfig) -> dict[str, str] | None:
+        """Environment that gives a job its GPUs; None if they are not free yet."""
+        if name not in self._managed:
+            return {}
+        if job.ranks > len(self._free):
+            return None
+        self._held[name], self._free = self._free[: job.ranks], self._free[job.ranks :]
+        return {VISIBLE: ",".join(self._held[name])}
+
+    def give_back(self, name: str) -> None:
+        """A job has ended."""
+        self._free = self._free + self._held.pop(name, [])
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs, or those of them that the environment allows."""
+    if VISIBLE in os.environ:
+        return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    found = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(number) for number, line in enumerate(found) if line.startswith("GPU ")]

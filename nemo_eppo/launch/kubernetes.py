@@ -1,0 +1,147 @@
+"""A launch as Kubernetes manifests: one Indexed Job, whose pods are the nodes of all jobs, and a headless Service.
+
+One Job and not several, because its success policy then ends the servers when the training has succeeded, and its
+failure ends them when it has not; nothing beside core Kubernetes (1.33) is needed for that.
+"""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.command import (
+    MASTER_PORT,
+    TOKEN,
+    Address,
+    environment,
+    overrides,
+    ports,
+    script,
+    torchrun,
+    trainer,
+)
+from nemo_eppo.launch.schema import KubernetesConfig, LaunchConfig
+
+_HEAD = """\
+# {name}: made by `nemo-eppo launch --backend kubernetes`. Change the launch file rather than this one.
+# Output goes to {output}; deleted and applied again, the run goes on from its checkpoints there.
+# The servers' shared secret has to be there:
+#   kubectl create secret generic {secret} --namespace {namespace} --from-literal=token="$(openssl rand -hex 32)"
+"""
+GRACE_S = 120  # that a pod has to stop
+
+
+def manifests(launch: LaunchConfig) -> str:
+    """The YAML for kubectl apply. ConfigError if the launch does not suit a cluster."""
+    kubernetes = launch.kubernetes
+    if kubernetes is None:
+        raise ConfigError("kubernetes: required with --backend kubernetes, but not set")
+    last = trainer(launch)
+    sizes = {name: job.ranks_per_node for name, job in launch.jobs.items()}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(
+            f"ranks_per_node: the pods are of one template, expected one number for all jobs, got {sizes}"
+        )
+    if not any(launch.output.is_relative_to(path) for path in kubernetes.volumes.values()):
+        raise ConfigError(f"output = {launch.output}: expected a directory on one of kubernetes.volumes")
+    labels = {"app.kubernetes.io/name": "nemo-eppo", "app.kubernetes.io/instance": launch.name}
+    metadata = {"name": launch.name, "namespace": kubernetes.namespace, "labels": labels}
+    first, pods = dict[str, int](), 0  # index of each job's first pod
+    for name in launch.order():
+        first[name], pods = pods, pods + launch.jobs[name].nodes
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        # the ranks of a job have to find each other before any of them is ready
+        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels},
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": pods,
+            "parallelism": pods,
+            "backoffLimit": kubernetes.restarts * pods,  # when one fails, those that it worked with fail too
+            "successPolicy": {"rules": [{"succeededIndexes": _indexes(first[last], launch.jobs[last].nodes)}]},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": _pod(launch, kubernetes, _commands(launch, kubernetes, first)),
+            },
+        },
+    }
+    head = _HEAD.format(
+        name=launch.name, output=launch.output, secret=kubernetes.secret, namespace=kubernetes.namespace
+    )
+    return head + "---\n".join(
+        yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in (service, job)
+    )
+
+
+def _indexes(first: int, number: int) -> str:
+    return str(first) if number == 1 else f"{first}-{first + number - 1}"
+
+
+def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> dict[str, Any]:
+    gpus = next(iter(launch.jobs.values())).ranks_per_node
+    memory = {"memory": kubernetes.memory} if kubernetes.memory else {}
+    cpus = {"cpu": str(kubernetes.cpus)} if kubernetes.cpus else {}
+    limits = {"nvidia.com/gpu": str(gpus), **memory}
+    token = {"name": TOKEN, "valueFrom": {"secretKeyRef": {"name": kubernetes.secret, "key": "token"}}}
+    mounts = [{"name": claim, "mountPath": str(path)} for claim, path in kubernetes.volumes.items()]
+    shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}}
+    return {
+        "subdomain": launch.name,  # with the Service: pods are called NAME-INDEX.NAME
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_S,
+        **({"nodeSelector": dict(kubernetes.node_selector)} if kubernetes.node_selector else {}),
+        "containers": [
+            {
+                "name": "ranks",
+                "image": kubernetes.image,
+                "command": ["bash", "-c", commands],
+                "env": [token],
+                "resources": {"limits": limits, "requests": limits | cpus},
+                "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts],
+            }
+        ],
+        "volumes": [
+            {"name": "shared-memory", **shared_memory},
+            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in kubernetes.volumes),
+        ],
+    }
+
+
+def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:
+    """A shell script in which the pod's index decides which job it runs."""
+    hosts = {name: f"{launch.name}-{index}.{launch.name}" for name, index in first.items()}
+    addresses = {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports(launch).items()}
+    text = "set -euo pipefail\ncase $JOB_COMPLETION_INDEX in\n"
+    for name, index in first.items():
+        job = launch.jobs[name]
+        exports = " ".join(shlex.quote(f"{key}={value}") for key, value in environment(launch, name).items())
+        rendezvous = ["--nnodes", str(job.nodes), "--master_addr", hosts[name], "--master_port", str(MASTER_PORT)]
+        start = shlex.join(torchrun(job, rendezvous, "python"))
+        if job.ranks > 1:
+            start += f' \\\n    --node_rank "$((JOB_COMPLETION_INDEX - {index}))"'
+        arguments = [shlex.quote(override) for override in overrides(launch, name, addresses)]
+        text += f"{'|'.join(str(index + node) for node in range(job.nodes))}) # {name}\n  export {exports}\n  exec "
+        text += " \\\n    ".join([start, script(job, kubernetes.code), *arguments]) + "\n  ;;\n"
+    return text + "esac\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes scripts as block literals, and everything out where YAML would refer back."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

@@ -1,0 +1,82 @@
+"""`nemo-eppo launch`: its arguments, and what its help says about launch files."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+_DESCRIPTION = """\
+Run the jobs of a launch file, on this machine or on a cluster.
+
+A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and what each needs: a server has to
+be ready, any other job has to have ended. Addresses, ports, run directories and the servers' token are filled in.
+Everything is checked before anything starts. The same command again goes on where the run was.
+
+  local        starts the jobs, one log each in <output>/logs, and shows how they are. Ctrl-C, or the first job that
+               fails, stops all of them; the exit status is that of the failed job.
+  slurm        writes a batch script: a heterogeneous job with pyxis containers, requeued before its time is over.
+  kubernetes   writes manifests: one Indexed Job and a headless Service."""
+
+_EPILOG = """\
+examples:
+  nemo-eppo launch examples/launch/quickstart.yaml --dry-run
+  nemo-eppo launch run.yaml jobs.actor.settings.ppo.max_steps=200
+  nemo-eppo launch examples/launch/llama3_8b_2_nodes.yaml --backend slurm --output run.sbatch && sbatch run.sbatch"""
+
+
+def add_launch(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
+) -> None:
+    parser = commands.add_parser(
+        "launch",
+        formatter_class=formatter,
+        help="start actor, critic and reward servers by one file: here, under Slurm or in Kubernetes",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="launch file, see examples/launch")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the launch file, dotted keys")
+    parser.add_argument("--backend", choices=["local", "slurm", "kubernetes"], default="local", help="where to run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the batch script or the manifests go (default: printed)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be run, write nothing"
+    )
+    parser.set_defaults(run=_launch)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.config import ConfigError
+    from nemo_eppo.launch.check import check_launch
+    from nemo_eppo.launch.kubernetes import manifests
+    from nemo_eppo.launch.local import LaunchError, commands, run_local
+    from nemo_eppo.launch.schema import read_launch
+    from nemo_eppo.launch.slurm import batch_script
+    from nemo_eppo.observability.files import write_atomically
+
+    logging.getLogger().setLevel(logging.WARNING)  # libraries introduce themselves when they are imported
+
+    for override in arguments.overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: expected key=value")
+    local = arguments.backend == "local"
+    if local and arguments.output:
+        raise ConfigError("--output: nothing is written with --backend local; `output` of the launch file is meant?")
+    launch = read_launch(arguments.file, arguments.overrides)
+    check_launch(launch, here=local)
+    if not local:
+        text = batch_script(launch) if arguments.backend == "slurm" else manifests(launch)
+        if arguments.output and not arguments.dry_run:
+            write_atomically(arguments.output, text)
+            print(f"wrote {arguments.output}")
+        else:
+            print(text, end="")
+    elif arguments.dry_run:
+        print("\n\n".join(commands(launch)))
+    else:
+        try:
+            run_local(launch)
+        except LaunchError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(error.status) from None

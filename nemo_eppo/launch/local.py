@@ -1,0 +1,231 @@
+"""Runs a launch on this machine: starts its jobs in order, watches them, and leaves no process behind."""
+
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.command import (
+    LOCAL_HOST,
+    TOKEN,
+    Address,
+    environment,
+    fixed_port,
+    overrides,
+    script,
+    torchrun,
+)
+from nemo_eppo.launch.gpus import Gpus, visible_gpus
+from nemo_eppo.launch.schema import LaunchConfig
+from nemo_eppo.launch.status import Row, State, Status
+
+GRACE_S = 30.0  # how long a job may take to stop before it is killed
+POLL_S = 0.2
+TAIL_LINES = 25  # of a failed job's log
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
+_libc = ctypes.CDLL(None)
+
+
+class LaunchError(RuntimeError):
+    """A job failed, or the launch was told to stop."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        """Exit status: the failed job's, 128 + N for signal N."""
+
+
+def run_local(launch: LaunchConfig) -> None:
+    """Run all jobs: until those that are no servers have ended, or for ever if there are only servers.
+
+    Raises:
+        ConfigError: a launch with the same output is running, or there are too few GPUs.
+        LaunchError: a job failed or a signal came. Everything has been stopped, whatever happened.
+    """
+    with _only_one(launch), _stop_signals():
+        supervisor = Supervisor(launch, Gpus(launch, visible_gpus()))
+        with Status(supervisor.rows) as status:
+            try:
+                supervisor.run(status)
+            finally:
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+                status.show()
+                supervisor.stop()
+
+
+def commands(launch: LaunchConfig) -> list[str]:
+    """The command of every job as a shell would run it; addresses that only a run knows are called after their job."""
+    own = {name: _own_address(launch, name) for name, job in launch.jobs.items() if job.serves}
+    addresses = {
+        name: Address(f"http://{a.host}:{a.port or f'<port of {name}>'}", a.host, a.port) for name, a in own.items()
+    }
+    return [shlex.join(_argv(launch, name, addresses)) for name in launch.order()]
+
+
+class Supervisor:
+    """The processes of a launch."""
+
+    def __init__(self, launch: LaunchConfig, gpus: Gpus) -> None:
+        self._launch, self._gpus = launch, gpus
+        self._rows = {name: Row(name, launch.jobs[name].ranks, launch.output / name) for name in launch.order()}
+        self._logs = launch.output / "logs"
+        self._logs.mkdir(exist_ok=True)
+        self._addresses = {name: _own_address(launch, name) for name, job in launch.jobs.items() if job.serves}
+        self._token = secrets.token_hex(32)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
+        # What a dead job leaves behind becomes a child of this process, so that `stop` finds it.
+        _libc.prctl(_SET_CHILD_SUBREAPER, 1)
+        self._strangers = set(psutil.Process().children(recursive=True))
+
+    @property
+    def rows(self) -> list[Row]:
+        """How the jobs are."""
+        return list(self._rows.values())
+
+    def run(self, status: Status) -> None:
+        """Until all jobs that are no servers have ended. Raises LaunchError."""
+        while not self._finished():
+            for name, row in self._rows.items():
+                if row.state is State.WAITING and self._may_start(name):
+                    self._start(name)
+                elif row.state in (State.STARTING, State.READY, State.RUNNING):
+                    self._watch(name)
+            status.show()
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End all jobs, those that use servers before the servers, and what they started: first asked, then killed."""
+        for serves in (False, True):
+            running = {
+                name: process
+                for name, process in self._processes.items()
+                if self._launch.jobs[name].serves is serves and process.poll() is None
+            }
+            for process in running.values():
+                process.terminate()
+            deadline = time.monotonic() + GRACE_S
+            for name, process in running.items():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, deadline - time.monotonic()))
+                self._rows[name].state, self._rows[name].ended = State.STOPPED, time.monotonic()
+        left = [child for child in psutil.Process().children(recursive=True) if child not in self._strangers]
+        for straggler in left:
+            with suppress(psutil.NoSuchProcess):
+                straggler.kill()
+        psutil.wait_procs(left, GRACE_S)
+        if any(self._launch.jobs[name].serves and process.poll() for name, process in self._processes.items()):
+            from nemo_eppo.servers.frontend import remove_leftovers
+
+            remove_leftovers()  # the shared memory of a server that was killed
+        self._processes.clear()
+
+    def _finished(self) -> bool:
+        tasks = [row for name, row in self._rows.items() if not self._launch.jobs[name].serves]
+        return bool(tasks) and all(row.state is State.DONE for row in tasks)
+
+    def _may_start(self, name: str) -> bool:
+        return all(self._rows[need].state in (State.READY, State.DONE) for need in self._launch.jobs[name].needs)
+
+    def _start(self, name: str) -> None:
+        job, row = self._launch.jobs[name], self._rows[name]
+        gpus = self._gpus.take(name, job)
+        if gpus is None:
+            return
+        argv = _argv(self._launch, name, self._addresses)
+        if job.serves:
+            ready = self._ready_file(name)
+            ready.unlink(missing_ok=True)
+            argv.append(f"server.ready_file={ready}")
+        secret = {TOKEN: self._token} if any(address.open_to_network for address in self._addresses.values()) else {}
+        with (self._logs / f"{name}.log").open("a") as log:
+            print(f"\n$ {shlex.join(argv)}", file=log, flush=True)
+            self._processes[name] = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment(self._launch, name), **gpus, **secret},
+                start_new_session=True,  # Ctrl-C reaches this process, which then ends the jobs in good order
+                preexec_fn=_end_with_parent,
+            )
+        row.state, row.started = State.STARTING if job.serves else State.RUNNING, time.monotonic()
+
+    def _watch(self, name: str) -> None:
+        job, row = self._launch.jobs[name], self._rows[name]
+        code = self._processes[name].poll()
+        if code is not None:
+            row.ended = time.monotonic()
+            self._gpus.give_back(name)
+            if job.serves or code:
+                raise self._failure(name, f"ended with exit status {code}", code if code > 0 else 128 - code)
+            row.state = State.DONE
+        elif row.state is State.STARTING:
+            if self._ready_file(name).exists():
+                row.url = json.loads(self._ready_file(name).read_text())["url"]
+                self._addresses[name] = Address(row.url, self._addresses[name].host)
+                row.state = State.READY
+            elif time.monotonic() - row.started > self._launch.start_timeout:
+                raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)
+
+    def _failure(self, name: str, what: str, status: int) -> LaunchError:
+        self._rows[name].state = State.FAILED
+        log = self._logs / f"{name}.log"
+        tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL_LINES:])
+        return LaunchError(f"{tail}\nlaunch: {name} {what}; its log is {log}", status or 1)
+
+    def _ready_file(self, name: str) -> Path:
+        return (self._logs / f"{name}.ready.json").absolute()
+
+
+def _own_address(launch: LaunchConfig, name: str) -> Address:
+    job = launch.jobs[name]
+    return Address("", str(job.setting("server.host") or LOCAL_HOST), fixed_port(job))
+
+
+def _argv(launch: LaunchConfig, name: str, addresses: dict[str, Address]) -> list[str]:
+    job = launch.jobs[name]
+    return [*torchrun(job), script(job), *overrides(launch, name, addresses)]
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # should the launcher itself be killed
+
+
+@contextmanager
+def _only_one(launch: LaunchConfig) -> Iterator[None]:
+    launch.output.mkdir(parents=True, exist_ok=True)
+    with (launch.output / "launch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
+        except OSError:
+            raise ConfigError(f"output = {launch.output}: a launch with this output is running") from None
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGINT too: a shell starts background processes with Ctrl-C ignored."""
+
+    def interrupted(number: int, _: FrameType | None) -> None:
+        raise LaunchError(f"launch: {signal.Signals(number).name}, all jobs were stopped", 128 + number)
+
+    previous = {number: signal.signal(number, interrupted) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,196 @@
+"""What a launch file says: the jobs of a run, their layouts, how they depend on each other, and where they run."""
+
+import re
+from collections.abc import Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, model_validator
+
+from nemo_eppo.config import Config, ConfigError, load_config
+
+Script = Literal["train_gpt_sft", "train_reward_model", "serve_reward_model", "serve_ppo_critic", "train_gpt_ppo_actor"]
+SERVERS = ("serve_reward_model", "serve_ppo_critic")
+
+
+class JobConfig(Config):
+    """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends, others to their end."""
+
+    script: Script
+    """The script, without its ending."""
+    needs: tuple[str, ...] = ()
+    """Jobs that come first: a server has to be ready, any other has to have ended. The actor finds its critic and its
+    reward models, in this order, among the servers that it needs."""
+    held_out: str | None = None
+    """Of the actor's needs, the reward server whose model is only reported (servers.held_out)."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    ranks_per_node: int = Field(1, ge=1)
+    """Processes, and GPUs where there are any, on each machine."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of this job alone."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Options of sbatch for this job alone, such as `constraint`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and token are
+    filled in."""
+
+    @property
+    def serves(self) -> bool:
+        return self.script in SERVERS
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def setting(self, path: str) -> Any:
+        """The value of a dotted key, None if it is not set."""
+        value: Any = self.settings
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+class SlurmConfig(Config):
+    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+
+    image: str
+    """Container image, as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    mounts: tuple[str, ...] = ()
+    """Directories of the cluster that the containers see, source:target."""
+    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
+    """Where the image has this repository (docker/Dockerfile)."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Options of sbatch for every component: account, partition, time, ..."""
+    requeue_before_end: int = Field(300, ge=60)
+    """Seconds before the time limit at which the run stops and goes back into the queue, to resume."""
+
+
+class KubernetesConfig(Config):
+    """How the run becomes an Indexed Job with a headless Service; its parts are told apart by the pod's index."""
+
+    image: str
+    """Container image."""
+    namespace: str = "default"
+    """Namespace of everything."""
+    volumes: dict[str, PurePosixPath] = Field(min_length=1)
+    """PersistentVolumeClaims, shared by all pods, and where they are mounted; one of them holds `output`."""
+    secret: str
+    """Secret whose key `token` holds the servers' shared secret."""
+    shared_memory: str = "64Gi"
+    """Size of /dev/shm, which NCCL and PyTriton use."""
+    memory: str | None = None
+    """Memory of a pod, requested and limited; null for no limit."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs that a pod requests."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes to use."""
+    restarts: int = Field(3, ge=0)
+    """How often all pods may fail, and be replaced to resume, before the run is given up."""
+    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
+    """Where the image has this repository (docker/Dockerfile)."""
+
+
+class LaunchConfig(Config):
+    """A launch file."""
+
+    name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")
+    """Of the run: lower case letters, digits and dashes."""
+    output: Path
+    """Directory of the run: <output>/<job> is a job's run directory, <output>/logs holds the logs. Launched again
+    with the same one, the jobs go on from their checkpoints."""
+    variables: dict[str, Any] = Field(default_factory=dict)
+    """Anything that several settings share, as ${variables.NAME}."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of all jobs."""
+    start_timeout: float = Field(1800.0, gt=0)
+    """Seconds that a server may take until it is ready."""
+    jobs: dict[str, JobConfig] = Field(min_length=1)
+    """By name."""
+    slurm: SlurmConfig | None = None
+    """Needed for --backend slurm."""
+    kubernetes: KubernetesConfig | None = None
+    """Needed for --backend kubernetes."""
+
+    @model_validator(mode="after")
+    def _jobs_fit_together(self) -> "LaunchConfig":
+        for name, job in self.jobs.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "logs":
+                raise ValueError(f"jobs.{name}: expected a name of lower case letters, digits and _, other than logs")
+            unknown = [need for need in job.needs if need not in self.jobs]
+            if unknown:
+                raise ValueError(f"jobs.{name}.needs: no job '{unknown[0]}' (jobs: {', '.join(self.jobs)})")
+            if job.held_out is not None and job.held_out not in job.needs:
+                raise ValueError(f"jobs.{name}.held_out = '{job.held_out}': expected one of its needs")
+            if job.script == "train_gpt_ppo_actor":
+                self._check_servers_of_actor(name, job)
+        try:
+            self.order()
+        except CycleError as error:
+            raise ValueError(f"jobs need each other in a circle: {' -> '.join(error.args[1])}") from None
+        return self
+
+    def _check_servers_of_actor(self, name: str, actor: JobConfig) -> None:
+        critics = [need for need in actor.needs if self.jobs[need].script == "serve_ppo_critic"]
+        if len(critics) != 1:
+            raise ValueError(f"jobs.{name}.needs: expected one serve_ppo_critic, found {', '.join(critics) or 'none'}")
+        if not self.reward_servers(name):
+            raise ValueError(
+                f"jobs.{name}.needs: expected a serve_reward_model, or reward_model among the settings of its critic"
+            )
+
+    def reward_servers(self, actor: str) -> list[str]:
+        """The jobs whose reward models an actor trains on; its critic may be one of them."""
+        job = self.jobs[actor]
+        return [
+            need
+            for need in job.needs
+            if need != job.held_out
+            and (self.jobs[need].script == "serve_reward_model" or self.jobs[need].setting("reward_model") is not None)
+        ]
+
+    def order(self) -> list[str]:
+        """The jobs, each after those that it needs, else as they stand in the file. CycleError if that cannot be."""
+        return list(TopologicalSorter({name: job.needs for name, job in self.jobs.items()}).static_order())
+
+    def before(self, name: str) -> set[str]:
+        """All jobs that a job needs, directly or not."""
+        direct = set(self.jobs[name].needs)
+        return direct.union(*(self.before(need) for need in direct))
+
+
+def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
+    """Read a launch file; `overrides` are `key=value` with dotted keys, such as `jobs.actor.settings.ppo.epochs=2`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or wrong; the message names it.
+    """
+    try:
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file}: expected a mapping with name, output and jobs")
+        jobs = loaded.get("jobs")
+        for job in jobs.values() if isinstance(jobs, dict) else ():
+            if isinstance(job, dict) and isinstance(job.get("settings"), dict):
+                job["settings"] = _nested(job["settings"])
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise ConfigError(f"{file}: required, but not set (???): {', '.join(sorted(missing))}")
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from None
+    return load_config(LaunchConfig, values)
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as the nested mappings that they stand for, so that an override finds them."""
+    result = OmegaConf.create({})
+    for key, value in settings.items():
+        OmegaConf.update(result, str(key), _nested(value) if isinstance(value, dict) else value, force_add=True)
+    nested: Any = OmegaConf.to_container(result)
+    return nested

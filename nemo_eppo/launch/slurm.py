@@ -1,0 +1,137 @@
+"""A launch as a batch script: a heterogeneous Slurm job, one component for each job of the launch."""
+
+import shlex
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, ports, script, trainer
+from nemo_eppo.launch.schema import JobConfig, LaunchConfig, SlurmConfig
+
+_HEAD = """\
+#!/usr/bin/env bash
+# {name}: made by `nemo-eppo launch --backend slurm`. Change the launch file rather than this one.
+# Output goes to {output}; requeued or submitted again, the run goes on from its checkpoints there.
+"""
+
+_SETUP = """\
+set -euo pipefail
+
+logs={logs}
+mkdir -p "$logs"
+first_node() {{ scontrol show hostnames "$1" | sed -n 1p; }}
+{hosts}
+# The servers' shared secret, new at every start. It goes by the environment, never by a command line.
+{token}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export {token}
+container=({container})
+# torch.distributed's names for what srun tells each process
+# shellcheck disable=SC2016
+as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+
+again=""
+steps=()
+trap 'again=yes; kill "${{steps[@]}}" || :' TERM # the time is nearly over
+"""
+
+_END = """
+# The first job that ends, ends all: {trainer} because it is done, any other because it has failed.
+status=0
+wait -n "${steps[@]}" || status=$?
+if [[ ! $again ]] && kill -0 "${steps[-1]}" 2>/dev/null; then
+    echo "a server that {trainer} needs ended with exit status $status" >&2
+    status=1
+fi
+kill "${steps[@]}" 2>/dev/null || :
+wait
+if [[ $again ]]; then
+    exec scontrol requeue "$SLURM_JOB_ID"
+elif ((status)); then
+    tail -n 25 "$logs"/*.log >&2
+fi
+exit "$status"
+"""
+
+
+def batch_script(launch: LaunchConfig) -> str:
+    """The script for sbatch. ConfigError if the launch does not suit a cluster."""
+    slurm = launch.slurm
+    if slurm is None:
+        raise ConfigError("slurm: required with --backend slurm, but not set")
+    last = trainer(launch)
+    names = [*(name for name in launch.order() if name != last), last]
+    if not launch.output.is_absolute():
+        raise ConfigError(f"output = {launch.output}: expected an absolute path that all nodes see")
+    servers = ports(launch)
+    addresses = {
+        name: Address(f"http://${{oc.env:{_host(name)}}}:{port}", "0.0.0.0", port) for name, port in servers.items()
+    }
+    parts = [_HEAD.format(name=launch.name, output=launch.output), _options(launch, slurm, names), "\n"]
+    mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
+    parts.append(
+        _SETUP.format(
+            logs=shlex.quote(str(launch.output / "logs")),
+            hosts="\n".join(_find_host(name, group, len(names)) for group, name in enumerate(names)),
+            token=TOKEN,
+            container=shlex.join([f"--container-image={slurm.image}", *mounts]),
+        )
+    )
+    parts += [_step(launch, slurm, name, group, len(names), addresses) for group, name in enumerate(names)]
+    return "".join(parts) + _END.replace("{trainer}", last)
+
+
+def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
+    """#SBATCH lines; those of the whole job stand in the first component, where Slurm looks for them."""
+    common: dict[str, str | int] = {
+        "job-name": launch.name,
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:TERM@{slurm.requeue_before_end}",
+    }
+    components = []
+    for group, name in enumerate(names):
+        job: JobConfig = launch.jobs[name]
+        size: dict[str, str | int] = {
+            "nodes": job.nodes,
+            "ntasks-per-node": job.ranks_per_node,
+            "gpus-per-node": job.ranks_per_node,
+            "exclusive": "",
+        }
+        options = (common if group == 0 else {}) | slurm.sbatch | size | job.sbatch
+        components.append(
+            f"# {name}\n"
+            + "".join(
+                f"#SBATCH --{key}={value}\n" if value != "" else f"#SBATCH --{key}\n" for key, value in options.items()
+            )
+        )
+    return "#SBATCH hetjob\n".join(components)
+
+
+def _host(name: str) -> str:
+    return f"{name.upper()}_HOST"
+
+
+def _find_host(name: str, group: int, groups: int) -> str:
+    nodes = f"SLURM_JOB_NODELIST_HET_GROUP_{group}" if groups > 1 else "SLURM_JOB_NODELIST"
+    return f'{_host(name)}=$(first_node "${nodes}")\nexport {_host(name)}'
+
+
+def _step(
+    launch: LaunchConfig, slurm: SlurmConfig, name: str, group: int, groups: int, addresses: dict[str, Address]
+) -> str:
+    job = launch.jobs[name]
+    srun = ["srun", *([f"--het-group={group}"] if groups > 1 else []), f"--job-name={name}"]
+    srun += [f"--nodes={job.nodes}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.ranks_per_node}"]
+    variables = {"WORLD_SIZE": str(job.ranks), "MASTER_PORT": str(MASTER_PORT + group), **environment(launch, name)}
+    lines = [
+        shlex.join([*srun, "--kill-on-bad-exit=1"]),
+        f'--open-mode=append --output="$logs/{name}.log" "${{container[@]}}"',
+        f'env MASTER_ADDR="${_host(name)}" ' + shlex.join(f"{key}={value}" for key, value in variables.items()),
+        'bash -c "$as_rank" rank ' + shlex.join(["python", "-u", script(job, slurm.code)]),
+        *(shlex.quote(override) for override in overrides(launch, name, addresses)),
+    ]
+    nodes = f"{job.nodes} {'node' if job.nodes == 1 else 'nodes'}"
+    return (
+        f"\n# {name}: {nodes}, {job.ranks} ranks\n# shellcheck disable=SC2016\n"
+        + " \\\n    ".join(lines)
+        + " &\nsteps+=($!)\n"
+    )

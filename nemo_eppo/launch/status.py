@@ -1,0 +1,120 @@
+"""What a launch shows while it runs: a live table on a terminal, else a line for whatever changes."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+
+from rich.live import Live
+from rich.table import Table
+
+from nemo_eppo.observability.metrics import FILE_NAME
+from nemo_eppo.observability.progress import PPO_COLUMNS
+
+LINE_INTERVAL_S = 5.0  # without a terminal, a job's metrics are told at most this often
+_TAIL_BYTES = 65536  # more than the last row of metrics
+
+
+class State(StrEnum):
+    """Where a job is."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_STYLES = {State.READY: "green", State.DONE: "green", State.RUNNING: "cyan", State.FAILED: "bold red"}
+
+
+@dataclass
+class Row:
+    """What is shown of one job."""
+
+    name: str
+    ranks: int
+    directory: Path
+    """Its run directory, whose metrics are shown."""
+    state: State = State.WAITING
+    started: float = 0.0
+    ended: float = 0.0
+    url: str = ""
+
+    def uptime(self) -> str:
+        if not self.started:
+            return ""
+        minutes, seconds = divmod(round((self.ended or time.monotonic()) - self.started), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+    def metrics(self) -> str:
+        """The newest row of its metrics: step, then what matters of PPO, or the first two values of another job."""
+        try:
+            with (self.directory / FILE_NAME).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+                row = json.loads(file.read().splitlines()[-1])
+        except (OSError, IndexError, ValueError):  # there is none yet, or it is being written
+            return ""
+        shown = {label: row[name] for label, name in PPO_COLUMNS.items() if name in row}
+        others = [(name, value) for name, value in row.items() if name not in ("step", "time")]
+        values = "  ".join(f"{label} {value:.4g}" for label, value in (shown.items() or others[:2]))
+        return f"step {row['step']}  {values}"
+
+
+class Status:
+    """Shows the jobs of a launch on standard output; use it as a context manager."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows, self._start = rows, time.monotonic()
+        self._live = Live(auto_refresh=False) if sys.stdout.isatty() else None
+        self._told: dict[str, tuple[State, str]] = {}
+        self._next_line = 0.0
+
+    def show(self) -> None:
+        """Show what has changed."""
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            return
+        with_metrics = time.monotonic() >= self._next_line
+        if with_metrics:
+            self._next_line = time.monotonic() + LINE_INTERVAL_S
+        for row in self._rows:
+            state, metrics = self._told.get(row.name, (State.WAITING, ""))
+            changed = row.state is not state
+            if changed:
+                self._line(row, f"{row.state} {row.url}".rstrip())
+            ended = changed and row.state in (State.DONE, State.FAILED, State.STOPPED)
+            if (with_metrics and row.state is State.RUNNING) or ended:
+                newest = row.metrics()
+                if newest != metrics:
+                    self._line(row, newest)
+                metrics = newest
+            self._told[row.name] = row.state, metrics
+
+    def _line(self, row: Row, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:4.0f} s] {row.name}: {text}", flush=True)
+
+    def _table(self) -> Table:
+        table = Table("job", "state", "ranks", "address", "up", "metrics")
+        for row in self._rows:
+            style = _STYLES.get(row.state, "dim")
+            state = f"[{style}]{row.state}[/]"
+            table.add_row(row.name, state, str(row.ranks), row.url, row.uptime(), row.metrics())
+        return table
+
+    def __enter__(self) -> "Status":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.show()
+        if self._live is not None:
+            self._live.stop()

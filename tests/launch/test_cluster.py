@@ -1,0 +1,177 @@
+"""The cluster files in examples/ are what the launcher writes, are valid, and start the jobs that they name."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from distributed import free_port
+from jobs import Models
+from runs import STEPS, eppo, processes_of, write
+
+from nemo_eppo.cli import main
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.command import REPOSITORY
+from nemo_eppo.launch.kubernetes import manifests
+from nemo_eppo.launch.schema import read_launch
+from nemo_eppo.launch.slurm import batch_script
+from nemo_eppo.observability.metrics import read_metrics
+
+EXAMPLES = REPOSITORY / "examples"
+RUNS = ("llama3_8b_2_nodes", "llama3_70b_12_nodes")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+# Stand-ins for Slurm's commands on one machine: srun starts the tasks here, and ends all when one fails.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do
+    case $1 in --ntasks=*) tasks=${1#*=} ;; --output=*) exec >>"${1#*=}" 2>&1 ;; esac
+    shift
+done
+started=()
+trap 'kill "${started[@]}"' TERM
+for ((task = 0; task < tasks; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    started+=($!)
+done
+status=0
+for _ in "${started[@]}"; do wait -n || { status=$?; kill "${started[@]}" 2>/dev/null; }; done
+wait
+exit "$status"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == requeue ]]; then echo "$2" >"$REQUEUED"; else echo 127.0.0.1; echo 127.0.0.2; fi
+"""
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("backend", "ending"), [("slurm", "sbatch"), ("kubernetes", "yaml")])
+def test_the_examples_are_what_the_launcher_writes(name: str, backend: str, ending: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    file = EXAMPLES / "launch" / f"{name}.yaml"
+    assert main(["launch", str(file), "--backend", backend, "--output", str(made)]) == 0
+    assert made.read_bytes() == (EXAMPLES / backend / f"{name}.{ending}").read_bytes()
+
+
+def shellcheck(script: str) -> None:
+    assert SHELLCHECK is not None, "shellcheck is missing; it comes with pip install -e .[dev]"
+    done = subprocess.run([SHELLCHECK, "-"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def pod_script(text: str) -> str:
+    job = list(yaml.safe_load_all(text))[1]
+    command: list[str] = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[:2] == ["bash", "-c"]
+    return command[2]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_shellcheck_and_kubernetes_own_schema_find_nothing(name: str) -> None:
+    shellcheck((EXAMPLES / "slurm" / f"{name}.sbatch").read_text())
+    text = (EXAMPLES / "kubernetes" / f"{name}.yaml").read_text()
+    shellcheck(f"#!/usr/bin/env bash\n# shellcheck disable=SC2016\n{pod_script(text)}")
+    for manifest in yaml.safe_load_all(text):
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+
+
+def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:
+    script = pod_script((EXAMPLES / "kubernetes" / "llama3_70b_12_nodes.yaml").read_text())
+    commands = commands_in(tmp_path, 'echo "$@"')
+    for index in range(12):
+        environment = {**commands, "JOB_COMPLETION_INDEX": str(index)}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+        job, first, nodes = ("serve_ppo_critic", 0, 4) if index < 4 else ("train_gpt_ppo_actor", 4, 8)
+        assert f"/{job}.py" in done.stdout
+        words = f"--nnodes {nodes} --master_addr llama3-70b-eppo-{first}.llama3-70b-eppo --master_port 29500"
+        assert f"{words} --node_rank {index - first} " in done.stdout
+
+
+def cluster_run(models: Models, tmp_path: Path, **slurm: Any) -> dict[str, Any]:
+    """The tiny run with one server, for a cluster whose containers see this machine's own files."""
+    launch = eppo(models, tmp_path / "out")
+    del launch["jobs"]["reward"]
+    launch["jobs"]["critic"]["settings"].update({"reward_model": str(models.rm), "server.port": free_port()})
+    launch["jobs"]["actor"]["needs"] = ["critic"]
+    launch["slurm"] = {"image": "none", "code": str(REPOSITORY), **slurm}
+    return launch
+
+
+def commands_in(directory: Path, python: str) -> dict[str, str]:
+    """An environment in which Slurm's commands are stand-ins and `python` is a line of shell."""
+    folder = directory / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", f"#!/usr/bin/env bash\n{python}\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    nodes = {f"SLURM_JOB_NODELIST_HET_GROUP_{group}": "node[1-2]" for group in (0, 1)}
+    path = f"{folder}:{os.environ['PATH']}"
+    return {**os.environ, **nodes, "PATH": path, "SLURM_JOB_ID": "17", "REQUEUED": str(directory / "requeued")}
+
+
+def test_the_batch_script_trains_ends_its_servers_and_goes_on_when_it_is_submitted_again(
+    models: Models, tmp_path: Path
+) -> None:
+    file = write(cluster_run(models, tmp_path), tmp_path / "launch.yaml")
+    environment = commands_in(tmp_path, f'exec {sys.executable} "$@"')
+    metrics = tmp_path / "out" / "actor" / "metrics.jsonl"
+    made: list[str] = []
+    for steps in (STEPS, STEPS + 1):
+        script = batch_script(read_launch(file, [f"jobs.actor.settings.ppo.max_steps={steps}"]))
+        shellcheck(script)
+        done = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert read_metrics(metrics)["critic/loss"][0] == list(range(1, steps + 1))
+        assert metrics.read_text().splitlines()[: len(made)] == made  # none of these was made again
+        made = metrics.read_text().splitlines()
+        assert processes_of(tmp_path / "out") == []
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_batch_script_requeues_itself_in_time_and_fails_with_its_servers(models: Models, tmp_path: Path) -> None:
+    script = batch_script(read_launch(write(cluster_run(models, tmp_path), tmp_path / "launch.yaml")))
+    environment = commands_in(tmp_path, '[[ "$*" == *$FAILING* ]] && { echo "no memory"; exit 3; }; exec sleep 98765')
+    process = subprocess.Popen(["bash", "-c", script], env={**environment, "FAILING": "none of them"})
+    while not (tmp_path / "out" / "logs" / "actor.log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert (tmp_path / "requeued").read_text() == "17\n"
+
+    (tmp_path / "requeued").unlink()
+    failed = subprocess.run(
+        ["bash", "-c", script],
+        env={**environment, "FAILING": "serve_ppo_critic"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "a server that actor needs ended with exit status 3" in failed.stderr
+    assert "no memory" in failed.stderr
+    assert not (tmp_path / "requeued").exists()
+    assert processes_of(Path("sleep 98765")) == []
+
+
+def test_what_does_not_suit_a_cluster_is_named(models: Models, tmp_path: Path) -> None:
+    values = cluster_run(models, tmp_path)
+    values["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}, "secret": "token"}
+    launch = read_launch(write(values, tmp_path / "launch.yaml"))
+    with pytest.raises(ConfigError, match=r"ranks_per_node: .* \{'critic': 1, 'actor': 2\}"):
+        manifests(launch)
+    with pytest.raises(ConfigError, match=r"output = .*: expected a directory on one of kubernetes\.volumes"):
+        manifests(read_launch(tmp_path / "launch.yaml", ["jobs.critic.ranks_per_node=2"]))
+    with pytest.raises(ConfigError, match="output = out: expected an absolute path"):
+        batch_script(read_launch(tmp_path / "launch.yaml", ["output=out"]))
+    values["jobs"]["sft"] = {"script": "train_gpt_sft"}
+    with pytest.raises(ConfigError, match="besides servers actor, sft"):
+        batch_script(read_launch(write(values, tmp_path / "launch.yaml")))

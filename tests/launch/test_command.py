@@ -1,0 +1,74 @@
+"""A job's command line says what its settings say, and no secret."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from jobs import Models
+from omegaconf import OmegaConf
+from runs import eppo, write
+
+from nemo_eppo.launch.command import Address, overrides
+from nemo_eppo.launch.schema import read_launch
+
+VALUES: dict[str, Any] = {
+    "none": None,
+    "yes": True,
+    "small": 5e-7,
+    "spaces": "a b, c=d: [e] {f}",
+    "quotes": "it's \"so\" 'said'",
+    "backslashes": "C:\\dir\\",
+    "both": "\\'",
+    "looks_like_a_number": "12",
+    "looks_like_null": "null",
+    "empty": "",
+    "function": "nemo_eppo.data.noun_task:gold_reward",
+    "list": [1, "x'y", {"url": "http://10.0.0.1:5555"}],
+    "nothing": {},
+}
+
+
+def read_back(arguments: list[str], directory: Path) -> dict[str, Any]:
+    """What Hydra, which the scripts use, makes of `key=value` arguments."""
+    (directory / "empty.yaml").write_text("{}")
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        found: Any = OmegaConf.to_container(compose("empty", [f"++{argument}" for argument in arguments]), resolve=True)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_value_reaches_the_script_as_it_is(models: Models, tmp_path: Path) -> None:
+    launch = eppo(models, tmp_path / "out")
+    launch["jobs"]["critic"]["settings"]["deep"] = {"er": VALUES}
+    file = write(launch, tmp_path / "launch.yaml")
+    arguments = overrides(read_launch(file), "critic", {"critic": Address("")})
+    assert read_back(arguments, tmp_path)["deep"]["er"] == VALUES
+
+
+def test_the_actor_finds_its_servers_and_no_command_line_holds_the_token(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["gold"] = values["jobs"]["reward"]
+    values["jobs"]["critic"]["settings"]["reward_model"] = str(models.rm)
+    values["jobs"]["actor"].update(needs=["critic", "reward", "gold"], held_out="gold")
+    launch = read_launch(write(values, tmp_path / "launch.yaml"))
+    monkeypatch.setenv("NEMO_EPPO_TOKEN", "s3cret")
+    addresses = {
+        "critic": Address("http://10.0.0.1:5555", "0.0.0.0", 5555),
+        "reward": Address("http://10.0.0.2:5556", "0.0.0.0", 5556),
+        "gold": Address("http://127.0.0.1:5557"),
+    }
+    arguments = overrides(launch, "actor", addresses)
+    assert "s3cret" not in " ".join(arguments)
+    assert read_back(arguments, tmp_path)["servers"] == {
+        "critic": {"url": "http://10.0.0.1:5555", "token": "s3cret"},
+        "rewards": [
+            {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"},
+            {"url": "http://10.0.0.2:5556", "token": "s3cret"},
+        ],
+        "held_out": {"url": "http://127.0.0.1:5557"},
+    }
+    server = read_back(overrides(launch, "reward", addresses), tmp_path)["server"]
+    assert server == {"host": "0.0.0.0", "port": 5556, "token": "s3cret"}

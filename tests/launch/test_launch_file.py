@@ -1,0 +1,126 @@
+"""What is wrong with a launch is told before anything starts, with the name of the key."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Models
+from runs import eppo, write
+
+from nemo_eppo.cli import main
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.check import check_launch
+from nemo_eppo.launch.gpus import Gpus
+from nemo_eppo.launch.schema import LaunchConfig, read_launch
+
+
+def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda launch: launch["jobs"][job]["settings"].update(values)
+
+
+def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda launch: launch["jobs"][job].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda launch: launch.update(nmae="x"), "nmae: unknown key (did you mean 'name'?)"),
+        (of_job("critic", script="serve_critic"), "jobs.critic.script = 'serve_critic'"),
+        (
+            of_job("actor", needs=["critic", "rewards"]),
+            "jobs.actor.needs: no job 'rewards' (jobs: critic, reward, actor)",
+        ),
+        (of_job("actor", needs=["reward"]), "jobs.actor.needs: expected one serve_ppo_critic, found none"),
+        (of_job("actor", needs=["critic"]), "jobs.actor.needs: expected a serve_reward_model, or reward_model among"),
+        (of_job("critic", needs=["actor"]), "jobs need each other in a circle: "),
+        (of_job("actor", held_out="gold"), "jobs.actor.held_out = 'gold': expected one of its needs"),
+        (settings("actor", output="${outptu}"), "Interpolation key 'outptu' not found"),
+        (of_job("critic", nodes=2), "jobs.critic: nodes = 2: expected 1 on this machine"),
+        (
+            of_job("actor", ranks_per_node=3),
+            "jobs.actor: world size 3 is not divisible by tensor_model_parallel_size 2",
+        ),
+        (settings("critic", optimzer={"lr": 1}), "jobs.critic: invalid configuration:\n  - optimzer: unknown key"),
+        (
+            settings("reward", **{"model.restore_from_path": "/nowhere/rm"}),
+            "jobs.reward: model.restore_from_path = /nowhere/rm does not exist",
+        ),
+        (
+            settings(
+                "actor", **{"model.restore_from_path": "${output}/critic/checkpoints", "data.validation": "/no.jsonl"}
+            ),
+            "jobs.actor: data.validation = /no.jsonl does not exist",
+        ),
+        (
+            settings("reward", **{"model.restore_from_path": "${output}/critic/checkpoints"}),
+            "checkpoints is made by the job critic, which is not among its needs",
+        ),
+    ],
+)
+def test_a_fault_is_named(
+    models: Models,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], None],
+    words: str,
+) -> None:
+    launch = eppo(models, tmp_path / "out")
+    change(launch)
+    assert main(["launch", str(write(launch, tmp_path / "launch.yaml")), "--dry-run"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_faulty_jobs_are_named_at_once_and_a_layout_is_checked_against_the_model(
+    models: Models, tmp_path: Path
+) -> None:
+    launch = eppo(models, tmp_path / "out")
+    launch["jobs"]["reward"].update(ranks_per_node=8)
+    launch["jobs"]["reward"]["settings"]["model.parallel.tensor_model_parallel_size"] = 8
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        launch["jobs"]["critic"]["settings"]["server.port"] = port
+        with pytest.raises(ConfigError) as error:
+            check_launch(read_launch(write(launch, tmp_path / "launch.yaml")), here=True)
+    assert "jobs.reward: impossible layout" in str(error.value)
+    assert f"jobs.critic.settings.server.port = {port}: cannot listen there" in str(error.value)
+
+
+def test_an_override_changes_what_the_file_says_in_either_spelling(models: Models, tmp_path: Path) -> None:
+    file = write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml")
+    changed = read_launch(file, ["jobs.actor.settings.ppo.epochs=3", "jobs.reward.settings.model.precision=bf16"])
+    assert changed.jobs["actor"].setting("ppo") == {
+        "max_steps": 2,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 8,
+        "epochs": 3,
+    }
+    assert changed.jobs["reward"].setting("model") == {"restore_from_path": str(models.rm), "precision": "bf16"}
+
+
+def stages(server_needs: list[str]) -> LaunchConfig:
+    """An SFT on all of eight GPUs, then servers on two and an actor on six."""
+    server = {"needs": server_needs, "ranks_per_node": 1}
+    jobs = {
+        "sft": {"script": "train_gpt_sft", "ranks_per_node": 8},
+        "critic": {"script": "serve_ppo_critic", **server},
+        "reward": {"script": "serve_reward_model", **server},
+        "actor": {"script": "train_gpt_ppo_actor", "needs": ["critic", "reward"], "ranks_per_node": 6},
+    }
+    return LaunchConfig.model_validate({"name": "stages", "output": "out", "jobs": jobs})
+
+
+def test_jobs_that_run_together_get_gpus_of_their_own() -> None:
+    launch = stages(server_needs=["sft"])
+    gpus = Gpus(launch, [str(number) for number in range(8)])
+    assert gpus.take("sft", launch.jobs["sft"]) == {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert gpus.take("critic", launch.jobs["critic"]) is None
+    gpus.give_back("sft")
+    taken = [gpus.take(name, launch.jobs[name]) for name in ("critic", "reward", "actor")]
+    assert [gpus and gpus["CUDA_VISIBLE_DEVICES"] for gpus in taken] == ["0", "1", "2,3,4,5,6,7"]
+    with pytest.raises(ConfigError, match=r"jobs.sft.ranks_per_node: critic, reward, sft run together on 10 ranks"):
+        Gpus(stages(server_needs=[]), [str(number) for number in range(8)])
+    assert Gpus(stages(server_needs=[]), []).take("sft", launch.jobs["sft"]) == {}

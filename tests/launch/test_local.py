@@ -1,0 +1,89 @@
+"""A launch on this machine stops everything it has started, whatever ends it."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Models
+from runs import eppo, processes_of, shared_memory_of, write
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.local import run_local
+from nemo_eppo.launch.schema import read_launch
+
+
+def start(file: Path, stdout: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(file)]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, bytearray]]:
+    """Something to print on that is a terminal, and all that was printed there until its last user has left."""
+    outer, inner = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # the other end was closed
+            while data := os.read(outer, 4096):
+                shown.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield inner, shown
+    finally:
+        os.close(inner)
+        reader.join()
+        os.close(outer)
+
+
+def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: Models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    file = write(eppo(models, output, steps=10_000), tmp_path / "launch.yaml")
+    with terminal() as (stdout, shown):
+        process = start(file, stdout)
+        wait_for(lambda: b"step 2" in shown, process)
+        with pytest.raises(ConfigError, match="a launch with this output is running"):
+            run_local(read_launch(file))
+        blocks = shared_memory_of(process.pid)
+        assert blocks
+        os.kill(json.loads((output / "logs" / "reward.ready.json").read_text())["pid"], signal.SIGKILL)
+        _, error = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGKILL, error
+    assert "reward server listens on http://127.0.0.1:" in error  # in its log
+    assert error.endswith(f"launch: reward ended with exit status -9; its log is {output}/logs/reward.log\n")
+    assert processes_of(output) == []
+    assert [block for block in blocks if block.exists()] == []
+    for word in ("address", "http://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
+        assert word in shown.decode()
+
+
+def test_jobs_end_when_the_launcher_itself_is_killed(models: Models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(write(eppo(models, output), tmp_path / "launch.yaml"), subprocess.DEVNULL)
+    wait_for(lambda: len(processes_of(output, but=process.pid)) == 2, process)  # the two servers
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while processes_of(output):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
