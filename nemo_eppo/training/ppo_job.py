@@ -16,6 +16,7 @@ from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import ScoringConfig
+from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_scoring
 from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.metrics import MetricsLogger
@@ -87,7 +88,7 @@ class PPOJob:
             probe=config.ppo.energy,
         )
         set_scoring(runner.chunks, ScoringConfig(**self.sampling.model_dump(include=set(ScoringConfig.model_fields))))
-        reference = FrozenWeights(runner.chunks)
+        reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
         engine = MegatronEngine(
             runner.chunks,
             self.plan.model,
