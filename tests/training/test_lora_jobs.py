@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from distributed import free_port, run_ranks
-from jobs import Job, Models, reward_training
+from jobs import WARM, Job, Models, reward_training
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -21,7 +21,7 @@ from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runtime import ParallelConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
-from nemo_eppo.training.reward_model import train_reward_model
+from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
@@ -93,14 +93,20 @@ def test_ppo_with_adapters_keeps_both_base_models_and_resumes(models: Models, re
     assert ppo(models, reward_url, tmp_path / "parts") == rows[SAVED:]
 
 
-def train_and_serve(models: Models, root: Path) -> dict[str, Any]:
-    """A reward model trained as adapters, its checkpoint served, and exported."""
-    parallel = ParallelConfig(**TP2)
-    setup = {"restore_from_path": models.sft, "parallel": TP2, "lora": ADAPTERS}
-    config = reward_training(models, "bradley_terry", model=setup, optimizer={"lr": 1e-2})
+def settings(models: Models, layout: dict[str, int], **changes: Any) -> RewardTrainingConfig:
+    setup = {"restore_from_path": models.sft, "parallel": layout, "lora": ADAPTERS}
+    return reward_training(models, "bradley_terry", model=setup, optimizer={"lr": 1e-2}, **changes)
+
+
+def train(config: RewardTrainingConfig, root: Path) -> None:
     root.mkdir(exist_ok=True)
-    settings = ExpManagerConfig(create_tensorboard_logger=False)
-    train_reward_model(config, Run(root, int(os.environ["RANK"]), logging.getLogger(), settings))
+    files = ExpManagerConfig(create_tensorboard_logger=False)
+    train_reward_model(config, Run(root, int(os.environ["RANK"]), logging.getLogger(), files))
+
+
+def serve_and_export(models: Models, config: RewardTrainingConfig, root: Path) -> dict[str, Any]:
+    """Scores of a served checkpoint of adapters, and of the job that saved it; it is exported, too."""
+    parallel = config.model.parallel
     source = checkpoint.find(root / "checkpoints", "trained")
     runtime.initialize(parallel, 1)
     served = RewardModel(ModelSetup(restore_from_path=source, parallel=parallel))
@@ -116,9 +122,32 @@ def train_and_serve(models: Models, root: Path) -> dict[str, Any]:
 
 
 def test_a_reward_model_of_adapters_is_served_and_exported_merged(models: Models, tmp_path: Path) -> None:
-    result = run_ranks(train_and_serve, 2, models, tmp_path / "rm")[0]
+    config = settings(models, TP2)
+    run_ranks(train, 2, config, tmp_path / "rm")
+    result = run_ranks(serve_and_export, 2, models, config, tmp_path / "rm")[0]
     torch.testing.assert_close(result["served"], result["trained"], rtol=0, atol=1e-5)
     network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm" / "hf").eval()
     with torch.no_grad():
         scores = network(result["tokens"]).logits[:, 0] + result["bias"]
     torch.testing.assert_close(scores, result["served"], rtol=0, atol=1e-5)
+
+
+def averaged(models: Models, root: Path) -> list[dict[str, Tensor]]:
+    """The weights of WARM's two best members, and their average."""
+    average = checkpoint.read_manifest(root / "average")
+    assert average.lora is None
+    weights = []
+    for source in [Path(path) for path in average.state["average_of"]] + [root / "average"]:
+        runtime.initialize(ParallelConfig(), 1)
+        runner = build(plan(ModelSetup(restore_from_path=source)), "scalar")
+        weights.append(dict(export_tensors(runner.chunks, models.config)))
+    return weights
+
+
+def test_members_of_warm_may_be_adapters(models: Models, tmp_path: Path) -> None:
+    run_ranks(train, 1, settings(models, {}, ensemble=WARM), tmp_path / "warm")
+    one, other, average = run_ranks(averaged, 1, models, tmp_path / "warm")[0]
+    for name, weight in average.items():
+        torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=0, atol=1e-7)
+        adapted = name.endswith("_proj.weight") or name == "score.weight"  # a pair's two biases cancel out
+        assert torch.equal(one[name], other[name]) != adapted, name
