@@ -88,7 +88,8 @@ It loads under any tensor- and pipeline-parallel layout, with the vocabulary pad
             "megatron-to-hf",
             "lm",
             "a policy becomes a *ForCausalLM directory",
-            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.",
+            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.\n\n"
+            "LoRA adapters are merged into the weights.",
         ),
         (
             "reward-to-hf",

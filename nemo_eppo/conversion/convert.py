@@ -66,7 +66,7 @@ class HfToMegatron:
 
 
 class MegatronToHf:
-    """A checkpoint's model becomes a Hugging Face directory.
+    """A checkpoint's model, with its adapters merged, becomes a Hugging Face directory.
 
     A reward model becomes a sequence-classification model with one output and no bias, as transformers has it: the bias
     goes into the mean of the statistics in config.json, so that standardised scores are the same.

@@ -1,4 +1,4 @@
-"""Adapters compute and learn what LoRA is in plain torch, W + alpha / rank B A as whole fp64 matrices, in every layout.
+"""Adapters compute and learn what LoRA is in plain torch, in every layout; nothing else is learnt.
 
 Adam's epsilon is 1, so that an update is nearly proportional to the gradient: a gradient of the wrong size cannot hide
 behind Adam's normalisation.
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from distributed import run_ranks
-from reference_eppo import ReferenceConfig, logits, rms_norm, scalars
+from plain_lora import HIDDEN, LAYERS, LORA, OPTIMIZER, SCALE, UPDATES, WIDTHS, Adapters, plain_lora
+from reference_eppo import rms_norm
 from tiny import (
     MODEL,
     PP2,
@@ -36,22 +37,6 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.rollout.sampling import SamplingParams
-
-LORA = LoRAConfig(rank=3, alpha=4.5)
-SCALE = 4.5 / 3
-OPTIMIZER = OptimizerConfig(lr=1.0, betas=(0.9, 0.99), eps=1.0, weight_decay=0.1, clip_grad=1.0)
-UPDATES = 3
-HIDDEN, FFN, LAYERS = 32, 48, 4
-WIDTHS = {  # in, out of each linear
-    "linear_qkv": (HIDDEN, 2 * HIDDEN),
-    "linear_proj": (HIDDEN, HIDDEN),
-    "linear_fc1": (HIDDEN, 2 * FFN),
-    "linear_fc2": (FFN, HIDDEN),
-}
-PLAIN = ReferenceConfig(
-    vocab_size=101, hidden_size=HIDDEN, intermediate_size=FFN, num_layers=LAYERS, num_heads=4, num_kv_heads=2
-)
-Adapters = dict[tuple[int, str], Tensor]
 
 
 class Case(NamedTuple):
@@ -87,69 +72,6 @@ def mini_batch(head: str) -> Rows:
 
 def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     return (output[..., 0] * rows["coefficients"]).sum(), {}
-
-
-# ------------------------------------------------------------------------------------------------------ plain torch
-
-
-def split_delta(target: str, delta: Tensor, layer: int) -> dict[str, Tensor]:
-    """B A of a Megatron linear -> what it adds to Hugging Face weights."""
-    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    if target == "linear_proj":
-        return {f"{attention}.o_proj.weight": delta}
-    if target == "linear_fc2":
-        return {f"{mlp}.down_proj.weight": delta}
-    if target == "linear_fc1":
-        return {f"{mlp}.gate_proj.weight": delta[:FFN], f"{mlp}.up_proj.weight": delta[FFN:]}
-    groups = delta.view(2, 4, 8, HIDDEN)  # of each key/value group: two query heads, its key, its value
-    return {
-        f"{attention}.q_proj.weight": groups[:, :2].reshape(HIDDEN, HIDDEN),
-        f"{attention}.k_proj.weight": groups[:, 2].reshape(HIDDEN // 2, HIDDEN),
-        f"{attention}.v_proj.weight": groups[:, 3].reshape(HIDDEN // 2, HIDDEN),
-    }
-
-
-def plain_lora(case: Case, a: Adapters) -> dict[str, Any]:
-    """The same updates in one process and fp64, from the same A and B = 0."""
-    model = MODEL.model_copy(update={"tie_embeddings": case.tied})
-    base = {name: weight.double() for name, weight in random_weights(model).items()}
-    if case.tied:
-        base["lm_head.weight"] = base["model.embed_tokens.weight"]
-    a = {key: value.double().requires_grad_() for key, value in a.items()}
-    b = {(i, target): torch.zeros(WIDTHS[target][1], 3).double().requires_grad_() for i, target in a}
-    heads = [base[name].requires_grad_() for name in ("score.weight", "score.bias") if case.head == "scalar"]
-    matrices = [*a.values(), *b.values(), *heads[:1]]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": heads[1:], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
-    rows, norms = mini_batch(case.head), []
-
-    def weights() -> dict[str, Tensor]:
-        whole = dict(base)
-        for (i, target), down in a.items():
-            for name, delta in split_delta(target, SCALE * b[i, target] @ down, i).items():
-                whole[name] = whole[name] + delta
-        return whole
-
-    def outputs() -> Tensor:
-        if case.head == "scalar":
-            return scalars(weights(), rows["tokens"], PLAIN)
-        logprobs = logits(weights(), rows["tokens"], PLAIN).log_softmax(-1)
-        chosen = logprobs.gather(-1, rows["targets"].clamp(min=0)[..., None])[..., 0]
-        return torch.where(rows["targets"] == IGNORE, 0, chosen)
-
-    for _ in range(UPDATES):
-        optimizer.zero_grad()
-        (outputs() * rows["coefficients"]).sum().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(matrices + heads[1:], OPTIMIZER.clip_grad)))
-        optimizer.step()
-    merged = {name: weight.detach() for name, weight in weights().items() if name in exported_names(case)}
-    return {"a": a, "b": b, "after": outputs().detach(), "norms": torch.tensor(norms), "merged": merged}
-
-
-def exported_names(case: Case) -> set[str]:
-    absent = {"lm_head.weight"} if case.tied or case.head == "scalar" else set()
-    absent |= set() if case.head == "scalar" else {"score.weight", "score.bias"}
-    return set(random_weights(MODEL)) - absent
 
 
 # ---------------------------------------------------------------------------------------------------------- Megatron
@@ -281,7 +203,7 @@ def test_three_updates_are_those_of_plain_lora(name: str, results: dict[str, Any
         assert torch.equal(fresh, one_rank[key]), "a fresh A does not depend on the layout"
         assert fresh.shape == (3, WIDTHS[key[1]][0])
         assert not zeros[key].any()
-    expected = plain_lora(case, initial)
+    expected = plain_lora(initial, mini_batch(case.head), case.head, case.tied)
     a, b = gathered(case, ranks, "adapters")
     for key in a:
         close(f"{name}, A of {key}", a[key], expected["a"][key])
