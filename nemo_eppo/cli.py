@@ -95,7 +95,8 @@ architectures are handed to Megatron-Bridge where that is installed; its checkpo
             "megatron-to-hf",
             "lm",
             "a policy becomes a *ForCausalLM directory",
-            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.",
+            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.\n\n"
+            "LoRA adapters are merged into the weights.",
         ),
         (
             "reward-to-hf",

@@ -65,7 +65,7 @@ class HfToMegatron:
 
 
 class MegatronToHf:
-    """A checkpoint's model becomes a Hugging Face directory.
+    """A checkpoint's model, with its adapters merged, becomes a Hugging Face directory.
 
     A reward model becomes a sequence-classification model with one output and no bias, as transformers has it: the bias
     goes into the mean of the statistics in config.json, so that standardised scores are the same.
@@ -121,7 +121,9 @@ class MegatronToHf:
     def run(self) -> None:
         """Convert."""
         outputs = None if self.head == "lm" else 1
-        tensors = read_weights(self.source / checkpoint.WEIGHTS, self.manifest.model, outputs)
+        lora = self.manifest.lora
+        factor = lora.alpha / lora.rank if lora else None
+        tensors = read_weights(self.source / checkpoint.WEIGHTS, self.manifest.model, outputs, factor)
         bar = tqdm(tensors, total=len(hf_names(self.manifest.model)), unit="tensor", disable=None)
         tokenizer = self.source / checkpoint.TOKENIZER
         write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)

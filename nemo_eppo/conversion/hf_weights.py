@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.megatron import device
+from nemo_eppo.megatron import device, lora
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.model_config import ModelConfig
 
@@ -61,9 +61,10 @@ def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str,
     """Every tensor under its Hugging Face name, whole, one at a time: a copy, the same on all ranks of a replica.
 
     Collective: all ranks iterate, to the end. A model with a scalar head gives `score.weight` and `score.bias` in place
-    of `lm_head.weight`.
+    of `lm_head.weight`. Adapters are merged into the tensors, and not into the model.
     """
     mine = _parameters(chunks)
+    adapters = {id(adapter.weight): adapter for adapter in lora.adapters(chunks)}
     tensor_ranks, stages = unwrap(chunks[0]).tp_group, unwrap(chunks[0]).pp_group
     held: list[dict[str, tuple[Shape, torch.dtype]]] = [{} for _ in range(stages.size())]
     dist.all_gather_object(held, {name: (tuple(p.shape), p.dtype) for name, p in mine.items()}, group=stages)
@@ -72,7 +73,8 @@ def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str,
     for name, entry in entries(model, outputs).items():
         owner = next(rank for rank, names in enumerate(held) if name in names)
         if owner == stages.rank():
-            parameter = mine[name].detach().contiguous()
+            adapter = adapters.get(id(mine[name]))
+            parameter = (adapter.merged_weight() if adapter else mine[name].detach()).contiguous()
             shards = [torch.empty_like(parameter) for _ in range(tensor_ranks.size())]
             dist.all_gather(shards, parameter, group=tensor_ranks)
             tensors = entry.join(shards, model)
@@ -279,11 +281,13 @@ def _embedding(name: str, model: ModelConfig) -> Entry:
 
 
 def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
-    """This rank's parameters, named as in `entries` whatever the pipeline stage and the layer spec."""
+    """This rank's parameters, named as in `entries` whatever the pipeline stage and the layer spec; no adapters."""
     found = {}
     for chunk in chunks:
         decoder = unwrap(chunk)
         for name, parameter in decoder.named_parameters():
+            if f"{lora.SUFFIX}." in name:
+                continue
             if name.startswith("decoder.layers."):
                 index, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 number = decoder.decoder.layers[int(index)].layer_number - 1

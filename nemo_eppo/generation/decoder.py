@@ -17,9 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
+
+
+class _Linear(NamedTuple):
+    """A linear map's weight [out, in], its bias [out] and its adapter, if it has them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Adapter | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return out.add_(self.adapter.local(x)) if self.adapter is not None and self.adapter.enabled else out
 
 
 class _Layer(NamedTuple):
@@ -27,21 +40,19 @@ class _Layer(NamedTuple):
 
     attention_norm: Tensor
     """[H]."""
-    qkv: Tensor
+    qkv: _Linear
     """[G * (R + 2) * D, H]: for each of G key/value groups, R query heads, then key, then value."""
-    qkv_bias: Tensor | None
-    """[G * (R + 2) * D]."""
     q_norm: Tensor | None
     """[D]."""
     k_norm: Tensor | None
     """[D]."""
-    projection: Tensor
+    projection: _Linear
     """[H, G * R * D]."""
     mlp_norm: Tensor
     """[H]."""
-    gate_up: Tensor
+    gate_up: _Linear
     """[2 * F, H]: gate rows, then up rows."""
-    down: Tensor
+    down: _Linear
     """[H, F]."""
 
 
@@ -142,7 +153,7 @@ class Decoder:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
         rows, size, _ = hidden.shape
         width, heads = self._head_width, self._heads_per_group
-        qkv = F.linear(_norm(hidden, layer.attention_norm, self._eps), layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(_norm(hidden, layer.attention_norm, self._eps))
         qkv = qkv.view(rows, size, self._groups, heads + 2, width)
         query, key = qkv[..., :heads, :], qkv[..., heads, :]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -165,12 +176,12 @@ class Decoder:
                 scale=self._softmax_scale,
                 enable_gqa=heads > 1,
             ).transpose(1, 2)
-        hidden += self._sum(F.linear(out.reshape(rows, size, -1), layer.projection))
+        hidden += self._sum(layer.projection(out.reshape(rows, size, -1)))
 
     def _transform(self, hidden: Tensor, layer: _Layer) -> None:
         """Add the layer's MLP to hidden [b, s, H]."""
-        gate, up = F.linear(_norm(hidden, layer.mlp_norm, self._eps), layer.gate_up).chunk(2, -1)
-        hidden += self._sum(F.linear(F.silu(gate).mul_(up), layer.down))
+        gate, up = layer.gate_up(_norm(hidden, layer.mlp_norm, self._eps)).chunk(2, -1)
+        hidden += self._sum(layer.down(F.silu(gate).mul_(up)))
 
     def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """[b, s] -> [b, s, H]; weight [V / tp, H]."""
@@ -221,17 +232,21 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _layer_weights(layer: Any) -> _Layer:
-    weights = dict(layer.named_parameters())
+    weights, modules = dict(layer.named_parameters()), dict(layer.named_modules())
+
+    def linear(name: str) -> _Linear:
+        adapter = modules.get(name + SUFFIX)
+        return _Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), adapter)
+
     # in TransformerEngine's modules a norm is part of the projection after it
     fused = "mlp.linear_fc1.layer_norm_weight" in weights
     return _Layer(
         attention_norm=weights["self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"],
-        qkv=weights["self_attention.linear_qkv.weight"],
-        qkv_bias=weights.get("self_attention.linear_qkv.bias"),
+        qkv=linear("self_attention.linear_qkv"),
         q_norm=weights.get("self_attention.q_layernorm.weight"),
         k_norm=weights.get("self_attention.k_layernorm.weight"),
-        projection=weights["self_attention.linear_proj.weight"],
+        projection=linear("self_attention.linear_proj"),
         mlp_norm=weights["mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"],
-        gate_up=weights["mlp.linear_fc1.weight"],
-        down=weights["mlp.linear_fc2.weight"],
+        gate_up=linear("mlp.linear_fc1"),
+        down=linear("mlp.linear_fc2"),
     )

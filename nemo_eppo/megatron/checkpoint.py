@@ -22,6 +22,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from pydantic import Field, ValidationError
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.megatron import lora
+from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.runner import ModelRunner
@@ -47,6 +49,8 @@ class Manifest(Config):
     step: int = Field(ge=0)
     """Updates of the loop that saved it."""
     model: ModelConfig
+    lora: LoRAConfig | None = None
+    """Adapters beside the model's own weights; `save` fills it in."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """Of the validation at this step."""
     optimizer: bool = False
@@ -154,26 +158,29 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
 
     Args:
         directory: where the checkpoint will be; an existing one is replaced once the new one is complete.
-        manifest: what to record; `files` is filled in here. The optimizer is saved if `manifest.optimizer`.
+        manifest: what to record; `files` and `lora` are filled in here. The optimizer is saved if `manifest.optimizer`.
         tokenizer: a Hugging Face directory whose tokenizer to copy into the checkpoint.
     """
-    begin(directory, runner, manifest).execute_sync()
+    request, manifest = begin(directory, runner, manifest)
+    request.execute_sync()
     if dist.get_rank() == 0:
         complete(directory, manifest, tokenizer)
     dist.barrier()
     return directory
 
 
-def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> AsyncRequest:
-    """All that has to be done to write the weights under a temporary name; collective over all ranks."""
+def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[AsyncRequest, Manifest]:
+    """What has to be done to write the weights under a temporary name, and the manifest with `lora` filled in;
+    collective over all ranks."""
     if dist.get_rank() == 0:
         start(directory)
     dist.barrier()
-    return dist_checkpointing.save(
+    request = dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
         str(_incomplete(directory) / WEIGHTS),
         async_sharded_save=True,
     )
+    return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)})
 
 
 def start(directory: Path) -> Path:
@@ -209,15 +216,25 @@ def _incomplete(directory: Path) -> Path:
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
     """Load weights, and the optimizer if asked for, under this job's layout; collective over all ranks.
 
+    Training goes on with the adapters it was saved with. Who reads the weights alone gets them with adapters merged.
+
     Args:
         fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
 
     Raises:
-        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved.
+        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved, or with other adapters.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
         raise ConfigError(f"{directory} holds no optimizer state: training cannot go on from it")
+    if optimizer and manifest.lora != lora.attached(runner.chunks):
+        raise ConfigError(
+            f"{directory} was saved with model.lora = {manifest.lora}; training cannot go on from it with "
+            f"{lora.attached(runner.chunks)}"
+        )
+    to_merge = None if optimizer else manifest.lora
+    if to_merge is not None:
+        lora.attach(runner.chunks, to_merge)
     state = _sharded_state(runner, optimizer, is_loading=True)
     if fresh_head:
         for name in [name for name in state if name.startswith("chunk")]:
@@ -228,6 +245,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
         wrong = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head and "head." in key)]
         if wrong or unexpected:
             raise ConfigError(f"{directory} does not fit the model: missing {wrong}, unexpected {unexpected}")
+    if to_merge is not None:
+        lora.merge(runner.chunks)
     if optimizer:
         runner.optimizer.load_state_dict(loaded["optimizer"])
         runner.scheduler.load_state_dict(loaded["scheduler"])

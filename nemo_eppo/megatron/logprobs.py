@@ -108,7 +108,9 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, result = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
+        grad_weight = None  # a frozen projection needs none
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
         temperature = ctx.layout[2].temperature
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
@@ -119,8 +121,10 @@ class _TokenLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
             grad = (grad / temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> Tensor:

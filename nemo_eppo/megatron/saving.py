@@ -87,12 +87,12 @@ class CheckpointSaver:
         """
         self.finish()
         directory = self.path(manifest.step)
-        request = checkpoint.begin(directory, runner, manifest)
+        request, complete_manifest = checkpoint.begin(directory, runner, manifest)
 
         def seal() -> None:
             if before is not None:
                 before()
-            checkpoint.complete(directory, manifest, self._tokenizer)
+            checkpoint.complete(directory, complete_manifest, self._tokenizer)
             if after is not None:
                 after()
 

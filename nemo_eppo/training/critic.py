@@ -65,7 +65,12 @@ class CriticService:
         if config.reward_model is not None:
             self._reward = RewardModel(
                 config.model.model_copy(
-                    update={"restore_from_path": config.reward_model, "architecture": None, "tokenizer": None}
+                    update={
+                        "restore_from_path": config.reward_model,
+                        "architecture": None,
+                        "tokenizer": None,
+                        "lora": None,
+                    }
                 ),
                 "reward_model",
             )

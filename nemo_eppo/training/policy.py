@@ -10,6 +10,7 @@ from nemo_eppo.generation.engine import Engine
 from nemo_eppo.megatron.collectives import on_rank0, over_replicas
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
@@ -49,7 +50,7 @@ class Policy:
     def __init__(
         self,
         runner: ModelRunner,
-        reference: FrozenWeights,
+        reference: FrozenWeights | AdaptersOff,
         engine: Engine,
         energy: EnergyConfig,
         own_answers: SamplingParams,

@@ -18,6 +18,7 @@ from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import ScoringConfig
+from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_scoring
 from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.observability.experiment import Run
@@ -92,7 +93,7 @@ class PPOJob:
             probe=config.ppo.energy,
         )
         set_scoring(runner.chunks, ScoringConfig(**self.sampling.model_dump(include=set(ScoringConfig.model_fields))))
-        reference = FrozenWeights(runner.chunks)
+        reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
         engine = MegatronEngine(
             runner.chunks,
             self.plan.model,

@@ -99,7 +99,7 @@ def average_members(
     accuracies = {path: checkpoint.read_manifest(path).metrics["validation/accuracy"] for path in members}
     best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
     runtime.initialize(model.setup.parallel, seed)
-    runner = build(_plan_from(best[0], model), task.head, latent_size=task.latent_size)
+    runner = build(_plan_from(best[0], model, lora=None), task.head, latent_size=task.latent_size)
     parameters = [p for chunk in runner.chunks for p in unwrap(chunk).parameters()]
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     with torch.no_grad():
@@ -134,9 +134,9 @@ def _part(run: Run, name: str) -> Run:
     return dataclasses.replace(run, directory=directory, wandb=None)
 
 
-def _plan_from(source: Path, model: Plan) -> Plan:
-    """The plan of the same model with the weights of a checkpoint."""
+def _plan_from(source: Path, model: Plan, **changes: Any) -> Plan:
+    """The plan of the same model with the weights of a checkpoint, and changed settings."""
     setup: ModelSetup = model.setup.model_copy(
-        update={"restore_from_path": source, "architecture": None, "tokenizer": None}
+        update={"restore_from_path": source, "architecture": None, "tokenizer": None, **changes}
     )
     return plan(setup)

@@ -10,9 +10,10 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.conversion.hf_directory import HfDirectory
 from nemo_eppo.conversion.hf_weights import load_tensors
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron import checkpoint, lora, runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, build_model
 from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
 from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
@@ -34,6 +35,8 @@ class ModelSetup(Config):
     """Of weights and activations; heads, optimizer and losses are always fp32."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    lora: LoRAConfig | None = None
+    """Train adapters beside the model's frozen weights; null to train all of them."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over the job's ranks."""
     micro_batch_size: int = Field(4, ge=1)
@@ -48,6 +51,8 @@ class ModelSetup(Config):
             raise ValueError("exactly one of restore_from_path and architecture has to be set")
         if self.architecture is not None and self.tokenizer is None:
             raise ValueError("tokenizer has to be set for a model with a fresh architecture")
+        if self.architecture is not None and self.lora is not None:
+            raise ValueError("lora leaves the model as it is, which needs restore_from_path, not a fresh architecture")
         return self
 
 
@@ -123,8 +128,13 @@ def build(
         dropout: while training.
         total_steps: updates over which the learning rate decays.
         resume: a checkpoint of this very job: weights, optimizer and schedule come from it instead.
+
+    Raises:
+        ConfigError: model.lora without an optimizer, or of another kind than what `resume` was saved with.
     """
     setup = plan.setup
+    if setup.lora is not None and optimizer is None:
+        raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
     chunks: list[Any] = build_model(
         plan.model,
         setup.parallel,
@@ -137,6 +147,12 @@ def build(
     fresh_head = head != "lm" and plan.manifest is not None and plan.manifest.head != head
     if isinstance(plan.source, HfDirectory) and resume is None:
         load_tensors(chunks, plan.model, plan.source.tensor, fresh_head=fresh_head)
+    elif isinstance(plan.source, Path) and resume is None:
+        source = plan.source
+        on_rank0(lambda: checkpoint.verify(source))
+        checkpoint.load(source, ModelRunner(chunks, setup.micro_batch_size), fresh_head=fresh_head)
+    if setup.lora is not None:
+        lora.train_adapters(chunks, setup.lora)
     megatron_optimizer = scheduler = None
     if optimizer is not None:
         chunks = wrap_data_parallel(chunks, optimizer, setup.precision)
@@ -151,8 +167,4 @@ def build(
     )
     if resume is not None:
         checkpoint.load(resume, runner, optimizer=True)
-    elif isinstance(plan.source, Path):
-        source = plan.source
-        on_rank0(lambda: checkpoint.verify(source))
-        checkpoint.load(source, runner, fresh_head=fresh_head)
     return runner

@@ -8,6 +8,7 @@ from torch import Tensor
 from nemo_eppo.conversion.hf_weights import export_tensors, hf_names, load_tensors
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
 from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.lora import LoRAConfig, train_adapters
 from nemo_eppo.megatron.model import Head, build_model
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
@@ -71,12 +72,15 @@ def build_runner(
     micro_batch_tokens: int | None = None,
     probe: EnergyProbeConfig | None = None,
     optimizer: OptimizerConfig | None = None,
+    lora: LoRAConfig | None = None,
 ) -> ModelRunner:
     """A runner over a model with `random_weights`, in a process that `run_ranks` started."""
     parallel = ParallelConfig(**layout)
     initialize(parallel, seed=1)
     chunks: Any = build_model(model, parallel, head=head, precision=precision, recompute=recompute)
     load_tensors(chunks, model, random_weights(model).__getitem__)
+    if lora is not None:
+        train_adapters(chunks, lora)
     energy_probe = EnergyProbe(probe, chunks, model.num_layers) if probe else None
     megatron_optimizer = scheduler = None
     if optimizer is not None:
