@@ -61,10 +61,11 @@ def run_local(launch: LaunchConfig) -> None:
             try:
                 supervisor.run(status)
             finally:
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-                status.show()
-                supervisor.stop()
+                _ignore_signals()
+                try:
+                    status.show()  # what has failed; stopping the others takes a while
+                finally:
+                    supervisor.stop()
 
 
 def commands(launch: LaunchConfig) -> list[str]:
@@ -122,11 +123,12 @@ class Supervisor:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0, deadline - time.monotonic()))
                 self._rows[name].state, self._rows[name].ended = State.STOPPED, time.monotonic()
-        left = [child for child in psutil.Process().children(recursive=True) if child not in self._strangers]
-        for straggler in left:
-            with suppress(psutil.NoSuchProcess):
-                straggler.kill()
-        psutil.wait_procs(left, GRACE_S)
+        for _ in range(3):  # the dying may just have started others
+            left = [child for child in psutil.Process().children(recursive=True) if child not in self._strangers]
+            for straggler in left:
+                with suppress(psutil.NoSuchProcess):
+                    straggler.kill()
+            psutil.wait_procs(left, GRACE_S)
         if any(self._launch.jobs[name].serves and process.poll() for name, process in self._processes.items()):
             from nemo_eppo.servers.frontend import remove_leftovers
 
@@ -171,7 +173,7 @@ class Supervisor:
             row.ended = time.monotonic()
             self._gpus.give_back(name)
             if job.serves or code:
-                raise self._failure(name, f"ended with exit status {code}", code if code > 0 else 128 - code)
+                raise self._failure(name, f"ended with exit status {code}", code if code >= 0 else 128 - code)
             row.state = State.DONE
         elif row.state is State.STARTING:
             if self._ready_file(name).exists():
@@ -216,11 +218,17 @@ def _only_one(launch: LaunchConfig) -> Iterator[None]:
         yield
 
 
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+
+
 @contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGINT too: a shell starts background processes with Ctrl-C ignored."""
 
     def interrupted(number: int, _: FrameType | None) -> None:
+        _ignore_signals()
         raise LaunchError(f"launch: {signal.Signals(number).name}, all jobs were stopped", 128 + number)
 
     previous = {number: signal.signal(number, interrupted) for number in STOP_SIGNALS}

@@ -34,7 +34,7 @@ class JobConfig(Config):
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of this job alone."""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """Options of sbatch for this job alone, such as `constraint`."""
+    """Options of sbatch for this job alone, such as `constraint: h100`; "" for one without a value."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and token are
     filled in."""
