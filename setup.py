@@ -27,6 +27,7 @@ setup(
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         "pydantic>=2.10,<3",
+        "packaging",
         "transformers>=4.57,<5",
         "tokenizers",
         "safetensors",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from nemo_eppo.aligner_cli import add_aligner_config
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.prepare_cli import add_prepare
+from nemo_eppo.doctor.doctor_cli import add_doctor
 from nemo_eppo.launch.launch_cli import add_launch
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_score(commands)
     add_launch(commands, _HelpFormatter)
+    add_doctor(commands, _HelpFormatter)
     return parser
 
 

@@ -27,11 +27,11 @@ def check_launch(launch: LaunchConfig, *, here: bool) -> None:
         raise ConfigError(
             f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
         )
-    schemas = _schemas()
+    known = schemas()
     nowhere = {name: Address("http://127.0.0.1:1") for name, job in launch.jobs.items() if job.serves}
     faults = []
     for name, job in launch.jobs.items():
-        schema, config_name = schemas[job.script]
+        schema, config_name = known[job.script]
         try:
             settings: Any = read_settings(schema, REPOSITORY / "conf", config_name, overrides(launch, name, nowhere))
             settings.model.parallel.data_parallel_size(job.ranks)
@@ -42,12 +42,12 @@ def check_launch(launch: LaunchConfig, *, here: bool) -> None:
         except ConfigError as error:
             faults.append(f"jobs.{name}: {error}")
     if here:
-        faults += _taken_ports(launch)
+        faults += taken_ports(launch)
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def _schemas() -> dict[str, tuple[type[Config], str]]:
+def schemas() -> dict[str, tuple[type[Config], str]]:
     """Schema and YAML file of every script; they bring torch, so they are imported late."""
     from nemo_eppo.training.critic import CriticConfig
     from nemo_eppo.training.ppo_config import PPOConfig
@@ -74,7 +74,7 @@ def _check_inputs(launch: LaunchConfig, name: str, settings: Any) -> None:
             value = getattr(value, part, None)
         if value is None:
             continue
-        made_here[key] = _maker(launch, value)
+        made_here[key] = maker(launch, value)
         if made_here[key] and made_here[key] not in launch.before(name):
             raise ConfigError(f"{key} = {value} is made by the job {made_here[key]}, which is not among its needs")
         if not made_here[key] and not value.exists():
@@ -84,14 +84,15 @@ def _check_inputs(launch: LaunchConfig, name: str, settings: Any) -> None:
         plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
 
 
-def _maker(launch: LaunchConfig, path: Path) -> str | None:
+def maker(launch: LaunchConfig, path: Path) -> str | None:
     """The job in whose run directory a path lies."""
     return next(
         (name for name in launch.jobs if path.absolute().is_relative_to((launch.output / name).absolute())), None
     )
 
 
-def _taken_ports(launch: LaunchConfig) -> list[str]:
+def taken_ports(launch: LaunchConfig) -> list[str]:
+    """What is wrong with the ports that the launch file itself chooses."""
     faults, owners = [], dict[int, str]()
     for name, job in launch.jobs.items():
         port = fixed_port(job) if job.serves else 0

@@ -75,6 +75,17 @@ def max_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def capacities() -> list[int]:
+    """Memory in bytes of each GPU of this machine."""
+    return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+
+
+def describe() -> list[str]:
+    """Each GPU of this machine: name and memory."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [f"{name} ({size / 2**30:.0f} GiB)" for name, size in zip(names, capacities(), strict=True)]
+
+
 def install() -> None:
     """Make megatron-core usable on this rank's device. Does nothing on a GPU except selecting it.
 
