@@ -27,7 +27,8 @@ def allocate(size: int, device: torch.device) -> Tensor:
 
 def handles(named: Sequence[tuple[str, Tensor]]) -> str:
     """The tensors, all in memory of `allocate`, in the form in which AsyncLLM.update_weights takes one device's: base64
-    of a pickled [(name, reduce_tensor(tensor)), ...]. They have to stay until the other process has read them."""
+    of a pickled [(name, reduce_tensor(tensor)), ...]. They have to stay until the other process has read them.
+    What is returned can be opened once, for memory is freed by counting who has opened it."""
     return base64.b64encode(ForkingPickler.dumps([(name, reduce_tensor(tensor)) for name, tensor in named])).decode()
 
 

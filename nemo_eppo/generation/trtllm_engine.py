@@ -174,11 +174,16 @@ class TensorRTLLMEngine:
             ]
             device.synchronize()  # the other process does not wait for what this one has queued
             used = self._replica.rank() < self._config.tensor_parallel_size
-            handles = ipc.handles([(name, tensor) for name, _, tensor in bucket]) if used else None
-            gathered: list[str | None] = [None] * self._replica.size()
+            named = [(name, tensor) for name, _, tensor in bucket]
+            # each can be opened once: one is for the check, one for AsyncLLM
+            handles = (ipc.handles(named), ipc.handles(named)) if used else ("", "")
+            gathered: list[tuple[str, str]] = [handles] * self._replica.size()
             dist.all_gather_object(gathered, handles, group=self._replica)
-            by_device = dict(zip(self._devices, gathered[: len(self._devices)], strict=True))
-            self._ask("bucket", header=(version, number, infos), handles=by_device)
+            to_check, to_load = (
+                dict(zip(self._devices, texts, strict=True))
+                for texts in zip(*gathered[: len(self._devices)], strict=True)
+            )
+            self._ask("bucket", header=(version, number, infos), to_check=to_check, to_load=to_load)
         self._ask("finish", version=version)
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:

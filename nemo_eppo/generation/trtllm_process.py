@@ -66,16 +66,15 @@ class EngineServer:
         """A refit starts."""
         self._receiver.begin(version)
 
-    async def bucket(self, header: tuple[int, int, list[tuple[Any, ...]]], handles: dict[str, str]) -> None:
-        """Check what lies in the shared buffers, of every device, and load it."""
-        if list(handles) != self._devices:
-            self._receiver.forget()
-            raise RefitError(f"refit for devices {list(handles)}; the engine runs on {self._devices}")
+    async def bucket(
+        self, header: tuple[int, int, list[tuple[Any, ...]]], to_check: dict[str, str], to_load: dict[str, str]
+    ) -> None:
+        """Check what lies in the shared buffers, of every device, and load it; two handles of the same memory."""
         version, number, tensors = header
-        copies = [open_handles(text, index) for index, text in enumerate(handles.values())]
+        copies = [open_handles(text, index) for index, text in enumerate(to_check.values())]
         self._receiver.check(Bucket(version, number, [TensorInfo(*info) for info in tensors]), copies)
         del copies
-        await self._load(handles)
+        await self._load(to_load)
 
     async def finish(self, version: int) -> None:
         """All buckets were sent: finalise, which also drops the prefix cache."""
