@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nemo_eppo.config import ConfigError
 from nemo_eppo.conversion.checkpoint_weights import read_weights, write_weights
 from nemo_eppo.conversion.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
-from nemo_eppo.conversion.hf_weights import hf_config, hf_names
+from nemo_eppo.conversion.hf_weights import causal_architecture, hf_config, hf_names
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.model import Head
@@ -100,9 +100,8 @@ class MegatronToHf:
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes
         model = self.manifest.model
-        family = "Qwen2" if model.qkv_bias else "Qwen3" if model.qk_norm else "Llama"
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
-        architecture = architecture or family + suffix
+        architecture = architecture or causal_architecture(model).replace("ForCausalLM", suffix)
         if not architecture.endswith(suffix):
             raise ConfigError(f"architecture {architecture!r}: expected one that ends with {suffix}")
         self.config = hf_config(model, architecture) | _token_ids(self.source / checkpoint.TOKENIZER)

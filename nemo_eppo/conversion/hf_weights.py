@@ -222,6 +222,11 @@ def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
     return config
 
 
+def causal_architecture(model: ModelConfig) -> str:
+    """The *ForCausalLM with the model's biases and norms. A Mistral model has the modules of a Llama model."""
+    return ("Qwen2" if model.qkv_bias else "Qwen3" if model.qk_norm else "Llama") + "ForCausalLM"
+
+
 def _family(architecture: str) -> str:
     family = architecture.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
     if family == architecture or family not in FAMILIES:

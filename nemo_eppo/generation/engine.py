@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 
@@ -17,20 +19,62 @@ class Engine(Protocol):
     """
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Take over new weights (whole tensors under Hugging Face names) and call them `version`.
+        """Take over new weights (whole tensors under Hugging Face names) and call them `version`. Collective.
 
-        An engine that reads the trainer's own weights takes None.
+        An engine that reads the trainer's own weights does not look at them, and takes None.
+
+        Raises:
+            RefitError: the refit is incomplete, reordered, stale or corrupted; the engine has no weights until a
+                complete one.
         """
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion for each prompt, in their order.
+        """One completion for each prompt, in their order. Log-probs are those of the distribution sampled from, after
+        temperature and filters; what they are of greedy responses is the engine's affair.
 
         Raises:
             ConfigError: an input that cannot work, named by its index; nothing was computed.
         """
 
     def sleep(self) -> None:
-        """Free the memory that only generation needs."""
+        """Free the memory that only generation needs; the weights may go with it."""
 
     def wake(self) -> None:
-        """Get ready to generate again."""
+        """Get ready for a refit, and then to generate again."""
+
+    def close(self) -> None:
+        """End everything the engine has started."""
+
+
+def check_limits(
+    model: ModelConfig, *, eos_id: int, pad_id: int, max_batch_size: int, max_sequence_length: int
+) -> None:
+    """ConfigError if no engine of this model could work so."""
+    if not 2 <= max_sequence_length <= model.max_sequence_length:
+        raise ConfigError(
+            f"max_sequence_length = {max_sequence_length}: expected 2 to {model.max_sequence_length}, "
+            "the model's longest sequence"
+        )
+    if max_batch_size < 1:
+        raise ConfigError(f"max_batch_size = {max_batch_size}: expected at least 1")
+    for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
+        if not 0 <= token < model.vocab_size:
+            raise ConfigError(f"{name} = {token}: expected 0 to {model.vocab_size - 1}")
+
+
+def check_requests(prompt_ids: list[list[int]], seeds: list[int], vocab_size: int, max_sequence_length: int) -> None:
+    """ConfigError if a prompt or seed cannot work, named by its index."""
+    if len(seeds) != len(prompt_ids):
+        raise ConfigError(f"seeds: {len(seeds)} for {len(prompt_ids)} prompts; expected one for each")
+    for i, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
+        if not 1 <= len(prompt) < max_sequence_length:
+            raise ConfigError(
+                f"prompt {i} has {len(prompt)} tokens; expected 1 to {max_sequence_length - 1}, so that a "
+                f"response fits into max_sequence_length = {max_sequence_length}"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ConfigError(
+                f"prompt {i} has tokens from {min(prompt)} to {max(prompt)}; expected 0 to {vocab_size - 1}"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"seed {i} is {seed}; expected a 64-bit integer")

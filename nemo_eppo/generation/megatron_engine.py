@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, sample_tokens
-from nemo_eppo.config import ConfigError
 from nemo_eppo.generation.decoder import Decoder
+from nemo_eppo.generation.engine import check_limits, check_requests
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, FinishReason
@@ -43,16 +43,13 @@ class MegatronEngine:
         max_batch_size: int,
         max_sequence_length: int,
     ) -> None:
-        if not 2 <= max_sequence_length <= model_config.max_sequence_length:
-            raise ConfigError(
-                f"max_sequence_length = {max_sequence_length}: expected 2 to {model_config.max_sequence_length}, "
-                "the model's longest sequence"
-            )
-        if max_batch_size < 1:
-            raise ConfigError(f"max_batch_size = {max_batch_size}: expected at least 1")
-        for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
-            if not 0 <= token < model_config.vocab_size:
-                raise ConfigError(f"{name} = {token}: expected 0 to {model_config.vocab_size - 1}")
+        check_limits(
+            model_config,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            max_batch_size=max_batch_size,
+            max_sequence_length=max_sequence_length,
+        )
         self._vocab_size, self._eos_id, self._pad_id = model_config.vocab_size, eos_id, pad_id
         self._max_batch_size, self._max_sequence_length = max_batch_size, max_sequence_length
         self._decoder = Decoder(chunks, model_config.vocab_size)
@@ -70,6 +67,10 @@ class MegatronEngine:
     def wake(self) -> None:
         """Nothing to do: the cache is allocated when it is needed."""
 
+    def close(self) -> None:
+        """Free the cache."""
+        self._decoder.release()
+
     @torch.inference_mode()
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """One completion for each prompt; see `Engine`.
@@ -81,7 +82,7 @@ class MegatronEngine:
             ConfigError: a prompt or seed that cannot work, found before any communication.
             FloatingPointError: the model gives NaN; on all ranks.
         """
-        self._check(prompt_ids, seeds)
+        check_requests(prompt_ids, seeds, self._vocab_size, self._max_sequence_length)
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))  # the first wave needs most memory
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), self._max_batch_size):
@@ -89,22 +90,6 @@ class MegatronEngine:
             results = self._wave([prompt_ids[i] for i in wave], sampling, [seeds[i] for i in wave])
             completions.update(zip(wave, results, strict=True))
         return [completions[i] for i in range(len(prompt_ids))]
-
-    def _check(self, prompt_ids: list[list[int]], seeds: list[int]) -> None:
-        if len(seeds) != len(prompt_ids):
-            raise ConfigError(f"seeds: {len(seeds)} for {len(prompt_ids)} prompts; expected one for each")
-        for i, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
-            if not 1 <= len(prompt) < self._max_sequence_length:
-                raise ConfigError(
-                    f"prompt {i} has {len(prompt)} tokens; expected 1 to {self._max_sequence_length - 1}, so that a "
-                    f"response fits into max_sequence_length = {self._max_sequence_length}"
-                )
-            if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-                raise ConfigError(
-                    f"prompt {i} has tokens from {min(prompt)} to {max(prompt)}; expected 0 to {self._vocab_size - 1}"
-                )
-            if not -(2**63) <= seed < 2**63:
-                raise ConfigError(f"seed {i} is {seed}; expected a 64-bit integer")
 
     def _wave(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Decode prompts together, in blocks of steps; rows that have ended leave between blocks."""

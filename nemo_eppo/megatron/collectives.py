@@ -1,7 +1,7 @@
 """Work that one rank or one replica does for all: every rank leaves with the same result, or with the same error."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -14,25 +14,49 @@ class PeerError(RuntimeError):
     """Another rank failed; its own message is in its log and here."""
 
 
-def on_rank0(work: Callable[[], ResultT]) -> ResultT:
-    """Run `work` on global rank 0 and give its picklable result to every rank.
+def on_rank0(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
+    """Run `work` on the first rank of `group` (None: of all ranks) and give its picklable result to every other.
 
     Raises:
-        the error of `work` on rank 0, and PeerError with its message on all others: none is left waiting.
+        the error of `work` on that rank, and PeerError with its message on all others: none is left waiting.
     """
     error: Exception | None = None
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    if dist.get_rank() == first:
         try:
             outcome[0] = work()
         except Exception as caught:
             error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=first, group=group)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise PeerError(f"rank 0 failed: {outcome[1]}")
+        raise PeerError(f"rank {first} failed: {outcome[1]}")
     return outcome[0]
+
+
+def all_or_none(work: Callable[[], ResultT]) -> ResultT:
+    """Run `work` on every rank of the job; if it fails on any, it fails on all.
+
+    Raises:
+        the error of `work` on the ranks where it failed, and PeerError with the first one's message on all others.
+    """
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    own = error is not None and not isinstance(error, PeerError)
+    dist.all_gather_object(messages, f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if own else None)
+    if error is not None:
+        raise error
+    for message in messages:
+        if message is not None:
+            raise PeerError(message)
+    return cast(ResultT, result)
 
 
 def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[ResultT]]) -> list[ResultT]:

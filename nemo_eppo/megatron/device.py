@@ -66,6 +66,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def uuid() -> str:
+    """The name of this rank's device that other processes know it by; on a CPU one for each rank of the machine."""
+    if on_gpu():
+        return f"GPU-{torch.cuda.get_device_properties(device()).uuid}"
+    return f"CPU-{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def only_these(uuids: list[str]) -> dict[str, str]:
+    """Environment variables that show a process these GPUs and no others, numbered in this order."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)} if on_gpu() else {}
+
+
 def max_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
     if on_gpu():

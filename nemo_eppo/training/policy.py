@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.energy import energy_mask, energy_window, response_energy
+from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.generation.engine import Engine
+from nemo_eppo.generation.refit import RefitError
 from nemo_eppo.megatron.collectives import on_rank0, over_replicas
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import AdaptersOff
+from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
 from nemo_eppo.training.ppo_config import EnergyConfig
-
-_REFERENCE_VERSION = -1
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Policy:
     """Everything a PPO step asks of the policy and of the reference; in and out go global batches, on every rank.
 
     Args:
+        model: the policy's architecture.
         own_answers: how the reference answers a prompt whose energy loss the policy's is compared with.
         cache: of the energies of these answers; None forgets them with the process.
     """
@@ -50,27 +52,39 @@ class Policy:
     def __init__(
         self,
         runner: ModelRunner,
+        model: ModelConfig,
         reference: FrozenWeights | AdaptersOff,
         engine: Engine,
         energy: EnergyConfig,
         own_answers: SamplingParams,
         cache: EnergyCache | None = None,
     ) -> None:
-        self.runner, self.reference, self.engine, self.energy = runner, reference, engine, energy
+        self.runner, self.model, self.reference, self.engine, self.energy = runner, model, reference, engine, energy
+        self.weight_version = 0
+        """Counts the refits of this process, the reference's included."""
         self._own_answers, self._cache = own_answers, cache
         self._own_energies: dict[bytes, list[float]] = on_rank0(cache.load) if cache else {}
 
-    def refit(self, version: int) -> None:
-        """Give the engine the policy's current weights under a new version number."""
-        self.engine.refit(None, version)
+    def refit(self) -> None:
+        """Wake the engine and give it the weights that the modules hold now, under the next version number."""
+        self.weight_version += 1
+        self.engine.wake()
+        self.engine.refit(export_tensors(self.runner.chunks, self.model), self.weight_version)
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: Tensor) -> list[Completion]:
-        """One completion per prompt, the replicas sharing the work."""
+        """One completion per prompt, the replicas sharing the work.
+
+        Raises:
+            RefitError: a completion was made by other weights than the last refit's.
+        """
 
         def replica(mine: list[int]) -> list[Completion]:
             return self.engine.generate([prompts[i] for i in mine], sampling, [int(seeds[i]) for i in mine])
 
-        return over_replicas([len(prompt) for prompt in prompts], replica)
+        completions = over_replicas([len(prompt) for prompt in prompts], replica)
+        if stale := {completion.weight_version for completion in completions} - {self.weight_version}:
+            raise RefitError(f"stale completions: of weight versions {stale}, expected {self.weight_version}")
+        return completions
 
     def score(self, batch: RolloutBatch, energies: bool = True) -> Scores:
         """Log-probs, entropies and energies of the responses under the weights that the modules hold now."""
@@ -83,17 +97,16 @@ class Policy:
             losses = response_energy(window, mask, self.energy.max_tokens)
         return Scores(out[:, :-1, 0], out[:, :-1, 1], losses)
 
-    def score_reference(self, batch: RolloutBatch, policy_version: int) -> Scores:
+    def score_reference(self, batch: RolloutBatch) -> Scores:
         """Log-probs under the reference, and its energies: on these responses, or on its own answers.
 
         Energies are None where nobody needs them: an unpenalised run does not generate own answers just to report.
+        Leaves the engine asleep, maybe with the reference's weights: `refit` comes before the policy generates again.
         """
         same, needed = self.energy.reference == "same_response", self.energy.eta > 0
         with self.reference.active():
             scores = self.score(batch, energies=same)
             own = self._own_response_energies(batch) if needed and not same else scores.energies
-        if needed and not same:
-            self.refit(policy_version)
         return Scores(scores.logprobs, scores.entropies, own)
 
     def _own_response_energies(self, batch: RolloutBatch) -> Tensor:
@@ -102,9 +115,10 @@ class Policy:
         keys = [prompt_digest(prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
         if new:
-            self.refit(_REFERENCE_VERSION)
+            self.refit()
             unanswered = list(new.values())
             answers = self.generate(unanswered, self._own_answers, torch.zeros(len(unanswered), dtype=torch.int64))
+            self.engine.sleep()
             measured = self.score(RolloutBatch.from_completions(unanswered, answers, batch.pad_id)).energies
             assert measured is not None
             energies = measured.tolist()

@@ -30,6 +30,10 @@ from nemo_eppo.training.remote import Answers, RemoteModels
 GoldReward = Callable[[str, str, bool], float]
 
 
+class EngineMismatchError(RuntimeError):
+    """The engine's log-probs are not the trainer's: it samples from another distribution than is trained."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """All that one PPO step made; the same on every rank."""
@@ -69,6 +73,8 @@ class PPO:
 
         Raises:
             ServerError: a server failed; nothing of this step is lost but the step itself.
+            EngineMismatchError: nothing was trained on.
+            RefitError: the engine did not get the new weights whole.
             FloatingPointError, ValueError: a loss, reward or value that is not finite, named.
         """
         started = time.perf_counter()
@@ -76,22 +82,24 @@ class PPO:
         with timers("generate"):
             seeds = seeds_for(step_seed(self.seed, step), torch.arange(len(prompts)))
             completions = self.policy.generate(prompts, self.sampling, seeds)
+            self.policy.engine.sleep()
             batch = RolloutBatch.from_completions(prompts, completions, self.pad_id)
             pending = self.remote.ask(batch, bootstrap=settings.bootstrap_truncated)
         generated = time.perf_counter() - started
         with timers("logprobs"):
             scores = self.policy.score(batch)
+            mismatch = engine_mismatch(batch, scores.logprobs, settings.mismatch_limit)
         with timers("reference"):
-            reference = self.policy.score_reference(batch, policy_version=step - 1)
+            reference = self.policy.score_reference(batch)
         with timers("server_wait"):
             answers = self.remote.collect(pending)
         with timers("shape"):
             experience, ledger, kl_in_loss = self._shape(step, batch, scores, reference, answers)
         metrics = self._train(step, batch, experience, kl_in_loss)
         with timers("refit"):
-            self.policy.refit(step)
+            self.policy.refit()
         with timers("shape"):
-            metrics |= ledger.means() | self._rollout_metrics(batch, scores, experience, generated)
+            metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, scores, experience, generated)
         metrics |= timers.collect(time.perf_counter() - started)
         return StepResult(metrics, batch, completions, experience, ledger, answers.latents)
 
@@ -243,16 +251,36 @@ class PPO:
         self, batch: RolloutBatch, scores: Scores, experience: Experience, seconds: float
     ) -> dict[str, float]:
         mask = batch.mask
-        mismatch = torch.where(mask, (scores.logprobs - batch.engine_logprobs).abs(), 0.0)
         return {
             "rollout/response_length": float(mask.sum()) / batch.batch_size,
             "rollout/truncated_fraction": float(batch.truncated.float().mean()),
             "rollout/tokens_per_second": float(mask.sum()) / seconds,
-            "rollout/engine_mismatch_mean": float(masked_mean(mismatch, mask)),
-            "rollout/engine_mismatch_max": float(mismatch.max()),
             "rollout/entropy": float(masked_mean(scores.entropies, mask)),
             "critic/explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         }
+
+
+def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) -> dict[str, float]:
+    """Metrics of |logp_engine - logp_trainer| over the response tokens: mean, maximum and quantiles.
+
+    Args:
+        logprobs: [B, T], the trainer's, of the same weights.
+        limit: of the mean; None for none.
+
+    Raises:
+        EngineMismatchError: the mean is above the limit.
+    """
+    sizes = (logprobs - batch.engine_logprobs).abs()[batch.mask].sort().values
+    found = {"mean": float(sizes.mean()), "max": float(sizes[-1])}
+    for percent in (50, 90, 99):
+        found[f"p{percent}"] = float(sizes[(len(sizes) - 1) * percent // 100])
+    if limit is not None and not found["mean"] <= limit:
+        text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+        raise EngineMismatchError(
+            f"|logp_engine - logp_trainer| per token: {text}; the mean is above ppo.mismatch_limit = {limit:g}. The "
+            "engine computes with other weights, or with another precision or filter, than the trainer"
+        )
+    return {f"rollout/engine_mismatch_{name}": value for name, value in found.items()}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> list[tuple[str, float]]:

@@ -9,6 +9,7 @@ from nemo_eppo.algorithms.energy import EnergyWindow
 from nemo_eppo.algorithms.policy import Aggregation
 from nemo_eppo.config import Config
 from nemo_eppo.evaluation.monitor import MonitorConfig
+from nemo_eppo.generation.build import EngineConfig
 from nemo_eppo.megatron.energy import EnergyProbeConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.saving import CheckpointConfig
@@ -72,6 +73,9 @@ class PPOSettings(RewardConfig):
     """Weight of an entropy bonus."""
     importance_cap: float | None = Field(None, gt=0)
     """Weight tokens by min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
+    mismatch_limit: float | None = Field(0.5, gt=0)
+    """A mean |logp_engine - logp_trainer| above this ends the run before the rollout is trained on; null for no limit.
+    The same weights in bf16 differ by about 0.01 on the mean, other weights by more than 1."""
     energy: EnergyConfig = EnergyConfig()
     """EPPO: eta > 0 penalises the energy loss; eta = 0 only reports it."""
 
@@ -85,11 +89,8 @@ class PPOSettings(RewardConfig):
         return self
 
 
-class GenerationConfig(SamplingParams):
-    """How the rollouts are sampled."""
-
-    max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache."""
+class GenerationConfig(SamplingParams, EngineConfig):
+    """How the rollouts are sampled, and by what."""
 
 
 class PromptsConfig(Config):

@@ -13,7 +13,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.monitor import HackingMonitor
-from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.generation.build import build_engine, check_engine
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.frozen import FrozenWeights
@@ -63,6 +63,7 @@ class PPOJob:
             raise ConfigError(
                 f"ppo.mini_batch_size = {config.ppo.mini_batch_size} is not divisible by {replicas} replicas"
             )
+        check_engine(config.generation, self.plan.model, config.model.parallel)
         self.pipeline = RewardPipeline(config.ppo)
         self.monitor = HackingMonitor(config.monitor)
         self.gold = load_gold_reward(config.gold_reward) if config.gold_reward else None
@@ -94,17 +95,18 @@ class PPOJob:
         )
         set_scoring(runner.chunks, ScoringConfig(**self.sampling.model_dump(include=set(ScoringConfig.model_fields))))
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
-        engine = MegatronEngine(
+        engine = build_engine(
+            config.generation,
             runner.chunks,
             self.plan.model,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-            max_batch_size=config.generation.max_batch_size,
-            max_sequence_length=self.longest,
+            self.tokenizer,
+            self.plan.tokenizer_path,
+            self.longest,
+            self.directory,
         )
         own_answers = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, greedy=True)
         cache = self._energy_cache(own_answers)
-        policy = Policy(runner, reference, engine, config.ppo.energy, own_answers, cache)
+        policy = Policy(runner, self.plan.model, reference, engine, config.ppo.energy, own_answers, cache)
         expect = {"tokenizer": self.tokenizer.digest(), "max_sequence_length": self.longest}
         remote = RemoteModels(config.servers, expect)
         self.pipeline.check_models(len(remote.statistics.mean), remote.statistics.latent_size)
@@ -114,7 +116,7 @@ class PPOJob:
         ppo = PPO(config.ppo, self.pipeline, policy, remote, self.sampling, self.tokenizer.pad_id, config.seed)
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, config.checkpoint.asynchronous)
         self.done = self._resume(ppo)
-        policy.refit(self.done)
+        policy.refit()
         return ppo
 
     def _energy_cache(self, own_answers: SamplingParams) -> EnergyCache | None:
@@ -137,6 +139,7 @@ class PPOJob:
         config, last = self.config, self.config.ppo.max_steps
         with ExitStack() as stack:
             stack.callback(ppo.remote.close)
+            stack.callback(ppo.policy.engine.close)
             if self.held_out is not None:
                 stack.callback(self.held_out.close)
             watch = stack.enter_context(StopWatch(self.run_files))

@@ -21,7 +21,7 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.training.critic import CriticConfig, serve_critic
-from nemo_eppo.training.ppo import PPO
+from nemo_eppo.training.ppo import PPO, EngineMismatchError
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
@@ -55,7 +55,7 @@ class FreshJob(PPOJob):
 
 
 def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
-    """One PPO step of each method; its metrics and ledger rows, or the ConfigError or ServerError, to methods.json."""
+    """One PPO step of each method; its metrics and ledger rows, or its error, to methods.json."""
     made: dict[str, Any] = {}
     for name, values in methods.items():
         try:
@@ -64,12 +64,13 @@ def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
             prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
             result = ppo.step(1, prompts)
             ppo.remote.close()
+            ppo.policy.engine.close()
             made[name] = {
                 "metrics": result.metrics,
                 "contributions": list(result.ledger.contributions),
                 "rows": result.ledger.rows(),
             }
-        except (ConfigError, ServerError) as error:
+        except (ConfigError, EngineMismatchError, ServerError) as error:
             made[name] = {"error": str(error)}
     (run.directory / "methods.json").write_text(json.dumps(made))
     runtime.shutdown()

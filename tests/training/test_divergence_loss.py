@@ -54,7 +54,7 @@ def updates(source: Path, layout: dict[str, Any], micro_batch_size: int, columns
         )
         runner = build(planned, "lm", optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0))
         unused = cast(Any, None)
-        policy = Policy(runner, FrozenWeights(runner.chunks), unused, settings.energy, unused)
+        policy = Policy(runner, planned.model, FrozenWeights(runner.chunks), unused, settings.energy, unused)
         ppo = PPO(settings, RewardPipeline(settings), policy, unused, SamplingParams(max_new_tokens=20), 0, 1)
         logprobs = policy.score(batch, energies=False).logprobs
         shift = 0.1 * torch.sin(torch.arange(8 * 14).float()).view(8, 14)  # nothing here may depend on the padding

@@ -60,10 +60,12 @@ def energies(
     engine.generate, runner.infer = count_generate, count_infer  # type: ignore[method-assign,assignment]
     assert isinstance(runner, ModelRunner)
     own_answers = SamplingParams(max_new_tokens=8, greedy=True)
-    policy = Policy(runner, FrozenWeights(runner.chunks), engine, config, own_answers, EnergyCache(directory, KEY))
+    policy = Policy(
+        runner, planned.model, FrozenWeights(runner.chunks), engine, config, own_answers, EnergyCache(directory, KEY)
+    )
     completions = [Completion([2, 1], [0.0, 0.0], FinishReason.STOP, 0) for _ in rows]
     batch = RolloutBatch.from_completions([PROMPTS[row] for row in rows], completions, 0)
-    found = policy.score_reference(batch, 0).energies
+    found = policy.score_reference(batch).energies
     assert found is not None
     return found, counted
 

@@ -1,0 +1,166 @@
+"""Stands for TensorRT-LLM 1.2 up to its API: the signatures that nemo_eppo uses, over a transformers model.
+
+Only what its documentation gives is accepted, anything else is a TypeError. Weights start as NaN and come only through
+`update_weights`, whose handles it opens itself; prompts share a real prefix cache, which only finalising drops.
+
+STAND_IN_PERTURB=x: finalising multiplies every matrix by 1 + x. STAND_IN_KEEP_PREFIXES=1: finalising keeps the cache.
+STAND_IN_DUMP=file: finalising writes all weights there. STAND_IN_CRASH=1: generating ends the process.
+"""
+
+import asyncio
+import base64
+import copy
+import os
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from tensorrt_llm.llmapi import KvCacheConfig
+
+torch.set_num_threads(1)
+
+
+class SamplingParams:
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int,
+        end_id: int,
+        pad_id: int,
+        stop_token_ids: list[int],
+        include_stop_str_in_output: bool,
+        detokenize: bool,
+        logprobs: int,
+    ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed {seed}: expected an unsigned 64-bit integer")
+        self.max_tokens, self.temperature, self.top_p, self.top_k = max_tokens, temperature, top_p, top_k
+        self.seed, self.stop_token_ids, self.include_stop = seed, stop_token_ids, include_stop_str_in_output
+        self.logprobs = logprobs
+
+
+class AsyncLLM:
+    def __init__(
+        self,
+        *,
+        model: str,
+        backend: str,
+        load_format: str,
+        tensor_parallel_size: int,
+        kv_cache_config: KvCacheConfig,
+        sampler_type: str,
+        enable_sleep: bool,
+        max_seq_len: int,
+        max_batch_size: int,
+        max_num_tokens: int,
+    ) -> None:
+        assert (backend, load_format, sampler_type, enable_sleep) == ("pytorch", "dummy", "TRTLLMSampler", True)
+        self._config, self._tensor_parallel_size = AutoConfig.from_pretrained(model), tensor_parallel_size
+        self._reuses, self._max_seq_len = kv_cache_config.enable_block_reuse, max_seq_len
+        self._model: Any = None
+        self._released: set[str] = set()
+        self._prefixes: dict[tuple[int, ...], DynamicCache] = {}
+        self._lock = asyncio.Lock()
+
+    async def setup_async(self) -> "AsyncLLM":
+        self._model = AutoModelForCausalLM.from_config(self._config).eval()
+        self._fill_with_nan()
+        return self
+
+    def _fill_with_nan(self) -> None:
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.fill_(torch.nan)
+
+    async def update_weights(self, weights: dict[str, str] | None) -> None:
+        assert not self._released, "update_weights without memory"
+        parameters = dict(self._model.named_parameters())
+        if weights is not None:
+            assert len(weights) == self._tensor_parallel_size
+            copies = [
+                {name: rebuild(*arguments) for name, (rebuild, arguments) in pickle.loads(base64.b64decode(text))}
+                for text in weights.values()
+            ]
+            for name, tensor in copies[0].items():
+                assert all(torch.equal(other[name], tensor) for other in copies[1:])
+                parameters[name].data.copy_(tensor)
+            return
+        if "STAND_IN_PERTURB" in os.environ:
+            for parameter in parameters.values():
+                if parameter.dim() == 2:
+                    parameter.data.mul_(1 + float(os.environ["STAND_IN_PERTURB"]))
+        if "STAND_IN_DUMP" in os.environ:
+            torch.save({name: parameter.data for name, parameter in parameters.items()}, os.environ["STAND_IN_DUMP"])
+        if "STAND_IN_KEEP_PREFIXES" not in os.environ:
+            self._prefixes.clear()
+
+    async def release(self, tags: list[str]) -> None:
+        assert not self._released
+        assert set(tags) <= {"model", "kv_cache"}
+        self._released = set(tags)
+        if "model" in tags:
+            self._fill_with_nan()
+        if "kv_cache" in tags:
+            self._prefixes.clear()
+
+    async def resume(self, tags: list[str]) -> None:
+        self._released -= set(tags)
+
+    async def generate_async(self, inputs: list[int], sampling_params: SamplingParams) -> SimpleNamespace:
+        if "STAND_IN_CRASH" in os.environ:
+            os._exit(7)
+        assert not self._released, "generate without memory"
+        assert len(inputs) < self._max_seq_len
+        async with self._lock:
+            tokens, logprobs = self._generate(inputs, sampling_params)
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
+
+    @torch.no_grad()
+    def _generate(
+        self, prompt: list[int], params: SamplingParams
+    ) -> tuple[list[int], list[dict[int, SimpleNamespace]]]:
+        cache, known = self._prefix(prompt)
+        draw = torch.Generator().manual_seed(params.seed % 2**63)
+        tokens: list[int] = []
+        logprobs = []
+        ids = prompt[known:]
+        while len(tokens) < params.max_tokens and not set(tokens[-1:]) & set(params.stop_token_ids):
+            logits = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1].float()
+            if not tokens and self._reuses:
+                self._prefixes[tuple(prompt)] = copy.deepcopy(cache)
+            scores = _filtered(logits / params.temperature, params).log_softmax(-1)
+            token = int(scores.exp().nan_to_num(1).multinomial(1, generator=draw))
+            tokens.append(token)
+            logprobs.append({token: SimpleNamespace(logprob=float(scores[token]))})
+            ids = [token]
+        if tokens[-1] in params.stop_token_ids and not params.include_stop:
+            tokens.pop()
+        return tokens, logprobs
+
+    def _prefix(self, prompt: list[int]) -> tuple[DynamicCache, int]:
+        """A copy of what is known of the prompt's beginning, and its length: never all of it, for it has no logits."""
+        for length in range(len(prompt), 0, -1):
+            if tuple(prompt[:length]) in self._prefixes:
+                cache = copy.deepcopy(self._prefixes[tuple(prompt[:length])])
+                known = min(length, len(prompt) - 1)
+                cache.crop(known)
+                return cache, known
+        return DynamicCache(), 0
+
+
+def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    if params.top_k:
+        logits = torch.where(logits >= logits.topk(params.top_k).values[-1], logits, -torch.inf)
+    if params.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        dropped = order[ordered.cumsum(0) - ordered >= params.top_p]
+        logits[dropped] = -torch.inf
+    return logits

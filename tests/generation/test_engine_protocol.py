@@ -1,0 +1,161 @@
+"""What every engine promises (`generation/engine.py`), shown for each of them on the same policy."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from engines import Kind, make_engine
+from small_models import EOS, MODEL, build_policy, greedy_without_cache, random_prompts, trainer_logprobs
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.conversion.hf_weights import export_tensors
+from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.rollout.sampling import SamplingParams
+
+KINDS: tuple[Kind, ...] = ("megatron", "tensorrt_llm")
+PROMPTS = random_prompts([7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2])
+PROMPTS.append([*PROMPTS[0], 5, 6])  # shares a prefix
+SEEDS = [1000 - 77 * i for i in range(len(PROMPTS))]  # negative ones, too
+WINDOW = 40
+SAMPLINGS = {
+    "hot": SamplingParams(max_new_tokens=30, temperature=2.0),  # hot enough that EOS comes soon
+    "top-k": SamplingParams(max_new_tokens=12, temperature=0.7, top_k=5),
+    "top-p": SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.8),
+    "greedy": SamplingParams(max_new_tokens=30, greedy=True),
+}
+
+
+def complaint(engine: Any, prompts: list[list[int]], seeds: list[int]) -> str:
+    try:
+        engine.generate(prompts, SAMPLINGS["greedy"], seeds)
+    except ConfigError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def exercise(kind: Kind, directory: Path) -> dict[str, Any]:
+    """Everything the tests below look at, from one engine."""
+    chunks = build_policy({})
+    engine = make_engine(kind, chunks, directory, max_sequence_length=WINDOW)
+    found: dict[str, Any] = {}
+
+    def refit(version: int) -> None:
+        engine.wake()
+        engine.refit(export_tensors(chunks, MODEL), version)
+
+    def generate(prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        return engine.generate(prompts, sampling, seeds)
+
+    refit(1)
+    for name, sampling in SAMPLINGS.items():
+        completions = generate(PROMPTS, sampling, SEEDS)
+        found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
+    hot, backwards = SAMPLINGS["hot"], range(len(PROMPTS) - 1, -1, -1)
+    found["backwards"] = generate([PROMPTS[i] for i in backwards], hot, [SEEDS[i] for i in backwards])[::-1]
+    found["alone"] = [generate([PROMPTS[i]], hot, [SEEDS[i]])[0] for i in range(len(PROMPTS))]
+    found["other seeds"] = generate(PROMPTS, hot, [seed + 1 for seed in SEEDS])
+    found["nothing"] = generate([], hot, [])
+    found["errors"] = [
+        complaint(engine, [[5], []], [0, 1]),
+        complaint(engine, [[5, 61]], [0]),
+        complaint(engine, [[5] * WINDOW], [0]),
+        complaint(engine, [[5]], [0, 1]),
+        complaint(engine, [[5]], [2**63]),
+    ]
+    engine.sleep()
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.2).add_(0.02)
+    refit(7)
+    found["updated"] = generate(PROMPTS, SAMPLINGS["greedy"], SEEDS)
+    found["updated, whole passes"] = [greedy_without_cache(chunks, MODEL, prompt, 8) for prompt in PROMPTS]
+    with torch.no_grad():
+        unwrap(chunks[0]).decoder.layers[2].mlp.linear_fc2.weight[3, 3] = torch.nan
+    refit(8)
+    try:
+        generate(PROMPTS, SAMPLINGS["hot"], SEEDS)
+    except FloatingPointError as error:
+        found["errors"].append(str(error))
+    engine.close()
+    return found
+
+
+@cache
+def exercised(kind: Kind) -> dict[str, Any]:
+    with TemporaryDirectory() as directory:
+        found: dict[str, Any] = run_ranks(exercise, 1, kind, Path(directory))[0]
+    return found
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_depends_on_its_own_prompt_and_seed_alone(kind: Kind) -> None:
+    found = exercised(kind)
+    expected = tokens_of(found["hot"][0])
+    assert tokens_of(found["backwards"]) == tokens_of(found["alone"]) == expected
+    assert all(ours != other for ours, other in zip(expected, tokens_of(found["other seeds"]), strict=True))
+    assert found["nothing"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if name != "greedy"])
+def test_logprobs_are_those_of_the_distribution_sampled_from(kind: Kind, sampling: str) -> None:
+    completions, expected = exercised(kind)[sampling]
+    for completion, logprobs in zip(completions, expected, strict=True):
+        assert len(completion.logprobs) == len(completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_ends_with_its_first_eos_or_at_its_limit(kind: Kind) -> None:
+    reasons, limits = set(), set()
+    for prompt, completion in zip(PROMPTS, exercised(kind)["hot"][0], strict=True):
+        limit = min(30, WINDOW - len(prompt))
+        reasons.add(completion.finish_reason)
+        if completion.finish_reason == FinishReason.STOP:
+            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1 < limit
+        else:
+            assert EOS not in completion.token_ids
+            assert len(completion.token_ids) == limit
+            limits.add(limit)
+    assert reasons == set(FinishReason)
+    assert len(limits) > 1 or kind == "tensorrt_llm", "both limits should have been met"
+
+
+def test_greedy_responses_are_the_same_of_every_engine() -> None:
+    greedy = [tokens_of(exercised(kind)["greedy"][0]) for kind in KINDS]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_follow_an_update_and_name_its_version(kind: Kind) -> None:
+    found = exercised(kind)
+    before, after = found["greedy"][0], found["updated"]
+    assert {completion.weight_version for completion in before} == {1}
+    assert {completion.weight_version for completion in after} == {7}
+    assert tokens_of(before) != tokens_of(after)
+    for completion, whole in zip(after, found["updated, whole passes"], strict=True):
+        size = min(len(completion.token_ids), len(whole))
+        assert completion.token_ids[:size] == whole[:size]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_work_is_refused(kind: Kind) -> None:
+    expected = (
+        "prompt 1 has 0 tokens; expected 1 to 39",
+        "prompt 0 has tokens from 5 to 61; expected 0 to 60",
+        "prompt 0 has 40 tokens; expected 1 to 39",
+        "seeds: 2 for 1 prompts",
+        "seed 0 is 9223372036854775808",
+        "the model of weight version 8 gives NaN",
+    )
+    for message, start in zip(exercised(kind)["errors"], expected, strict=True):
+        assert message.startswith(start)

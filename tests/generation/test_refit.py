@@ -1,0 +1,314 @@
+"""No refit passes that is not exactly the one expected, and one that passes is the actor's weights bit for bit."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from engines import stand_in, trtllm_engine
+from small_models import EOS, LAYOUTS, MODEL, build_policy, random_prompts, random_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.conversion.hf_weights import export_tensors, hf_config, hf_names
+from nemo_eppo.generation import ipc
+from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, digest, pack
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, check_tensorrt_llm, map_sampling
+from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.rollout.sampling import SamplingParams
+
+GREEDY = SamplingParams(max_new_tokens=8, greedy=True)
+PROMPTS = random_prompts([7, 3, 12])
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(300), "c": torch.arange(5).bfloat16(), "d": torch.ones(3)}
+
+Arrived = list[tuple[str, Tensor]]
+
+
+def infos(tensors: Arrived) -> list[TensorInfo]:
+    return [TensorInfo(name, tuple(t.shape), str(t.dtype), int(digest(t))) for name, t in tensors]
+
+
+def sent(version: int, split: int = 2) -> list[tuple[Bucket, Arrived]]:
+    """The buckets of one refit."""
+    parts = [list(TENSORS.items())[:split], list(TENSORS.items())[split:]]
+    arrived = [[(name, tensor.clone()) for name, tensor in part] for part in parts]
+    return [(Bucket(version, number, infos(part)), part) for number, part in enumerate(arrived)]
+
+
+def receive(receiver: Receiver, version: int, buckets: list[tuple[Bucket, Arrived]]) -> None:
+    receiver.begin(version)
+    for header, tensors in buckets:
+        receiver.check(header, [tensors])
+    receiver.finish(version)
+
+
+def flip_a_bit(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    buckets[1][1][0][1].view(torch.int16)[2] ^= 1
+
+
+def swap_names(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    (header, tensors) = buckets[0]
+    buckets[0] = (header._replace(tensors=header.tensors[::-1]), tensors[::-1])
+
+
+def swap_values(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    values = buckets[0][1][0][1].view(-1)
+    values[[1, 4]] = values[[4, 1]]
+
+
+def of_another_version(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    buckets[1] = sent(4)[1]
+
+
+def with_another_shape(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    changed = [("a", TENSORS["a"].view(3, 2)), ("b", TENSORS["b"])]
+    buckets[0] = (Bucket(5, 0, infos(changed)), changed)
+
+
+def with_a_foreign_tensor(buckets: list[tuple[Bucket, Arrived]]) -> None:
+    changed = [("a", TENSORS["a"]), ("x", TENSORS["b"])]
+    buckets[0] = (Bucket(5, 0, infos(changed)), changed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda buckets: buckets.pop(), "incomplete refit of version 5: ended after 2 of 4 tensors, c is missing"),
+        (lambda buckets: buckets.pop(0), "incomplete refit of version 5: bucket 1 arrived, expected bucket 0"),
+        (lambda buckets: buckets.insert(1, buckets[0]), "reordered refit of version 5: bucket 0 arrived"),
+        (swap_names, "reordered or incomplete refit of version 5: b arrived, expected a"),
+        (of_another_version, "stale refit: a bucket of version 4 while version 5 is being received"),
+        (flip_a_bit, "corrupted refit of version 5: c has digest"),
+        (swap_values, "corrupted refit of version 5: a has digest"),
+        (with_another_shape, "refit of version 5: a is torch.float32 (3, 2), expected torch.float32 (2, 3)"),
+        (with_a_foreign_tensor, "foreign tensor in the refit of version 5: x arrived, expected b"),
+    ],
+)
+def test_each_kind_of_damage_is_detected_and_leaves_no_weights(
+    damage: Callable[[list[tuple[Bucket, Arrived]]], Any], message: str
+) -> None:
+    receiver = Receiver(infos(list(TENSORS.items())))
+    receive(receiver, 3, sent(3))
+    assert receiver.version == 3
+    buckets = sent(5)
+    damage(buckets)
+    with pytest.raises(RefitError, match=re.escape(message)):
+        receive(receiver, 5, buckets)
+    assert receiver.version is None
+    with pytest.raises(RefitError, match="stale refit: version 5 after version 5"):
+        receiver.begin(5)
+    receive(receiver, 6, sent(6, split=3))
+    assert receiver.version == 6
+
+
+def test_every_copy_of_a_bucket_is_checked() -> None:
+    receiver, ((header, tensors), _) = Receiver(infos(list(TENSORS.items()))), sent(0)
+    damaged = [(name, tensor.clone()) for name, tensor in tensors]
+    damaged[1][1][299] = 2
+    receiver.begin(0)
+    with pytest.raises(RefitError, match="corrupted refit of version 0: b has digest"):
+        receiver.check(header, [tensors, damaged])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4096, 4097, 64 * 4096 + 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_digest_sees_every_changed_and_every_moved_element(size: int, dtype: torch.dtype) -> None:
+    tensor = torch.randn(size).to(dtype)
+    digests = {int(digest(tensor))}
+    places = sorted({0, size // 2, size - 1})
+    for place in places:
+        changed = tensor.clone()
+        changed[place] = -changed[place]
+        digests.add(int(digest(changed)))
+    assert len(digests) == 1 + len(places)
+    if size > 2:
+        assert int(digest(tensor.roll(1))) not in digests
+    assert int(digest(tensor.clone())) in digests
+
+
+def test_packing_holds_one_buffer_and_gives_every_tensor() -> None:
+    tensors = {f"t{i}": torch.randn(size) for i, size in enumerate([300, 10, 10, 5000, 7, 200])}
+    sizes: list[int] = []
+
+    def allocate(size: int) -> Tensor:
+        sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    names, found = [], {}
+    for bucket in pack(tensors.items(), 2048, allocate):
+        names.append([name for name, _, _ in bucket])
+        assert len({place.untyped_storage().data_ptr() for _, _, place in bucket}) == 1
+        for name, value, place in bucket:
+            found[name] = place.clone()
+            assert int(value) == int(digest(place))
+    assert names == [["t0", "t1", "t2"], ["t3"], ["t4", "t5"]] or names == [["t0", "t1", "t2"], ["t3", "t4"], ["t5"]]
+    assert sizes == [2048, 20224]
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def transformers_greedy(weights: dict[str, Tensor]) -> list[list[int]]:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(MODEL, "LlamaForCausalLM"))).eval()
+    network.load_state_dict(weights)
+    responses = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        output = network.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        responses.append(output[0, len(prompt) :].tolist())
+    return responses
+
+
+def small_buckets(**environment: str) -> TensorRTLLMConfig:
+    """1 byte: every tensor has a bucket of its own, or shares that of a larger one before it."""
+    return stand_in(tensor_parallel_size=2, environment=environment).model_copy(update={"bucket_megabytes": 2**-20})
+
+
+def damaged(weights: Iterator[tuple[str, Tensor]], kind: str) -> Iterator[tuple[str, Tensor]]:
+    for index, (name, tensor) in enumerate(weights):
+        if not (kind == "incomplete" and index == 9):
+            yield ("model.norm.weight" if kind == "reordered" and index == 5 else name), tensor
+
+
+def refit_a_split_actor(directory: Path) -> dict[str, Any]:
+    """Updates of an actor of TP 2 and PP 2, some of them damaged, and what the engine's process made of them."""
+    chunks = build_policy(LAYOUTS["TP 2 PP 2"])
+    dump = directory / "weights.pt"
+    engine = trtllm_engine(chunks, directory, config=small_buckets(STAND_IN_DUMP=str(dump)))
+    found: dict[str, Any] = {"updates": []}
+
+    def attempt(name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+            found[name] = "nothing was raised"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    attempt("before", lambda: engine.generate(PROMPTS, GREEDY, [0, 1, 2]))
+    for version in (1, 2):
+        engine.refit(export_tensors(chunks, MODEL), version)
+        completions = engine.generate(PROMPTS, GREEDY, [0, 1, 2])
+        if torch.distributed.get_rank() == 0:
+            found["updates"].append((torch.load(dump), completions))
+        torch.distributed.barrier()
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.1)
+    weights, handles = export_tensors, ipc.handles
+    attempt("stale", lambda: engine.refit(weights(chunks, MODEL), 2))
+    attempt("without weights", lambda: engine.generate(PROMPTS, GREEDY, [0, 1, 2]))
+    for version, kind in ((3, "incomplete"), (4, "reordered")):
+        # the export is collective: it goes on to its end after the failure, as it would not in a run that stops
+        source = list(weights(chunks, MODEL))
+        attempt(
+            kind, lambda kind=kind, source=source, version=version: engine.refit(damaged(iter(source), kind), version)
+        )
+
+    def corrupt(named: list[tuple[str, Tensor]]) -> str:
+        if torch.distributed.get_rank() == 1:  # the copy of one of the engine's devices
+            named[-1][1].view(-1)[-1] += 1
+        return handles(named)
+
+    ipc.handles = corrupt  # type: ignore[assignment]
+    source = list(weights(chunks, MODEL))
+    attempt("corrupted", lambda: engine.refit(iter(source), 5))
+    ipc.handles = handles
+    attempt("after a failure", lambda: engine.generate(PROMPTS, GREEDY, [0, 1, 2]))
+    engine.refit(iter(source), 6)
+    found["healed"] = {completion.weight_version for completion in engine.generate(PROMPTS, GREEDY, [0, 1, 2])}
+    engine.close()
+    return found
+
+
+def test_an_actor_of_tp2_pp2_refits_tensor_by_tensor_and_no_damage_passes_on_any_rank(tmp_path: Path) -> None:
+    ranks = run_ranks(refit_a_split_actor, 4, tmp_path)
+    expected = random_weights(MODEL)
+    for version, (weights, completions) in enumerate(ranks[0]["updates"], start=1):
+        assert set(weights) == {name for name, _ in hf_names(MODEL)}
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, expected[name]), name
+        assert [completion.token_ids for completion in completions] == transformers_greedy(expected)
+        assert {completion.weight_version for completion in completions} == {version}
+        expected = {name: tensor * 1.1 for name, tensor in expected.items()}
+    for number, rank in enumerate(ranks):
+        error = "RefitError: " if number == 0 else "PeerError: rank 0 failed: RefitError: "
+        for kind, message in {
+            "before": "the engine has no weights",
+            "stale": "stale refit: version 2 after version 2",
+            "without weights": "the engine has no weights",
+            "incomplete": "reordered or incomplete refit of version 3",
+            "reordered": "reordered or incomplete refit of version 4: model.norm.weight arrived",
+            "corrupted": "corrupted refit of version 5",
+            "after a failure": "the engine has no weights",
+        }.items():
+            assert rank[kind].startswith(error + message), (number, kind, rank[kind])
+        assert rank["healed"] == {6}
+
+
+def answer_with_a_stale_cache(directory: Path) -> tuple[list[Any], str]:
+    """Greedy answers before and after an update whose finalising keeps the prefix cache; then the process dies."""
+    chunks = build_policy({})
+    engine = trtllm_engine(chunks, directory, config=stand_in(environment={"STAND_IN_KEEP_PREFIXES": "1"}))
+    weights = random_weights(MODEL)
+    engine.refit(iter(weights.items()), 1)
+    engine.generate(PROMPTS, GREEDY, [0, 1, 2])
+    engine.refit(((name, tensor * 1.1) for name, tensor in weights.items()), 2)
+    answers = engine.generate(PROMPTS, GREEDY, [0, 1, 2])
+    assert engine._process is not None
+    engine._process._process.kill()
+    try:
+        engine.generate(PROMPTS, GREEDY, [0, 1, 2])
+    except Exception as error:
+        return answers, f"{type(error).__name__}: {error}"
+    return answers, "nothing was raised"
+
+
+def test_a_prefix_cache_that_outlives_a_refit_would_show_and_a_dead_process_does(tmp_path: Path) -> None:
+    answers, error = run_ranks(answer_with_a_stale_cache, 1, tmp_path)[0]
+    right = transformers_greedy({name: tensor * 1.1 for name, tensor in random_weights(MODEL).items()})
+    assert [answer.token_ids for answer in answers] != right, "the test above could not have failed"
+    assert error.startswith("EngineProcessError: the engine's process ended at 'generate' with exit code -9")
+
+
+class Extended(SamplingParams):
+    min_p: float = 0.1
+
+
+def test_sampling_parameters_are_mapped_one_by_one() -> None:
+    sampling = SamplingParams(max_new_tokens=9, temperature=0.7, top_k=5, top_p=0.9)
+    expected = {"seed": 2**64 - 1, "max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    assert map_sampling(sampling, -1, room=20) == expected
+    greedy = map_sampling(GREEDY, 3, room=4)
+    assert greedy == {"seed": 3, "max_tokens": 4, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    with pytest.raises(ConfigError, match=r"generation.min_p = 0.1: TensorRT-LLM has no counterpart"):
+        map_sampling(Extended(max_new_tokens=3), 0, room=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "has no package tensorrt_llm. Install tensorrt_llm 1.2 and ray on a machine with GPUs (the container"),
+        ({"python": Path("/no/python")}, "tensorrt_llm.python = '/no/python' cannot be run"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size = 4: expected at most 2, the ranks of one replica"),
+    ],
+)
+def test_an_engine_that_cannot_start_is_refused_before_anything_does(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_tensorrt_llm(TensorRTLLMConfig(**settings), MODEL, parallel)
+    with pytest.raises(ConfigError, match="have to be on one machine, which runs 2 ranks"):
+        check_tensorrt_llm(stand_in(), MODEL, ParallelConfig(tensor_model_parallel_size=4))
+    check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)

@@ -1,0 +1,91 @@
+"""A PPO step with either engine; and what becomes of one whose engine has other weights than the trainer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import free_port
+from jobs import Job, Models
+
+from nemo_eppo.algorithms.policy import truncated_importance_weights
+from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
+from nemo_eppo.training.ppo import EngineMismatchError, engine_mismatch
+
+STAND_IN = Path(__file__).parents[1] / "generation" / "stand_in"
+
+
+def trtllm(**environment: str) -> dict[str, Any]:
+    return {"engine": "tensorrt_llm", "tensorrt_llm": {"environment": {"PYTHONPATH": str(STAND_IN), **environment}}}
+
+
+@pytest.fixture(scope="module")
+def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one step of each made, or its error."""
+    root, port = tmp_path_factory.mktemp("engines"), free_port()
+    critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, root / "critic")
+
+    def run(generation: dict[str, Any], **ppo: Any) -> dict[str, Any]:
+        sizes = {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8}
+        return {
+            "model": {"restore_from_path": models.sft},
+            "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
+            "generation": {"max_new_tokens": 20, **generation},
+            "ppo": {**sizes, "energy": {"eta": 1.0}, **ppo},
+            "servers": {"critic": {"url": f"http://127.0.0.1:{port}"}, "rewards": [{"url": reward_url}]},
+        }
+
+    runs = {
+        "megatron": run({}),
+        "tensorrt_llm": run(trtllm()),
+        "other weights": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=0.01),
+        "corrected": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=None, importance_cap=1.0),
+        "uncorrected": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=None),
+    }
+    for name, values in runs.items():
+        values["ppo"]["energy"]["cache"] = root / name
+    try:
+        actor = Job("methods", 1, json.loads(json.dumps(runs, default=str)), root / "actor")
+        assert actor.wait(150) == 0, actor.log.read_text()[-6000:]
+    finally:
+        critic.stop()
+    found: dict[str, Any] = json.loads((root / "actor" / "methods.json").read_text())
+    return found
+
+
+def test_a_ppo_step_with_an_engine_in_a_process_of_its_own(steps: dict[str, Any]) -> None:
+    ours, theirs = steps["megatron"]["metrics"], steps["tensorrt_llm"]["metrics"]
+    assert theirs["rollout/engine_mismatch_max"] < 1e-4, "the policy's weights"
+    # the reference's greedy answers and their energies, so the reference's weights
+    assert theirs["energy/reference"] == pytest.approx(ours["energy/reference"], rel=1e-4)
+    assert theirs["actor/grad_norm"] > 0
+
+
+def test_an_engine_with_other_weights_raises_the_alarm_before_training(steps: dict[str, Any]) -> None:
+    error = steps["other weights"]["error"]
+    assert error.startswith("|logp_engine - logp_trainer| per token: mean 0.")
+    assert "the mean is above ppo.mismatch_limit = 0.01" in error
+
+
+def test_truncated_importance_sampling_changes_what_is_trained_on_such_an_engine(steps: dict[str, Any]) -> None:
+    corrected, uncorrected = (steps[name]["metrics"] for name in ("corrected", "uncorrected"))
+    sizes = [corrected[f"rollout/engine_mismatch_{name}"] for name in ("p50", "p90", "p99", "max")]
+    assert 0 < sizes[0] < sizes[1] <= sizes[2] <= sizes[3]
+    assert corrected["rollout/engine_mismatch_mean"] == pytest.approx(uncorrected["rollout/engine_mismatch_mean"])
+    assert abs(corrected["actor/grad_norm"] / uncorrected["actor/grad_norm"] - 1) > 1e-3
+
+
+def test_mismatch_and_weights_are_those_of_the_tokens_that_were_sampled() -> None:
+    engine = [[-1.0, -2.0, -0.5], [-3.0]]
+    completions = [Completion([5] * len(row), row, FinishReason.LENGTH, 1) for row in engine]
+    batch = RolloutBatch.from_completions([[3, 4], [3]], completions, 0)
+    logprobs = torch.full_like(batch.engine_logprobs, torch.nan)  # nothing outside the responses counts
+    logprobs[0, 1:4], logprobs[1, 0] = torch.tensor([-1.5, -1.0, -0.5]), -3.25
+    found = engine_mismatch(batch, logprobs, limit=0.5)
+    expected = {"mean": 1.75 / 4, "max": 1.0, "p50": 0.25, "p90": 0.5, "p99": 0.5}
+    assert found == {f"rollout/engine_mismatch_{name}": pytest.approx(value) for name, value in expected.items()}
+    with pytest.raises(EngineMismatchError, match=r"mean 0.438, .*mismatch_limit = 0.4"):
+        engine_mismatch(batch, logprobs, limit=0.4)
+    weights = truncated_importance_weights(logprobs, batch.engine_logprobs, batch.mask, cap=2.0)
+    torch.testing.assert_close(weights[batch.mask], torch.tensor([-0.5, 1.0, 0.0, -0.25]).exp().clamp(max=2.0))
