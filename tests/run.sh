@@ -12,4 +12,5 @@ echo "== lint"
 echo "== types"
 .venv/bin/mypy
 echo "== tests"
-exec .venv/bin/python -m pytest "$@"
+# two processes, a file of tests to each: much of the time is spent waiting for jobs and servers to start
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

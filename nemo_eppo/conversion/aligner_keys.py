@@ -26,7 +26,7 @@ _COPY = "a copy of another key"
 _SPEED = "changes speed or memory only"
 _MODEL = "comes with the model"
 _LIGHTNING = "of Lightning's own loop, which is not used"
-_LORA = "not translated: all weights are trained unless adapters are set by hand"
+_LORA = "all weights are trained unless model.lora is set by hand"
 _FORMAT = "data are JSON lines (nemo-eppo prepare)"
 _NO_BEST = "the critic is saved with the actor, whose checkpoint.* say when, and what is kept"
 
@@ -162,7 +162,7 @@ _STANDARDIZATION: Rules = {
     "model.reward_standardization.std": joint(""),
 }
 
-_TRT = "choose generation.engine"
+_TRT = "set generation.engine=tensorrt_llm and generation.tensorrt_llm.* by hand"
 
 ACTOR: Rules = {
     **COMMON,
