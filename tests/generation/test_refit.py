@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,8 @@ def refit_a_split_actor(directory: Path) -> dict[str, Any]:
     attempt("stale", lambda: engine.refit(weights(chunks, MODEL), 2))
     attempt("without weights", lambda: engine.generate(PROMPTS, GREEDY, [0, 1, 2]))
     for version, kind in ((3, "incomplete"), (4, "reordered")):
-        # the export is collective: it goes on to its end after the failure, as it would not in a run that stops
         source = list(weights(chunks, MODEL))
-        attempt(
-            kind, lambda kind=kind, source=source, version=version: engine.refit(damaged(iter(source), kind), version)
-        )
+        attempt(kind, partial(engine.refit, damaged(iter(source), kind), version))
 
     def corrupt(named: list[tuple[str, Tensor]]) -> str:
         if torch.distributed.get_rank() == 1:  # the copy of one of the engine's devices
