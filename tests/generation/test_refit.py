@@ -209,7 +209,6 @@ def refit_a_split_actor(directory: Path) -> dict[str, Any]:
     attempt("stale", lambda: engine.refit(weights(chunks, MODEL), 2))
     attempt("without weights", lambda: engine.generate(PROMPTS, GREEDY, [0, 1, 2]))
     for version, kind in ((3, "incomplete"), (4, "reordered")):
-        # the export is collective: it goes on to its end after the failure, as it would not in a run that stops
         source = list(weights(chunks, MODEL))
         attempt(kind, partial(engine.refit, damaged(iter(source), kind), version))
 
