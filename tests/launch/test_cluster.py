@@ -14,7 +14,7 @@ import pytest
 import yaml
 from distributed import free_port
 from jobs import Models
-from runs import STEPS, eppo, processes_of, write
+from launched import STEPS, eppo, processes_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError

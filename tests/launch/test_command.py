@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from jobs import Models
+from launched import eppo, write
 from omegaconf import OmegaConf
-from runs import eppo, write
 
 from nemo_eppo.launch.command import Address, overrides
 from nemo_eppo.launch.schema import read_launch

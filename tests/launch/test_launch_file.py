@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from jobs import Models
-from runs import eppo, write
+from launched import eppo, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from jobs import Models
-from runs import eppo, processes_of, shared_memory_of, write
+from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.local import run_local
