@@ -59,9 +59,15 @@ class HfToMegatron:
                 except KeyError:  # HfDirectory has seen to it that only this one can be missing
                     return torch.zeros(1)
 
-            weights = checkpoint.start(self.output)
-            write_weights(weights, manifest.model, None if manifest.head == "lm" else 1, DTYPES[self.precision], source)
-        checkpoint.complete(self.output, manifest, self.source.path)
+            incomplete = checkpoint.start(self.output)
+            write_weights(
+                incomplete / checkpoint.WEIGHTS,
+                manifest.model,
+                None if manifest.head == "lm" else 1,
+                DTYPES[self.precision],
+                source,
+            )
+        checkpoint.complete(incomplete, self.output, manifest, self.source.path)
 
 
 class MegatronToHf:

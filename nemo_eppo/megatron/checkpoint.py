@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from pydantic import Field, ValidationError
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import lora
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.runner import ModelRunner
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
+INCOMPLETE = ".incomplete"
 _FORMAT = 1
 _TOKENIZER_FILES = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template*"
 
@@ -161,34 +164,34 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
         manifest: what to record; `files` and `lora` are filled in here. The optimizer is saved if `manifest.optimizer`.
         tokenizer: a Hugging Face directory whose tokenizer to copy into the checkpoint.
     """
-    request, manifest = begin(directory, runner, manifest)
+    request, manifest, incomplete = begin(directory, runner, manifest)
     request.execute_sync()
     if dist.get_rank() == 0:
-        complete(directory, manifest, tokenizer)
+        complete(incomplete, directory, manifest, tokenizer)
     dist.barrier()
     return directory
 
 
-def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[AsyncRequest, Manifest]:
-    """What has to be done to write the weights under a temporary name, and the manifest with `lora` filled in;
+def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[AsyncRequest, Manifest, Path]:
+    """What has to be done to write the weights, the manifest with `lora` filled in, and the temporary directory;
     collective over all ranks."""
-    if dist.get_rank() == 0:
-        start(directory)
-    dist.barrier()
+    incomplete = on_rank0(lambda: start(directory))
     request = dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
-        str(_incomplete(directory) / WEIGHTS),
+        str(incomplete / WEIGHTS),
         async_sharded_save=True,
     )
-    return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)})
+    return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)}), incomplete
 
 
 def start(directory: Path) -> Path:
-    """An empty directory, under a temporary name, for the weights of the checkpoint that will be `directory`."""
-    weights = _incomplete(directory) / WEIGHTS
-    shutil.rmtree(weights.parent, ignore_errors=True)
-    weights.mkdir(parents=True)
-    return weights
+    """A temporary directory, with an empty one for weights, for what will be the checkpoint `directory`.
+
+    No other has its name: writers that outlive a killed job for a moment cannot write into its successor's files.
+    """
+    incomplete = directory.parent / f".{directory.name}.{os.getpid()}-{time.time_ns()}{INCOMPLETE}"
+    (incomplete / WEIGHTS).mkdir(parents=True)
+    return incomplete
 
 
 def mark_weights(weights: Path) -> None:
@@ -197,9 +200,8 @@ def mark_weights(weights: Path) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(weights))
 
 
-def complete(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
+def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
     """Make a checkpoint of the weights that are written, on one rank: tokenizer, manifest with digests, final name."""
-    incomplete = _incomplete(directory)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, incomplete / TOKENIZER)
     _seal(incomplete, manifest)
@@ -207,10 +209,6 @@ def complete(directory: Path, manifest: Manifest, tokenizer: Path | None) -> Non
         shutil.rmtree(directory)
     os.replace(incomplete, directory)
     fsync(directory.parent)
-
-
-def _incomplete(directory: Path) -> Path:
-    return directory.parent / f".{directory.name}.incomplete"
 
 
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:

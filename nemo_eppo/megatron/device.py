@@ -6,15 +6,18 @@ megatron-core has changed a function listed here, so that an upgrade is noticed 
 """
 
 import contextlib
+import ctypes
 import importlib
 import inspect
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import types
 import warnings
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -204,13 +207,20 @@ def _use_cpu_random_states() -> None:
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
+def _die_with_parent() -> None:
+    # the queue's process would outlive a job that is killed
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _fork_checkpoint_writers() -> None:
     # megatron-core spawns its writers, which re-imports __main__ (3 to 10 s, and a guard in every script)
     writer = _megatron("dist_checkpointing.strategies.filesystem_async")
 
     def results_queue() -> Any:
         if writer._results_queue is None:
-            writer._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+            manager.start(_die_with_parent)
+            writer._results_queue = manager.Queue()
         return writer._results_queue
 
     writer._get_write_results_queue = results_queue

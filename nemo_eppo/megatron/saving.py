@@ -63,8 +63,8 @@ class CheckpointSaver:
         self._sealing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if dist.get_rank() == 0:
-            for abandoned in folder.glob(".step_*.incomplete"):
-                shutil.rmtree(abandoned)
+            for abandoned in folder.glob(f".step_*{checkpoint.INCOMPLETE}"):
+                shutil.rmtree(abandoned, ignore_errors=True)  # its writers may still be at it, for a moment
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -87,12 +87,12 @@ class CheckpointSaver:
         """
         self.finish()
         directory = self.path(manifest.step)
-        request, complete_manifest = checkpoint.begin(directory, runner, manifest)
+        request, complete_manifest, incomplete = checkpoint.begin(directory, runner, manifest)
 
         def seal() -> None:
             if before is not None:
                 before()
-            checkpoint.complete(directory, complete_manifest, self._tokenizer)
+            checkpoint.complete(incomplete, directory, complete_manifest, self._tokenizer)
             if after is not None:
                 after()
 

@@ -153,7 +153,8 @@ def test_the_base_keeps_its_packages_and_servers_get_an_older_numpy(image: Image
 )
 def test_an_image_of_another_release_is_refused(image_has: dict[str, str], complaint: str, tmp_path: Path) -> None:
     (tmp_path / "packaging").symlink_to(Path(sysconfig.get_path("purelib")) / "packaging")
-    own = metadata.distribution("nemo_eppo").read_text("METADATA")
+    found = metadata.distribution("nemo_eppo")
+    own = found.read_text("METADATA") or found.read_text("PKG-INFO")  # the latter in a checkout that was installed from
     described = {name: f"Metadata-Version: 2.1\nName: {name}\nVersion: {v}\n" for name, v in image_has.items()}
     for name, text in {**described, "nemo_eppo": own or ""}.items():
         (tmp_path / f"{name.replace('-', '_')}-0.dist-info").mkdir()

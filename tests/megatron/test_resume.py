@@ -10,6 +10,7 @@ from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random
 from torch import Tensor
 
 from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointSaver
@@ -64,11 +65,10 @@ def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict
     then = {name: tensor.clone() for name, tensor in exported(runner).items()}
     saver = CheckpointSaver(folder, None, asynchronous=True)
     saver.save(runner, checkpoint.Manifest(head="lm", step=1, model=MODEL, optimizer=True))
-    there = [saver.path(1).exists()]
+    there = [on_rank0(saver.path(1).exists)]  # not before the first poll
     update(runner, "lm")
-    while not saver.path(1).exists():
+    while not on_rank0(saver.path(1).exists):  # the ranks poll equally often
         saver.poll()
-        torch.distributed.barrier()
     saver.finish()
     checkpoint.verify(saver.path(1))
     there.append(saver.path(1).exists())

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,17 @@ def read_weights(directory: Path, model: ModelConfig, head: Head) -> dict[str, t
     return dict(export_tensors(chunks, model))
 
 
+def left_of(job: Job) -> list[int]:
+    """Processes of a job, a few moments after it was killed."""
+    for _ in range(50):
+        command = ["pgrep", "-f", f"{job.directory}/config.json"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        if not found:
+            break
+        time.sleep(0.1)
+    return [int(number) for number in found]
+
+
 def log(job: Job) -> str:
     return job.log.read_text()[-5000:]
 
@@ -121,6 +134,7 @@ def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_p
         ):
             actor = runs.actor(port, kill={"phase": phase, "call": call})
             assert actor.wait(100) == -signal.SIGKILL, f"{phase}: {log(actor)}"
+            assert left_of(actor) == [], phase
         critic.stop(signal.SIGKILL)
         critic = runs.critic(port, kill={"phase": "critic", "call": 2})  # and now the critic, between two updates
         actor = runs.actor(port)

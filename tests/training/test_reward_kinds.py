@@ -103,7 +103,7 @@ def test_odins_update_follows_the_gradient_of_the_documented_loss(models: Models
 
 
 def test_informs_loss_is_the_documented_formula(models: Models, trained: dict[str, Path]) -> None:
-    made = run_ranks(update, 1, models, trained["inform"], "inform", {}, 8)[0]
+    made = run_ranks(update, 1, models, trained["inform"], "inform", {}, {"micro_batch_size": 8})[0]
     rows, out = made["rows"], made["out"]
     last = out[torch.arange(16), rows["lengths"] - 1].double()
     mean, logvar = last[:, 1 : 1 + LATENTS], last[:, 1 + LATENTS :]
