@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -92,3 +93,15 @@ def transformers_logits(network: Any) -> list[Tensor]:
     """Logits [length, V] of each row of `batch`, without padding."""
     tokens, lengths = batch()
     return [network(row[None, :length]).logits[0] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_tensors(got: Path, expected: Path) -> None:
+    ours, theirs = tensors_of(got), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name

@@ -1,20 +1,28 @@
 """Hugging Face directories become Megatron checkpoints and jobs, and checkpoints become directories, bit by bit."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from hf_models import FAMILIES, VOCABULARY, batch, edit_config, random_model, save, transformers_logits
-from safetensors.torch import load_file, save_file
+from hf_models import (
+    FAMILIES,
+    VOCABULARY,
+    batch,
+    edit_config,
+    random_model,
+    same_tensors,
+    save,
+    tensors_of,
+    transformers_logits,
+)
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
@@ -45,18 +53,6 @@ def checkpoints(directories: dict[str, Path], tmp_path_factory: pytest.TempPathF
     for family, source in directories.items():
         HfToMegatron(source, converted[family]).run()
     return converted
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same_tensors(got: Path, expected: Path) -> None:
-    ours, theirs = tensors_of(got), tensors_of(expected)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
 
 
 def megatron_logits(sources: dict[str, Path], parallel: ParallelConfig) -> dict[str, Tensor]:
@@ -335,96 +331,3 @@ def test_the_commands_convert_there_and_back(directories: dict[str, Path], tmp_p
     same_tensors(tmp_path / "back", directories["Qwen3"])
     assert [file.name for file in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     assert Tokenizer.from_directory(tmp_path / "back").vocab_size == 61
-
-
-def test_other_architectures_go_through_megatron_bridge_where_it_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "gemma").mkdir()
-    (tmp_path / "gemma" / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
-    command = ["convert", "hf-to-megatron", "--input", str(tmp_path / "gemma"), "--output", str(tmp_path / "out")]
-    assert main(command) == 2
-    said = capsys.readouterr().err
-    assert "'Gemma3ForCausalLM' is not supported; expected one of: LlamaForCausalLM" in said
-    assert "Megatron-Bridge, which is not installed" in said
-
-    package = tmp_path / "megatron" / "bridge"  # the boundary: the package itself needs TransformerEngine
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(
-        "class AutoBridge:\n"
-        "    @staticmethod\n"
-        "    def import_ckpt(hf_model_id, megatron_path):\n"
-        "        open(megatron_path, 'w').write(hf_model_id)\n"
-    )
-    import megatron
-
-    monkeypatch.setattr(megatron, "__path__", [*megatron.__path__, str(package.parent)])
-    assert main(command) == 0
-    assert (tmp_path / "out").read_text() == str(tmp_path / "gemma")
-
-
-_PEAK = """
-import sys
-from pathlib import Path
-from nemo_eppo.conversion.checkpoint_weights import read_weights
-from nemo_eppo.conversion.convert import HfToMegatron, MegatronToHf
-
-def kilobytes(name):
-    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
-
-source, target, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-job = HfToMegatron(source, target) if way == "there" else MegatronToHf(source, target, "lm", max_shard_bytes=40 << 20)
-if way == "back":
-    next(read_weights(job.source / "weights", job.manifest.model, None))  # torch imports the most of itself
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, here
-before = kilobytes("VmRSS")
-job.run()
-print((kilobytes("VmHWM") - before) * 1024)
-"""
-
-
-def test_a_model_needs_the_memory_of_one_file_and_one_layer(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=24,
-        num_attention_heads=8,
-        eos_token_id=0,
-    )
-    source = save(AutoModelForCausalLM.from_config(config), tmp_path / "hf", max_shard_size="40MB")
-    total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    layer = total // 24
-    for way, start, target in (("there", source, "megatron"), ("back", tmp_path / "megatron", "back")):
-        command = [sys.executable, "-c", _PEAK, str(start), str(tmp_path / target), way]
-        peak = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout)
-        print(f"{way}: {peak / 2**20:.0f} MiB for a model of {total / 2**20:.0f} MiB in files of 40 MB")
-        assert peak < 2 * 40e6 + 3 * layer < total / 3  # twice a file: what is read of it, and what is written of it
-    same_tensors(tmp_path / "back", source)
-
-
-def held_while_writing(directory: Path, tokenizer: Path) -> int:
-    """Most tensors alive at once while ten of 400 bytes go into files of at most 1000."""
-    import weakref
-
-    from nemo_eppo.conversion.hf_directory import write_hf_directory
-
-    alive: Any = weakref.WeakSet()
-    most = 0
-
-    def tensors() -> Any:
-        nonlocal most
-        for index in range(10):
-            tensor = torch.full((100,), float(index))
-            alive.add(tensor)
-            most = max(most, len(alive))
-            yield f"t{index}", tensor
-            del tensor
-
-    write_hf_directory(directory, {}, tensors(), tokenizer, max_shard_bytes=1000)
-    return most
-
-
-def test_at_most_one_file_and_one_tensor_are_held(directories: dict[str, Path], tmp_path: Path) -> None:
-    assert held_while_writing(tmp_path / "out", directories["Llama"]) == 3
-    assert len(tensors_of(tmp_path / "out")) == 10
