@@ -35,7 +35,7 @@ class Job:
     ranks: int
     settings: Any
     plan: Plan | None
-    """None where an earlier job has yet to make the model."""
+    """None where the model is wrong, or yet to be made by an earlier job."""
 
     @property
     def longest(self) -> int:
@@ -73,15 +73,15 @@ def _settings(launch: LaunchConfig, name: str) -> tuple[list[Finding], Job | Non
         schema, config_name = schemas()[job.script]
         settings: Any = read_settings(schema, REPOSITORY / "conf", config_name, overrides(launch, name, nowhere))
         yield ok(f"{name}: settings", f"every key of {job.script} is known, every value allowed")
+        found.append(Job(name, job.script, job.ranks, settings, None))
         replicas = settings.model.parallel.data_parallel_size(job.ranks)
         source = settings.model.restore_from_path or settings.model.tokenizer
         by = maker(launch, source)
         if by is not None:
             yield ok(f"{name}: model", f"{source} will be made by the job {by}; examine again when it is there")
-            found.append(Job(name, job.script, job.ranks, settings, None))
             return
         planned = plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
-        found.append(Job(name, job.script, job.ranks, settings, planned))
+        found[0] = Job(name, job.script, job.ranks, settings, planned)
         parallel = settings.model.parallel
         yield ok(
             f"{name}: layout",

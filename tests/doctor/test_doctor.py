@@ -162,6 +162,12 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
     malformed.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     report = doctor(launch, f"jobs.actor.settings.data.train={malformed}")
     assert f"{malformed}:2" in only_error(report, "actor: data.train")
+    status, findings = doctor(
+        launch, f"jobs.actor.settings.data.train={nowhere}", "jobs.actor.settings.model.restore_from_path=/nowhere/sft"
+    )
+    assert status == 1
+    assert "/nowhere/sft" in findings["actor: settings and model"]["found"]
+    assert str(nowhere) in findings["actor: data.train"]["found"]
     report = doctor(launch, "jobs.critic.settings.model.restore_from_path=/nowhere/rm")
     assert "/nowhere/rm" in only_error(report, "critic: settings and model")
 
