@@ -18,9 +18,10 @@ width F and vocabulary V, all but H divided by tp, and H too under sequence para
                                                activation and the product. (The method is that of Korthikanti et al.,
                                                arXiv 2205.05198, section 4, applied to these modules.)
                 + 8 * W                        fp32 gradients under way of the largest weight, W
-                + 36 * c on the last stage     c logits at once, at most 2^24 or n * V, and what is computed from them
+                + 12 * c on the last stage     c logits at once, of n or at most max(1024, 2^24 / V) tokens, and what
+                                               is computed from them
                 recompute: of each layer H in place of the sum; one layer as above, or the logits, come to that
-    scoring     n * b * (2 H + Q + 2 K + 3 F) + 24 * c
+    scoring     n * b * (2 H + Q + 2 K + 3 F) + 12 * c
     generation  N * S * 2 * K * L * b          the cache of N sequences of S tokens
 
 The C library may hold half as much again on a CPU, for what was freed in small pieces.
@@ -29,11 +30,10 @@ The C library may hold half as much again on a CPU, for what was freed in small 
 from dataclasses import dataclass, fields
 
 from nemo_eppo.conversion.hf_weights import entries
+from nemo_eppo.megatron.logprobs import rows_at_once
 from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.runtime import ParallelConfig
-
-_LOGITS = 2**24  # megatron/logprobs.py: logits that are computed at once
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,15 @@ def _of_stage(
         trained = parameters if lora is None else _adapters(model, parallel, lora) // stages
     logits = 0
     if outputs is None and stage == stages - 1:
-        logits = min(_LOGITS, tokens * model.vocab_size // parallel.tensor_model_parallel_size)
-    work = tokens * each * (2 * hidden + query + 2 * kv + 3 * ffn) + 24 * logits
+        vocabulary = model.vocab_size // parallel.tensor_model_parallel_size
+        logits = vocabulary * min(tokens, rows_at_once(vocabulary))
+    work = tokens * each * (2 * hidden + query + 2 * kv + 3 * ffn) + 12 * logits
     if workload.trained:
         layer, in_flight = 6 * hidden + 3 * query + 3 * kv + 5 * ffn, (stages - stage) * layers
         if recompute:  # a layer is computed again after the logits are gone
-            update = tokens * each * in_flight * hidden + max(tokens * each * layer, 36 * logits)
+            update = tokens * each * in_flight * hidden + max(tokens * each * layer, 12 * logits)
         else:
-            update = tokens * each * in_flight * layer + 36 * logits
+            update = tokens * each * in_flight * layer + 12 * logits
         work = max(work, update + 8 * largest)
     work = max(work, workload.sequences * workload.longest * 2 * kv * layers * each)
     return Memory(

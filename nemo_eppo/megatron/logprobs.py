@@ -22,6 +22,8 @@ IGNORE = -100
 """Target of a position whose log-probability is not wanted; its outputs are 0."""
 
 _CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MB in fp32
+_CHUNK_ROWS = 1024  # but so many rows at least: with fewer a GPU spends its time on adding to the weight's gradient
+_MASKED = -1e30  # a logit of probability 0: finite, so that their product is 0
 
 
 class ScoringConfig(Config):
@@ -90,12 +92,10 @@ class _TokenLogProbs(torch.autograd.Function):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
             peak = x.amax(-1)
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-            x = x - peak.unsqueeze(-1)
-            exp = x.exp()
+            x.sub_(peak.unsqueeze(-1))
             target = x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-            sums = torch.stack(
-                [exp.sum(-1), torch.where(own, target, 0), (exp * x.masked_fill(exp == 0, 0)).sum(-1)], dim=-1
-            )
+            exp = x.exp()
+            sums = torch.stack([exp.sum(-1), torch.where(own, target, 0), torch.linalg.vecdot(exp, x)], dim=-1)
             dist.all_reduce(sums, group=group)
             log_z = sums[:, 0].log()
             logprob, entropy = sums[:, 1] - log_z, log_z - sums[:, 2] / sums[:, 0]
@@ -114,12 +114,12 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature = ctx.layout[2].temperature
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
-            logp = x - result[rows, 2:3]
+            logp = x.sub_(result[rows, 2:3])
             p = logp.exp()
-            grad_logprob, grad_entropy = grads[0][rows, 0:1], grads[0][rows, 1:2]
-            grad = -p * (grad_logprob + grad_entropy * (logp.masked_fill(p == 0, 0) + result[rows, 1:2]))
+            grad_logprob, grad_entropy = (grads[0][rows] / temperature).split(1, -1)
+            grad = logp.add_(result[rows, 1:2]).mul_(-grad_entropy).sub_(grad_logprob).mul_(p)
             grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
-            grad = (grad / temperature).to(hidden.dtype)
+            grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
@@ -131,8 +131,13 @@ def _compute_dtype(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits are held at the same time, for this many logits each."""
+    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocabulary)
+
+
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocabulary)
+    size = rows_at_once(vocabulary)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -142,11 +147,11 @@ def _chunk_logits(
     """This rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and where [n]."""
     logits = _compute_dtype(hidden @ weight.T)
     if scoring.temperature != 1.0:
-        logits = logits / scoring.temperature
+        logits.div_(scoring.temperature)
     size = weight.size(0)
     first = group.rank() * size
     if first + size > vocab_size:
-        logits[:, max(0, vocab_size - first) :] = -torch.inf
+        logits[:, max(0, vocab_size - first) :] = _MASKED
     own = (targets >= first) & (targets < first + size)
     index = torch.where(own, targets - first, 0)
     if scoring.top_k or scoring.top_p < 1.0:
@@ -154,5 +159,5 @@ def _chunk_logits(
         dist.all_gather(shards, logits.contiguous(), group=group)
         keep = keep_mask(torch.cat(shards, -1), scoring.top_k, scoring.top_p)
         keep.scatter_(-1, targets.unsqueeze(-1), True)
-        logits = logits.masked_fill(~keep[:, first : first + size], -torch.inf)
+        logits.masked_fill_(~keep[:, first : first + size], _MASKED)
     return logits, own, index

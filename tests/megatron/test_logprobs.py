@@ -71,7 +71,7 @@ def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel
     """The product, its projection padded with rows that would win every softmax if they were not masked."""
     initialize(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel), seed=0)
     if chunk is not None:
-        logprobs._CHUNK_ELEMENTS = chunk
+        logprobs._CHUNK_ELEMENTS, logprobs._CHUNK_ROWS = chunk, 1
     given = inputs(dtype)
     padded = torch.nn.functional.pad(given["weight"], (0, 0, 0, -VOCAB % tp), value=9.0)
     weight = padded.chunk(tp)[dist.get_rank()].clone().requires_grad_()
@@ -149,7 +149,7 @@ class _LargestTensor(TorchDispatchMode):
 def memory(rows: int, vocabulary: int, chunk: int) -> tuple[int, int]:
     """Elements of the largest tensor saved for the backward pass, and of the largest one made in either pass."""
     initialize(ParallelConfig(), seed=0)
-    logprobs._CHUNK_ELEMENTS = chunk
+    logprobs._CHUNK_ELEMENTS, logprobs._CHUNK_ROWS = chunk, 1
     hidden = torch.randn(rows, 1, HIDDEN, requires_grad=True)
     weight = torch.randn(vocabulary, HIDDEN, requires_grad=True)
     targets = torch.randint(0, vocabulary, (1, rows))
