@@ -4,8 +4,8 @@ No module of the model is called: no hook fires, no training state changes, and 
 products. Every rank of a replica takes part: tensor-parallel ranks add up what their heads and channels contribute,
 pipeline stages hand hidden states on. Sequence parallelism only splits activations of training, so it is not needed.
 
-All rows of a batch write the same cache column in the same step. A row shorter than the longest prompt has a gap after
-its prompt that it never looks at; its rotary positions do not count the gap.
+A row of the cache belongs to one sequence, its columns are the sequence's positions. Sequences come and go while others
+go on; none is changed by its neighbours.
 """
 
 import math
@@ -56,8 +56,21 @@ class _Layer(NamedTuple):
     """[H, F]."""
 
 
+class _Newest(NamedTuple):
+    """One new token of each row, and what it sees."""
+
+    rows: Tensor
+    """[n] 0, 1, ..."""
+    positions: Tensor
+    """[n] of the new token."""
+    longest: int
+    """Columns of the cache that any row sees."""
+    visible: Tensor | None
+    """[n, 1, 1, longest] True where a row sees a column; None if all see all."""
+
+
 class Decoder:
-    """Runs a policy's chunks token by token; what it remembers of a batch is its cache.
+    """Runs a policy's chunks token by token; what it remembers of sequences is its cache.
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
@@ -74,67 +87,85 @@ class Decoder:
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
-        self._cache = self._storage = torch.empty(0, dtype=self._dtype, device=device.device())
+        self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
+
+    def start(self, rows: int, columns: int) -> None:
+        """Forget all sequences; make room for so many at once, each with up to so many tokens."""
+        shape = (sum(map(len, self._layers)), rows, self._groups, 2, columns, self._head_width)
+        if self._storage.numel() < math.prod(shape):
+            self._storage = self._storage.new_empty(math.prod(shape))
+        # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
+        self._cache = self._storage[: math.prod(shape)].zero_().view(shape)
+        self._rotary = self._rotary_table(columns)
+        self._columns = torch.arange(columns, device=device.device())
+        self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
+        self._positions = self._lengths.to(device.device())  # the same where nobody has to wait for it
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, lengths: Tensor, columns: int) -> Tensor | None:
-        """Start a batch.
+    def add(self, tokens: Tensor, lengths: Tensor) -> Tensor | None:
+        """Begin sequences, in the rows after those in use.
 
         Args:
-            tokens: [n, P] prompts, right padding.
+            tokens: [n, P] prompts, right padding; on the host, as `lengths` is.
             lengths: [n] tokens of each prompt.
-            columns: width of the cache: P and one column for every `step` that may follow.
 
         Returns:
             fp32 logits [n, V] of the token after each prompt; None except on the last pipeline stage.
         """
-        rows, longest = tokens.shape
-        self._allocate(rows, columns)
-        self._positions = lengths[:, None]
-        self._rotary = self._rotary_table(columns)
-        self._gaps = self._hide_gaps(lengths, longest, columns)
-        self._filled = longest
-        last_hidden = []
+        first, longest = len(self._lengths), tokens.size(1)
+        self._lengths = torch.cat([self._lengths, lengths])
+        tokens, lengths = tokens.to(device.device()), lengths.to(device.device())
+        self._positions = torch.cat([self._positions, lengths])
         at_once = max(1, _PREFILL_TOKENS // longest)  # rows
-        for start in range(0, rows, at_once):
-            taken = slice(start, start + at_once)
-            hidden = self._run(tokens[taken], self._rotary[:, None, :longest], taken, slice(0, longest))
+        last_hidden = []
+        for start in range(0, len(lengths), at_once):
+            part = slice(start, min(start + at_once, len(lengths)))
+            cache = self._cache[:, first + part.start : first + part.stop]
+            hidden = self._run(tokens[part], self._rotary[:, None, :longest], cache, None)
             if hidden is not None:
-                ends = lengths[taken] - 1
-                last_hidden.append(hidden[torch.arange(len(ends), device=ends.device), ends])
+                rows = torch.arange(hidden.size(0), device=hidden.device)
+                last_hidden.append(hidden[rows, lengths[part] - 1])
         return self._logits(torch.cat(last_hidden)) if last_hidden else None
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor | None:
         """Append one token [n] to each row; fp32 logits [n, V] of the next, None except on the last pipeline stage."""
-        column = slice(self._filled, self._filled + 1)
-        hidden = self._run(tokens[:, None], self._rotary[:, self._positions], slice(None), column)
-        self._filled += 1
-        self._positions = self._positions + 1
+        positions = self._positions
+        self._lengths, self._positions = self._lengths + 1, positions + 1
+        visible = None
+        if int(self._lengths.min()) < (longest := int(self._lengths.max())):
+            visible = torch.where(self._columns[:longest] <= positions[:, None], 0.0, -torch.inf)[:, None, None]
+        rows = torch.arange(len(tokens), device=tokens.device)
+        newest = _Newest(rows, positions, longest, visible)
+        cache = self._cache[:, : len(tokens)]
+        hidden = self._run(tokens[:, None], self._rotary[:, positions[:, None]], cache, newest)
         return None if hidden is None else self._logits(hidden[:, 0])
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
-        """Drop all rows but these (ascending), moving as few as possible; returns the kept rows in their new order."""
+        """End all sequences but those in these rows (ascending), moving as few as possible.
+
+        Returns:
+            The kept rows in their new order.
+        """
         size = len(rows)
         holes = sorted(set(range(size)) - set(rows))
         movers = [row for row in rows if row >= size]
         order = list(range(size))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        self._cache[:, holes, ..., : self._filled, :] = self._cache[:, movers, ..., : self._filled, :]
-        self._cache = self._cache[:, :size]
-        self._positions = self._positions[order]
-        self._gaps = None if self._gaps is None else self._gaps[order]
+        filled = int(self._lengths.max())
+        self._cache[:, holes, ..., :filled, :] = self._cache[:, movers, ..., :filled, :]
+        self._lengths, self._positions = self._lengths[order], self._positions[order]
         return order
 
     def release(self) -> None:
         """Free the cache."""
         self._cache = self._storage = self._storage.new_empty(0)
 
-    def _run(self, tokens: Tensor, rotary: Tensor, rows: slice, columns: slice) -> Tensor | None:
-        """Tokens [b, s] through all stages, into the cache at `rows` and `columns`; hidden [b, s, H] on the last."""
-        index = 0
+    def _run(self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None) -> Tensor | None:
+        """Tokens [b, s] through all stages, into their rows of the cache; hidden [b, s, H] on the last."""
+        caches = iter(cache)
         for model, layers in zip(self._models, self._layers, strict=True):
             if model.pre_process:
                 hidden = self._embed(tokens, model.embedding.word_embeddings.weight)
@@ -142,14 +173,13 @@ class Decoder:
                 hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
                 dist.recv(hidden, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
             for layer in layers:
-                self._attend(hidden, layer, self._cache[index, rows], columns, rotary)
+                self._attend(hidden, layer, next(caches), rotary, newest)
                 self._transform(hidden, layer)
-                index += 1
             if not model.post_process:
                 dist.send(hidden, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
         return hidden if model.post_process else None
 
-    def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, columns: slice, rotary: Tensor) -> None:
+    def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, rotary: Tensor, newest: _Newest | None) -> None:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
         rows, size, _ = hidden.shape
         width, heads = self._head_width, self._heads_per_group
@@ -162,12 +192,13 @@ class Decoder:
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
         query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
-        cache[..., columns, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
-        if size == 1:  # the heads of a group are rows that share its keys
-            keys, values = cache[..., : columns.stop, :].unbind(2)
-            gaps = None if self._gaps is None else self._gaps[..., : columns.stop]
-            out = F.scaled_dot_product_attention(query[:, 0], keys, values, gaps, scale=self._softmax_scale)
+        if newest is not None:
+            cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
+            keys, values = cache[..., : newest.longest, :].unbind(2)
+            # the heads of a group are rows that share its keys
+            out = F.scaled_dot_product_attention(query[:, 0], keys, values, newest.visible, scale=self._softmax_scale)
         else:  # a prompt's own tokens come before its padding
+            cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
             out = F.scaled_dot_product_attention(
                 query.flatten(2, 3).transpose(1, 2),
                 key.transpose(1, 2),
@@ -206,25 +237,11 @@ class Decoder:
             dist.all_reduce(partial, group=self._tensor_ranks)
         return partial
 
-    def _allocate(self, rows: int, columns: int) -> None:
-        shape = (sum(map(len, self._layers)), rows, self._groups, 2, columns, self._head_width)
-        if self._storage.numel() < math.prod(shape):
-            self._storage = self._storage.new_empty(math.prod(shape))
-        self._cache = self._storage[: math.prod(shape)].view(shape)
-
     def _rotary_table(self, columns: int) -> Tensor:
         """Cosines and sines [2, W, 1, 1, D]; sines carry the sign of the rotation."""
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         return table[:, :, None, None].to(self._storage)
-
-    def _hide_gaps(self, lengths: Tensor, longest: int, columns: int) -> Tensor | None:
-        """What to add to attention scores [n, 1, 1, W], -inf between a prompt and its response; None for no gaps."""
-        if bool((lengths == longest).all()):
-            return None
-        column = torch.arange(columns, device=lengths.device)
-        gaps = (column >= lengths[:, None]) & (column < longest)
-        return torch.zeros_like(gaps, dtype=self._dtype).masked_fill_(gaps, -torch.inf)[:, None, None]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

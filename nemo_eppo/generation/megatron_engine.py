@@ -29,7 +29,7 @@ class MegatronEngine:
         model_config: their architecture.
         eos_id: the token that ends a response.
         pad_id: fills short prompts; never part of a response.
-        max_batch_size: prompts decoded at once.
+        max_batch_size: prompts decoded at once; where a response has ended, the next prompt joins.
         max_sequence_length: longest prompt and response together.
     """
 
@@ -83,48 +83,59 @@ class MegatronEngine:
             FloatingPointError: the model gives NaN; on all ranks.
         """
         check_requests(prompt_ids, seeds, self._vocab_size, self._max_sequence_length)
-        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))  # the first wave needs most memory
-        completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self._max_batch_size):
-            wave = order[start : start + self._max_batch_size]
-            results = self._wave([prompt_ids[i] for i in wave], sampling, [seeds[i] for i in wave])
-            completions.update(zip(wave, results, strict=True))
-        return [completions[i] for i in range(len(prompt_ids))]
-
-    def _wave(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """Decode prompts together, in blocks of steps; rows that have ended leave between blocks."""
-        count, longest = len(prompts), max(map(len, prompts))
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        if not prompt_ids:
+            return []
+        lengths = torch.tensor([len(prompt) for prompt in prompt_ids])
         limits = (self._max_sequence_length - lengths).clamp(max=sampling.max_new_tokens)
-        steps = int(limits.max())
-        tokens = torch.full((count, steps), self._pad_id)
-        logprobs = torch.zeros(count, steps)
-        rows = torch.arange(count)  # the prompt that each of the decoder's rows answers
-        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
-        logits = self._decoder.prefill(padded.to(device.device()), lengths.to(device.device()), longest + steps)
-        for start in range(0, steps, _BLOCK):
-            stop = min(start + _BLOCK, steps)
-            uniforms = counter_uniform(torch.tensor(seeds)[rows, None], torch.arange(start, stop)).to(device.device())
-            drawn, scores = [], []
-            for step in range(start, stop):
-                token, logprob = self._choose(logits, uniforms[:, step - start], sampling)
-                drawn.append(token)
-                scores.append(logprob)
-                if step + 1 < stop:
-                    logits = self._decoder.step(token)
-            tokens[rows, start:stop] = torch.stack(drawn, 1).cpu()
-            logprobs[rows, start:stop] = self._from_last_stage(torch.stack(scores, 1)).cpu()
-            ended = (tokens[rows, start:stop] == self._eos_id).any(1) | (limits[rows] <= stop)
-            if ended.all():
-                break
-            if ended.any():
-                order = self._decoder.keep((~ended).nonzero().flatten().tolist())
-                rows, token = rows[order], token[order]
-            logits = self._decoder.step(token)
+        waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # the last, and longest, join first
+        tokens = torch.full((len(prompt_ids), int(limits.max()) + _BLOCK), self._pad_id)
+        logprobs = torch.zeros(tokens.shape)
+        drawn = torch.zeros_like(lengths)  # tokens of each response so far
+        rows = torch.zeros(0, dtype=torch.int64)  # the prompt that each of the decoder's rows answers
+        logits = None
+        self._decoder.start(min(len(prompt_ids), self._max_batch_size), int((lengths + limits).max()) + _BLOCK)
+        while waiting or len(rows):
+            if waiting and len(rows) < self._max_batch_size:
+                joining = [waiting.pop() for _ in range(min(len(waiting), self._max_batch_size - len(rows)))]
+                first = self._prefill([prompt_ids[i] for i in joining])
+                logits = first if logits is None or first is None else torch.cat([logits, first])
+                rows = torch.cat([rows, torch.tensor(joining)])
+            steps = drawn[rows, None] + torch.arange(min(_BLOCK, int((limits - drawn)[rows].max())))
+            uniforms = counter_uniform(torch.tensor(seeds)[rows, None], steps).to(device.device())
+            token, block = self._decode(logits, uniforms, sampling)
+            tokens[rows[:, None], steps], logprobs[rows[:, None], steps] = block
+            drawn[rows] += steps.size(1)
+            going = ~(block[0] == self._eos_id).any(1) & (drawn < limits)[rows]
+            logits = None
+            order = self._decoder.keep(going.nonzero().flatten().tolist())
+            rows = rows[order]
+            if order:
+                logits = self._decoder.step(token[order])
         if not torch.isfinite(logprobs).all():
             raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
         results = zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
         return [self._completion(*result) for result in results]
+
+    def _prefill(self, prompts: list[list[int]]) -> Tensor | None:
+        """Logits [n, V] of the tokens after prompts that join the decoder's rows."""
+        longest = max(map(len, prompts))
+        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
+        return self._decoder.add(padded, torch.tensor([len(prompt) for prompt in prompts]))
+
+    def _decode(
+        self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A block of steps of all rows: the last tokens [n], and all tokens and log-probs [n, steps] on the host."""
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        for step, uniform in enumerate(uniforms.unbind(1)):
+            if step:
+                logits = self._decoder.step(tokens[-1])
+            token, logprob = self._choose(logits, uniform, sampling)
+            tokens.append(token)
+            logprobs.append(logprob)
+        found = torch.stack(tokens, 1).cpu(), self._from_last_stage(torch.stack(logprobs, 1)).cpu()
+        return tokens[-1], found
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""

@@ -17,6 +17,7 @@ from small_models import (
 )
 
 from nemo_eppo.generation import megatron_engine
+from nemo_eppo.generation.decoder import Decoder
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.runtime import data_parallel_group
 from nemo_eppo.rollout.batch import Completion, FinishReason
@@ -58,6 +59,28 @@ def generate_in_batches(sizes: list[int]) -> list[list[list[int]]]:
 def test_a_response_does_not_depend_on_the_batch_size() -> None:
     for batch in on_one_rank(generate_in_batches, [3, 8, 16]):
         assert batch == tokens_of(alone())
+
+
+def count_steps(size: int) -> int:
+    steps, step = [], Decoder.step
+
+    def counted(self: Decoder, tokens: torch.Tensor) -> torch.Tensor | None:
+        steps.append(tokens)
+        return step(self, tokens)
+
+    Decoder.step = counted  # type: ignore[method-assign]
+    megatron_engine._BLOCK = 1
+    build_engine(build_policy({}), max_batch_size=size).generate(PROMPTS, HOT, SEEDS)
+    return len(steps)
+
+
+def test_prompts_join_as_responses_end() -> None:
+    size = 4
+    lengths = [len(completion.token_ids) for completion in alone()]
+    longest_first = sorted(range(len(PROMPTS)), key=lambda i: -len(PROMPTS[i]))
+    waves = sum(max(lengths[i] for i in longest_first[start : start + size]) for start in range(0, len(PROMPTS), size))
+    # until the last prompt has joined every row is at work
+    assert on_one_rank(count_steps, size) <= sum(lengths) / size + max(lengths) < waves
 
 
 def generate_permuted(order: list[int]) -> list[list[int]]:
