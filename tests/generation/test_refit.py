@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from engines import stand_in, trtllm_engine
-from small_models import EOS, LAYOUTS, MODEL, build_policy, random_prompts, random_weights
+from small_models import EOS, LAYOUTS, MODEL, build_engine, build_policy, random_prompts, random_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +20,8 @@ from nemo_eppo.conversion.hf_weights import export_tensors, hf_config, hf_names
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, digest, pack
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, check_tensorrt_llm, map_sampling
+from nemo_eppo.megatron import lora
+from nemo_eppo.megatron.lora import AdaptersOff, LoRAConfig
 from nemo_eppo.megatron.runtime import ParallelConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 
@@ -276,6 +279,32 @@ def test_a_prefix_cache_that_outlives_a_refit_would_show_and_a_dead_process_does
     right = transformers_greedy({name: tensor * 1.1 for name, tensor in random_weights(MODEL).items()})
     assert [answer.token_ids for answer in answers] != right, "the test above could not have failed"
     assert error.startswith("EngineProcessError: the engine's process ended at 'generate' with exit code -9")
+
+
+def answer_with_adapters(directory: Path) -> dict[str, list[list[int]]]:
+    """Greedy answers of both engines over an actor with adapters of TP 2, and over its reference."""
+    chunks = build_policy(LAYOUTS["TP 2"])
+    lora.train_adapters(chunks, LoRAConfig(rank=3, alpha=24))
+    for adapter in lora.adapters(chunks):
+        with torch.no_grad():
+            adapter.b.copy_(torch.randn(adapter.b.shape, generator=torch.Generator().manual_seed(5)) * 0.3)
+    found, version = {}, 0
+    engines = {"megatron": build_engine(chunks), "tensorrt_llm": trtllm_engine(chunks, directory)}
+    for kind, engine in engines.items():
+        for who, weights in (("policy", nullcontext()), ("reference", AdaptersOff(chunks).active())):
+            version += 1
+            with weights:
+                engine.refit(export_tensors(chunks, MODEL), version)
+                completions = engine.generate(PROMPTS, GREEDY, [0, 1, 2])
+            found[f"{who} {kind}"] = [completion.token_ids for completion in completions]
+        engine.close()
+    return found
+
+
+def test_an_actor_with_adapters_refits_them_merged_and_its_reference_without(tmp_path: Path) -> None:
+    found = run_ranks(answer_with_adapters, 2, tmp_path)[0]
+    assert found["reference tensorrt_llm"] == found["reference megatron"] == transformers_greedy(random_weights(MODEL))
+    assert found["policy tensorrt_llm"] == found["policy megatron"] != found["reference megatron"]
 
 
 class Extended(SamplingParams):
