@@ -1,7 +1,8 @@
-"""Generation by TensorRT-LLM: one engine process for each replica of the actor, its weights refitted in memory.
+"""Generation by TensorRT-LLM in processes of its own, on the GPUs of the actor, their weights refitted in memory.
 
-All ranks of a replica gather the weights (`export_tensors`); those whose GPUs the engine runs on share each bucket with
-the engine's process, which the replica's first rank has started and talks to. A failure on any rank is one on all.
+The ranks of a replica form as many engines as they can, of consecutive ranks each. All of them gather the weights
+(`export_tensors`) and share each bucket with the process of their engine, which the engine's first rank has started and
+talks to. The engines of a replica share its prompts. A failure on any rank is one on all.
 """
 
 import os
@@ -25,9 +26,9 @@ from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import check_limits, check_requests
 from nemo_eppo.generation.refit import RefitError, pack
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.collectives import all_or_none, on_rank0
+from nemo_eppo.megatron.collectives import all_or_none
 from nemo_eppo.megatron.model_config import ModelConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.runtime import ParallelConfig, world_size
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 
@@ -48,7 +49,8 @@ class TensorRTLLMConfig(Config):
     """The TensorRT-LLM engine; used with engine: tensorrt_llm."""
 
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine, at most those of a replica of the actor, whose layout may be another."""
+    """GPUs of one engine, all of one machine; the actor's layout may be another. Its replicas of R ranks have
+    R / tensor_parallel_size engines each."""
     free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the GPU memory that is free after loading the engine which its KV cache takes."""
     max_num_tokens: int = Field(8192, ge=1)
@@ -68,19 +70,20 @@ def check_tensorrt_llm(
 ) -> None:
     """ConfigError if an engine with these settings could not start here; nothing is started but a look for it."""
     size, ranks = config.tensor_parallel_size, parallel.model_parallel_size
-    if size > ranks:
+    if ranks % size:
         raise ConfigError(
-            f"{where}.tensor_parallel_size = {size}: expected at most {ranks}, the ranks of one replica of the actor"
+            f"{where}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
         )
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.kv_heads)):
         if value % size:
             raise ConfigError(f"{where}.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here % ranks:
-        raise ConfigError(
-            f"generation.engine = 'tensorrt_llm': the {ranks} ranks of a replica have to be on one machine, which runs "
-            f"{here} ranks"
-        )
+    world, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for engine in _engines(parallel, world, size):
+        if len({rank // here for rank in engine}) > 1:
+            raise ConfigError(
+                f"{where}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
+                f"ranks {', '.join(map(str, engine))} would make one"
+            )
     python = _python(config)
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorrt_llm') is None)"
     try:
@@ -103,7 +106,7 @@ class TensorRTLLMEngine:
         dtype: of its weights.
         config: settings of the engine.
         hf_directory: config.json and tokenizer of the model, without weights.
-        log: file for what the engine's process prints; the number of the replica is put behind its name.
+        log: file for what an engine's process prints; the engine's first rank is put behind its name.
         eos_id: the token that ends a response.
         pad_id: fills batches.
         max_batch_size: prompts that one engine answers at once.
@@ -134,7 +137,10 @@ class TensorRTLLMEngine:
         self._replica: dist.ProcessGroup = parallel_state.get_model_parallel_group()
         uuids: list[str] = [""] * self._replica.size()
         dist.all_gather_object(uuids, device.uuid(), group=self._replica)
-        self._devices = uuids[: config.tensor_parallel_size]
+        size, rank = config.tensor_parallel_size, self._replica.rank()
+        self._mine = slice(rank - rank % size, rank - rank % size + size)
+        """Ranks of the replica that are this rank's engine."""
+        self._devices = uuids[self._mine]
         self._process: _Process | None = None
         start = {
             "model": str(hf_directory),
@@ -149,9 +155,8 @@ class TensorRTLLMEngine:
                 "max_num_tokens": config.max_num_tokens,
             },
         }
-        if self._replica.rank() == 0:
-            number = parallel_state.get_data_parallel_rank()
-            self._process = _Process(config, self._devices, log.with_name(f"{log.name}.{number}"))
+        if rank == self._mine.start:
+            self._process = _Process(config, self._devices, log.with_name(f"{log.name}.{dist.get_rank()}"))
         all_or_none(lambda: self._ask("start", **start))
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -173,15 +178,12 @@ class TensorRTLLMEngine:
                 for (name, _, tensor), value in zip(bucket, digests, strict=True)
             ]
             device.synchronize()  # the other process does not wait for what this one has queued
-            used = self._replica.rank() < self._config.tensor_parallel_size
             named = [(name, tensor) for name, _, tensor in bucket]
             # each can be opened once: one is for the check, one for AsyncLLM
-            handles = (ipc.handles(named), ipc.handles(named)) if used else ("", "")
-            gathered: list[tuple[str, str]] = [handles] * self._replica.size()
-            dist.all_gather_object(gathered, handles, group=self._replica)
+            gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
+            dist.all_gather_object(gathered, (ipc.handles(named), ipc.handles(named)), group=self._replica)
             to_check, to_load = (
-                dict(zip(self._devices, texts, strict=True))
-                for texts in zip(*gathered[: len(self._devices)], strict=True)
+                dict(zip(self._devices, texts, strict=True)) for texts in zip(*gathered[self._mine], strict=True)
             )
             self._ask("bucket", header=(version, number, infos), to_check=to_check, to_load=to_load)
         self._ask("finish", version=version)
@@ -204,11 +206,18 @@ class TensorRTLLMEngine:
         ]
         if not requests:
             return []
-        version, answers = self._ask("generate", requests=requests)
-        return [
-            self._completion(tokens, logprobs, version, params["max_tokens"])
-            for (_, params), (tokens, logprobs) in zip(requests, answers, strict=True)
-        ]
+        size = self._config.tensor_parallel_size
+        engines = self._replica.size() // size
+        number = self._mine.start // size
+        gathered: list[Any] = [None] * self._replica.size()
+        dist.all_gather_object(gathered, self._ask("generate", requests=requests[number::engines]), self._replica)
+        answers = gathered[::size]  # of the ranks that have the processes
+        completions = []
+        for index, (_, params) in enumerate(requests):
+            version, answered = answers[index % engines]
+            tokens, logprobs = answered[index // engines]
+            completions.append(self._completion(tokens, logprobs, version, params["max_tokens"]))
+        return completions
 
     def _completion(self, tokens: list[int], logprobs: list[float], version: int, limit: int) -> Completion:
         """Check that an answer ends as every engine's does."""
@@ -236,13 +245,23 @@ class TensorRTLLMEngine:
             self._process.close()
 
     def _ask(self, command: str, **arguments: Any) -> Any:
-        """The answer of the replica's process, or its error, on all ranks of the replica."""
+        """What the process that this rank has started answers, else None; an error of one is one on its replica."""
 
         def ask() -> Any:
-            assert self._process is not None
-            return self._process.ask(command, arguments)
+            return None if self._process is None else self._process.ask(command, arguments)
 
-        return on_rank0(ask, self._replica)
+        return all_or_none(ask, self._replica)
+
+
+def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]:
+    """The ranks of each engine, in Megatron's order: tensor, then data, then pipeline parallelism."""
+    tensor, replicas = parallel.tensor_model_parallel_size, parallel.data_parallel_size(world)
+    engines = []
+    for replica in range(replicas):
+        stages = [(stage * replicas + replica) * tensor for stage in range(parallel.pipeline_model_parallel_size)]
+        ranks = [first + rank for first in stages for rank in range(tensor)]
+        engines += [ranks[start : start + size] for start in range(0, len(ranks), size)]
+    return engines
 
 
 def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, Any]:

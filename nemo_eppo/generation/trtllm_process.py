@@ -20,7 +20,7 @@ _RELEASED = ["model", "kv_cache"]  # what makes room for training
 
 
 class EngineServer:
-    """Answers the requests of one actor replica.
+    """Answers the requests of the ranks that the engine runs on.
 
     Args:
         model: Hugging Face directory; only its settings are read, the weights come with the first refit.

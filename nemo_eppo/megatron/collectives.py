@@ -36,8 +36,8 @@ def on_rank0(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None
     return outcome[0]
 
 
-def all_or_none(work: Callable[[], ResultT]) -> ResultT:
-    """Run `work` on every rank of the job; if it fails on any, it fails on all.
+def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
+    """Run `work` on every rank of `group` (None: of the job); if it fails on any, it fails on all.
 
     Raises:
         the error of `work` on the ranks where it failed, and PeerError with the first one's message on all others.
@@ -48,9 +48,10 @@ def all_or_none(work: Callable[[], ResultT]) -> ResultT:
         result = work()
     except Exception as caught:
         error = caught
-    messages: list[str | None] = [None] * dist.get_world_size()
+    messages: list[str | None] = [None] * dist.get_world_size(group)
     own = error is not None and not isinstance(error, PeerError)
-    dist.all_gather_object(messages, f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if own else None)
+    message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if own else None
+    dist.all_gather_object(messages, message, group=group)
     if error is not None:
         raise error
     for message in messages:

@@ -184,10 +184,9 @@ def damaged(weights: Iterator[tuple[str, Tensor]], kind: str) -> Iterator[tuple[
 
 
 def refit_a_split_actor(directory: Path) -> dict[str, Any]:
-    """Updates of an actor of TP 2 and PP 2, some of them damaged, and what the engine's process made of them."""
+    """Updates of an actor of TP 2 and PP 2, some of them damaged, and what its two engines of TP 2 made of them."""
     chunks = build_policy(LAYOUTS["TP 2 PP 2"])
-    dump = directory / "weights.pt"
-    engine = trtllm_engine(chunks, directory, config=small_buckets(STAND_IN_DUMP=str(dump)))
+    engine = trtllm_engine(chunks, directory, config=small_buckets(STAND_IN_DUMP=str(directory)))
     found: dict[str, Any] = {"updates": []}
 
     def attempt(name: str, work: Callable[[], Any]) -> None:
@@ -202,7 +201,7 @@ def refit_a_split_actor(directory: Path) -> dict[str, Any]:
         engine.refit(export_tensors(chunks, MODEL), version)
         completions = engine.generate(PROMPTS, GREEDY, [0, 1, 2])
         if torch.distributed.get_rank() == 0:
-            found["updates"].append((torch.load(dump), completions))
+            found["updates"].append(([torch.load(file) for file in directory.glob("*.pt")], completions))
         torch.distributed.barrier()
         with torch.no_grad():
             for chunk in chunks:
@@ -216,7 +215,7 @@ def refit_a_split_actor(directory: Path) -> dict[str, Any]:
         attempt(kind, partial(engine.refit, damaged(iter(source), kind), version))
 
     def corrupt(named: list[tuple[str, Tensor]]) -> str:
-        if torch.distributed.get_rank() == 1:  # the copy of one of the engine's devices
+        if torch.distributed.get_rank() == 3:  # the copy of one of the second engine's devices
             named[-1][1].view(-1)[-1] += 1
         return handles(named)
 
@@ -234,15 +233,16 @@ def refit_a_split_actor(directory: Path) -> dict[str, Any]:
 def test_an_actor_of_tp2_pp2_refits_tensor_by_tensor_and_no_damage_passes_on_any_rank(tmp_path: Path) -> None:
     ranks = run_ranks(refit_a_split_actor, 4, tmp_path)
     expected = random_weights(MODEL)
-    for version, (weights, completions) in enumerate(ranks[0]["updates"], start=1):
-        assert set(weights) == {name for name, _ in hf_names(MODEL)}
-        for name, tensor in weights.items():
-            assert torch.equal(tensor, expected[name]), name
+    for version, (engines, completions) in enumerate(ranks[0]["updates"], start=1):
+        assert len(engines) == 2
+        for weights in engines:
+            assert set(weights) == {name for name, _ in hf_names(MODEL)}
+            for name, tensor in weights.items():
+                assert torch.equal(tensor, expected[name]), name
         assert [completion.token_ids for completion in completions] == transformers_greedy(expected)
         assert {completion.weight_version for completion in completions} == {version}
         expected = {name: tensor * 1.1 for name, tensor in expected.items()}
     for number, rank in enumerate(ranks):
-        error = "RefitError: " if number == 0 else "PeerError: rank 0 failed: RefitError: "
         for kind, message in {
             "before": "the engine has no weights",
             "stale": "stale refit: version 2 after version 2",
@@ -252,6 +252,8 @@ def test_an_actor_of_tp2_pp2_refits_tensor_by_tensor_and_no_damage_passes_on_any
             "corrupted": "corrupted refit of version 5",
             "after a failure": "the engine has no weights",
         }.items():
+            talks = (2,) if kind == "corrupted" else (0, 2)  # ranks whose process refuses
+            error = "RefitError: " if number in talks else f"PeerError: rank {talks[0]} failed: RefitError: "
             assert rank[kind].startswith(error + message), (number, kind, rank[kind])
         assert rank["healed"] == {6}
 
@@ -326,16 +328,24 @@ def test_sampling_parameters_are_mapped_one_by_one() -> None:
     [
         ({}, "has no package tensorrt_llm. Install tensorrt_llm 1.2 and ray on a machine with GPUs (the container"),
         ({"python": Path("/no/python")}, "tensorrt_llm.python = '/no/python' cannot be run"),
-        ({"tensor_parallel_size": 4}, "tensor_parallel_size = 4: expected at most 2, the ranks of one replica"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size = 4: expected a divisor of 2, the ranks of a replica"),
     ],
 )
 def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_tensorrt_llm(TensorRTLLMConfig(**settings), MODEL, parallel)
-    with pytest.raises(ConfigError, match="have to be on one machine, which runs 2 ranks"):
-        check_tensorrt_llm(stand_in(), MODEL, ParallelConfig(tensor_model_parallel_size=4))
     check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
+
+
+def test_an_engine_is_within_one_machine_and_a_replica_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    actor = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, actor)
+    with pytest.raises(ConfigError, match="which runs 4 ranks; ranks 0, 1, 4, 5 would make one"):
+        check_tensorrt_llm(stand_in(tensor_parallel_size=4), MODEL.model_copy(update={"num_query_groups": 4}), actor)

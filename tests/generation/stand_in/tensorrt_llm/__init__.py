@@ -4,7 +4,8 @@ Only what its documentation gives is accepted, anything else is a TypeError. Wei
 `update_weights`, whose handles it opens itself; prompts share a real prefix cache, which only finalising drops.
 
 STAND_IN_PERTURB=x: finalising multiplies every matrix by 1 + x. STAND_IN_KEEP_PREFIXES=1: finalising keeps the cache.
-STAND_IN_DUMP=file: finalising writes all weights there. STAND_IN_CRASH=1: generating ends the process.
+STAND_IN_DUMP=directory: finalising writes all weights there, in a file of this process. STAND_IN_CRASH=1: generating
+ends the process.
 """
 
 import asyncio
@@ -98,7 +99,8 @@ class AsyncLLM:
                 if parameter.dim() == 2:
                     parameter.data.mul_(1 + float(os.environ["STAND_IN_PERTURB"]))
         if "STAND_IN_DUMP" in os.environ:
-            torch.save({name: parameter.data for name, parameter in parameters.items()}, os.environ["STAND_IN_DUMP"])
+            file = os.path.join(os.environ["STAND_IN_DUMP"], f"{os.getpid()}.pt")
+            torch.save({name: parameter.data for name, parameter in parameters.items()}, file)
         if "STAND_IN_KEEP_PREFIXES" not in os.environ:
             self._prefixes.clear()
 
