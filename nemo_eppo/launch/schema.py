@@ -67,7 +67,8 @@ class SlurmConfig(Config):
     sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for every component: account, partition, time, ..."""
     requeue_before_end: int = Field(300, ge=60)
-    """Seconds before the time limit at which the run stops and goes back into the queue, to resume."""
+    """Seconds before the time limit at which the run is told to save after its step, end, and go back into the queue to
+    resume. Where a step and its checkpoint take longer, it is ended without and goes on from the checkpoint before."""
 
 
 class KubernetesConfig(Config):
