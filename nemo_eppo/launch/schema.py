@@ -127,6 +127,9 @@ class LaunchConfig(Config):
                 raise ValueError(f"jobs.{name}.needs: no job '{unknown[0]}' (jobs: {', '.join(self.jobs)})")
             if job.held_out is not None and job.held_out not in job.needs:
                 raise ValueError(f"jobs.{name}.held_out = '{job.held_out}': expected one of its needs")
+            port = job.setting("server.port")  # the launcher itself uses it, before a script sees it
+            if port is not None and (type(port) is not int or not 0 <= port < 2**16):
+                raise ValueError(f"jobs.{name}.settings.server.port = {port!r}: expected 0 (any) to 65535")
             if job.script == "train_gpt_ppo_actor":
                 self._check_servers_of_actor(name, job)
         try:
