@@ -55,15 +55,26 @@ class JobConfig(Config):
         return value
 
 
-class SlurmConfig(Config):
-    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+class ImageConfig(Config):
+    """The container image of a cluster's jobs; docker/Dockerfile makes one that the defaults fit."""
 
     image: str
-    """Container image, as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    """For Kubernetes as ever; for Slurm as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
+    """Where it has this repository."""
+    server_python: str = "/opt/servers/bin/python"
+    """Its Python that has PyTriton, which runs the servers."""
+
+    def python(self, job: JobConfig) -> str:
+        """What runs a job's script."""
+        return self.server_python if job.serves else "python"
+
+
+class SlurmConfig(ImageConfig):
+    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+
     mounts: tuple[str, ...] = ()
     """Directories of the cluster that the containers see, source:target."""
-    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Where the image has this repository (docker/Dockerfile)."""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for every component: account, partition, time, ..."""
     requeue_before_end: int = Field(300, ge=60)
@@ -71,11 +82,9 @@ class SlurmConfig(Config):
     resume. Where a step and its checkpoint take longer, it is ended without and goes on from the checkpoint before."""
 
 
-class KubernetesConfig(Config):
+class KubernetesConfig(ImageConfig):
     """How the run becomes an Indexed Job with a headless Service; its parts are told apart by the pod's index."""
 
-    image: str
-    """Container image."""
     namespace: str = "default"
     """Namespace of everything."""
     volumes: dict[str, PurePosixPath] = Field(min_length=1)
@@ -92,8 +101,6 @@ class KubernetesConfig(Config):
     """Labels of the nodes to use."""
     restarts: int = Field(3, ge=0)
     """How often all pods may fail, and be replaced to resume, before the run is given up."""
-    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Where the image has this repository (docker/Dockerfile)."""
 
 
 class LaunchConfig(Config):

@@ -133,7 +133,7 @@ def _step(
         shlex.join([*srun, "--kill-on-bad-exit=1"]),
         f'--open-mode=append --output="$logs/{name}.log" "${{container[@]}}"',
         f'env MASTER_ADDR="${_host(name)}" ' + shlex.join(f"{key}={value}" for key, value in variables.items()),
-        'bash -c "$as_rank" rank ' + shlex.join(["python", "-u", script(job, slurm.code)]),
+        'bash -c "$as_rank" rank ' + shlex.join([slurm.python(job), "-u", script(job, slurm.code)]),
         *(shlex.quote(override) for override in overrides(launch, name, addresses)),
     ]
     nodes = f"{job.nodes} {'node' if job.nodes == 1 else 'nodes'}"

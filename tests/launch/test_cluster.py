@@ -89,8 +89,21 @@ def test_shellcheck_and_kubernetes_own_schema_find_nothing(name: str) -> None:
         kubernetes_validate.validate(manifest, "1.33", strict=True)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_servers_run_in_the_environment_that_the_image_has_for_them(name: str) -> None:
+    dockerfile = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    servers = next(line for line in dockerfile.splitlines() if line.startswith("ENV SERVERS=")).partition("=")[2]
+    slurm = (EXAMPLES / "slurm" / f"{name}.sbatch").read_text()
+    assert f" {servers}/bin/python -u /opt/nemo_eppo/examples/nlp/gpt/serve_ppo_critic.py " in slurm
+    assert " python -u /opt/nemo_eppo/examples/nlp/gpt/train_gpt_ppo_actor.py " in slurm
+    critic, actor = pod_script((EXAMPLES / "kubernetes" / f"{name}.yaml").read_text()).split("# actor")
+    assert f"exec {servers}/bin/python -u -m torch.distributed.run " in critic
+    assert "exec python -u -m torch.distributed.run " in actor
+
+
 def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:
-    script = pod_script((EXAMPLES / "kubernetes" / "llama3_70b_12_nodes.yaml").read_text())
+    example = EXAMPLES / "launch" / "llama3_70b_12_nodes.yaml"
+    script = pod_script(manifests(read_launch(example, ["kubernetes.server_python=python"])))
     commands = commands_in(tmp_path, 'echo "$@"')
     for index in range(12):
         environment = {**commands, "JOB_COMPLETION_INDEX": str(index)}
@@ -107,7 +120,7 @@ def cluster_run(models: Models, tmp_path: Path, **slurm: Any) -> dict[str, Any]:
     del launch["jobs"]["reward"]
     launch["jobs"]["critic"]["settings"].update({"reward_model": str(models.rm), "server.port": free_port()})
     launch["jobs"]["actor"]["needs"] = ["critic"]
-    launch["slurm"] = {"image": "none", "code": str(REPOSITORY), **slurm}
+    launch["slurm"] = {"image": "none", "code": str(REPOSITORY), "server_python": "python", **slurm}
     return launch
 
 
