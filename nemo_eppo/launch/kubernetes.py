@@ -125,7 +125,7 @@ def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping
         job = launch.jobs[name]
         exports = " ".join(shlex.quote(f"{key}={value}") for key, value in environment(launch, name).items())
         rendezvous = ["--nnodes", str(job.nodes), "--master_addr", hosts[name], "--master_port", str(MASTER_PORT)]
-        start = shlex.join(torchrun(job, rendezvous, "python"))
+        start = shlex.join(torchrun(job, rendezvous, kubernetes.python(job)))
         if job.ranks > 1:
             start += f' \\\n    --node_rank "$((JOB_COMPLETION_INDEX - {index}))"'
         arguments = [shlex.quote(override) for override in overrides(launch, name, addresses)]

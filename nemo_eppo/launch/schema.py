@@ -55,26 +55,36 @@ class JobConfig(Config):
         return value
 
 
-class SlurmConfig(Config):
-    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+class ImageConfig(Config):
+    """The container image of a cluster's jobs; docker/Dockerfile makes one that the defaults fit."""
 
     image: str
-    """Container image, as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    """For Kubernetes as ever; for Slurm as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
+    """Where it has this repository."""
+    server_python: str = "/opt/servers/bin/python"
+    """Its Python that has PyTriton, which runs the servers."""
+
+    def python(self, job: JobConfig) -> str:
+        """What runs a job's script."""
+        return self.server_python if job.serves else "python"
+
+
+class SlurmConfig(ImageConfig):
+    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+
     mounts: tuple[str, ...] = ()
     """Directories of the cluster that the containers see, source:target."""
-    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Where the image has this repository (docker/Dockerfile)."""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for every component: account, partition, time, ..."""
     requeue_before_end: int = Field(300, ge=60)
-    """Seconds before the time limit at which the run stops and goes back into the queue, to resume."""
+    """Seconds before the time limit at which the run is told to save after its step, end, and go back into the queue to
+    resume. Where a step and its checkpoint take longer, it is ended without and goes on from the checkpoint before."""
 
 
-class KubernetesConfig(Config):
+class KubernetesConfig(ImageConfig):
     """How the run becomes an Indexed Job with a headless Service; its parts are told apart by the pod's index."""
 
-    image: str
-    """Container image."""
     namespace: str = "default"
     """Namespace of everything."""
     volumes: dict[str, PurePosixPath] = Field(min_length=1)
@@ -91,8 +101,6 @@ class KubernetesConfig(Config):
     """Labels of the nodes to use."""
     restarts: int = Field(3, ge=0)
     """How often all pods may fail, and be replaced to resume, before the run is given up."""
-    code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Where the image has this repository (docker/Dockerfile)."""
 
 
 class LaunchConfig(Config):
@@ -126,6 +134,9 @@ class LaunchConfig(Config):
                 raise ValueError(f"jobs.{name}.needs: no job '{unknown[0]}' (jobs: {', '.join(self.jobs)})")
             if job.held_out is not None and job.held_out not in job.needs:
                 raise ValueError(f"jobs.{name}.held_out = '{job.held_out}': expected one of its needs")
+            port = job.setting("server.port")  # the launcher itself uses it, before a script sees it
+            if port is not None and (type(port) is not int or not 0 <= port < 2**16):
+                raise ValueError(f"jobs.{name}.settings.server.port = {port!r}: expected 0 (any) to 65535")
             if job.script == "train_gpt_ppo_actor":
                 self._check_servers_of_actor(name, job)
         try:

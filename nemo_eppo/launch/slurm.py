@@ -6,6 +6,8 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, ports, script, trainer
 from nemo_eppo.launch.schema import JobConfig, LaunchConfig, SlurmConfig
 
+_REQUEUE_S = 30  # for killing what is left, and going back into the queue
+
 _HEAD = """\
 #!/usr/bin/env bash
 # {name}: made by `nemo-eppo launch --backend slurm`. Change the launch file rather than this one.
@@ -27,16 +29,20 @@ container=({container})
 # shellcheck disable=SC2016
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
-again=""
 steps=()
-trap 'again=yes; kill "${{steps[@]}}" || :' TERM # the time is nearly over
 """
 
 _END = """
+# The time is nearly over: {trainer} saves after its step and ends. Not TERM: at that, srun kills its ranks.
+again=""
+trap 'again=yes; kill -USR1 "${steps[-1]}" || :' TERM
+
 # The first job that ends, ends all: {trainer} because it is done, any other because it has failed.
 status=0
 wait -n "${steps[@]}" || status=$?
-if [[ ! $again ]] && kill -0 "${steps[-1]}" 2>/dev/null; then
+if [[ $again ]]; then
+    timeout {patience} tail --pid="${steps[-1]}" -f /dev/null || echo "{trainer} did not end in {patience} s" >&2
+elif kill -0 "${steps[-1]}" 2>/dev/null; then
     echo "a server that {trainer} needs ended with exit status $status" >&2
     status=1
 fi
@@ -74,8 +80,9 @@ def batch_script(launch: LaunchConfig) -> str:
             container=shlex.join([f"--container-image={slurm.image}", *mounts]),
         )
     )
+    patience = slurm.requeue_before_end - _REQUEUE_S
     parts += [_step(launch, slurm, name, group, len(names), addresses) for group, name in enumerate(names)]
-    return "".join(parts) + _END.replace("{trainer}", last)
+    return "".join(parts) + _END.replace("{trainer}", last).replace("{patience}", str(patience))
 
 
 def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
@@ -126,7 +133,7 @@ def _step(
         shlex.join([*srun, "--kill-on-bad-exit=1"]),
         f'--open-mode=append --output="$logs/{name}.log" "${{container[@]}}"',
         f'env MASTER_ADDR="${_host(name)}" ' + shlex.join(f"{key}={value}" for key, value in variables.items()),
-        'bash -c "$as_rank" rank ' + shlex.join(["python", "-u", script(job, slurm.code)]),
+        'bash -c "$as_rank" rank ' + shlex.join([slurm.python(job), "-u", script(job, slurm.code)]),
         *(shlex.quote(override) for override in overrides(launch, name, addresses)),
     ]
     nodes = f"{job.nodes} {'node' if job.nodes == 1 else 'nodes'}"

@@ -1,4 +1,4 @@
-"""Ending a run between two steps, with a checkpoint, before it is done: on SIGTERM, or when its time is up."""
+"""Ending a run between two steps, with a checkpoint, before it is done: on a signal, or when its time is up."""
 
 import signal
 import time
@@ -11,13 +11,17 @@ import torch.distributed as dist
 from nemo_eppo.megatron import device
 from nemo_eppo.observability.experiment import Run
 
+# srun hands SIGUSR1 on to the ranks that it has started; at SIGTERM it kills them.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class RunStopped(Exception):
     """The run ended early and on purpose; it can be gone on with."""
 
 
 class StopWatch:
-    """Tells after each step whether the run is to end there. While it is entered, SIGTERM no longer ends the process.
+    """Tells after each step whether the run is to end there. While it is entered, SIGTERM and SIGUSR1 tell it so, and
+    no longer end the process.
 
     Time is up when another step as long as the longest so far would go beyond `exp_manager.max_time_per_run`.
     """
@@ -28,14 +32,15 @@ class StopWatch:
         self._last, self._longest = time.monotonic(), 0.0
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         self._last = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -49,6 +54,7 @@ class StopWatch:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         signalled, late = (bool(vote) for vote in votes.tolist())
         if signalled or late:
-            why = "SIGTERM" if signalled else f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
+            limit = f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
+            why = "SIGTERM or SIGUSR1" if signalled else limit
             self._run.logger.info("%s: saving, then ending. The same command goes on from here.", why)
         return signalled or late

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from distributed import free_port
 from jobs import Models
-from launched import STEPS, eppo, processes_of, write
+from launched import eppo, processes_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
@@ -28,20 +28,28 @@ EXAMPLES = REPOSITORY / "examples"
 RUNS = ("llama3_8b_2_nodes", "llama3_70b_12_nodes")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
-# Stand-ins for Slurm's commands on one machine: srun starts the tasks here, and ends all when one fails.
+# Stand-ins for Slurm's commands on one machine: srun starts the tasks here and ends all when one fails. Like the
+# real one it hands SIGUSR1 on to them, but kills them when it gets SIGTERM.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do
     case $1 in --ntasks=*) tasks=${1#*=} ;; --output=*) exec >>"${1#*=}" 2>&1 ;; esac
     shift
 done
 started=()
-trap 'kill "${started[@]}"' TERM
+trap 'kill -KILL "${started[@]}"; exit 143' TERM
+trap 'handed_on=yes; kill -USR1 "${started[@]}"' USR1
 for ((task = 0; task < tasks; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
     started+=($!)
 done
 status=0
-for _ in "${started[@]}"; do wait -n || { status=$?; kill "${started[@]}" 2>/dev/null; }; done
+while ((tasks)); do
+    handed_on=
+    wait -n && code=0 || code=$?
+    [[ $handed_on ]] && continue
+    ((code)) && { status=$code; kill -KILL "${started[@]}" 2>/dev/null; }
+    ((tasks--))
+done
 wait
 exit "$status"
 """
@@ -81,8 +89,21 @@ def test_shellcheck_and_kubernetes_own_schema_find_nothing(name: str) -> None:
         kubernetes_validate.validate(manifest, "1.33", strict=True)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_servers_run_in_the_environment_that_the_image_has_for_them(name: str) -> None:
+    dockerfile = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    servers = next(line for line in dockerfile.splitlines() if line.startswith("ENV SERVERS=")).partition("=")[2]
+    slurm = (EXAMPLES / "slurm" / f"{name}.sbatch").read_text()
+    assert f" {servers}/bin/python -u /opt/nemo_eppo/examples/nlp/gpt/serve_ppo_critic.py " in slurm
+    assert " python -u /opt/nemo_eppo/examples/nlp/gpt/train_gpt_ppo_actor.py " in slurm
+    critic, actor = pod_script((EXAMPLES / "kubernetes" / f"{name}.yaml").read_text()).split("# actor")
+    assert f"exec {servers}/bin/python -u -m torch.distributed.run " in critic
+    assert "exec python -u -m torch.distributed.run " in actor
+
+
 def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:
-    script = pod_script((EXAMPLES / "kubernetes" / "llama3_70b_12_nodes.yaml").read_text())
+    example = EXAMPLES / "launch" / "llama3_70b_12_nodes.yaml"
+    script = pod_script(manifests(read_launch(example, ["kubernetes.server_python=python"])))
     commands = commands_in(tmp_path, 'echo "$@"')
     for index in range(12):
         environment = {**commands, "JOB_COMPLETION_INDEX": str(index)}
@@ -99,7 +120,7 @@ def cluster_run(models: Models, tmp_path: Path, **slurm: Any) -> dict[str, Any]:
     del launch["jobs"]["reward"]
     launch["jobs"]["critic"]["settings"].update({"reward_model": str(models.rm), "server.port": free_port()})
     launch["jobs"]["actor"]["needs"] = ["critic"]
-    launch["slurm"] = {"image": "none", "code": str(REPOSITORY), **slurm}
+    launch["slurm"] = {"image": "none", "code": str(REPOSITORY), "server_python": "python", **slurm}
     return launch
 
 
@@ -115,30 +136,45 @@ def commands_in(directory: Path, python: str) -> dict[str, str]:
     return {**os.environ, **nodes, "PATH": path, "SLURM_JOB_ID": "17", "REQUEUED": str(directory / "requeued")}
 
 
-def test_the_batch_script_trains_ends_its_servers_and_goes_on_when_it_is_submitted_again(
+def test_the_batch_script_saves_and_requeues_when_its_time_is_over_and_goes_on_when_it_starts_again(
     models: Models, tmp_path: Path
 ) -> None:
     file = write(cluster_run(models, tmp_path), tmp_path / "launch.yaml")
     environment = commands_in(tmp_path, f'exec {sys.executable} "$@"')
-    metrics = tmp_path / "out" / "actor" / "metrics.jsonl"
-    made: list[str] = []
-    for steps in (STEPS, STEPS + 1):
-        script = batch_script(read_launch(file, [f"jobs.actor.settings.ppo.max_steps={steps}"]))
+    metrics, requeued = tmp_path / "out" / "actor" / "metrics.jsonl", tmp_path / "requeued"
+
+    def run(steps: int) -> subprocess.Popen[bytes]:
+        rarely = "jobs.actor.settings.checkpoint.interval=1000"
+        script = batch_script(read_launch(file, [f"jobs.actor.settings.ppo.max_steps={steps}", rarely]))
         shellcheck(script)
-        done = subprocess.run(
-            ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert read_metrics(metrics)["critic/loss"][0] == list(range(1, steps + 1))
-        assert metrics.read_text().splitlines()[: len(made)] == made  # none of these was made again
-        made = metrics.read_text().splitlines()
-        assert processes_of(tmp_path / "out") == []
-    assert not (tmp_path / "requeued").exists()
+        return subprocess.Popen(["bash", "-c", script], env=environment)
+
+    process = run(1000)
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 0
+    assert requeued.read_text() == "17\n"
+    assert processes_of(tmp_path / "out") == []
+    requeued.unlink()
+
+    made = metrics.read_text().splitlines()
+    process = run(len(made) + 1)
+    assert process.wait(200) == 0
+    assert metrics.read_text().splitlines()[: len(made)] == made  # none of these was made again
+    assert read_metrics(metrics)["critic/loss"][0] == list(range(1, len(made) + 2))
+    assert not requeued.exists()
+    assert processes_of(tmp_path / "out") == []
 
 
-def test_the_batch_script_requeues_itself_in_time_and_fails_with_its_servers(models: Models, tmp_path: Path) -> None:
-    script = batch_script(read_launch(write(cluster_run(models, tmp_path), tmp_path / "launch.yaml")))
-    environment = commands_in(tmp_path, '[[ "$*" == *$FAILING* ]] && { echo "no memory"; exit 3; }; exec sleep 98765')
+def test_the_batch_script_requeues_even_if_a_step_takes_too_long_and_fails_with_its_servers(
+    models: Models, tmp_path: Path
+) -> None:
+    launch = write(cluster_run(models, tmp_path, requeue_before_end=60), tmp_path / "launch.yaml")
+    script = batch_script(read_launch(launch)).replace("timeout 30", "timeout 1")
+    busy = 'trap "" USR1; exec sleep 98765'
+    environment = commands_in(tmp_path, f'[[ "$*" == *$FAILING* ]] && {{ echo "no memory"; exit 3; }}; {busy}')
     process = subprocess.Popen(["bash", "-c", script], env={**environment, "FAILING": "none of them"})
     while not (tmp_path / "out" / "logs" / "actor.log").exists():
         time.sleep(0.05)

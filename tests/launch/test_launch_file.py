@@ -37,6 +37,8 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         (of_job("actor", needs=["critic"]), "jobs.actor.needs: expected a serve_reward_model, or reward_model among"),
         (of_job("critic", needs=["actor"]), "jobs need each other in a circle: "),
         (of_job("actor", held_out="gold"), "jobs.actor.held_out = 'gold': expected one of its needs"),
+        (settings("critic", **{"server.port": "abc"}), "jobs.critic.settings.server.port = 'abc': expected 0 (any) to"),
+        (settings("reward", **{"server.port": 70000}), "jobs.reward.settings.server.port = 70000: expected 0 (any) to"),
         (settings("actor", output="${outptu}"), "Interpolation key 'outptu' not found"),
         (of_job("critic", nodes=2), "jobs.critic: nodes = 2: expected 1 on this machine"),
         (
