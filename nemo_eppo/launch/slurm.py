@@ -128,7 +128,12 @@ def _step(
     job = launch.jobs[name]
     srun = ["srun", *([f"--het-group={group}"] if groups > 1 else []), f"--job-name={name}"]
     srun += [f"--nodes={job.nodes}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.ranks_per_node}"]
-    variables = {"WORLD_SIZE": str(job.ranks), "MASTER_PORT": str(MASTER_PORT + group), **environment(launch, name)}
+    variables = {
+        "WORLD_SIZE": str(job.ranks),
+        "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
+        "MASTER_PORT": str(MASTER_PORT + group),
+        **environment(launch, name),
+    }
     lines = [
         shlex.join([*srun, "--kill-on-bad-exit=1"]),
         f'--open-mode=append --output="$logs/{name}.log" "${{container[@]}}"',
