@@ -58,7 +58,7 @@ def ranks(layout: str) -> int:
 def decode(layout: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Everything the tests below look at, computed in one process group."""
     chunks = build_policy(layout, model)
-    engine = build_engine(chunks, model)
+    engine = build_engine(chunks, model, max_batch_size=3)  # the other prompts join as responses end
     found: dict[str, Any] = {}
     if model == MODEL:  # the other families are compared with transformers
         found["whole passes"] = [greedy_without_cache(chunks, model, prompt, 12) for prompt in PROMPTS[:3]]
@@ -165,7 +165,7 @@ def decode_with_fused_names() -> list[Completion]:
         layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
         layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
         del layer.input_layernorm, layer.pre_mlp_layernorm
-    return build_engine(chunks).generate(PROMPTS, SAMPLINGS["greedy"], [0] * len(PROMPTS))
+    return build_engine(chunks, max_batch_size=3).generate(PROMPTS, SAMPLINGS["greedy"], [0] * len(PROMPTS))
 
 
 def test_norms_are_found_where_transformer_engine_keeps_them() -> None:
