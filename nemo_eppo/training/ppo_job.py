@@ -108,7 +108,7 @@ class PPOJob:
         cache = self._energy_cache(own_answers)
         policy = Policy(runner, self.plan.model, reference, engine, config.ppo.energy, own_answers, cache)
         expect = {"tokenizer": self.tokenizer.digest(), "max_sequence_length": self.longest}
-        remote = RemoteModels(config.servers, expect)
+        remote = RemoteModels(config.servers, expect, config.ppo.mini_batch_size)
         self.pipeline.check_models(len(remote.statistics.mean), remote.statistics.latent_size)
         self.monitor.check_latents(remote.statistics.latent_size)
         held_out = config.servers.held_out
