@@ -13,7 +13,7 @@ from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointSaver
+from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -99,6 +99,18 @@ def test_a_checkpoint_written_while_training_goes_on_holds_the_weights_of_its_st
     for there, then, loaded in run_ranks(saved_while_training, 2, SP2, tmp_path):
         assert there == [False, True]
         assert all(torch.equal(loaded[name], then[name]) for name in then)
+
+
+def test_the_best_is_sought_among_the_checkpoints_that_were_validated(tmp_path: Path) -> None:
+    losses: dict[int, dict[str, float]] = {1: {}, 2: {"validation/loss": 3.0}, 3: {"validation/loss": 1.0}, 4: {}}
+    losses |= {5: {"validation/loss": 2.0}}  # a run that was given `best`, then not, then again
+    for step, metrics in losses.items():
+        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+    tidy(tmp_path, CheckpointConfig(keep=1, best="validation/loss", best_is="lowest"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_3", "step_5"]
+    assert (tmp_path / "best").resolve().name == "step_3"
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
