@@ -240,12 +240,15 @@ class PPOJob:
         return "stop" in actions
 
     def _gold(self, prompts: list[str], completions: list[Completion]) -> list[float]:
-        if self.gold is None:
+        gold = self.gold
+        if gold is None:
             return []
-        return [
-            self.gold(prompt, self.tokenizer.decode(c.token_ids), c.finish_reason is FinishReason.STOP)
-            for prompt, c in zip(prompts, completions, strict=True)
-        ]
+        return on_rank0(
+            lambda: [
+                gold(prompt, self.tokenizer.decode(c.token_ids), c.finish_reason is FinishReason.STOP)
+                for prompt, c in zip(prompts, completions, strict=True)
+            ]
+        )
 
     def _rollout_rows(self, prompts: list[str], result: StepResult, gold: list[float]) -> list[dict[str, Any]]:
         return [
