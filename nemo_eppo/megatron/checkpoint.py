@@ -28,6 +28,7 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
+from nemo_eppo.megatron.optimizer import SETTINGS
 from nemo_eppo.megatron.runner import ModelRunner
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
@@ -214,7 +215,8 @@ def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: P
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
     """Load weights, and the optimizer if asked for, under this job's layout; collective over all ranks.
 
-    Training goes on with the adapters it was saved with. Who reads the weights alone gets them with adapters merged.
+    Training goes on with the adapters it was saved with, and with this job's settings of optimizer and schedule. Who
+    reads the weights alone gets them with adapters merged.
 
     Args:
         fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
@@ -246,7 +248,10 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if to_merge is not None:
         lora.merge(runner.chunks)
     if optimizer:
+        own = [{name: group[name] for name in SETTINGS} for group in runner.optimizer.param_groups]
         runner.optimizer.load_state_dict(loaded["optimizer"])
+        for group, settings in zip(runner.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         runner.scheduler.load_state_dict(loaded["scheduler"])
     elif runner.optimizer is not None:
         runner.optimizer.reload_model_params()

@@ -17,6 +17,9 @@ from nemo_eppo.config import Config
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model_config import DTYPES, Precision
 
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""What a group of parameters is told once; the scheduler sets its learning rate and weight decay at every update."""
+
 
 class OptimizerConfig(Config):
     """AdamW with global gradient clipping; norms and biases are not decayed."""
@@ -111,6 +114,8 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a run that goes on takes its step from the checkpoint, and nothing else
     )
     return optimizer, scheduler
 

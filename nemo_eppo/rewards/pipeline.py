@@ -200,9 +200,12 @@ class RewardPipeline:
         return {**state, "kl_controller": self.kl_controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; a term or an adaptive controller that was not there then starts now."""
         for term in self.terms:
-            term.statistics.load_state_dict(state[term.metric])
-        self.kl_controller.load_state_dict(state["kl_controller"])
+            if term.metric in state:
+                term.statistics.load_state_dict(state[term.metric])
+        if state["kl_controller"]:
+            self.kl_controller.load_state_dict(state["kl_controller"])
 
 
 def _observe(inputs: RewardInputs) -> dict[str, Tensor]:

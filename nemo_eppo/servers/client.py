@@ -90,8 +90,8 @@ class ServerClient:
         """Wait until the server answers, then compare its status with `expect`.
 
         Args:
-            expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...), except
-                `max_sequence_length`, which must be at least this. Protocol and kind of job are always compared.
+            expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...), except those called
+                `max_*`, which must be at least this. Protocol and kind of job are always compared.
 
         Returns:
             The server's status.
@@ -116,7 +116,7 @@ class ServerClient:
         differences = []
         for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, **expect}.items():
             found = status.get(key)
-            least = "at least " if key == "max_sequence_length" else ""
+            least = "at least " if key.startswith("max_") else ""
             if found is None or (found < wanted if least else found != wanted):
                 differences.append(f"{key} is {found!r}, expected {least}{wanted!r}")
         if differences:

@@ -51,7 +51,8 @@ class ServerConfig(Config):
     token: SecretStr | None = None
     """Shared secret that every request has to carry."""
     max_batch_size: int = Field(default=256, gt=0)
-    """Most sequences in one request; clients split longer inference requests, never training requests."""
+    """Most sequences in one request. Clients split longer inference requests, but never updates: a critic needs at
+    least the actor's ppo.mini_batch_size."""
     ready_file: Path | None = None
     """Written once requests are accepted (JSON: url, pid, job, protocol), removed at the end."""
 

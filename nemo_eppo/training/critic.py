@@ -124,12 +124,12 @@ class CriticService:
 
     def _begin(self, request: Tensors) -> int:
         step, run = int(request["step"]), int(request["run"])
+        if (step or self._step) and self._run not in (None, run):
+            raise ServiceError(
+                f"the critic has made {self._step} updates of another run: start it afresh with another run "
+                f"directory, or resume the actor from that run's"
+            )
         if step != self._step:
-            if self._run not in (None, run):
-                raise ServiceError(
-                    f"the critic has made {self._step} updates of another run: start it afresh with another run "
-                    f"directory, or resume the actor from that run's"
-                )
             self._saver.finish()
             resume = self._saver.path(step) if step else None
             if resume is not None:
@@ -157,7 +157,7 @@ class CriticService:
         rows = {name: request[name] for name in ("tokens", "lengths", "returns", "values", "mask")}
         try:
             metrics = self._runner.train_step(rows, loss_function)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
             raise ServiceError(f"critic update {self._step + 1}: {error}") from None
         self._step += 1
         return metrics

@@ -108,7 +108,7 @@ class PPOJob:
         cache = self._energy_cache(own_answers)
         policy = Policy(runner, self.plan.model, reference, engine, config.ppo.energy, own_answers, cache)
         expect = {"tokenizer": self.tokenizer.digest(), "max_sequence_length": self.longest}
-        remote = RemoteModels(config.servers, expect)
+        remote = RemoteModels(config.servers, expect, config.ppo.mini_batch_size)
         self.pipeline.check_models(len(remote.statistics.mean), remote.statistics.latent_size)
         self.monitor.check_latents(remote.statistics.latent_size)
         held_out = config.servers.held_out
@@ -240,12 +240,15 @@ class PPOJob:
         return "stop" in actions
 
     def _gold(self, prompts: list[str], completions: list[Completion]) -> list[float]:
-        if self.gold is None:
+        gold = self.gold
+        if gold is None:
             return []
-        return [
-            self.gold(prompt, self.tokenizer.decode(c.token_ids), c.finish_reason is FinishReason.STOP)
-            for prompt, c in zip(prompts, completions, strict=True)
-        ]
+        return on_rank0(
+            lambda: [
+                gold(prompt, self.tokenizer.decode(c.token_ids), c.finish_reason is FinishReason.STOP)
+                for prompt, c in zip(prompts, completions, strict=True)
+            ]
+        )
 
     def _rollout_rows(self, prompts: list[str], result: StepResult, gold: list[float]) -> list[dict[str, Any]]:
         return [

@@ -52,17 +52,21 @@ class RemoteModels:
 
     Args:
         expect: status entries that all servers must agree with (tokenizer digest, sequence limit).
+        mini_batch_size: samples of an update, which the critic takes whole.
 
     Raises:
         ServerError: a server is not reachable or does not fit; on every rank, the message names it.
         ConfigError: a reward model is not of the kind that the settings expect.
     """
 
-    def __init__(self, config: ServersConfig, expect: dict[str, Any]) -> None:
+    def __init__(self, config: ServersConfig, expect: dict[str, Any], mini_batch_size: int) -> None:
         self.critic = CriticClient(config.critic)
         self.rewards = [RewardClient(address, address.job) for address in config.rewards]
         critic, models = on_rank0(
-            lambda: (self.critic.connect(expect), [client.connect(expect)["reward"] for client in self.rewards])
+            lambda: (
+                self.critic.connect(expect | {"max_batch_size": mini_batch_size}),
+                [client.connect(expect)["reward"] for client in self.rewards],
+            )
         )
         self.updates = int(critic["step"])
         self.statistics = RewardStatistics(

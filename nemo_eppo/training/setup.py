@@ -1,5 +1,6 @@
 """From settings to a model on all ranks: what is checked before anything expensive starts, and what is then built."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def build(
     setup = plan.setup
     if setup.lora is not None and optimizer is None:
         raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
+    gc.collect()  # a model of before, its optimizer included, is held by cycles, and would be there beside the new one
     chunks: list[Any] = build_model(
         plan.model,
         setup.parallel,

@@ -13,7 +13,7 @@ from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointSaver
+from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -58,6 +58,25 @@ def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
 
+def resumed_with(settings: OptimizerConfig, precision: Any, directory: Path) -> tuple[list[float], dict[str, Any]]:
+    """The learning rates of updates 2 to 4 of 5, and what every group of parameters is told."""
+    runner = build_runner({}, precision=precision, optimizer=settings, total_steps=5)
+    checkpoint.load(directory, runner, optimizer=True)
+    rates = [update(runner, "lm")["lr"] for _ in range(3)]
+    groups = runner.optimizer.param_groups
+    decays = sorted(group["weight_decay"] for group in groups)
+    return rates, {"betas": [group["betas"] for group in groups], "eps": groups[0]["eps"], "decays": decays}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_with_the_settings_it_is_given_now(precision: str, tmp_path: Path) -> None:
+    run_ranks(interrupted, 1, {}, "lm", precision, tmp_path / "step_1")  # lr 0.01, falling to 0 over 10 updates
+    settings = OptimizerConfig(lr=0.02, min_lr=0.004, schedule="linear", betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
+    [(rates, told)] = run_ranks(resumed_with, 1, settings, precision, tmp_path / "step_1")
+    assert rates == pytest.approx([0.02 - 0.016 * done / 5 for done in (1, 2, 3)])
+    assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2]}
+
+
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
     """Save after one update and go on; whether the checkpoint was there at once and after a while, and both weights."""
     runner = build_runner(layout, optimizer=OPTIMIZER)
@@ -80,6 +99,18 @@ def test_a_checkpoint_written_while_training_goes_on_holds_the_weights_of_its_st
     for there, then, loaded in run_ranks(saved_while_training, 2, SP2, tmp_path):
         assert there == [False, True]
         assert all(torch.equal(loaded[name], then[name]) for name in then)
+
+
+def test_the_best_is_sought_among_the_checkpoints_that_were_validated(tmp_path: Path) -> None:
+    losses: dict[int, dict[str, float]] = {1: {}, 2: {"validation/loss": 3.0}, 3: {"validation/loss": 1.0}, 4: {}}
+    losses |= {5: {"validation/loss": 2.0}}  # a run that was given `best`, then not, then again
+    for step, metrics in losses.items():
+        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+    tidy(tmp_path, CheckpointConfig(keep=1, best="validation/loss", best_is="lowest"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_3", "step_5"]
+    assert (tmp_path / "best").resolve().name == "step_3"
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])

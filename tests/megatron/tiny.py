@@ -72,6 +72,7 @@ def build_runner(
     micro_batch_tokens: int | None = None,
     probe: EnergyProbeConfig | None = None,
     optimizer: OptimizerConfig | None = None,
+    total_steps: int = 10,
     lora: LoRAConfig | None = None,
 ) -> ModelRunner:
     """A runner over a model with `random_weights`, in a process that `run_ranks` started."""
@@ -85,7 +86,7 @@ def build_runner(
     megatron_optimizer = scheduler = None
     if optimizer is not None:
         chunks = wrap_data_parallel(chunks, optimizer, precision)
-        megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, precision, total_steps=10)
+        megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, precision, total_steps)
     return ModelRunner(
         chunks,
         micro_batch_size,

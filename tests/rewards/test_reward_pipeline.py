@@ -239,6 +239,18 @@ def test_a_resumed_pipeline_continues_as_if_never_stopped() -> None:
     assert not torch.equal(expected.token_rewards, pipeline(EVERYTHING)(make_inputs(2, models=3)).token_rewards)
 
 
+def test_what_is_new_in_a_resumed_pipeline_starts_now() -> None:
+    before = pipeline({"kl": {"coefficient": 0.1}})
+    before(make_inputs())
+    new = {
+        "kl": {"coefficient": 0.2, "controller": "adaptive", "target": 1.0, "horizon": 60},
+        "terms": [{"name": "bonus", "term": "own_terms:Bonus", "settings": {"bonus": 0.5}}],
+    }
+    resumed, fresh = pipeline(new), pipeline(new)
+    resumed.load_state_dict(before.state_dict())
+    assert torch.equal(resumed(make_inputs(1)).token_rewards, fresh(make_inputs(1)).token_rewards)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

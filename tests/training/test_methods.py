@@ -50,7 +50,8 @@ def steps(
         settings: dict[str, Any] = {"model": {"restore_from_path": source}, "server": {"port": free_port()}}
         servers.append(Job("reward", 1, settings, root / kind))
         urls[kind] = f"http://127.0.0.1:{settings['server']['port']}"
-    critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, root / "critic")
+    serving = {"port": port, "max_batch_size": 6}
+    critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": serving}, root / "critic")
     common = [
         f"model.restore_from_path={models.sft}",
         f"data.train={models.data / 'prompts.train.jsonl'}",
@@ -76,6 +77,7 @@ def steps(
     runs["warm on a plain model"] = composed("method=warm", *common, rewards(1))
     runs["odin on a plain model"] = composed("method=odin", *common, rewards(1))
     runs["inform on an odin model"] = composed("method=inform", *common, rewards(1, "odin"))
+    runs["mini-batches beyond the critic's"] = composed("method=eppo", *common, rewards(1), "ppo.mini_batch_size=8")
     runs["two models"] = composed("method=eppo", *common, rewards(2))
     try:
         actor = Job("methods", 1, runs, root / "actor")
@@ -108,6 +110,7 @@ def test_a_preset_makes_a_step_and_its_ledger_adds_up(name: str, steps: dict[str
         ("warm on a plain model", "has a reward model of kind 'bradley_terry'"),
         ("odin on a plain model", "servers.reward_kind = 'odin', but the server at http://127.0.0.1"),
         ("inform on an odin model", "has a reward model of kind 'odin'"),
+        ("mini-batches beyond the critic's", "max_batch_size is 6, expected at least 8"),
         ("two models", "servers.rewards, ppo.combine: scores: 2 reward models, but combine is 'single'"),
     ],
 )

@@ -1,0 +1,65 @@
+"""The critic as its server calls it: what it refuses, on all ranks alike, and with its state unchanged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import run_ranks
+from jobs import Models
+
+from nemo_eppo.config import load_config
+from nemo_eppo.servers.protocol import ServiceError
+from nemo_eppo.servers.service import Tensors
+from nemo_eppo.training.critic import CriticConfig, CriticService
+
+
+def request(rows: int, **changes: Any) -> Tensors:
+    shape = (rows, 5)
+    return {
+        "tokens": torch.ones(rows, 6, dtype=torch.int64),
+        "lengths": torch.full((rows,), 6),
+        "returns": torch.ones(shape),
+        "values": torch.zeros(shape),
+        "mask": torch.ones(shape, dtype=torch.bool),
+        **changes,
+    }
+
+
+def begin(run: int, step: int) -> Tensors:
+    return {"run": torch.tensor([run]), "step": torch.tensor([step])}
+
+
+def said(service: CriticService, endpoint: str, tensors: Tensors) -> str:
+    try:
+        service.endpoints[endpoint](tensors)
+    except ServiceError as error:
+        return str(error)
+    return ""
+
+
+def started(models: Models, directory: Path) -> CriticService:
+    return CriticService(load_config(CriticConfig, {"model": {"restore_from_path": models.rm}}), directory)
+
+
+def updates(models: Models, directory: Path) -> tuple[list[str], int]:
+    service = started(models, directory)
+    return [said(service, "critic_train", request(rows)) for rows in (1, 4)], service.step
+
+
+def test_an_update_too_small_for_the_layout_is_refused_and_the_critic_goes_on(models: Models, tmp_path: Path) -> None:
+    for (small, enough), step in run_ranks(updates, 2, models, tmp_path):
+        assert small.startswith("critic update 1: tokens: 1 rows cannot fill the micro-batches of 2 data-parallel")
+        assert (enough, step) == ("", 1)
+
+
+def beginnings(models: Models, directory: Path) -> list[str]:
+    service = started(models, directory)
+    found = [said(service, "critic_begin", begin(run, 0)) for run in (1, 2)]
+    service.endpoints["critic_train"](request(2))
+    return found + [said(service, "critic_begin", begin(run, 1)) for run in (2, 3)]
+
+
+def test_what_a_critic_has_learnt_belongs_to_one_run(models: Models, tmp_path: Path) -> None:
+    [(first, other, same, foreign)] = run_ranks(beginnings, 1, models, tmp_path)
+    assert (first, other, same) == ("", "", "")  # a critic that has learnt nothing serves any run
+    assert foreign.startswith("the critic has made 1 updates of another run")
