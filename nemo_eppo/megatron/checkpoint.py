@@ -28,6 +28,7 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
+from nemo_eppo.megatron.optimizer import load_state
 from nemo_eppo.megatron.runner import ModelRunner
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
@@ -246,8 +247,7 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if to_merge is not None:
         lora.merge(runner.chunks)
     if optimizer:
-        runner.optimizer.load_state_dict(loaded["optimizer"])
-        runner.scheduler.load_state_dict(loaded["scheduler"])
+        load_state(runner.optimizer, runner.scheduler, loaded["optimizer"], loaded["scheduler"])
     elif runner.optimizer is not None:
         runner.optimizer.reload_model_params()
     return manifest

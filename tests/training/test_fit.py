@@ -103,6 +103,16 @@ def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Pa
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_a_run_that_goes_on_obeys_changed_optimizer_settings(models: Models, tmp_path: Path) -> None:
+    run_ranks(train, 1, "sft", tmp_path, settings(models, "sft", 2))
+    changed = {"lr": 2e-3, "min_lr": 1e-3, "schedule": "linear", "betas": (0.5, 0.5)}
+    [rows] = run_ranks(train, 1, "sft", tmp_path, settings(models, "sft", 6) | {"optimizer": changed})
+    # the last of 2 steps was the end of a cosine; of 6 steps it is not
+    assert [row["train/lr"] for row in rows[2:]] == pytest.approx([2e-3 - 1e-3 * step / 6 for step in (2, 3, 4, 5)])
+    saved = torch.load(tmp_path / "checkpoints" / "step_000006" / "weights" / "common.pt", weights_only=False)
+    assert all(group["betas"] == (0.5, 0.5) for group in saved["optimizer"]["param_groups"])
+
+
 def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models, tmp_path: Path) -> None:
     values = settings(models, "sft", 6) | {
         "checkpoint": {"interval": 1, "keep": 1, "best": "validation/loss", "best_is": "lowest"}
