@@ -101,21 +101,29 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that goes on, every digest compared.
+def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
+    """The newest checkpoint of a run that goes on with this very model, every digest compared.
 
     Raises:
-        ConfigError: it is damaged; the message names the file, and how to go on from the checkpoint before.
+        ConfigError: it is damaged (the message names the file, and how to go on from the checkpoint before), or holds
+            another model (the message names every difference).
     """
     newest = latest(folder)
     if newest is None:
         return None
     try:
-        verify(newest)
+        manifest = verify(newest)
     except ConfigError as error:
         others = [path for path in complete_in(folder) if path != newest]
         then = f"to go on from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
         raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
+    saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
+    now = {**model.model_dump(), "head": head, "precision": precision}
+    if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
+        raise ConfigError(
+            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run goes on with its own model; "
+            "choose another run directory for this one"
+        )
     return newest
 
 
