@@ -124,13 +124,15 @@ def tidy(folder: Path, config: CheckpointConfig) -> None:
     wanted = set(saved[-config.keep :])
     if config.best is not None:
         sign = 1 if config.best_is == "highest" else -1
-        values = {path: checkpoint.read_manifest(path).metrics[config.best] * sign for path in saved}
-        best = max(saved, key=values.__getitem__)
-        wanted.add(best)
-        link = folder / f".{BEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(best.name)
-        os.replace(link, folder / BEST)
+        metrics = {path: checkpoint.read_manifest(path).metrics for path in saved}
+        measured = {path: found[config.best] * sign for path, found in metrics.items() if config.best in found}
+        if measured:  # none was, if `best` has only been set since
+            best = max(measured, key=measured.__getitem__)
+            wanted.add(best)
+            link = folder / f".{BEST}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(best.name)
+            os.replace(link, folder / BEST)
     for path in saved:
         if path not in wanted:
             shutil.rmtree(path)

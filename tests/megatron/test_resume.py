@@ -13,7 +13,7 @@ from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointSaver
+from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -89,3 +89,20 @@ def test_training_resumes_in_another_layout(head: str, precision: str, tmp_path:
     for parameters in run_ranks(resumed, 2, VPP2, head, precision, tmp_path / "step_1"):
         tolerance = 1e-5 if precision == "fp32" else 0.02
         close(f"{head} {precision}, from TP2+SP to PP2+VPP2", parameters, expected, tolerance)
+
+
+def test_a_best_checkpoint_may_be_asked_for_later(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, best="validation/reward")
+
+    def after(step: int, metrics: dict[str, float]) -> list[str]:
+        """Names in the folder after a checkpoint of this step."""
+        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+        tidy(tmp_path, config)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert after(1, {}) == ["step_1"]  # saved before there was a validation
+    assert after(2, {"validation/reward": 0.5}) == ["best", "step_2"]
+    assert after(3, {"validation/reward": 0.25}) == ["best", "step_2", "step_3"]
+    assert (tmp_path / "best").resolve().name == "step_2"
