@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"nemo-eppo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("nemo-eppo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

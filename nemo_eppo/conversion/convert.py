@@ -4,6 +4,7 @@ Each conversion is checked when it is made. It streams the weights in one proces
 the memory of one of its files and one decoder layer.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -60,14 +61,18 @@ class HfToMegatron:
                     return torch.zeros(1)
 
             incomplete = checkpoint.start(self.output)
-            write_weights(
-                incomplete / checkpoint.WEIGHTS,
-                manifest.model,
-                None if manifest.head == "lm" else 1,
-                DTYPES[self.precision],
-                source,
-            )
-        checkpoint.complete(incomplete, self.output, manifest, self.source.path)
+            try:
+                write_weights(
+                    incomplete / checkpoint.WEIGHTS,
+                    manifest.model,
+                    None if manifest.head == "lm" else 1,
+                    DTYPES[self.precision],
+                    source,
+                )
+                checkpoint.complete(incomplete, self.output, manifest, self.source.path)
+            except BaseException:  # Ctrl-C too: what is left behind may be as large as the model
+                shutil.rmtree(incomplete)
+                raise
 
 
 class MegatronToHf:
@@ -124,7 +129,8 @@ class MegatronToHf:
             self.config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
     def run(self) -> None:
-        """Convert."""
+        """Convert; ConfigError if a file of the checkpoint is not as it was written."""
+        checkpoint.verify(self.source)
         outputs = None if self.head == "lm" else 1
         lora = self.manifest.lora
         factor = lora.alpha / lora.rank if lora else None

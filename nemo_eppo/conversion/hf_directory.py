@@ -130,14 +130,18 @@ def write_hf_directory(
     incomplete = path.parent / f".{path.name}.incomplete"
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir(parents=True)
-    shards = _Shards(incomplete, max_shard_bytes)
-    for name, tensor in tensors:
-        shards.add(name, tensor.cpu())
-    shards.finish()
-    checkpoint.copy_tokenizer(tokenizer, incomplete)
-    _write_json(incomplete / CONFIG, config)
-    checkpoint.fsync_tree(incomplete)
-    os.rename(incomplete, path)
+    try:
+        shards = _Shards(incomplete, max_shard_bytes)
+        for name, tensor in tensors:
+            shards.add(name, tensor.cpu())
+        shards.finish()
+        checkpoint.copy_tokenizer(tokenizer, incomplete)
+        _write_json(incomplete / CONFIG, config)
+        checkpoint.fsync_tree(incomplete)
+        os.rename(incomplete, path)
+    except BaseException:  # Ctrl-C too: what is left behind may be as large as the model
+        shutil.rmtree(incomplete)
+        raise
     checkpoint.fsync(path.parent)
 
 

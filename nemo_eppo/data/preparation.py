@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.corpora import Corpus, Example, Malformed
+from nemo_eppo.data.corpora import Corpus, Example, Fields, Malformed
 from nemo_eppo.data.jsonl import json_line, output_directory
 from nemo_eppo.data.sources import HubDataset, read_rows
 from nemo_eppo.data.tokenizer import EOS, Tokenizer, train_bpe
@@ -146,7 +146,8 @@ def _use_template(tokenizer: Tokenizer | None, chat_template: Path | Literal["to
 
 def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, progress: bool) -> Iterator[Entry]:
     for source in sources:
-        for row in corpus.join(read_rows(source, progress)):
+        rows = (replace(row, fields=_present(row.fields)) for row in read_rows(source, progress))
+        for row in corpus.join(rows):
             if row.defect:
                 yield Entry(row.file, row.line, _NOTHING, row.defect)
                 continue
@@ -156,6 +157,11 @@ def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, p
                     yield Entry(row.file, row.line, example, _defect(example, eos_text))
             except Malformed as error:
                 yield Entry(row.file, row.line, _NOTHING, str(error))
+
+
+def _present(fields: Fields) -> Fields:
+    """The fields that are not null: tables fill with it what a row does not have."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _without_eos(response: str, eos_text: str) -> str:

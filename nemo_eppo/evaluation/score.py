@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.conversion.hf_directory import HfDirectory
 from nemo_eppo.data.datasets import TokenIds, collate
 from nemo_eppo.data.jsonl import json_line, read_jsonl
 from nemo_eppo.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from nemo_eppo.megatron.energy import EnergyProbeConfig, Preset
 from nemo_eppo.megatron.model_config import Precision
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.observability.files import write_atomically
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
@@ -86,7 +88,7 @@ class Scoring:
         self._rows = self._read_rows()
         self._settings_file = config.output.with_name(config.output.name + ".settings.json")
         self._settings = {
-            "model": str(config.model.resolve()),
+            "model": _identity(self._plan.source),
             "data_sha256": _digest(config.data),
             **config.model_dump(mode="json", include={"preset", "layer", "chat_template", "precision"}),
         }
@@ -100,7 +102,7 @@ class Scoring:
         runner = build(self._plan, "lm", probe=self._probe)
         writes = dist.get_rank() == 0
         if writes:
-            self._settings_file.write_text(json.dumps(self._settings, indent=1) + "\n")
+            write_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
             with self.config.output.open("ab") as file:
                 file.truncate(self._complete_bytes)
         size = self.config.batch_size * _WINDOW
@@ -177,6 +179,14 @@ class Scoring:
             )
         complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         return len(complete), sum(map(len, complete))
+
+
+def _identity(source: Path | HfDirectory | None) -> str:
+    """The directory that is read and, in short, the size and time of its files: a model may be replaced in place."""
+    path = source.path if isinstance(source, HfDirectory) else source
+    assert path is not None
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.resolve().iterdir()) if f.is_file()]
+    return f"{path.resolve()} ({hashlib.sha256(repr(files).encode()).hexdigest()[:12]})"
 
 
 def _digest(path: Path) -> str:

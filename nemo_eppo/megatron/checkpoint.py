@@ -28,7 +28,7 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.lora import LoRAConfig
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.model_config import ModelConfig, Precision
-from nemo_eppo.megatron.optimizer import SETTINGS
+from nemo_eppo.megatron.optimizer import load_state
 from nemo_eppo.megatron.runner import ModelRunner
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
@@ -101,21 +101,29 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that goes on, every digest compared.
+def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
+    """The newest checkpoint of a run that goes on with this very model, every digest compared.
 
     Raises:
-        ConfigError: it is damaged; the message names the file, and how to go on from the checkpoint before.
+        ConfigError: it is damaged (the message names the file, and how to go on from the checkpoint before), or holds
+            another model (the message names every difference).
     """
     newest = latest(folder)
     if newest is None:
         return None
     try:
-        verify(newest)
+        manifest = verify(newest)
     except ConfigError as error:
         others = [path for path in complete_in(folder) if path != newest]
         then = f"to go on from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
         raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
+    saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
+    now = {**model.model_dump(), "head": head, "precision": precision}
+    if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
+        raise ConfigError(
+            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run goes on with its own model; "
+            "choose another run directory for this one"
+        )
     return newest
 
 
@@ -248,11 +256,7 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if to_merge is not None:
         lora.merge(runner.chunks)
     if optimizer:
-        own = [{name: group[name] for name in SETTINGS} for group in runner.optimizer.param_groups]
-        runner.optimizer.load_state_dict(loaded["optimizer"])
-        for group, settings in zip(runner.optimizer.param_groups, own, strict=True):
-            group.update(settings)
-        runner.scheduler.load_state_dict(loaded["scheduler"])
+        load_state(runner.optimizer, runner.scheduler, loaded["optimizer"], loaded["scheduler"])
     elif runner.optimizer is not None:
         runner.optimizer.reload_model_params()
     return manifest

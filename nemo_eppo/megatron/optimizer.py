@@ -17,8 +17,7 @@ from nemo_eppo.config import Config
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model_config import DTYPES, Precision
 
-SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-"""What a group of parameters is told once; the scheduler sets its learning rate and weight decay at every update."""
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight decay
 
 
 class OptimizerConfig(Config):
@@ -114,10 +113,21 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a run that goes on takes its step from the checkpoint, and nothing else
+        use_checkpoint_opt_param_scheduler=False,  # settings are always this job's, see `load_state`
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def load_state(
+    optimizer: Any, scheduler: OptimizerParamScheduler, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]
+) -> None:
+    """Go on from a checkpoint's moments and number of steps under this job's settings, which may have changed."""
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    optimizer.load_state_dict(optimizer_state)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    scheduler.load_state_dict(scheduler_state)
 
 
 def _give_main_copies_to_heads(optimizer: Any) -> None:

@@ -123,15 +123,16 @@ def tidy(folder: Path, config: CheckpointConfig) -> None:
     saved = checkpoint.complete_in(folder)
     wanted = set(saved[-config.keep :])
     if config.best is not None:
+        sign = 1 if config.best_is == "highest" else -1
         metrics = {path: checkpoint.read_manifest(path).metrics for path in saved}
-        # those that the run saved before it was given `best` may not have been validated
-        values = {path: found[config.best] for path, found in metrics.items() if config.best in found}
-        best = (max if config.best_is == "highest" else min)(values, key=values.__getitem__)
-        wanted.add(best)
-        link = folder / f".{BEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(best.name)
-        os.replace(link, folder / BEST)
+        measured = {path: found[config.best] * sign for path, found in metrics.items() if config.best in found}
+        if measured:  # none was, if `best` has only been set since
+            best = max(measured, key=measured.__getitem__)
+            wanted.add(best)
+            link = folder / f".{BEST}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(best.name)
+            os.replace(link, folder / BEST)
     for path in saved:
         if path not in wanted:
             shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class CriticService:
         runtime.initialize(config.model.parallel, config.seed)
         self._folder = directory / CHECKPOINTS
         self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.critic.asynchronous_save)
-        self._build(on_rank0(lambda: checkpoint.verify_newest(self._folder)))
+        newest = partial(checkpoint.verify_newest, self._folder, "scalar", self._plan.model, config.model.precision)
+        self._build(on_rank0(newest))
         if self._reward is not None:
             self._reward.build()
         self.vocab_size = self._plan.model.vocab_size

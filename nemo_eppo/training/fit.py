@@ -129,11 +129,12 @@ def fit(
         raise ConfigError(f"global_batch_size = {settings.global_batch_size} is not divisible by {replicas} replicas")
     runtime.initialize(plan.setup.parallel, seed)
     folder = run.directory / CHECKPOINTS
-    resume, done = on_rank0(lambda: checkpoint.verify_newest(folder)), 0
+    resume, done = on_rank0(lambda: checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)), 0
     if resume is not None:
         manifest = checkpoint.read_manifest(resume)
         done = manifest.step
         if done >= last:
+            run.logger.info("%s has %d steps, the settings ask for %d: there is nothing left to do", resume, done, last)
             return resume
         batches.load_state_dict(manifest.state["batches"])
     runner = build(

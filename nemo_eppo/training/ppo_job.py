@@ -298,7 +298,8 @@ class PPOJob:
         """Load the newest checkpoint of this run, if there is one, and have the critic go back to the same step; the
         step it was made at."""
         run = on_rank0(self._run_id)
-        newest = on_rank0(lambda: checkpoint.verify_newest(self.checkpoints))
+        setup = self.plan.setup
+        newest = on_rank0(lambda: checkpoint.verify_newest(self.checkpoints, "lm", self.plan.model, setup.precision))
         if newest is None:
             ppo.remote.begin(run, 0)
             return 0

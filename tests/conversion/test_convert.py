@@ -164,12 +164,39 @@ def too_large_for_fp16(root: Path) -> str:
     HfToMegatron(root / "hf", root / "megatron").run()
     with pytest.raises(ConfigError) as error:
         MegatronToHf(root / "megatron", root / "back", "lm", precision="fp16").run()
-    assert not (root / "back").exists()
+    assert {path.name for path in root.iterdir()} == {"hf", "megatron"}
     return str(error.value)
 
 
 def test_an_overflow_stops_and_leaves_no_directory(tmp_path: Path) -> None:
     assert "model.norm.weight is not finite in fp16: largest |value| 1e+06" in too_large_for_fp16(tmp_path)
+
+
+def test_an_altered_checkpoint_is_not_exported(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    HfToMegatron(directories["Llama"], tmp_path / "megatron").run()
+    file = max((tmp_path / "megatron" / "weights").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    command = ["convert", "megatron-to-hf", "--input", str(tmp_path / "megatron"), "--output", str(tmp_path / "back")]
+    assert main(command) == 2
+    assert f"is damaged: the content of weights/{file.name}" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_ctrl_c_leaves_nothing_of_a_conversion(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "copy_tokenizer", interrupt)  # what is done last
+    command = ["convert", "hf-to-megatron", "--input", str(directories["Llama"]), "--output", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert capsys.readouterr().err.endswith("nemo-eppo: interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def reward_round_trip(root: Path) -> list[Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nemo_eppo.config import ConfigError
@@ -43,6 +45,22 @@ def pairs(count: int) -> list[Mapping[str, object]]:
 def prepare_small(corpus: str, path: Path, out_dir: Path, **settings: Any) -> PreparationCounts:
     vocabulary = {} if "tokenizer_dir" in settings else {"bpe_vocab_size": 300}
     return prepare(CORPORA[corpus], [path], out_dir, **{"validation_fraction": 0.3, **vocabulary, **settings})
+
+
+def test_a_table_of_several_layouts_gives_the_rows_of_the_same_lines(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"instruction": f"Say {n}.", **({"output": "x"} if n % 3 == 0 else {})}
+        | ({"output_1": "a", "output_2": "b", "preference": 2} if n % 3 == 1 else {})
+        for n in range(60)
+    ]
+    columns = ("instruction", "output", "output_1", "output_2", "preference")
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    counts = prepare_small("alpaca_farm", tmp_path / "rows.parquet", tmp_path / "table")
+    assert not counts.dropped
+    assert counts.written == prepare_small("alpaca_farm", write_rows(*rows), tmp_path / "lines").written
 
 
 def test_unusable_rows_are_dropped_and_listed(write_rows: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`nemo-eppo score` against transformers, through interruptions, layouts and bad input."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     run_ranks(resume, 1, model, data, tmp_path / "out.jsonl")
     close(tmp_path / "out.jsonl", expected(rows))
+
+
+def test_scores_of_a_model_that_was_replaced_are_not_taken_for_those_of_the_new_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "checkpoints"
+    HfToMegatron(model, trained / "step_000001").run()
+    config = ScoreConfig(model=trained, data=data, output=tmp_path / "out.jsonl")
+    run_ranks(run_job, 1, config)
+    Scoring(config)
+    HfToMegatron(model, trained / "step_000002").run()  # the run went on
+    with pytest.raises(ConfigError, match="another model"):
+        Scoring(config)
+    shutil.rmtree(trained)
+    HfToMegatron(model, trained / "step_000001").run()  # or was started anew
+    with pytest.raises(ConfigError, match="another model"):
+        Scoring(config)
 
 
 def test_an_output_of_something_else_is_never_continued(model: Path, data: Path, tmp_path: Path) -> None:

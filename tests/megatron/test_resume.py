@@ -101,18 +101,6 @@ def test_a_checkpoint_written_while_training_goes_on_holds_the_weights_of_its_st
         assert all(torch.equal(loaded[name], then[name]) for name in then)
 
 
-def test_the_best_is_sought_among_the_checkpoints_that_were_validated(tmp_path: Path) -> None:
-    losses: dict[int, dict[str, float]] = {1: {}, 2: {"validation/loss": 3.0}, 3: {"validation/loss": 1.0}, 4: {}}
-    losses |= {5: {"validation/loss": 2.0}}  # a run that was given `best`, then not, then again
-    for step, metrics in losses.items():
-        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
-        (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
-    tidy(tmp_path, CheckpointConfig(keep=1, best="validation/loss", best_is="lowest"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_3", "step_5"]
-    assert (tmp_path / "best").resolve().name == "step_3"
-
-
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_resumes_in_another_layout(head: str, precision: str, tmp_path: Path) -> None:
@@ -120,3 +108,20 @@ def test_training_resumes_in_another_layout(head: str, precision: str, tmp_path:
     for parameters in run_ranks(resumed, 2, VPP2, head, precision, tmp_path / "step_1"):
         tolerance = 1e-5 if precision == "fp32" else 0.02
         close(f"{head} {precision}, from TP2+SP to PP2+VPP2", parameters, expected, tolerance)
+
+
+def test_a_best_checkpoint_may_be_asked_for_later(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, best="validation/reward")
+
+    def after(step: int, metrics: dict[str, float]) -> list[str]:
+        """Names in the folder after a checkpoint of this step."""
+        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+        tidy(tmp_path, config)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert after(1, {}) == ["step_1"]  # saved before there was a validation
+    assert after(2, {"validation/reward": 0.5}) == ["best", "step_2"]
+    assert after(3, {"validation/reward": 0.25}) == ["best", "step_2", "step_3"]
+    assert (tmp_path / "best").resolve().name == "step_2"

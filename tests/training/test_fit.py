@@ -13,7 +13,7 @@ from distributed import run_ranks
 from jobs import Models
 from reference_eppo import load_weights, policy_pass, scalars
 
-from nemo_eppo.config import load_config
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint
@@ -101,6 +101,28 @@ def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Pa
     parts = run_ranks(train, 2, kind, tmp_path / "parts", split)[0]
     for row, expected in zip(learning(parts), learning(whole)[2:], strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def messages(directory: Path, models: Models) -> dict[str, str]:
+    """What a finished run of one step says when it is started again: as it was, with other models, as another kind."""
+    values, found = settings(models, "sft", 1), {}
+    train("sft", directory, values)
+    fresh = {"architecture": models.config.model_dump() | {"rotary_base": 5e5}, "tokenizer": models.data / "tokenizer"}
+    for name, model in (("bf16", values["model"] | {"precision": "bf16"}), ("another base", fresh)):
+        with pytest.raises(ConfigError) as error:
+            train("sft", directory, values | {"model": model})
+        found[name] = str(error.value)
+    with pytest.raises(ConfigError) as error:
+        train("rm", directory, settings(models, "rm", 1))
+    return found | {"reward model": str(error.value)}
+
+
+def test_a_run_that_goes_on_with_another_model_is_refused(models: Models, tmp_path: Path) -> None:
+    [said] = run_ranks(messages, 1, tmp_path, models)
+    assert "(precision = 'fp32', now 'bf16')" in said["bf16"]
+    assert "(rotary_base = 10000.0, now 500000.0)" in said["another base"]
+    assert "(head = 'lm', now 'scalar')" in said["reward model"]
+    assert all("choose another run directory" in message for message in said.values())
 
 
 def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models, tmp_path: Path) -> None:
