@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
@@ -186,6 +185,6 @@ class CriticService:
 def serve_critic(config: CriticConfig, run: Run) -> None:
     """Build the critic and serve until the job is told to stop."""
     service = CriticService(config, run.directory)
-    serve(service, config.server, group=dist.new_group(backend="gloo"))
+    serve(service, config.server, group=runtime.control_group())
     service.close()
     runtime.shutdown()
