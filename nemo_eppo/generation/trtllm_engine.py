@@ -28,7 +28,7 @@ from nemo_eppo.generation.refit import RefitError, pack
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
 from nemo_eppo.megatron.model_config import ModelConfig
-from nemo_eppo.megatron.runtime import ParallelConfig, world_size
+from nemo_eppo.megatron.runtime import PATIENCE, ParallelConfig, control_group, world_size
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 
@@ -134,7 +134,7 @@ class TensorRTLLMEngine:
         check_limits(model, eos_id=eos_id, pad_id=pad_id, **limits)
         self._model, self._config = model, config
         self._eos_id, self._max_sequence_length = eos_id, max_sequence_length
-        self._replica: dist.ProcessGroup = parallel_state.get_model_parallel_group()
+        self._replica = _replica()
         uuids: list[str] = [""] * self._replica.size()
         dist.all_gather_object(uuids, device.uuid(), group=self._replica)
         size, rank = config.tensor_parallel_size, self._replica.rank()
@@ -251,6 +251,17 @@ class TensorRTLLMEngine:
             return None if self._process is None else self._process.ask(command, arguments)
 
         return all_or_none(ask, self._replica)
+
+
+def _replica() -> dist.ProcessGroup:
+    """The ranks of this replica, for objects alone: no rank waits on a GPU that an engine computes on."""
+    mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    replicas: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(replicas, mine, group=control_group())
+    made = {tuple(ranks): None for ranks in replicas}  # every rank makes all groups, in the same order
+    groups = {ranks: dist.new_group(list(ranks), timeout=PATIENCE, backend="gloo") for ranks in made}
+    group: dist.ProcessGroup = groups[tuple(mine)]
+    return group
 
 
 def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]:

@@ -230,7 +230,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
         fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
 
     Raises:
-        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved, or with other adapters.
+        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved, or with other adapters or in
+            another precision.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
@@ -239,6 +240,11 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
         raise ConfigError(
             f"{directory} was saved with model.lora = {manifest.lora}; training cannot go on from it with "
             f"{lora.attached(runner.chunks)}"
+        )
+    precision = "bf16" if runner.config.bf16 else "fp32"
+    if optimizer and precision != (stored := stored_precision(directory)):
+        raise ConfigError(
+            f"{directory} was saved with model.precision = {stored}; training cannot go on from it with {precision}"
         )
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:

@@ -22,7 +22,8 @@ def on_rank0(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None
     """
     error: Exception | None = None
     outcome: list[Any] = [None, None]
-    first = 0 if group is None else dist.get_global_rank(group, 0)
+    group = group or runtime.control_group()
+    first = dist.get_global_rank(group, 0)
     if dist.get_rank() == first:
         try:
             outcome[0] = work()
@@ -48,7 +49,8 @@ def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = N
         result = work()
     except Exception as caught:
         error = caught
-    messages: list[str | None] = [None] * dist.get_world_size(group)
+    group = group or runtime.control_group()
+    messages: list[str | None] = [None] * group.size()
     own = error is not None and not isinstance(error, PeerError)
     message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if own else None
     dist.all_gather_object(messages, message, group=group)

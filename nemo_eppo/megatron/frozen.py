@@ -14,7 +14,7 @@ class FrozenWeights:
     """One copy of this rank's weights in CPU memory, taken when it is made.
 
     While `active()`, the modules hold the frozen weights and the live ones are put aside, so a reference policy costs
-    no second model on the device. On a CPU nothing is copied: the storages change places.
+    no second model on the device. On a GPU the copies are queued, and the host waits for none of them.
     """
 
     def __init__(self, chunks: Sequence[Any]) -> None:
@@ -34,10 +34,7 @@ class FrozenWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for index, parameter in enumerate(self._parameters):
-            if device.on_gpu():
-                live = parameter.detach().to("cpu", copy=True).pin_memory()
-                parameter.copy_(self._aside[index])
-                self._aside[index] = live
-            else:
-                parameter.data, self._aside[index] = self._aside[index], parameter.data
+        for parameter, aside in zip(self._parameters, self._aside, strict=True):
+            live = parameter.clone()
+            parameter.copy_(aside, non_blocking=True)
+            aside.copy_(live, non_blocking=True)

@@ -14,6 +14,10 @@ from pydantic import Field, model_validator
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import device
 
+PATIENCE = datetime.timedelta(hours=3)
+"""How long ranks wait for what one of them does for all: a server's answer, the digests of a large checkpoint."""
+_control: dist.ProcessGroup | None = None
+
 
 class ParallelConfig(Config):
     """How one job's model is laid out; what is left of the world size is data parallelism."""
@@ -66,8 +70,9 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         parallel: the layout; checked against the world size before anything is joined.
         seed: the same on every rank; a different one is derived for torch on each pipeline stage (whose layers would
             else start as copies of each other's), and by Megatron on each tensor-parallel rank.
-        timeout_minutes: a collective that waits longer than this ends the job.
+        timeout_minutes: a collective that waits longer than this ends the job; see also PATIENCE.
     """
+    global _control
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
@@ -77,6 +82,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=device.device() if device.on_gpu() else None,
         )
+        _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -102,6 +108,12 @@ def shutdown() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def control_group() -> dist.ProcessGroup:
+    """All ranks, for objects and CPU tensors: no device waits with them, and for up to PATIENCE."""
+    assert _control is not None, "initialize() comes first"
+    return _control
 
 
 def data_parallel_group() -> dist.ProcessGroup:

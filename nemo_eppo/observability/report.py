@@ -48,8 +48,10 @@ _PANELS = (  # title, what it is, unit, and per curve: metric, label, colour
 )  # fmt: skip
 _LEDGER = {  # term of the reward ledger -> colour
     "proxy": "proxy", "energy_penalty": "after", "length_penalty": "length", "latent_penalty": "p5",
-    "missing_eos": "p6", "clip": "p8", "kl": "kl", "final": "ink",
+    "missing_eos": "p6", "clip": "p8", "divergence": "p7", "kl": "kl", "final": "ink",
 }  # fmt: skip
+_OWN_TERM = "p9"
+_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # other metrics reward/...: looked at, and not added
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
@@ -279,8 +281,12 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
 
 def _accounts(curves: Curves) -> list[str]:
     figures = []
-    known = {term: f"reward/{term}" for term in _LEDGER if f"reward/{term}" in curves}
-    terms = [Series(term, _LEDGER[term], *curves[name]) for term, name in known.items()]
+    rewards = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
+    terms = [
+        Series(term, _LEDGER.get(term, _OWN_TERM), *curve)
+        for term, curve in rewards.items()
+        if not term.startswith(_NO_TERMS)
+    ]
     used = [term for term in terms if any(term.y)]
     if used:
         unused = [term.label for term in terms if term not in used]

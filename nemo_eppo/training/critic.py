@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nemo_eppo.algorithms.policy import value_loss
@@ -32,8 +31,8 @@ class CriticSettings(Config):
 
     value_clip: float | None = Field(0.2, gt=0)
     """Values are clipped to within this of those of the rollout; null for no clipping."""
-    total_updates: int = Field(1, ge=1)
-    """Updates over which a decaying learning rate falls: PPO steps x epochs x mini-batches."""
+    total_updates: int | None = Field(None, ge=1)
+    """Updates over which a decaying learning rate falls, which it needs: PPO steps x epochs x mini-batches."""
     asynchronous_save: bool = True
     """Serve and learn on while a checkpoint is written. The actor decides when, and which are kept."""
 
@@ -51,6 +50,12 @@ class CriticConfig(Config):
     critic: CriticSettings = CriticSettings()
     optimizer: OptimizerConfig = OptimizerConfig()
     server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _decay_has_an_end(self) -> "CriticConfig":
+        if self.optimizer.schedule != "constant" and self.critic.total_updates is None:
+            raise ValueError(f"optimizer.schedule = '{self.optimizer.schedule}' needs critic.total_updates")
+        return self
 
 
 class CriticService:
@@ -117,7 +122,7 @@ class CriticService:
             self._plan,
             "scalar",
             optimizer=self._config.optimizer,
-            total_steps=self._config.critic.total_updates,
+            total_steps=self._config.critic.total_updates or 1,
             resume=resume,
         )
         manifest = checkpoint.read_manifest(resume) if resume else None
@@ -188,6 +193,6 @@ class CriticService:
 def serve_critic(config: CriticConfig, run: Run) -> None:
     """Build the critic and serve until the job is told to stop."""
     service = CriticService(config, run.directory)
-    serve(service, config.server, group=dist.new_group(backend="gloo"))
+    serve(service, config.server, group=runtime.control_group())
     service.close()
     runtime.shutdown()

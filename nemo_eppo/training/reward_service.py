@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
@@ -138,5 +137,5 @@ def read_gaussian(stored: Mapping[str, str]) -> Gaussian:
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
-    serve(RewardService(config), config.server, group=dist.new_group(backend="gloo"))
+    serve(RewardService(config), config.server, group=runtime.control_group())
     runtime.shutdown()

@@ -1,5 +1,7 @@
 """Work done by one rank or replica reaches all: results, and errors."""
 
+import time
+
 import pytest
 import torch.distributed as dist
 from distributed import run_ranks
@@ -34,6 +36,20 @@ def test_rank_0s_result_and_error_reach_every_rank() -> None:
     first, second = run_ranks(_on_rank0, 2)
     assert first == ("done", "ConnectionError: http://127.0.0.1:1 is gone")
     assert second == ("done", "PeerError: rank 0 failed: ConnectionError: http://127.0.0.1:1 is gone")
+
+
+def _on_a_slow_rank0() -> str:
+    runtime.initialize(ParallelConfig(), 1, timeout_minutes=1 / 60)
+
+    def work() -> str:
+        time.sleep(3)
+        return "done"
+
+    return on_rank0(work)
+
+
+def test_what_rank_0_does_for_all_may_take_longer_than_a_collective() -> None:
+    assert run_ranks(_on_a_slow_rank0, 2) == ["done", "done"]
 
 
 def _over_replicas(tensor_ranks: int) -> tuple[list[int], list[str]]:

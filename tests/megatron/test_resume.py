@@ -9,6 +9,7 @@ from distributed import run_ranks
 from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
@@ -75,6 +76,21 @@ def test_a_run_goes_on_with_the_settings_it_is_given_now(precision: str, tmp_pat
     [(rates, told)] = run_ranks(resumed_with, 1, settings, precision, tmp_path / "step_1")
     assert rates == pytest.approx([0.02 - 0.016 * done / 5 for done in (1, 2, 3)])
     assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2]}
+
+
+def refusal(precision: Any, directory: Path) -> str:
+    try:
+        resumed({}, "lm", precision, directory)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_training_does_not_go_on_in_another_precision(saved: str, wanted: str, tmp_path: Path) -> None:
+    run_ranks(interrupted, 1, {}, "lm", saved, tmp_path / "step_1")
+    [said] = run_ranks(refusal, 1, wanted, tmp_path / "step_1")
+    assert said.endswith(f"model.precision = {saved}; training cannot go on from it with {wanted}")
 
 
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:

@@ -37,7 +37,7 @@ def write_example_run(run_dir: Path, steps: int = 60, prompts: int = 48, gold: b
 def _training(done: float, rng: random.Random) -> dict[str, float]:
     noise = lambda scale: rng.gauss(0.0, scale)  # noqa: E731
     proxy, penalty, missing = 2.1 * done**0.7 + noise(0.12), -0.35 * done**2 + noise(0.02), -0.4 * (1 - done) ** 2
-    kl = -0.06 * done
+    kl, divergence = -0.06 * done, -0.1 * done
     phases = {"generate": 3.1, "server_wait": 0.3, "logprobs": 0.5, "reference": 0.45, "shape": 0.02}
     phases |= {"actor_train": 1.6, "critic_train": 0.4, "refit": 0.12, "log": 0.03}
     seconds = {name: value * (1 + done / 2) + abs(noise(value / 15)) for name, value in phases.items()}
@@ -47,8 +47,11 @@ def _training(done: float, rng: random.Random) -> dict[str, float]:
         "reward/length_penalty": 0.0,
         "reward/missing_eos": missing,
         "reward/clip": 0.0,
+        "reward/divergence": divergence,
+        "reward/bonus": 0.3,  # a term of the user's own
         "reward/kl": kl,
-        "reward/final": proxy + penalty + missing + kl,
+        "reward/final": proxy + penalty + missing + divergence + 0.3 + kl,
+        "reward/score_0": 3 * proxy + 1,
         "reward/gold": _gold(done) + noise(0.05),
         "energy/policy": -0.60 + 0.16 * done**2 + noise(0.004),
         "energy/reference": -0.605 + noise(0.004),

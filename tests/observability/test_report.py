@@ -124,6 +124,13 @@ def test_charts_show_values_on_hover(page: _Page, run_dir: Path) -> None:
     assert expected.replace("-", "\N{MINUS SIGN}") in page.texts["title"]
 
 
+def test_the_reward_ledger_shows_every_term_and_adds_up(page: _Page, run_dir: Path) -> None:
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])
+    terms = ["proxy", "energy_penalty", "missing_eos", "divergence", "bonus", "kl", "final"]
+    expected = "\n".join(["PPO step 7", *(f"{term}: {row[f'reward/{term}']:.4g}" for term in terms)])
+    assert expected.replace("-", "\N{MINUS SIGN}") in page.texts["title"]
+
+
 def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
     write_example_run(tmp_path, steps=3, prompts=4, gold=False)
     report_from_run(tmp_path, tmp_path / "report.html")

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed import run_ranks
 from jobs import Models
 
-from nemo_eppo.config import load_config
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.service import Tensors
 from nemo_eppo.training.critic import CriticConfig, CriticService
@@ -50,6 +51,13 @@ def test_an_update_too_small_for_the_layout_is_refused_and_the_critic_goes_on(mo
     for (small, enough), step in run_ranks(updates, 2, models, tmp_path):
         assert small.startswith("critic update 1: tokens: 1 rows cannot fill the micro-batches of 2 data-parallel")
         assert (enough, step) == ("", 1)
+
+
+def test_a_learning_rate_that_falls_is_told_over_how_many_updates() -> None:
+    values = {"model": {"restore_from_path": "rm"}, "optimizer": {"schedule": "cosine"}}
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule = 'cosine' needs critic\.total_updates"):
+        load_config(CriticConfig, values)  # else it would be 0 from the second update on
+    load_config(CriticConfig, values | {"critic": {"total_updates": 100}})
 
 
 def beginnings(models: Models, directory: Path) -> list[str]:
