@@ -81,6 +81,10 @@ def check_tensorrt_llm(
             f"generation.engine = 'tensorrt_llm': the {ranks} ranks of a replica have to be on one machine, which runs "
             f"{here} ranks"
         )
+    if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
+        raise ConfigError(
+            f"generation.engine = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
+        )
     python = _python(config)
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorrt_llm') is None)"
     try:
@@ -132,9 +136,9 @@ class TensorRTLLMEngine:
         self._model, self._config = model, config
         self._eos_id, self._max_sequence_length = eos_id, max_sequence_length
         self._replica: dist.ProcessGroup = parallel_state.get_model_parallel_group()
-        uuids: list[str] = [""] * self._replica.size()
-        dist.all_gather_object(uuids, device.uuid(), group=self._replica)
-        self._devices = uuids[: config.tensor_parallel_size]
+        gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
+        dist.all_gather_object(gathered, (device.uuid(), device.number()), group=self._replica)
+        self._devices, numbers = map(list, zip(*gathered[: config.tensor_parallel_size], strict=True))
         self._process: _Process | None = None
         start = {
             "model": str(hf_directory),
@@ -151,7 +155,7 @@ class TensorRTLLMEngine:
         }
         if self._replica.rank() == 0:
             number = parallel_state.get_data_parallel_rank()
-            self._process = _Process(config, self._devices, log.with_name(f"{log.name}.{number}"))
+            self._process = _Process(config, numbers, log.with_name(f"{log.name}.{number}"))
         all_or_none(lambda: self._ask("start", **start))
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -277,14 +281,14 @@ def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, An
 class _Process:
     """The engine's process as its one client sees it."""
 
-    def __init__(self, config: TensorRTLLMConfig, devices: list[str], log: Path) -> None:
+    def __init__(self, config: TensorRTLLMConfig, gpus: list[str], log: Path) -> None:
         self._log, self._timeout = log, config.timeout_minutes * 60
         ours, theirs = socketpair()
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
                 [_python(config), "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(config, devices),
+                env=_environment(config, gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -332,7 +336,7 @@ def _python(config: TensorRTLLMConfig) -> str:
     return str(config.python) if config.python is not None else sys.executable
 
 
-def _environment(config: TensorRTLLMConfig, devices: list[str]) -> dict[str, str]:
+def _environment(config: TensorRTLLMConfig, gpus: list[str]) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER) and name not in _RANK
     }
@@ -340,7 +344,7 @@ def _environment(config: TensorRTLLMConfig, devices: list[str]) -> dict[str, str
     paths = [given.get("PYTHONPATH"), str(_PACKAGES), os.environ.get("PYTHONPATH")]
     return {
         **inherited,
-        **device.only_these(devices),
+        **device.only_these(gpus),
         "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
         "TLLM_RAY_FORCE_LOCAL_CLUSTER": "1",  # each engine has workers of its own
         **given,

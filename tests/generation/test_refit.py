@@ -310,3 +310,6 @@ def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     with pytest.raises(ConfigError, match="have to be on one machine, which runs 2 ranks"):
         check_tensorrt_llm(stand_in(), MODEL, ParallelConfig(tensor_model_parallel_size=4))
     check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7c2a,GPU-91f0")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES has to hold numbers, not GPU-7c2a"):
+        check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
