@@ -38,6 +38,7 @@ _PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_e
 _LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _LOG_TAIL = 3000
+_VERSION = "1.2."  # 1.1 has no AsyncLLM, 1.3 other arguments
 
 
 class EngineProcessError(RuntimeError):
@@ -86,16 +87,20 @@ def check_tensorrt_llm(
             f"generation.engine = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
         )
     python = _python(config)
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorrt_llm') is None)"
+    look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
     try:
-        found = subprocess.run([python, "-c", look], env=_environment(config, []), check=False).returncode == 0
+        looked = subprocess.run(
+            [python, "-c", look], env=_environment(config, []), capture_output=True, text=True, check=False
+        )
     except OSError as error:
         raise ConfigError(f"{where}.python = {python!r} cannot be run: {error}") from None
-    if not found:
+    found = looked.stdout.strip()
+    if not found.startswith(_VERSION):
         raise ConfigError(
-            f"generation.engine = 'tensorrt_llm': {python} has no package tensorrt_llm. Install tensorrt_llm 1.2 and "
-            f"ray on a machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the "
-            "Python of an environment that has them, or use generation.engine = 'megatron'"
+            f"generation.engine = 'tensorrt_llm': {python} has "
+            f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray on a "
+            f"machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the Python "
+            "of an environment that has them, or use generation.engine = 'megatron'"
         )
 
 
