@@ -52,7 +52,7 @@ setup(
             "check-jsonschema",
             "kubernetes-validate>=1.33",
         ],
-        # GPU machines only. TensorRT-LLM and Apex come with the NGC container (docker/Dockerfile):
+        # GPU machines only. Apex comes with the NGC container (docker/Dockerfile):
         # the package called `apex` on the public index is an unrelated project.
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     },

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 with one message on stderr for input that cannot work."""
+    """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     arguments = _parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)

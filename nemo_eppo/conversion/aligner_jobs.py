@@ -84,6 +84,11 @@ def ppo_critic(c: Conversion) -> None:
     c.put("reward_model", path if combined else None, "the model that the critic starts from scores, too")
     if combined and path == REQUIRED:
         c.todo.append("reward_model: the reward model, from which the critic usually starts, too")
+    if c.source.get("model.global_batch_size"):
+        c.todo.append(
+            f"the mini-batches that the critic learns from are the actor's: global_batch_size = "
+            f"{c.source['model.global_batch_size']} of this file has to be its ppo.mini_batch_size"
+        )
     updates = int(c.source["trainer.ppo.max_steps"])
     if updates < 1:
         c.put("critic.total_updates", REQUIRED)
@@ -131,8 +136,13 @@ def sft(c: Conversion) -> None:
 
 
 def _common(c: Conversion) -> None:
-    """The optimizer, and what layouts of that project tacitly correct."""
+    """The optimizer, the layout, and what layouts of that project tacitly correct."""
     get = c.source.get
+    sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
+    if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
+        c.todo.append(
+            "model.parallel: what the file does not say of the layout, that project takes from the .nemo file; 1 here"
+        )
     sequence_parallel = bool(get("model.sequence_parallel"))
     if sequence_parallel and int(get("model.tensor_model_parallel_size") or 1) == 1:
         c.conflict("model.sequence_parallel", "has no effect without tensor parallelism: off")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from nemo_eppo.config import Config, ConfigError
@@ -21,6 +22,11 @@ FIELDS = {
     "train_gpt_sft": ("prompt", "response"),
     "train_reward_model": ("prompt", "chosen", "rejected"),
     "train_gpt_ppo_actor": ("prompt",),
+}
+BATCHES = {
+    "train_gpt_sft": "sft.global_batch_size",
+    "train_reward_model": "fit.global_batch_size",
+    "train_gpt_ppo_actor": "ppo.rollout_batch_size",
 }
 _PROCESS = 600 * 2**20  # what a rank takes before there is a model
 _SECONDS_PER_FILE = 4.0
@@ -109,10 +115,11 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
             except (ConfigError, OSError) as fault:
                 yield error(check, str(fault), f"expected JSON lines with {', '.join(FIELDS[job.script])}")
                 continue
-            if rows:
-                yield ok(check, f"{path}: {rows} rows{'' if whole else ' and more'}")
+            batch = attrgetter(BATCHES[job.script])(job.settings) if key == "train" else 1
+            if rows < batch and whole:
+                yield error(check, f"{path}: {rows} rows", f"expected {batch} or more ({BATCHES[job.script]})")
             else:
-                yield error(check, f"{path} is empty", "expected at least one row")
+                yield ok(check, f"{path}: {rows} rows{'' if whole else ' and more'}")
 
 
 def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:

@@ -39,6 +39,7 @@ _PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_e
 _LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _LOG_TAIL = 3000
+_VERSION = "1.2."  # 1.1 has no AsyncLLM, 1.3 other arguments
 
 
 class EngineProcessError(RuntimeError):
@@ -84,17 +85,25 @@ def check_tensorrt_llm(
                 f"{where}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
                 f"ranks {', '.join(map(str, engine))} would make one"
             )
+    if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
+        raise ConfigError(
+            f"generation.engine = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
+        )
     python = _python(config)
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('tensorrt_llm') is None)"
+    look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
     try:
-        found = subprocess.run([python, "-c", look], env=_environment(config, []), check=False).returncode == 0
+        looked = subprocess.run(
+            [python, "-c", look], env=_environment(config, []), capture_output=True, text=True, check=False
+        )
     except OSError as error:
         raise ConfigError(f"{where}.python = {python!r} cannot be run: {error}") from None
-    if not found:
+    found = looked.stdout.strip()
+    if not found.startswith(_VERSION):
         raise ConfigError(
-            f"generation.engine = 'tensorrt_llm': {python} has no package tensorrt_llm. Install tensorrt_llm 1.2 and "
-            f"ray on a machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the "
-            "Python of an environment that has them, or use generation.engine = 'megatron'"
+            f"generation.engine = 'tensorrt_llm': {python} has "
+            f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray on a "
+            f"machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the Python "
+            "of an environment that has them, or use generation.engine = 'megatron'"
         )
 
 
@@ -135,12 +144,12 @@ class TensorRTLLMEngine:
         self._model, self._config = model, config
         self._eos_id, self._max_sequence_length = eos_id, max_sequence_length
         self._replica = _replica()
-        uuids: list[str] = [""] * self._replica.size()
-        dist.all_gather_object(uuids, device.uuid(), group=self._replica)
+        gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
+        dist.all_gather_object(gathered, (device.uuid(), device.number()), group=self._replica)
         size, rank = config.tensor_parallel_size, self._replica.rank()
         self._mine = slice(rank - rank % size, rank - rank % size + size)
         """Ranks of the replica that are this rank's engine."""
-        self._devices = uuids[self._mine]
+        self._devices, numbers = map(list, zip(*gathered[self._mine], strict=True))
         self._process: _Process | None = None
         start = {
             "model": str(hf_directory),
@@ -156,7 +165,7 @@ class TensorRTLLMEngine:
             },
         }
         if rank == self._mine.start:
-            self._process = _Process(config, self._devices, log.with_name(f"{log.name}.{dist.get_rank()}"))
+            self._process = _Process(config, numbers, log.with_name(f"{log.name}.{dist.get_rank()}"))
         all_or_none(lambda: self._ask("start", **start))
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -307,14 +316,14 @@ def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, An
 class _Process:
     """The engine's process as its one client sees it."""
 
-    def __init__(self, config: TensorRTLLMConfig, devices: list[str], log: Path) -> None:
+    def __init__(self, config: TensorRTLLMConfig, gpus: list[str], log: Path) -> None:
         self._log, self._timeout = log, config.timeout_minutes * 60
         ours, theirs = socketpair()
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
                 [_python(config), "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(config, devices),
+                env=_environment(config, gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -362,7 +371,7 @@ def _python(config: TensorRTLLMConfig) -> str:
     return str(config.python) if config.python is not None else sys.executable
 
 
-def _environment(config: TensorRTLLMConfig, devices: list[str]) -> dict[str, str]:
+def _environment(config: TensorRTLLMConfig, gpus: list[str]) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER) and name not in _RANK
     }
@@ -370,7 +379,7 @@ def _environment(config: TensorRTLLMConfig, devices: list[str]) -> dict[str, str
     paths = [given.get("PYTHONPATH"), str(_PACKAGES), os.environ.get("PYTHONPATH")]
     return {
         **inherited,
-        **device.only_these(devices),
+        **device.only_these(gpus),
         "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
         "TLLM_RAY_FORCE_LOCAL_CLUSTER": "1",  # each engine has workers of its own
         **given,

@@ -186,7 +186,10 @@ class Supervisor:
     def _failure(self, name: str, what: str, status: int) -> LaunchError:
         self._rows[name].state = State.FAILED
         log = self._logs / f"{name}.log"
-        tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL_LINES:])
+        lines = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines(keepends=True)  # of this start
+        # Behind the first line of it, torchrun's report on failed ranks is long, and says nothing that a rank has not.
+        end = next((number for number, line in enumerate(lines, start=1) if "failed (exitcode: " in line), len(lines))
+        tail = "".join(lines[:end][-TAIL_LINES:])
         return LaunchError(f"{tail}\nlaunch: {name} {what}; its log is {log}", status or 1)
 
     def _ready_file(self, name: str) -> Path:

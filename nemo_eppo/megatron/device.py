@@ -76,9 +76,15 @@ def uuid() -> str:
     return f"CPU-{os.environ.get('LOCAL_RANK', '0')}"
 
 
-def only_these(uuids: list[str]) -> dict[str, str]:
-    """Environment variables that show a process these GPUs and no others, numbered in this order."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)} if on_gpu() else {}
+def number() -> str:
+    """How the environment calls this rank's GPU: its number on the machine, or as CUDA_VISIBLE_DEVICES has it."""
+    visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","), int(os.environ.get("LOCAL_RANK", "0"))
+    return visible[local_rank] if any(visible[local_rank : local_rank + 1]) else str(local_rank)
+
+
+def only_these(numbers: list[str]) -> dict[str, str]:
+    """Environment variables that show a process these GPUs and no others, in this order."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(numbers)} if on_gpu() else {}
 
 
 def max_memory_bytes() -> int:

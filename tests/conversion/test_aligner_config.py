@@ -264,6 +264,8 @@ def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -
     assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_hf"
     assert {"server.port": 5601, "critic.total_updates": 600, "critic.value_clip": 0.3}.items() <= critic.values.items()
     assert any('"nemo_eppo_reward": {"mean": 1.5, "std": 2.5}' in line for line in critic.todo)
+    sized = converted(CRITIC, tmp_path, model__global_batch_size=24)
+    assert any("global_batch_size = 24 of this file has to be its ppo.mini_batch_size" in line for line in sized.todo)
     alone = converted(CRITIC, tmp_path, trainer__ppo__combine_rm_and_critic_server=False)
     assert alone.values["reward_model"] is None
 
@@ -295,6 +297,14 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
     assert training["checkpoint.best"] in RewardTask.validated
     assert status(sft, "model.hidden_dropout") == "lost"
     assert status(sft, "trainer.sft.val_check_interval") == "changed", "a share of an epoch is no number of steps"
+
+
+def test_a_layout_that_comes_with_the_checkpoint_has_to_be_given(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(REWARD_SERVER | {"model": {}}))
+    result = convert(tmp_path / "theirs.yaml")
+    assert any("that project takes from the .nemo file" in line for line in result.todo)
+    whole = converted(ACTOR, tmp_path, model__pipeline_model_parallel_size=1)
+    assert not any(".nemo file" in line for line in whole.todo)
 
 
 def test_an_endless_run_has_to_be_given_its_steps(tmp_path: Path) -> None:

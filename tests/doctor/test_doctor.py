@@ -129,6 +129,11 @@ def test_another_vocabulary(launch: Path, doctor: Any, models: Models, tmp_path:
     assert "vocabulary of 42, actor has 64" in only_error(report, "reward: tokenizer")
 
 
+def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> None:
+    found = only_error(doctor(launch, "jobs.actor.settings.ppo.rollout_batch_size=64"), "actor: data.train")
+    assert found == f"{models.data / 'prompts.train.jsonl'}: 32 rows"
+
+
 def test_a_dead_server_and_one_that_does_not_fit(launch: Path, doctor: Any, reward_server: str) -> None:
     dead = f"http://127.0.0.1:{free_port()}"
     report = doctor(launch, "--server", reward_server, "--server", dead)

@@ -332,7 +332,7 @@ def test_sampling_parameters_are_mapped_one_by_one() -> None:
     ],
 )
 def test_an_engine_that_cannot_start_is_refused_before_anything_does(
-    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -340,6 +340,14 @@ def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_tensorrt_llm(TensorRTLLMConfig(**settings), MODEL, parallel)
     check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
+    older = tmp_path / "tensorrt_llm-1.1.0.dist-info"
+    older.mkdir()
+    (older / "METADATA").write_text("Name: tensorrt_llm\nVersion: 1.1.0\n")
+    with pytest.raises(ConfigError, match=r"has tensorrt_llm 1\.1\.0\. Install tensorrt_llm 1\.2 and ray"):
+        check_tensorrt_llm(TensorRTLLMConfig(environment={"PYTHONPATH": str(tmp_path)}), MODEL, parallel)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7c2a,GPU-91f0")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES has to hold numbers, not GPU-7c2a"):
+        check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
 
 
 def test_an_engine_is_within_one_machine_and_a_replica_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

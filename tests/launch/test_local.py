@@ -17,8 +17,9 @@ import pytest
 from jobs import Models
 from launched import eppo, processes_of, shared_memory_of, write
 
+from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.local import run_local
+from nemo_eppo.launch.local import LaunchError, run_local
 from nemo_eppo.launch.schema import read_launch
 
 
@@ -75,6 +76,33 @@ def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: 
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "http://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
+
+
+def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(models: Models, tmp_path: Path) -> None:
+    job = {
+        "script": "train_gpt_sft",
+        "ranks_per_node": 2,
+        "settings": {
+            "model.restore_from_path": str(models.sft),
+            "data.train": str(models.data / "sft.train.jsonl"),
+            "data.validation": str(models.data / "sft.validation.jsonl"),
+            "sft.global_batch_size": 1000,
+        },
+    }
+    launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": job}}
+    with pytest.raises(LaunchError) as failed:
+        run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
+    assert "examples, fewer than one global batch of 1000\n" in str(failed.value)
+    assert "failed (exitcode: 2) local_rank: " in str(failed.value)
+    assert "ChildFailedError" in (tmp_path / "out" / "logs" / "sft.log").read_text()
+    assert "ChildFailedError" not in str(failed.value)
+
+
+def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "launch.yaml")  # reading it waits for ever
+    ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    assert main(["launch", str(tmp_path / "launch.yaml")]) == 130
 
 
 def test_jobs_end_when_the_launcher_itself_is_killed(models: Models, tmp_path: Path) -> None:

@@ -22,6 +22,17 @@ def test_installing_twice_changes_nothing() -> None:
     assert device.distributed_backend() == "gloo"
 
 
+@pytest.mark.parametrize(("visible", "number"), [(None, "1"), ("", "1"), ("4,6", "6"), ("4", "1")])
+def test_the_number_of_a_ranks_gpu_is_that_of_the_machine(
+    visible: str | None, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.number() == number
+
+
 def test_every_listed_function_makes_cpu_tensors() -> None:
     for name, functions in device._DEVICE_LITERALS.items():
         module = device._megatron(name)
