@@ -1,4 +1,4 @@
-"""Ending a run between two steps, with a checkpoint, before it is done: on SIGTERM, or when its time is up."""
+"""Ending a run between two steps, with a checkpoint, before it is done: on SIGTERM, Ctrl-C, or when its time is up."""
 
 import signal
 import time
@@ -17,38 +17,46 @@ class RunStopped(Exception):
 
 
 class StopWatch:
-    """Tells after each step whether the run is to end there. While it is entered, SIGTERM no longer ends the process.
+    """Tells after each step whether the run is to end there. While it is entered, neither SIGTERM nor the first Ctrl-C
+    ends the process; a second Ctrl-C does, at once.
 
     Time is up when another step as long as the longest so far would go beyond `exp_manager.max_time_per_run`.
     """
 
     def __init__(self, run: Run) -> None:
         self._run, self._limit = run, run.settings.max_seconds
-        self._signalled = False
+        self._signal = 0
         self._last, self._longest = time.monotonic(), 0.0
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number, previous in self._previous.items():
+            if previous is not signal.SIG_IGN:  # a shell starts background processes with Ctrl-C ignored
+                signal.signal(number, self._on_signal)
         self._last = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
 
     def due(self) -> bool:
         """Whether to save and end now; to be called after each step, on all ranks, which get the same answer."""
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         late = self._limit is not None and now - self._run.started + self._longest > self._limit
-        votes = torch.tensor([self._signalled, late], dtype=torch.int32, device=device.device())
+        votes = torch.tensor([self._signal, late], dtype=torch.int32, device=device.device())
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        signalled, late = (bool(vote) for vote in votes.tolist())
-        if signalled or late:
-            why = "SIGTERM" if signalled else f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
+        number, late = votes.tolist()
+        if number or late:
+            limit = f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
+            why = signal.Signals(number).name if number else limit
             self._run.logger.info("%s: saving, then ending. The same command goes on from here.", why)
-        return signalled or late
+        return bool(number or late)
