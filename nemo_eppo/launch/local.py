@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -34,6 +35,8 @@ from nemo_eppo.launch.status import Row, State, Status
 GRACE_S = 30.0  # how long a job may take to stop before it is killed
 POLL_S = 0.2
 TAIL_LINES = 25  # of a failed job's log
+# what torchrun has to say of its own failure, below the line that tells which rank ended how: long, and never the cause
+_TORCHRUN = re.compile(r"^(E\d{4} [^\n]*torch/distributed/elastic/[^\n]*\n)Traceback.*", re.MULTILINE | re.DOTALL)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
 _libc = ctypes.CDLL(None)
@@ -186,7 +189,8 @@ class Supervisor:
     def _failure(self, name: str, what: str, status: int) -> LaunchError:
         self._rows[name].state = State.FAILED
         log = self._logs / f"{name}.log"
-        tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL_LINES:])
+        _, _, text = log.read_text(errors="replace").rpartition("\n$ ")  # of the last start
+        tail = "".join(_TORCHRUN.sub(r"\1", text).splitlines(keepends=True)[-TAIL_LINES:])
         return LaunchError(f"{tail}\nlaunch: {name} {what}; its log is {log}", status or 1)
 
     def _ready_file(self, name: str) -> Path:

@@ -77,6 +77,30 @@ def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: 
         assert word in shown.decode()
 
 
+def test_why_a_job_of_several_ranks_failed_is_the_last_thing_in_its_log(models: Models, tmp_path: Path) -> None:
+    job = {
+        "script": "train_gpt_sft",
+        "ranks_per_node": 2,
+        "settings": {
+            "model.restore_from_path": str(models.sft),
+            "data.train": str(models.data / "sft.train.jsonl"),
+            "data.validation": str(models.data / "sft.validation.jsonl"),
+            "sft.global_batch_size": 10_000,
+        },
+    }
+    launch = {"name": "sft", "output": str(tmp_path / "out"), "jobs": {"sft": job}}
+    log = tmp_path / "out" / "logs" / "sft.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("$ an earlier start\nE1121 07:51:31 1 torch/distributed/elastic/api.py] failed\nTraceback\n")
+    process = start(write(launch, tmp_path / "launch.yaml"), subprocess.DEVNULL)
+    _, error = process.communicate(timeout=90)
+    end = "\n".join(error.splitlines()[-5:])
+    assert "examples, fewer than one global batch of 10000\n" in end
+    assert "failed (exitcode: 2) local_rank: 0" in end
+    assert "launch: sft ended with exit status 1" in end
+    assert "earlier" not in error
+
+
 def test_jobs_end_when_the_launcher_itself_is_killed(models: Models, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(write(eppo(models, output), tmp_path / "launch.yaml"), subprocess.DEVNULL)
