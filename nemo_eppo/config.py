@@ -53,7 +53,9 @@ def _describe(schema: type[Config], issue: Any) -> str:
         return f"{path}: unknown key ({hint})"
     if issue["type"] == "missing":
         return f"{path}: required, but not set"
-    where = f"{path} = {issue['input']!r}" if path else "settings do not fit together"
+    where = path or "settings do not fit together"
+    if path and not isinstance(issue["input"], Mapping):  # of a section that does not fit together, the message tells
+        where += f" = {issue['input']!r}"
     return f"{where}: {issue['msg'].removeprefix('Value error, ')}"
 
 

@@ -81,7 +81,9 @@ def _check_inputs(launch: LaunchConfig, name: str, settings: Any) -> None:
             raise ConfigError(f"{key} = {value} does not exist")
     if not any(made_here.get(key) for key in ("model.restore_from_path", "model.tokenizer")):
         job = launch.jobs[name]
-        plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
+        planned = plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
+        if job.script == "train_gpt_ppo_actor":
+            settings.check_model(planned.model, job.ranks)
 
 
 def maker(launch: LaunchConfig, path: Path) -> str | None:

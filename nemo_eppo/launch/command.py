@@ -65,7 +65,10 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         filled["servers.rewards"] = [_reward(launch, need, addresses) for need in launch.reward_servers(name)]
         if job.held_out is not None:
             filled["servers.held_out"] = _reward(launch, job.held_out, addresses)
-    settings = dict(_flat(job.settings)) | filled
+    settings = dict(_flat(job.settings))
+    for key in settings.keys() & filled.keys() - {"server.host", "server.port"}:  # these two are asked for
+        raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
+    settings |= filled
     return [f"{key}={_hydra(value)}" for key, value in settings.items()]
 
 

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,8 @@ def _config_errors_end_the_job(rank: int) -> Iterator[None]:
             time.sleep(_PATIENCE)
         print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _parse(script: Path, config_name: str, config_path: str) -> argparse.Namespace:

@@ -7,10 +7,11 @@ from pydantic import Field, model_validator
 
 from nemo_eppo.algorithms.energy import EnergyWindow
 from nemo_eppo.algorithms.policy import Aggregation
-from nemo_eppo.config import Config
+from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.evaluation.monitor import MonitorConfig
 from nemo_eppo.generation.build import EngineConfig
 from nemo_eppo.megatron.energy import EnergyProbeConfig
+from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig
@@ -158,6 +159,21 @@ class PPOConfig(Config):
     """A programmatic reward that is only reported: "module:function" taking (prompt, response, finished)."""
     record_rollouts: int | None = Field(None, ge=0)
     """Rows of each step's rollout that are written to rollouts/; null for all."""
+
+    def check_model(self, model: ModelConfig, ranks: int) -> None:
+        """ConfigError if the model's window or layers, or this number of ranks, do not allow these settings."""
+        window, new = model.max_sequence_length, self.generation.max_new_tokens
+        if self.data.max_prompt_length + new > window:
+            raise ConfigError(
+                f"data.max_prompt_length {self.data.max_prompt_length} + generation.max_new_tokens {new} is more than "
+                f"the model's window of {window} tokens"
+            )
+        replicas = self.model.parallel.data_parallel_size(ranks)
+        if self.ppo.mini_batch_size % replicas:
+            raise ConfigError(
+                f"ppo.mini_batch_size = {self.ppo.mini_batch_size} is not divisible by {replicas} replicas"
+            )
+        self.ppo.energy.layer_indices(model.num_layers)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PPOConfig":

@@ -52,17 +52,7 @@ class PPOJob:
         self.tokenizer: Tokenizer = self.plan.tokenizer
         self.sampling = SamplingParams(**config.generation.model_dump(include=set(SamplingParams.model_fields)))
         self.longest = config.data.max_prompt_length + self.sampling.max_new_tokens
-        if self.longest > self.plan.model.max_sequence_length:
-            raise ConfigError(
-                f"data.max_prompt_length {config.data.max_prompt_length} + generation.max_new_tokens "
-                f"{self.sampling.max_new_tokens} is more than the model's window of "
-                f"{self.plan.model.max_sequence_length} tokens"
-            )
-        replicas = config.model.parallel.data_parallel_size(runtime.world_size())
-        if config.ppo.mini_batch_size % replicas:
-            raise ConfigError(
-                f"ppo.mini_batch_size = {config.ppo.mini_batch_size} is not divisible by {replicas} replicas"
-            )
+        config.check_model(self.plan.model, runtime.world_size())
         check_engine(config.generation, self.plan.model, config.model.parallel)
         self.pipeline = RewardPipeline(config.ppo)
         self.monitor = HackingMonitor(config.monitor)
@@ -137,6 +127,10 @@ class PPOJob:
         """Train to the last step."""
         ppo = self.start()
         config, last = self.config, self.config.ppo.max_steps
+        if self.done >= last:
+            self.run_files.logger.info(
+                "%d steps are done of ppo.max_steps = %d: nothing is left to do", self.done, last
+            )
         with ExitStack() as stack:
             stack.callback(ppo.remote.close)
             stack.callback(ppo.policy.engine.close)

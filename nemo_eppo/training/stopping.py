@@ -12,7 +12,7 @@ from nemo_eppo.megatron import device
 from nemo_eppo.observability.experiment import Run
 
 # srun hands SIGUSR1 on to the ranks that it has started; at SIGTERM it kills them.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RunStopped(Exception):
@@ -20,41 +20,46 @@ class RunStopped(Exception):
 
 
 class StopWatch:
-    """Tells after each step whether the run is to end there. While it is entered, SIGTERM and SIGUSR1 tell it so, and
-    no longer end the process.
+    """Tells after each step whether the run is to end there. While it is entered, neither SIGTERM nor SIGUSR1 nor the
+    first Ctrl-C ends the process; a second Ctrl-C does, at once.
 
     Time is up when another step as long as the longest so far would go beyond `exp_manager.max_time_per_run`.
     """
 
     def __init__(self, run: Run) -> None:
         self._run, self._limit = run, run.settings.max_seconds
-        self._signalled = False
+        self._signal = 0
         self._last, self._longest = time.monotonic(), 0.0
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, previous in self._previous.items():
+            if previous is not signal.SIG_IGN:  # a shell starts background processes with Ctrl-C ignored
+                signal.signal(number, self._on_signal)
         self._last = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
 
     def due(self) -> bool:
         """Whether to save and end now; to be called after each step, on all ranks, which get the same answer."""
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         late = self._limit is not None and now - self._run.started + self._longest > self._limit
-        votes = torch.tensor([self._signalled, late], dtype=torch.int32, device=device.device())
+        votes = torch.tensor([self._signal, late], dtype=torch.int32, device=device.device())
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        signalled, late = (bool(vote) for vote in votes.tolist())
-        if signalled or late:
+        number, late = votes.tolist()
+        if number or late:
             limit = f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
-            why = "SIGTERM or SIGUSR1" if signalled else limit
+            why = signal.Signals(number).name if number else limit
             self._run.logger.info("%s: saving, then ending. The same command goes on from here.", why)
-        return signalled or late
+        return bool(number or late)

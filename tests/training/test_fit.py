@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,29 @@ def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models,
         RuntimeError, match=r"checkpoint\.best = 'validation/accuracy': expected one of validation/loss"
     ):
         run_ranks(train, 1, "sft", tmp_path / "wrong", values)
+
+
+def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
+    """A run during which somebody presses Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press() -> None:
+        metrics = directory / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    return train("sft", directory, values)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", 500, epochs=1000)
+    [rows] = run_ranks(interrupted, 1, tmp_path, values)
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    assert len(rows) < 500
+    assert last is not None
+    assert checkpoint.verify(last).step == rows[-1]["step"]
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])

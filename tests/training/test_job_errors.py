@@ -50,7 +50,7 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ppo": {"energy": {"eta": -1}}}, r"ppo\.energy\.eta = -1: .*greater than or equal to 0"),
         ({"ppo": {"energy": {"preset": "mlp"}}}, r"ppo\.energy\.preset = 'mlp'"),
         ({"ppo": {"energy": {"window": "official_trainer"}}}, "depends on how a batch is padded"),
-        ({"ppo": {"mini_batch_size": 3}}, "rollout_batch_size = 8 is not divisible by mini_batch_size = 3"),
+        ({"ppo": {"mini_batch_size": 3}}, "ppo: rollout_batch_size = 8 is not divisible by mini_batch_size = 3"),
         ({"ppo": {"max_steps": None}}, r"ppo\.max_steps = None"),
         ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr = 'fast'"),
         ({"servers": {"critic": {"url": "localhost"}}}, r"servers\.critic\.url = 'localhost'"),
@@ -71,6 +71,7 @@ def test_bad_settings_are_named(changes: dict[str, Any], message: str, models: M
         ("data", {"train": "missing.jsonl"}, r"missing\.jsonl"),
         ("data", {"max_prompt_length": 5}, r"prompts\.train\.jsonl:1: .* tokens .* max_prompt_length = 5"),
         ("data", {"max_prompt_length": 40}, "40 .* 20 is more than the model's window of 48 tokens"),
+        ("ppo", {"energy": {"layers": [7]}}, "energy.layers: 7 is not a layer of a model with 4 layers"),
         ("model", {"restore_from_path": "nowhere"}, "model.restore_from_path: nowhere does not exist"),
         ("model", {"tokenizer": "nowhere"}, "nowhere"),
         (
