@@ -13,6 +13,7 @@ from nemo_eppo.doctor.machine import disk
 from nemo_eppo.doctor.memory import Memory, Workload, estimate
 from nemo_eppo.launch.check import HEADS, maker, schemas, taken_ports
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.schema import LaunchConfig
 from nemo_eppo.megatron import device
 from nemo_eppo.observability.experiment import read_settings
@@ -62,6 +63,8 @@ def examine_launch(launch: LaunchConfig) -> tuple[list[Finding], list[Job]]:
             jobs.append(job)
     for check, examine in (("data", _data), ("tokenizers", _tokenizers), ("windows", _windows), ("memory", _memory)):
         findings += guarded(check, examine)(jobs)
+    if launch.slurm is None and launch.kubernetes is None:
+        findings += guarded("GPUs of the jobs", _gpus)(launch)
     findings += guarded("disk", _disk)(launch, jobs)
     taken = taken_ports(launch)
     findings += [error("ports", fault, "choose another, or 0 for any") for fault in taken]
@@ -211,6 +214,14 @@ def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
         yield warning("memory of the machine", text, "run fewer ranks here, or jobs on machines of their own")
     elif together:
         yield ok("memory of the machine", text)
+
+
+def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
+    """The jobs that run together have a GPU for each rank, if there are any."""
+    gpus = visible_gpus()
+    Gpus(launch, gpus)
+    if gpus:
+        yield ok("GPUs of the jobs", f"{len(gpus)} are enough for all ranks that run together")
 
 
 def _disk(launch: LaunchConfig, jobs: Sequence[Job]) -> Iterator[Finding]:

@@ -129,6 +129,14 @@ def test_another_vocabulary(launch: Path, doctor: Any, models: Models, tmp_path:
     assert "vocabulary of 42, actor has 64" in only_error(report, "reward: tokenizer")
 
 
+def test_fewer_gpus_than_ranks(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    found = only_error(doctor(launch), "GPUs of the jobs")
+    assert "actor, critic, reward run together on 4 ranks, but there are 3 GPUs" in found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert doctor(launch)[0] == 0
+
+
 def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> None:
     found = only_error(doctor(launch, "jobs.actor.settings.ppo.rollout_batch_size=64"), "actor: data.train")
     assert found == f"{models.data / 'prompts.train.jsonl'}: 32 rows"
