@@ -13,6 +13,7 @@ from nemo_eppo.doctor.machine import disk
 from nemo_eppo.doctor.memory import Memory, Workload, estimate
 from nemo_eppo.launch.check import HEADS, maker, schemas, taken_ports
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.schema import LaunchConfig
 from nemo_eppo.megatron import device
 from nemo_eppo.observability.experiment import read_settings
@@ -62,6 +63,8 @@ def examine_launch(launch: LaunchConfig) -> tuple[list[Finding], list[Job]]:
             jobs.append(job)
     for check, examine in (("data", _data), ("tokenizers", _tokenizers), ("windows", _windows), ("memory", _memory)):
         findings += guarded(check, examine)(jobs)
+    if launch.slurm is None and launch.kubernetes is None:
+        findings += guarded("GPUs of the jobs", _gpus)(launch)
     findings += guarded("disk", _disk)(launch, jobs)
     taken = taken_ports(launch)
     findings += [error("ports", fault, "choose another, or 0 for any") for fault in taken]
@@ -134,7 +137,6 @@ def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
             for what, theirs, ours in (
                 ("vocabulary of", tokenizer.vocab_size, expected.vocab_size),
                 ("EOS", tokenizer.eos_id, expected.eos_id),
-                ("chat template", tokenizer.chat_template, expected.chat_template),
             )
             if theirs != ours
         ]
@@ -143,6 +145,12 @@ def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
         if differences:
             yield error(
                 f"{name}: tokenizer", "; ".join(differences), f"models of one run need one tokenizer: {first}'s"
+            )
+        elif tokenizer.chat_template != expected.chat_template:
+            yield warning(
+                f"{name}: tokenizer",
+                f"another chat template than {first}'s",
+                "no job uses it, but the data have to be prepared with the one that both models were trained with",
             )
         else:
             yield ok(f"{name}: tokenizer", f"as {first}'s: {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_id}")
@@ -211,6 +219,14 @@ def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
         yield warning("memory of the machine", text, "run fewer ranks here, or jobs on machines of their own")
     elif together:
         yield ok("memory of the machine", text)
+
+
+def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
+    """The jobs that run together have a GPU for each rank, if there are any."""
+    gpus = visible_gpus()
+    Gpus(launch, gpus)
+    if gpus:
+        yield ok("GPUs of the jobs", f"{len(gpus)} are enough for all ranks that run together")
 
 
 def _disk(launch: LaunchConfig, jobs: Sequence[Job]) -> Iterator[Finding]:

@@ -317,20 +317,27 @@ def _path(outputs: list[dict[str, Any]]) -> str:
 
 
 def _then(futures: Sequence["Future[A]"], finish: Callable[[list[A]], B]) -> "Future[B]":
-    """A future of `finish(results)` once all `futures` are done; it fails with the first failure among them."""
+    """A future of `finish(results)` once all `futures` are done; the first failure ends it, and the others."""
     combined: Future[B] = Future()
     lock, left = threading.Lock(), len(futures)
 
-    def done(_: "Future[A]") -> None:
+    def done(future: "Future[A]") -> None:
         nonlocal left
+        error = None if future.cancelled() else future.exception()
         with lock:
             left -= 1
-            if left:
+            if combined.done():
                 return
-        try:
-            combined.set_result(finish([future.result() for future in futures]))
-        except BaseException as error:
-            combined.set_exception(error)
+            if error is not None:
+                combined.set_exception(error)
+            elif not left:
+                try:
+                    combined.set_result(finish([future.result() for future in futures]))
+                except BaseException as failure:
+                    combined.set_exception(failure)
+        if error is not None:
+            for other in futures:
+                other.cancel()
 
     for future in futures:
         future.add_done_callback(done)

@@ -117,16 +117,46 @@ def test_a_wrong_layout(launch: Path, doctor: Any) -> None:
     assert "num_layers = 4 is not divisible by" in only_error(report, "critic: settings and model")
 
 
+def with_free_tokenizer(model: Path, copy: Path) -> Path:
+    """A copy of a checkpoint whose tokenizer can be changed."""
+    shutil.copytree(model, copy)
+    manifest = json.loads((copy / checkpoint.MANIFEST).read_text())
+    manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.startswith(checkpoint.TOKENIZER)}
+    (copy / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("key", ["eos_token", "chat_template"])
+def test_another_eos_is_an_error_and_another_chat_template_a_warning(
+    key: str, launch: Path, doctor: Any, models: Models, tmp_path: Path
+) -> None:
+    other = with_free_tokenizer(models.rm, tmp_path / "other")
+    settings = other / checkpoint.TOKENIZER / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {key: "<pad>"}))
+    status, findings = doctor(launch, f"jobs.reward.settings.model.restore_from_path={other}")
+    found = findings["reward: tokenizer"]
+    if key == "eos_token":
+        assert (status, found["status"]) == (1, "error")
+        assert "EOS 1, actor has 0" in found["found"]
+    else:
+        assert (status, found["status"]) == (0, "warning")
+        assert found["found"] == "another chat template than actor's"
+
+
 def test_another_vocabulary(launch: Path, doctor: Any, models: Models, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(models.rm, other)
+    other = with_free_tokenizer(models.rm, tmp_path / "other")
     shutil.rmtree(other / checkpoint.TOKENIZER)
     word_level([f"w{n}" for n in range(40)], other / checkpoint.TOKENIZER)
-    manifest = json.loads((other / checkpoint.MANIFEST).read_text())
-    manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.startswith(checkpoint.TOKENIZER)}
-    (other / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     report = doctor(launch, f"jobs.reward.settings.model.restore_from_path={other}")
     assert "vocabulary of 42, actor has 64" in only_error(report, "reward: tokenizer")
+
+
+def test_fewer_gpus_than_ranks(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    found = only_error(doctor(launch), "GPUs of the jobs")
+    assert "actor, critic, reward run together on 4 ranks, but there are 3 GPUs" in found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert doctor(launch)[0] == 0
 
 
 def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> None:

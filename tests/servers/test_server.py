@@ -338,7 +338,7 @@ def test_killed_server_is_reported_and_leaves_no_process(tmp_path: Path) -> None
     with running_server(tmp_path) as server, CriticClient(server.client_config) as client:
         pids = client.connect(EXPECT)["pids"]
         children = psutil.Process(pids[0]).children(recursive=True)
-        tokens, lengths = batch(first=SLEEP)
+        tokens, lengths = batch(100 * MAX_BATCH, first=SLEEP)  # a hundred requests; one failure tells
         tokens[0, 1] = VOCAB - 5  # seconds
         future = client.infer(tokens, lengths)
         while client.status()["busy"] != "critic_infer":
