@@ -136,6 +136,7 @@ def write_hf_directory(
             shards.add(name, tensor.cpu())
         shards.finish()
         checkpoint.copy_tokenizer(tokenizer, incomplete)
+        _end_as_learnt(incomplete / checkpoint.GENERATION, config)
         _write_json(incomplete / CONFIG, config)
         checkpoint.fsync_tree(incomplete)
         os.rename(incomplete, path)
@@ -143,6 +144,17 @@ def write_hf_directory(
         shutil.rmtree(incomplete)
         raise
     checkpoint.fsync(path.parent)
+
+
+def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
+    """Have the settings of generation, if there are any, end a response with the tokenizer's EOS too."""
+    if not generation.is_file():
+        return
+    settings = _read_json(generation)
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if config["eos_token_id"] not in ends:
+        _write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
 
 
 class _Shards:

@@ -153,7 +153,8 @@ def _add_corpus(
         nargs="?",
         const="tokenizer",
         metavar="FILE",
-        help="format prompts and responses with a Jinja file or, without FILE, the tokenizer's own template",
+        help="format prompts and responses with a Jinja file or, without FILE, the tokenizer's own template; a file's "
+        "comes with the trained model if its training has model.tokenizer=<output>/tokenizer",
     )
     parser.add_argument(
         "--system-prompt", metavar="TEXT", help="system turn of conversations that have none; else text in front"

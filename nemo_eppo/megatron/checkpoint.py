@@ -34,7 +34,10 @@ from nemo_eppo.megatron.runner import ModelRunner
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
 INCOMPLETE = ".incomplete"
 _FORMAT = 1
-_TOKENIZER_FILES = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template*"
+GENERATION = "generation_config.json"
+_TOKENIZER_FILES = (
+    f"tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template* {GENERATION}"
+)
 
 
 class FileEntry(Config):
@@ -157,7 +160,8 @@ def stored_precision(directory: Path) -> Precision:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files of a Hugging Face directory, and not the model that may lie beside them."""
+    """Copy the tokenizer's files of a Hugging Face directory, and the settings of generation, but not the model that
+    may lie beside them."""
     target.mkdir(exist_ok=True)
     for pattern in _TOKENIZER_FILES.split():
         for file in source.glob(pattern):

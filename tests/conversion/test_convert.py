@@ -132,8 +132,20 @@ def test_round_trip_is_bit_exact(directories: dict[str, Path], checkpoints: dict
 
 def test_a_checkpoint_keeps_the_tokenizer_and_not_the_model_beside_it(checkpoints: dict[str, Path]) -> None:
     files = {path.name for path in (checkpoints["Llama"] / checkpoint.TOKENIZER).iterdir()}
-    assert files == {"tokenizer.json", "tokenizer_config.json"}
+    assert files == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     checkpoint.verify(checkpoints["Llama"])
+
+
+def test_settings_of_generation_come_along_and_end_with_the_tokenizers_eos(tmp_path: Path) -> None:
+    source = save(random_model("Llama"), tmp_path / "hf")
+    for name, ends, expected in (("kept", [5, 0], [5, 0]), ("added", 5, [0, 5]), ("absent", None, [0])):
+        settings = {"temperature": 0.6, "do_sample": True, "eos_token_id": ends}
+        (source / "generation_config.json").write_text(json.dumps(settings))
+        HfToMegatron(source, tmp_path / f"{name}-megatron").run()
+        MegatronToHf(tmp_path / f"{name}-megatron", tmp_path / name, "lm").run()
+        found = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert found == settings | {"eos_token_id": expected}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "added").generation_config.eos_token_id == [0, 5]
 
 
 def narrow_round_trip(root: Path) -> None:

@@ -96,7 +96,7 @@ def held_while_writing(directory: Path, tokenizer: Path) -> int:
             yield f"t{index}", tensor
             del tensor
 
-    write_hf_directory(directory, {}, tensors(), tokenizer, max_shard_bytes=1000)
+    write_hf_directory(directory, {"eos_token_id": 0}, tensors(), tokenizer, max_shard_bytes=1000)
     return most
 
 
