@@ -61,8 +61,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / count
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale `x` [B, T] to unit variance over all masked-in tokens of the batch, and to mean zero if `shift_mean`.
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Scale `x` [B, T] to unit variance and mean zero over all masked-in tokens of the batch.
 
     The variance is the population's (divided by n), with 1e-8 added: a constant input becomes zeros, not infinities.
     Zero outside the mask.
@@ -70,7 +70,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     x = zero_outside(x, mask)
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
-    return zero_outside(scaled if shift_mean else scaled + mean, mask)
+    return zero_outside(scaled, mask)
 
 
 def last_action(mask: Tensor) -> Tensor:

@@ -146,18 +146,17 @@ def _encode(path: Path, rows: list[tuple[int, tuple[str, ...]]], tokenizer: Toke
 
 
 def collate(
-    sequences: Sequence[tuple[Sequence[int] | TokenIds, Sequence[int] | TokenIds]], pad_id: int, multiple_of: int = 1
+    sequences: Sequence[tuple[Sequence[int] | TokenIds, Sequence[int] | TokenIds]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lay `(prompt_ids, response_ids)` pairs out as one right-padded batch.
 
     Returns:
-        tokens [B, S] int64, with S the longest sequence rounded up to `multiple_of`; prompt_lengths [B] int64;
+        tokens [B, S] int64, with S the longest sequence; prompt_lengths [B] int64;
         lengths [B] int64, prompt and response together.
     """
     prompt_lengths = torch.tensor([len(prompt) for prompt, _ in sequences])
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
-    width = -(-int(lengths.max()) // multiple_of) * multiple_of
-    tokens = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    tokens = torch.full((len(sequences), int(lengths.max())), pad_id, dtype=torch.int64)
     for row, (prompt, response) in zip(tokens, sequences, strict=True):
         row[: len(prompt)] = torch.as_tensor(prompt)
         row[len(prompt) : len(prompt) + len(response)] = torch.as_tensor(response)

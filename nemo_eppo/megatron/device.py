@@ -87,15 +87,6 @@ def only_these(numbers: list[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(numbers)} if on_gpu() else {}
 
 
-def max_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
-    if on_gpu():
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def capacities() -> list[int]:
     """Memory in bytes of each GPU of this machine."""
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]

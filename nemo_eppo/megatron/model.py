@@ -148,11 +148,6 @@ def unwrap(chunk: nn.Module) -> Any:
     return chunk
 
 
-def parameter_count(chunks: list[nn.Module]) -> int:
-    """Parameters this rank holds."""
-    return sum(p.numel() for chunk in chunks for p in chunk.parameters())
-
-
 def set_scoring(chunks: list[nn.Module], scoring: ScoringConfig) -> None:
     """Choose the distribution whose log-probabilities the policy reports."""
     for chunk in chunks:

@@ -16,7 +16,14 @@ from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
 
+CHECKPOINTS = "checkpoints"
+"""The folder in a run's directory."""
 BEST = "best"
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether this step is one of those `interval` apart; 0: none is."""
+    return interval > 0 and step % interval == 0
 
 
 class CheckpointConfig(Config):

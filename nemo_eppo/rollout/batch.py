@@ -53,10 +53,8 @@ class RolloutBatch:
     pad_id: int
 
     @classmethod
-    def from_completions(
-        cls, prompts: list[list[int]], completions: list[Completion], pad_id: int, multiple_of: int = 1
-    ) -> "RolloutBatch":
-        """Pad to the longest sample, then up to a multiple of `multiple_of` tokens (for sequence parallelism).
+    def from_completions(cls, prompts: list[list[int]], completions: list[Completion], pad_id: int) -> "RolloutBatch":
+        """Pad to the longest sample.
 
         Raises:
             ValueError: for an empty batch, prompt or response, or log-probs that do not match the tokens.
@@ -76,7 +74,7 @@ class RolloutBatch:
                 )
         prompt_lengths = torch.tensor([len(p) for p in prompts])
         lengths = prompt_lengths + torch.tensor([len(c.token_ids) for c in completions])
-        sequence_length = -(-int(lengths.max()) // multiple_of) * multiple_of
+        sequence_length = int(lengths.max())
         tokens = torch.full((len(prompts), sequence_length), pad_id)
         engine_logprobs = torch.zeros(len(prompts), sequence_length - 1)
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

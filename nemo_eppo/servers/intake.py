@@ -188,6 +188,8 @@ class Intake:
             if self._service.step != step:
                 raise RuntimeError(f"the service says step {self._service.step} after update {step}")
             self._last_update = (step, request.digest(), outcome)
+        elif request.endpoint == "critic_begin":
+            self._last_update = None  # it may have gone back behind that update
         request.result.set_result(outcome)
 
 

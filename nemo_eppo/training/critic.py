@@ -15,15 +15,13 @@ from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointSaver
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
-
-CHECKPOINTS = "checkpoints"
 
 
 class CriticSettings(Config):

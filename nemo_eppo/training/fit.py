@@ -16,13 +16,11 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import Head, unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointConfig, CheckpointSaver, due, tidy
 from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import RunStopped, StopWatch
-
-CHECKPOINTS = "checkpoints"
 
 
 class FitSettings(Config):
@@ -164,9 +162,9 @@ def fit(
             row["seconds/step"] = time.perf_counter() - started
             row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
             stop = watch.due()
-            save = stop or step == last or _due(step, saving.interval)
+            save = stop or step == last or due(step, saving.interval)
             validation: dict[str, float] = {}
-            if save or _due(step, settings.validation_interval):
+            if save or due(step, settings.validation_interval):
                 validation = task.validate(runner)
                 row |= validation
             if save:
@@ -201,7 +199,3 @@ def train_head_only(runner: ModelRunner) -> None:
     for part in runner.optimizer.chained_optimizers:
         for group in part.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in heads]
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

@@ -1,6 +1,6 @@
 """PPO with the energy-loss penalty, the actor's side: one step from prompts to updated policy and critic.
 
-Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (see METHODS of the README): all
+Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (README, "How it is computed"): all
 that is decided per step, from rewards to advantages to the order of mini-batches, is computed by every rank alike.
 """
 
@@ -155,22 +155,21 @@ class PPO:
         return experience, shaped.ledger, shaped.kl_loss_coefficient
 
     def _train(self, step: int, batch: RolloutBatch, experience: Experience, kl_in_loss: float) -> dict[str, float]:
-        """All updates of a step. The critic's run on its server while the policy's run here."""
+        """All updates of a step. The critic's run on its server, one after the other, while the policy's run here."""
         settings = self.settings
-        sums: dict[str, float] = {}
-        updates = 0
+        reports: list[dict[str, float]] = []
+        pending = []
         for epoch in range(settings.epochs):
             for rows in minibatches(batch.batch_size, settings.mini_batch_size, step_seed(self.seed, step), epoch):
                 part, chosen = batch.select(rows), experience.select(rows)
-                update = self.remote.train(part, chosen.returns, chosen.values)
+                pending.append(self.remote.train(part, chosen.returns, chosen.values))
                 with self.timers("actor_train"):
-                    actor = self._train_policy(part, chosen, kl_in_loss, is_first=updates == 0)
-                with self.timers("critic_train"):
-                    critic = self.remote.finish(update)
-                for name, value in [*_prefixed("actor", actor), *_prefixed("critic", critic)]:
-                    sums[name] = sums.get(name, 0.0) + value
-                updates += 1
-        return {name: value / updates for name, value in sums.items()}
+                    actor = self._train_policy(part, chosen, kl_in_loss, is_first=len(pending) == 1)
+                reports.append({f"actor/{name}": value for name, value in actor.items()})
+        with self.timers("critic_train"):
+            for report, update in zip(reports, pending, strict=True):
+                report |= {f"critic/{name}": value for name, value in self.remote.finish(update).items()}
+        return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
 
     def _train_policy(
         self, batch: RolloutBatch, experience: Experience, kl_in_loss: float, is_first: bool
@@ -281,7 +280,3 @@ def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) 
             "engine computes with other weights, or with another precision or filter, than the trainer"
         )
     return {f"rollout/engine_mismatch_{name}": value for name, value in found.items()}
-
-
-def _prefixed(prefix: str, metrics: dict[str, float]) -> list[tuple[str, float]]:
-    return [(f"{prefix}/{name}", value) for name, value in metrics.items()]

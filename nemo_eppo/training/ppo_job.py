@@ -20,7 +20,7 @@ from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import ScoringConfig
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_scoring
-from nemo_eppo.megatron.saving import CheckpointSaver, tidy
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsLogger
@@ -38,8 +38,6 @@ from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.remote import RemoteModels
 from nemo_eppo.training.setup import Plan, build, plan
 from nemo_eppo.training.stopping import StopWatch
-
-CHECKPOINTS = "checkpoints"
 
 
 class PPOJob:
@@ -155,11 +153,11 @@ class PPOJob:
                     row["reward/held_out"] = self.held_out.mean(result.batch)
                 is_last = self._watch(ppo, step, row, result.latents) or step == last
                 stop = watch.due()
-                save = stop or is_last or _due(step, config.checkpoint.interval)
+                save = stop or is_last or due(step, config.checkpoint.interval)
                 if recorder is not None:
                     recorder.record(step, self._rollout_rows([item.text for item in items], result, gold))
                 validation = {}
-                if is_last or _due(step, config.validation.interval) or (save and config.checkpoint.best):
+                if is_last or due(step, config.validation.interval) or (save and config.checkpoint.best):
                     validation = self._validate(ppo, step, None)
                 if save:
                     self._save(ppo, step, validation)
@@ -313,10 +311,6 @@ class PPOJob:
         if not path.exists():
             write_atomically(path, f"{secrets.randbits(62)}\n")
         return int(path.read_text())
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def load_gold_reward(name: str) -> GoldReward:

@@ -43,7 +43,6 @@ CASES: dict[str, tuple[int, Function]] = {
     "masked_mean": (1, lambda x: masking.masked_mean(x, MASK)),
     "masked_mean_rows": (1, lambda x: masking.masked_mean(x, MASK, dim=1)),
     "whiten": (1, lambda x: masking.whiten(x, MASK)),
-    "whiten_unshifted": (1, lambda x: masking.whiten(x, MASK, shift_mean=False)),
     "gae": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8)),
     "gae_bootstrapped": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8, True, TRUNCATED)),
     "policy_loss_token": (4, clipped_policy_loss(aggregation="token")),

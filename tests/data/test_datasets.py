@@ -104,17 +104,15 @@ def test_defects_name_file_line_and_field(write_rows: Callable[..., Path], words
         SFTDataset(path, words, max_sequence_length=9)
 
 
-def test_collate_pads_on_the_right_to_a_multiple() -> None:
+def test_collate_pads_on_the_right() -> None:
     pairs: list[tuple[list[int], list[int] | TokenIds]] = [
         ([5, 6], [7, EOS]),
         ([5], np.array([8, 9, 9, EOS], dtype=np.int32)),
     ]
-    tokens, prompt_lengths, lengths = collate(pairs, pad_id=1, multiple_of=4)
-    assert tokens.tolist() == [[5, 6, 7, EOS, 1, 1, 1, 1], [5, 8, 9, 9, EOS, 1, 1, 1]]
+    tokens, prompt_lengths, lengths = collate(pairs, pad_id=1)
+    assert tokens.tolist() == [[5, 6, 7, EOS, 1], [5, 8, 9, 9, EOS]]
     assert tokens.dtype == prompt_lengths.dtype == lengths.dtype == torch.int64
     assert (prompt_lengths.tolist(), lengths.tolist()) == ([2, 1], [4, 5])
-    assert collate(pairs, pad_id=1)[0].shape == (2, 5)
-    assert collate(pairs, pad_id=1, multiple_of=5)[0].shape == (2, 5)
 
 
 def test_an_epoch_visits_each_index_at_most_once_and_drops_the_rest() -> None:

@@ -27,18 +27,18 @@ COMPLETIONS = [
 ]
 
 
-def batch(multiple_of: int = 1) -> RolloutBatch:
-    return RolloutBatch.from_completions(PROMPTS, COMPLETIONS, PAD, multiple_of)
+def batch() -> RolloutBatch:
+    return RolloutBatch.from_completions(PROMPTS, COMPLETIONS, PAD)
 
 
 def test_a_batch_is_prompt_response_padding() -> None:
-    rollout = batch(multiple_of=4)
-    assert (rollout.batch_size, rollout.sequence_length) == (3, 8)
+    rollout = batch()
+    assert (rollout.batch_size, rollout.sequence_length) == (3, 5)
     assert rollout.tokens.dtype == torch.int64
     assert rollout.truncated.tolist() == [False, True, False]
     for row, prompt, completion in zip(rollout.tokens.tolist(), PROMPTS, COMPLETIONS, strict=True):
         tokens = prompt + completion.token_ids
-        assert row == tokens + [PAD] * (8 - len(tokens))
+        assert row == tokens + [PAD] * (5 - len(tokens))
 
 
 def test_the_mask_selects_the_actions_that_produced_the_response() -> None:
