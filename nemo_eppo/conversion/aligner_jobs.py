@@ -8,9 +8,22 @@ from nemo_eppo.conversion.aligner_rules import REQUIRED, Conversion
 _CONVERTERS = "NeMo's scripts/checkpoint_converters/convert_{llama,mistral_7b,qwen2}_nemo_to_hf.py"
 
 
+_LINEARS: dict[str, tuple[str, ...]] = {
+    "attention_qkv": ("linear_qkv",),
+    "attention_dense": ("linear_proj",),
+    "mlp_fc1": ("linear_fc1",),
+    "mlp_fc2": ("linear_fc2",),
+}
+_LINEARS["attention"] = _LINEARS["attention_qkv"] + _LINEARS["attention_dense"]
+_LINEARS["mlp"] = _LINEARS["mlp_fc1"] + _LINEARS["mlp_fc2"]
+_LINEARS["all"] = _LINEARS["attention"] + _LINEARS["mlp"]
+"""`model.peft.lora_tuning.target_modules` -> `model.lora.targets`."""
+
+
 def ppo_actor(c: Conversion) -> None:
     get = c.source.get
     _common(c)
+    _lora(c)
     _model_path(c, "pretrained_checkpoint.restore_from_path", "lm")
     _data(c, "nemo-eppo prepare prompts", "prompts", validation_required=False)
     window = int(get("model.data.seq_length") or c.source["model.encoder_seq_length"])
@@ -125,6 +138,7 @@ def reward_training(c: Conversion) -> None:
 
 def sft(c: Conversion) -> None:
     _common(c)
+    _lora(c)
     _model_path(c, "model.restore_from_path", "lm")
     for ours, theirs in (("train", "train_ds"), ("validation", "validation_ds")):
         key = f"model.data.{theirs}.file_path"
@@ -173,6 +187,24 @@ def _common(c: Conversion) -> None:
             note = "true shards optimizer states over data-parallel ranks, as there; GPUs only, so it is left to you"
             _mark(c, "model.optim.name", "changed", note)
         c.put("optimizer.distributed", False, note)
+
+
+def _lora(c: Conversion) -> None:
+    scheme = c.source["model.peft.peft_scheme"]
+    name = "model.peft.lora_tuning"
+    if scheme in (None, "none"):
+        c.put("model.lora", None)
+        for part in ("adapter_dim", "alpha", "target_modules"):
+            _mark(c, f"{name}.{part}", "dropped", "peft_scheme is none: all weights are trained")
+        return
+    c.require("model.peft.peft_scheme", scheme == "lora", "expected lora or none, all that there is here")
+    rank, asked = int(c.source[f"{name}.adapter_dim"]), c.source[f"{name}.target_modules"]
+    for module in asked:
+        c.require(f"{name}.target_modules", module in _LINEARS, f"expected some of {', '.join(_LINEARS)}")
+    targets = {linear for module in asked for linear in _LINEARS[module]}
+    c.put("model.lora.rank", rank)
+    c.put("model.lora.alpha", float(c.source.get(f"{name}.alpha") or rank), "that project's default is the rank")
+    c.put("model.lora.targets", [linear for linear in _LINEARS["all"] if linear in targets])
 
 
 def _best(c: Conversion, metrics: dict[str, str]) -> None:

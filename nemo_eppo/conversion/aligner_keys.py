@@ -26,7 +26,7 @@ _COPY = "a copy of another key"
 _SPEED = "changes speed or memory only"
 _MODEL = "comes with the model"
 _LIGHTNING = "of Lightning's own loop, which is not used"
-_LORA = "all weights are trained unless model.lora is set by hand"
+_LORA = "adapters come with the checkpoint of the run that they were trained in"
 _FORMAT = "data are JSON lines (nemo-eppo prepare)"
 _NO_BEST = "the critic is saved with the actor, whose checkpoint.* say when, and what is kept"
 
@@ -139,10 +139,15 @@ _MEGATRON_DATA: Rules = {
 }
 
 _PEFT: Rules = {
-    "model.peft.peft_scheme": lost(_LORA, "none", None),
+    "model.peft.peft_scheme": joint("model.lora", "none"),
     "model.peft.restore_from_path": lost(_LORA, None),
     "model.peft.restore_from_ckpt.*": dropped(_LORA),
-    "model.peft.lora_tuning.*": dropped(_LORA),
+    "model.peft.lora_tuning.adapter_dim": joint("model.lora.rank", 32),
+    "model.peft.lora_tuning.alpha": joint("model.lora.alpha"),
+    "model.peft.lora_tuning.target_modules": joint("model.lora.targets", ["attention_qkv"]),
+    "model.peft.lora_tuning.adapter_dropout": lost("adapters have no dropout", 0, None),
+    "model.peft.lora_tuning.layer_selection": lost("every layer has adapters", None),
+    "model.peft.lora_tuning.*": dropped("of an adapter A starts random and B zero"),
 }
 
 _REWARD_HEAD: Rules = {

@@ -28,7 +28,7 @@ model.regression.{num_attributes,merge_attributes,attribute_weights}
 """
 _PEFT = """
 model.peft.{peft_scheme,restore_from_path}
-model.peft.lora_tuning.{target_modules,adapter_dim,adapter_dropout,column_init_method,row_init_method,layer_selection}
+model.peft.lora_tuning.{target_modules,adapter_dim,alpha,adapter_dropout,column_init_method,row_init_method,layer_selection}
 model.peft.lora_tuning.{weight_tying,position_embedding_strategy}
 """
 _STANDARDIZATION = "model.reward_standardization.{enable,mean,std}"

@@ -307,6 +307,18 @@ def test_a_layout_that_comes_with_the_checkpoint_has_to_be_given(tmp_path: Path)
     assert not any(".nemo file" in line for line in whole.todo)
 
 
+def test_adapters_are_those_of_that_project(tmp_path: Path) -> None:
+    tuning = {"target_modules": ["mlp_fc2", "attention"], "adapter_dim": 8}
+    result = converted(ACTOR, tmp_path, model__peft={"peft_scheme": "lora", "lora_tuning": tuning})
+    check(result)
+    assert {key: value for key, value in result.values.items() if key.startswith("model.lora")} == {
+        "model.lora.rank": 8,
+        "model.lora.alpha": 8.0,  # adapters are scaled by alpha / rank, there by 1 unless alpha is set
+        "model.lora.targets": ["linear_qkv", "linear_proj", "linear_fc2"],
+    }
+    assert converted(ACTOR, tmp_path, model__peft__peft_scheme="none").values["model.lora"] is None
+
+
 def test_an_endless_run_has_to_be_given_its_steps(tmp_path: Path) -> None:
     result = converted(ACTOR, tmp_path, trainer__ppo__max_steps=-1)
     assert result.values["ppo.max_steps"] == "???"
@@ -329,6 +341,7 @@ def test_contradictions_are_reported(tmp_path: Path) -> None:
         ("model__optim__name", "sgd", "model.optim.name = 'sgd': the optimizer is AdamW"),
         ("model__optim__sched__min_lr", 1.0, "model.optim.sched.min_lr = 1.0: above model.optim.lr"),
         ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),
+        ("model__peft__peft_scheme", "ptuning", "model.peft.peft_scheme = 'ptuning': expected lora or none"),
         ("model__seed", "${model.nowhere}", "refers to what neither the file nor the environment has"),
         ("model__global_batch_size", None, "null where a value is needed, for 'ppo.mini_batch_size'"),
         ("remote_critic_rm__critic__ip", None, "remote_critic_rm.critic.ip = None: expected a host name"),
