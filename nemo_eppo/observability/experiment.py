@@ -31,6 +31,7 @@ from nemo_eppo.observability.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
 from nemo_eppo.observability.settings_help import settings_help
 
+_HEADER = "# settings of {}"  # first line of config.yaml: whose run directory it is
 _PATIENCE = 5.0  # seconds that ranks other than 0 hold their message back: the launcher ends them when rank 0 has told
 
 
@@ -127,10 +128,10 @@ def job(
                 if arguments.cfg:
                     print(_as_yaml(config), end="")
                 elif rank == 0:
-                    _refuse_foreign_run(_settings(config))
-                    _run_through_nemo(schema, main, arguments)
+                    _refuse_foreign_run(_settings(config), script.name)
+                    _run_through_nemo(schema, main, arguments, script.name)
                 else:
-                    main(config, _open_run(config, rank))
+                    main(config, _open_run(config, rank, script.name))
 
         return entry
 
@@ -233,13 +234,13 @@ def _as_yaml(config: Config) -> str:
 
 
 def _run_through_nemo(
-    schema: type[ConfigT], main: Callable[[ConfigT, Run], None], arguments: argparse.Namespace
+    schema: type[ConfigT], main: Callable[[ConfigT, Run], None], arguments: argparse.Namespace, script: str
 ) -> None:
     def start(composed: DictConfig) -> None:
         logging.getLogger().handlers.clear()  # Hydra's, which would print every library's INFO lines
         with _config_errors_end_the_job(rank=0):  # before Hydra makes a stack trace of it
             config = _check(schema, composed)
-            main(config, _open_run(config, rank=0))
+            main(config, _open_run(config, 0, script))
 
     from nemo_eppo.megatron import device
 
@@ -259,21 +260,28 @@ def _settings(config: Config) -> ExpManagerConfig:
     return cast(ExpManagerConfig, config.exp_manager)  # type: ignore[attr-defined]  # job() has seen to it
 
 
-def _refuse_foreign_run(settings: ExpManagerConfig) -> None:
-    if (settings.directory / "config.yaml").exists() and not settings.resume_if_exists:
+def _refuse_foreign_run(settings: ExpManagerConfig, script: str) -> None:
+    file = settings.directory / "config.yaml"
+    if not file.exists():
+        return
+    another = "choose another exp_manager.explicit_log_dir, name or version"
+    if not settings.resume_if_exists:
         raise ConfigError(
             f"{settings.directory} holds a run already and exp_manager.resume_if_exists = false: set it to true to go "
-            "on with that run, or choose another exp_manager.explicit_log_dir, name or version"
+            f"on with that run, or {another}"
         )
+    first_line = file.read_text().partition("\n")[0]
+    if first_line != _HEADER.format(script):
+        raise ConfigError(f"{settings.directory} is the run directory of another job ({first_line[2:]}): {another}")
 
 
-def _open_run(config: Config, rank: int) -> Run:
+def _open_run(config: Config, rank: int, script: str) -> Run:
     settings = _settings(config)
     directory, wandb = settings.directory, None
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         wandb = _start_exp_manager(settings)
-        write_atomically(directory / "config.yaml", _as_yaml(config))
+        write_atomically(directory / "config.yaml", f"{_HEADER.format(script)}\n{_as_yaml(config)}")
     return Run(directory, rank, _logger(directory, rank), settings, wandb)
 
 

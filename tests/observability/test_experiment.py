@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,4 +285,11 @@ def test_a_run_is_not_overwritten_unless_it_is_resumed(runs: dict[str, dict[str,
     status, output = _run(script, "model.path=x", "exp_manager.resume_if_exists=false")
     assert status == 2
     assert f"{script.parent / 'run'} holds a run already and exp_manager.resume_if_exists = false" in output
+
+
+def test_two_jobs_do_not_share_a_run_directory(runs: dict[str, dict[str, Any]], script: Path) -> None:
+    other = shutil.copy(script, script.with_name("other_job.py"))
+    status, output = _run(Path(other), "model.path=x")
+    assert status == 2
+    assert f"{script.parent / 'run'} is the run directory of another job (settings of {script.name})" in output
     assert "heavy imports: []" in output
