@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -190,6 +191,8 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> None:
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from nemo_eppo.conversion.convert import MegatronToHf
 
+    if not 0 < arguments.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb {arguments.max_shard_gb}: expected more than 0")
     MegatronToHf(
         arguments.input,
         arguments.output,

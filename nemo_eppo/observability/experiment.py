@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nemo_eppo.config import Config, ConfigError, ConfigT, load_config
 from nemo_eppo.observability.files import write_atomically
@@ -48,7 +49,7 @@ class ExpManagerConfig(Config):
     """One of several runs of an experiment."""
     resume_if_exists: bool = True
     """Go on with the run that the directory holds. If false, such a directory is an error."""
-    max_time_per_run: str | None = Field(None, pattern=r"^\d+:\d{2}:\d{2}:\d{2}$")
+    max_time_per_run: str | None = None
     """DD:HH:MM:SS after which the job saves and ends, so that the same command can go on later; null for no limit."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard scalars to <run directory>/tensorboard."""
@@ -62,6 +63,13 @@ class ExpManagerConfig(Config):
         if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
             raise ValueError("create_wandb_logger = true needs wandb_logger_kwargs with name and project")
         return self
+
+    @field_validator("max_time_per_run")
+    @classmethod
+    def _is_a_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", value):
+            raise ValueError("expected DD:HH:MM:SS, 00:03:50:00 for instance")
+        return value
 
     @property
     def max_seconds(self) -> float | None:

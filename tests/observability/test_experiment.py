@@ -196,6 +196,7 @@ def test_a_config_group_can_be_chosen(
         (["--config-name", "other"], "conf/other.yaml: Cannot find primary config 'other'"),
         (["--config-path", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
         (["model.path=x", "exp_manager.create_wandb_logger=true"], "needs wandb_logger_kwargs with name and project"),
+        (["model.path=x", "exp_manager.max_time_per_run=5m"], "max_time_per_run = '5m': expected DD:HH:MM:SS"),
         (["model.path=x", "steps=13"], "rank 1: steps = 13: an unlucky number"),
     ],
 )
