@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # of others only warnings
     arguments = _parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
