@@ -36,7 +36,7 @@ while [[ $1 == --* ]]; do
     shift
 done
 started=()
-trap 'kill -KILL "${started[@]}"; exit 143' TERM
+trap 'kill -KILL "${started[@]}"; wait "${started[@]}"; exit 143' TERM
 trap 'handed_on=yes; kill -USR1 "${started[@]}"' USR1
 for ((task = 0; task < tasks; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &

@@ -90,6 +90,7 @@ def test_ppo_with_adapters_keeps_both_base_models_and_resumes(models: Models, re
     for job, step in (("actor", SAVED), ("critic", SAVED * 2)):
         place = Path(job) / "checkpoints" / f"step_{step:06d}"
         shutil.copytree(tmp_path / "whole" / place, tmp_path / "parts" / place)
+    shutil.copy(tmp_path / "whole" / "actor" / "run_id", tmp_path / "parts" / "actor")
     assert ppo(models, reward_url, tmp_path / "parts") == rows[SAVED:]
 
 
