@@ -57,6 +57,17 @@ class ParallelConfig(Config):
             )
         return world_size // self.model_parallel_size
 
+    def check_update(self, name: str, rows: int, world_size: int) -> None:
+        """ConfigError if updates with so many rows, the setting `name`, cannot be dealt to all replicas and stages."""
+        replicas, stages = self.data_parallel_size(world_size), self.pipeline_model_parallel_size
+        if rows % replicas:
+            raise ConfigError(f"{name} = {rows} is not divisible by {replicas} replicas")
+        if self.virtual_pipeline_model_parallel_size and rows // replicas < stages:
+            raise ConfigError(
+                f"{name} = {rows}: expected at least {replicas * stages}, so that every replica has a row for each of "
+                f"{stages} interleaved stages"
+            )
+
 
 def world_size() -> int:
     """Ranks of this job as torchrun or srun set them; 1 for a plain `python script.py`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import on_rank0
@@ -122,9 +122,7 @@ def fit(
     batches = GlobalBatches(len(task), settings.global_batch_size, seed=seed)
     last = len(task) // settings.global_batch_size * settings.epochs
     last = min(last, settings.max_steps or last)
-    replicas = plan.setup.parallel.data_parallel_size(runtime.world_size())
-    if settings.global_batch_size % replicas:
-        raise ConfigError(f"global_batch_size = {settings.global_batch_size} is not divisible by {replicas} replicas")
+    plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
     runtime.initialize(plan.setup.parallel, seed)
     folder = run.directory / CHECKPOINTS
     resume, done = on_rank0(lambda: checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)), 0

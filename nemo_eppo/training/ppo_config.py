@@ -168,11 +168,7 @@ class PPOConfig(Config):
                 f"data.max_prompt_length {self.data.max_prompt_length} + generation.max_new_tokens {new} is more than "
                 f"the model's window of {window} tokens"
             )
-        replicas = self.model.parallel.data_parallel_size(ranks)
-        if self.ppo.mini_batch_size % replicas:
-            raise ConfigError(
-                f"ppo.mini_batch_size = {self.ppo.mini_batch_size} is not divisible by {replicas} replicas"
-            )
+        self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
         self.ppo.energy.layer_indices(model.num_layers)
 
     @model_validator(mode="after")

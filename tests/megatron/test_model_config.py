@@ -79,6 +79,12 @@ def test_ranks_that_the_layout_cannot_use_are_refused() -> None:
     assert layout.data_parallel_size(8) == 2
     with pytest.raises(ConfigError, match=re.escape("world size 6 is not divisible by tensor_model_parallel_size 2 x")):
         layout.data_parallel_size(6)
+    with pytest.raises(ConfigError, match="global_batch_size = 3 is not divisible by 2 replicas"):
+        layout.check_update("global_batch_size", 3, 8)
+    interleaved = layout.model_copy(update={"virtual_pipeline_model_parallel_size": 2})
+    interleaved.check_update("global_batch_size", 4, 8)
+    with pytest.raises(ConfigError, match="global_batch_size = 2: expected at least 4"):
+        interleaved.check_update("global_batch_size", 2, 8)
 
 
 def test_vocabulary_is_padded_to_equal_shards() -> None:
