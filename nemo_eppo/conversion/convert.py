@@ -4,7 +4,6 @@ Each conversion is checked when it is made. It streams the weights in one proces
 the memory of one of its files and one decoder layer.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -61,7 +60,7 @@ class HfToMegatron:
                     return torch.zeros(1)
 
             incomplete = checkpoint.start(self.output)
-            try:
+            with checkpoint.removed_on_error(incomplete):
                 write_weights(
                     incomplete / checkpoint.WEIGHTS,
                     manifest.model,
@@ -70,9 +69,6 @@ class HfToMegatron:
                     source,
                 )
                 checkpoint.complete(incomplete, self.output, manifest, self.source.path)
-            except BaseException:  # Ctrl-C too: what is left behind may be as large as the model
-                shutil.rmtree(incomplete)
-                raise
 
 
 class MegatronToHf:

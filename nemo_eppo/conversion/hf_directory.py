@@ -130,7 +130,7 @@ def write_hf_directory(
     incomplete = path.parent / f".{path.name}.incomplete"
     shutil.rmtree(incomplete, ignore_errors=True)
     incomplete.mkdir(parents=True)
-    try:
+    with checkpoint.removed_on_error(incomplete):
         shards = _Shards(incomplete, max_shard_bytes)
         for name, tensor in tensors:
             shards.add(name, tensor.cpu())
@@ -140,9 +140,6 @@ def write_hf_directory(
         _write_json(incomplete / CONFIG, config)
         checkpoint.fsync_tree(incomplete)
         os.rename(incomplete, path)
-    except BaseException:  # Ctrl-C too: what is left behind may be as large as the model
-        shutil.rmtree(incomplete)
-        raise
     checkpoint.fsync(path.parent)
 
 

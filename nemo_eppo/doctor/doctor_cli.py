@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +44,6 @@ def add_doctor(
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    logging.getLogger().setLevel(logging.WARNING)  # libraries introduce themselves when they are imported
     findings = _examine(arguments)
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:

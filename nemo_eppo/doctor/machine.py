@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import resource
 import shutil
 import sys
@@ -92,14 +93,8 @@ def disk(check: str, directory: Path, needed: int) -> Finding:
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
-    if not _writable(existing):
+    if not os.access(existing, os.W_OK | os.X_OK):
         return error(check, f"{existing} cannot be written to", "choose another output")
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB free at {existing}, {needed / 2**30:.1f} needed for checkpoints"
     return ok(check, text) if free >= needed else error(check, text, "free space, or lower checkpoint.keep")
-
-
-def _writable(directory: Path) -> bool:
-    import os
-
-    return os.access(directory, os.W_OK | os.X_OK)

@@ -85,7 +85,7 @@ class MegatronEngine:
         check_requests(prompt_ids, seeds, self._vocab_size, self._max_sequence_length)
         if not prompt_ids:
             return []
-        lengths = torch.tensor([len(prompt) for prompt in prompt_ids])
+        lengths, seed = torch.tensor([len(prompt) for prompt in prompt_ids]), torch.tensor(seeds)
         limits = (self._max_sequence_length - lengths).clamp(max=sampling.max_new_tokens)
         waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # the last, and longest, join first
         tokens = torch.full((len(prompt_ids), int(limits.max()) + _BLOCK), self._pad_id)
@@ -101,7 +101,7 @@ class MegatronEngine:
                 logits = first if logits is None or first is None else torch.cat([logits, first])
                 rows = torch.cat([rows, torch.tensor(joining)])
             steps = drawn[rows, None] + torch.arange(min(_BLOCK, int((limits - drawn)[rows].max())))
-            uniforms = counter_uniform(torch.tensor(seeds)[rows, None], steps).to(device.device())
+            uniforms = counter_uniform(seed[rows, None], steps).to(device.device())
             token, block = self._decode(logits, uniforms, sampling)
             tokens[rows[:, None], steps], logprobs[rows[:, None], steps] = block
             drawn[rows] += steps.size(1)

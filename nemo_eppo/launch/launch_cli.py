@@ -1,7 +1,6 @@
 """`nemo-eppo launch`: its arguments, and what its help says about launch files."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -54,8 +53,6 @@ def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.launch.schema import read_launch
     from nemo_eppo.launch.slurm import batch_script
     from nemo_eppo.observability.files import write_atomically
-
-    logging.getLogger().setLevel(logging.WARNING)  # libraries introduce themselves when they are imported
 
     for override in arguments.overrides:
         if "=" not in override:

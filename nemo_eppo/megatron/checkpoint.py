@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,16 @@ def _digests(directory: Path, names: list[str]) -> dict[str, str]:
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+@contextmanager
+def removed_on_error(directory: Path) -> Iterator[None]:
+    """Remove a directory that the block fails to fill, at Ctrl-C too: it may be as large as a model."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
 
 
 def fsync_tree(directory: Path) -> None:

@@ -14,26 +14,24 @@ class PeerError(RuntimeError):
     """Another rank failed; its own message is in its log and here."""
 
 
-def on_rank0(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
-    """Run `work` on the first rank of `group` (None: of all ranks) and give its picklable result to every other.
+def on_rank0(work: Callable[[], ResultT]) -> ResultT:
+    """Run `work` on global rank 0 and give its picklable result to every rank.
 
     Raises:
-        the error of `work` on that rank, and PeerError with its message on all others: none is left waiting.
+        the error of `work` on rank 0, and PeerError with its message on all others: none is left waiting.
     """
     error: Exception | None = None
     outcome: list[Any] = [None, None]
-    group = group or runtime.control_group()
-    first = dist.get_global_rank(group, 0)
-    if dist.get_rank() == first:
+    if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except Exception as caught:
             error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
-    dist.broadcast_object_list(outcome, src=first, group=group)
+    dist.broadcast_object_list(outcome, src=0, group=runtime.control_group())
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise PeerError(f"rank {first} failed: {outcome[1]}")
+        raise PeerError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]
 
 
