@@ -1,10 +1,11 @@
 """Prompt, SFT and preference data sets, tokenised when loaded, and the order in which training walks through them."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from nemo_eppo.data.jsonl import read_jsonl
 from nemo_eppo.data.tokenizer import Tokenizer
 
 TokenIds = npt.NDArray[np.int32]
+Row = tuple[str, TokenIds, list[TokenIds]]
 TooLong = Literal["error", "drop"]
 
 _TOKENISED_AT_ONCE = 2048  # rows: enough to keep the tokenizer's threads busy
@@ -50,8 +52,12 @@ class PreferenceItem:
 ItemT = TypeVar("ItemT")
 
 
-class _Items(Generic[ItemT]):
+class Examples(Generic[ItemT]):
+    """A data set in memory."""
+
     items: list[ItemT]
+    digest: str
+    """SHA-256 of every example's tokens, by which a run that goes on notices other data."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -60,7 +66,7 @@ class _Items(Generic[ItemT]):
         return self.items[index]
 
 
-class PromptDataset(_Items[PromptItem]):
+class PromptDataset(Examples[PromptItem]):
     """Prompts of a JSON-lines file with the field "prompt" (others are ignored), `.jsonl` or `.jsonl.gz`.
 
     `max_prompt_length` is in tokens, BOS included. Longer prompts are an error, or dropped and counted in the log.
@@ -74,9 +80,10 @@ class PromptDataset(_Items[PromptItem]):
     ) -> None:
         rows = _tokenised_rows(Path(path), tokenizer, (), "max_prompt_length", max_prompt_length, too_long)
         self.items = [PromptItem(index, text, prompt) for index, (text, prompt, _) in enumerate(rows)]
+        self.digest = _digest(rows)
 
 
-class SFTDataset(_Items[SequenceItem]):
+class SFTDataset(Examples[SequenceItem]):
     """Demonstrations with the fields "prompt" and "response".
 
     `max_sequence_length` is in tokens: BOS, prompt, response and EOS. Otherwise like `PromptDataset`.
@@ -89,9 +96,10 @@ class SFTDataset(_Items[SequenceItem]):
             Path(path), tokenizer, ("response",), "max_sequence_length", max_sequence_length, too_long
         )
         self.items = [SequenceItem(index, prompt, response) for index, (_, prompt, [response]) in enumerate(rows)]
+        self.digest = _digest(rows)
 
 
-class PreferenceDataset(_Items[PreferenceItem]):
+class PreferenceDataset(Examples[PreferenceItem]):
     """Preference pairs with the fields "prompt", "chosen" and "rejected"; the limit holds for the longer answer."""
 
     def __init__(
@@ -101,11 +109,21 @@ class PreferenceDataset(_Items[PreferenceItem]):
             Path(path), tokenizer, ("chosen", "rejected"), "max_sequence_length", max_sequence_length, too_long
         )
         self.items = [PreferenceItem(index, prompt, *responses) for index, (_, prompt, responses) in enumerate(rows)]
+        self.digest = _digest(rows)
+
+
+def _digest(rows: list[Row]) -> str:
+    content = hashlib.sha256()
+    for _, prompt, responses in rows:
+        for ids in (prompt, *responses):
+            content.update(len(ids).to_bytes(8, "little"))
+            content.update(ids.astype("<i4").tobytes())
+    return content.hexdigest()
 
 
 def _tokenised_rows(
     path: Path, tokenizer: Tokenizer, responses: tuple[str, ...], limit_name: str, limit: int, too_long: TooLong
-) -> list[tuple[str, TokenIds, list[TokenIds]]]:
+) -> list[Row]:
     """`(prompt text, prompt ids, ids of each field in responses)` of every row within the limit."""
     lines = list(read_jsonl(path, ("prompt", *responses)))
     rows = []
@@ -166,56 +184,49 @@ def collate(
 class GlobalBatches(Iterator[list[int]]):
     """Endless global batches of data-set indices; their order depends on seed and epoch, never on the layout of ranks.
 
-    Each epoch visits every index at most once. What is left of an epoch that does not fill a batch is skipped
-    (`drop_last`) or given as a smaller batch.
+    Each epoch visits every index at most once; what is left of it that does not fill a batch is skipped.
+
+    Args:
+        digest: of the data set that the indices are of.
     """
 
-    def __init__(
-        self, num_items: int, batch_size: int, *, seed: int, shuffle: bool = True, drop_last: bool = True
-    ) -> None:
+    def __init__(self, num_items: int, batch_size: int, *, seed: int, digest: str) -> None:
         self.epoch: int
         self._position: int
         self._order: npt.NDArray[np.int64]
         if num_items < 1 or batch_size < 1:
             raise ConfigError(f"num_items = {num_items}, batch_size = {batch_size}: expected at least 1 of each")
-        if drop_last and num_items < batch_size:
+        if num_items < batch_size:
             raise ConfigError(f"the data set has {num_items} examples, fewer than one global batch of {batch_size}")
-        self._settings = {
-            "num_items": num_items,
-            "batch_size": batch_size,
-            "seed": seed,
-            "shuffle": shuffle,
-            "drop_last": drop_last,
-        }
-        self._per_epoch = num_items - num_items % batch_size if drop_last else num_items
-        self._batch_size = batch_size
+        self._num_items, self._batch_size, self._seed = num_items, batch_size, seed
+        self._settings: dict[str, int | str]
+        self._settings = {"num_items": num_items, "batch_size": batch_size, "seed": seed, "digest": digest}
         self._start_epoch(0)
 
     def __next__(self) -> list[int]:
-        if self._position >= self._per_epoch:
+        if self._position + self._batch_size > self._num_items:
             self._start_epoch(self.epoch + 1)
-        end = min(self._position + self._batch_size, self._per_epoch)
-        batch = self._order[self._position : end]
-        self._position = end
+        batch = self._order[self._position : self._position + self._batch_size]
+        self._position += self._batch_size
         return batch.tolist()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         return {"epoch": self.epoch, "position": self._position, **self._settings}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state` was taken.
 
         Raises:
-            ConfigError: the state belongs to another data set size, batch size, seed or order.
+            ConfigError: the state belongs to another data set, batch size or seed.
         """
         for name, value in self._settings.items():
             if state[name] != value:
-                raise ConfigError(f"cannot resume the data order: {name} was {state[name]}, and is now {value}")
+                what = "the digest of the training data" if name == "digest" else name
+                raise ConfigError(f"cannot resume the data order: {what} was {state[name]}, and is now {value}")
         self._start_epoch(state["epoch"])
         self._position = state["position"]
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch, self._position = epoch, 0
-        self._order = np.arange(self._settings["num_items"])
-        if self._settings["shuffle"]:
-            np.random.default_rng([self._settings["seed"], epoch]).shuffle(self._order)
+        self._order = np.arange(self._num_items)
+        np.random.default_rng([self._seed, epoch]).shuffle(self._order)

@@ -11,7 +11,7 @@ from nemo_eppo.data.jsonl import read_jsonl
 from nemo_eppo.doctor.findings import Finding, error, guarded, ok, warning
 from nemo_eppo.doctor.machine import disk
 from nemo_eppo.doctor.memory import Memory, Workload, estimate
-from nemo_eppo.launch.check import HEADS, maker, schemas, taken_ports
+from nemo_eppo.launch.check import HEADS, UPDATES, check_job, maker, schemas, taken_ports
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
 from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.schema import LaunchConfig
@@ -24,11 +24,7 @@ FIELDS = {
     "train_reward_model": ("prompt", "chosen", "rejected"),
     "train_gpt_ppo_actor": ("prompt",),
 }
-BATCHES = {
-    "train_gpt_sft": "sft.global_batch_size",
-    "train_reward_model": "fit.global_batch_size",
-    "train_gpt_ppo_actor": "ppo.rollout_batch_size",
-}
+BATCHES = {**UPDATES, "train_gpt_ppo_actor": "ppo.rollout_batch_size"}
 _PROCESS = 600 * 2**20  # what a rank takes before there is a model
 _SECONDS_PER_FILE = 4.0
 
@@ -98,6 +94,7 @@ def _settings(launch: LaunchConfig, name: str) -> tuple[list[Finding], Job | Non
             f"PP {parallel.pipeline_model_parallel_size} x DP {replicas} for {planned.model.num_layers} layers "
             f"of width {planned.model.hidden_size}",
         )
+        check_job(job.script, settings, planned.model, job.ranks)
 
     return guarded(f"{name}: settings and model", examine)(), found[0] if found else None
 
@@ -157,10 +154,10 @@ def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def _windows(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """The longest rollout fits every model that reads it."""
+    """The longest rollout fits every server that reads it; the actor's own window is one of its settings' checks."""
     for actor in (job for job in jobs if job.script == "train_gpt_ppo_actor"):
         for job in jobs:
-            if job.plan is None or job.script not in ("train_gpt_ppo_actor", "serve_ppo_critic", "serve_reward_model"):
+            if job.plan is None or job.script not in ("serve_ppo_critic", "serve_reward_model"):
                 continue
             window = job.plan.model.max_sequence_length
             text = f"{actor.longest} tokens of prompt and response, a window of {window}"

@@ -1,17 +1,22 @@
 """Everything about a launch that can be wrong is found here, before anything starts."""
 
 import socket
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.launch.command import LOCAL_HOST, REPOSITORY, Address, fixed_port, overrides, script
 from nemo_eppo.launch.schema import LaunchConfig
 from nemo_eppo.observability.experiment import read_settings
 
+if TYPE_CHECKING:
+    from nemo_eppo.megatron.model_config import ModelConfig
+
 # Settings that name what a job reads.
 INPUTS = ("model.restore_from_path", "model.tokenizer", "reward_model", "data.train", "data.validation")
 HEADS = {"train_gpt_ppo_actor": "lm", "serve_reward_model": "scalar"}
+UPDATES = {"train_gpt_sft": "sft.global_batch_size", "train_reward_model": "fit.global_batch_size"}
 
 
 def check_launch(launch: LaunchConfig, *, here: bool) -> None:
@@ -82,8 +87,15 @@ def _check_inputs(launch: LaunchConfig, name: str, settings: Any) -> None:
     if not any(made_here.get(key) for key in ("model.restore_from_path", "model.tokenizer")):
         job = launch.jobs[name]
         planned = plan(settings.model, head=HEADS.get(job.script), ranks=job.ranks)  # type: ignore[arg-type]
-        if job.script == "train_gpt_ppo_actor":
-            settings.check_model(planned.model, job.ranks)
+        check_job(job.script, settings, planned.model, job.ranks)
+
+
+def check_job(script: str, settings: Any, model: "ModelConfig", ranks: int) -> None:
+    """ConfigError if a job would refuse its settings when it knows its model and its ranks."""
+    if script == "train_gpt_ppo_actor":
+        settings.check_model(model, ranks)
+    elif script in UPDATES:
+        settings.model.parallel.check_update(UPDATES[script], attrgetter(UPDATES[script])(settings), ranks)
 
 
 def maker(launch: LaunchConfig, path: Path) -> str | None:

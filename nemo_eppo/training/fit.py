@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config
-from nemo_eppo.data.datasets import GlobalBatches
+from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import Head, unwrap
@@ -21,6 +21,8 @@ from nemo_eppo.observability.experiment import Run
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import RunStopped, StopWatch
+
+VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
 
 
 class FitSettings(Config):
@@ -74,7 +76,8 @@ class Task(Protocol):
     def latent_size(self) -> int:
         """d of the head "inform"."""
 
-    def __len__(self) -> int:
+    @property
+    def train(self) -> Examples[Any]:
         """Training examples."""
 
     def rows(self, indices: list[int]) -> Rows:
@@ -119,8 +122,8 @@ def fit(
         RunStopped: the run was told to end before, and is saved.
     """
     saving.check_best(task.validated)
-    batches = GlobalBatches(len(task), settings.global_batch_size, seed=seed)
-    last = len(task) // settings.global_batch_size * settings.epochs
+    batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=seed, digest=task.train.digest)
+    last = len(task.train) // settings.global_batch_size * settings.epochs
     last = min(last, settings.max_steps or last)
     plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
     runtime.initialize(plan.setup.parallel, seed)

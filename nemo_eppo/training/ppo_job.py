@@ -59,7 +59,9 @@ class PPOJob:
         self.prompts = PromptDataset(
             data.train, self.tokenizer, max_prompt_length=data.max_prompt_length, too_long=data.too_long
         )
-        self.batches = GlobalBatches(len(self.prompts), config.ppo.rollout_batch_size, seed=config.seed)
+        self.batches = GlobalBatches(
+            len(self.prompts), config.ppo.rollout_batch_size, seed=config.seed, digest=self.prompts.digest
+        )
         self.validation_prompts = []
         if data.validation is not None:
             validation = PromptDataset(

@@ -18,15 +18,13 @@ from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
-from nemo_eppo.training.fit import FitSettings, TextDataConfig
+from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig
 from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
-from nemo_eppo.training.reward_service import store_gaussian
+from nemo_eppo.training.reward_service import LATENT_ROWS, store_gaussian
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 from nemo_eppo.training.stopping import RunStopped
 
-_VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
-_LATENT_ROWS = 64  # likewise, where each token has many outputs
 _SFT_RESPONSES = 2048
 
 
@@ -85,9 +83,6 @@ class RewardTask:
     def latent_size(self) -> int:
         return self.loss.latent_size
 
-    def __len__(self) -> int:
-        return len(self.train)
-
     def rows(self, indices: list[int]) -> Rows:
         return self._rows(_sides([self.train[index] for index in indices]))
 
@@ -120,7 +115,7 @@ class RewardTask:
             yield out[torch.arange(len(out)), rows["lengths"] - 1, 1 : 1 + self.latent_size]
 
     def _infer(self, runner: ModelRunner, sides: list[tuple[TokenIds, TokenIds]]) -> Iterator[tuple[Rows, Tensor]]:
-        size = _LATENT_ROWS if self.latent_size else _VALIDATION_ROWS
+        size = LATENT_ROWS if self.latent_size else VALIDATION_ROWS
         for start in range(0, len(sides), size):
             rows = self._rows(sides[start : start + size])
             yield rows, runner.infer(rows["tokens"], rows["lengths"], outputs=self.loss.outputs)[0]

@@ -21,7 +21,7 @@ from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
-_LATENT_ROWS = 64  # per forward pass where each token has many outputs; bounds memory, changes nothing
+LATENT_ROWS = 64  # per forward pass where each token has many outputs; bounds memory, changes nothing
 
 
 class RewardModelConfig(Config):
@@ -86,7 +86,7 @@ class RewardModel:
         tokens, lengths = request["tokens"], request["lengths"]
         assert self.head != "lm"
         width, rewards, latents = outputs_per_token(self.head, self.latent_size), [], []
-        for rows in torch.arange(len(tokens)).split(_LATENT_ROWS if self.latent_size else len(tokens)):
+        for rows in torch.arange(len(tokens)).split(LATENT_ROWS if self.latent_size else len(tokens)):
             out, _ = self._runner.infer(tokens[rows], lengths[rows], outputs=width)
             rewards.append(sequence_score(out[..., 0], request["prompt_lengths"][rows], lengths[rows], self.score))
             latents.append(out[torch.arange(len(rows)), lengths[rows] - 1, 1 : 1 + self.latent_size])

@@ -17,12 +17,10 @@ from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.observability.experiment import ExpManagerConfig, Run
-from nemo_eppo.training.fit import FitSettings, TextDataConfig, fit
+from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig, fit
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 from nemo_eppo.training.stopping import RunStopped
-
-_VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
 
 
 class SFTConfig(Config):
@@ -61,9 +59,6 @@ class SFTTask:
             for path in (data.train, data.validation)
         )
 
-    def __len__(self) -> int:
-        return len(self.train)
-
     def rows(self, indices: list[int]) -> Rows:
         return self._rows([self.train[index] for index in indices])
 
@@ -85,8 +80,8 @@ class SFTTask:
 
     def validate(self, runner: ModelRunner) -> dict[str, float]:
         total = count = 0.0
-        for start in range(0, len(self.validation), _VALIDATION_ROWS):
-            rows = self._rows(self.validation.items[start : start + _VALIDATION_ROWS])
+        for start in range(0, len(self.validation), VALIDATION_ROWS):
+            rows = self._rows(self.validation.items[start : start + VALIDATION_ROWS])
             out, _ = runner.infer(rows["tokens"], rows["lengths"], rows["targets"], outputs=2)
             total -= float(masked_sum(out[:, :-1, 0], rows["mask"]))
             count += float(rows["mask"].sum())

@@ -227,6 +227,13 @@ def test_a_window_that_is_too_short(launch: Path, doctor: Any) -> None:
     status, findings = doctor(launch, "jobs.actor.settings.generation.max_new_tokens=40")
     assert status == 1
     assert "56 tokens of prompt and response, a window of 48" in findings["reward: window"]["found"]
+    assert "max_new_tokens 40 is more than the model's window" in findings["actor: settings and model"]["found"]
+    assert findings["actor: memory"]["status"] == "ok"
+
+
+def test_layers_that_the_model_does_not_have(launch: Path, doctor: Any) -> None:
+    report = doctor(launch, "jobs.actor.settings.ppo.energy.layers=[9]")
+    assert "9" in only_error(report, "actor: settings and model")
 
 
 def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,10 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "jobs.actor: servers.critic.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
         ),
         (settings("actor", **{"data.max_prompt_length": 40}), "jobs.actor: data.max_prompt_length 40 + "),
+        (
+            settings("actor", **{"model.parallel.tensor_model_parallel_size": 1, "ppo.mini_batch_size": 1}),
+            "jobs.actor: ppo.mini_batch_size = 1 is not divisible by 2 replicas",
+        ),
         (settings("critic", optimzer={"lr": 1}), "jobs.critic: invalid configuration:\n  - optimzer: unknown key"),
         (
             settings("reward", **{"model.restore_from_path": "/nowhere/rm"}),

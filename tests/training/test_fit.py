@@ -69,7 +69,8 @@ def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) ->
     [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", 1))
     tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
     data = SFTDataset(models.data / "sft.train.jsonl", tokenizer, max_sequence_length=48)
-    batch = [data[index] for index in next(GlobalBatches(len(data), 8, seed=SFTConfig.model_fields["seed"].default))]
+    seed = SFTConfig.model_fields["seed"].default
+    batch = [data[index] for index in next(GlobalBatches(len(data), 8, seed=seed, digest=data.digest))]
     tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in batch], tokenizer.pad_id)
     logprobs, _, _ = policy_pass(load_weights(models.policy, False), tokens, models.reference)
     predicted = torch.arange(1, tokens.size(1))
@@ -107,7 +108,8 @@ def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Pa
 
 
 def messages(directory: Path, models: Models) -> dict[str, str]:
-    """What a finished run of one step says when it is started again: as it was, with other models, as another kind."""
+    """What a finished run of one step says when it is started again: with other models, as another kind,
+    for one step more on other data."""
     values, found = settings(models, "sft", 1), {}
     train("sft", directory, values)
     fresh = {"architecture": models.config.model_dump() | {"rotary_base": 5e5}, "tokenizer": models.data / "tokenizer"}
@@ -115,16 +117,26 @@ def messages(directory: Path, models: Models) -> dict[str, str]:
         with pytest.raises(ConfigError) as error:
             train("sft", directory, values | {"model": model})
         found[name] = str(error.value)
-    with pytest.raises(ConfigError) as error:
-        train("rm", directory, settings(models, "rm", 1))
-    return found | {"reward model": str(error.value)}
+    reordered = directory / "reordered.jsonl"
+    lines = values["data"]["train"].read_text().splitlines(keepends=True)
+    reordered.write_text("".join(reversed(lines)))
+    more = settings(models, "sft", 2)
+    for name, kind, other in (
+        ("reward model", "rm", settings(models, "rm", 1)),
+        ("data", "sft", more | {"data": more["data"] | {"train": reordered}}),
+    ):
+        with pytest.raises(ConfigError) as error:
+            train(kind, directory, other)
+        found[name] = str(error.value)
+    return found
 
 
-def test_a_run_that_goes_on_with_another_model_is_refused(models: Models, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_with_another_model_or_other_data_is_refused(models: Models, tmp_path: Path) -> None:
     [said] = run_ranks(messages, 1, tmp_path, models)
     assert "(precision = 'fp32', now 'bf16')" in said["bf16"]
     assert "(rotary_base = 10000.0, now 500000.0)" in said["another base"]
     assert "(head = 'lm', now 'scalar')" in said["reward model"]
+    assert "the digest of the training data was" in said.pop("data")
     assert all("choose another run directory" in message for message in said.values())
 
 
