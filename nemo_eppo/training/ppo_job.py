@@ -298,9 +298,9 @@ class PPOJob:
             ppo.remote.begin(run, 0)
             return 0
         manifest = checkpoint.read_manifest(newest)
+        self.batches.load_state_dict(manifest.state["batches"])
         ppo.remote.begin(run, manifest.state["critic_updates"])
         checkpoint.load(newest, ppo.policy.runner, optimizer=True)
-        self.batches.load_state_dict(manifest.state["batches"])
         ppo.pipeline.load_state_dict(manifest.state["pipeline"])
         self.monitor.load_state_dict(manifest.state["monitor"])
         if self.monitor.kl_raised:
