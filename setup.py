@@ -43,6 +43,7 @@ setup(
     extras_require={
         "dev": [
             "pytest>=9",
+            "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
             "ruff>=0.15",
             "mypy>=1.15",

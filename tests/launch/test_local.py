@@ -99,10 +99,15 @@ def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(m
 
 
 def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "launch.yaml")  # reading it waits for ever
-    ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    ctrl_c.start()
-    assert main(["launch", str(tmp_path / "launch.yaml")]) == 130
+    file = tmp_path / "launch.yaml"
+    os.mkfifo(file)
+
+    def press_ctrl_c() -> None:
+        with file.open("w"):  # waits until the launcher reads it
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    assert main(["launch", str(file)]) == 130
 
 
 def test_jobs_end_when_the_launcher_itself_is_killed(models: Models, tmp_path: Path) -> None:

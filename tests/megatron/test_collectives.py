@@ -39,10 +39,10 @@ def test_rank_0s_result_and_error_reach_every_rank() -> None:
 
 
 def _on_a_slow_rank0() -> str:
-    runtime.initialize(ParallelConfig(), 1, timeout_minutes=1 / 60)
+    runtime.initialize(ParallelConfig(), 1, timeout_minutes=1 / 20)
 
     def work() -> str:
-        time.sleep(3)
+        time.sleep(6)
         return "done"
 
     return on_rank0(work)

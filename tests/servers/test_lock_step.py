@@ -24,9 +24,11 @@ class Adder:
 
     def __init__(self, fail_on: tuple[int, ...] = ()) -> None:
         self.fail_on = fail_on
+        self.asked = threading.Semaphore(0)
         self.endpoints = {"critic_infer": self.infer}
 
     def infer(self, arrays: dict[str, torch.Tensor]) -> Any:
+        self.asked.release()
         total = arrays["tokens"].clone()
         dist.all_reduce(total)
         if dist.get_rank() in self.fail_on:
@@ -57,13 +59,20 @@ def run(fail_on: tuple[int, ...], stopping_rank: int | None) -> Any:
     arrays: dict[str, np.ndarray] = {"tokens": tokens, "mask": np.eye(4, dtype=np.uint8), "returns": np.ones(2, "f4")}
     intake = ListIntake([Request("critic_infer", arrays)] * 2)
     lead = cast(Intake, intake) if dist.get_rank() == 0 else None
+    service = Adder(fail_on)
+
+    def stop_in_the_second_request() -> None:
+        for _ in range(2):
+            service.asked.acquire()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with _stop_signals() as stop:
         if dist.get_rank() == stopping_rank:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Thread(target=stop_in_the_second_request).start()
         try:
-            _run(Adder(fail_on), dist.new_group(), stop, lead)
+            _run(service, dist.new_group(), stop, lead)
         except RuntimeError as error:
-            time.sleep(0.2)  # so that the other ranks see the same, and not this one's end
+            time.sleep(1)  # so that the other ranks see the same, and not this one's end
             return str(error)
     return intake.outcomes
 
