@@ -1,14 +1,16 @@
 """The HTTP side of a server: one Triton process on rank 0 whose endpoints call Python handlers through PyTriton."""
 
 import fcntl
+import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 EXIT_TIMEOUT_S = 5
 FREE_PORTS = (20000, 32000)
 _PREFIX = "nemo_eppo_triton_"
+
+logger = logging.getLogger(__name__)
 
 
 class _Triton(Triton):
@@ -64,11 +68,27 @@ class Frontend:
     def running(self) -> Iterator[str]:
         """Start Triton, give its URL, stop it at the end.
 
+        On a busy machine Triton's Python backend rarely, but now and then, waits for ever for the process of its first
+        endpoint. So a start that takes too long is tried a second time, with a warning.
+
         Raises:
             ConfigError: the port is taken or the host is not an address of this machine.
             RuntimeError: Triton did not start; with what its log says about it.
+            TimeoutError: likewise, because it hung twice.
         """
         self.port = _free_port(self.host, self.port)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._process())
+            except TimeoutError as error:
+                logger.warning("%s\nstarting it once more", error)
+                stack.enter_context(self._process())
+            shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
+            yield f"http://{shown}:{self.port}"
+
+    @contextmanager
+    def _process(self) -> Iterator[None]:
+        """Triton with all endpoints loaded, in a folder of its own."""
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
@@ -84,10 +104,11 @@ class Frontend:
                 try:
                     self._triton.run()
                 except Exception as error:
-                    where = f"{self.host}:{self.port}"
-                    raise RuntimeError(f"Triton did not start on {where}: {error}\n{self.failures()}") from error
-                shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
-                yield f"http://{shown}:{self.port}"
+                    kind = TimeoutError if isinstance(error, TimeoutError) else RuntimeError
+                    message = f"Triton did not start on {self.host}:{self.port}: {error}\n{self.failures()}"
+                    self._kill()
+                    raise kind(message) from error
+                yield
             finally:
                 self._triton.stop()
                 _remove(folder, self._triton.shared_memory_prefix)
@@ -120,6 +141,12 @@ class Frontend:
             return [self._handler(name, dict(request.data)) for request in requests]
 
         return infer
+
+    def _kill(self) -> None:
+        """End a Triton that hangs, with its helpers: asked to end, it would wait for them."""
+        server = self._triton._triton_server
+        if server is not None and server.is_alive():
+            os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)
 
     def alive(self) -> bool:
         return bool(self._triton.is_alive())
