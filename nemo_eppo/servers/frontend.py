@@ -9,8 +9,9 @@ import signal
 import socket
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class Frontend:
             TimeoutError: likewise, because it hung twice.
         """
         self.port = _free_port(self.host, self.port)
+        # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
+        libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
+        os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
+        remove_leftovers()
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._process())
@@ -89,10 +94,6 @@ class Frontend:
     @contextmanager
     def _process(self) -> Iterator[None]:
         """Triton with all endpoints loaded, in a folder of its own."""
-        # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
-        libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
-        os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
-        remove_leftovers()
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._log = folder / "triton.log"
         with open(folder / "owner", "w") as owner:
@@ -146,7 +147,10 @@ class Frontend:
         """End a Triton that hangs, with its helpers: asked to end, it would wait for them."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
-            os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)
+            while server.is_alive():  # else `stop` may signal a process that ends meanwhile, and fail
+                time.sleep(0.01)
 
     def alive(self) -> bool:
         return bool(self._triton.is_alive())
