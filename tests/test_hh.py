@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_eppo.data.corpora import CORPORA
-from nemo_eppo.data.preparation import prepare
 from nemo_eppo.observability.metrics import read_metrics
 from nemo_eppo.observability.recorder import read_rows
+from nemo_eppo.tools.corpora import CORPORA
+from nemo_eppo.tools.preparation import prepare
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NEMO_EPPO_DATA", REPOSITORY.parent / "shared" / "data")) / "hh-harmless-base-test.jsonl.gz"

@@ -15,16 +15,16 @@ from tqdm import tqdm
 from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.conversion.hf_directory import HfDirectory
 from nemo_eppo.data.datasets import TokenIds, collate
 from nemo_eppo.data.jsonl import json_line, read_jsonl
 from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.files import write_atomically
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.energy import EnergyProbeConfig, Preset
-from nemo_eppo.megatron.model_config import Precision
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
-from nemo_eppo.observability.files import write_atomically
+from nemo_eppo.models.hf_directory import HfDirectory
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Precision
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
 

@@ -8,17 +8,17 @@ import torch
 from pydantic import Field
 
 from nemo_eppo.config import Config
-from nemo_eppo.conversion.hf_directory import CONFIG
-from nemo_eppo.conversion.hf_weights import causal_architecture, hf_config
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm
-from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.model_config import ModelConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.hf_config import causal_architecture, hf_config
+from nemo_eppo.models.hf_directory import CONFIG
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import ModelConfig
 
 
 class EngineConfig(Config):
@@ -75,4 +75,4 @@ def write_hf_settings(path: Path, model: ModelConfig, dtype: torch.dtype, tokeni
     path.mkdir(parents=True, exist_ok=True)
     settings = hf_config(model, causal_architecture(model)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    checkpoint.copy_tokenizer(tokenizer, path)
+    checkpoint_files.copy_tokenizer(tokenizer, path)

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 

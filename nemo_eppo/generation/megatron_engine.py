@@ -11,7 +11,7 @@ from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, sample
 from nemo_eppo.generation.decoder import Decoder
 from nemo_eppo.generation.engine import check_limits, check_requests
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 

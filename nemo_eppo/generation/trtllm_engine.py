@@ -21,14 +21,15 @@ from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.conversion.hf_weights import hf_names
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import check_limits, check_requests
 from nemo_eppo.generation.refit import RefitError, pack
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
-from nemo_eppo.megatron.model_config import ModelConfig
-from nemo_eppo.megatron.runtime import PATIENCE, ParallelConfig, control_group, world_size
+from nemo_eppo.megatron.runtime import PATIENCE, control_group, world_size
+from nemo_eppo.models.hf_names import hf_names
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.entry.job import read_settings
 from nemo_eppo.launch.command import LOCAL_HOST, REPOSITORY, Address, fixed_port, overrides, script
 from nemo_eppo.launch.schema import LaunchConfig
-from nemo_eppo.observability.experiment import read_settings
 
 if TYPE_CHECKING:
-    from nemo_eppo.megatron.model_config import ModelConfig
+    from nemo_eppo.models.model_config import ModelConfig
 
 # Settings that name what a job reads.
 INPUTS = ("model.restore_from_path", "model.tokenizer", "reward_model", "data.train", "data.validation")

@@ -47,12 +47,12 @@ def add_launch(
 
 def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.config import ConfigError
+    from nemo_eppo.files import write_atomically
     from nemo_eppo.launch.check import check_launch
     from nemo_eppo.launch.kubernetes import manifests
     from nemo_eppo.launch.local import LaunchError, commands, run_local
     from nemo_eppo.launch.schema import read_launch
     from nemo_eppo.launch.slurm import batch_script
-    from nemo_eppo.observability.files import write_atomically
 
     for override in arguments.overrides:
         if "=" not in override:

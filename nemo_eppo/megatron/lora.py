@@ -8,7 +8,7 @@ whole; where it splits its input, A does, and B is whole. Only rank-wide tensors
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,33 +23,20 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from pydantic import Field
 from torch import Tensor, nn
 
-from nemo_eppo.config import Config
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.models.model_config import LoRAConfig, LoRATarget
 
-Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 _SPLIT_OUTPUT = ("linear_qkv", "linear_fc1")
 SUFFIX = "_lora"
 """Behind a linear's name: the name of its adapter, a module beside it."""
 
 
-class LoRAConfig(Config):
-    """Adapters to train in place of the model, whose own weights stay as they are; heads are trained in full."""
-
-    rank: int = Field(16, ge=1)
-    """Width of the adapters."""
-    alpha: float = Field(32.0, gt=0)
-    """Adapters are scaled by alpha / rank."""
-    targets: tuple[Target, ...] = Field(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1)
-    """Which linears of every layer get one: query, key and value; attention output; MLP gate and up; MLP down."""
-
-
 class Adapter(nn.Module):
     """A and B beside one linear of this rank, both zero until they are initialised or loaded."""
 
-    def __init__(self, linear: Any, target: Target, config: LoRAConfig, model_config: Any) -> None:
+    def __init__(self, linear: Any, target: LoRATarget, config: LoRAConfig, model_config: Any) -> None:
         super().__init__()
         self.enabled = True
         self._linear = (linear,)  # a tuple, for it is no part of this module
@@ -135,7 +122,7 @@ class Adapter(nn.Module):
         return shards
 
 
-def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, Target, int]]:
+def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
     """Every linear that can have an adapter: the module it is in, its name there, and its layer, from 1."""
     for chunk in chunks:
         for layer in unwrap(chunk).decoder.layers:

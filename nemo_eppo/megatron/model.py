@@ -1,6 +1,6 @@
 """Megatron models of all jobs: a policy that scores tokens, and models with a scalar head."""
 
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.heads import ScalarHeads, build_head
 from nemo_eppo.megatron.logprobs import ScoringConfig, token_logprobs
-from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
-from nemo_eppo.megatron.runtime import ParallelConfig
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
-
-Head = Literal["lm", "scalar", "odin", "inform"]
+from nemo_eppo.models.layout import ParallelConfig, check_layout
+from nemo_eppo.models.model_config import Head, ModelConfig, Precision
 
 
 class _Decoder(GPTModel):

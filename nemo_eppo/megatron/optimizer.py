@@ -15,7 +15,7 @@ from torch import nn
 
 from nemo_eppo.config import Config
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.model_config import DTYPES, Precision
+from nemo_eppo.models.model_config import DTYPES, Precision
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight decay
 

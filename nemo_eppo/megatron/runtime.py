@@ -9,64 +9,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import device
+from nemo_eppo.models.layout import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
 """How long ranks wait for what one of them does for all: a server's answer, the digests of a large checkpoint."""
 _control: dist.ProcessGroup | None = None
-
-
-class ParallelConfig(Config):
-    """How one job's model is laid out; what is left of the world size is data parallelism."""
-
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    """Ranks that share every weight matrix."""
-    pipeline_model_parallel_size: int = Field(1, ge=1)
-    """Ranks that share the layers."""
-    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
-    """Model chunks per pipeline rank (interleaved schedule); null for one."""
-    context_parallel_size: int = Field(1, ge=1)
-    """Ranks that share a sequence. Only 1 works today: the CPU attention and the log-prob pass need whole sequences."""
-    sequence_parallel: bool = False
-    """Also split activations outside attention and MLP over the tensor-parallel ranks."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ParallelConfig":
-        if self.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size = {self.context_parallel_size}: only 1 is supported")
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel = true needs tensor_model_parallel_size > 1")
-        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
-            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
-        return self
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model in a job of `world_size` ranks; ConfigError if they do not fit."""
-        if world_size % self.model_parallel_size:
-            raise ConfigError(
-                f"world size {world_size} is not divisible by tensor_model_parallel_size "
-                f"{self.tensor_model_parallel_size} x pipeline_model_parallel_size {self.pipeline_model_parallel_size}"
-            )
-        return world_size // self.model_parallel_size
-
-    def check_update(self, name: str, rows: int, world_size: int) -> None:
-        """ConfigError if updates with so many rows, the setting `name`, cannot be dealt to all replicas and stages."""
-        replicas, stages = self.data_parallel_size(world_size), self.pipeline_model_parallel_size
-        if rows % replicas:
-            raise ConfigError(f"{name} = {rows} is not divisible by {replicas} replicas")
-        if self.virtual_pipeline_model_parallel_size and rows // replicas < stages:
-            raise ConfigError(
-                f"{name} = {rows}: expected at least {replicas * stages}, so that every replica has a row for each of "
-                f"{stages} interleaved stages"
-            )
 
 
 def world_size() -> int:

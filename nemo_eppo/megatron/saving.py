@@ -15,6 +15,7 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.models import checkpoint_files
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's directory."""
@@ -70,7 +71,7 @@ class CheckpointSaver:
         self._sealing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if dist.get_rank() == 0:
-            for abandoned in folder.glob(f".step_*{checkpoint.INCOMPLETE}"):
+            for abandoned in folder.glob(f".step_*{checkpoint_files.INCOMPLETE}"):
                 shutil.rmtree(abandoned, ignore_errors=True)  # its writers may still be at it, for a moment
 
     def path(self, step: int) -> Path:
@@ -80,7 +81,7 @@ class CheckpointSaver:
     def save(
         self,
         runner: ModelRunner,
-        manifest: checkpoint.Manifest,
+        manifest: checkpoint_files.Manifest,
         *,
         before: Callable[[], object] | None = None,
         after: Callable[[], object] | None = None,
@@ -99,7 +100,7 @@ class CheckpointSaver:
         def seal() -> None:
             if before is not None:
                 before()
-            checkpoint.complete(incomplete, directory, complete_manifest, self._tokenizer)
+            checkpoint_files.complete(incomplete, directory, complete_manifest, self._tokenizer)
             if after is not None:
                 after()
 
@@ -127,11 +128,11 @@ class CheckpointSaver:
 
 def tidy(folder: Path, config: CheckpointConfig) -> None:
     """Remove all but the newest checkpoints and the best, and link that one; on one rank."""
-    saved = checkpoint.complete_in(folder)
+    saved = checkpoint_files.complete_in(folder)
     wanted = set(saved[-config.keep :])
     if config.best is not None:
         sign = 1 if config.best_is == "highest" else -1
-        metrics = {path: checkpoint.read_manifest(path).metrics for path in saved}
+        metrics = {path: checkpoint_files.read_manifest(path).metrics for path in saved}
         measured = {path: found[config.best] * sign for path, found in metrics.items() if config.best in found}
         if measured:  # none was, if `best` has only been set since
             best = max(measured, key=measured.__getitem__)

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.model_config import DTYPES, ModelConfig, Precision
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import DTYPES, ModelConfig, Precision
 
 
 def has_transformer_engine() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from nemo_eppo.observability.files import write_atomically
+from nemo_eppo.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 _RESERVED = ("step", "time")

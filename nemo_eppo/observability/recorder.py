@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.observability.files import write_atomically
+from nemo_eppo.files import write_atomically
 
 
 class RolloutRecorder:

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import MINUS, Series, histogram_chart, line_chart, scatter_chart, stacked_chart
-from nemo_eppo.observability.files import write_atomically
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import figure, page, section

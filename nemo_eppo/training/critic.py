@@ -11,12 +11,13 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.policy import value_loss
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
@@ -83,7 +84,9 @@ class CriticService:
         runtime.initialize(config.model.parallel, config.seed)
         self._folder = directory / CHECKPOINTS
         self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.critic.asynchronous_save)
-        newest = partial(checkpoint.verify_newest, self._folder, "scalar", self._plan.model, config.model.precision)
+        newest = partial(
+            checkpoint_files.verify_newest, self._folder, "scalar", self._plan.model, config.model.precision
+        )
         self._build(on_rank0(newest))
         if self._reward is not None:
             self._reward.build()
@@ -123,7 +126,7 @@ class CriticService:
             total_steps=self._config.critic.total_updates or 1,
             resume=resume,
         )
-        manifest = checkpoint.read_manifest(resume) if resume else None
+        manifest = checkpoint_files.read_manifest(resume) if resume else None
         self._step = manifest.step if manifest else 0
         self._run: int | None = manifest.state["run"] if manifest else None
 
@@ -139,7 +142,7 @@ class CriticService:
             resume = self._saver.path(step) if step else None
             if resume is not None:
                 try:
-                    on_rank0(lambda: checkpoint.verify(resume))
+                    on_rank0(lambda: checkpoint_files.verify(resume))
                 except (ConfigError, PeerError) as error:
                     raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
             del self._runner  # before the new one needs as much memory
@@ -171,10 +174,10 @@ class CriticService:
         needed = {self._saver.path(int(step)) for step in (*request["keep"], self._step)}
 
         def tidy() -> None:
-            for path in set(checkpoint.complete_in(self._folder)) - needed:
+            for path in set(checkpoint_files.complete_in(self._folder)) - needed:
                 shutil.rmtree(path)
 
-        manifest = checkpoint.Manifest(
+        manifest = checkpoint_files.Manifest(
             head="scalar", step=self._step, model=self._plan.model, optimizer=True, state={"run": self._run}
         )
         self._saver.save(self._runner, manifest, after=tidy)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import checkpoint
+from nemo_eppo.models import checkpoint_files
 
 
 class EnergyCache:
@@ -70,7 +70,7 @@ def prompt_digest(prompt: list[int]) -> bytes:
 def model_digest(directory: Path) -> str:
     """Names the weights in a directory: by a checkpoint's manifest, which lists the digest of every file, or by the
     name, size and time of change of each file of another kind of model directory."""
-    manifest = directory / checkpoint.MANIFEST
+    manifest = directory / checkpoint_files.MANIFEST
     if manifest.is_file():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
     found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(directory.iterdir())]

@@ -11,14 +11,16 @@ from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import Examples, GlobalBatches
-from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.megatron.model import Head, unwrap
+from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointConfig, CheckpointSaver, due, tidy
-from nemo_eppo.observability.experiment import Run
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.progress import Progress
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import RunStopped, StopWatch
 
@@ -128,9 +130,12 @@ def fit(
     plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
     runtime.initialize(plan.setup.parallel, seed)
     folder = run.directory / CHECKPOINTS
-    resume, done = on_rank0(lambda: checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)), 0
+    resume, done = (
+        on_rank0(lambda: checkpoint_files.verify_newest(folder, task.head, plan.model, plan.setup.precision)),
+        0,
+    )
     if resume is not None:
-        manifest = checkpoint.read_manifest(resume)
+        manifest = checkpoint_files.read_manifest(resume)
         done = manifest.step
         if done >= last:
             run.logger.info("%s has %d steps, the settings ask for %d: there is nothing left to do", resume, done, last)
@@ -169,7 +174,7 @@ def fit(
                 validation = task.validate(runner)
                 row |= validation
             if save:
-                manifest = checkpoint.Manifest(
+                manifest = checkpoint_files.Manifest(
                     head=task.head,
                     step=step,
                     model=plan.model,

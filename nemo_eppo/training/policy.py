@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.energy import energy_mask, energy_window, response_energy
-from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.refit import RefitError
 from nemo_eppo.megatron.collectives import on_rank0, over_replicas
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import AdaptersOff
-from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest

@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 from nemo_eppo.algorithms.energy import EnergyWindow
 from nemo_eppo.algorithms.policy import Aggregation
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.evaluation.monitor import MonitorConfig
 from nemo_eppo.generation.build import EngineConfig
 from nemo_eppo.megatron.energy import EnergyProbeConfig
-from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig
+from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.monitor.monitor import MonitorConfig
+from nemo_eppo.observability.run import ExpManagerConfig
 from nemo_eppo.rewards.pipeline import RewardConfig
 from nemo_eppo.rewards.terms import EnergyPenaltyConfig
 from nemo_eppo.rollout.sampling import SamplingParams

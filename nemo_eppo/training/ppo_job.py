@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.evaluation.monitor import HackingMonitor
+from nemo_eppo.files import write_atomically
 from nemo_eppo.generation.build import build_engine, check_engine
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import on_rank0
@@ -21,11 +21,12 @@ from nemo_eppo.megatron.logprobs import ScoringConfig
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_scoring
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
-from nemo_eppo.observability.experiment import Run
-from nemo_eppo.observability.files import write_atomically
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
 from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.user_terms import load_named
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch, seeds_for, step_seed
@@ -273,7 +274,7 @@ class PPOJob:
             "critic_updates": updates,
             "critic_checkpoint": critic,
         }
-        manifest = checkpoint.Manifest(
+        manifest = checkpoint_files.Manifest(
             head="lm", step=step, model=self.plan.model, metrics=validation, optimizer=True, state=state
         )
         self.saver.save(
@@ -285,19 +286,21 @@ class PPOJob:
 
     def _critics_needed(self) -> list[int]:
         """The critic's updates that this run's checkpoints go with."""
-        saved = checkpoint.complete_in(self.checkpoints)
-        return [checkpoint.read_manifest(path).state["critic_updates"] for path in saved]
+        saved = checkpoint_files.complete_in(self.checkpoints)
+        return [checkpoint_files.read_manifest(path).state["critic_updates"] for path in saved]
 
     def _resume(self, ppo: PPO) -> int:
         """Load the newest checkpoint of this run, if there is one, and have the critic go back to the same step; the
         step it was made at."""
         run = on_rank0(self._run_id)
         setup = self.plan.setup
-        newest = on_rank0(lambda: checkpoint.verify_newest(self.checkpoints, "lm", self.plan.model, setup.precision))
+        newest = on_rank0(
+            lambda: checkpoint_files.verify_newest(self.checkpoints, "lm", self.plan.model, setup.precision)
+        )
         if newest is None:
             ppo.remote.begin(run, 0)
             return 0
-        manifest = checkpoint.read_manifest(newest)
+        manifest = checkpoint_files.read_manifest(newest)
         self.batches.load_state_dict(manifest.state["batches"])
         ppo.remote.begin(run, manifest.state["critic_updates"])
         checkpoint.load(newest, ppo.policy.runner, optimizer=True)

@@ -9,10 +9,12 @@ from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import Head, unwrap
+from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.observability.experiment import Run
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.model_config import Head
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.fit import FitSettings, Task, fit
 from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
 
@@ -96,7 +98,7 @@ def average_members(
     config: EnsembleConfig, members: list[Path], task: Task, model: Plan, seed: int, run: Run
 ) -> dict[str, float]:
     """Write the mean of the best members' weights to <run directory>/average; its metrics on the validation data."""
-    accuracies = {path: checkpoint.read_manifest(path).metrics["validation/accuracy"] for path in members}
+    accuracies = {path: checkpoint_files.read_manifest(path).metrics["validation/accuracy"] for path in members}
     best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
     runtime.initialize(model.setup.parallel, seed)
     runner = build(_plan_from(best[0], model, lora=None), task.head, latent_size=task.latent_size)
@@ -114,7 +116,7 @@ def average_members(
     if state["kind"] == "bradley_terry":
         state["kind"] = "warm"
     state["average_of"] = [str(path) for path in best]
-    manifest = checkpoint.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
+    manifest = checkpoint_files.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
     checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
     run.logger.info(
         "averaged %d of %d members (validation accuracy %s): %.4f",

@@ -13,11 +13,11 @@ from nemo_eppo.algorithms.preference import preference_metrics
 from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import PreferenceDataset, PreferenceItem, SFTDataset, TokenIds, collate
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models.model_config import Head
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig
 from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig

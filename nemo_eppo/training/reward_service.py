@@ -12,11 +12,11 @@ from torch import Tensor
 from nemo_eppo.algorithms.latents import Gaussian
 from nemo_eppo.algorithms.preference import sequence_score
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.conversion.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.heads import outputs_per_token
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, build, plan

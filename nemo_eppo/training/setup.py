@@ -8,18 +8,18 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.conversion.hf_directory import HfDirectory
-from nemo_eppo.conversion.hf_weights import load_tensors
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, lora, runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
-from nemo_eppo.megatron.lora import LoRAConfig
-from nemo_eppo.megatron.model import Head, build_model
-from nemo_eppo.megatron.model_config import ModelConfig, Precision, check_layout
+from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.weights import load_tensors
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.hf_directory import HfDirectory
+from nemo_eppo.models.layout import ParallelConfig, check_layout
+from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
 
 
 class ModelSetup(Config):
@@ -67,7 +67,7 @@ class Plan:
     tokenizer_path: Path
     source: Path | HfDirectory | None
     """Checkpoint directory or Hugging Face directory, if the model is not fresh."""
-    manifest: checkpoint.Manifest | None
+    manifest: checkpoint_files.Manifest | None
 
 
 def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:
@@ -92,9 +92,9 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
                 raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
             tokenizer_path = tokenizer_path or source.path
         else:
-            source = checkpoint.find(setup.restore_from_path, f"{where}.restore_from_path")
-            manifest = checkpoint.read_manifest(source, head)
-            tokenizer_path = tokenizer_path or source / checkpoint.TOKENIZER
+            source = checkpoint_files.find(setup.restore_from_path, f"{where}.restore_from_path")
+            manifest = checkpoint_files.read_manifest(source, head)
+            tokenizer_path = tokenizer_path or source / checkpoint_files.TOKENIZER
         model = manifest.model
     assert model is not None
     assert tokenizer_path is not None
@@ -151,7 +151,7 @@ def build(
         load_tensors(chunks, plan.model, plan.source.tensor, fresh_head=fresh_head)
     elif isinstance(plan.source, Path) and resume is None:
         source = plan.source
-        on_rank0(lambda: checkpoint.verify(source))
+        on_rank0(lambda: checkpoint_files.verify(source))
         checkpoint.load(source, ModelRunner(chunks, setup.micro_batch_size), fresh_head=fresh_head)
     if setup.lora is not None:
         lora.train_adapters(chunks, setup.lora)

@@ -12,11 +12,11 @@ from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import SequenceItem, SFTDataset, collate
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.model import Head
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models.model_config import Head
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig, fit
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, Plan, plan

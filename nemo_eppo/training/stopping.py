@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_eppo.megatron import device
-from nemo_eppo.observability.experiment import Run
+from nemo_eppo.observability.run import Run
 
 # srun hands SIGUSR1 on to the ranks that it has started; at SIGTERM it kills them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

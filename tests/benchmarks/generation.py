@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.model_config import ModelConfig
-from nemo_eppo.megatron.runtime import ParallelConfig, initialize, shutdown
+from nemo_eppo.megatron.runtime import initialize, shutdown
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 
 VOCABULARY = {"even": 1024, "mixed": 128}  # a fresh model ends a response with probability 1 / vocabulary

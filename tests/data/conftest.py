@@ -1,31 +1,5 @@
-"""Small tokenizers and files shared by the data tests."""
+"""Fixtures of this folder."""
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from small_data import words, write_rows
 
-import pytest
-
-from nemo_eppo.data.tokenizer import Tokenizer, word_level
-
-WORDS = ["red", "green", "blue", "one", "two", "three"]  # ids 2 to 7; 0 is <eos>, 1 is <pad>
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Word-level tokenizer over WORDS."""
-    directory = tmp_path_factory.mktemp("words")
-    word_level(WORDS, directory)
-    return Tokenizer.from_directory(directory)
-
-
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Write rows as JSON lines; text is written as it is."""
-
-    def write(*rows: Mapping[str, object] | str, name: str = "rows.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    return write
+__all__ = ["words", "write_rows"]

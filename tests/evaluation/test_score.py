@@ -2,25 +2,22 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
+from hf_models import WORDS, random_model, save
 from torch import Tensor
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.conversion.convert import HfToMegatron
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation import score
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
-from nemo_eppo.megatron.runtime import ParallelConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
-from hf_models import WORDS, random_model, save
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.tools.convert import HfToMegatron
 
 TEMPLATE = "{% for m in messages %}w0 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
 

@@ -11,7 +11,7 @@ from nemo_eppo.generation.build import write_hf_settings
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.models.model_config import ModelConfig
 
 Kind = Literal["megatron", "tensorrt_llm"]
 STAND_IN = Path(__file__).parent / "stand_in"

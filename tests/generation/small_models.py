@@ -6,14 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_eppo.conversion.hf_weights import hf_names, load_tensors
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig
 from nemo_eppo.megatron.model import build_model, set_scoring, unwrap
-from nemo_eppo.megatron.model_config import ModelConfig, Precision
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.megatron.weights import load_tensors
+from nemo_eppo.models.hf_names import hf_names
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import ModelConfig, Precision
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 

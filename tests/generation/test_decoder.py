@@ -22,10 +22,10 @@ from small_models import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_eppo.conversion.hf_weights import hf_config
 from nemo_eppo.generation import decoder
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.models.hf_config import hf_config
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 

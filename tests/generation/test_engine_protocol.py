@@ -12,8 +12,8 @@ from engines import Kind, make_engine
 from small_models import EOS, MODEL, build_policy, greedy_without_cache, random_prompts, trainer_logprobs
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 

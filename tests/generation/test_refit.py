@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.conversion.hf_weights import export_tensors, hf_config, hf_names
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, digest, pack
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, check_tensorrt_llm, map_sampling
 from nemo_eppo.megatron import lora
-from nemo_eppo.megatron.lora import AdaptersOff, LoRAConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.lora import AdaptersOff
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models.hf_config import hf_config
+from nemo_eppo.models.hf_names import hf_names
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import LoRAConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=8, greedy=True)

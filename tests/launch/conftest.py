@@ -1,10 +1,5 @@
 """Fixtures of this folder."""
 
-import sys
-from pathlib import Path
+from jobs import models, reward_url
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from jobs import models
-
-__all__ = ["models"]
+__all__ = ["models", "reward_url"]

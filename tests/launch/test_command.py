@@ -23,7 +23,7 @@ VALUES: dict[str, Any] = {
     "looks_like_a_number": "12",
     "looks_like_null": "null",
     "empty": "",
-    "function": "nemo_eppo.data.noun_task:gold_reward",
+    "function": "nemo_eppo.tools.noun_task:gold_reward",
     "list": [1, "x'y", {"url": "http://10.0.0.1:5555"}],
     "nothing": {},
 }

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_eppo.megatron import logprobs
 from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig, token_logprobs
-from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.models.layout import ParallelConfig
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 6, 3, 8, 101
 SCORINGS = {

@@ -32,10 +32,12 @@ from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, lora
 from nemo_eppo.megatron.energy import EnergyProbeConfig
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.lora import AdaptersOff, LoRAConfig
+from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.model_config import LoRAConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 
 
@@ -148,7 +150,7 @@ def everything(case: Case, directory: Path | None) -> dict[str, Any]:
         "mismatch": max(unlike, generated_against_scored(runner)) if case.head == "lm" else 0.0,
     }
     if directory is not None:
-        manifest = checkpoint.Manifest(head=case.head, step=UPDATES, model=model, optimizer=True)
+        manifest = checkpoint_files.Manifest(head=case.head, step=UPDATES, model=model, optimizer=True)
         checkpoint.save(directory, runner, manifest)
     runner.train_step(rows, loss_function)
     result["one more"] = exported(runner, model)
@@ -269,12 +271,12 @@ def read_without_adapters(directory: Path) -> dict[str, Any]:
             checkpoint.load(directory, wrong, optimizer=True)
         errors.append(str(error.value))
     plain = directory.with_name("plain")
-    checkpoint.save(plain, runner, checkpoint.Manifest(head="lm", step=0, model=MODEL))
+    checkpoint.save(plain, runner, checkpoint_files.Manifest(head="lm", step=0, model=MODEL))
     return {
         "merged": merged,
         "names": [name for name, _ in named_parameters(runner)],
         "errors": errors,
-        "recorded": (checkpoint.read_manifest(directory).lora, checkpoint.read_manifest(plain).lora),
+        "recorded": (checkpoint_files.read_manifest(directory).lora, checkpoint_files.read_manifest(plain).lora),
     }
 
 
@@ -298,7 +300,7 @@ def bf16_run(directory: Path) -> tuple[bool, bool, float]:
     runner = critic()
     before, _ = runner.infer(rows["tokens"], rows["lengths"], outputs=1)
     runner.train_step(rows, loss_function)
-    checkpoint.save(directory, runner, checkpoint.Manifest(head="scalar", step=1, model=MODEL, optimizer=True))
+    checkpoint.save(directory, runner, checkpoint_files.Manifest(head="scalar", step=1, model=MODEL, optimizer=True))
     runner.train_step(rows, loss_function)
     after, _ = runner.infer(rows["tokens"], rows["lengths"], outputs=1)
     again = critic()

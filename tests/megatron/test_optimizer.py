@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.conversion.hf_weights import hf_config
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
+from nemo_eppo.models.hf_config import hf_config
+from nemo_eppo.models.model_config import ModelConfig
 
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True})  # it has biases, which like norms are not decayed
 QWEN3 = MODEL.model_copy(update={"qk_norm": True})

@@ -15,6 +15,7 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
+from nemo_eppo.models import checkpoint_files
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -35,7 +36,7 @@ def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> d
     """One update, a checkpoint; what two further updates give."""
     runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
     update(runner, head)
-    manifest = checkpoint.Manifest(head=head, step=1, model=MODEL, optimizer=True)
+    manifest = checkpoint_files.Manifest(head=head, step=1, model=MODEL, optimizer=True)
     checkpoint.save(directory, runner, manifest)
     update(runner, head)
     update(runner, head)
@@ -99,13 +100,13 @@ def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict
     update(runner, "lm")
     then = {name: tensor.clone() for name, tensor in exported(runner).items()}
     saver = CheckpointSaver(folder, None, asynchronous=True)
-    saver.save(runner, checkpoint.Manifest(head="lm", step=1, model=MODEL, optimizer=True))
+    saver.save(runner, checkpoint_files.Manifest(head="lm", step=1, model=MODEL, optimizer=True))
     there = [on_rank0(saver.path(1).exists)]  # not before the first poll
     update(runner, "lm")
     while not on_rank0(saver.path(1).exists):  # the ranks poll equally often
         saver.poll()
     saver.finish()
-    checkpoint.verify(saver.path(1))
+    checkpoint_files.verify(saver.path(1))
     there.append(saver.path(1).exists())
     checkpoint.load(saver.path(1), runner, optimizer=True)
     return there, then, exported(runner)
@@ -131,9 +132,9 @@ def test_a_best_checkpoint_may_be_asked_for_later(tmp_path: Path) -> None:
 
     def after(step: int, metrics: dict[str, float]) -> list[str]:
         """Names in the folder after a checkpoint of this step."""
-        manifest = checkpoint.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
+        manifest = checkpoint_files.Manifest(head="lm", step=step, model=MODEL, metrics=metrics)
         (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"step_{step}" / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
+        (tmp_path / f"step_{step}" / checkpoint_files.MANIFEST).write_text(manifest.model_dump_json())
         tidy(tmp_path, config)
         return sorted(path.name for path in tmp_path.iterdir())
 

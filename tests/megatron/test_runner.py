@@ -9,12 +9,13 @@ from tiny import MODEL, PP2, TP2, VPP2, Layout, build_runner, inputs, random_bat
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig, Preset
 from nemo_eppo.megatron.model import build_model, unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
-from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models.layout import ParallelConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.1)
 

@@ -9,9 +9,9 @@ from tiny import MODEL, PRESETS, TP2, Layout, build_runner, close, inputs, rando
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_eppo.conversion.hf_weights import hf_config, model_config_from_hf
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.models.hf_config import hf_config, model_config_from_hf
+from nemo_eppo.models.model_config import ModelConfig
 
 LAYERS = (-1, 1)
 FAMILIES = {

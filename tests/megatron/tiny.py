@@ -5,15 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_eppo.conversion.hf_weights import export_tensors, hf_names, load_tensors
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.lora import LoRAConfig, train_adapters
-from nemo_eppo.megatron.model import Head, build_model
-from nemo_eppo.megatron.model_config import ModelConfig, Precision
+from nemo_eppo.megatron.lora import train_adapters
+from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.runtime import ParallelConfig, initialize
+from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.megatron.weights import export_tensors, load_tensors
+from nemo_eppo.models.hf_names import hf_names
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
 
 MODEL = ModelConfig(
     num_layers=4,

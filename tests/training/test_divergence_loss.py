@@ -13,7 +13,7 @@ from nemo_eppo.config import load_config
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rollout.batch import Completion, Experience, FinishReason, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams

@@ -16,8 +16,8 @@ from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest

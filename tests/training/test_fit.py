@@ -19,8 +19,8 @@ from reference_eppo import load_weights, policy_pass, scalars
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.megatron import checkpoint
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
@@ -179,10 +179,10 @@ def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float
 def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> None:
     values = settings(models, "sft", 500, epochs=1000)
     [rows] = run_ranks(interrupted, 1, tmp_path, values)
-    last = checkpoint.latest(tmp_path / "checkpoints")
+    last = checkpoint_files.latest(tmp_path / "checkpoints")
     assert len(rows) < 500
     assert last is not None
-    assert checkpoint.verify(last).step == rows[-1]["step"]
+    assert checkpoint_files.verify(last).step == rows[-1]["step"]
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
@@ -199,7 +199,7 @@ def test_the_reward_model_stores_mean_and_std_of_its_validation_scores(models: M
     values["model"]["restore_from_path"] = models.rm  # known weights, and next to no learning
     values["optimizer"]["lr"] = 1e-12
     rows = run_ranks(train, 1, "reward", tmp_path / "run", values)[0]
-    manifest = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002", "scalar")
+    manifest = checkpoint_files.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002", "scalar")
 
     pairs = PreferenceDataset(
         models.data / "preferences.validation.jsonl",

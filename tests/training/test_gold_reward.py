@@ -9,7 +9,7 @@ from jobs import Models
 
 from nemo_eppo.config import load_config
 from nemo_eppo.megatron import runtime
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob

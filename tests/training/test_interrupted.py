@@ -14,12 +14,13 @@ import torch
 from distributed import free_port, run_ranks
 from jobs import Job, Models
 
-from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import Head, build_model
-from nemo_eppo.megatron.model_config import ModelConfig
+from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Head, ModelConfig
 
 STEPS = 5
 TP2 = {"tensor_model_parallel_size": 2}
@@ -159,7 +160,7 @@ def test_the_newest_and_the_best_checkpoint_stay_with_their_critics(whole: Runs)
     best = max(rewards, key=rewards.__getitem__)
     kept = {best, 4, 5}
     assert whole.saved("actor") == ["best", *(f"step_{step:06d}" for step in sorted(kept))]
-    manifest = checkpoint.verify(whole.root / "actor" / "checkpoints" / "best")
+    manifest = checkpoint_files.verify(whole.root / "actor" / "checkpoints" / "best")
     assert (manifest.step, manifest.metrics["validation/proxy_reward"]) == (best, rewards[best])
     assert {f"step_{2 * step:06d}" for step in kept} <= set(whole.saved("critic"))
 

@@ -10,8 +10,9 @@ import pytest
 from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.megatron import checkpoint, model
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.megatron import model
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
@@ -107,7 +108,7 @@ def test_an_empty_data_set_is_named(models: Models, tmp_path: Path) -> None:
 
 
 def test_a_gold_reward_that_does_not_exist_is_named(models: Models, tmp_path: Path) -> None:
-    config = load_config(PPOConfig, {**actor_settings(models), "gold_reward": "nemo_eppo.data.noun_task:gold"})
+    config = load_config(PPOConfig, {**actor_settings(models), "gold_reward": "nemo_eppo.tools.noun_task:gold"})
     with pytest.raises(ConfigError, match=r"gold_reward = 'nemo_eppo\.data\.noun_task:gold'"):
         PPOJob(config, a_run(tmp_path))
 
@@ -130,14 +131,14 @@ def test_a_truncated_checkpoint_is_named(models: Models, tmp_path: Path) -> None
     victim = max((damaged / "weights").iterdir(), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=f"is damaged: weights/{victim.name} has .* bytes, its manifest says"):
-        checkpoint.read_manifest(damaged)
+        checkpoint_files.read_manifest(damaged)
     shutil.rmtree(damaged)
     shutil.copytree(models.sft, damaged)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     with pytest.raises(ConfigError, match=f"the content of weights/{victim.name}"):
-        checkpoint.verify(damaged)
+        checkpoint_files.verify(damaged)
 
 
 def test_training_jobs_check_their_data_first(models: Models, tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ from jobs import WARM, Job, Models, reward_training
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from nemo_eppo.conversion.convert import MegatronToHf
-from nemo_eppo.conversion.hf_weights import export_tensors
-from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.lora import AdaptersOff, LoRAConfig
-from nemo_eppo.megatron.model import Head
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Head, LoRAConfig
+from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.tools.convert import MegatronToHf
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
@@ -79,7 +80,7 @@ def test_ppo_with_adapters_keeps_both_base_models_and_resumes(models: Models, re
     assert rows[0]["kl/policy_reference"] == 0
     assert rows[-1]["kl/policy_reference"] != 0
     for job, head, source in (("actor", "lm", models.sft), ("critic", "scalar", models.rm)):
-        newest = checkpoint.latest(tmp_path / "whole" / job / "checkpoints")
+        newest = checkpoint_files.latest(tmp_path / "whole" / job / "checkpoints")
         start, base, merged = run_ranks(base_and_merged, 1, source, newest, head)[0]
         for name, weight in start.items():
             assert torch.equal(base[name], weight) != name.startswith("score."), name  # the critic's head has learnt
@@ -108,7 +109,7 @@ def train(config: RewardTrainingConfig, root: Path) -> None:
 def serve(models: Models, config: RewardTrainingConfig, root: Path) -> dict[str, Any]:
     """Scores of a served checkpoint of adapters, and of the job that saved it."""
     parallel = config.model.parallel
-    source = checkpoint.find(root / "checkpoints", "trained")
+    source = checkpoint_files.find(root / "checkpoints", "trained")
     runtime.initialize(parallel, 1)
     served = RewardModel(ModelSetup(restore_from_path=source, parallel=parallel))
     served.build()
@@ -135,7 +136,7 @@ def test_a_reward_model_of_adapters_is_served_and_exported_merged(models: Models
 
 def averaged(models: Models, root: Path) -> list[dict[str, Tensor]]:
     """The weights of WARM's two best members, and their average."""
-    average = checkpoint.read_manifest(root / "average")
+    average = checkpoint_files.read_manifest(root / "average")
     assert average.lora is None
     weights = []
     for source in [Path(path) for path in average.state["average_of"]] + [root / "average"]:

@@ -8,7 +8,7 @@ import pytest
 from distributed import free_port
 from jobs import Job, Models
 
-from nemo_eppo.megatron import checkpoint
+from nemo_eppo.models import checkpoint_files
 
 COEFFICIENT = 0.01
 
@@ -72,9 +72,9 @@ def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, t
     assert "above its threshold of 1e-09 for 2 steps; action: stop" in log
     assert "validation/energy_loss" in stop  # the last step of a run is validated, whyever it is the last
 
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = checkpoint_files.latest(run / "checkpoints")
     assert newest is not None
-    manifest = checkpoint.verify(newest)
+    manifest = checkpoint_files.verify(newest)
     assert manifest.step == stop["step"]
     assert manifest.state["kl_coefficient"] == coefficient > COEFFICIENT
     assert manifest.state["monitor"]["indicators"]["energy"]["sft"] == before["validation/energy_loss"]

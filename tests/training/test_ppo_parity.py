@@ -9,12 +9,12 @@ from distributed import free_port, run_ranks
 from jobs import Job, Models
 from reference_eppo import State, ppo_step
 
-from nemo_eppo.conversion.hf_weights import export_tensors
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.model_config import ModelConfig
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import minibatches, step_seed
 
 SEED, BATCH, MINI_BATCH, EPOCHS = 11, 8, 4, 2

@@ -12,11 +12,12 @@ from distributed import run_ranks
 from jobs import WARM, Models, _train_warm, reward_training
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.conversion.hf_weights import export_tensors
-from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
-from nemo_eppo.observability.experiment import ExpManagerConfig, Run
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import train_head_only
 from nemo_eppo.training.reward_model import RewardTask, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
@@ -40,8 +41,8 @@ def test_the_average_is_that_of_the_best_members_who_share_a_probed_head(
     root = trained["warm"].parent
     members = [root / f"member_{index}" / "checkpoints" for index in range(3)]
     probe, average, *each = run_ranks(weights, 1, [root / "linear_probe" / "checkpoints", trained["warm"], *members])[0]
-    state = checkpoint.read_manifest(trained["warm"]).state
-    manifests = [checkpoint.read_manifest(checkpoint.find(path, "member")) for path in members]
+    state = checkpoint_files.read_manifest(trained["warm"]).state
+    manifests = [checkpoint_files.read_manifest(checkpoint_files.find(path, "member")) for path in members]
     accuracies = [manifest.metrics["validation/accuracy"] for manifest in manifests]
     chosen = [int(re.findall(r"member_(\d)", path)[0]) for path in state["average_of"]]
     assert len(chosen) == WARM["keep_best"]

@@ -12,10 +12,11 @@ from jobs import reward_training as settings
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset, collate
-from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.runtime import ParallelConfig
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.training.reward_model import RewardTask
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
@@ -143,7 +144,7 @@ def test_an_odin_server_gives_the_quality_alone(models: Models, trained: dict[st
     result = run_ranks(served, 1, trained["odin"], models.data / "sft.train.jsonl", {})[0]
     assert set(result) == {"rewards"}
     assert result["rewards"].shape == (16, 1)
-    manifest = checkpoint.read_manifest(checkpoint.find(trained["odin"], "model"))
+    manifest = checkpoint_files.read_manifest(checkpoint_files.find(trained["odin"], "model"))
     assert (manifest.head, manifest.state["kind"]) == ("odin", "odin")
 
 

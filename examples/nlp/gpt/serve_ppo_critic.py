@@ -4,7 +4,8 @@ Start it with `python serve_ppo_critic.py key=value ...`, on several ranks with
 `torchrun --nproc_per_node N serve_ppo_critic.py key=value ...`.
 """
 
-from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.critic import CriticConfig, serve_critic
 
 

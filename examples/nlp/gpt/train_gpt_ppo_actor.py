@@ -5,7 +5,8 @@ serve_ppo_critic.py and serve_reward_model.py. Start it with
 `torchrun --nproc_per_node N train_gpt_ppo_actor.py key=value ...`.
 """
 
-from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.ppo_config import PPOConfig
 
 

@@ -4,7 +4,8 @@ Start it with `python train_gpt_sft.py key=value ...`, on several ranks with
 `torchrun --nproc_per_node N train_gpt_sft.py key=value ...`.
 """
 
-from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
 

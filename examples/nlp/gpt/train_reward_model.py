@@ -4,7 +4,8 @@ Start it with `python train_reward_model.py key=value ...`, on several ranks wit
 `torchrun --nproc_per_node N train_reward_model.py key=value ...`.
 """
 
-from nemo_eppo.observability.experiment import Run, job
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import Run
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 
 

@@ -1,0 +1,98 @@
+"""`nemo-eppo doctor`: its arguments, the table a person reads, and the JSON a program reads."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_eppo.launch.findings import Finding
+
+_DESCRIPTION = """\
+Examine this machine, and the jobs of a launch file, before anything is started.
+
+The machine: Python, packages against the supported versions, GPUs, shared memory. The jobs: unknown keys, layouts,
+checkpoints, tokenizers that differ, data files row by row, windows, memory of a rank, disk, ports. Servers that run:
+whether they answer, their protocol and limits. No check hides another; exit status 1 if there is an error."""
+
+_EPILOG = """\
+examples:
+  nemo-eppo doctor
+  nemo-eppo doctor run.yaml jobs.actor.settings.model.micro_batch_size=8
+  nemo-eppo doctor run.yaml --server http://node7:5555 --server http://node7:5556
+  nemo-eppo doctor run.yaml --json | jq '.findings[] | select(.status == "error")'"""
+
+
+def add_doctor(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
+) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        formatter_class=formatter,
+        help="examine the machine, and the jobs of a launch file, before anything is started",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="launch file; left out: the machine alone")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the launch file, dotted keys")
+    parser.add_argument("--server", action="append", default=[], metavar="URL", help="a server that should be running")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object: findings (check, status, found, mend), errors"
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    findings = _examine(arguments)
+    errors = sum(finding.status == "error" for finding in findings)
+    if arguments.json:
+        print(json.dumps({"findings": [finding.model_dump() for finding in findings], "errors": errors}, indent=1))
+    else:
+        _print_table(findings, errors)
+    if errors:
+        raise SystemExit(1)
+
+
+def _examine(arguments: argparse.Namespace) -> "list[Finding]":
+    from nemo_eppo.launch import machine
+    from nemo_eppo.launch.findings import error, guarded
+
+    findings = []
+    for name in ("packages", "triton", "accelerators", "resources"):
+        findings += guarded(name, getattr(machine, name))()
+    actor = None
+    if arguments.file is not None:
+        from nemo_eppo.config import ConfigError
+        from nemo_eppo.launch.doctor_jobs import examine_launch
+        from nemo_eppo.launch.schema import read_launch
+
+        try:
+            jobs_found, jobs = examine_launch(read_launch(arguments.file, arguments.overrides))
+            findings += jobs_found
+            actor = next((job for job in jobs if job.script == "train_gpt_ppo_actor"), None)
+        except (ConfigError, OSError) as fault:
+            findings.append(error("launch file", str(fault), "see nemo-eppo launch --help"))
+    if arguments.server:
+        from nemo_eppo.launch.doctor_servers import examine_server
+
+        for url in arguments.server:
+            findings += guarded(f"server {url}", examine_server)(url, actor)
+    return findings
+
+
+def _print_table(findings: "list[Finding]", errors: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "what", "found"):
+        table.add_column(title, overflow="fold")
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+    for finding in findings:
+        found = finding.found if finding.status == "ok" else f"{finding.found}\n-> {finding.mend}"
+        table.add_row(marks[finding.status], finding.check, found.replace("[", r"\["))
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    warnings = sum(finding.status == "warning" for finding in findings)
+    console.print(f"{len(findings)} findings, {errors} errors, {warnings} warnings")

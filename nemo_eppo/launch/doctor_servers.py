@@ -1,0 +1,42 @@
+"""Whether running critic and reward servers can be reached, and fit."""
+
+import os
+from collections.abc import Iterator
+
+from nemo_eppo.config import load_config
+from nemo_eppo.launch.command import TOKEN
+from nemo_eppo.launch.doctor_jobs import Job
+from nemo_eppo.launch.findings import Finding, error, ok
+from nemo_eppo.servers.client import ClientConfig, ServerClient
+from nemo_eppo.servers.protocol import PROTOCOL_VERSION
+from nemo_eppo.servers.transport import ServerError
+
+
+def examine_server(url: str, actor: Job | None = None) -> Iterator[Finding]:
+    """A server's status, compared with what an actor will ask of it. The token is taken from NEMO_EPPO_TOKEN."""
+    check = f"server {url}"
+    client = ServerClient("server", load_config(ClientConfig, {"url": url, "token": os.environ.get(TOKEN)}))
+    try:
+        status = client.status()
+    except ServerError as fault:
+        yield error(check, str(fault), f"start it, or give its token as {TOKEN}")
+        return
+    finally:
+        client.close()
+    if status["protocol"] != PROTOCOL_VERSION:
+        yield error(
+            check, f"protocol {status['protocol']}", f"expected {PROTOCOL_VERSION}: the same version on both sides"
+        )
+        return
+    window = status["max_sequence_length"]
+    yield ok(
+        check,
+        f"{status['job']}, protocol {status['protocol']}, {status['step']} updates, up to {window} tokens a sequence, "
+        f"{status['vocab_size']} in the vocabulary",
+    )
+    if actor is None:
+        return
+    if actor.longest > window:
+        yield error(check, f"takes {window} tokens, the actor sends {actor.longest}", "lower the actor's lengths")
+    if actor.plan is not None and status["tokenizer"] != actor.plan.tokenizer.digest():
+        yield error(check, "another tokenizer than the actor's", "serve a model of the same family")

@@ -1,0 +1,100 @@
+"""Whether this machine can run jobs: interpreter, packages, accelerators, shared memory, open files."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from nemo_eppo.launch.findings import Finding, error, ok, warning
+
+_SHARED_MEMORY = 1 << 30  # PyTriton's and NCCL's blocks
+_OPEN_FILES = 4096
+
+
+def packages() -> Iterator[Finding]:
+    """Python and every requirement of this package's metadata."""
+    metadata = importlib.metadata.metadata("nemo_eppo")
+    python, wanted = ".".join(map(str, sys.version_info[:3])), metadata["Requires-Python"]
+    if SpecifierSet(wanted).contains(python):
+        yield ok("Python", python)
+    else:
+        yield error("Python", python, f"expected {wanted}")
+    good = []
+    for line in importlib.metadata.requires("nemo_eppo") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield error(f"package {requirement.name}", "not installed", f"pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            good.append(f"{requirement.name} {version}")
+        else:
+            yield error(f"package {requirement.name}", version, f"expected {requirement.specifier}")
+    yield ok("packages", f"{len(good)} of the versions wanted, among them {', '.join(good[:3])}")
+    for name, what in (("transformer_engine", "faster layers on GPUs"), ("tensorrt_llm", "faster generation on GPUs")):
+        found = "installed" if importlib.util.find_spec(name) else "not installed"
+        yield ok(f"optional {name}", f"{found} ({what})")
+
+
+def triton() -> Iterator[Finding]:
+    """The library that PyTriton's helpers load by its name."""
+    name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
+    for path in (f"{sysconfig.get_config_var('LIBDIR')}/{name}", name):
+        try:
+            ctypes.CDLL(path)
+        except OSError:
+            continue
+        yield ok("libpython for PyTriton", path)
+        return
+    yield error(
+        "libpython for PyTriton", "not found", f"servers need {name}: install the package libpython of your system"
+    )
+
+
+def accelerators() -> Iterator[Finding]:
+    """GPUs as torch sees them."""
+    from nemo_eppo.megatron import device
+
+    found = device.describe()
+    yield ok("GPUs", "; ".join(found) if found else "none: jobs run on the CPU with gloo")
+
+
+def resources() -> Iterator[Finding]:
+    """Shared memory and open files."""
+    shared = shutil.disk_usage("/dev/shm")
+    text = f"{shared.free / 2**30:.1f} GiB free of {shared.total / 2**30:.1f} in /dev/shm"
+    if shared.free < _SHARED_MEMORY:
+        yield warning(
+            "shared memory", text, "servers and NCCL want 1 GiB or more: docker run --ipc=host, or --shm-size"
+        )
+    else:
+        yield ok("shared memory", text)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        yield warning("open files", f"at most {soft}", f"ulimit -n {_OPEN_FILES}")
+    else:
+        yield ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+
+
+def disk(check: str, directory: Path, needed: int) -> Finding:
+    """Whether a directory that will be made has room for `needed` bytes, and may be written to."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return error(check, f"{existing} cannot be written to", "choose another output")
+    free = shutil.disk_usage(existing).free
+    text = f"{free / 2**30:.1f} GiB free at {existing}, {needed / 2**30:.1f} needed for checkpoints"
+    return ok(check, text) if free >= needed else error(check, text, "free space, or lower checkpoint.keep")

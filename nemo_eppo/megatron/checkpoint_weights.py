@@ -1,0 +1,174 @@
+"""The weights of a checkpoint one tensor at a time, without building the model or starting any ranks.
+
+Megatron's distributed checkpoints are torch's: named arrays in pieces, of which a reader may ask for any part. Those of
+a decoder layer are stacked over all layers, and norms go by the name of the projection that follows them.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.models.hf_names import Entry, Shape, entries
+from nemo_eppo.models.model_config import ModelConfig
+
+_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_LINEARS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def write_weights(
+    directory: Path, model: ModelConfig, outputs: int | None, dtype: torch.dtype, source: Callable[[str], Tensor]
+) -> None:
+    """Write the weights of a checkpoint into an existing directory; at most those of one layer are held.
+
+    Args:
+        outputs: of a scalar head, which is stored in fp32; None for a language model.
+        source: gives the whole Hugging Face tensor of a name.
+    """
+    layers: dict[int, list[WriteItem]] = {}
+    makers: dict[MetadataIndex, Callable[[], Tensor]] = {}
+    for name, entry in entries(model, outputs).items():
+        (key, layer), shape = _key(name), entry.shape(model)
+        stored = torch.float32 if name.startswith("head.") else dtype
+        stacked, offsets, sizes = shape, (0,) * len(shape), shape
+        if layer is not None:
+            stacked = (model.num_layers, *shape)
+            offsets, sizes = (layer, *(0 for _ in shape)), (1, *shape)
+        index = MetadataIndex(key, torch.Size(offsets))
+        data = TensorWriteData(
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
+            TensorProperties(dtype=stored),
+            torch.Size(stacked),
+        )
+
+        def make(entry: Entry = entry, stored: torch.dtype = stored, sizes: Shape = sizes) -> Tensor:
+            whole = [source(tensor).to(stored) for tensor in entry.tensors]
+            return entry.shard(whole, model).reshape(sizes).contiguous()
+
+        makers[index] = make
+        layers.setdefault(-1 if layer is None else layer, []).append(
+            WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+        )
+    for layer in range(model.num_layers):  # what Megatron's linears keep of quantised training: nothing here
+        for linear in _LINEARS:
+            index = MetadataIndex(f"decoder.layers.{linear}._extra_state/shard_{layer}_{model.num_layers}")
+            layers[layer].append(WriteItem(index, WriteItemType.BYTE_IO))
+
+    plans, metadata = create_default_global_save_plan([SavePlan(items) for items in layers.values()])
+    writer = FileSystemWriter(directory, sync_files=False)
+    writer.set_up_storage_writer(is_coordinator=True)
+    plans = writer.prepare_global_plan(plans)
+    writer.finish(metadata, [writer.write_data(plan, _Makers(makers)).wait() for plan in plans])
+    checkpoint.mark_weights(directory)
+
+
+def read_weights(
+    directory: Path, model: ModelConfig, outputs: int | None, adapters: float | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, whole, in the stored dtype; one Megatron tensor is held.
+
+    Args:
+        outputs: of a scalar head; None for a language model.
+        adapters: the factor alpha / rank of LoRA adapters that are to be merged; None where there are none.
+
+    Raises:
+        ConfigError: the checkpoint does not hold what the model needs; all of it is listed.
+    """
+    reader = FileSystemReader(directory)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    stored = {key: found for key, found in metadata.state_dict_metadata.items() if hasattr(found, "chunks")}
+    wanted = entries(model, outputs)
+    if missing := sorted({_key(name)[0] for name in wanted} - stored.keys()):
+        raise ConfigError(f"{directory} lacks {', '.join(missing)}")
+
+    def read(key: str, layer: int | None, shape: Shape) -> Tensor:
+        found: TensorStorageMetadata = stored[key]  # type: ignore[assignment]
+        offsets, sizes = (0,) * len(shape), shape
+        if layer is not None:
+            offsets, sizes = (layer, *offsets), (1, *shape)
+        target = torch.empty(sizes, dtype=found.properties.dtype)
+        part = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+        plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
+        reader.read_data(plan, _Target(target)).wait()
+        return target.reshape(shape)
+
+    for name, entry in wanted.items():
+        (key, layer), shape = _key(name), entry.shape(model)
+        tensor = read(key, layer, shape)
+        adapter = key.removesuffix(".weight") + "_lora"
+        if adapters is not None and f"{adapter}.a" in stored:
+            rank = stored[f"{adapter}.a"].size[-2]  # type: ignore[union-attr]
+            low = (
+                read(f"{adapter}.b", layer, (shape[0], rank)).float()
+                @ read(f"{adapter}.a", layer, (rank, shape[1])).float()
+            )
+            tensor = (tensor.float() + adapters * low).to(tensor.dtype)
+        yield from zip(entry.tensors, entry.join([tensor], model), strict=True)
+
+
+class _Makers(DefaultSavePlanner):
+    """Makes each tensor when it is written."""
+
+    def __init__(self, makers: dict[MetadataIndex, Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self._makers = makers
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return _nothing()
+        return self._makers[MetadataIndex(write_item.index.fqn, write_item.index.offset)]()
+
+
+class _Target(DefaultLoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._target
+
+
+def _key(name: str) -> tuple[str, int | None]:
+    """A Megatron parameter's name in the checkpoint, and its place among the layers if it is of one."""
+    if not name.startswith("decoder.layers."):
+        return name, None
+    number, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    return f"decoder.layers.{_NORMS.get(rest, rest)}", int(number)
+
+
+def _nothing() -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer

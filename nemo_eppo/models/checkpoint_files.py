@@ -1,0 +1,201 @@
+"""What a checkpoint's directory holds, and that it is complete or does not exist.
+
+`weights/` (megatron-core's distributed format: it loads under any layout), `tokenizer/`, `manifest.json`. It is written
+under a temporary name, flushed, and renamed; the manifest lists every file with its size and digest, so that a
+truncated or altered one is noticed and named before anything is loaded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.files import fsync, fsync_tree
+from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
+
+MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
+INCOMPLETE = ".incomplete"
+_FORMAT = 1
+GENERATION = "generation_config.json"
+_TOKENIZER_FILES = (
+    f"tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template* {GENERATION}"
+)
+
+
+class FileEntry(Config):
+    """One file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What a checkpoint holds."""
+
+    format: int = _FORMAT
+    head: Head
+    """lm for a policy, scalar for a critic or plain reward model, odin or inform for a reward model of that kind."""
+    step: int = Field(ge=0)
+    """Updates of the loop that saved it."""
+    model: ModelConfig
+    lora: LoRAConfig | None = None
+    """Adapters beside the model's own weights; `save` fills it in."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Of the validation at this step."""
+    optimizer: bool = False
+    """Whether optimizer and schedule are in it, so that training can go on."""
+    state: dict[str, Any] = Field(default_factory=dict)
+    """State of the loop, and what belongs to the model: a reward model's mean and std."""
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+
+def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are all there and unaltered in size.
+
+    Args:
+        head: lm, or scalar for any model that gives numbers in place of words; None for either.
+
+    Raises:
+        ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if manifest.format != _FORMAT:
+        raise ConfigError(f"{path}: format {manifest.format}, this version reads format {_FORMAT}")
+    if head is not None and (manifest.head == "lm") != (head == "lm"):
+        raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
+    for name, entry in manifest.files.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != entry.size:
+            raise ConfigError(f"{directory} is damaged: {name} has {found} bytes, its manifest says {entry.size}")
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """As `read_manifest`, and every file's digest is compared too."""
+    manifest = read_manifest(directory)
+    for name, digest in _digests(directory, list(manifest.files)).items():
+        if digest != manifest.files[name].sha256:
+            raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
+    return manifest
+
+
+def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
+    """The newest checkpoint of a run that goes on with this very model, every digest compared.
+
+    Raises:
+        ConfigError: it is damaged (the message names the file, and how to go on from the checkpoint before), or holds
+            another model (the message names every difference).
+    """
+    newest = latest(folder)
+    if newest is None:
+        return None
+    try:
+        manifest = verify(newest)
+    except ConfigError as error:
+        others = [path for path in complete_in(folder) if path != newest]
+        then = f"to go on from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
+        raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
+    saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
+    now = {**model.model_dump(), "head": head, "precision": precision}
+    if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
+        raise ConfigError(
+            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run goes on with its own model; "
+            "choose another run directory for this one"
+        )
+    return newest
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint `step_*` in a directory of checkpoints."""
+    found = complete_in(directory)
+    return found[-1] if found else None
+
+
+def complete_in(directory: Path) -> list[Path]:
+    """The checkpoints `step_*` in a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
+
+
+def find(path: Path, where: str) -> Path:
+    """The checkpoint at `path`, or the newest in it; ConfigError, beginning with `where`, if there is none."""
+    if not path.exists():
+        raise ConfigError(f"{where}: {path} does not exist")
+    if (path / MANIFEST).is_file():
+        return path
+    newest = latest(path)
+    if newest is None:
+        raise ConfigError(f"{where}: {path} is no checkpoint and holds none (step_*)")
+    return newest
+
+
+def stored_precision(directory: Path) -> Precision:
+    """The precision of the weights in a checkpoint."""
+    stored: Any = FileSystemReader(directory / WEIGHTS).read_metadata().state_dict_metadata
+    dtype = stored["embedding.word_embeddings.weight"].properties.dtype
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files of a Hugging Face directory, and the settings of generation, but not the model that
+    may lie beside them."""
+    target.mkdir(exist_ok=True)
+    for pattern in _TOKENIZER_FILES.split():
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def start(directory: Path) -> Path:
+    """A temporary directory, with an empty one for weights, for what will be the checkpoint `directory`.
+
+    No other has its name: writers that outlive a killed job for a moment cannot write into its successor's files.
+    """
+    incomplete = directory.parent / f".{directory.name}.{os.getpid()}-{time.time_ns()}{INCOMPLETE}"
+    (incomplete / WEIGHTS).mkdir(parents=True)
+    return incomplete
+
+
+def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
+    """Make a checkpoint of the weights that are written, on one rank: tokenizer, manifest with digests, final name."""
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, incomplete / TOKENIZER)
+    _seal(incomplete, manifest)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(incomplete, directory)
+    fsync(directory.parent)
+
+
+def _seal(directory: Path, manifest: Manifest) -> None:
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    digests = _digests(directory, names)
+    files = {name: FileEntry(size=(directory / name).stat().st_size, sha256=digests[name]) for name in names}
+    (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
+    fsync_tree(directory)
+
+
+def _digests(directory: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time: hashing does not hold Python's lock."""
+
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,0 +1,230 @@
+"""Hugging Face model directories: config.json, tokenizer and safetensors shards, read and written by the tensor."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.files import fsync, fsync_tree, removed_on_error
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.hf_config import model_config_from_hf
+from nemo_eppo.models.hf_names import Shape, hf_names
+from nemo_eppo.models.model_config import Head, Precision
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+REWARD_KEY = "nemo_eppo_reward"
+"""Key of config.json that holds a reward model's RewardStatistics; transformers keeps it and ignores it."""
+_DTYPES = ("F32", "BF16", "F16")
+_LISTED = 8  # tensors that one error message lists
+
+
+class RewardStatistics(Config):
+    """How a reward model's scores are standardised: (score - mean) / std."""
+
+    score: Literal["last"] = "last"
+    """Sequence-classification models score a response at its last token."""
+    mean: float
+    """Of the scores on validation data; 0 for raw scores."""
+    std: float = Field(gt=0)
+    """Standard deviation of these; 1 for raw scores."""
+
+
+class _Stored(NamedTuple):
+    file: Path
+    shape: Shape
+    dtype: str
+
+
+class HfDirectory:
+    """A model directory whose settings, files and tensor shapes were checked; tensors are read when they are asked for.
+
+    Raises:
+        ConfigError: an unsupported architecture or setting, missing or damaged files, and every tensor that is missing,
+            has another shape, or has no place in the model.
+    """
+
+    head: Head
+    """lm for *ForCausalLM, scalar for *ForSequenceClassification."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_json(path / CONFIG)
+        self.model = model_config_from_hf(self.config)
+        self.architecture: str = self.config["architectures"][0]
+        self.head = "lm" if self.architecture.endswith("ForCausalLM") else "scalar"
+        self._stored = _headers(path)
+        self._check()
+        self._open: tuple[Path, Any] | None = None
+
+    @staticmethod
+    def at(path: Path) -> bool:
+        """Whether `path` is such a directory, and not one of our checkpoints."""
+        return (path / CONFIG).is_file() and not (path / checkpoint_files.MANIFEST).is_file()
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor in its stored dtype, on the CPU; KeyError if there is none. One file is open at a time."""
+        file = self._stored[name].file
+        if self._open is None or self._open[0] != file:
+            self._open = (file, safe_open(file, framework="pt"))
+        return self._open[1].get_tensor(name)
+
+    @property
+    def precision(self) -> Precision:
+        """The narrowest of ours that holds every tensor exactly; fp16 needs fp32. Scalar heads are always fp32."""
+        narrow = all(found.dtype == "BF16" for name, found in self._stored.items() if not name.startswith("score."))
+        return "bf16" if narrow else "fp32"
+
+    def manifest(self) -> checkpoint_files.Manifest:
+        """What a checkpoint of this model would record; a reward model's statistics if config.json has them."""
+        state = {}
+        if self.head == "scalar" and REWARD_KEY in self.config:
+            state = load_config(RewardStatistics, self.config[REWARD_KEY]).model_dump()
+        return checkpoint_files.Manifest(head=self.head, step=0, model=self.model, state=state)
+
+    def _check(self) -> None:
+        expected = dict(hf_names(self.model))
+        optional = set()
+        if self.head == "scalar":
+            expected.pop("lm_head.weight", None)
+            expected["score.weight"] = (1, self.model.hidden_size)
+            optional = {"score.bias"}
+        elif self.model.tie_embeddings:
+            optional = {"lm_head.weight"}  # the embedding once more
+        problems = []
+        for name, shape in expected.items():
+            found = self._stored.get(name)
+            if found is None:
+                problems.append(f"{name}: expected {shape}, found no such tensor")
+            elif found.shape != shape:
+                problems.append(f"{name}: expected {shape}, found {found.shape}")
+        for name, found in self._stored.items():
+            if name not in expected and name not in optional and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"{name}: {found.shape}, which {self.architecture} does not have")
+            elif found.dtype not in _DTYPES:
+                problems.append(f"{name}: stored as {found.dtype}; expected one of {', '.join(_DTYPES)}")
+        if problems:
+            more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+            lines = "".join(f"\n  - {problem}" for problem in problems[:_LISTED] + more)
+            raise ConfigError(f"{self.path} does not hold the {self.architecture} that its {CONFIG} describes:{lines}")
+
+
+def write_hf_directory(
+    path: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], tokenizer: Path, max_shard_bytes: int
+) -> None:
+    """Write a model directory that is complete or does not exist.
+
+    Args:
+        path: must not exist.
+        config: config.json; written last, so that `tensors` may still complete it.
+        tensors: whole tensors by name; only those of one file are held.
+        tokenizer: directory whose tokenizer files are copied.
+        max_shard_bytes: of one safetensors file, and so of the tensors held at a time; a larger tensor gets its own.
+    """
+    incomplete = path.parent / f".{path.name}.incomplete"
+    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete.mkdir(parents=True)
+    with removed_on_error(incomplete):
+        shards = _Shards(incomplete, max_shard_bytes)
+        for name, tensor in tensors:
+            shards.add(name, tensor.cpu())
+        shards.finish()
+        checkpoint_files.copy_tokenizer(tokenizer, incomplete)
+        _end_as_learnt(incomplete / checkpoint_files.GENERATION, config)
+        _write_json(incomplete / CONFIG, config)
+        fsync_tree(incomplete)
+        os.rename(incomplete, path)
+    fsync(path.parent)
+
+
+def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
+    """Have the settings of generation, if there are any, end a response with the tokenizer's EOS too."""
+    if not generation.is_file():
+        return
+    settings = _read_json(generation)
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if config["eos_token_id"] not in ends:
+        _write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
+
+
+class _Shards:
+    """Safetensors files that are written as soon as they are full; how many there are is known, and named, last."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory, self._max_bytes = directory, max_bytes
+        self._held: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._written: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._held and self._bytes + tensor.nbytes > self._max_bytes:
+            self._write()
+        self._held[name] = tensor
+        self._bytes += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def _write(self) -> None:
+        save_file(self._held, self._part(len(self._written)), metadata={"format": "pt"})
+        self._written.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"part-{number}"
+
+    def finish(self) -> None:
+        self._write()
+        count = len(self._written)
+        if count == 1:
+            self._part(0).rename(self._directory / WEIGHTS)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._written):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self._directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        _write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+
+
+def _headers(path: Path) -> dict[str, _Stored]:
+    """Every tensor of the directory, from the headers of its files."""
+    if (path / INDEX).is_file():
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigError(f"{path / INDEX} has no weight_map")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [path / WEIGHTS]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)} (expected {WEIGHTS}, or {INDEX} and the files it lists)")
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # no mapping
+                    header = tensors.get_slice(name)
+                    stored[name] = _Stored(file, tuple(header.get_shape()), header.get_dtype())
+        except SafetensorError as error:
+            raise ConfigError(f"{file} is damaged or no safetensors file: {error}") from None
+    return stored
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

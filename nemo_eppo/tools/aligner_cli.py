@@ -1,0 +1,138 @@
+"""`nemo-eppo convert aligner-config`: its arguments, the check of its output, the report."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_eppo.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from nemo_eppo.tools.aligner_rules import Conversion
+
+
+_SCRIPTS = {
+    "ppo-actor": "train_gpt_ppo_actor.py",
+    "ppo-critic": "serve_ppo_critic.py",
+    "reward-server": "serve_reward_model.py",
+    "reward-training": "train_reward_model.py",
+    "sft": "train_gpt_sft.py",
+}
+_ORDER = ("unknown", "conflict", "lost", "changed", "dropped", "default", "mapped")
+_MEANING = {
+    "unknown": "no keys of that project",
+    "conflict": "contradictions in the file",
+    "lost": "CHANGE RESULTS: no counterpart",
+    "changed": "mapped, with a difference",
+    "dropped": "no counterpart, and no effect on results",
+    "default": "not in the file: that project's default was taken",
+    "mapped": "the same with us",
+}
+
+
+def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: Any) -> None:
+    parser = ways.add_parser(
+        "aligner-config",
+        formatter_class=formatter,
+        help="a YAML file of NeMo-Aligner becomes one of these scripts",
+        description="""\
+Translate a settings file of NeMo-Aligner: its PPO actor, PPO critic, reward server, reward-model training or SFT.
+
+Every key is mapped, or reported with the reason why not; interpolations are resolved; keys that the file leaves out
+have that project's defaults. The output starts with what is left to do by hand; values to be filled in are ???.""",
+        epilog="""\
+example:
+  nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
+  cd examples/nlp/gpt && torchrun ... train_gpt_ppo_actor.py --config-dir $OLDPWD/settings --config-name actor""",
+    )
+    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project")
+    parser.add_argument("--kind", choices=list(_SCRIPTS), help="of the file (default: told by its contents)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new file (default: standard output)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="for the report (default: standard error)")
+    parser.add_argument("--strict", action="store_true", help="a key that is none of that project's is an error")
+    parser.set_defaults(run=_aligner_config)
+
+
+def _aligner_config(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.aligner_config import as_yaml, convert
+
+    if arguments.output is not None and arguments.output.exists():
+        raise ConfigError(f"--output {arguments.output} exists already; nothing is ever overwritten")
+    result = convert(arguments.input, arguments.kind)
+    unknown = [row.key for row in result.rows if row.status == "unknown"]
+    if arguments.strict and unknown:
+        raise ConfigError(f"{arguments.input}: no keys of NeMo-Aligner: {', '.join(unknown)}")
+    check(result)
+    text = as_yaml(result, _header(result, arguments.input))
+    report = render_report(result, arguments.input)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+    else:
+        print(text, end="")
+    if arguments.report is not None:
+        arguments.report.write_text(report)
+    else:
+        print(report, end="", file=sys.stderr)
+
+
+def check(result: "Conversion") -> Config:
+    """The settings as the job's schema reads them, with a stand-in for each value that is left to be set.
+
+    Raises:
+        ConfigError: they do not fit the schema.
+    """
+    from nemo_eppo.tools.aligner_config import nested
+    from nemo_eppo.tools.aligner_rules import REQUIRED
+    from nemo_eppo.training.critic import CriticConfig
+    from nemo_eppo.training.ppo_config import PPOConfig
+    from nemo_eppo.training.reward_model import RewardTrainingConfig
+    from nemo_eppo.training.reward_service import RewardModelConfig
+    from nemo_eppo.training.sft import SFTConfig
+
+    schemas: dict[str, type[Config]] = {
+        "ppo-actor": PPOConfig,
+        "ppo-critic": CriticConfig,
+        "reward-server": RewardModelConfig,
+        "reward-training": RewardTrainingConfig,
+        "sft": SFTConfig,
+    }
+    numbers = {"ppo.max_steps", "critic.total_updates"}
+    stand_ins = {
+        key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
+    }
+    try:
+        return load_config(schemas[result.kind], nested(result.values | stand_ins))
+    except ConfigError as error:
+        raise ConfigError(f"the translated settings do not work together: {error}") from None
+
+
+def _header(result: "Conversion", source: Path) -> list[str]:
+    get = result.source.get
+    ranks = f"--nnodes {get('trainer.num_nodes', 1)} --nproc_per_node {get('trainer.devices', 1)}"
+    return [
+        f"Settings of {_SCRIPTS[result.kind]}, translated from {source.name} of NeMo-Aligner. Start it with",
+        f"torchrun {ranks} {_SCRIPTS[result.kind]} --config-dir DIRECTORY --config-name THIS_FILE",
+        *(["method=eppo on the command line adds the energy-loss penalty"] if result.kind == "ppo-actor" else []),
+    ]
+
+
+def render_report(result: "Conversion", source: Path) -> str:
+    """What became of every key, the worst first, and what is left to do."""
+    lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
+    for status in _ORDER:
+        rows = [row for row in result.rows if row.status == status]
+        if rows:
+            lines += ["", f"{status} ({_MEANING[status]}): {len(rows)}"]
+        for row in rows:
+            arrow = f" -> {row.target}" if row.target else ""
+            note = f": {row.note}" if row.note and row.status != "default" else ""
+            lines.append(f"  {row.key} = {_shown(row.value)}{arrow}{note}")
+    lines += ["", "to do by hand:", *(f"  - {line}" for line in result.todo)] if result.todo else []
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value if isinstance(value, str) and value.isprintable() else repr(value)

@@ -1,0 +1,312 @@
+"""What several keys of a NeMo-Aligner file mean together, job by job, and what is left to do by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+from nemo_eppo.tools.aligner_rules import REQUIRED, Conversion
+
+_CONVERTERS = "NeMo's scripts/checkpoint_converters/convert_{llama,mistral_7b,qwen2}_nemo_to_hf.py"
+
+
+_LINEARS: dict[str, tuple[str, ...]] = {
+    "attention_qkv": ("linear_qkv",),
+    "attention_dense": ("linear_proj",),
+    "mlp_fc1": ("linear_fc1",),
+    "mlp_fc2": ("linear_fc2",),
+}
+_LINEARS["attention"] = _LINEARS["attention_qkv"] + _LINEARS["attention_dense"]
+_LINEARS["mlp"] = _LINEARS["mlp_fc1"] + _LINEARS["mlp_fc2"]
+_LINEARS["all"] = _LINEARS["attention"] + _LINEARS["mlp"]
+"""`model.peft.lora_tuning.target_modules` -> `model.lora.targets`."""
+
+
+def ppo_actor(c: Conversion) -> None:
+    get = c.source.get
+    _common(c)
+    _lora(c)
+    _model_path(c, "pretrained_checkpoint.restore_from_path", "lm")
+    _data(c, "nemo-eppo prepare prompts", "prompts", validation_required=False)
+    window = int(get("model.data.seq_length") or c.source["model.encoder_seq_length"])
+    longest = int(get("model.ppo.length_params.max_length") or window // 2)
+    c.require(
+        "model.ppo.length_params.max_length", longest < window, f"leaves no room for a prompt in a window of {window}"
+    )
+    c.put("generation.max_new_tokens", longest)
+    c.put("data.max_prompt_length", window - longest, f"{window} less generation.max_new_tokens")
+    c.put("data.too_long", "drop")
+    c.require("model.ppo.sampling_params.use_greedy", not get("model.ppo.sampling_params.use_greedy"), "PPO samples")
+    c.put("generation.greedy", False)
+
+    epochs, most = get("trainer.ppo.max_epochs") or 1, get("trainer.ppo.max_steps")
+    rollout, mini_batch = c.values["ppo.rollout_batch_size"], c.values["ppo.mini_batch_size"]
+    c.require(
+        "model.ppo.num_rollout_samples", rollout % mini_batch == 0, f"not divisible by global_batch_size {mini_batch}"
+    )
+    if most is None or most < 0:
+        c.put("ppo.max_steps", REQUIRED)
+        c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); that project counts the prompts")
+    else:
+        c.put("ppo.max_steps", int(most))
+    c.put("ppo.epochs", 1, "each rollout is used once, as there")
+
+    interval = get("trainer.ppo.save_interval")
+    c.put("checkpoint.interval", c.values["validation.interval"] if interval is None else int(interval))
+    c.put("validation.max_prompts", int(get("model.ppo.num_val_samples") or rollout))
+    eps = float(c.source["model.ppo.ratio_eps"])
+    c.put("ppo.clip_low", eps)
+    c.put("ppo.clip_high", eps)
+    metrics = {"val_global_rewards": "proxy_reward", "val_rewards": "proxy_reward"}
+    _best(c, metrics if c.values["data.validation"] else {})
+    _kl(c)
+    c.put("ppo.standardize", False, "true standardises rewards by the reward model's own mean and deviation")
+    c.put("ppo.reward_clip.range", None, "that project does not clip rewards")
+    _servers(c)
+
+
+def _kl(c: Conversion) -> None:
+    note = ""
+    if c.source["trainer.ppo.use_absolute_kl"] and c.values["ppo.kl.coefficient"]:
+        note = "the log-ratio itself (k1), not its absolute value; k3 is never negative, but much smaller near zero"
+        _mark(c, "trainer.ppo.use_absolute_kl", "changed", note)
+    c.put("ppo.kl.estimator", "k1", note)
+    c.put("ppo.kl.placement", "reward")
+
+
+def _servers(c: Conversion) -> None:
+    def url(server: str) -> str:
+        host = c.source[f"remote_critic_rm.{server}.ip"]
+        c.require(f"remote_critic_rm.{server}.ip", bool(host), "expected a host name or an address")
+        if host not in ("localhost", "127.0.0.1"):
+            c.todo.append(f"servers: {host} demands a token: the same for its server.token and the actor's")
+        return f"http://{host}:{c.source[f'remote_critic_rm.{server}.port']}"
+
+    critic = url("critic")
+    c.put("servers.critic.url", critic)
+    if c.source["remote_critic_rm.combine_rm_and_critic_server"]:
+        c.put("servers.rewards", [{"url": critic, "job": "critic"}], "the critic's job serves the reward model, too")
+        for key in ("remote_critic_rm.reward_model.ip", "remote_critic_rm.reward_model.port"):
+            _mark(c, key, "dropped", "combine_rm_and_critic_server is true: the critic's job serves the reward model")
+    else:
+        c.put("servers.rewards", [{"url": url("reward_model")}])
+
+
+def ppo_critic(c: Conversion) -> None:
+    _common(c)
+    path = _model_path(c, "pretrained_checkpoint.restore_from_path", "reward")
+    combined = c.source["trainer.ppo.combine_rm_and_critic_server"]
+    c.put("reward_model", path if combined else None, "the model that the critic starts from scores, too")
+    if combined and path == REQUIRED:
+        c.todo.append("reward_model: the reward model, from which the critic usually starts, too")
+    if c.source.get("model.global_batch_size"):
+        c.todo.append(
+            f"the mini-batches that the critic learns from are the actor's: global_batch_size = "
+            f"{c.source['model.global_batch_size']} of this file has to be its ppo.mini_batch_size"
+        )
+    updates = int(c.source["trainer.ppo.max_steps"])
+    if updates < 1:
+        c.put("critic.total_updates", REQUIRED)
+        c.todo.append("critic.total_updates: PPO steps x mini-batches per step, over which the learning rate falls")
+    else:
+        c.put("critic.total_updates", updates)
+    _regression(c)
+    _standardization(c)
+    _host(c)
+
+
+def reward_server(c: Conversion) -> None:
+    _common(c)
+    _model_path(c, "rm_model_file", "reward")
+    names = ("model.forward_micro_batch_size", "inference.inference_micro_batch_size", "inference.micro_batch_size")
+    sizes = [c.source[name] for name in names if c.source.get(name) is not None] or [4]
+    size = sizes[0]
+    c.put("model.micro_batch_size", int(max(size) if isinstance(size, list) else size))
+    _regression(c)
+    _standardization(c)
+    _host(c)
+
+
+def reward_training(c: Conversion) -> None:
+    get = c.source.get
+    _common(c)
+    _model_path(c, "pretrained_checkpoint.restore_from_path", "lm")
+    _data(c, "nemo-eppo prepare nemo_aligner", "preferences", validation_required=True)
+    c.put("data.max_sequence_length", int(get("model.data.seq_length") or c.source["model.encoder_seq_length"]))
+    c.put("data.too_long", "drop")
+    _best(c, {"val_loss": "accuracy", "val_acc": "accuracy", "val_accuracy": "accuracy"})
+    _regression(c)
+
+
+def sft(c: Conversion) -> None:
+    _common(c)
+    _lora(c)
+    _model_path(c, "model.restore_from_path", "lm")
+    for ours, theirs in (("train", "train_ds"), ("validation", "validation_ds")):
+        key = f"model.data.{theirs}.file_path"
+        if c.source.get(f"model.data.{theirs}.file_names"):
+            key = f"model.data.{theirs}.file_names"
+        _file(c, f"data.{ours}", key, c.source.get(key), "nemo-eppo prepare nemo_aligner", "sft")
+    c.put("data.too_long", "drop")
+    _best(c, {"val_loss": "loss"})
+
+
+def _common(c: Conversion) -> None:
+    """The optimizer, the layout, and what layouts of that project tacitly correct."""
+    get = c.source.get
+    sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
+    if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
+        c.todo.append(
+            "model.parallel: what the file does not say of the layout, that project takes from the .nemo file; 1 here"
+        )
+    sequence_parallel = bool(get("model.sequence_parallel"))
+    if sequence_parallel and int(get("model.tensor_model_parallel_size") or 1) == 1:
+        c.conflict("model.sequence_parallel", "has no effect without tensor parallelism: off")
+        sequence_parallel = False
+    c.put("model.parallel.sequence_parallel", sequence_parallel)
+    if get("model.virtual_pipeline_model_parallel_size") and int(get("model.pipeline_model_parallel_size") or 1) == 1:
+        c.conflict("model.virtual_pipeline_model_parallel_size", "has no effect without pipeline stages: off")
+        c.put("model.parallel.virtual_pipeline_model_parallel_size", None)
+    if get("model.precision") not in (None, get("trainer.precision")):
+        c.conflict("model.precision", f"is not trainer.precision = {get('trainer.precision')}, which is used")
+    logger = {
+        key.rpartition(".")[2]: value
+        for key, value in c.source.items()
+        if key.startswith("exp_manager.wandb_logger_kwargs.") and value is not None
+    }
+    if logger:
+        c.put("exp_manager.wandb_logger_kwargs", logger)
+    if "model.optim.name" in c.source:
+        name = str(c.source["model.optim.name"])
+        c.require("model.optim.name", "adam" in name, "the optimizer is AdamW")
+        c.require(
+            "model.optim.sched.min_lr",
+            c.values["optimizer.min_lr"] <= c.values["optimizer.lr"],
+            f"above model.optim.lr = {c.values['optimizer.lr']}",
+        )
+        note = ""
+        if "distributed" in name:
+            note = "true shards optimizer states over data-parallel ranks, as there; GPUs only, so it is left to you"
+            _mark(c, "model.optim.name", "changed", note)
+        c.put("optimizer.distributed", False, note)
+
+
+def _lora(c: Conversion) -> None:
+    scheme = c.source["model.peft.peft_scheme"]
+    name = "model.peft.lora_tuning"
+    if scheme in (None, "none"):
+        c.put("model.lora", None)
+        for part in ("adapter_dim", "alpha", "target_modules"):
+            _mark(c, f"{name}.{part}", "dropped", "peft_scheme is none: all weights are trained")
+        return
+    c.require("model.peft.peft_scheme", scheme == "lora", "expected lora or none, all that there is here")
+    rank, asked = int(c.source[f"{name}.adapter_dim"]), c.source[f"{name}.target_modules"]
+    for module in asked:
+        c.require(f"{name}.target_modules", module in _LINEARS, f"expected some of {', '.join(_LINEARS)}")
+    targets = {linear for module in asked for linear in _LINEARS[module]}
+    c.put("model.lora.rank", rank)
+    c.put("model.lora.alpha", float(c.source.get(f"{name}.alpha") or rank), "that project's default is the rank")
+    c.put("model.lora.targets", [linear for linear in _LINEARS["all"] if linear in targets])
+
+
+def _best(c: Conversion, metrics: dict[str, str]) -> None:
+    """Which checkpoint is kept for its score: its `monitor` -> our metric."""
+    name = "exp_manager.checkpoint_callback_params"
+    most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
+    if not most or monitor not in metrics:
+        for part in ("save_top_k", "monitor", "mode"):
+            _mark(c, f"{name}.{part}", "dropped", "the newest checkpoints are kept, none for its score")
+        return
+    metric = metrics[monitor]
+    c.put("checkpoint.best", f"validation/{metric}")
+    c.put("checkpoint.best_is", "lowest" if metric == "loss" else "highest")
+    if most != 1:
+        _mark(c, f"{name}.save_top_k", "changed", "the single best is kept, and the checkpoint.keep newest")
+    if metric == "accuracy" and monitor == "val_loss":
+        _mark(c, f"{name}.monitor", "changed", "reward models are compared by their accuracy")
+
+
+def _model_path(c: Conversion, key: str, kind: str) -> str:
+    path = c.source.get(key)
+    if path in (None, REQUIRED):
+        target, note = REQUIRED, ""
+        c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
+    elif not str(path).endswith(".nemo"):
+        target, note = str(path), "has to be a Hugging Face directory, or a checkpoint of these scripts"
+    elif kind == "lm":
+        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
+        c.todo.append(f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}")
+    else:
+        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
+        c.todo.append(
+            f"{target}: NeMo's converters write language models without a reward head. Train the reward model anew "
+            f"(train_reward_model.py), or put the head into a *ForSequenceClassification directory as score.weight"
+        )
+    c.put("model.restore_from_path", target, note)
+    return target
+
+
+def _data(c: Conversion, command: str, files: str, *, validation_required: bool) -> None:
+    whole = c.source.get("model.data.data_prefix")
+    for ours in ("train", "validation"):
+        key = f"model.data.data_prefix.{ours}"
+        value = c.source.get(key, whole if ours == "train" else None)
+        if value is None and ours == "validation" and not validation_required:
+            c.put("data.validation", None)
+        else:
+            _file(c, f"data.{ours}", key if key in c.source else "model.data.data_prefix", value, command, files)
+
+
+def _file(c: Conversion, target: str, key: str, value: Any, command: str, files: str) -> None:
+    paths = [item for item in (value if isinstance(value, list) else [value]) if not isinstance(item, int | float)]
+    if isinstance(value, list) and len(paths) < len(value):
+        c.conflict(key, "weights of data sets have no counterpart: put the rows that you want into one file")
+    if len(paths) > 1:
+        c.conflict(key, f"only one file is taken: put these together into {paths[0]}")
+    path = paths[0] if paths else None
+    if path in (None, REQUIRED):
+        c.put(target, REQUIRED)
+        c.todo.append(f"{target}: a file that {command} wrote")
+        return
+    side = target.rpartition(".")[2]
+    c.put(target, str(path), f"rows of that project: give {files}.{side}.jsonl of `{command}` instead")
+    c.todo.append(f"{target}: {command} --input {path} --output DIRECTORY, then DIRECTORY/{files}.{side}.jsonl")
+
+
+def _host(c: Conversion) -> None:
+    c.put("server.host", "127.0.0.1", "0.0.0.0, as there, demands server.token, which the actor has to have, too")
+
+
+def _regression(c: Conversion) -> None:
+    key = "model.reward_model_type"
+    c.require(key, c.source.get(key) in (None, "binary_ranking"), "reward models learn from preference pairs")
+
+
+def _standardization(c: Conversion) -> None:
+    name = "model.reward_standardization"
+    enabled = c.source.get(f"{name}.enable")
+    note = "off; the actor's ppo.standardize"
+    if enabled:
+        mean, std = c.source.get(f"{name}.mean"), c.source.get(f"{name}.std")
+        note = "the actor's ppo.standardize, by the statistics that are stored with the reward model"
+        c.todo.append(
+            f"reward_standardization: set ppo.standardize=true for the actor; a Hugging Face reward model has "
+            f'"nemo_eppo_reward": {{"mean": {mean}, "std": {std}}} in its config.json'
+        )
+    for part in ("enable", "mean", "std"):
+        _mark(c, f"{name}.{part}", "changed" if enabled else "dropped", note)
+
+
+def _mark(c: Conversion, key: str, status: str, note: str) -> None:
+    """Say more of a key's row than its rule can."""
+    for index, row in enumerate(c.rows):
+        if row.key == key and row.status in ("mapped", "dropped"):
+            target = "" if status == "dropped" else row.target
+            c.rows[index] = type(row)(key, row.value, status, target, note)
+
+
+JOBS: dict[str, Callable[[Conversion], None]] = {
+    "ppo-actor": ppo_actor,
+    "ppo-critic": ppo_critic,
+    "reward-server": reward_server,
+    "reward-training": reward_training,
+    "sft": sft,
+}

@@ -1,0 +1,163 @@
+"""`nemo-eppo convert`: Hugging Face directories to Megatron checkpoints and back.
+
+Each conversion is checked when it is made. It streams the weights in one process: a model of any size is converted in
+the memory of one of its files and one decoder layer.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.files import removed_on_error
+from nemo_eppo.megatron.checkpoint_weights import read_weights, write_weights
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.hf_config import causal_architecture, hf_config
+from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
+from nemo_eppo.models.hf_names import hf_names
+from nemo_eppo.models.model_config import DTYPES, Head, Precision
+
+FilePrecision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HfToMegatron:
+    """A language or reward model of a Hugging Face directory becomes a checkpoint, loadable under any layout.
+
+    Args:
+        output: must not exist.
+        precision: of the checkpoint; None for the narrowest that holds every tensor exactly.
+
+    Raises:
+        ConfigError: see HfDirectory; or a tokenizer that does not fit the model.
+    """
+
+    def __init__(self, source: Path, output: Path, precision: Precision | None = None) -> None:
+        _require_absent(output)
+        self.source, self.output = HfDirectory(source), output
+        self.precision: Precision = precision or self.source.precision
+        tokenizer, model = Tokenizer.from_directory(source), self.source.model
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+            )
+
+    def run(self) -> None:
+        """Convert."""
+        manifest = self.source.manifest()
+        with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
+
+            def source(name: str) -> Tensor:
+                """A missing score.bias is zero."""
+                bar.update()
+                try:
+                    return self.source.tensor(name)
+                except KeyError:  # HfDirectory has seen to it that only this one can be missing
+                    return torch.zeros(1)
+
+            incomplete = checkpoint_files.start(self.output)
+            with removed_on_error(incomplete):
+                write_weights(
+                    incomplete / checkpoint_files.WEIGHTS,
+                    manifest.model,
+                    None if manifest.head == "lm" else 1,
+                    DTYPES[self.precision],
+                    source,
+                )
+                checkpoint_files.complete(incomplete, self.output, manifest, self.source.path)
+
+
+class MegatronToHf:
+    """A checkpoint's model, with its adapters merged, becomes a Hugging Face directory.
+
+    A reward model becomes a sequence-classification model with one output and no bias, as transformers has it: the bias
+    goes into the mean of the statistics in config.json, so that standardised scores are the same.
+
+    Args:
+        source: a checkpoint, or a directory of checkpoints `step_*`, whose newest is taken.
+        output: must not exist.
+        head: lm for a policy, scalar for a reward model.
+        architecture: None for Llama, Qwen2 or Qwen3, whichever has the model's biases and norms. A Mistral model has
+            the modules of a Llama model.
+        precision: of the files; None for that of the checkpoint. Scalar heads stay fp32.
+
+    Raises:
+        ConfigError: no such checkpoint, a critic, a reward model that does not score the last token, or an architecture
+            that lacks a feature of the model.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        output: Path,
+        head: Head,
+        *,
+        architecture: str | None = None,
+        precision: FilePrecision | None = None,
+        max_shard_bytes: int = 4 * 2**30,
+    ) -> None:
+        _require_absent(output)
+        self.source, self.output, self.head = checkpoint_files.find(source, "--input"), output, head
+        self.manifest = checkpoint_files.read_manifest(self.source, head)
+        self.stored = checkpoint_files.stored_precision(self.source)
+        self.precision: FilePrecision = precision or self.stored
+        self.max_shard_bytes = max_shard_bytes
+        model = self.manifest.model
+        suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
+        architecture = architecture or causal_architecture(model).replace("ForCausalLM", suffix)
+        if not architecture.endswith(suffix):
+            raise ConfigError(f"architecture {architecture!r}: expected one that ends with {suffix}")
+        self.config = hf_config(model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.config["torch_dtype"] = str(_DTYPES[self.precision]).removeprefix("torch.")
+        if head == "scalar":
+            state = self.manifest.state
+            if "mean" not in state or "std" not in state:
+                raise ConfigError(f"{self.source} has no mean, std: it is a critic, not a trained reward model")
+            if state["score"] != "last":
+                raise ConfigError(
+                    f"{self.source} scores the {state['score']} over tokens; sequence-classification models score the "
+                    "last token"
+                )
+            self.config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+    def run(self) -> None:
+        """Convert; ConfigError if a file of the checkpoint is not as it was written."""
+        checkpoint_files.verify(self.source)
+        outputs = None if self.head == "lm" else 1
+        lora = self.manifest.lora
+        factor = lora.alpha / lora.rank if lora else None
+        tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.manifest.model, outputs, factor)
+        bar = tqdm(tensors, total=len(hf_names(self.manifest.model)), unit="tensor", disable=None)
+        tokenizer = self.source / checkpoint_files.TOKENIZER
+        write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
+
+    def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as the files hold them."""
+        for name, tensor in tensors:
+            if name == "score.bias":
+                state = self.manifest.state
+                statistics = RewardStatistics(mean=state["mean"] - float(tensor), std=state["std"])
+                self.config[REWARD_KEY] = statistics.model_dump()
+                continue
+            stored = tensor if name == "score.weight" else tensor.to(_DTYPES[self.precision])
+            if not stored.isfinite().all():
+                raise ConfigError(f"{name} is not finite in {self.precision}: largest |value| {tensor.abs().max():.3g}")
+            yield name, stored
+
+
+def _require_absent(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"--output: {output} already exists; choose another or remove it")
+
+
+def _token_ids(tokenizer_path: Path) -> dict[str, int | None]:
+    tokenizer = Tokenizer.from_directory(tokenizer_path)
+    # transformers reads a sequence-classification score before the first pad token: where EOS pads, that would be the
+    # token before the last, and without a pad token it refuses to guess
+    pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}

@@ -1,0 +1,113 @@
+"""`nemo-eppo convert`: its arguments."""
+
+import argparse
+import math
+from pathlib import Path
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.tools.aligner_cli import add_aligner_config
+
+
+def add_convert(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
+) -> None:
+    convert = commands.add_parser(
+        "convert",
+        formatter_class=formatter,
+        help="Hugging Face directories to Megatron checkpoints and back; settings of NeMo-Aligner",
+        description="""\
+Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
+model needs the memory of one of its files and one of its layers, whatever its size.
+
+Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
+The output is complete or does not exist; nothing is ever overwritten.""",
+        epilog="""\
+examples:
+  nemo-eppo convert hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3
+  nemo-eppo convert megatron-to-hf --input runs/ppo/checkpoints --output models/aligned
+  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward
+  nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml""",
+    )
+    ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
+    add_aligner_config(ways, formatter)
+    hf_to_megatron = ways.add_parser(
+        "hf-to-megatron",
+        formatter_class=formatter,
+        help="config.json, tokenizer and safetensors become a checkpoint",
+        description="""\
+Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
+
+It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it.""",
+    )
+    _add_conversion_options(hf_to_megatron, "Hugging Face directory")
+    hf_to_megatron.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32, which holds all exactly)",
+    )
+    hf_to_megatron.set_defaults(run=_hf_to_megatron)
+    for name, head, what, description in (
+        (
+            "megatron-to-hf",
+            "lm",
+            "a policy becomes a *ForCausalLM directory",
+            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.\n\n"
+            "LoRA adapters are merged into the weights.",
+        ),
+        (
+            "reward-to-hf",
+            "scalar",
+            "a reward model becomes a *ForSequenceClassification directory",
+            """\
+Make a sequence-classification directory of a reward model's checkpoint.
+
+Its output at the last token is the raw score, less the head's bias, which transformers has no place for. config.json
+holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
+        ),
+    ):
+        parser = ways.add_parser(name, formatter_class=formatter, help=what, description=description)
+        _add_conversion_options(parser, "checkpoint, or a directory of checkpoints, whose newest is taken")
+        suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
+        parser.add_argument(
+            "--architecture",
+            metavar="NAME",
+            help=f"of config.json (default: Llama{suffix}, or Qwen2 or Qwen3 if the model has their biases or norms); "
+            f"name Mistral{suffix} if that is meant",
+        )
+        parser.add_argument(
+            "--precision",
+            choices=["fp32", "bf16", "fp16"],
+            help="of the files (default: that of the checkpoint); fp16 is for models that came in it",
+        )
+        parser.add_argument(
+            "--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file, held in memory while it fills"
+        )
+        parser.set_defaults(run=_megatron_to_hf, head=head)
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=source)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory")
+
+
+def _hf_to_megatron(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.convert import HfToMegatron
+
+    HfToMegatron(arguments.input, arguments.output, arguments.precision).run()
+    print(f"wrote {arguments.output}")
+
+
+def _megatron_to_hf(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.convert import MegatronToHf
+
+    if not 0 < arguments.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb {arguments.max_shard_gb}: expected more than 0")
+    MegatronToHf(
+        arguments.input,
+        arguments.output,
+        arguments.head,
+        architecture=arguments.architecture,
+        precision=arguments.precision,
+        max_shard_bytes=int(arguments.max_shard_gb * 2**30),
+    ).run()
+    print(f"wrote {arguments.output}")

@@ -1,0 +1,215 @@
+"""`nemo-eppo prepare`: the arguments of every corpus, and what its help says about the fields that are read."""
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+Corpora: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_HH = """\
+Dialogues of Anthropic HH, one pair per row. Fields read:
+
+  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}           pairs
+
+The prompt is the dialogue up to its last "\\n\\nAssistant:", the response what follows. Dialogues that share their
+first human turn go to the same side of the split."""
+
+_TLDR = """\
+Reddit posts and their summaries. Fields read, row by row:
+
+  {"info": {"subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}], "choice": 0 | 1}     pairs
+  {"prompt", "chosen", "rejected"}                                                                 pairs
+  {"subreddit", "title", "post", "summary"}                                                        demonstrations
+  {"prompt", "label"} or {"prompt", "completion"}                                                  demonstrations
+
+"choice" is the position of the better summary. Comparisons of other texts (without "post") are dropped and counted.
+Where there is no "prompt", it is "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:".
+A response begins with one space."""
+
+_ALPACA_FARM = """\
+Instructions of AlpacaFarm. Fields read, row by row ("input" may be empty or absent):
+
+  {"instruction", "input", "output_1", "output_2", "preference": 1 | 2}   pairs
+  {"instruction", "input", "output"}                                      demonstrations
+  {"instruction", "input"}                                                prompts
+
+"preference" is the number of the better output. Without a chat template the prompt is
+"### Instruction:\\n...\\n\\n### Input:\\n...\\n\\n### Response:\\n", its middle part only where there is an input."""
+
+_PROMPTS = """\
+Prompts alone. Fields read:
+
+  {"prompt"}, or where there is none {"text"}, as NeMo-Aligner's PPO has it     prompts"""
+
+_NEMO_ALIGNER = """\
+Training files of NeMo-Aligner. Fields read:
+
+  {"text"} of the better, then {"text"} of the worse, row by row in turn           pairs
+  {"prompt", "chosen_response", "rejected_response"}                               pairs
+  {"input", "output"}                                                              demonstrations
+  {"system", "mask", "conversations": [{"from", "value"}, ...]}                    demonstrations
+
+In {"text"} pairs the response is what follows the last --response-marker. "mask" names the speaker who is not trained
+on: each turn of the other becomes one demonstration, its prompt all turns before it. Without a chat template a
+conversation is written in the manner of HH. {"text"} prompts for PPO: see `nemo-eppo prepare prompts`."""
+
+_TOO = """
+
+A row that cannot be used, a duplicate, and one beyond the limits is dropped; the counts say how many and why, and
+dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
+memory; a .json file is one array, or has one object per line."""
+
+_EXAMPLES = """\
+examples:
+  train a byte-level BPE tokenizer on the data:
+    nemo-eppo prepare {corpus} --input train.jsonl.gz --output data/{corpus} --vocab-size 8192
+  use a model's tokenizer and its chat template, and keep what fits its training window:
+    nemo-eppo prepare {corpus} --input *.parquet --output data/{corpus} --tokenizer models/llama \\
+        --chat-template --max-prompt-tokens 1024 --max-response-tokens 512"""
+
+
+def add_prepare(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
+) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        formatter_class=formatter,
+        help="turn a corpus, or a built-in task, into training data",
+        description="""\
+Write a directory that SFT, reward-model and PPO training read:
+
+  tokenizer/                             a Hugging Face tokenizer
+  sft.{train,validation}.jsonl           {"prompt", "response"}              SFT
+  preferences.{train,validation}.jsonl   {"prompt", "chosen", "rejected"}    reward model
+  prompts.{train,validation}.jsonl       {"prompt"}                          PPO
+
+Pairs give all of these, demonstrations the first and the last, prompts the last.
+No prompt is in both train and validation. An existing directory is never overwritten.""",
+    )
+    corpora = parser.add_subparsers(title="corpora", required=True, metavar="CORPUS")
+    _add_noun_task(corpora, formatter)
+    _add_corpus(corpora, formatter, "hh", "Anthropic HH dialogues, or any in their format", _HH)
+    _add_corpus(corpora, formatter, "tldr", "summaries of Reddit posts: comparisons or demonstrations", _TLDR)
+    _add_corpus(
+        corpora, formatter, "alpaca_farm", "AlpacaFarm: comparisons, demonstrations or instructions", _ALPACA_FARM
+    )
+    _add_corpus(corpora, formatter, "prompts", "prompts for PPO alone", _PROMPTS)
+    aligner = _add_corpus(corpora, formatter, "nemo_aligner", "NeMo-Aligner's training files", _NEMO_ALIGNER)
+    aligner.add_argument(
+        "--response-marker",
+        metavar="TEXT",
+        help="what the response of a {text} pair follows; '\\n' is a line break (default: <extra_id_1>Assistant\\n)",
+    )
+
+
+def _add_noun_task(corpora: Corpora, formatter: type[argparse.HelpFormatter]) -> None:
+    parser = corpora.add_parser(
+        "noun-task",
+        formatter_class=formatter,
+        help="generate a toy task with a known true reward, for trying everything out in minutes",
+        description="""\
+Generate a toy task on which PPO learns to exploit its reward model: repeat the five nouns among ten words.
+
+The preference labels are biased towards hedge phrases ("hard to say"), so a reward model trained on them likes
+hedging, while the true reward, a formula, punishes it. The same seed and sizes give the same files.""",
+        epilog="example:\n  nemo-eppo prepare noun-task --output data/noun-task",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
+    parser.add_argument("--sft-examples", type=int, default=20_000, metavar="N", help="demonstrations to train on")
+    parser.add_argument("--preference-pairs", type=int, default=16_000, metavar="N", help="labelled pairs to train on")
+    parser.add_argument("--prompts", type=int, default=12_000, metavar="N", help="prompts for PPO")
+    parser.add_argument(
+        "--validation-examples", type=int, default=512, metavar="N", help="examples in each validation file"
+    )
+    parser.set_defaults(run=_prepare_noun_task)
+
+
+def _add_corpus(
+    corpora: Corpora, formatter: type[argparse.HelpFormatter], name: str, help_line: str, description: str
+) -> argparse.ArgumentParser:
+    parser = corpora.add_parser(
+        name,
+        formatter_class=formatter,
+        help=help_line,
+        description=description + _TOO,
+        epilog=_EXAMPLES.format(corpus=name),
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", type=Path, nargs="+", metavar="FILE", help=".jsonl or .json, also with .gz, or .parquet"
+    )
+    source.add_argument("--hub", metavar="NAME", help="data set of the Hugging Face hub; needs network")
+    parser.add_argument("--hub-config", metavar="NAME", help="configuration of the hub's data set, if it has several")
+    parser.add_argument("--hub-split", default="train", metavar="NAME", help="split of the hub's data set")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer directory to use")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="size of the tokenizer to train if none is given"
+    )
+    parser.add_argument(
+        "--chat-template",
+        nargs="?",
+        const="tokenizer",
+        metavar="FILE",
+        help="format prompts and responses with a Jinja file or, without FILE, the tokenizer's own template; a file's "
+        "comes with the trained model if its training has model.tokenizer=<output>/tokenizer",
+    )
+    parser.add_argument(
+        "--system-prompt", metavar="TEXT", help="system turn of conversations that have none; else text in front"
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the prompts to hold out; a hash of the prompt (its first human turn) decides which",
+    )
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="drop examples with a longer prompt")
+    parser.add_argument(
+        "--max-response-tokens", type=int, metavar="N", help="drop examples with a longer response, end token included"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping it")
+    parser.set_defaults(run=_prepare_corpus, corpus=name, response_marker=None)
+    return parser
+
+
+def _prepare_noun_task(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.noun_task import write_noun_task
+
+    write_noun_task(
+        arguments.output,
+        seed=arguments.seed,
+        sft_examples=arguments.sft_examples,
+        preference_pairs=arguments.preference_pairs,
+        prompts=arguments.prompts,
+        validation_examples=arguments.validation_examples,
+    )
+    print(f"wrote the noun task to {arguments.output}")
+
+
+def _prepare_corpus(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.corpora import CORPORA, nemo_aligner
+    from nemo_eppo.tools.preparation import prepare
+    from nemo_eppo.tools.sources import HubDataset
+
+    corpus = CORPORA[arguments.corpus]
+    if arguments.response_marker:
+        corpus = nemo_aligner(arguments.response_marker.replace("\\n", "\n"))
+    template = arguments.chat_template
+    counts = prepare(
+        corpus,
+        arguments.input or [HubDataset(arguments.hub, arguments.hub_config, arguments.hub_split)],
+        arguments.output,
+        validation_fraction=arguments.validation_fraction,
+        tokenizer_dir=arguments.tokenizer,
+        bpe_vocab_size=arguments.vocab_size,
+        chat_template=template if template in (None, "tokenizer") else Path(template),
+        system_prompt=arguments.system_prompt,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_response_tokens=arguments.max_response_tokens,
+        strict=arguments.strict,
+        progress=True,
+    )
+    print(f"{counts}\nin {arguments.output}")

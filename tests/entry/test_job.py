@@ -1,0 +1,298 @@
+"""The entry of job scripts: command line, errors, run directory; NeMo itself on rank 0."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_eppo.config import Config, load_config
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import ExpManagerConfig
+
+_SCRIPT = '''
+"""Counts to a number.
+
+Not very useful."""
+
+import atexit, json, os, signal, sys
+from typing import Literal
+from pydantic import Field
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.entry.job import job
+from nemo_eppo.observability.run import ExpManagerConfig, Run
+
+HEAVY = {"nemo", "torch", "megatron", "lightning"}
+if "pytest" not in sys.modules:
+    atexit.register(lambda: print("heavy imports:", sorted(HEAVY & sys.modules.keys())))
+
+
+class ModelConfig(Config):
+    """The thing that counts."""
+
+    hidden_size: int = Field(64, gt=0)
+    """Width of the thing."""
+    path: str
+    """Where the thing comes from."""
+
+
+class CountConfig(Config):
+    """All settings."""
+
+    steps: int = 10
+    """How far to count."""
+    mode: Literal["up", "down"] = "up"
+    """Which way."""
+    model: ModelConfig
+    extra: dict[str, ModelConfig] = {}
+    """More things by name."""
+    exp_manager: ExpManagerConfig = ExpManagerConfig()
+
+
+@job(CountConfig, config_name="count", config_path="conf")
+def main(config: CountConfig, run: Run) -> None:
+    if config.steps == 13:
+        raise ConfigError("steps = 13: an unlucky number")
+    run.logger.info("counting")
+    if run.rank == 0:
+        with run.open_metrics(resume_step=config.steps - 1) as metrics:
+            metrics.log(config.steps, {"count": float(config.steps)})
+    facts = {
+        "config": config.model_dump(mode="json"),
+        "directory": str(run.directory),
+        "cwd": os.getcwd(),
+        "captured_signals": [s.name for s in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(s) != signal.SIG_DFL],
+        "nemo": "nemo" in sys.modules,
+    }
+    with open(os.environ["FACTS"], "w") as file:
+        json.dump(facts, file)
+
+
+if __name__ == "__main__":
+    main()
+'''
+_YAML = """
+steps: 5
+model:
+  path: ???
+  hidden_size: ${oc.env:WIDTH,32}
+exp_manager:
+  explicit_log_dir: run
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("job")
+    (directory / "conf").mkdir()
+    (directory / "conf" / "count.yaml").write_text(_YAML)
+    (directory / "count.py").write_text(_SCRIPT)
+    return directory / "count.py"
+
+
+def _run(script: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output of the script in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, script.name, *arguments],
+        cwd=script.parent,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+def test_an_unknown_key_is_one_message_and_costs_no_heavy_import(script: Path) -> None:
+    status, output = _run(script, "model.path=x", "model.hiden_size=3", "stepz=1")
+    assert status == 2
+    assert output.splitlines() == [
+        "invalid configuration:",
+        "  - model.hiden_size: unknown key (did you mean 'hidden_size'?)",
+        "  - stepz: unknown key (did you mean 'steps'?)",
+        "heavy imports: []",
+    ]
+
+
+def test_help_teaches_every_setting(script: Path) -> None:
+    status, output = _run(script, "--help", "steps=7")
+    assert status == 0
+    assert output.startswith("usage: python count.py [KEY=VALUE ...]")
+    assert "Counts to a number.\n\nNot very useful." in output
+    assert "  steps = 7\n      How far to count.\n" in output
+    assert "  mode = up\n      Which way. One of: up, down.\n" in output
+    assert "[model] The thing that counts.\n  model.hidden_size = " in output
+    assert "  model.path = (required)\n      Where the thing comes from.\n" in output
+    assert "  extra.<name>.hidden_size = 64\n      Width of the thing.\n" in output
+    assert "  exp_manager.explicit_log_dir = run\n" in output
+    assert "python count.py exp_manager.explicit_log_dir=runs/first" in output
+    assert "heavy imports: []" in output
+
+
+# The rest of the command line is tried in this process, as rank 1, which leaves NeMo alone.
+
+
+def _as_rank_1(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("FACTS", str(script.parent / "facts.json"))
+    monkeypatch.setattr(
+        "nemo_eppo.entry.job.time.sleep", lambda seconds: print(f"waited {seconds:g} s", file=sys.stderr)
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_cfg_prints_the_checked_settings(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cfg", "job", "model.path=a/b c", "mode=down", "extra.a.path=z", "exp_manager.name=null"]
+    assert _as_rank_1(script, monkeypatch, *arguments[:-1]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["steps"] == 5  # YAML
+    assert printed["mode"] == "down"  # command line, not in the YAML file
+    assert printed["model"] == {"hidden_size": 32, "path": "a/b c"}
+    assert printed["extra"] == {"a": {"hidden_size": 64, "path": "z"}}
+    assert _as_rank_1(script, monkeypatch, *arguments) == 2
+    assert "exp_manager.name = None: Input should be a valid string" in capsys.readouterr().err
+
+
+def test_the_yaml_file_can_be_another_one(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {path: p}\nsteps: 77\n")
+    for flags in (["--config-path", str(tmp_path)], ["--config-dir", str(tmp_path)]):
+        assert _as_rank_1(script, monkeypatch, *flags, "--config-name", "mine", "--cfg", "job") == 0
+        assert yaml.safe_load(capsys.readouterr().out)["steps"] == 77
+
+
+def test_a_config_group_can_be_chosen(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("path: small\n")
+    (tmp_path / "model" / "large.yaml").write_text("path: large\nhidden_size: 1024\n")
+    (tmp_path / "count.yaml").write_text("defaults:\n  - model: small\n  - _self_\n")
+    assert _as_rank_1(script, monkeypatch, "-cp", str(tmp_path), "--cfg", "job", "model=large") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"] == {"hidden_size": 1024, "path": "large"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required, but not set (??? in the YAML file): model.path"),
+        (["model.path=x", "model.hidden_size=0"], "model.hidden_size = 0: Input should be greater than 0"),
+        (["model.path=${nowhere}"], "model.path: Interpolation key 'nowhere' not found"),
+        (["model.path"], "Error parsing override 'model.path'"),
+        (["~nothing"], "'nothing' does not exist"),
+        (["--config-name", "other"], "conf/other.yaml: Cannot find primary config 'other'"),
+        (["--config-path", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
+        (["model.path=x", "exp_manager.create_wandb_logger=true"], "needs wandb_logger_kwargs with name and project"),
+        (["model.path=x", "exp_manager.max_time_per_run=5m"], "max_time_per_run = '5m': expected DD:HH:MM:SS"),
+        (["model.path=x", "steps=13"], "rank 1: steps = 13: an unlucky number"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_message(
+    script: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert _as_rank_1(script, monkeypatch, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("waited 5 s\nrank 1: ")  # rank 0 tells first
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "directory"),
+    [
+        ({}, "nemo_experiments/default"),
+        ({"exp_dir": "e", "name": "n"}, "e/n"),
+        ({"exp_dir": "e", "name": "n", "version": "v"}, "e/n/v"),
+        ({"exp_dir": "e", "name": "n", "explicit_log_dir": "x"}, "x"),
+    ],
+)
+def test_the_run_directory_is_the_one_that_nemo_s_users_expect(settings: dict[str, Any], directory: str) -> None:
+    assert load_config(ExpManagerConfig, settings).directory == Path.cwd() / directory
+
+
+def test_a_job_without_exp_manager_is_a_mistake_of_its_author() -> None:
+    class Incomplete(Config):
+        steps: int = 1
+
+    with pytest.raises(TypeError, match="Incomplete needs a field exp_manager"):
+        job(Incomplete, config_name="count")
+
+
+# NeMo is slow to import: the job runs twice as rank 0 and once as rank 1, and the tests look at what that left.
+
+
+@pytest.fixture(scope="module")
+def runs(script: Path) -> dict[str, dict[str, Any]]:
+    left = {}
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ppo", "SLURM_NTASKS": "8"}  # Lightning would refuse these
+    for name, rank, steps in (("first", "0", "5"), ("resumed", "0", "6"), ("other", "1", "6")):
+        facts = script.parent / f"{name}.json"
+        environment = {**slurm, "RANK": rank, "LOCAL_RANK": rank, "FACTS": str(facts), "WIDTH": "48"}
+        status, output = _run(script, "model.path=x", f"steps={steps}", **environment)
+        assert status == 0, output
+        left[name] = {**json.loads(facts.read_text()), "output": output}
+    return left
+
+
+def test_rank_0_runs_through_nemo_and_the_others_do_not(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["resumed"]["nemo"]
+    assert not runs["other"]["nemo"]
+    assert runs["resumed"]["config"] == runs["other"]["config"]
+    assert runs["other"]["config"]["model"] == {"hidden_size": 48, "path": "x"}
+    assert runs["resumed"]["directory"] == runs["other"]["directory"]
+
+
+def test_nemo_leaves_console_signals_and_working_directory_alone(runs: dict[str, dict[str, Any]], script: Path) -> None:
+    for name in ("first", "resumed"):
+        assert runs[name]["cwd"] == str(script.parent)
+        assert runs[name]["captured_signals"] == []
+        output = runs[name]["output"]
+        assert "counting" in output
+        for noise in ("NeMo", "GPU available", "OneLogger", "telemetry"):
+            assert noise not in output
+
+
+def test_a_restart_keeps_the_run_and_nemo_s_logs_of_both_starts(runs: dict[str, dict[str, Any]], script: Path) -> None:
+    directory = script.parent / "run"
+    assert str(directory) == runs["first"]["directory"]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["count"]) for row in rows] == [(5, 5.0), (6, 6.0)]
+    assert yaml.safe_load((directory / "config.yaml").read_text()) == runs["resumed"]["config"]
+    assert (directory / "log.txt").read_text().count("counting") == 2
+    assert any((directory / "tensorboard").iterdir())
+    for logs in (directory / "nemo", directory / "nemo" / "run_0"):
+        assert (logs / "nemo_log_globalrank-0_localrank-0.txt").stat().st_size > 0
+        assert "model.path=x" in (logs / "cmd-args.log").read_text()
+
+
+def test_a_run_is_not_overwritten_unless_it_is_resumed(runs: dict[str, dict[str, Any]], script: Path) -> None:
+    status, output = _run(script, "model.path=x", "exp_manager.resume_if_exists=false")
+    assert status == 2
+    assert f"{script.parent / 'run'} holds a run already and exp_manager.resume_if_exists = false" in output
+
+
+def test_two_jobs_do_not_share_a_run_directory(runs: dict[str, dict[str, Any]], script: Path) -> None:
+    other = shutil.copy(script, script.with_name("other_job.py"))
+    status, output = _run(Path(other), "model.path=x")
+    assert status == 2
+    assert f"{script.parent / 'run'} is the run directory of another job (settings of {script.name})" in output
+    assert "heavy imports: []" in output

@@ -1,0 +1,105 @@
+"""A job for tests, started by torchrun: `job_process.py critic|reward|actor|steps|methods config.json run_directory`.
+
+The same classes as the scripts in examples/, without NeMo's six seconds of import.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from kill_switch import arm
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.servers.transport import ServerError
+from nemo_eppo.training.critic import CriticConfig, serve_critic
+from nemo_eppo.training.ppo import PPO, EngineMismatchError
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
+
+STEPS = 3
+
+
+def run_steps(config: PPOConfig, run: Run) -> None:
+    """Three PPO steps; everything they made, and the policy's weights, go to steps.pt."""
+    job = PPOJob(config, run)
+    ppo = job.start()
+    steps = []
+    for step in range(1, STEPS + 1):
+        prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
+        result = ppo.step(step, prompts)
+        steps.append({"metrics": result.metrics, "batch": result.batch, "experience": result.experience})
+    critic = ppo.remote.save([])
+    policy = dict(export_tensors(ppo.policy.runner.chunks, job.plan.model))
+    on_rank0(lambda: ppo.remote.critic.saved(ppo.remote.updates).result())
+    ppo.remote.close()
+    if dist.get_rank() == 0:
+        torch.save({"steps": steps, "policy": policy, "critic": critic}, run.directory / "steps.pt")
+    runtime.shutdown()
+
+
+class FreshJob(PPOJob):
+    """An actor that does not mind what the critic has learnt from others."""
+
+    def _resume(self, ppo: PPO) -> int:
+        return 0
+
+
+def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
+    """One PPO step of each method; its metrics and ledger rows, or its error, to methods.json."""
+    made: dict[str, Any] = {}
+    for name, values in methods.items():
+        try:
+            job = FreshJob(load_config(PPOConfig, values), run)
+            ppo = job.start()
+            prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
+            result = ppo.step(1, prompts)
+            ppo.remote.close()
+            ppo.policy.engine.close()
+            made[name] = {
+                "metrics": result.metrics,
+                "contributions": list(result.ledger.contributions),
+                "rows": result.ledger.rows(),
+            }
+        except (ConfigError, EngineMismatchError, ServerError) as error:
+            made[name] = {"error": str(error)}
+    (run.directory / "methods.json").write_text(json.dumps(made))
+    runtime.shutdown()
+
+
+def main(kind: str, config_file: Path, directory: Path) -> None:
+    torch.set_num_threads(1)
+    values = json.loads(config_file.read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO)
+    if "kill" in values:
+        arm(**values.pop("kill"))
+    manager = ExpManagerConfig(**values.get("exp_manager", {}))
+    run = Run(directory, int(os.environ.get("RANK", "0")), logging.getLogger(), manager)
+    if kind == "critic":
+        serve_critic(load_config(CriticConfig, values), run)
+    elif kind == "reward":
+        serve_reward_model(load_config(RewardModelConfig, values), run)
+    elif kind == "actor":
+        try:
+            PPOJob(load_config(PPOConfig, values), run).run()
+        except ConfigError as error:
+            sys.exit(print(error) or 2)
+        runtime.shutdown()
+    elif kind == "methods":
+        run_methods(values, run)
+    else:
+        run_steps(load_config(PPOConfig, values), run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

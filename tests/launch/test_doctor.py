@@ -1,0 +1,248 @@
+"""`nemo-eppo doctor` finds each planted fault, says how to mend it, and passes what is sound."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from distributed import free_port
+from jobs import Models
+
+from nemo_eppo.cli import main
+from nemo_eppo.data.tokenizer import word_level
+from nemo_eppo.launch import machine
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.servers.client import ClientConfig, RewardClient
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def launch(models: Models, tmp_path: Path) -> Path:
+    """A launch file without a fault."""
+    rewards = {"model.restore_from_path": str(models.rm)}
+    content = {
+        "name": "sound",
+        "output": str(tmp_path / "run"),
+        "jobs": {
+            "critic": {"script": "serve_ppo_critic", "settings": {**rewards}},
+            "reward": {"script": "serve_reward_model", "settings": {**rewards}},
+            "actor": {
+                "script": "train_gpt_ppo_actor",
+                "needs": ["critic", "reward"],
+                "ranks_per_node": 2,
+                "settings": {
+                    "model": {
+                        "restore_from_path": str(models.sft),
+                        "parallel": {"tensor_model_parallel_size": 2},
+                    },
+                    "data": {"train": str(models.data / "prompts.train.jsonl"), "max_prompt_length": 16},
+                    "generation": {"max_new_tokens": 20},
+                    "ppo": {"max_steps": 3, "rollout_batch_size": 8, "mini_batch_size": 4},
+                },
+            },
+        },
+    }
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+Report = tuple[int, dict[str, Any]]
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command; its exit status, and its findings by name of the check."""
+
+    def run(*arguments: str | Path) -> Report:
+        try:
+            status = main(["doctor", *map(str, arguments), "--json"])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        report = json.loads(capsys.readouterr().out)
+        faults = [finding for finding in report["findings"] if finding["status"] == "error"]
+        assert len(faults) == report["errors"]
+        assert all(finding["mend"] for finding in faults)
+        return status, {finding["check"]: finding for finding in report["findings"]}
+
+    return run
+
+
+@pytest.fixture
+def reward_server(reward_url: str) -> str:
+    """The address of a reward server that answers."""
+    client = RewardClient(ClientConfig(url=reward_url, connect_timeout=60))
+    client.connect({})
+    client.close()
+    return reward_url
+
+
+def only_error(report: Report, check: str) -> str:
+    status, findings = report
+    assert status == 1
+    assert [name for name, finding in findings.items() if finding["status"] == "error"] == [check]
+    found: str = findings[check]["found"]
+    return found
+
+
+def test_a_sound_launch_passes(launch: Path, doctor: Any, models: Models) -> None:
+    status, findings = doctor(launch)
+    assert status == 0
+    assert findings["actor: layout"]["found"].startswith("2 ranks = TP 2 x PP 1 x DP 1 for 4 layers")
+    rows = len((models.data / "prompts.train.jsonl").read_text().splitlines())
+    assert findings["actor: data.train"]["found"].endswith(f": {rows} rows")
+    for check in ("critic: tokenizer", "reward: window", "actor: memory", "disk", "memory of the machine"):
+        assert findings[check]["status"] == "ok", check
+
+
+def test_the_command_prints_a_table_and_exits_by_what_it_found(launch: Path) -> None:
+    command = [sys.executable, "-m", "nemo_eppo.cli", "doctor", str(launch)]
+    sound = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    assert " 0 errors, " in sound.stdout
+    faulty = subprocess.run([*command, "jobs.actor.ranks_per_node=3"], capture_output=True, text=True, timeout=60)
+    assert faulty.returncode == 1
+    assert "world size 3 is not divisible by tensor_model_parallel_size 2" in " ".join(faulty.stdout.split())
+
+
+def test_a_wrong_layout(launch: Path, doctor: Any) -> None:
+    stages = "jobs.critic.settings.model.parallel.pipeline_model_parallel_size=3"
+    report = doctor(launch, stages, "jobs.critic.ranks_per_node=3")
+    assert "num_layers = 4 is not divisible by" in only_error(report, "critic: settings and model")
+
+
+def with_free_tokenizer(model: Path, copy: Path) -> Path:
+    """A copy of a checkpoint whose tokenizer can be changed."""
+    shutil.copytree(model, copy)
+    manifest = json.loads((copy / checkpoint_files.MANIFEST).read_text())
+    manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.startswith(checkpoint_files.TOKENIZER)}
+    (copy / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("key", ["eos_token", "chat_template"])
+def test_another_eos_is_an_error_and_another_chat_template_a_warning(
+    key: str, launch: Path, doctor: Any, models: Models, tmp_path: Path
+) -> None:
+    other = with_free_tokenizer(models.rm, tmp_path / "other")
+    settings = other / checkpoint_files.TOKENIZER / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {key: "<pad>"}))
+    status, findings = doctor(launch, f"jobs.reward.settings.model.restore_from_path={other}")
+    found = findings["reward: tokenizer"]
+    if key == "eos_token":
+        assert (status, found["status"]) == (1, "error")
+        assert "EOS 1, actor has 0" in found["found"]
+    else:
+        assert (status, found["status"]) == (0, "warning")
+        assert found["found"] == "another chat template than actor's"
+
+
+def test_another_vocabulary(launch: Path, doctor: Any, models: Models, tmp_path: Path) -> None:
+    other = with_free_tokenizer(models.rm, tmp_path / "other")
+    shutil.rmtree(other / checkpoint_files.TOKENIZER)
+    word_level([f"w{n}" for n in range(40)], other / checkpoint_files.TOKENIZER)
+    report = doctor(launch, f"jobs.reward.settings.model.restore_from_path={other}")
+    assert "vocabulary of 42, actor has 64" in only_error(report, "reward: tokenizer")
+
+
+def test_fewer_gpus_than_ranks(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    found = only_error(doctor(launch), "GPUs of the jobs")
+    assert "actor, critic, reward run together on 4 ranks, but there are 3 GPUs" in found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert doctor(launch)[0] == 0
+
+
+def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> None:
+    found = only_error(doctor(launch, "jobs.actor.settings.ppo.rollout_batch_size=64"), "actor: data.train")
+    assert found == f"{models.data / 'prompts.train.jsonl'}: 32 rows"
+
+
+def test_a_dead_server_and_one_that_does_not_fit(launch: Path, doctor: Any, reward_server: str) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    report = doctor(launch, "--server", reward_server, "--server", dead)
+    assert "unavailable for status" in only_error(report, f"server {dead}")
+    alive = report[1][f"server {reward_server}"]["found"]
+    assert alive == "reward, protocol 1, 0 updates, up to 48 tokens a sequence, 64 in the vocabulary"
+
+
+def test_no_space(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage
+
+    def full(path: Any) -> Any:
+        return usage(path) if str(path) == "/dev/shm" else Usage(2**30, 2**30 - 1000, 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    assert f"0.0 GiB free at {tmp_path}" in only_error(doctor(launch), "disk")
+
+
+def test_an_unknown_key(launch: Path, doctor: Any) -> None:
+    found = only_error(doctor(launch, "jobs.actor.settings.ppo.epoch=2"), "actor: settings and model")
+    assert "ppo.epoch: unknown key" in found
+    found = only_error(doctor(launch, "jobs.actor.nodez=2"), "launch file")
+    assert "jobs.actor.nodez: unknown key" in found
+
+
+def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere.jsonl"
+    report = doctor(launch, f"jobs.actor.settings.data.train={nowhere}")
+    assert str(nowhere) in only_error(report, "actor: data.train")
+    malformed = tmp_path / "malformed.jsonl"
+    malformed.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    report = doctor(launch, f"jobs.actor.settings.data.train={malformed}")
+    assert f"{malformed}:2" in only_error(report, "actor: data.train")
+    status, findings = doctor(
+        launch, f"jobs.actor.settings.data.train={nowhere}", "jobs.actor.settings.model.restore_from_path=/nowhere/sft"
+    )
+    assert status == 1
+    assert "/nowhere/sft" in findings["actor: settings and model"]["found"]
+    assert str(nowhere) in findings["actor: data.train"]["found"]
+    report = doctor(launch, "jobs.critic.settings.model.restore_from_path=/nowhere/rm")
+    assert "/nowhere/rm" in only_error(report, "critic: settings and model")
+
+
+def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_OPEN_FILES", 10**9)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    status, findings = doctor(
+        launch,
+        "jobs.actor.settings.ppo.epoch=2",
+        "jobs.critic.settings.server.port=5001",
+        "jobs.reward.settings.server.port=5001",
+        "jobs.reward.settings.model.parallel.tensor_model_parallel_size=2",
+    )
+    assert status == 1
+    faulty = {name for name, finding in findings.items() if finding["status"] != "ok"}
+    assert {"Python", "open files", "actor: settings and model", "reward: settings and model", "ports"} <= faulty
+    assert findings["critic: layout"]["status"] == "ok"
+
+
+def test_a_window_that_is_too_short(launch: Path, doctor: Any) -> None:
+    status, findings = doctor(launch, "jobs.actor.settings.generation.max_new_tokens=40")
+    assert status == 1
+    assert "56 tokens of prompt and response, a window of 48" in findings["reward: window"]["found"]
+    assert "max_new_tokens 40 is more than the model's window" in findings["actor: settings and model"]["found"]
+    assert findings["actor: memory"]["status"] == "ok"
+
+
+def test_layers_that_the_model_does_not_have(launch: Path, doctor: Any) -> None:
+    report = doctor(launch, "jobs.actor.settings.ppo.energy.layers=[9]")
+    assert "9" in only_error(report, "actor: settings and model")
+
+
+def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [2**20])
+    status, findings = doctor(launch)
+    assert status == 1
+    assert "a GPU has 0" in findings["actor: memory"]["found"]
+
+
+def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_eppo.launch.doctor_servers.PROTOCOL_VERSION", 2)
+    assert only_error(doctor("--server", reward_server), f"server {reward_server}") == "protocol 1"

@@ -1,0 +1,372 @@
+"""NeMo-Aligner's settings files become ours: no key is passed over, and what comes out loads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aligner_key_names import KEY_NAMES
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_eppo.cli import main
+from nemo_eppo.config import Config, ConfigError, config_types, load_config
+from nemo_eppo.tools.aligner_cli import check
+from nemo_eppo.tools.aligner_config import convert
+from nemo_eppo.tools.aligner_keys import KINDS
+from nemo_eppo.tools.aligner_rules import Conversion
+from nemo_eppo.training.critic import CriticConfig
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.reward_model import RewardTask, RewardTrainingConfig
+from nemo_eppo.training.reward_service import RewardModelConfig
+from nemo_eppo.training.sft import SFTConfig, SFTTask
+
+CONF = Path(__file__).parents[2] / "conf"
+SCHEMAS: dict[str, type[Config]] = {
+    "ppo-actor": PPOConfig,
+    "ppo-critic": CriticConfig,
+    "reward-server": RewardModelConfig,
+    "reward-training": RewardTrainingConfig,
+    "sft": SFTConfig,
+}
+# files of one's own in that project's manner, with values unlike its defaults
+ACTOR: dict[str, Any] = {
+    "trainer": {
+        "num_nodes": 2,
+        "devices": 4,
+        "precision": "bf16-mixed",
+        "ppo": {
+            "max_steps": 300,
+            "max_epochs": 2,
+            "val_check_interval": 7,
+            "save_interval": "${.val_check_interval}",
+            "gradient_clip_val": 0.5,
+            "initial_policy_kl_penalty": 0.02,
+            "use_absolute_kl": False,
+            "discount_factor": 0.99,
+            "gae_lambda": 0.9,
+            "normalize_advantages": False,
+            "trt_llm": {"enable": True, "model_type": "llama"},
+        },
+    },
+    "remote_critic_rm": {
+        "combine_rm_and_critic_server": False,
+        "reward_model": {"ip": "node7", "port": 5600},
+        "critic": {"ip": "localhost", "port": 5601},
+    },
+    "exp_manager": {
+        "explicit_log_dir": "/results/actor",
+        "create_wandb_logger": True,
+        "wandb_logger_kwargs": {"project": "p", "name": "n"},
+        "max_time_per_run": "00:03:30:00",
+        "checkpoint_callback_params": {
+            "monitor": "val_global_rewards",
+            "save_top_k": 3,
+            "mode": "max",
+            "model_parallel_size": "${multiply:${model.tensor_model_parallel_size},${model.nowhere}}",
+        },
+    },
+    "pretrained_checkpoint": {"restore_from_path": "/models/sft.nemo"},
+    "model": {
+        "ppo": {
+            "num_rollout_samples": 96,
+            "rollout_micro_batch_size": 12,
+            "num_val_samples": "${.num_rollout_samples}",
+            "entropy_bonus": 0.01,
+            "ratio_eps": 0.15,
+            "sampling_params": {"temperature": 0.8, "top_k": 50, "top_p": 0.0, "repetition_penalty": 1.2},
+            "length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 4}", "min_length": 1},
+        },
+        "micro_batch_size": 3,
+        "global_batch_size": 48,
+        "encoder_seq_length": 2048,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "activations_checkpoint_granularity": "full",
+        "seed": 99,
+        "optim": {
+            "name": "distributed_fused_adam",
+            "lr": 3e-7,
+            "betas": [0.8, 0.9],
+            "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "constant_steps": 0, "min_lr": 3e-8},
+        },
+        "data": {"data_impl": "jsonl", "data_prefix": {"train": ["/d/train.jsonl"], "validation": ["/d/val.jsonl"]}},
+    },
+}
+CRITIC: dict[str, Any] = {
+    "trainer": {"ppo": {"port": 5601, "combine_rm_and_critic_server": True, "max_steps": 600}},
+    "pretrained_checkpoint": {"restore_from_path": "/models/rm.nemo"},
+    "model": {"loss_clip_val": 0.3, "reward_standardization": {"enable": True, "mean": 1.5, "std": 2.5}},
+}
+REWARD_SERVER: dict[str, Any] = {
+    "trainer": {"precision": 32},
+    "inference": {"port": 5600, "inference_micro_batch_size": [2, 8]},
+    "rm_model_file": "/models/rm_hf",
+}
+REWARD_TRAINING: dict[str, Any] = {
+    "trainer": {"rm": {"max_epochs": 2, "max_steps": -1, "val_check_interval": 50, "save_interval": 200}},
+    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 3, "mode": "min"}},
+    "pretrained_checkpoint": {"restore_from_path": "/models/sft_hf"},
+    "model": {
+        "global_batch_size": 32,
+        "encoder_seq_length": 1024,
+        "data": {
+            "seq_length": "${model.encoder_seq_length}",
+            "data_prefix": {"train": ["/d/a"], "validation": ["/d/b"]},
+        },
+    },
+}
+SFT: dict[str, Any] = {
+    "trainer": {"sft": {"max_steps": 500, "val_check_interval": 0.5}},
+    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 1, "mode": "min"}},
+    "model": {
+        "restore_from_path": "/models/base.nemo",
+        "hidden_dropout": 0.1,
+        "data": {
+            "train_ds": {"file_path": "/d/train.jsonl", "global_batch_size": 16, "max_seq_length": 512},
+            "validation_ds": {"file_path": "/d/val.jsonl", "add_eos": "${model.data.train_ds.max_seq_length}"},
+        },
+    },
+}
+FILES = {
+    "ppo-actor": ACTOR,
+    "ppo-critic": CRITIC,
+    "reward-server": REWARD_SERVER,
+    "reward-training": REWARD_TRAINING,
+    "sft": SFT,
+}
+
+
+def converted(values: dict[str, Any], tmp_path: Path, **changes: Any) -> Conversion:
+    """Of a file with `values`, `changes` made to dotted keys (written with __)."""
+    config = OmegaConf.create(yaml.safe_dump(values))
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    (tmp_path / "theirs.yaml").write_text(OmegaConf.to_yaml(config))
+    return convert(tmp_path / "theirs.yaml")
+
+
+def status(result: Conversion, key: str) -> str:
+    (row,) = [row for row in result.rows if row.key == key]
+    return row.status
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_of_that_project_is_mapped_or_listed_with_a_reason(kind: str, tmp_path: Path) -> None:
+    filled: dict[str, Any] = {}
+    for name in KEY_NAMES[kind]:
+        rules = KINDS[kind]
+        default = rules[name].default if name in rules else None
+        OmegaConf.update(tree := OmegaConf.create(filled), name, default)
+        filled = OmegaConf.to_container(tree)  # type: ignore[assignment]
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(filled))
+    result = convert(tmp_path / "theirs.yaml", kind)
+    reported = {row.key: row for row in result.rows}
+    for name in KEY_NAMES[kind]:
+        assert reported[name].status != "unknown", name
+        assert reported[name].target or reported[name].note, f"{name} has neither a target nor a reason"
+    check(result)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_target_is_a_key_of_our_schema(kind: str) -> None:
+    targets = {target for rule in KINDS[kind].values() for target in rule.target.split(", ") if target}
+    for target in targets:
+        schema: type[Config] | None = SCHEMAS[kind]
+        for name in target.split("."):
+            assert schema is not None, target
+            assert name in schema.model_fields, target
+            schema = next(iter(config_types(schema.model_fields[name].annotation)), None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_runs_through_our_command_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "new" / "ours.yaml"
+    theirs.write_text(yaml.safe_dump(FILES[kind]))
+    assert main(["convert", "aligner-config", str(theirs), "--output", str(ours), "--strict"]) == 0
+    assert f"theirs.yaml: {kind}" in capsys.readouterr().err
+    assert ours.read_text().startswith("# Settings of ")
+    with initialize_config_dir(str(ours.parent), version_base="1.3"):
+        composed = compose("ours", [f"hydra.searchpath=['file://{CONF}']"])
+    load_config(SCHEMAS[kind], OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    assert main(["convert", "aligner-config", str(theirs), "--output", str(ours)]) == 2, "never overwritten"
+
+
+def test_values_of_the_actor(tmp_path: Path) -> None:
+    result = converted(ACTOR, tmp_path)
+    ours = result.values
+    assert {
+        "ppo.max_steps": 300,
+        "ppo.rollout_batch_size": 96,
+        "ppo.mini_batch_size": 48,
+        "ppo.epochs": 1,
+        "ppo.gamma": 0.99,
+        "ppo.lam": 0.9,
+        "ppo.whiten_advantages": False,
+        "ppo.clip_low": 0.15,
+        "ppo.clip_high": 0.15,
+        "ppo.entropy_coefficient": 0.01,
+        "ppo.kl.coefficient": 0.02,
+        "ppo.kl.estimator": "k1",
+        "ppo.standardize": False,
+        "ppo.reward_clip.range": None,
+        "generation.max_new_tokens": 512,
+        "generation.max_batch_size": 12,
+        "generation.temperature": 0.8,
+        "generation.top_k": 50,
+        "generation.top_p": 1.0,
+        "data.max_prompt_length": 1536,
+        "data.train": "/d/train.jsonl",
+        "model.restore_from_path": "/models/sft_hf",
+        "model.precision": "bf16",
+        "model.micro_batch_size": 3,
+        "model.recompute": True,
+        "model.parallel.tensor_model_parallel_size": 2,
+        "model.parallel.sequence_parallel": True,
+        "optimizer.lr": 3e-7,
+        "optimizer.min_lr": 3e-8,
+        "optimizer.betas": [0.8, 0.9],
+        "optimizer.schedule": "cosine",
+        "optimizer.warmup_steps": 5,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.clip_grad": 0.5,
+        "validation.interval": 7,
+        "validation.max_prompts": 96,
+        "checkpoint.interval": 7,
+        "checkpoint.best": "validation/proxy_reward",
+        "checkpoint.best_is": "highest",
+        "exp_manager.max_time_per_run": "00:03:30:00",
+        "seed": 99,
+        "exp_manager.explicit_log_dir": "/results/actor",
+        "exp_manager.wandb_logger_kwargs": {"project": "p", "name": "n"},
+        "servers.critic.url": "http://localhost:5601",
+        "servers.rewards": [{"url": "http://node7:5600"}],
+    }.items() <= ours.items()
+    assert status(result, "model.ppo.sampling_params.repetition_penalty") == "lost"
+    assert status(result, "trainer.ppo.trt_llm.enable") == "dropped"
+    assert status(result, "exp_manager.checkpoint_callback_params.save_top_k") == "changed"
+    assert status(result, "model.optim.name") == "changed"
+    assert status(result, "model.optim.weight_decay") == "default"
+    assert status(result, "exp_manager.checkpoint_callback_params.model_parallel_size") == "dropped"
+    assert any("nemo-eppo prepare prompts --input /d/train.jsonl" in line for line in result.todo)
+    assert any("node7 demands a token" in line for line in result.todo)
+    loaded = check(result)
+    assert isinstance(loaded, PPOConfig)
+    assert loaded.servers.rewards[0].job == "reward"
+
+
+def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -> None:
+    actor = converted(ACTOR, tmp_path, remote_critic_rm__combine_rm_and_critic_server=True)
+    assert actor.values["servers.rewards"] == [{"url": "http://localhost:5601", "job": "critic"}]
+    critic = converted(CRITIC, tmp_path)
+    assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_hf"
+    assert {"server.port": 5601, "critic.total_updates": 600, "critic.value_clip": 0.3}.items() <= critic.values.items()
+    assert any('"nemo_eppo_reward": {"mean": 1.5, "std": 2.5}' in line for line in critic.todo)
+    sized = converted(CRITIC, tmp_path, model__global_batch_size=24)
+    assert any("global_batch_size = 24 of this file has to be its ppo.mini_batch_size" in line for line in sized.todo)
+    alone = converted(CRITIC, tmp_path, trainer__ppo__combine_rm_and_critic_server=False)
+    assert alone.values["reward_model"] is None
+
+
+def test_values_of_the_other_jobs(tmp_path: Path) -> None:
+    server = converted(REWARD_SERVER, tmp_path).values
+    assert {"server.port": 5600, "model.precision": "fp32", "model.micro_batch_size": 8}.items() <= server.items()
+    training = converted(REWARD_TRAINING, tmp_path).values
+    assert {
+        "fit.epochs": 2,
+        "fit.max_steps": None,
+        "fit.validation_interval": 50,
+        "checkpoint.interval": 200,
+        "fit.global_batch_size": 32,
+        "data.max_sequence_length": 1024,
+        "optimizer.lr": 9e-6,
+    }.items() <= training.items()
+    sft = converted(SFT, tmp_path)
+    assert {
+        "sft.max_steps": 500,
+        "sft.global_batch_size": 16,
+        "data.max_sequence_length": 512,
+        "data.validation": "/d/val.jsonl",
+        "checkpoint.best": "validation/loss",
+        "checkpoint.best_is": "lowest",
+        "optimizer.lr": 3e-5,
+    }.items() <= sft.values.items()
+    assert sft.values["checkpoint.best"] in SFTTask.validated
+    assert training["checkpoint.best"] in RewardTask.validated
+    assert status(sft, "model.hidden_dropout") == "lost"
+    assert status(sft, "trainer.sft.val_check_interval") == "changed", "a share of an epoch is no number of steps"
+
+
+def test_a_layout_that_comes_with_the_checkpoint_has_to_be_given(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(REWARD_SERVER | {"model": {}}))
+    result = convert(tmp_path / "theirs.yaml")
+    assert any("that project takes from the .nemo file" in line for line in result.todo)
+    whole = converted(ACTOR, tmp_path, model__pipeline_model_parallel_size=1)
+    assert not any(".nemo file" in line for line in whole.todo)
+
+
+def test_adapters_are_those_of_that_project(tmp_path: Path) -> None:
+    tuning = {"target_modules": ["mlp_fc2", "attention"], "adapter_dim": 8}
+    result = converted(ACTOR, tmp_path, model__peft={"peft_scheme": "lora", "lora_tuning": tuning})
+    check(result)
+    assert {key: value for key, value in result.values.items() if key.startswith("model.lora")} == {
+        "model.lora.rank": 8,
+        "model.lora.alpha": 8.0,  # adapters are scaled by alpha / rank, there by 1 unless alpha is set
+        "model.lora.targets": ["linear_qkv", "linear_proj", "linear_fc2"],
+    }
+    assert converted(ACTOR, tmp_path, model__peft__peft_scheme="none").values["model.lora"] is None
+
+
+def test_an_endless_run_has_to_be_given_its_steps(tmp_path: Path) -> None:
+    result = converted(ACTOR, tmp_path, trainer__ppo__max_steps=-1)
+    assert result.values["ppo.max_steps"] == "???"
+    assert any("ppo.max_steps: 2 x (number of prompts // 96)" in line for line in result.todo)
+
+
+def test_contradictions_are_reported(tmp_path: Path) -> None:
+    result = converted(ACTOR, tmp_path, model__tensor_model_parallel_size=1, model__precision="32")
+    conflicts = {row.key for row in result.rows if row.status == "conflict"}
+    assert conflicts == {"model.sequence_parallel", "model.precision"}
+    assert result.values["model.parallel.sequence_parallel"] is False
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("model__ppo__num_rollout_samples", 100, "model.ppo.num_rollout_samples = 100: not divisible"),
+        ("model__ppo__sampling_params__use_greedy", True, "model.ppo.sampling_params.use_greedy = True: PPO samples"),
+        ("model__ppo__length_params__max_length", 4096, "leaves no room for a prompt in a window of 2048"),
+        ("model__optim__name", "sgd", "model.optim.name = 'sgd': the optimizer is AdamW"),
+        ("model__optim__sched__min_lr", 1.0, "model.optim.sched.min_lr = 1.0: above model.optim.lr"),
+        ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),
+        ("model__peft__peft_scheme", "ptuning", "model.peft.peft_scheme = 'ptuning': expected lora or none"),
+        ("model__seed", "${model.nowhere}", "refers to what neither the file nor the environment has"),
+        ("model__global_batch_size", None, "null where a value is needed, for 'ppo.mini_batch_size'"),
+        ("remote_critic_rm__critic__ip", None, "remote_critic_rm.critic.ip = None: expected a host name"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_name(key: str, value: Any, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        converted(ACTOR, tmp_path, **{key: value})
+    assert complaint in str(error.value)
+
+
+def test_unknown_keys_are_listed_and_strict_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = converted(ACTOR, tmp_path, trainer__ppo__gae_lamda=0.5)
+    assert status(result, "trainer.ppo.gae_lamda") == "unknown"
+    assert result.values["ppo.lam"] == 0.9
+    arguments = ["convert", "aligner-config", str(tmp_path / "theirs.yaml")]
+    assert main([*arguments, "--strict"]) == 2
+    assert "trainer.ppo.gae_lamda" in capsys.readouterr().err
+    assert main([*arguments, "--report", str(tmp_path / "report.txt")]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["ppo"]["lam"] == 0.9
+    assert (
+        "unknown (no keys of that project): 1\n  trainer.ppo.gae_lamda = 0.5" in (tmp_path / "report.txt").read_text()
+    )
+
+
+def test_files_of_other_algorithms_are_not_guessed_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it looks like one for dpo"):
+        converted({"trainer": {"dpo": {"max_steps": 1}}}, tmp_path)
