@@ -206,7 +206,7 @@ def test_ctrl_c_leaves_nothing_of_a_conversion(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "copy_tokenizer", interrupt)  # what is done last
+    monkeypatch.setattr(checkpoint_files, "copy_tokenizer", interrupt)  # what is done last
     command = ["convert", "hf-to-megatron", "--input", str(directories["Llama"]), "--output", str(tmp_path / "out")]
     assert main(command) == 130
     assert capsys.readouterr().err.endswith("nemo-eppo: interrupted\n")

@@ -109,7 +109,7 @@ def test_an_empty_data_set_is_named(models: Models, tmp_path: Path) -> None:
 
 def test_a_gold_reward_that_does_not_exist_is_named(models: Models, tmp_path: Path) -> None:
     config = load_config(PPOConfig, {**actor_settings(models), "gold_reward": "nemo_eppo.tools.noun_task:gold"})
-    with pytest.raises(ConfigError, match=r"gold_reward = 'nemo_eppo\.data\.noun_task:gold'"):
+    with pytest.raises(ConfigError, match=r"gold_reward = 'nemo_eppo\.tools\.noun_task:gold'"):
         PPOJob(config, a_run(tmp_path))
 
 
