@@ -147,6 +147,10 @@ class Tokenizer:
         """Text of `ids`; special tokens (EOS, padding, BOS) leave no trace."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` for many sequences at once."""
+        return self._tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def digest(self) -> str:
         """Sha256 of vocabulary and special ids: jobs that agree on it agree on what every token id means."""
         content = [sorted(self._tokenizer.get_vocab().items()), self._bos, self._adds_bos, self.eos_id, self.pad_id]
