@@ -31,7 +31,7 @@ from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.user_terms import load_named
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch, seeds_for, step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.energy_cache import EnergyCache, model_digest
+from nemo_eppo.training.energy_cache import EnergyCache
 from nemo_eppo.training.held_out import HeldOutReward
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO, GoldReward, StepResult
@@ -116,7 +116,7 @@ class PPOJob:
         if source is None or energy.eta == 0 or energy.reference == "same_response":
             return None
         key = {
-            "model": model_digest(source if isinstance(source, Path) else source.path),
+            "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
             "precision": self.config.model.precision,
             "tokenizer": self.tokenizer.digest(),
             "generation": own_answers.model_dump(mode="json"),
