@@ -10,8 +10,9 @@ from pathlib import Path
 from random import Random
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import output_directory, write_jsonl
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.data.tokenizer import word_level
+from nemo_eppo.files import directory_made_whole
 from nemo_eppo.rewards.sample import Sample
 
 _NOUN_LIST = """
@@ -123,7 +124,7 @@ def write_noun_task(
         if size < 1:
             raise ConfigError(f"{name} = {size}: expected at least 1")
     seen: set[str] = set()
-    with output_directory(out_dir) as directory:
+    with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
         for kind, train_size in zip(("sft", "preferences", "prompts"), sizes.values(), strict=True):
             for split, size in (("validation", validation_examples), ("train", train_size)):

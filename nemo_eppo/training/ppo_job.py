@@ -10,13 +10,14 @@ from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import ScoringConfig
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_scoring
+from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.critics import Critic, RemoteCritic
-from nemo_eppo.training.energy_cache import EnergyCache, model_digest
+from nemo_eppo.training.energy_cache import EnergyCache
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
@@ -109,7 +110,7 @@ class PPOJob:
         if source is None or config.shaping.energy_penalty.eta == 0 or config.energy.reference == "same_response":
             return None
         key = {
-            "model": model_digest(source if isinstance(source, Path) else source.path),
+            "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
             "precision": config.model.precision,
             "tokenizer": self.plan.tokenizer.digest(),
             "generation": own_answers.model_dump(mode="json"),

@@ -115,6 +115,9 @@ def test_a_damaged_record_in_the_middle_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     with pytest.raises(ConfigError, match=f"{file.name}, line 1 is damaged"):
         EnergyCache(tmp_path, KEY).load()
+    EnergyCache(tmp_path, KEY).directory.joinpath(file.name).write_text('{"prompt": "", "prompt": ""}\n{}\n')
+    with pytest.raises(ConfigError, match=rf"{file.name}, line 1 is damaged \(field 'prompt' occurs more than once\)"):
+        EnergyCache(tmp_path, KEY).load()
 
 
 @pytest.mark.parametrize(
