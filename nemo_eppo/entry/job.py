@@ -139,8 +139,8 @@ def _refuse_foreign_run(settings: ExpManagerConfig, script: str) -> None:
     another = "choose another exp_manager.explicit_log_dir, name or version"
     if not settings.resume_if_exists:
         raise ConfigError(
-            f"{settings.directory} holds a run already and exp_manager.resume_if_exists = false: set it to true to go "
-            f"on with that run, or {another}"
+            f"{settings.directory} holds a run already and exp_manager.resume_if_exists = false: set it to true to "
+            f"resume that run, or {another}"
         )
     first_line = file.read_text().partition("\n")[0]
     if first_line != _HEADER.format(script):
