@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Settings that name what a job reads.
 INPUTS = ("model.restore_from_path", "model.tokenizer", "reward_model", "data.train", "data.validation")
 HEADS = {"train_gpt_ppo_actor": "lm", "serve_reward_model": "scalar"}
-UPDATES = {"train_gpt_sft": "sft.global_batch_size", "train_reward_model": "fit.global_batch_size"}
+UPDATES = {"train_gpt_sft": "fit.global_batch_size", "train_reward_model": "fit.global_batch_size"}
 
 
 def check_launch(launch: LaunchConfig, *, here: bool) -> None:

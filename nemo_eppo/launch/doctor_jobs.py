@@ -181,7 +181,7 @@ def memory_of(job: Job) -> Memory:
             micro_batch_tokens=setup.micro_batch_tokens or rows * job.longest,
             trained=optimizer is not None,
             reference=actor,
-            sequences=job.settings.generation.max_batch_size if actor else 0,
+            sequences=job.settings.engine.max_batch_size if actor else 0,
             longest=job.longest,
         ),
         outputs=None if job.script in ("train_gpt_sft", "train_gpt_ppo_actor") else 1,

@@ -214,19 +214,14 @@ def test_a_copy_of_the_actor_s_settings_finds_the_methods_of_the_package(
     repository = Path(__file__).parents[2]
     actor = repository / "examples" / "nlp" / "gpt" / "train_gpt_ppo_actor.py"
     shutil.copy(repository / "conf" / "gpt_ppo_actor.yaml", tmp_path)
-    needed = [
-        "model.restore_from_path=m",
-        "data.train=d",
-        "servers.critic.url=http://c:1",
-        "servers.rewards=[{url: 'http://r:2'}]",
-    ]
+    needed = ["model.restore_from_path=m", "data.train=d"]
     for method in ([], ["method=ppo_kl"]):
         printed = []
         for where in ([], ["--config-path", str(tmp_path)], ["--config-dir", str(tmp_path)]):
             assert _as_rank_1(actor, monkeypatch, *needed, *method, *where, "--cfg", "job") == 0
             printed.append(yaml.safe_load(capsys.readouterr().out))
         assert printed[1:] == printed[:1] * 2
-        assert (printed[0]["ppo"]["energy"]["eta"] > 0) is (method == [])
+        assert printed[0]["shaping"]["energy_penalty"]["eta"] == (0.0 if method else 2.0)
 
 
 @pytest.mark.parametrize(
