@@ -1,6 +1,6 @@
-"""The entry of every job script: settings from YAML and command line, run directory, logs, readable errors.
+"""The entry of every job script: it turns a function into a command with settings, a run directory, logs and errors.
 
-Global rank 0 goes through NeMo's `hydra_runner` and `exp_manager`. Importing NeMo costs 6 s and 240 MB a process, so
+Global rank 0 runs through NeMo's `hydra_runner` and `exp_manager`. Importing NeMo costs 6 s and 240 MB a process, so
 the other ranks compose the same settings with Hydra alone. Settings are checked before anything expensive is imported.
 """
 
@@ -27,7 +27,7 @@ from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 
-_HEADER = "# settings of {}"  # first line of config.yaml: whose run directory it is
+_HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
 _PATIENCE = 5.0  # seconds that ranks other than 0 hold their message back: the launcher ends them when rank 0 has told
 
 
@@ -42,6 +42,9 @@ def job(
         schema: every key that the job has; one of them is `exp_manager: ExpManagerConfig`.
         config_name: the YAML file with the job's values, without its ending.
         config_path: its directory, relative to the script.
+
+    Raises:
+        TypeError: the schema has no field `exp_manager`.
     """
     if "exp_manager" not in schema.model_fields:
         raise TypeError(f"{schema.__name__} needs a field exp_manager: ExpManagerConfig")

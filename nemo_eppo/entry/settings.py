@@ -64,9 +64,9 @@ class Source:
             text, key = str(override.input_line), override.key_or_group
             if (earlier := first.setdefault(f"{key}@{override.package}", text)) is not text:
                 raise ConfigError(f"{key} is given twice on the command line: {earlier} and {text}")
-            is_group = any((directory / key).is_dir() for directory in self.directories)
-            plain = override.type is OverrideType.CHANGE and not key.startswith(("hydra.", "hydra/")) and not is_group
-            forced.append(f"++{text}" if plain else text)
+            chooses_file = key.startswith("hydra") or any((directory / key).is_dir() for directory in self.directories)
+            force = override.type is OverrideType.CHANGE and not chooses_file
+            forced.append(f"++{text}" if force else text)
         return forced
 
 

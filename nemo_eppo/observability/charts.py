@@ -16,7 +16,6 @@ import numpy as np
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MINUS = "\N{MINUS SIGN}"
 COLORS = (  # readable on white and on black; neighbours differ in lightness too
     "#3f7fe8", "#d9603f", "#2b9a74", "#c08a1e", "#8d6be0", "#1a9aa9", "#cc5a9b", "#7f9a35", "#a37a58", "#6f86b5",
 )  # fmt: skip

@@ -19,7 +19,6 @@ from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import (
     COLORS,
     GRAY,
-    MINUS,
     Series,
     histogram_chart,
     line_chart,
@@ -35,6 +34,7 @@ Row = Mapping[str, Any]
 Means = Mapping[str, float | None]
 
 _STEP = "PPO step"
+_MINUS = "\N{MINUS SIGN}"
 _MEASURES = {  # column of a validation row -> name, unit
     "proxy_reward": ("Proxy reward", "standardised score of the reward model"),
     "gold_reward": ("Gold reward", "score that the policy is never trained on"),
@@ -197,7 +197,7 @@ def _has(rows: Sequence[Row], measure: str) -> bool:
 def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -> str:
     rows = []
     for name, (label, unit) in _MEASURES.items():
-        old, new, change = (cell.replace("-", MINUS) for cell in _cells(before[name], after[name]))
+        old, new, change = (cell.replace("-", _MINUS) for cell in _cells(before[name], after[name]))
         noise = "" if before[name] is None else f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
         rows.append(
             f'<tr><td>{label}<small>{unit}</small></td><td class="value">{old}</td><td class="value">{new}</td>'

@@ -287,6 +287,9 @@ def runs(script: Path) -> dict[str, dict[str, Any]]:
     (script.parent / "settings" / "count.yaml").write_text(f"defaults: [model: wide, _self_]\n{_YAML}mode: down\n")
     (script.parent / "conf" / "model").mkdir()
     (script.parent / "conf" / "model" / "wide.yaml").write_text("hidden_size: 1024\n")
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@example.com"]
+    for command in (["init", "-q"], ["add", "count.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=script.parent, check=True)
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ppo", "SLURM_NTASKS": "8"}  # Lightning would refuse these
     for name, rank, steps in (("first", "0", "5"), ("resumed", "0", "6"), ("other", "1", "6")):
         facts = script.parent / f"{name}.json"
@@ -326,6 +329,8 @@ def test_a_restart_keeps_the_run_and_nemo_s_logs_of_both_starts(runs: dict[str, 
     assert any((directory / "tensorboard").iterdir())
     for logs in (directory / "nemo", directory / "nemo" / "run_0"):
         assert (logs / "nemo_log_globalrank-0_localrank-0.txt").stat().st_size > 0
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=script.parent, text=True)
+        assert f"commit hash: {commit}" in (logs / "git-info.log").read_text()
         command = (logs / "cmd-args.log").read_text()
         assert "model.path=x" in command
         assert command.startswith("count.py --config-dir=settings model.path=x steps=")  # as it was typed
