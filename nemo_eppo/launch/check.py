@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.entry.job import read_settings
+from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.command import LOCAL_HOST, REPOSITORY, Address, fixed_port, overrides, script
 from nemo_eppo.launch.schema import LaunchConfig
 

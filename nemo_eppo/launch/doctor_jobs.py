@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.jsonl import read_jsonl
-from nemo_eppo.entry.job import read_settings
+from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.check import HEADS, UPDATES, check_job, maker, schemas, taken_ports
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
