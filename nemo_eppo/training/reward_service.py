@@ -17,6 +17,7 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, build, plan
@@ -147,5 +148,5 @@ def read_gaussian(stored: Mapping[str, str]) -> Gaussian:
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
-    serve(RewardService(config), config.server, group=runtime.control_group())
+    serve(RewardService(config), ENDPOINTS, config.server, group=runtime.control_group())
     runtime.shutdown()

@@ -267,8 +267,8 @@ def test_status_is_answered_while_the_ranks_are_busy(critic: CriticClient) -> No
 def test_server_that_hangs_is_reported_and_can_be_used_again_when_it_recovers(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_INTERVAL_S", 0.2)
-    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("nemo_eppo.servers.server_client.HEALTH_INTERVAL_S", 0.2)
+    monkeypatch.setattr("nemo_eppo.servers.server_client.HEALTH_TIMEOUT_S", 0.5)
     with CriticClient(server.client_config) as critic:
         rank0 = psutil.Process(critic.connect(EXPECT)["pids"][0])
         rank0.suspend()
@@ -359,7 +359,7 @@ def test_taken_port_is_reported_before_anything_starts() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        intake = Intake(Nothing(), ServerConfig(port=port))
+        intake = Intake(Nothing(), {}, ServerConfig(port=port))
         with pytest.raises(ConfigError, match=f"port = {port}: cannot listen on .*in use"), intake.open():
             pass
 
