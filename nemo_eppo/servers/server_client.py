@@ -1,4 +1,4 @@
-"""The client of any server: it waits until one answers, sends requests, repeats what the network lost, notices an end."""
+"""The client of any server: it waits for an answer, sends requests, repeats what the network lost, notices an end."""
 
 import logging
 import threading

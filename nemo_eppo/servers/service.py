@@ -16,7 +16,7 @@ class Service(Protocol):
     """A model on many ranks. Every endpoint function is called on all of them, with the same arguments.
 
     An endpoint function takes the request as CPU tensors, of the dtypes that its `Endpoint` declares, and gives its
-    outputs as tensors, or a JSON value but null where the endpoint has a `reply`. It knows of no server, so it may be
+    outputs as tensors, or a JSON value (not null) where the endpoint has a `reply`. It knows no server, so it may be
     called without one too. It raises `ServiceError`, on all ranks alike and with its state unchanged, for a request
     that it cannot fulfil, say one with a non-finite loss. Any other exception ends the job.
     """

@@ -80,15 +80,19 @@ def test_reward_models_without_latents_give_latents_of_width_zero(server: Server
     assert latents.shape == (4, 0)
 
 
-def test_large_batches_are_split_by_the_servers_limit_and_keep_their_order(critic: CriticClient) -> None:
+def test_large_batches_are_split_by_the_servers_limit_and_keep_their_order(
+    server: Server, critic: CriticClient
+) -> None:
     tokens, lengths = batch(2 * MAX_BATCH + 3)
     before = critic.status()
     values = critic.infer(tokens, lengths).result()
     torch.testing.assert_close(values, embedding()[tokens][:, 1:] + before["bias"])
     assert critic.status()["calls"] == before["calls"] + 3
     tokens[MAX_BATCH + 1, 0] = VOCAB
-    with pytest.raises(ServerError, match=rf"critic_infer \(rows from {MAX_BATCH}\): tokens\[1, 0\] = {VOCAB}"):
-        critic.infer(tokens, lengths).result()
+    with CriticClient(server.client_config) as own:  # at its end the other parts of the request have been answered
+        own.connect(EXPECT)
+        with pytest.raises(ServerError, match=rf"critic_infer \(rows from {MAX_BATCH}\): tokens\[1, 0\] = {VOCAB}"):
+            own.infer(tokens, lengths).result()
 
 
 def corrupt(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
