@@ -51,7 +51,7 @@ def run_steps(config: PPOConfig, run: Run) -> None:
 
 
 def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
-    """One PPO step of each method; its metrics and ledger rows, or its error, to methods.json, tensors to methods.pt."""
+    """One PPO step of each method; metrics and ledger rows, or its error, to methods.json, tensors to methods.pt."""
     made: dict[str, Any] = {}
     tensors = {}
     for name, values in methods.items():
