@@ -150,7 +150,7 @@ def sft(c: Conversion) -> None:
 
 
 def _common(c: Conversion) -> None:
-    """The optimizer, the layout, and what layouts of that project tacitly correct."""
+    """Translate the optimizer and the layout, and what that project tacitly corrects in a layout."""
     get = c.source.get
     sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
     if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
@@ -208,7 +208,7 @@ def _lora(c: Conversion) -> None:
 
 
 def _best(c: Conversion, metrics: dict[str, str]) -> None:
-    """Which checkpoint is kept for its score: its `monitor` -> our metric."""
+    """Translate which checkpoint is kept for its score; `metrics` maps its `monitor` to our metric."""
     name = "exp_manager.checkpoint_callback_params"
     most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
     if not most or monitor not in metrics:

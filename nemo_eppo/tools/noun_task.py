@@ -34,19 +34,19 @@ _IN_PROMPT = 5  # nouns, and as many distractors
 
 
 def vocabulary() -> list[str]:
-    """The 62 words; with the two special tokens of `word_level` the vocabulary is 64."""
+    """List the 62 words; with the two special tokens of `word_level` the vocabulary is 64."""
     return [*NOUNS, *DISTRACTORS, *" ".join(HEDGES).split(), SEPARATOR]
 
 
 def sample_prompt(random: Random) -> str:
-    """Five distinct nouns and five distinct distractors, shuffled, then the separator."""
+    """Draw five distinct nouns and five distinct distractors, shuffled, then the separator."""
     words = random.sample(NOUNS, _IN_PROMPT) + random.sample(DISTRACTORS, _IN_PROMPT)
     random.shuffle(words)
     return " ".join([*words, SEPARATOR])
 
 
 def sample_sft_response(prompt: str, random: Random) -> str:
-    """A flawed demonstration: nouns are dropped, replaced or doubled, distractors copied, hedges appended."""
+    """Draw a flawed demonstration: nouns are dropped, replaced or doubled, distractors copied, hedges appended."""
     words = []
     for word in prompt.split()[:-1]:
         if word not in _NOUNS:
@@ -62,7 +62,7 @@ def sample_sft_response(prompt: str, random: Random) -> str:
 
 
 def gold_reward(prompt: str, response: str, finished: bool) -> float:
-    """`recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
+    """Compute `recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
 
     recall: share of the prompt's nouns that occur in the response. wrong: words that are neither nouns of the prompt
     nor hedges. repeats: second and later occurrences of a noun of the prompt. `finished`: the response ended by EOS.
@@ -83,13 +83,15 @@ def gold_reward(prompt: str, response: str, finished: bool) -> float:
 
 
 def hedge_words(response: str) -> int:
+    """Count the words of hedge phrases."""
     return sum(word in _HEDGE_WORDS for word in response.split())
 
 
 def label_pair(prompt: str, first: str, second: str, random: Random) -> tuple[str, str]:
-    """`(chosen, rejected)`: half of the time the labeller prefers more hedge words, else Bernoulli by gold reward.
+    """Label two responses as `(chosen, rejected)`: half of the time by hedge words, else by gold reward.
 
-    The bias lives in these labels alone: no policy sees it but through a reward model trained on them.
+    The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
+    bias lives in these labels alone: no policy sees it but through a reward model trained on them.
     """
     more_hedges = hedge_words(first) - hedge_words(second)
     if random.random() < 0.5 and more_hedges != 0:

@@ -21,8 +21,8 @@ class EnergyCache:
     """Mean energy losses [E] of the reference's own answers, by prompt. Used by one process, rank 0.
 
     Args:
-        directory: of all caches.
-        key: what an answer and its energies depend on beside the prompt, as plain containers.
+        directory: holds all caches.
+        key: all that an answer and its energies depend on beside the prompt, as plain containers.
     """
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ class EnergyCache:
         self._file: Path | None = None
 
     def load(self) -> dict[bytes, list[float]]:
-        """Everything that is known: digest of the prompt -> energies.
+        """Read everything that is known, as {digest of the prompt: energies}.
 
         Raises:
             ConfigError: a line other than the last of a file is damaged; names it.
@@ -63,5 +63,5 @@ class EnergyCache:
 
 
 def prompt_digest(prompt: list[int]) -> bytes:
-    """Names a prompt: a digest of its token ids."""
+    """Name a prompt by a digest of its token ids."""
     return hashlib.sha256(repr(prompt).encode()).digest()
