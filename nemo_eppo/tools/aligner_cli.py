@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.files import write_atomically
 
 if TYPE_CHECKING:
     from nemo_eppo.tools.aligner_rules import Conversion
@@ -66,11 +67,11 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
     report = render_report(result, arguments.input)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+        write_atomically(arguments.output, text)
     else:
         print(text, end="")
     if arguments.report is not None:
-        arguments.report.write_text(report)
+        write_atomically(arguments.report, report)
     else:
         print(report, end="", file=sys.stderr)
 

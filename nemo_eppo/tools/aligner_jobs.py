@@ -231,13 +231,12 @@ def _model_path(c: Conversion, key: str, kind: str) -> str:
         c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
     elif not str(path).endswith(".nemo"):
         target, note = str(path), "has to be a Hugging Face directory, or a checkpoint of these scripts"
-    elif kind == "lm":
-        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
-        c.todo.append(f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}")
     else:
         target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
         c.todo.append(
-            f"{target}: NeMo's converters write language models without a reward head. Train the reward model anew "
+            f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}"
+            if kind == "lm"
+            else f"{target}: NeMo's converters write language models without a reward head. Train the model anew "
             f"(train_reward_model.py), or put the head into a *ForSequenceClassification directory as score.weight"
         )
     c.put("model.restore_from_path", target, note)

@@ -5,7 +5,7 @@ reward is a formula. Used by the quickstart and the over-optimisation bench.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -122,10 +122,10 @@ def write_noun_task(
     seen: set[str] = set()
     with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
-        for kind, train_size in zip(("sft", "preferences", "prompts"), sizes.values(), strict=True):
+        for kind, train_size in zip(_ROW, sizes.values(), strict=True):
             for split, size in (("validation", validation_examples), ("train", train_size)):
                 random = Random(f"{seed} {kind} {split}")
-                rows = _ROWS[kind](_new_prompts(size, random, seen), random)
+                rows = (_ROW[kind](prompt, random) for prompt in _new_prompts(size, random, seen))
                 write_jsonl(directory / f"{kind}.{split}.jsonl", rows)
 
 
@@ -137,23 +137,16 @@ def _new_prompts(count: int, random: Random, seen: set[str]) -> Iterator[str]:
         yield prompt
 
 
-def _sft_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        yield {"prompt": prompt, "response": sample_sft_response(prompt, random)}
+def _preference_row(prompt: str, random: Random) -> dict[str, str]:
+    first = sample_sft_response(prompt, random)
+    while (second := sample_sft_response(prompt, random)) == first:
+        pass  # two equal responses have no label
+    chosen, rejected = label_pair(prompt, first, second, random)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _preference_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        first = sample_sft_response(prompt, random)
-        while (second := sample_sft_response(prompt, random)) == first:
-            pass  # two equal responses have no label
-        chosen, rejected = label_pair(prompt, first, second, random)
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _prompt_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        yield {"prompt": prompt}
-
-
-_ROWS = {"sft": _sft_rows, "preferences": _preference_rows, "prompts": _prompt_rows}
+_ROW: dict[str, Callable[[str, Random], dict[str, str]]] = {
+    "sft": lambda prompt, random: {"prompt": prompt, "response": sample_sft_response(prompt, random)},
+    "preferences": _preference_row,
+    "prompts": lambda prompt, random: {"prompt": prompt},
+}

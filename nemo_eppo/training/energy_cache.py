@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import complete_lines, json_object
+from nemo_eppo.files import complete_lines, json_object, write_atomically
 
 
 class EnergyCache:
@@ -52,7 +52,7 @@ class EnergyCache:
         """Write `(prompt, answer, energies)` of new prompts; on disk when this returns."""
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "key.json").write_text(self._key)  # for people; the same from every process
+            write_atomically(self.directory / "key.json", self._key)  # for people; the same from every process
             self._file = self.directory / f"{uuid.uuid4().hex}.jsonl"
         with self._file.open("a", encoding="utf-8") as file:
             for prompt, answer, energies in rows:
