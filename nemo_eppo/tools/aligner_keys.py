@@ -5,7 +5,6 @@ from nemo_eppo.tools.aligner_rules import (
     Rule,
     clip_norm,
     dropped,
-    floats,
     joint,
     limit,
     lost,
@@ -15,8 +14,6 @@ from nemo_eppo.tools.aligner_rules import (
     schedule,
     steps,
     to,
-    top_p,
-    value_clip,
 )
 
 Rules = dict[str, Rule]
@@ -102,7 +99,7 @@ def _optimizer(lr: float, min_lr: float, weight_decay: float = 0.1) -> Rules:
         "model.optim.name": joint("optimizer.distributed", "distributed_fused_adam"),
         "model.optim.lr": to("optimizer.lr", lr, float),
         "model.optim.weight_decay": to("optimizer.weight_decay", weight_decay, float),
-        "model.optim.betas": to("optimizer.betas", [0.9, 0.98], floats),
+        "model.optim.betas": to("optimizer.betas", [0.9, 0.98], lambda values: [float(value) for value in values]),
         "model.optim.eps": to("optimizer.eps", None, float),
         "model.optim.bucket_cap_mb": dropped(_SPEED),
         "model.optim.overlap_grad_sync": dropped(_SPEED),
@@ -211,7 +208,7 @@ ACTOR: Rules = {
     "model.ppo.sampling_params.use_greedy": joint("generation.greedy", False),
     "model.ppo.sampling_params.temperature": to("generation.temperature", 1.0, float),
     "model.ppo.sampling_params.top_k": to("generation.top_k", 0),
-    "model.ppo.sampling_params.top_p": to("generation.top_p", 1.0, top_p),
+    "model.ppo.sampling_params.top_p": to("generation.top_p", 1.0, lambda value: float(value or 1)),
     "model.ppo.sampling_params.repetition_penalty": lost("samples come from the policy itself", 1, None),
     "model.ppo.sampling_params.add_BOS": lost("prompts are tokenised as `nemo-eppo prepare` wrote them", False, None),
     "model.ppo.sampling_params.all_probs": dropped("of NeMo's generation, where it only changes what is returned"),
@@ -246,7 +243,7 @@ CRITIC: Rules = {
     "trainer.ppo.pad_sequence_length_to_multiple": dropped(_SPEED),
     "trainer.ppo.strip_sequence_length_to_multiple": dropped(_SPEED),
     "trainer.ppo.max_queue_delay_microseconds": dropped(_SPEED),
-    "model.loss_clip_val": to("critic.value_clip", 0.2, value_clip),
+    "model.loss_clip_val": to("critic.value_clip", 0.2, lambda value: float(value) if value else None),
     "model.offload_adam_states": dropped(_SPEED),
     "model.forward_micro_batch_size": dropped("model.micro_batch_size holds for inference, too"),
     "model.micro_batch_size": to("model.micro_batch_size", 1),

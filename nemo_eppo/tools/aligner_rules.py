@@ -98,6 +98,7 @@ class Changed(Exception):
 
 
 def precision(value: Any) -> str:
+    """Translate the precision of weights and activations."""
     name = str(value).lower().removesuffix("-mixed").removesuffix("-true").removeprefix("fp").removeprefix("float")
     if name in ("bf16", "b16"):
         return "bf16"
@@ -123,18 +124,12 @@ def limit(value: Any) -> int | None:
 
 
 def clip_norm(value: Any) -> float:
+    """Translate the largest norm of gradients; None and 0 stand for no clipping."""
     return 0.0 if value is None else float(value)
 
 
-def value_clip(value: Any) -> float | None:
-    return float(value) if value else None
-
-
-def top_p(value: Any) -> float:
-    return 1.0 if not value else float(value)
-
-
 def recompute(value: Any) -> bool:
+    """Translate which activations are recomputed."""
     if value == "selective":
         raise Changed(True, "selective: whole layers are recomputed instead, which is slower and saves more memory")
     if value not in (None, "full"):
@@ -143,16 +138,14 @@ def recompute(value: Any) -> bool:
 
 
 def schedule(value: Any) -> str:
+    """Translate the schedule of the learning rate; None stands for a constant one."""
     if value in (None, "CosineAnnealing"):
         return "cosine" if value else "constant"
     raise Changed("constant", f"{value}: there are constant, linear and cosine")
 
 
 def pooling(value: Any) -> str:
+    """Translate `use_avg_pool`: how a score is read from a response."""
     if value:
         raise Changed("mean", "the mean over the response's tokens, not over the prompt's as well")
     return "last"
-
-
-def floats(value: Any) -> list[float]:
-    return [float(x) for x in value]
