@@ -152,6 +152,10 @@ class Tokenizer:
         """Turn `ids` into text; special tokens (EOS, padding, BOS) leave no trace."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` for many sequences at once."""
+        return self._tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def digest(self) -> str:
         """Give the SHA-256 of vocabulary and special ids: jobs that agree on it agree on what every token id means."""
         return self._digest

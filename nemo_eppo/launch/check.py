@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.entry.job import read_settings
+from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.command import LOCAL_HOST, REPOSITORY, Address, fixed_port, overrides, script
 from nemo_eppo.launch.schema import LaunchConfig
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Settings that name what a job reads.
 INPUTS = ("model.restore_from_path", "model.tokenizer", "reward_model", "data.train", "data.validation")
 HEADS = {"train_gpt_ppo_actor": "lm", "serve_reward_model": "scalar"}
-UPDATES = {"train_gpt_sft": "sft.global_batch_size", "train_reward_model": "fit.global_batch_size"}
+UPDATES = {"train_gpt_sft": "fit.global_batch_size", "train_reward_model": "fit.global_batch_size"}
 
 
 def check_launch(launch: LaunchConfig, *, here: bool) -> None:

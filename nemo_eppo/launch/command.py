@@ -60,11 +60,11 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         filled |= {"server.host": own.host, "server.port": own.port} | _token("server.token", own)
     if job.script == "train_gpt_ppo_actor":
         critic = next(need for need in job.needs if launch.jobs[need].script == "serve_ppo_critic")
-        filled["servers.critic.url"] = addresses[critic].url
-        filled |= _token("servers.critic.token", addresses[critic])
-        filled["servers.rewards"] = [_reward(launch, need, addresses) for need in launch.reward_servers(name)]
+        filled["critic.server.url"] = addresses[critic].url
+        filled |= _token("critic.server.token", addresses[critic])
+        filled["rewards"] = [_reward(launch, need, addresses) for need in launch.reward_servers(name)]
         if job.held_out is not None:
-            filled["servers.held_out"] = _reward(launch, job.held_out, addresses)
+            filled["held_out_reward"] = _reward(launch, job.held_out, addresses)
     settings = dict(_flat(job.settings))
     for key in settings.keys() & filled.keys() - {"server.host", "server.port"}:  # these two are asked for
         raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
@@ -74,7 +74,7 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
 
 def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:
     kind = {"job": "critic"} if launch.jobs[name].script == "serve_ppo_critic" else {}
-    return {"url": addresses[name].url, **kind, **_token("token", addresses[name])}
+    return {"server": {"url": addresses[name].url, **kind, **_token("token", addresses[name])}}
 
 
 def _token(key: str, address: Address) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.jsonl import read_jsonl
-from nemo_eppo.entry.job import read_settings
+from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.check import HEADS, UPDATES, check_job, maker, schemas, taken_ports
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
@@ -181,7 +181,7 @@ def memory_of(job: Job) -> Memory:
             micro_batch_tokens=setup.micro_batch_tokens or rows * job.longest,
             trained=optimizer is not None,
             reference=actor,
-            sequences=job.settings.generation.max_batch_size if actor else 0,
+            sequences=job.settings.engine.max_batch_size if actor else 0,
             longest=job.longest,
         ),
         outputs=None if job.script in ("train_gpt_sft", "train_gpt_ppo_actor") else 1,

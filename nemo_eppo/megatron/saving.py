@@ -27,19 +27,24 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class CheckpointConfig(Config):
+class SavingConfig(Config):
+    """How checkpoints are written."""
+
+    asynchronous: bool = True
+    """Train, or serve, while a checkpoint is written. It appears once it is complete."""
+
+
+class CheckpointConfig(SavingConfig):
     """When a run is saved, and what is kept of it."""
 
     interval: int = Field(0, ge=0)
     """Steps between checkpoints; 0 for only the last."""
     keep: int = Field(2, ge=1)
-    """Number of newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     best: str | None = None
     """A validation metric: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
     best_is: Literal["highest", "lowest"] = "highest"
     """Whether the highest or the lowest value of `best` is the best."""
-    asynchronous: bool = True
-    """Continue training while a checkpoint is written. It appears once it is complete."""
 
     @model_validator(mode="after")
     def _best_is_validated(self) -> "CheckpointConfig":

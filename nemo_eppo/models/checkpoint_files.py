@@ -5,13 +5,17 @@ under a temporary name, flushed, and renamed; the manifest lists every file with
 truncated or altered one is noticed and named before anything is loaded.
 """
 
+import base64
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, ValidationError
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -201,3 +205,14 @@ def _digests(directory: Path, names: list[str]) -> dict[str, str]:
     """Compute the SHA-256 of files, several at a time: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(sha256, (directory / name for name in names)), strict=True))
+
+
+def pack_array(array: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """An fp32 array as plain containers for a manifest's state, a seventh of its numbers as text."""
+    return {"shape": list(array.shape), "fp32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
+
+
+def unpack_array(packed: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The array of `pack_array`; it may be written to."""
+    numbers = np.frombuffer(base64.b64decode(packed["fp32"]), "<f4")
+    return numbers.reshape(packed["shape"]).astype(np.float32)

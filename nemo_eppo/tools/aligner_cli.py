@@ -97,7 +97,7 @@ def check(result: "Conversion") -> Config:
         "reward-training": RewardTrainingConfig,
         "sft": SFTConfig,
     }
-    numbers = {"ppo.max_steps", "critic.total_updates"}
+    numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
         key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }

@@ -46,8 +46,8 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "jobs.actor: world size 3 is not divisible by tensor_model_parallel_size 2",
         ),
         (
-            settings("actor", **{"servers.critic.url": "http://127.0.0.1:5555"}),
-            "jobs.actor: servers.critic.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
+            settings("actor", **{"critic.server.url": "http://127.0.0.1:5555"}),
+            "jobs.actor: critic.server.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
         ),
         (settings("actor", **{"data.max_prompt_length": 40}), "jobs.actor: data.max_prompt_length 40 + "),
         (
