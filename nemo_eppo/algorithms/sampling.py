@@ -10,7 +10,7 @@ _MIX_2 = 0x94D049BB133111EB - _WRAP
 
 
 def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens top-k and then top-p leave: bool [..., V]. Among equal logits the lower token id comes first.
+    """Tell which tokens top-k and then top-p leave: bool [..., V]. Among equal logits the lower token id comes first.
 
     Args:
         logits: [..., V].
@@ -32,7 +32,7 @@ def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`logits` [..., V] with -inf for the tokens that `keep_mask` drops."""
+    """Replace the `logits` [..., V] of the tokens that `keep_mask` drops by -inf."""
     return torch.where(keep_mask(logits, top_k, top_p), logits, -torch.inf)
 
 
@@ -54,7 +54,7 @@ def mix64(z: Tensor) -> Tensor:
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 numbers strictly between 0 and 1, one for each (seed, position); both int64 [B]."""
+    """Draw uniform float64 numbers strictly between 0 and 1, one for each (seed, position); both int64 [B]."""
     return (_shift(counter_hash(seeds, positions), 12).double() + 0.5) * 2.0**-52
 
 

@@ -201,7 +201,7 @@ class GlobalBatches(Iterator[list[int]]):
     Each epoch visits every index at most once; what is left of it that does not fill a batch is skipped.
 
     Args:
-        digest: of the data set that the indices are of.
+        digest: the digest of the data set that the indices belong to.
     """
 
     def __init__(self, num_items: int, batch_size: int, *, seed: int, digest: str) -> None:

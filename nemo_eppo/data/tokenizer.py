@@ -57,7 +57,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja source; saved with the tokenizer."""
+        """The template's Jinja source, which is saved with the tokenizer; None if it has none."""
         template: str | None = self._tokenizer.chat_template
         return template
 
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Load local files only.
+        """Load a tokenizer, from local files only.
 
         Raises:
             ConfigError: no such directory, files that transformers cannot load, or no EOS token.
@@ -84,11 +84,11 @@ class Tokenizer:
         return cls(tokenizer, str(path))
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each prompt, with BOS in front if this tokenizer adds one, once even if the text starts with it."""
+        """Encode prompts, with BOS in front if this tokenizer adds one, once even if the text starts with it."""
         return [self._delimit(ids, begin=self._adds_bos, end=False) for ids in self.encode(texts)]
 
     def encode_responses(self, texts: Sequence[str], end: bool = True) -> list[list[int]]:
-        """Tokens of each response without special tokens in front; with `end`, closed by exactly one EOS.
+        """Encode responses without special tokens in front; with `end`, closed by exactly one EOS.
 
         Raises:
             ConfigError: a response spells the EOS token before its end.
@@ -100,7 +100,7 @@ class Tokenizer:
         return [self._delimit(ids, begin=False, end=end) for ids in encoded]
 
     def _delimit(self, ids: list[int], *, begin: bool, end: bool) -> list[int]:
-        """The one place where BOS and EOS are put.
+        """Put BOS and EOS where they belong; nothing else does.
 
         BOS that the text spells in front (a chat template writes it) is kept, but never repeated: neither by the text,
         nor by `begin`, which puts it there if missing. `end` puts EOS at the end if missing.
@@ -114,7 +114,7 @@ class Tokenizer:
         return ids
 
     def render_chat(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Text of `{"role", "content"}` turns in the chat template, special tokens spelled out.
+        """Write `{"role", "content"}` turns in the chat template, special tokens spelled out.
 
         Raises:
             jinja2.TemplateError: the template refuses these turns.
@@ -125,7 +125,7 @@ class Tokenizer:
         return str(text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, nothing added."""
+        """Encode texts; nothing is added."""
         if not texts:
             return []
         try:
@@ -141,13 +141,15 @@ class Tokenizer:
         return list(encoded["input_ids"])
 
     def encode_prompt(self, text: str) -> list[int]:
+        """Encode one prompt as `encode_prompts` does."""
         return self.encode_prompts([text])[0]
 
     def encode_response(self, text: str, end: bool = True) -> list[int]:
+        """Encode one response as `encode_responses` does."""
         return self.encode_responses([text], end)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens (EOS, padding, BOS) leave no trace."""
+        """Turn `ids` into text; special tokens (EOS, padding, BOS) leave no trace."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:

@@ -32,7 +32,7 @@ _WINDOW = 16  # micro-batches whose rows are sorted by length together, and writ
 
 
 class ScoreConfig(Config):
-    """What to score, and how."""
+    """What to score, with which model, and how."""
 
     model: Path
     """A policy: a Hugging Face directory, a checkpoint, or a directory of checkpoints."""
@@ -60,7 +60,7 @@ class _Row(NamedTuple):
 
 
 class Scoring:
-    """A file to be scored, checked when it is made: model, every row, and what an interrupted run has left.
+    """The scoring of one file, checked when it is made: model, every row, and what an interrupted run has left.
 
     `logprob` is the sum over the response's tokens. `energy_loss` is the mean over these tokens of the energy loss at
     their positions (window `response`), each energy divided by its tensor's width as in training; presets with several
@@ -116,7 +116,7 @@ class Scoring:
                 bar.update(len(window))
 
     def _score(self, runner: ModelRunner, rows: Sequence[_Row], first: int) -> list[str]:
-        """Output lines of `rows`, the first of which is row `first` of the data."""
+        """Make the output lines of `rows`, the first of which is row `first` of the data."""
         tokens, prompt_lengths, lengths = collate(rows, self._plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
         out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
@@ -157,7 +157,7 @@ class Scoring:
         return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
 
     def _read_output(self) -> tuple[int, int]:
-        """Complete rows of the output of an interrupted run, and their bytes."""
+        """Count the complete rows, and their bytes, in the output of an interrupted run."""
         path = self.config.output
         if not path.exists():
             if not path.parent.is_dir():
@@ -174,7 +174,7 @@ class Scoring:
 
 
 def _name(source: Path | HfDirectory | None) -> str:
-    """The directory that is read, for people, and the beginning of the model's identity."""
+    """Name the directory that is read, for people, with the beginning of the model's identity."""
     path = source.path if isinstance(source, HfDirectory) else source
     assert path is not None
     return f"{path.resolve()} ({model_identity(path)[:12]})"

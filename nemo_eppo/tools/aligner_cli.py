@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.files import write_atomically
 
 if TYPE_CHECKING:
     from nemo_eppo.tools.aligner_rules import Conversion
@@ -44,11 +45,11 @@ example:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
   cd examples/nlp/gpt && torchrun ... train_gpt_ppo_actor.py --config-dir $OLDPWD/settings --config-name actor""",
     )
-    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project")
-    parser.add_argument("--kind", choices=list(_SCRIPTS), help="of the file (default: told by its contents)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="new file (default: standard output)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="for the report (default: standard error)")
-    parser.add_argument("--strict", action="store_true", help="a key that is none of that project's is an error")
+    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project to translate")
+    parser.add_argument("--kind", choices=list(_SCRIPTS), help="what the file is for (default: its contents tell)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new file to write (default: standard output)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the report (default: standard error)")
+    parser.add_argument("--strict", action="store_true", help="stop at a key that is none of that project's")
     parser.set_defaults(run=_aligner_config)
 
 
@@ -66,17 +67,17 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
     report = render_report(result, arguments.input)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+        write_atomically(arguments.output, text)
     else:
         print(text, end="")
     if arguments.report is not None:
-        arguments.report.write_text(report)
+        write_atomically(arguments.report, report)
     else:
         print(report, end="", file=sys.stderr)
 
 
 def check(result: "Conversion") -> Config:
-    """The settings as the job's schema reads them, with a stand-in for each value that is left to be set.
+    """Read the settings by the job's schema, with a stand-in for each value that is left to be set.
 
     Raises:
         ConfigError: they do not fit the schema.
@@ -117,7 +118,7 @@ def _header(result: "Conversion", source: Path) -> list[str]:
 
 
 def render_report(result: "Conversion", source: Path) -> str:
-    """What became of every key, the worst first, and what is left to do."""
+    """Write what became of every key, the worst first, and what is left to do."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
     for status in _ORDER:
         rows = [row for row in result.rows if row.status == status]

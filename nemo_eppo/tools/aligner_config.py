@@ -69,7 +69,7 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Dotted key -> value, interpolations resolved. Of one that cannot be resolved its text is left."""
+    """Read a file as {dotted key: value} with interpolations resolved; one that cannot be resolved stays as it is."""
     for name, function in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
@@ -101,7 +101,7 @@ def _resolved(config: DictConfig, key: str, value: Any) -> Any:
 
 
 def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
-    """Which of that project's files this is; ConfigError if it is none that has a counterpart."""
+    """Tell which of that project's files this is; ConfigError if it is none that has a counterpart."""
 
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in leaves)
@@ -161,7 +161,7 @@ def _put(key: str, value: Any, rule: Rule, result: Conversion) -> Row:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dictionaries."""
+    """Turn dotted keys into nested dictionaries."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *parents, name = key.split(".")
@@ -173,7 +173,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_yaml(result: Conversion, header: list[str]) -> str:
-    """The settings with their remarks, after `header` and what is left to do."""
+    """Write the settings with their remarks, after `header` and what is left to do."""
     lines = [f"# {line}" for line in header]
     lines += [f"# TO DO: {line}" for line in result.todo]
     if result.kind == "ppo-actor":

@@ -151,7 +151,7 @@ def sft(c: Conversion) -> None:
 
 
 def _common(c: Conversion) -> None:
-    """The optimizer, the layout, and what layouts of that project tacitly correct."""
+    """Translate the optimizer and the layout, and what that project tacitly corrects in a layout."""
     get = c.source.get
     sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
     if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
@@ -209,7 +209,7 @@ def _lora(c: Conversion) -> None:
 
 
 def _best(c: Conversion, metrics: dict[str, str]) -> None:
-    """Which checkpoint is kept for its score: its `monitor` -> our metric."""
+    """Translate which checkpoint is kept for its score; `metrics` maps its `monitor` to our metric."""
     name = "exp_manager.checkpoint_callback_params"
     most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
     if not most or monitor not in metrics:
@@ -232,13 +232,12 @@ def _model_path(c: Conversion, key: str, kind: str) -> str:
         c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
     elif not str(path).endswith(".nemo"):
         target, note = str(path), "has to be a Hugging Face directory, or a checkpoint of these scripts"
-    elif kind == "lm":
-        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
-        c.todo.append(f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}")
     else:
         target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
         c.todo.append(
-            f"{target}: NeMo's converters write language models without a reward head. Train the reward model anew "
+            f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}"
+            if kind == "lm"
+            else f"{target}: NeMo's converters write language models without a reward head. Train the model anew "
             f"(train_reward_model.py), or put the head into a *ForSequenceClassification directory as score.weight"
         )
     c.put("model.restore_from_path", target, note)

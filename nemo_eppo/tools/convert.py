@@ -23,15 +23,15 @@ from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.model_config import DTYPES, Head, Precision
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {**DTYPES, "fp16": torch.float16}
 
 
 class HfToMegatron:
     """A language or reward model of a Hugging Face directory becomes a checkpoint, loadable under any layout.
 
     Args:
-        output: must not exist.
-        precision: of the checkpoint; None for the narrowest that holds every tensor exactly.
+        output: the directory to write, which must not exist.
+        precision: the precision of the checkpoint; None for the narrowest that holds every tensor exactly.
 
     Raises:
         ConfigError: see HfDirectory; or a tokenizer that does not fit the model.
@@ -53,7 +53,7 @@ class HfToMegatron:
         with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
 
             def source(name: str) -> Tensor:
-                """A missing score.bias is zero."""
+                """Read a tensor; a missing score.bias is zero."""
                 bar.update()
                 try:
                     return self.source.tensor(name)
@@ -81,11 +81,11 @@ class MegatronToHf:
 
     Args:
         source: a checkpoint, or a directory of checkpoints `step_*`, whose newest is taken.
-        output: must not exist.
+        output: the directory to write, which must not exist.
         head: lm for a policy, scalar for a reward model.
         architecture: None for Llama, Qwen2 or Qwen3, whichever has the model's biases and norms. A Mistral model has
             the modules of a Llama model.
-        precision: of the files; None for that of the checkpoint. Scalar heads stay fp32.
+        precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
 
     Raises:
         ConfigError: no such checkpoint, a critic, a reward model that does not score the last token, or an architecture
@@ -138,7 +138,7 @@ class MegatronToHf:
         write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
 
     def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors as the files hold them."""
+        """Turn the tensors into what the files hold."""
         for name, tensor in tensors:
             if name == "score.bias":
                 state = self.manifest.state

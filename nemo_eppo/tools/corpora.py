@@ -31,7 +31,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`responses` is empty (a prompt), one demonstration, or chosen and rejected."""
+    """One example of a corpus; `responses` is empty (a prompt), one demonstration, or chosen and rejected."""
 
     prompt: str
     """Plain text that a response follows immediately."""
@@ -44,6 +44,8 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
+    """How the rows of a corpus become examples."""
+
     read: Callable[[Fields], Iterable[Example]]
     join: Callable[[Iterator[Row]], Iterator[Row]] = iter
     """Makes one row of several, for layouts whose examples span rows of a file."""
@@ -111,7 +113,7 @@ def read_prompts(fields: Fields) -> Iterator[Example]:
 
 
 def nemo_aligner(assistant_marker: str = ALIGNER_ASSISTANT) -> Corpus:
-    """NeMo-Aligner's files; in its {"text"} pairs a response follows the last `assistant_marker`."""
+    """Read NeMo-Aligner's files; in their {"text"} pairs a response follows the last `assistant_marker`."""
     return Corpus(partial(_read_nemo_aligner, assistant_marker), _join_text_rows)
 
 
@@ -132,7 +134,7 @@ def _read_nemo_aligner(assistant_marker: str, fields: Fields) -> Iterator[Exampl
 
 
 def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
-    """Of {"text"} rows, the better and the worse alternate: two become one with both under "text".
+    """Join {"text"} rows, in which better and worse texts alternate: two become one with both under "text".
 
     Rows are taken two by two, so a malformed one costs its partner but never shifts the pairs after it.
     """
@@ -150,7 +152,7 @@ def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _conversation(fields: Fields) -> Iterator[Example]:
-    """One demonstration for each turn that is trained on: those not said by the speaker whom "mask" names."""
+    """Make one demonstration for each turn that is trained on: those not said by the speaker whom "mask" names."""
     masked = _text(fields, "mask")
     said = _typed(fields, "conversations", list)
     if not all(isinstance(turn, dict) for turn in said):
@@ -178,7 +180,7 @@ def one_turn(prompt: str, *responses: str) -> Example:
 
 
 def split_pair(chosen: str, rejected: str, assistant_marker: str) -> tuple[str, tuple[str, str]]:
-    """`(prompt, (chosen response, rejected response))` of two texts; a response follows the last marker.
+    """Split two texts into `(prompt, (chosen response, rejected response))`; a response follows the last marker.
 
     Raises:
         Malformed: no marker in one of them, or unequal prompts.
@@ -193,7 +195,7 @@ def split_pair(chosen: str, rejected: str, assistant_marker: str) -> tuple[str, 
 
 
 def _hh_text(turns: Iterable[Turn]) -> str:
-    """A conversation in HH's manner, up to where the assistant's answer begins."""
+    """Write a conversation as HH does, up to where the assistant's answer begins."""
     said = [
         turn["content"] if turn["role"] == "system" else f"\n\n{_HH_NAMES[turn['role']]}: {turn['content']}"
         for turn in turns

@@ -38,14 +38,14 @@ class Entry:
 
 @dataclass
 class PreparationCounts:
-    """What was read, dropped and written; `str()` gives the lines to print."""
+    """Counts what was read, dropped and written; `str()` gives the lines to print."""
 
     read: int = 0
-    """Examples: pairs, demonstrations or prompts."""
+    """Number of examples: pairs, demonstrations or prompts."""
     written: Counter[str] = field(default_factory=Counter)
-    """Rows by file name."""
+    """Number of rows, by file name."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Examples by reason."""
+    """Number of examples, by reason."""
     first_dropped: dict[str, str] = field(default_factory=dict)
     """The first example of each reason, as file:line."""
 
@@ -159,12 +159,12 @@ def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, p
 
 
 def _present(fields: Fields) -> Fields:
-    """The fields that are not null: tables fill with it what a row does not have."""
+    """Leave out the fields that are null: tables fill with it what a row does not have."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _without_eos(response: str, eos_text: str) -> str:
-    """Corpora sometimes spell EOS at the end of a response; the tokenizer puts it there."""
+    """Cut off EOS, which some corpora spell at the end of a response: the tokenizer puts it there."""
     stripped = response.rstrip()
     return stripped.removesuffix(eos_text) if stripped.endswith(eos_text) else response
 
@@ -290,7 +290,7 @@ def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float
 
 
 def _rows(example: Example) -> dict[str, dict[str, str]]:
-    """The rows that an example gives, by kind."""
+    """Make the rows that an example gives, by kind."""
     rows = {}
     if len(example.responses) == 2:
         rows["preferences"] = dict(

@@ -23,6 +23,8 @@ _PARQUET_BATCH = 1024  # rows
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One raw row, and where it comes from."""
+
     file: str
     line: int
     """Line of a text file, or row of a table; from 1."""
@@ -44,7 +46,7 @@ class HubDataset:
 
 
 def read_rows(source: Path | HubDataset, progress: bool = False) -> Iterator[Row]:
-    """Rows of one source in their order. A malformed line is a row with a defect.
+    """Read the rows of one source in their order. A malformed line is a row with a defect.
 
     Raises:
         ConfigError: no such file or data set, an unknown suffix, a damaged archive, array or table.
@@ -74,7 +76,7 @@ def _row(path: Path, line: int, text: str | bytes) -> Row:
 
 
 def _starts_array(path: Path) -> bool:
-    """Whether the file is one JSON array. Else it has one object per line, as some corpora call .json."""
+    """Tell whether the file is one JSON array; else it has one object per line, which some corpora call .json, too."""
     with open_stream(path, progress=False) as (file, _):
         try:
             while (start := file.read(_READ_AT_ONCE)) and not start.strip():
@@ -85,7 +87,7 @@ def _starts_array(path: Path) -> bool:
 
 
 def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
-    """Elements of an array, each with the line on which it begins."""
+    """Read the elements of an array, each with the line on which it begins."""
     line = 1
     decode = json.JSONDecoder().raw_decode
     with open_stream(path, progress) as (file, advance):
@@ -101,7 +103,10 @@ def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
                 try:
                     _, end = decode(text, start)
                     end = _skip_space(text, end)
-                    is_complete = text[end : end + 1] in (",", "]")  # else a number could go on, or there is an error
+                    is_complete = text[end : end + 1] in (
+                        ",",
+                        "]",
+                    )  # else a number may be cut, or it is an error
                 except ValueError:
                     is_complete = False
                 if is_complete:
