@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import (
+from nemo_eppo.launch.job_command import (
     MASTER_PORT,
     TOKEN,
     Address,
@@ -22,11 +22,13 @@ from nemo_eppo.launch.command import (
     torchrun,
     trainer,
 )
-from nemo_eppo.launch.schema import KubernetesConfig, LaunchConfig
+from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
 
 _HEAD = """\
 # {name}: made by `nemo-eppo launch --backend kubernetes`. Change the launch file rather than this one.
 # Output goes to {output}; deleted and applied again, the run goes on from its checkpoints there.
+"""
+_SECRET = """\
 # The servers' shared secret has to be there:
 #   kubectl create secret generic {secret} --namespace {namespace} --from-literal=token="$(openssl rand -hex 32)"
 """
@@ -38,6 +40,8 @@ def manifests(launch: LaunchConfig) -> str:
     kubernetes = launch.kubernetes
     if kubernetes is None:
         raise ConfigError("kubernetes: required with --backend kubernetes, but not set")
+    if launch.servers and kubernetes.secret is None:
+        raise ConfigError(f"kubernetes.secret: required for the servers {', '.join(launch.servers)}, but not set")
     last = trainer(launch)
     sizes = {name: job.ranks_per_node for name, job in launch.jobs.items()}
     if len(set(sizes.values())) > 1:
@@ -74,10 +78,9 @@ def manifests(launch: LaunchConfig) -> str:
             },
         },
     }
-    head = _HEAD.format(
-        name=launch.name, output=launch.output, secret=kubernetes.secret, namespace=kubernetes.namespace
-    )
-    return head + "---\n".join(
+    head = _HEAD + (_SECRET if launch.servers else "")
+    values = {"name": launch.name, "output": launch.output, **kubernetes.model_dump(include={"secret", "namespace"})}
+    return head.format_map(values) + "---\n".join(
         yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in (service, job)
     )
 
@@ -92,6 +95,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
     cpus = {"cpu": str(kubernetes.cpus)} if kubernetes.cpus else {}
     limits = {"nvidia.com/gpu": str(gpus), **memory}
     token = {"name": TOKEN, "valueFrom": {"secretKeyRef": {"name": kubernetes.secret, "key": "token"}}}
+    secrets = {"env": [token]} if launch.servers else {}
     mounts = [{"name": claim, "mountPath": str(path)} for claim, path in kubernetes.volumes.items()]
     shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}}
     return {
@@ -104,7 +108,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
                 "name": "ranks",
                 "image": kubernetes.image,
                 "command": ["bash", "-c", commands],
-                "env": [token],
+                **secrets,
                 "resources": {"limits": limits, "requests": limits | cpus},
                 "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts],
             }

@@ -15,7 +15,7 @@ from jobs import Models
 
 from nemo_eppo.cli import main
 from nemo_eppo.data.tokenizer import word_level
-from nemo_eppo.launch import machine
+from nemo_eppo.launch import machine_checks
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.servers.client import ClientConfig, RewardClient
 
@@ -208,7 +208,7 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
 
 
 def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_OPEN_FILES", 10**9)
+    monkeypatch.setattr(machine_checks, "_OPEN_FILES", 10**9)
     monkeypatch.setattr(sys, "version_info", (3, 14, 0))
     status, findings = doctor(
         launch,
@@ -244,5 +244,5 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
 
 
 def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_eppo.launch.doctor_servers.PROTOCOL_VERSION", 2)
+    monkeypatch.setattr("nemo_eppo.launch.server_checks.PROTOCOL_VERSION", 2)
     assert only_error(doctor("--server", reward_server), f"server {reward_server}") == "protocol 1"

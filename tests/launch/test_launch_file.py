@@ -11,9 +11,9 @@ from launched import eppo, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.check import check_launch
+from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.gpus import Gpus
-from nemo_eppo.launch.schema import LaunchConfig, read_launch
+from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 
 
 def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -98,6 +98,25 @@ def test_all_faulty_jobs_are_named_at_once_and_a_layout_is_checked_against_the_m
             check_launch(read_launch(write(launch, tmp_path / "launch.yaml")), here=True)
     assert "jobs.reward: impossible layout" in str(error.value)
     assert f"jobs.critic.settings.server.port = {port}: cannot listen there" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"), [("sft", "'scalar', expected 'lm'"), ("reward", "'lm', expected 'scalar'"), ("critic", "")]
+)
+def test_a_model_with_another_head_is_refused_where_the_job_would_refuse_it(
+    models: Models, tmp_path: Path, job: str, expected: str
+) -> None:
+    launch = eppo(models, tmp_path / "out")
+    data = {side: str(models.data / f"sft.{side}.jsonl") for side in ("train", "validation")}
+    sft = {"model.restore_from_path": str(models.sft), "data": data, "sft.max_steps": 1}
+    launch["jobs"]["sft"] = {"script": "train_gpt_sft", "settings": sft}
+    launch["jobs"][job]["settings"]["model.restore_from_path"] = str(models.rm if job == "sft" else models.sft)
+    file = read_launch(write(launch, tmp_path / "launch.yaml"))
+    if expected:
+        with pytest.raises(ConfigError, match=f"jobs.{job}: .* holds a model with head {expected}"):
+            check_launch(file, here=True)
+    else:
+        check_launch(file, here=True)
 
 
 def test_an_override_changes_what_the_file_says_in_either_spelling(models: Models, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, run_local
-from nemo_eppo.launch.schema import read_launch
 
 
 def start(file: Path, stdout: int) -> subprocess.Popen[str]:
