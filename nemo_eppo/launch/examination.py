@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.entry.job import read_settings
+from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, Address, overrides, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
-from nemo_eppo.launch.job_command import CRITIC, LOCAL_HOST, REPOSITORY, REWARDS, Address, fixed_port, overrides, script
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.training.kinds import JobKind
 
@@ -164,16 +164,15 @@ def _ports(launch: LaunchConfig) -> Iterator[Finding]:
     """The ports that the launch file itself chooses are different and free."""
     owners = dict[int, str]()
     for name in launch.servers:
-        job, port = launch.jobs[name], fixed_port(launch.jobs[name])
-        if not port:
-            continue
-        where, mend = f"jobs.{name}.settings.server.port = {port}", "choose another, or 0 for any"
-        if port in owners:
-            yield error("ports", f"{where}: the job {owners[port]} has it already", mend)
-        owners[port] = name
+        own = own_address(launch.jobs[name])
+        where, mend = f"jobs.{name}.settings.server.port = {own.port}", "choose another, or 0 for any"
+        if own.port in owners:
+            yield error("ports", f"{where}: the job {owners[own.port]} has it already", mend)
+        if own.port:
+            owners[own.port] = name
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((str(job.setting("server.host") or LOCAL_HOST), port))
+                probe.bind((own.host, own.port))
             except OSError as fault:
                 yield error("ports", f"{where}: cannot listen there, {fault.strerror}", mend)

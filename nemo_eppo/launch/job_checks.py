@@ -104,7 +104,7 @@ def _windows(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def memory_of(job: Job) -> Memory:
-    """Of the rank that needs most."""
+    """Memory of the rank that needs most."""
     assert job.plan is not None
     setup, optimizer = job.settings.model, job.setting("optimizer")
     sequences = setup.micro_batch_size * job.kind.sequences_per_row

@@ -11,17 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.job_command import (
-    MASTER_PORT,
-    TOKEN,
-    Address,
-    environment,
-    overrides,
-    ports,
-    script,
-    torchrun,
-    trainer,
-)
+from nemo_eppo.launch.command import MASTER_PORT, TOKEN, environment, overrides, script, served_at, torchrun, trainer
 from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
 
 _HEAD = """\
@@ -55,6 +45,7 @@ def manifests(launch: LaunchConfig) -> str:
     first, pods = dict[str, int](), 0  # index of each job's first pod
     for name in launch.order():
         first[name], pods = pods, pods + launch.jobs[name].nodes
+    start, end = first[last], first[last] + launch.jobs[last].nodes - 1
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -71,7 +62,7 @@ def manifests(launch: LaunchConfig) -> str:
             "completions": pods,
             "parallelism": pods,
             "backoffLimit": kubernetes.restarts * pods,  # when one fails, those that it worked with fail too
-            "successPolicy": {"rules": [{"succeededIndexes": _indexes(first[last], launch.jobs[last].nodes)}]},
+            "successPolicy": {"rules": [{"succeededIndexes": f"{start}-{end}" if start < end else str(end)}]},
             "template": {
                 "metadata": {"labels": labels},
                 "spec": _pod(launch, kubernetes, _commands(launch, kubernetes, first)),
@@ -83,10 +74,6 @@ def manifests(launch: LaunchConfig) -> str:
     return head.format_map(values) + "---\n".join(
         yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in (service, job)
     )
-
-
-def _indexes(first: int, number: int) -> str:
-    return str(first) if number == 1 else f"{first}-{first + number - 1}"
 
 
 def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> dict[str, Any]:
@@ -123,7 +110,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
 def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:
     """A shell script in which the pod's index decides which job it runs."""
     hosts = {name: f"{launch.name}-{index}.{launch.name}" for name, index in first.items()}
-    addresses = {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports(launch).items()}
+    addresses = served_at(launch, hosts)
     text = "set -euo pipefail\ncase $JOB_COMPLETION_INDEX in\n"
     for name, index in first.items():
         job = launch.jobs[name]

@@ -53,9 +53,6 @@ def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.launch.local import LaunchError, commands, run_local
     from nemo_eppo.launch.slurm import batch_script
 
-    for override in arguments.overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: expected key=value")
     local = arguments.backend == "local"
     if local and arguments.output:
         raise ConfigError("--output: nothing is written with --backend local; `output` of the launch file is meant?")

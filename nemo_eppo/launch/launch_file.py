@@ -4,27 +4,21 @@ import re
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.training.kinds import KINDS, JobKind
 
 
-def _known(script: str) -> str:
-    if script not in KINDS:
-        raise ValueError(f"expected one of {', '.join(KINDS)}")
-    return script
-
-
 class JobConfig(Config):
     """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends, others to their end."""
 
-    script: Annotated[str, AfterValidator(_known)]
+    script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
     """The script, without its ending."""
     needs: tuple[str, ...] = ()
     """Jobs that come first: a server has to be ready, any other has to have ended. The actor finds its critic and its
@@ -120,7 +114,7 @@ class LaunchConfig(Config):
     """A launch file."""
 
     name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")
-    """Of the run: lower case letters, digits and dashes."""
+    """Name of the run: lower case letters, digits and dashes."""
     output: Path
     """Directory of the run: <output>/<job> is a job's run directory, <output>/logs holds the logs. Launched again
     with the same one, the jobs go on from their checkpoints."""
@@ -184,8 +178,11 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     """Read a launch file; `overrides` are `key=value` with dotted keys, such as `jobs.actor.settings.ppo.epochs=2`.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown, missing or wrong; the message names it.
+        ConfigError: the file or an override cannot be read, or a key is unknown, missing or wrong (named).
     """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: expected key=value")
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(loaded, dict):

@@ -3,7 +3,7 @@
 import shlex
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.job_command import MASTER_PORT, TOKEN, Address, environment, overrides, ports, script, trainer
+from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, script, served_at, trainer
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
 
 _REQUEUE_S = 30  # for killing what is left, and going back into the queue
@@ -69,10 +69,7 @@ def batch_script(launch: LaunchConfig) -> str:
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():
         raise ConfigError(f"output = {launch.output}: expected an absolute path that all nodes see")
-    servers = ports(launch)
-    addresses = {
-        name: Address(f"http://${{oc.env:{_host(name)}}}:{port}", "0.0.0.0", port) for name, port in servers.items()
-    }
+    addresses = served_at(launch, {name: f"${{oc.env:{_host(name)}}}" for name in names})
     parts = [_HEAD.format(name=launch.name, output=launch.output), _options(launch, slurm, names), "\n"]
     mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
     parts.append(

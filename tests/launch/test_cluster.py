@@ -18,7 +18,7 @@ from launched import eppo, processes_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.job_command import CRITIC, REPOSITORY, REWARDS, TOKEN
+from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, TOKEN
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.slurm import batch_script

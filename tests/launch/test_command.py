@@ -11,7 +11,7 @@ from launched import eppo, write
 from omegaconf import OmegaConf
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.job_command import CRITIC, REWARDS, Address, overrides
+from nemo_eppo.launch.command import CRITIC, REWARDS, Address, overrides
 from nemo_eppo.launch.launch_file import read_launch
 
 VALUES: dict[str, Any] = {

@@ -38,14 +38,15 @@ class Address:
         return not self.host.startswith("127.")
 
 
-def ports(launch: LaunchConfig) -> dict[str, int]:
-    """The servers' ports where they cannot be found out at run time: as set, else counted from FIRST_PORT."""
-    return {name: fixed_port(launch.jobs[name]) or FIRST_PORT + i for i, name in enumerate(launch.servers)}
+def own_address(job: JobConfig) -> Address:
+    """Where its settings say that a server listens; port 0 for any."""
+    return Address("", str(job.setting("server.host") or LOCAL_HOST), int(job.setting("server.port") or 0))
 
 
-def fixed_port(job: JobConfig) -> int:
-    """The port that its settings ask for; 0 for any."""
-    return int(job.setting("server.port") or 0)
+def served_at(launch: LaunchConfig, hosts: Mapping[str, str]) -> dict[str, Address]:
+    """Addresses of the servers on a cluster, where ports have to be known before: as set, else from FIRST_PORT on."""
+    ports = {name: own_address(launch.jobs[name]).port or FIRST_PORT + i for i, name in enumerate(launch.servers)}
+    return {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports.items()}
 
 
 def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> list[str]:
