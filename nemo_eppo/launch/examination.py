@@ -95,7 +95,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
     jobs.append(job)
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
     if kind.samples:
-        yield from _servers(launch, job)
+        yield from missing_servers(launch, job)
     if here and config.nodes > 1:
         yield error(f"{name}: nodes", f"nodes = {config.nodes}: expected 1 on this machine", "use --backend")
     if files:
@@ -125,9 +125,11 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
         parallel.check_update(kind.rows_per_step, job.setting(kind.rows_per_step), config.ranks)
 
 
-def _servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
-    """The rule of which servers an actor needs: one critic and a reward model, each unless its settings have no address
-    to fill in there (no critic, a function, a model on its own ranks)."""
+def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
+    """The rule of which servers an actor needs: a critic and a reward model, where its settings ask for an address.
+
+    An actor that has no critic, functions for rewards, or models on its own ranks, asks for none.
+    """
 
     def found_by_address(setting: object) -> bool:
         return getattr(setting, "url", None) is not None
