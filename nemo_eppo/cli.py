@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.score_cli import add_score
@@ -39,19 +40,25 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action) if shows_default else action.help
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose commands, and their commands in turn, are such parsers too: argparse makes them of its class."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_HelpFormatter, **settings)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="nemo-eppo",
-        formatter_class=_HelpFormatter,
         description="PPO at Megatron scale with an energy-loss penalty: everything around the training jobs.",
         epilog="Start with:  nemo-eppo prepare --help",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_prepare(commands, _HelpFormatter)
-    add_convert(commands, _HelpFormatter)
-    add_score(commands, _HelpFormatter)
-    add_launch(commands, _HelpFormatter)
-    add_doctor(commands, _HelpFormatter)
+    add_prepare(commands)
+    add_convert(commands)
+    add_score(commands)
+    add_launch(commands)
+    add_doctor(commands)
     return parser
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.training.critic import CriticConfig, serve_critic
-from nemo_eppo.training.ppo import PPO, EngineMismatchError
+from nemo_eppo.training.ppo import EngineMismatchError
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.ppo_loop import PPOLoop, train_ppo
 from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
 
 STEPS = 3
@@ -32,26 +34,20 @@ STEPS = 3
 def run_steps(config: PPOConfig, run: Run) -> None:
     """Three PPO steps; everything they made, and the policy's weights, go to steps.pt."""
     job = PPOJob(config, run)
-    ppo = job.start()
-    steps = []
-    for step in range(1, STEPS + 1):
-        prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
-        result = ppo.step(step, prompts)
-        steps.append({"metrics": result.metrics, "batch": result.batch, "experience": result.experience})
-    critic = ppo.remote.save([])
-    policy = dict(export_tensors(ppo.policy.runner.chunks, job.plan.model))
-    on_rank0(lambda: ppo.remote.critic.saved(ppo.remote.updates).result())
-    ppo.remote.close()
-    if dist.get_rank() == 0:
-        torch.save({"steps": steps, "policy": policy, "critic": critic}, run.directory / "steps.pt")
+    with ExitStack() as stack:
+        ppo = PPOLoop(job, job.build(stack)).ppo
+        steps = []
+        for step in range(1, STEPS + 1):
+            result = ppo.step(step, [job.prompts[index] for index in next(job.batches)])
+            steps.append({"metrics": result.metrics, "batch": result.batch, "experience": result.experience})
+        policy = dict(export_tensors(ppo.policy.runner.chunks, job.plan.model))
+        made: dict[str, Any] = {"steps": steps, "policy": policy}
+        if ppo.critic is not None:
+            made["critic"], saved = ppo.critic.save([])
+            on_rank0(saved)
+        if dist.get_rank() == 0:
+            torch.save(made, run.directory / "steps.pt")
     runtime.shutdown()
-
-
-class FreshJob(PPOJob):
-    """An actor that does not mind what the critic has learnt from others."""
-
-    def _resume(self, ppo: PPO) -> int:
-        return 0
 
 
 def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
@@ -59,12 +55,11 @@ def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
     made: dict[str, Any] = {}
     for name, values in methods.items():
         try:
-            job = FreshJob(load_config(PPOConfig, values), run)
-            ppo = job.start()
-            prompts = [job.prompts[index].token_ids.tolist() for index in next(job.batches)]
-            result = ppo.step(1, prompts)
-            ppo.remote.close()
-            ppo.policy.engine.close()
+            job = PPOJob(load_config(PPOConfig, values), run)
+            with ExitStack() as stack:
+                ppo = job.build(stack)  # and no resume: the critic has learnt from others
+                ppo.policy.refit()
+                result = ppo.step(1, [job.prompts[index] for index in next(job.batches)])
             made[name] = {
                 "metrics": result.metrics,
                 "contributions": list(result.ledger.contributions),
@@ -91,7 +86,7 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
         serve_reward_model(load_config(RewardModelConfig, values), run)
     elif kind == "actor":
         try:
-            PPOJob(load_config(PPOConfig, values), run).run()
+            train_ppo(load_config(PPOConfig, values), run)
         except ConfigError as error:
             sys.exit(print(error) or 2)
         runtime.shutdown()

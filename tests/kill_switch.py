@@ -6,15 +6,15 @@ from typing import Any
 
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.training.critic import CriticService
+from nemo_eppo.training.critics import RemoteCritic
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.remote import RemoteModels
 
 PHASES: dict[str, tuple[Any, str]] = {
     "generate": (Policy, "generate"),
-    "logprobs": (Policy, "score"),
-    "server_wait": (RemoteModels, "collect"),
-    "critic_train": (RemoteModels, "finish"),
+    "logprobs": (Policy, "infer"),
+    "shape": (PPO, "_shape"),
+    "critic_train": (RemoteCritic, "train"),
     "actor_train": (PPO, "_train_policy"),
     "save": (checkpoint, "complete"),
     "critic": (CriticService, "_train"),

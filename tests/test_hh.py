@@ -44,7 +44,7 @@ def launch_file(directory: Path) -> dict[str, Any]:
             "settings": {
                 "model": {"architecture": architecture, "tokenizer": f"{data}/tokenizer", "micro_batch_size": 16},
                 "data": files("sft"),
-                "sft": {"max_steps": 6, "global_batch_size": 16},
+                "fit": {"max_steps": 6, "global_batch_size": 16},
                 "optimizer": optimizer,
             },
         },

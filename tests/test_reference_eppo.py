@@ -11,8 +11,10 @@ from reference_eppo import ReferenceConfig, State, body, logits, ppo_step, rando
 
 from nemo_eppo.algorithms import advantages, masking, policy
 from nemo_eppo.config import load_config
-from nemo_eppo.rewards.pipeline import RewardConfig, RewardPipeline
-from nemo_eppo.rewards.terms import RewardInputs
+from nemo_eppo.rewards.inputs import Column, RewardInputs
+from nemo_eppo.rewards.pipeline import RewardPipeline
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rewards.shaping import ShapingConfig
 
 CONFIG = ReferenceConfig(
     temperature=0.7,
@@ -86,29 +88,33 @@ def test_a_step_shapes_and_trains_with_the_formulas_of_the_product() -> None:
 
     settings = {
         "missing_eos": {"penalty": CONFIG.missing_eos},
-        "energy": {"eta": CONFIG.eta},
-        "reward_clip": {"range": CONFIG.reward_clip},
+        "energy_penalty": {"eta": CONFIG.eta},
+        "clip": {"range": CONFIG.reward_clip},
         "kl": {"coefficient": CONFIG.kl_coefficient},
     }
-    shaped = RewardPipeline(load_config(RewardConfig, settings))(
+    shaped = RewardPipeline(load_config(ShapingConfig, settings))(
         RewardInputs(
             scores=result["scores"][:, None],
-            score_mean=torch.tensor([CONFIG.score_mean], dtype=torch.float64),
-            score_std=torch.tensor([CONFIG.score_std], dtype=torch.float64),
+            columns=[Column(name="model", mean=CONFIG.score_mean, std=CONFIG.score_std)],
+            samples=[Sample(prompt="", response="", token_ids=(1,), finished=True)] * len(TOKENS),
+            tokens=TOKENS,
+            prompt_lengths=PROMPTS,
             mask=mask,
             truncated=TRUNCATED,
-            policy_energy=result["energies"][:, None],
-            reference_energy=result["ref_energies"][:, None],
+            energies=result["energies"][:, None],
+            ref_energies=result["ref_energies"][:, None],
             logprobs=result["logprobs"],
             ref_logprobs=result["ref_logprobs"],
+            step=1,
+            max_steps=1,
         )
     )
     torch.testing.assert_close(shaped.token_rewards.double(), result["rewards"], rtol=1e-6, atol=1e-6)
     at_work = {name for name, x in shaped.ledger.contributions.items() if x.abs().max() > 0}
     assert at_work == {f"reward/{name}" for name in ("proxy", "missing_eos", "energy_penalty", "clip", "kl")}
 
-    advantage, returns = advantages.gae(result["rewards"], result["values"], mask, CONFIG.gamma, CONFIG.lam)
-    white = masking.whiten(advantage, mask)
+    estimator = advantages.GAE(CONFIG.gamma, CONFIG.lam)
+    white, returns = estimator(result["rewards"], result["values"], mask, torch.arange(len(TOKENS)), TRUNCATED)
     torch.testing.assert_close(white, result["advantages"])
     torch.testing.assert_close(returns, result["returns"])
 

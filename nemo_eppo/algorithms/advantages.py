@@ -1,9 +1,206 @@
-"""Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438)."""
+"""Advantage estimators: how much better than expected each token of a response was, all behind one contract.
+
+    estimator(rewards, values, mask, groups, truncated) -> (advantages, returns)
+
+Takes:
+    rewards: [B, T] reward of every action, all that shaping added (a KL penalty, say) included.
+    values: what the estimator's `needs` names, or None.
+        "critic": [B, T], the value of the state in which action `t` is taken; or [B, T + 1], whose column
+        `last + 1` is the value after a row's last action.
+        "greedy": [B, T], at every action the total reward of the greedy response to the same prompt.
+        "nothing": not read.
+    mask: bool [B, T], one unbroken run of response tokens in each row, anywhere.
+    groups: int64 [B], equal for responses to the same prompt: any ids, in any order, groups of any size.
+    truncated: bool [B], True for a response that was cut off.
+
+Gives:
+    advantages: [B, T] in fp32 (fp64 stays fp64), zero outside the mask.
+    returns: [B, T], what a critic should have said, zero outside the mask; None if there is no critic to learn it.
+
+B counts the responses of the *global* batch, because whitening and groups look across rows. What stands outside the
+mask changes no bit; the order of rows and the amount of padding change nothing but the last digits of sums. A row
+without a response token, or with a gap between two, is a ValueError.
+
+To add an estimator, write its class here, a frozen dataclass whose fields are its settings, and enter it in ESTIMATORS.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_eppo.algorithms.masking import last_action, zero_outside
+from nemo_eppo.algorithms.masking import last_action, whiten, zero_outside
+
+Needs = Literal["critic", "greedy", "nothing"]
+
+
+class AdvantageEstimator(Protocol):
+    """The contract at the top of this file, for type checkers."""
+
+    needs: ClassVar[Needs]
+
+    def __init__(self, **settings: Any) -> None: ...
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438).
+
+    `A_t = delta_t + gamma*lam*A_{t+1}` with `delta_t = r_t + gamma*V_{t+1} - V_t`; the returns are `A_t + V_t`, of the
+    advantages before whitening. The value after the last action is 0: the episode is over.
+    """
+
+    needs: ClassVar[Needs] = "critic"
+    gamma: float
+    """Discount for each token, from 0 to 1."""
+    lam: float
+    """Weight of later deltas, from 0 (the critic is trusted most) to 1 (the rewards are)."""
+    whiten: bool = True
+    """Scale the advantages to mean zero and unit variance over all response tokens of the batch."""
+    bootstrap_truncated: bool = False
+    """Take a truncated response as unfinished: the value after its last action is the critic's, from [B, T + 1]."""
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        actions = mask.shape[1]
+        if values is None or values.shape[1] not in {actions + 1, actions + self.bootstrap_truncated}:
+            expected = "[B, T + 1], for bootstrap_truncated," if self.bootstrap_truncated else "[B, T] or [B, T + 1]"
+            given = None if values is None else list(values.shape)
+            raise ValueError(f"values: {given}; expected the critic's {expected} beside a mask {list(mask.shape)}")
+        rewards, present = zero_outside(rewards, mask), zero_outside(values[:, :actions], mask)
+        following = torch.cat([present[:, 1:], torch.zeros_like(present[:, :1])], dim=1)
+        if self.bootstrap_truncated:
+            last = last_action(mask)[:, None]
+            after = torch.where(truncated[:, None], values.gather(1, last + 1).to(present), 0.0)
+            following = following.scatter(1, last, after)
+        advantages = _to_go(rewards + self.gamma * following - present, mask, self.gamma * self.lam)
+        returns = zero_outside(advantages + present, mask)
+        return whiten(advantages, mask) if self.whiten else advantages, returns
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Group-relative advantages `(R - mean) / (std + 1e-6)` on every token (Shao et al. 2024, arXiv 2402.03300).
+
+    `R` is the total reward of a response, mean and std are those of its group. The paper leaves the std open; this is
+    the sample's (divided by n - 1), as in verl and TRL. A group of one response is a ValueError.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+    normalize_std: bool = True
+    """Divide by the group's std; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)."""
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, None]:
+        relative, index, sizes = _relative_to_group(rewards, mask, groups)
+        if self.normalize_std:
+            variance = _group_sum(relative.square(), index) / (sizes - 1)
+            relative = relative / (variance.sqrt() + 1e-6)
+        return _on_every_token(relative, rewards, mask), None
+
+
+@dataclass(frozen=True)
+class RLOO:
+    """REINFORCE leave-one-out, on every token: `R` less the mean of the group's others (arXiv 2402.14740).
+
+    `R` is the total reward of a response. In a group of n this is `n / (n - 1)` times `R` less the mean of all.
+    A group of one response is a ValueError.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, None]:
+        relative, _, sizes = _relative_to_group(rewards, mask, groups)
+        return _on_every_token(relative * sizes / (sizes - 1), rewards, mask), None
+
+
+@dataclass(frozen=True)
+class ReinforcePlusPlus:
+    """REINFORCE++: rewards to go, whitened over all response tokens of the batch (arXiv 2501.03262)."""
+
+    needs: ClassVar[Needs] = "nothing"
+    gamma: float = 1.0
+    """Discount for each token, from 0 to 1."""
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, None]:
+        return whiten(_to_go(rewards, mask, self.gamma), mask), None
+
+
+@dataclass(frozen=True)
+class ReMax:
+    """Rewards to go less the total reward of the greedy response to the same prompt (Li et al., arXiv 2310.10505)."""
+
+    needs: ClassVar[Needs] = "greedy"
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
+    ) -> tuple[Tensor, None]:
+        if values is None:
+            raise ValueError(f"values: None; expected {list(mask.shape)} rewards of greedy responses")
+        return _to_go(rewards, mask, 1.0) - zero_outside(values, mask), None
+
+
+def _to_go(x: Tensor, mask: Tensor, decay: float) -> Tensor:
+    """Sum over i of `decay^i * x_{t+i}`, to the end of the response: [B, T], zero outside the mask.
+
+    Each pass doubles the number of terms summed, so log2(T) passes over the batch replace a loop over T. What this
+    leaves before the response is cut off at the end.
+    """
+    _check_runs(mask)
+    total, reach = zero_outside(x, mask), 1
+    while reach < total.shape[1]:
+        total = torch.cat([total[:, :-reach] + decay * total[:, reach:], total[:, -reach:]], dim=1)
+        reach, decay = 2 * reach, decay * decay
+    return zero_outside(total, mask)
+
+
+def _relative_to_group(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Total reward of each response less its group's mean, fp64 [B]; index [B] of its group; [B] its group's size."""
+    _check_runs(mask)
+    if groups.shape != mask.shape[:1]:
+        raise ValueError(f"groups: {list(groups.shape)}; expected one id for each of {len(mask)} responses")
+    ids, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    if bool((counts < 2).any()):
+        raise ValueError(
+            f"groups: group {int(ids[counts < 2][0])} has 1 response; expected at least 2, to compare with each other"
+        )
+    # in fp64 the mean of equal rewards is that reward, up to what 1e-6 in place of their std cannot blow up
+    total, sizes = zero_outside(rewards, mask).sum(dim=1, dtype=torch.float64), counts[index]
+    return total - _group_sum(total, index) / sizes, index, sizes
+
+
+def _group_sum(x: Tensor, index: Tensor) -> Tensor:
+    return torch.zeros_like(x).index_add(0, index, x)[index]
+
+
+def _on_every_token(x: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x[:, None], 0.0).to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def _check_runs(mask: Tensor) -> None:
+    if bool((last_action(mask) - mask.int().argmax(dim=1) + 1 != mask.sum(dim=1)).any()):
+        raise ValueError("mask: expected one unbroken run of response tokens in each row")
+
+
+EstimatorName = Literal["gae", "grpo", "rloo", "reinforce_plus_plus", "remax"]
+ESTIMATORS: dict[EstimatorName, type[AdvantageEstimator]] = {
+    "gae": GAE,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "reinforce_plus_plus": ReinforcePlusPlus,
+    "remax": ReMax,
+}
 
 
 def gae(
@@ -16,47 +213,17 @@ def gae(
     truncated: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`A_t = delta_t + gamma*lam*A_{t+1}` with `delta_t = r_t + gamma*V_{t+1} - V_t`, and the returns `A_t + V_t`.
-
-    `V_t` is the value of the state in which action `t` is taken. The value after the last action is 0: the episode is
-    over. With `bootstrap_truncated` a response that was cut off is not over, and the value after its last action is
-    `bootstrap_values`. That state has no column in `values`; without `bootstrap_values` the last state that has one,
-    in which the last token was chosen, stands in for it.
+    """`GAE` without whitening, for callers who hold the value after the last action apart from `values` [B, T].
 
     Args:
-        rewards: [B, T].
-        values: [B, T].
-        mask: bool [B, T], one unbroken run of response tokens in each row, anywhere.
-        gamma: discount.
-        lam: lambda of GAE.
-        bootstrap_truncated: treat truncated responses as unfinished.
-        truncated: bool [B], needed if `bootstrap_truncated`.
-        bootstrap_values: [B], read only for truncated rows.
-
-    Returns:
-        advantages [B, T] and returns [B, T], both zero outside the mask.
-
-    Raises:
-        ValueError: for a row without response, or with a gap in it.
+        bootstrap_values: [B], read only for truncated rows; without it the value at the last action stands in.
     """
-    rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
-    last = last_action(mask)
-    if bool((last - mask.int().argmax(dim=1) + 1 != mask.sum(dim=1)).any()):
-        raise ValueError("mask: expected one unbroken run of response tokens in each row")
-
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     if bootstrap_truncated:
         if truncated is None:
             raise ValueError("truncated: needed when bootstrap_truncated is set")
-        after = values.gather(1, last[:, None])[:, 0] if bootstrap_values is None else bootstrap_values.to(values)
-        next_values = next_values.scatter(1, last[:, None], torch.where(truncated, after, 0.0)[:, None])
-
-    # A_t is the sum of (gamma*lam)^i * delta_{t+i}. Each pass doubles the number of deltas summed, so log2(T) passes
-    # over the batch replace a loop over T. What this leaves before the response is cut off at the end.
-    advantages = zero_outside(rewards + gamma * next_values - values, mask)
-    reach, decay = 1, gamma * lam
-    while reach < advantages.shape[1]:
-        summed = advantages[:, :-reach] + decay * advantages[:, reach:]
-        advantages = torch.cat([summed, advantages[:, -reach:]], dim=1)
-        reach, decay = 2 * reach, decay * decay
-    return zero_outside(advantages, mask), zero_outside(advantages + values, mask)
+        last = last_action(mask)[:, None]
+        after = values.gather(1, last) if bootstrap_values is None else bootstrap_values[:, None].to(values)
+        values = torch.cat([values, values[:, :1]], dim=1).scatter(1, last + 1, after)
+    estimator = GAE(gamma, lam, whiten=False, bootstrap_truncated=bootstrap_truncated)
+    no_row = torch.zeros_like(mask[:, 0])
+    return estimator(rewards, values, mask, no_row.long(), no_row if truncated is None else truncated)

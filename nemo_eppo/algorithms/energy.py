@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_eppo.algorithms.masking import masked_mean, response_mask
+from nemo_eppo.algorithms.masking import masked_mean
 
-EnergyWindow = Literal["response", "generating", "official_trainer"]
-"""Which hidden states belong to a response: those *at* its tokens (`response`), those that *produced* its tokens, one
-position earlier (`generating`), or the window of the authors' trainer, for comparison with it (`official_trainer`)."""
+EnergyWindow = Literal["response", "generating"]
+"""Which hidden states belong to a response: those *at* its tokens (`response`), or those that *produced* its tokens,
+one position earlier (`generating`)."""
 
 Sided = Literal["both", "rise"]
 
@@ -26,34 +26,13 @@ def energy_window(energies: Tensor, window: EnergyWindow) -> Tensor:
         window: with `response`, action `t` gets the energy at position `t + 1`; otherwise the one at position `t`.
 
     Returns:
-        [B, T, E] with T = S - 1, to be averaged under `energy_mask` of the same window.
+        [B, T, E] with T = S - 1, to be averaged over the response.
     """
     if window == "response":
         return energies[:, 1:]
-    if window in ("generating", "official_trainer"):
+    if window == "generating":
         return energies[:, :-1]
-    raise ValueError(f"window: {window!r}; expected 'response', 'generating' or 'official_trainer'")
-
-
-def energy_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int, window: EnergyWindow) -> Tensor:
-    """Which actions `energy_window` counts: bool [B, T].
-
-    `response` and `generating`: the response, and so independent of padding. `official_trainer`: positions
-    `[prompt_length - 1, S - 2)` as in the authors' trainer: one prompt token is in, the last two columns of the padded
-    batch are out. It counts padding, so the result *depends on how far the batch is padded*, and the energies at
-    padding must be real.
-
-    Args:
-        prompt_lengths: [B].
-        lengths: [B].
-        sequence_length: S.
-        window: as given to `energy_window`.
-    """
-    mask = response_mask(prompt_lengths, lengths, sequence_length)
-    if window != "official_trainer":
-        return mask
-    positions = torch.arange(sequence_length - 1, device=mask.device)
-    return (positions >= prompt_lengths[:, None] - 1) & (positions < sequence_length - 2)
+    raise ValueError(f"window: {window!r}; expected 'response' or 'generating'")
 
 
 def response_energy(energy: Tensor, mask: Tensor, max_tokens: int | None = None) -> Tensor:
@@ -61,8 +40,8 @@ def response_energy(energy: Tensor, mask: Tensor, max_tokens: int | None = None)
 
     Args:
         energy: [B, T, E] of `energy_window`.
-        mask: bool [B, T] of `energy_mask`.
-        max_tokens: count only the first so many tokens of the window (authors: 1024).
+        mask: bool [B, T], True where action `t` produced a response token.
+        max_tokens: count only the first tokens, up to this number (authors: 1024).
 
     Returns:
         [B, E].

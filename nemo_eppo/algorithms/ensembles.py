@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Combine = Literal["single", "mean", "wco", "uwo"]
+Combine = Literal["single", "sum", "mean", "wco", "uwo"]
 
 
 def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: int = 0) -> Tensor:
@@ -12,8 +12,8 @@ def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: 
 
     Args:
         scores: [B, k].
-        how: `single`: the only one there is; `mean`; `wco`: the lowest (worst-case optimisation); `uwo`: the mean less
-            `uwo_lambda` times the variance over models (uncertainty-weighted optimisation).
+        how: `single`: the only one there is; `sum`; `mean`; `wco`: the lowest (worst-case optimisation); `uwo`: the
+            mean less `uwo_lambda` times the variance over models (uncertainty-weighted optimisation).
         uwo_lambda: authors: 0.1 for PPO, 0.5 for best-of-n.
         ddof: 0: population variance; 1: sample variance, as in the authors' PPO code.
 
@@ -23,6 +23,8 @@ def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: 
     check_models(scores.shape[1], how)
     if how == "wco":
         return scores.amin(dim=1)
+    if how == "sum":
+        return scores.sum(dim=1)
     mean = scores.mean(dim=1)
     return mean - uwo_lambda * scores.var(dim=1, correction=ddof) if how == "uwo" else mean
 
@@ -30,6 +32,7 @@ def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: 
 def check_models(models: int, how: Combine) -> None:
     """ValueError unless `models` reward models can be combined in this way."""
     if how == "single" and models != 1:
-        raise ValueError(f"scores: {models} reward models, but combine is 'single'; expected 1, or mean, wco or uwo")
+        others = "sum, mean, wco or uwo"
+        raise ValueError(f"scores: {models} reward models, but combine is 'single'; expected 1, or {others}")
     if how in ("wco", "uwo") and models < 2:
         raise ValueError(f"scores: {models} reward model, but combine is {how!r}; expected at least 2")

@@ -14,7 +14,8 @@ from nemo_eppo.algorithms.masking import masked_mean, masked_sum, zero_outside
 MAX_LOG_RATIO = 20.0
 """A token's log-ratio is clamped to +-20 before exp: e^20 is 5e8, as good as infinite, and nothing overflows."""
 
-Aggregation = Literal["token", "sequence"]
+Aggregation = Literal["token", "sequence", "fixed"]
+"""How losses of tokens become one number, see `aggregate`."""
 
 
 class PolicyStats(NamedTuple):
@@ -45,17 +46,19 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: Aggregation, denomin
     Args:
         per_token: [B, T].
         mask: bool [B, T]. A row without a True contributes nothing.
-        aggregation: `token`: sum over tokens; `sequence`: sum over rows of the row's mean.
-        denominator: response tokens (`token`) or sequences (`sequence`) of the global mini-batch.
+        aggregation: `token`, `fixed`: sum over tokens; `sequence`: sum over rows of the row's mean.
+        denominator: of the global mini-batch, its response tokens (`token`), its sequences (`sequence`), or its
+            sequences times the most tokens a response may have (`fixed`). `fixed` gives every token the same weight,
+            however long its response or the others are (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
 
     Returns:
         scalar.
     """
-    if aggregation == "token":
+    if aggregation in ("token", "fixed"):
         return masked_sum(per_token, mask) / denominator
     if aggregation == "sequence":
         return (masked_sum(per_token, mask, dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / denominator
-    raise ValueError(f"aggregation: {aggregation!r}; expected 'token' or 'sequence'")
+    raise ValueError(f"aggregation: {aggregation!r}; expected 'token', 'sequence' or 'fixed'")
 
 
 def policy_loss(

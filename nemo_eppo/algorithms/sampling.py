@@ -43,7 +43,14 @@ def counter_hash(seeds: Tensor, counters: Tensor) -> Tensor:
         seeds: int64; any values, neighbouring ones included, give unrelated streams.
         counters: int64.
     """
-    return _mix(_mix(seeds + _GOLDEN) + _GOLDEN * counters)
+    return mix64(mix64(seeds + _GOLDEN) + _GOLDEN * counters)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """Scramble int64 values one to one, elementwise: the output function of splitmix64."""
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -69,12 +76,6 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probabilities.long().cumsum_(dim=-1)  # in place: allocating [B, V] anew costs more than adding up
     threshold = (uniforms[:, None] * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.size(-1) - 1)
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return z ^ _shift(z, 31)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Prompt, SFT and preference data sets, tokenised when loaded, and the order in which training walks through them."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -12,28 +13,37 @@ import numpy.typing as npt
 import torch
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import read_jsonl
-from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.data.jsonl import read_objects, text_fields
+from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
 TokenIds = npt.NDArray[np.int32]
-Row = tuple[str, TokenIds, list[TokenIds]]
 TooLong = Literal["error", "drop"]
-
-_TOKENISED_AT_ONCE = 2048  # rows: enough to keep the tokenizer's threads busy
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
+    """One prompt, and what else its row says."""
+
     index: int
     """Position in the data set."""
     text: str
     token_ids: TokenIds
+    json_fields: bytes = b"{}"
+    """The row's other fields as JSON, which takes a fraction of the memory of the objects."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The row's other fields, such as "reference_answer"; a copy of one's own."""
+        found: dict[str, Any] = json.loads(self.json_fields)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceItem:
+    """One demonstration."""
+
     index: int
     prompt_ids: TokenIds
     response_ids: TokenIds
@@ -42,6 +52,8 @@ class SequenceItem:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceItem:
+    """One pair of answers to a prompt."""
+
     index: int
     prompt_ids: TokenIds
     chosen_ids: TokenIds
@@ -53,11 +65,26 @@ ItemT = TypeVar("ItemT")
 
 
 class Examples(Generic[ItemT]):
-    """A data set in memory."""
+    """A data set in memory.
+
+    Args:
+        rows: every row with the ids of its prompt and of each response.
+        make_item: from the position, the row and these ids.
+    """
 
     items: list[ItemT]
     digest: str
-    """SHA-256 of every example's tokens, by which a run that goes on notices other data."""
+    """SHA-256 of every example's tokens, by which a run that resumes notices other data."""
+
+    def __init__(self, rows: Iterable[tuple[dict[str, Any], list[TokenIds]]], make_item: Callable[..., ItemT]) -> None:
+        self.items = []
+        content = hashlib.sha256()
+        for row, ids in rows:
+            for part in ids:
+                content.update(len(part).to_bytes(8, "little"))
+                content.update(part.astype("<i4").tobytes())
+            self.items.append(make_item(len(self.items), row, *ids))
+        self.digest = content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -67,7 +94,7 @@ class Examples(Generic[ItemT]):
 
 
 class PromptDataset(Examples[PromptItem]):
-    """Prompts of a JSON-lines file with the field "prompt" (others are ignored), `.jsonl` or `.jsonl.gz`.
+    """Prompts of a JSON-lines file with the field "prompt", `.jsonl` or `.jsonl.gz`; other fields are kept.
 
     `max_prompt_length` is in tokens, BOS included. Longer prompts are an error, or dropped and counted in the log.
 
@@ -79,8 +106,7 @@ class PromptDataset(Examples[PromptItem]):
         self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, too_long: TooLong = "error"
     ) -> None:
         rows = _tokenised_rows(Path(path), tokenizer, (), "max_prompt_length", max_prompt_length, too_long)
-        self.items = [PromptItem(index, text, prompt) for index, (text, prompt, _) in enumerate(rows)]
-        self.digest = _digest(rows)
+        super().__init__(rows, _prompt_item)
 
 
 class SFTDataset(Examples[SequenceItem]):
@@ -92,11 +118,9 @@ class SFTDataset(Examples[SequenceItem]):
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
     ) -> None:
-        rows = _tokenised_rows(
-            Path(path), tokenizer, ("response",), "max_sequence_length", max_sequence_length, too_long
-        )
-        self.items = [SequenceItem(index, prompt, response) for index, (_, prompt, [response]) in enumerate(rows)]
-        self.digest = _digest(rows)
+        fields = ("response",)
+        rows = _tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
+        super().__init__(rows, lambda index, row, *ids: SequenceItem(index, *ids))
 
 
 class PreferenceDataset(Examples[PreferenceItem]):
@@ -105,62 +129,52 @@ class PreferenceDataset(Examples[PreferenceItem]):
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
     ) -> None:
-        rows = _tokenised_rows(
-            Path(path), tokenizer, ("chosen", "rejected"), "max_sequence_length", max_sequence_length, too_long
-        )
-        self.items = [PreferenceItem(index, prompt, *responses) for index, (_, prompt, responses) in enumerate(rows)]
-        self.digest = _digest(rows)
+        fields = ("chosen", "rejected")
+        rows = _tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
+        super().__init__(rows, lambda index, row, *ids: PreferenceItem(index, *ids))
 
 
-def _digest(rows: list[Row]) -> str:
-    content = hashlib.sha256()
-    for _, prompt, responses in rows:
-        for ids in (prompt, *responses):
-            content.update(len(ids).to_bytes(8, "little"))
-            content.update(ids.astype("<i4").tobytes())
-    return content.hexdigest()
+def _prompt_item(index: int, row: dict[str, Any], token_ids: TokenIds) -> PromptItem:
+    others = {name: value for name, value in row.items() if name != "prompt"}
+    packed = (json.dumps(others, ensure_ascii=False).encode(errors="surrogatepass"),) if others else ()
+    return PromptItem(index, row["prompt"], token_ids, *packed)
 
 
 def _tokenised_rows(
     path: Path, tokenizer: Tokenizer, responses: tuple[str, ...], limit_name: str, limit: int, too_long: TooLong
-) -> list[Row]:
-    """`(prompt text, prompt ids, ids of each field in responses)` of every row within the limit."""
-    lines = list(read_jsonl(path, ("prompt", *responses)))
-    rows = []
-    for start in range(0, len(lines), _TOKENISED_AT_ONCE):
-        chunk = lines[start : start + _TOKENISED_AT_ONCE]
-        for (line, texts), (prompt, *answers) in zip(chunk, _encode(path, chunk, tokenizer), strict=True):
-            if not prompt:
-                raise ConfigError(f"{path}:{line}: field 'prompt' is empty: a response must follow at least one token")
-            length = len(prompt) + max(map(len, answers), default=0)
-            if length <= limit:
-                ids = [np.array(tokens, dtype=np.int32) for tokens in (prompt, *answers)]
-                rows.append((texts[0], ids[0], ids[1:]))
-            elif too_long == "error":
-                parts = zip(("prompt", *responses), (prompt, *answers), strict=True)
-                sizes = ", ".join(f"'{field}' {len(tokens)}" for field, tokens in parts)
-                raise ConfigError(
-                    f"{path}:{line}: {length} tokens (field {sizes}), but {limit_name} = {limit}; "
-                    "shorten it, raise the limit, or set too_long to 'drop'"
-                )
-    if not lines:
+) -> Iterator[tuple[dict[str, Any], list[TokenIds]]]:
+    """Every row within the limit, with the ids of its prompt and of each field in `responses`."""
+    fields = ("prompt", *responses)
+
+    def encode(block: list[tuple[int, dict[str, Any], tuple[str, ...]]]) -> list[tuple[list[int], ...]]:
+        prompts, *answers = zip(*(texts for _, _, texts in block), strict=True)
+        return list(zip(tokenizer.encode_prompts(prompts), *map(tokenizer.encode_responses, answers), strict=True))
+
+    rows = ((line, row, text_fields(row, fields, f"{path}:{line}")) for line, row in read_objects(path))
+    read = kept = 0
+    for (line, row, _), encoded in encode_in_blocks(rows, encode):
+        read += 1
+        if isinstance(encoded, ConfigError):
+            raise ConfigError(f"{path}:{line}: {encoded}")
+        prompt, *answers = encoded
+        if not prompt:
+            raise ConfigError(f"{path}:{line}: field 'prompt' is empty: a response must follow at least one token")
+        length = len(prompt) + max(map(len, answers), default=0)
+        if length <= limit:
+            kept += 1
+            yield row, [np.array(tokens, dtype=np.int32) for tokens in encoded]
+        elif too_long == "error":
+            sizes = ", ".join(f"'{field}' {len(tokens)}" for field, tokens in zip(fields, encoded, strict=True))
+            raise ConfigError(
+                f"{path}:{line}: {length} tokens (field {sizes}), but {limit_name} = {limit}; "
+                "shorten it, raise the limit, or set too_long to 'drop'"
+            )
+    if not read:
         raise ConfigError(f"{path}: no examples")
-    if not rows:
-        raise ConfigError(f"{path}: all {len(lines)} examples are longer than {limit_name} = {limit} tokens")
-    if dropped := len(lines) - len(rows):
-        logger.warning("%s: dropped %d of %d examples over %s = %d", path, dropped, len(lines), limit_name, limit)
-    return rows
-
-
-def _encode(path: Path, rows: list[tuple[int, tuple[str, ...]]], tokenizer: Tokenizer) -> list[tuple[list[int], ...]]:
-    """Ids of prompt and responses of each `(line, (prompt, *responses))`, encoded together for speed."""
-    prompts, *responses = zip(*(texts for _, texts in rows), strict=True)
-    try:
-        return list(zip(tokenizer.encode_prompts(prompts), *map(tokenizer.encode_responses, responses), strict=True))
-    except ConfigError as error:
-        if len(rows) > 1:  # one by one, to name the line
-            return [encoded for row in rows for encoded in _encode(path, [row], tokenizer)]
-        raise ConfigError(f"{path}:{rows[0][0]}: {error}") from None
+    if not kept:
+        raise ConfigError(f"{path}: all {read} examples are longer than {limit_name} = {limit} tokens")
+    if kept < read:
+        logger.warning("%s: dropped %d of %d examples over %s = %d", path, read - kept, read, limit_name, limit)
 
 
 def collate(

@@ -2,16 +2,16 @@
 
 import gzip
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.files import json_object
 
 DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -19,13 +19,41 @@ DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield `(line number from 1, the text of each of fields)`; other fields are ignored, blank lines skipped.
 
+    Raises:
+        ConfigError: see `read_objects`; or a field is missing or not text.
+    """
+    for line_number, row in read_objects(path):
+        yield line_number, text_fields(row, fields, f"{path}:{line_number}")
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(line number from 1, row)` of the lines that are not blank.
+
     The file is streamed, so it may be larger than memory.
 
     Raises:
-        ConfigError: no such file, a broken archive, a line that is not a JSON object, a field missing or not text.
+        ConfigError: no such file, a broken archive, or a line that is not one JSON object with every key once.
     """
     for line_number, line in read_lines(path):
-        yield line_number, _text_fields(line, fields, f"{path}:{line_number}")
+        try:
+            row = json_object(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{line_number}: {error}") from None
+        yield line_number, row
+
+
+def text_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
+    """The text of each of `fields`; `where` begins the ConfigError if one is missing or not text."""
+    for field in fields:
+        if field not in row:
+            raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
+        if not isinstance(row[field], str):
+            raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text")
+        try:
+            row[field].encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: legal JSON, but not text
+            raise ConfigError(f"{where}: field '{field}' is not valid Unicode ({error.reason})") from None
+    return tuple(row[field] for field in fields)
 
 
 def read_lines(path: Path, progress: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -73,43 +101,5 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def json_line(row: Mapping[str, str | int]) -> str:
+    """One line of a JSON-lines file, its newline included."""
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def output_directory(path: Path) -> Iterator[Path]:
-    """Give a directory to write into, whose content appears in `path` only if the block succeeds.
-
-    Raises:
-        ConfigError: `path` exists and is not an empty directory; nothing is ever overwritten.
-    """
-    partial = path / ".partial"
-    if path.exists() and (not path.is_dir() or any(entry != partial for entry in path.iterdir())):
-        raise ConfigError(f"output directory '{path}' already exists and is not empty; choose another or remove it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for entry in partial.iterdir():
-            entry.rename(path / entry.name)
-    finally:
-        shutil.rmtree(partial)
-
-
-def _text_fields(line: bytes, fields: Sequence[str], where: str) -> tuple[str, ...]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise ConfigError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: expected a JSON object with {', '.join(fields)}; got {type(row).__name__}")
-    for field in fields:
-        if field not in row:
-            raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
-        if not isinstance(row[field], str):
-            raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text")
-        try:
-            row[field].encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair: legal JSON, but not text
-            raise ConfigError(f"{where}: field '{field}' is not valid Unicode ({error.reason})") from None
-    return tuple(row[field] for field in fields)

@@ -1,6 +1,5 @@
 """`nemo-eppo score`: log-probability and energy loss of given responses under a model."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,18 +16,18 @@ from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import TokenIds, collate
 from nemo_eppo.data.jsonl import json_line, read_jsonl
-from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.files import write_atomically
+from nemo_eppo.data.tokenizer import encode_in_blocks
+from nemo_eppo.files import complete_lines, sha256, write_atomically
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.energy import EnergyProbeConfig, Preset
 from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.models.checkpoint_files import model_identity
 from nemo_eppo.models.hf_directory import HfDirectory
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import Precision
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
-_TOKENISED_AT_ONCE = 2048  # rows
 _WINDOW = 16  # micro-batches whose rows are sorted by length together, and written together
 
 
@@ -42,17 +41,17 @@ class ScoreConfig(Config):
     output: Path
     """Rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
     preset: Preset = "paper"
-    """Which modules' energy losses are read."""
+    """The modules whose energy losses are read."""
     layer: int = -1
-    """Of which decoder layer, negative from the end."""
+    """The decoder layer that they belong to; negative numbers count from the end."""
     chat_template: bool = False
     """Put the prompt into the tokenizer's own chat template as the user's turn."""
     precision: Precision = "fp32"
-    """Of weights and activations."""
+    """Precision of weights and activations."""
     batch_size: int = Field(8, ge=1)
     """Rows per forward pass."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout over the job's ranks."""
+    """How the model is laid out over the job's ranks."""
 
 
 class _Row(NamedTuple):
@@ -88,8 +87,8 @@ class Scoring:
         self._rows = self._read_rows()
         self._settings_file = config.output.with_name(config.output.name + ".settings.json")
         self._settings = {
-            "model": _identity(self._plan.source),
-            "data_sha256": _digest(config.data),
+            "model": _name(self._plan.source),
+            "data_sha256": sha256(config.data),
             **config.model_dump(mode="json", include={"preset", "layer", "chat_template", "precision"}),
         }
         self._done, self._complete_bytes = self._read_output()
@@ -133,36 +132,29 @@ class Scoring:
 
     def _read_rows(self) -> list[_Row]:
         path, longest = self.config.data, self._plan.model.max_sequence_length
-        lines = list(read_jsonl(path, ("prompt", "response")))
-        if not lines:
-            raise ConfigError(f"{path}: no rows")
+        fields = ("prompt", "response")
         rows = []
-        for start in range(0, len(lines), _TOKENISED_AT_ONCE):
-            chunk = lines[start : start + _TOKENISED_AT_ONCE]
-            for (line, _), (prompt, response) in zip(chunk, self._encode(chunk), strict=True):
-                for field, ids in (("prompt", prompt), ("response", response)):
-                    if not ids:
-                        raise ConfigError(f"{path}:{line}: field '{field}' has no tokens; expected at least one")
-                if len(prompt) + len(response) > longest:
-                    raise ConfigError(
-                        f"{path}:{line}: {len(prompt)} + {len(response)} tokens are more than the model's window of "
-                        f"{longest}"
-                    )
-                rows.append(_Row(np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)))
+        for (line, _), encoded in encode_in_blocks(read_jsonl(path, fields), self._encode):
+            if isinstance(encoded, ConfigError):
+                raise ConfigError(f"{path}:{line}: {encoded}")
+            for field, ids in zip(fields, encoded, strict=True):
+                if not ids:
+                    raise ConfigError(f"{path}:{line}: field '{field}' has no tokens; expected at least one")
+            if sum(map(len, encoded)) > longest:
+                sizes = " + ".join(str(len(ids)) for ids in encoded)
+                raise ConfigError(f"{path}:{line}: {sizes} tokens are more than the model's window of {longest}")
+            rows.append(_Row(*(np.array(ids, dtype=np.int32) for ids in encoded)))
+        if not rows:
+            raise ConfigError(f"{path}: no rows")
         return rows
 
     def _encode(self, lines: list[tuple[int, tuple[str, ...]]]) -> list[tuple[list[int], list[int]]]:
-        tokenizer: Tokenizer = self._plan.tokenizer
+        tokenizer = self._plan.tokenizer
         prompts, responses = zip(*(texts for _, texts in lines), strict=True)
-        try:
-            if self.config.chat_template:
-                turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
-            return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
-        except ConfigError as error:
-            if len(lines) > 1:  # one by one, to name the line
-                return [pair for line in lines for pair in self._encode([line])]
-            raise ConfigError(f"{self.config.data}:{lines[0][0]}: {error}") from None
+        if self.config.chat_template:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
+        return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
 
     def _read_output(self) -> tuple[int, int]:
         """Complete rows of the output of an interrupted run, and their bytes."""
@@ -177,18 +169,12 @@ class Scoring:
                 f"--output: {path} holds scores of another {', '.join(different)} (see {self._settings_file.name}); "
                 "choose another or remove it"
             )
-        complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        return len(complete), sum(map(len, complete))
+        complete = complete_lines(path)
+        return len(complete), sum(len(line) + 1 for line in complete)
 
 
-def _identity(source: Path | HfDirectory | None) -> str:
-    """The directory that is read and, in short, the size and time of its files: a model may be replaced in place."""
+def _name(source: Path | HfDirectory | None) -> str:
+    """The directory that is read, for people, and the beginning of the model's identity."""
     path = source.path if isinstance(source, HfDirectory) else source
     assert path is not None
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.resolve().iterdir()) if f.is_file()]
-    return f"{path.resolve()} ({hashlib.sha256(repr(files).encode()).hexdigest()[:12]})"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{path.resolve()} ({model_identity(path)[:12]})"

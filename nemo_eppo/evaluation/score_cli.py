@@ -12,12 +12,9 @@ if TYPE_CHECKING:
     from nemo_eppo.models.layout import ParallelConfig
 
 
-def add_score(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
-) -> None:
+def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "score",
-        formatter_class=formatter,
         help="log-probability and energy loss of given responses under a model",
         description="""\
 Score {"prompt", "response"} rows with a Hugging Face directory or a checkpoint.

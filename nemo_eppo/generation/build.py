@@ -24,7 +24,7 @@ from nemo_eppo.models.model_config import ModelConfig
 class EngineConfig(Config):
     """What generates the rollouts."""
 
-    engine: Literal["megatron", "tensorrt_llm"] = "megatron"
+    name: Literal["megatron", "tensorrt_llm"] = "megatron"
     """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and its package."""
     max_batch_size: int = Field(64, ge=1)
     """Sequences that one replica decodes at once; bounds the KV cache."""
@@ -33,7 +33,7 @@ class EngineConfig(Config):
 
 def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """ConfigError if the engine cannot work here; before anything is started."""
-    if config.engine == "tensorrt_llm":
+    if config.name == "tensorrt_llm":
         check_tensorrt_llm(config.tensorrt_llm, model, parallel)
 
 
@@ -60,7 +60,7 @@ def build_engine(
         "max_batch_size": config.max_batch_size,
         "max_sequence_length": max_sequence_length,
     }
-    if config.engine == "megatron":
+    if config.name == "megatron":
         return MegatronEngine(chunks, model, **limits)
     dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
     hf_directory = directory / "engine_model"

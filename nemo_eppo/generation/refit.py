@@ -4,7 +4,7 @@ The sender packs whole, Hugging-Face-named tensors into one contiguous buffer at
 receiver lets nothing pass that is not exactly the refit it expects: all tensors, in order, of a version newer than any
 it has seen, with the bytes that the sender's model holds. After a failure it has no weights until a whole refit came.
 
-Imports torch only: the receiving process may live in an environment of its own.
+Needs torch alone, as `algorithms` does: the receiving process may live in an environment of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nemo_eppo.algorithms.sampling import mix64
 
 _ALIGNMENT = 256  # bytes; GPUs read aligned tensors faster
 _ROW, _ROWS = 4096, 64  # words that a digest handles at once: 1 MiB stays in a CPU's cache
@@ -93,7 +95,7 @@ def digest(tensor: Tensor) -> Tensor:
     sums = [(rows * factors).sum(1) for rows in words[:whole].view(-1, _ROW).split(rows_at_once)]
     sums.append((words[whole:] * factors[: words.numel() - whole]).sum(0, keepdim=True))
     rows = torch.cat(sums)
-    return _mix(rows + _mix(torch.arange(1, len(rows) + 1, device=rows.device))).sum()
+    return mix64(rows + mix64(torch.arange(1, len(rows) + 1, device=rows.device))).sum()
 
 
 _cached_factors: dict[torch.device, Tensor] = {}
@@ -103,15 +105,8 @@ def _factors(device: torch.device) -> Tensor:
     """The odd factors of a row's columns, int64 [4096]: no two agree in their low 33 bits."""
     if device not in _cached_factors:
         low_bits_differ = torch.arange(1, _ROW + 1)
-        _cached_factors[device] = (_mix(low_bits_differ) | 1).to(device)
+        _cached_factors[device] = (mix64(low_bits_differ) | 1).to(device)
     return _cached_factors[device]
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 values one to one."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 class Receiver:

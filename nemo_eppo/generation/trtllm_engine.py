@@ -68,7 +68,7 @@ class TensorRTLLMConfig(Config):
 
 
 def check_tensorrt_llm(
-    config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "generation.tensorrt_llm"
+    config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "engine.tensorrt_llm"
 ) -> None:
     """ConfigError if an engine with these settings could not start here; nothing is started but a look for it."""
     size, ranks = config.tensor_parallel_size, parallel.model_parallel_size
@@ -88,7 +88,7 @@ def check_tensorrt_llm(
             )
     if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
         raise ConfigError(
-            f"generation.engine = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
+            f"engine.name = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
         )
     python = _python(config)
     look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
@@ -101,10 +101,10 @@ def check_tensorrt_llm(
     found = looked.stdout.strip()
     if not found.startswith(_VERSION):
         raise ConfigError(
-            f"generation.engine = 'tensorrt_llm': {python} has "
+            f"engine.name = 'tensorrt_llm': {python} has "
             f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray on a "
             f"machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the Python "
-            "of an environment that has them, or use generation.engine = 'megatron'"
+            "of an environment that has them, or use engine.name = 'megatron'"
         )
 
 

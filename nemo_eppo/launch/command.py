@@ -18,7 +18,7 @@ SCRIPTS = PurePath("examples/nlp/gpt")
 TOKEN = "NEMO_EPPO_TOKEN"
 """Environment variable that carries the servers' shared secret, which never stands on a command line."""
 LOCAL_HOST = "127.0.0.1"
-CRITIC, REWARDS, HELD_OUT = "servers.critic", "servers.rewards", "servers.held_out"
+CRITIC, REWARDS, HELD_OUT = "critic", "rewards", "held_out_reward"
 """Settings in which an actor finds its servers."""
 FIRST_PORT = 5555
 MASTER_PORT = 29500
@@ -66,11 +66,11 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         filled |= {"server.host": own.host, "server.port": own.port} | _token("server.token", own)
     if job.kind.samples:
         for critic in launch.critics(name):
-            filled[f"{CRITIC}.url"] = addresses[critic].url
-            filled |= _token(f"{CRITIC}.token", addresses[critic])
+            filled[f"{CRITIC}.server.url"] = addresses[critic].url
+            filled |= _token(f"{CRITIC}.server.token", addresses[critic])
         if rewards := [_reward(launch, need, addresses) for need in launch.rewards(name)]:
             own_rewards = settings.get(REWARDS)  # functions, and models on the actor's ranks, stand beside servers
-            if isinstance(own_rewards, list) and all("url" not in reward for reward in own_rewards):
+            if isinstance(own_rewards, list) and all("server" not in reward for reward in own_rewards):
                 rewards = settings.pop(REWARDS) + rewards
             filled[REWARDS] = rewards
         if job.held_out is not None:
@@ -85,7 +85,7 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
 
 def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:
     kind = {"job": "critic"} if launch.jobs[name].kind.serves == "critic" else {}
-    return {"url": addresses[name].url, **kind, **_token("token", addresses[name])}
+    return {"server": {"url": addresses[name].url, **kind, **_token("token", addresses[name])}}
 
 
 def _token(key: str, address: Address) -> dict[str, str]:

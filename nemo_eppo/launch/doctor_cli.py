@@ -24,12 +24,9 @@ examples:
   nemo-eppo doctor run.yaml --json | jq '.findings[] | select(.status == "error")'"""
 
 
-def add_doctor(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
-) -> None:
+def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "doctor",
-        formatter_class=formatter,
         help="examine the machine, and the jobs of a launch file, before anything is started",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -40,7 +40,7 @@ class Job:
     def longest(self) -> int:
         """Tokens of the longest sequence the job works on; 0 if that is not known."""
         if self.kind.samples:
-            return int(self.settings.data.max_prompt_length + self.settings.generation.max_new_tokens)
+            return int(self.settings.longest)
         chosen = self.setting("data.max_sequence_length")
         return int(chosen or (self.plan.model.max_sequence_length if self.plan else 0))
 
@@ -131,13 +131,13 @@ def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
     An actor that has no critic, functions for rewards, or models on its own ranks, asks for none.
     """
 
-    def found_by_address(setting: object) -> bool:
-        return getattr(setting, "url", None) is not None
+    def served(setting: object) -> bool:
+        return getattr(setting, "server", None) is not None
 
     critics, expected, mend = launch.critics(actor.name), f"jobs.{actor.name}.needs: expected", "add such a job"
-    if len(critics) > 1 or (not critics and found_by_address(actor.setting(CRITIC))):
+    if len(critics) > 1 or (not critics and served(actor.setting(CRITIC))):
         yield error("servers", f"{expected} one serve_ppo_critic, found {', '.join(critics) or 'none'}", mend)
-    if not launch.rewards(actor.name) and any(map(found_by_address, actor.setting(REWARDS) or ())):
+    if not launch.rewards(actor.name) and any(map(served, actor.setting(REWARDS) or ())):
         found = f"{expected} a serve_reward_model, or reward_model among the settings of its critic"
         yield error("servers", found, mend)
 

@@ -23,12 +23,9 @@ examples:
   nemo-eppo launch examples/launch/llama3_8b_2_nodes.yaml --backend slurm --output run.sbatch && sbatch run.sbatch"""
 
 
-def add_launch(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
-) -> None:
+def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "launch",
-        formatter_class=formatter,
         help="start actor, critic and reward servers by one file: here, under Slurm or in Kubernetes",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -24,7 +24,7 @@ class JobConfig(Config):
     """Jobs that come first: a server has to be ready, any other has to have ended. The actor finds its critic and its
     reward models, in this order, among the servers that it needs."""
     held_out: str | None = None
-    """Of the actor's needs, the reward server whose model is only reported (servers.held_out)."""
+    """Of the actor's needs, the reward server whose model is only reported (held_out_reward)."""
     nodes: int = Field(1, ge=1)
     """Machines."""
     ranks_per_node: int = Field(1, ge=1)

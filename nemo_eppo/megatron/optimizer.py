@@ -23,7 +23,7 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the sc
 class OptimizerConfig(Config):
     """AdamW with global gradient clipping; norms and biases are not decayed."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(gt=0)
     """Highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of a decaying schedule."""
@@ -31,6 +31,9 @@ class OptimizerConfig(Config):
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Updates over which the learning rate rises linearly from 0."""
+    decay_steps: int | None = Field(None, ge=1)
+    """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job, which
+    does not know how long the actor trains, needs it: PPO steps x epochs x mini-batches."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
@@ -79,7 +82,7 @@ def build_optimizer(
     """Megatron's optimizer over DDP-wrapped chunks, and the scheduler of its learning rate and weight decay.
 
     Args:
-        total_steps: updates over which a decaying schedule reaches min_lr.
+        total_steps: updates of the run, over which a decaying schedule reaches min_lr unless `decay_steps` is set.
     """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -107,7 +110,7 @@ def build_optimizer(
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_steps=max(config.decay_steps or total_steps, config.warmup_steps + 1),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,  # the scheduler is what applies the multipliers that spare norms and biases
         end_wd=config.weight_decay,

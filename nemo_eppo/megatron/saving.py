@@ -1,6 +1,5 @@
 """When checkpoints of a run are written, which are kept, and writing them while training goes on."""
 
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.files import remove_incomplete, replacing
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
@@ -27,19 +27,24 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class CheckpointConfig(Config):
+class SavingConfig(Config):
+    """How checkpoints are written."""
+
+    asynchronous: bool = True
+    """Train, or serve, while a checkpoint is written. It appears once it is complete."""
+
+
+class CheckpointConfig(SavingConfig):
     """When a run is saved, and what is kept of it."""
 
     interval: int = Field(0, ge=0)
     """Steps between checkpoints; 0 for only the last."""
     keep: int = Field(2, ge=1)
-    """The newest so many checkpoints are kept."""
+    """How many of the newest checkpoints are kept."""
     best: str | None = None
     """A metric of the validation: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
     best_is: Literal["highest", "lowest"] = "highest"
     """What is best."""
-    asynchronous: bool = True
-    """Go on with the training while a checkpoint is written. It appears once it is complete."""
 
     @model_validator(mode="after")
     def _best_is_validated(self) -> "CheckpointConfig":
@@ -71,8 +76,7 @@ class CheckpointSaver:
         self._sealing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if dist.get_rank() == 0:
-            for abandoned in folder.glob(f".step_*{checkpoint_files.INCOMPLETE}"):
-                shutil.rmtree(abandoned, ignore_errors=True)  # its writers may still be at it, for a moment
+            remove_incomplete(folder, "step_*")
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -137,10 +141,8 @@ def tidy(folder: Path, config: CheckpointConfig) -> None:
         if measured:  # none was, if `best` has only been set since
             best = max(measured, key=measured.__getitem__)
             wanted.add(best)
-            link = folder / f".{BEST}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(best.name)
-            os.replace(link, folder / BEST)
+            with replacing(folder / BEST) as link:
+                link.symlink_to(best.name)
     for path in saved:
         if path not in wanted:
             shutil.rmtree(path)

@@ -5,25 +5,26 @@ under a temporary name, flushed, and renamed; the manifest lists every file with
 truncated or altered one is noticed and named before anything is loaded.
 """
 
+import base64
 import hashlib
 import json
-import os
 import shutil
-import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, ValidationError
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.files import fsync, fsync_tree
+from nemo_eppo.files import fsync_tree, put_in_place, sha256, unused_name
 from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
-INCOMPLETE = ".incomplete"
 _FORMAT = 1
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -151,6 +152,19 @@ def stored_precision(directory: Path) -> Precision:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
+def model_identity(directory: Path) -> str:
+    """Name the model in a directory by 64 hexadecimal digits; they change when the model is replaced in place.
+
+    They are the digest of a checkpoint's manifest, which lists the digest of every file, or of the names, sizes and
+    times of change of the files in another kind of model directory.
+    """
+    manifest = directory / MANIFEST
+    if manifest.is_file():
+        return sha256(manifest)
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(directory.iterdir()) if f.is_file()]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files of a Hugging Face directory, and the settings of generation, but not the model that
     may lie beside them."""
@@ -162,40 +176,43 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def start(directory: Path) -> Path:
-    """A temporary directory, with an empty one for weights, for what will be the checkpoint `directory`.
-
-    No other has its name: writers that outlive a killed job for a moment cannot write into its successor's files.
-    """
-    incomplete = directory.parent / f".{directory.name}.{os.getpid()}-{time.time_ns()}{INCOMPLETE}"
+    """Make a temporary directory, with an empty one for weights, for what will be the checkpoint `directory`."""
+    incomplete = unused_name(directory)
     (incomplete / WEIGHTS).mkdir(parents=True)
     return incomplete
 
 
 def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
-    """Make a checkpoint of the weights that are written, on one rank: tokenizer, manifest with digests, final name."""
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, incomplete / TOKENIZER)
-    _seal(incomplete, manifest)
+    """Make a checkpoint of the weights that are written, on one rank, and give it its final name."""
+    seal(incomplete, manifest, tokenizer)
+    fsync_tree(incomplete)
     if directory.exists():
         shutil.rmtree(directory)
-    os.replace(incomplete, directory)
-    fsync(directory.parent)
+    put_in_place(incomplete, directory)
 
 
-def _seal(directory: Path, manifest: Manifest) -> None:
+def seal(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
+    """Add what belongs to a checkpoint beside its weights: the tokenizer, and the manifest with every digest."""
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory / TOKENIZER)
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     digests = _digests(directory, names)
     files = {name: FileEntry(size=(directory / name).stat().st_size, sha256=digests[name]) for name in names}
     (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
-    fsync_tree(directory)
 
 
 def _digests(directory: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of files, several at a time: hashing does not hold Python's lock."""
-
-    def digest(name: str) -> str:
-        with (directory / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        return dict(zip(names, pool.map(sha256, (directory / name for name in names)), strict=True))
+
+
+def pack_array(array: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """An fp32 array as plain containers for a manifest's state, a seventh of its numbers as text."""
+    return {"shape": list(array.shape), "fp32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
+
+
+def unpack_array(packed: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The array of `pack_array`; it may be written to."""
+    numbers = np.frombuffer(base64.b64decode(packed["fp32"]), "<f4")
+    return numbers.reshape(packed["shape"]).astype(np.float32)

@@ -1,8 +1,6 @@
 """Hugging Face model directories: config.json, tokenizer and safetensors shards, read and written by the tensor."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import fsync, fsync_tree, removed_on_error
+from nemo_eppo.files import directory_made_whole
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.hf_config import model_config_from_hf
 from nemo_eppo.models.hf_names import Shape, hf_names
@@ -122,16 +120,13 @@ def write_hf_directory(
     """Write a model directory that is complete or does not exist.
 
     Args:
-        path: must not exist.
+        path: must not exist, or be an empty directory.
         config: config.json; written last, so that `tensors` may still complete it.
         tensors: whole tensors by name; only those of one file are held.
         tokenizer: directory whose tokenizer files are copied.
         max_shard_bytes: of one safetensors file, and so of the tensors held at a time; a larger tensor gets its own.
     """
-    incomplete = path.parent / f".{path.name}.incomplete"
-    shutil.rmtree(incomplete, ignore_errors=True)
-    incomplete.mkdir(parents=True)
-    with removed_on_error(incomplete):
+    with directory_made_whole(path) as incomplete:
         shards = _Shards(incomplete, max_shard_bytes)
         for name, tensor in tensors:
             shards.add(name, tensor.cpu())
@@ -139,9 +134,6 @@ def write_hf_directory(
         checkpoint_files.copy_tokenizer(tokenizer, incomplete)
         _end_as_learnt(incomplete / checkpoint_files.GENERATION, config)
         _write_json(incomplete / CONFIG, config)
-        fsync_tree(incomplete)
-        os.rename(incomplete, path)
-    fsync(path.parent)
 
 
 def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class DisagreementConfig(IndicatorConfig):
     """Standard errors: both the rise of the one and the fall of the other, from the first to the second half of the
     window, have to be larger."""
     against: Literal["gold", "held_out"] = "gold"
-    """gold_reward, or the reward model at servers.held_out."""
+    """gold_reward, or held_out_reward."""
     window: int = Field(20, ge=4)
     """Steps that are looked back on."""
 

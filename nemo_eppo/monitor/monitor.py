@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.monitor.indicators import (
     Action,
     ClusterSeparation,
@@ -98,8 +99,6 @@ class HackingMonitor:
         self.config = config
         self.indicators = config.indicators
         self.sft = SFTLatents(config.sft_latents)
-        self.kl_raised = False
-        """Whether an alarm has raised the KL coefficient in this run."""
         self._streaks = dict.fromkeys((indicator.name for indicator in self.indicators), 0)
 
     def check_latents(self, size: int) -> None:
@@ -108,7 +107,7 @@ class HackingMonitor:
             name = self.config.needs_latents[0]
             raise ConfigError(
                 f"monitor.{name}.action = '{getattr(self.config, name).action}' needs latents, but none of "
-                "servers.rewards gives any: expected a reward model of kind 'inform'"
+                "rewards gives any: expected a reward model of kind 'inform'"
             )
 
     def observe_sft(self, energy: float) -> None:
@@ -148,9 +147,8 @@ class HackingMonitor:
                 watched.alarms.append(Alarm(step, name, value, config.threshold, config.patience, config.action))
         return watched
 
-    def raise_kl(self, coefficient: float) -> float:
+    def raised_kl(self, coefficient: float) -> float:
         """The KL coefficient after an alarm."""
-        self.kl_raised = True
         return max(coefficient, min(coefficient * self.config.kl_factor, self.config.kl_max))
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,8 +156,7 @@ class HackingMonitor:
         state = {
             "indicators": {indicator.name: indicator.state for indicator in self.indicators},
             "streaks": self._streaks,
-            "sft_latents": self.sft.latents.tolist(),
-            "kl_raised": self.kl_raised,
+            "sft_latents": pack_array(self.sft.latents.numpy()),
         }
         return copy.deepcopy(state)
 
@@ -169,6 +166,4 @@ class HackingMonitor:
         for indicator in self.indicators:
             indicator.state = state["indicators"].get(indicator.name, {})
             self._streaks[indicator.name] = state["streaks"].get(indicator.name, 0)
-        if state["sft_latents"]:
-            self.sft.latents = torch.tensor(state["sft_latents"])
-        self.kl_raised = state["kl_raised"]
+        self.sft.latents = torch.from_numpy(unpack_array(state["sft_latents"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import complete_lines, json_object, write_atomically
 
 FILE_NAME = "metrics.jsonl"
 _RESERVED = ("step", "time")
@@ -101,13 +101,13 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    # what follows the last newline is a row that a killed process did not finish
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(complete_lines(path), start=1):
         try:
-            row = json.loads(line)
+            row = json_object(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            where = f"{path}, line {number}"
+            raise ValueError(f"{where}: expected a JSON object with a step, got {line[:80]!r}: {error}") from None
         rows.append(row)
     return rows

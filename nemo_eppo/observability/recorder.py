@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import json_object, write_atomically
 
 
 class RolloutRecorder:
@@ -52,9 +52,18 @@ class RolloutRecorder:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one recorded step."""
-    # not splitlines(): a response may hold U+2028 and the like, which end a line for Python but not for JSON
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """The rows of one recorded step.
+
+    Raises:
+        ValueError: a line is not one JSON object; the message names file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            rows += [json_object(line)] if line else []
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return rows
 
 
 def recorded_steps(directory: Path) -> dict[int, Path]:

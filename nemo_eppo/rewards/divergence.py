@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.divergences import DivergenceKind, divergence_slope, sequence_divergence
 from nemo_eppo.config import Config
-from nemo_eppo.rewards.terms import RewardInputs, Term
+from nemo_eppo.rewards.inputs import RewardInputs
+from nemo_eppo.rewards.term import Term
 
 
 class DivergenceConfig(Config):
@@ -28,6 +29,10 @@ class DivergenceConfig(Config):
             raise ValueError(f"kind '{self.kind}' with coefficient {self.coefficient}: set both, or neither")
         return self
 
+    @property
+    def in_loss(self) -> bool:
+        return self.kind != "none" and self.placement == "loss"
+
 
 class DivergencePenalty(Term[DivergenceConfig]):
     """`r - c*L`, `r - c*rho` or `r - c*rho / (2*sqrt(chi2))`, chi2 over the global batch.
@@ -35,16 +40,16 @@ class DivergencePenalty(Term[DivergenceConfig]):
     `L` is the log-ratio of the response, `rho = exp(L) - 1`. It is paid after the clip, which is for reward models.
     """
 
-    metric = "reward/divergence"
+    config_class = DivergenceConfig
+    needs = ("ref_logprobs",)
+
+    @property
+    def is_active(self) -> bool:
+        return self.config.kind != "none" and self.config.placement == "reward"
 
     def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
         config = self.config
-        if config.kind == "none":
-            return reward
-        if inputs.logprobs is None or inputs.ref_logprobs is None:
-            raise ValueError(f"logprobs, ref_logprobs: needed for the divergence penalty ({config.kind})")
-        if config.placement == "loss":
-            return reward
+        assert inputs.ref_logprobs is not None
         found = sequence_divergence(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask)
         slope = divergence_slope(found.chi2.mean().item(), config.kind)
         return reward - config.coefficient * slope * (found.log_ratio if config.kind == "kl" else found.ratio)

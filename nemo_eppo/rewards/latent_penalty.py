@@ -1,10 +1,11 @@
-"""The InfoRM indicator as a penalty: responses whose latents the SFT model would hardly produce."""
+"""The InfoRM indicator as a penalty: less reward for responses whose latents the SFT model would hardly produce."""
 
 from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.config import Config
-from nemo_eppo.rewards.terms import RewardInputs, Term
+from nemo_eppo.rewards.inputs import RewardInputs
+from nemo_eppo.rewards.term import Term
 
 
 class LatentPenaltyConfig(Config):
@@ -17,12 +18,13 @@ class LatentPenaltyConfig(Config):
 class LatentPenalty(Term[LatentPenaltyConfig]):
     """Distance from the latents of the SFT model's responses, in standard deviations of these."""
 
-    metric = "reward/latent_penalty"
+    config_class = LatentPenaltyConfig
+    needs = ("latents",)
+
+    @property
+    def is_active(self) -> bool:
+        return self.config.gamma > 0
 
     def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
-        gamma = self.config.gamma
-        if gamma == 0:
-            return reward
-        if inputs.latents is None:
-            raise ValueError(f"latents: needed for the latent penalty (gamma = {gamma})")
-        return reward - gamma * inputs.latents.double().norm(dim=1)
+        assert inputs.latents is not None
+        return reward - self.config.gamma * inputs.latents.double().norm(dim=1)

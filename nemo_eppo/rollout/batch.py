@@ -131,9 +131,9 @@ class Experience:
     """[B, T], the trainer's, of the policy that sampled."""
     ref_logprobs: Tensor | None = None
     """[B, T] of the reference policy."""
-    values: Tensor
-    """[B, T] of the critic."""
-    energies: Tensor | None = None
+    values: Tensor | None = None
+    """[B, T] of the critic; None without one."""
+    energies: Tensor
     """[B, E] mean energy loss of each response under the policy."""
     ref_energies: Tensor | None = None
     """[B, E] under the reference."""
@@ -141,8 +141,8 @@ class Experience:
     """[B, T], shaped."""
     advantages: Tensor
     """[B, T]."""
-    returns: Tensor
-    """[B, T]."""
+    returns: Tensor | None = None
+    """[B, T] that the critic is to learn; None without one."""
 
     def select(self, indices: Tensor) -> "Experience":
         """The samples at `indices` [n], in that order."""

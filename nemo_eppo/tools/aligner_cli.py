@@ -30,10 +30,9 @@ _MEANING = {
 }
 
 
-def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: Any) -> None:
+def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = ways.add_parser(
         "aligner-config",
-        formatter_class=formatter,
         help="a YAML file of NeMo-Aligner becomes one of these scripts",
         description="""\
 Translate a settings file of NeMo-Aligner: its PPO actor, PPO critic, reward server, reward-model training or SFT.
@@ -86,7 +85,7 @@ def check(result: "Conversion") -> Config:
     from nemo_eppo.tools.aligner_rules import REQUIRED
     from nemo_eppo.training.kinds import KINDS
 
-    numbers = {"ppo.max_steps", "critic.total_updates"}
+    numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
         key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }

@@ -58,18 +58,17 @@ def ppo_actor(c: Conversion) -> None:
     metrics = {"val_global_rewards": "proxy_reward", "val_rewards": "proxy_reward"}
     _best(c, metrics if c.values["data.validation"] else {})
     _kl(c)
-    c.put("ppo.standardize", False, "true standardises rewards by the reward model's own mean and deviation")
-    c.put("ppo.reward_clip.range", None, "that project does not clip rewards")
+    c.put("shaping.clip.range", None, "that project does not clip rewards")
     _servers(c)
 
 
 def _kl(c: Conversion) -> None:
     note = ""
-    if c.source["trainer.ppo.use_absolute_kl"] and c.values["ppo.kl.coefficient"]:
+    if c.source["trainer.ppo.use_absolute_kl"] and c.values["shaping.kl.coefficient"]:
         note = "the log-ratio itself (k1), not its absolute value; k3 is never negative, but much smaller near zero"
         _mark(c, "trainer.ppo.use_absolute_kl", "changed", note)
-    c.put("ppo.kl.estimator", "k1", note)
-    c.put("ppo.kl.placement", "reward")
+    c.put("shaping.kl.estimator", "k1", note)
+    c.put("shaping.kl.placement", "reward")
 
 
 def _servers(c: Conversion) -> None:
@@ -80,14 +79,16 @@ def _servers(c: Conversion) -> None:
             c.todo.append(f"servers: {host} demands a token: the same for its server.token and the actor's")
         return f"http://{host}:{c.source[f'remote_critic_rm.{server}.port']}"
 
+    raw, note = {"mean": 0.0, "std": 1.0}, "null for both standardises by the reward model's own mean and deviation"
     critic = url("critic")
-    c.put("servers.critic.url", critic)
+    c.put("critic.server.url", critic)
     if c.source["remote_critic_rm.combine_rm_and_critic_server"]:
-        c.put("servers.rewards", [{"url": critic, "job": "critic"}], "the critic's job serves the reward model, too")
+        server = {"url": critic, "job": "critic"}
+        c.put("rewards", [{"server": server, **raw}], f"the critic's job serves the reward model, too; {note}")
         for key in ("remote_critic_rm.reward_model.ip", "remote_critic_rm.reward_model.port"):
             _mark(c, key, "dropped", "combine_rm_and_critic_server is true: the critic's job serves the reward model")
     else:
-        c.put("servers.rewards", [{"url": url("reward_model")}])
+        c.put("rewards", [{"server": {"url": url("reward_model")}, **raw}], note)
 
 
 def ppo_critic(c: Conversion) -> None:
@@ -104,10 +105,10 @@ def ppo_critic(c: Conversion) -> None:
         )
     updates = int(c.source["trainer.ppo.max_steps"])
     if updates < 1:
-        c.put("critic.total_updates", REQUIRED)
-        c.todo.append("critic.total_updates: PPO steps x mini-batches per step, over which the learning rate falls")
+        c.put("optimizer.decay_steps", REQUIRED)
+        c.todo.append("optimizer.decay_steps: PPO steps x mini-batches per step, over which the learning rate falls")
     else:
-        c.put("critic.total_updates", updates)
+        c.put("optimizer.decay_steps", updates)
     _regression(c)
     _standardization(c)
     _host(c)
@@ -283,12 +284,12 @@ def _regression(c: Conversion) -> None:
 def _standardization(c: Conversion) -> None:
     name = "model.reward_standardization"
     enabled = c.source.get(f"{name}.enable")
-    note = "off; the actor's ppo.standardize"
+    note = "off; mean and std of the actor's rewards"
     if enabled:
         mean, std = c.source.get(f"{name}.mean"), c.source.get(f"{name}.std")
-        note = "the actor's ppo.standardize, by the statistics that are stored with the reward model"
+        note = "mean and std of the actor's rewards, null for the statistics that are stored with the reward model"
         c.todo.append(
-            f"reward_standardization: set ppo.standardize=true for the actor; a Hugging Face reward model has "
+            f"reward_standardization: set mean and std of the actor's rewards to null; a Hugging Face reward model has "
             f'"nemo_eppo_reward": {{"mean": {mean}, "std": {std}}} in its config.json'
         )
     for part in ("enable", "mean", "std"):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.files import removed_on_error
+from nemo_eppo.files import directory_made_whole
 from nemo_eppo.megatron.checkpoint_weights import read_weights, write_weights
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
@@ -60,16 +60,17 @@ class HfToMegatron:
                 except KeyError:  # HfDirectory has seen to it that only this one can be missing
                     return torch.zeros(1)
 
-            incomplete = checkpoint_files.start(self.output)
-            with removed_on_error(incomplete):
+            with directory_made_whole(self.output) as incomplete:
+                weights = incomplete / checkpoint_files.WEIGHTS
+                weights.mkdir()
                 write_weights(
-                    incomplete / checkpoint_files.WEIGHTS,
+                    weights,
                     manifest.model,
                     None if manifest.head == "lm" else 1,
                     DTYPES[self.precision],
                     source,
                 )
-                checkpoint_files.complete(incomplete, self.output, manifest, self.source.path)
+                checkpoint_files.seal(incomplete, manifest, self.source.path)
 
 
 class MegatronToHf:

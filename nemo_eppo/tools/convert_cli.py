@@ -8,12 +8,9 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.tools.aligner_cli import add_aligner_config
 
 
-def add_convert(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
-) -> None:
+def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser(
         "convert",
-        formatter_class=formatter,
         help="Hugging Face directories to Megatron checkpoints and back; settings of NeMo-Aligner",
         description="""\
 Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
@@ -29,10 +26,9 @@ examples:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml""",
     )
     ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
-    add_aligner_config(ways, formatter)
+    add_aligner_config(ways)
     hf_to_megatron = ways.add_parser(
         "hf-to-megatron",
-        formatter_class=formatter,
         help="config.json, tokenizer and safetensors become a checkpoint",
         description="""\
 Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
@@ -65,7 +61,7 @@ Its output at the last token is the raw score, less the head's bias, which trans
 holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
         ),
     ):
-        parser = ways.add_parser(name, formatter_class=formatter, help=what, description=description)
+        parser = ways.add_parser(name, help=what, description=description)
         _add_conversion_options(parser, "checkpoint, or a directory of checkpoints, whose newest is taken")
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
         parser.add_argument(

@@ -10,8 +10,10 @@ from pathlib import Path
 from random import Random
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import output_directory, write_jsonl
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.data.tokenizer import word_level
+from nemo_eppo.files import directory_made_whole
+from nemo_eppo.rewards.sample import Sample
 
 _NOUN_LIST = """
 apple bridge candle desert engine forest garden hammer island jacket kettle ladder mirror needle orange pencil queen
@@ -60,7 +62,12 @@ def sample_sft_response(prompt: str, random: Random) -> str:
     return " ".join(words)
 
 
-def gold_reward(prompt: str, response: str, finished: bool) -> float:
+def gold_reward(sample: Sample) -> float:
+    """The quality of a response, as a reward function (see nemo_eppo.rewards.functions)."""
+    return quality(sample.prompt, sample.response, sample.finished)
+
+
+def quality(prompt: str, response: str, finished: bool) -> float:
     """`recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
 
     recall: share of the prompt's nouns that occur in the response. wrong: words that are neither nouns of the prompt
@@ -94,7 +101,7 @@ def label_pair(prompt: str, first: str, second: str, random: Random) -> tuple[st
     if random.random() < 0.5 and more_hedges != 0:
         first_wins = more_hedges > 0
     else:
-        difference = gold_reward(prompt, first, True) - gold_reward(prompt, second, True)
+        difference = quality(prompt, first, True) - quality(prompt, second, True)
         first_wins = random.random() < 1 / (1 + math.exp(-10 * difference))
     return (first, second) if first_wins else (second, first)
 
@@ -117,7 +124,7 @@ def write_noun_task(
         if size < 1:
             raise ConfigError(f"{name} = {size}: expected at least 1")
     seen: set[str] = set()
-    with output_directory(out_dir) as directory:
+    with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
         for kind, train_size in zip(("sft", "preferences", "prompts"), sizes.values(), strict=True):
             for split, size in (("validation", validation_examples), ("train", train_size)):

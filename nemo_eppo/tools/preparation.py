@@ -9,20 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import IO, Literal
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import json_line, output_directory
-from nemo_eppo.data.tokenizer import EOS, Tokenizer, train_bpe
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.tokenizer import EOS, Tokenizer, encode_in_blocks, train_bpe
+from nemo_eppo.files import directory_made_whole
 from nemo_eppo.tools.corpora import Corpus, Example, Fields, Malformed
 from nemo_eppo.tools.sources import HubDataset, read_rows
 
 SPLITS = ("train", "validation")
 DUPLICATE = "duplicate"
 
-_TOKENISED_AT_ONCE = 2048  # examples: enough to keep the tokenizer's threads busy
 _NOTHING = Example("", (), (), "")
 
 
@@ -108,7 +107,7 @@ def prepare(
                 raise ConfigError(f"{entry.file}:{entry.line}: {entry.defect}")
             yield entry
 
-    with output_directory(out_dir) as directory:
+    with directory_made_whole(out_dir) as directory:
         if tokenizer:
             tokenizer.save(directory / "tokenizer")
         else:
@@ -234,38 +233,30 @@ def _training_texts(entries: Iterable[Entry], validation_fraction: float) -> Ite
 def _mark_too_long(
     entries: Iterator[Entry], tokenizer: Tokenizer, max_prompt_tokens: int | None, max_response_tokens: int | None
 ) -> Iterator[Entry]:
-    while chunk := list(islice(entries, _TOKENISED_AT_ONCE)):
-        lengths = iter(_token_lengths([entry.example for entry in chunk if not entry.defect], tokenizer))
-        for entry in chunk:
-            if entry.defect:
-                yield entry
-                continue
-            prompt, response = next(lengths)
-            defect = ""
-            if prompt is None:
-                defect = "cannot be tokenised"
-            elif prompt == 0:
-                defect = "empty prompt"
-            elif max_prompt_tokens is not None and prompt > max_prompt_tokens:
-                defect = f"prompt longer than {max_prompt_tokens} tokens"
-            elif max_response_tokens is not None and response > max_response_tokens:
-                defect = f"response longer than {max_response_tokens} tokens"
-            yield replace(entry, defect=defect)
-
-
-def _token_lengths(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[int | None, int]]:
-    """`(prompt, longest response)` in tokens; the prompt's is None where a text cannot be tokenised."""
-    try:
+    def token_lengths(block: list[Entry]) -> list[tuple[int, int]]:
+        """`(prompt, longest response)` in tokens of each entry."""
+        examples = [_NOTHING if entry.defect else entry.example for entry in block]
         prompts = tokenizer.encode_prompts([example.prompt for example in examples])
         responses = iter(tokenizer.encode_responses([text for example in examples for text in example.responses]))
-    except ConfigError:
-        if len(examples) > 1:  # one by one, to find which
-            return [lengths for example in examples for lengths in _token_lengths([example], tokenizer)]
-        return [(None, 0)]
-    return [
-        (len(prompt), max((len(next(responses)) for _ in example.responses), default=0))
-        for prompt, example in zip(prompts, examples, strict=True)
-    ]
+        return [
+            (len(prompt), max((len(next(responses)) for _ in example.responses), default=0))
+            for prompt, example in zip(prompts, examples, strict=True)
+        ]
+
+    for entry, lengths in encode_in_blocks(entries, token_lengths):
+        if entry.defect:
+            yield entry
+            continue
+        defect = ""
+        if isinstance(lengths, ConfigError):
+            defect = "cannot be tokenised"
+        elif lengths[0] == 0:
+            defect = "empty prompt"
+        elif max_prompt_tokens is not None and lengths[0] > max_prompt_tokens:
+            defect = f"prompt longer than {max_prompt_tokens} tokens"
+        elif max_response_tokens is not None and lengths[1] > max_response_tokens:
+            defect = f"response longer than {max_response_tokens} tokens"
+        yield replace(entry, defect=defect)
 
 
 def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float) -> PreparationCounts:

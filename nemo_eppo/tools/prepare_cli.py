@@ -68,12 +68,9 @@ examples:
         --chat-template --max-prompt-tokens 1024 --max-response-tokens 512"""
 
 
-def add_prepare(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", formatter: type[argparse.HelpFormatter]
-) -> None:
+def add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "prepare",
-        formatter_class=formatter,
         help="turn a corpus, or a built-in task, into training data",
         description="""\
 Write a directory that SFT, reward-model and PPO training read:
@@ -87,14 +84,12 @@ Pairs give all of these, demonstrations the first and the last, prompts the last
 No prompt is in both train and validation. An existing directory is never overwritten.""",
     )
     corpora = parser.add_subparsers(title="corpora", required=True, metavar="CORPUS")
-    _add_noun_task(corpora, formatter)
-    _add_corpus(corpora, formatter, "hh", "Anthropic HH dialogues, or any in their format", _HH)
-    _add_corpus(corpora, formatter, "tldr", "summaries of Reddit posts: comparisons or demonstrations", _TLDR)
-    _add_corpus(
-        corpora, formatter, "alpaca_farm", "AlpacaFarm: comparisons, demonstrations or instructions", _ALPACA_FARM
-    )
-    _add_corpus(corpora, formatter, "prompts", "prompts for PPO alone", _PROMPTS)
-    aligner = _add_corpus(corpora, formatter, "nemo_aligner", "NeMo-Aligner's training files", _NEMO_ALIGNER)
+    _add_noun_task(corpora)
+    _add_corpus(corpora, "hh", "Anthropic HH dialogues, or any in their format", _HH)
+    _add_corpus(corpora, "tldr", "summaries of Reddit posts: comparisons or demonstrations", _TLDR)
+    _add_corpus(corpora, "alpaca_farm", "AlpacaFarm: comparisons, demonstrations or instructions", _ALPACA_FARM)
+    _add_corpus(corpora, "prompts", "prompts for PPO alone", _PROMPTS)
+    aligner = _add_corpus(corpora, "nemo_aligner", "NeMo-Aligner's training files", _NEMO_ALIGNER)
     aligner.add_argument(
         "--response-marker",
         metavar="TEXT",
@@ -102,10 +97,9 @@ No prompt is in both train and validation. An existing directory is never overwr
     )
 
 
-def _add_noun_task(corpora: Corpora, formatter: type[argparse.HelpFormatter]) -> None:
+def _add_noun_task(corpora: Corpora) -> None:
     parser = corpora.add_parser(
         "noun-task",
-        formatter_class=formatter,
         help="generate a toy task with a known true reward, for trying everything out in minutes",
         description="""\
 Generate a toy task on which PPO learns to exploit its reward model: repeat the five nouns among ten words.
@@ -125,12 +119,9 @@ hedging, while the true reward, a formula, punishes it. The same seed and sizes 
     parser.set_defaults(run=_prepare_noun_task)
 
 
-def _add_corpus(
-    corpora: Corpora, formatter: type[argparse.HelpFormatter], name: str, help_line: str, description: str
-) -> argparse.ArgumentParser:
+def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -> argparse.ArgumentParser:
     parser = corpora.add_parser(
         name,
-        formatter_class=formatter,
         help=help_line,
         description=description + _TOO,
         epilog=_EXAMPLES.format(corpus=name),

@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines
+from nemo_eppo.files import NotAnObject, json_object
 
 _WHITESPACE = re.compile(r"\s*")
 _READ_AT_ONCE = 1 << 20  # bytes
@@ -62,18 +63,14 @@ def read_rows(source: Path | HubDataset, progress: bool = False) -> Iterator[Row
 
 def _line_rows(path: Path, progress: bool) -> Iterator[Row]:
     for line_number, line in read_lines(path, progress):
-        try:
-            value = json.loads(line)
-        except ValueError:  # also bytes that are not UTF-8
-            yield Row(str(path), line_number, {}, "not JSON")
-        else:
-            yield _row(path, line_number, value)
+        yield _row(path, line_number, line)
 
 
-def _row(path: Path, line: int, value: object) -> Row:
-    if isinstance(value, dict):
-        return Row(str(path), line, value)
-    return Row(str(path), line, {}, "not a JSON object")
+def _row(path: Path, line: int, text: str | bytes) -> Row:
+    try:
+        return Row(str(path), line, json_object(text))
+    except NotAnObject as error:
+        return Row(str(path), line, {}, error.reason)
 
 
 def _starts_array(path: Path) -> bool:
@@ -102,14 +99,14 @@ def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
                 if text[start : start + 1] == "]":
                     break
                 try:
-                    value, end = decode(text, start)
+                    _, end = decode(text, start)
                     end = _skip_space(text, end)
                     is_complete = text[end : end + 1] in (",", "]")  # else a number could go on, or there is an error
                 except ValueError:
                     is_complete = False
                 if is_complete:
                     line += text.count("\n", position, start)
-                    yield _row(path, line, value)
+                    yield _row(path, line, text[start:end])
                     position = end + (text[end] == ",")
                     line += text.count("\n", start, position)
                     continue

@@ -15,7 +15,7 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, SavingConfig
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.protocol import ServiceError
@@ -25,35 +25,27 @@ from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
 
-class CriticSettings(Config):
-    """How the value model learns."""
-
-    value_clip: float | None = Field(0.2, gt=0)
-    """Values are clipped to within this of those of the rollout; null for no clipping."""
-    total_updates: int | None = Field(None, ge=1)
-    """Updates over which a decaying learning rate falls, which it needs: PPO steps x epochs x mini-batches."""
-    asynchronous_save: bool = True
-    """Serve and learn on while a checkpoint is written. The actor decides when, and which are kept."""
-
-
 class CriticConfig(Config):
     """The critic job (conf/gpt_ppo_critic.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0)
-    """Of fresh weights."""
+    """Seed of fresh weights."""
     model: ModelSetup
     """Usually the reward model; a language model gets a fresh value head."""
     reward_model: Path | None = None
     """A reward model that this job serves as well, in the critic's layout and precision."""
-    critic: CriticSettings = CriticSettings()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    value_clip: float | None = Field(0.2, gt=0)
+    """Values are clipped to within this of those of the rollout; null for no clipping."""
+    optimizer: OptimizerConfig
+    checkpoint: SavingConfig = SavingConfig()
+    """How checkpoints are written. The actor decides when, and which are kept."""
     server: ServerConfig = ServerConfig()
 
     @model_validator(mode="after")
     def _decay_has_an_end(self) -> "CriticConfig":
-        if self.optimizer.schedule != "constant" and self.critic.total_updates is None:
-            raise ValueError(f"optimizer.schedule = '{self.optimizer.schedule}' needs critic.total_updates")
+        if self.optimizer.schedule != "constant" and self.optimizer.decay_steps is None:
+            raise ValueError(f"optimizer.schedule = '{self.optimizer.schedule}' needs optimizer.decay_steps")
         return self
 
 
@@ -83,7 +75,7 @@ class CriticService:
                 raise ConfigError(f"reward_model: {config.reward_model} has another tokenizer than the critic")
         runtime.initialize(config.model.parallel, config.seed)
         self._folder = directory / CHECKPOINTS
-        self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.critic.asynchronous_save)
+        self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.checkpoint.asynchronous)
         newest = partial(
             checkpoint_files.verify_newest, self._folder, "scalar", self._plan.model, config.model.precision
         )
@@ -123,7 +115,7 @@ class CriticService:
             self._plan,
             "scalar",
             optimizer=self._config.optimizer,
-            total_steps=self._config.critic.total_updates or 1,
+            total_steps=1,
             resume=resume,
         )
         manifest = checkpoint_files.read_manifest(resume) if resume else None
@@ -156,7 +148,7 @@ class CriticService:
 
     def _train(self, request: Tensors) -> dict[str, float]:
         tokens = float(request["mask"].sum())
-        clip = self._config.critic.value_clip
+        clip = self._config.value_clip
 
         def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
             loss, stats = value_loss(output[:, :-1, 0], rows["values"], rows["returns"], rows["mask"], clip, tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.models import checkpoint_files
+from nemo_eppo.files import complete_lines, json_object
 
 
 class EnergyCache:
@@ -38,14 +38,14 @@ class EnergyCache:
         """
         known: dict[bytes, list[float]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
-            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was not written to its end
+            lines = complete_lines(path)
             for number, line in enumerate(lines, start=1):
                 try:
-                    row = json.loads(line)
+                    row = json_object(line)
                     known[bytes.fromhex(row["prompt"])] = [float(energy) for energy in row["energies"]]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError) as error:
                     if number < len(lines):
-                        raise ConfigError(f"{path}, line {number} is damaged; remove the file") from None
+                        raise ConfigError(f"{path}, line {number} is damaged ({error}); remove the file") from None
         return known
 
     def append(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
@@ -65,13 +65,3 @@ class EnergyCache:
 def prompt_digest(prompt: list[int]) -> bytes:
     """Names a prompt: a digest of its token ids."""
     return hashlib.sha256(repr(prompt).encode()).digest()
-
-
-def model_digest(directory: Path) -> str:
-    """Names the weights in a directory: by a checkpoint's manifest, which lists the digest of every file, or by the
-    name, size and time of change of each file of another kind of model directory."""
-    manifest = directory / checkpoint_files.MANIFEST
-    if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(directory.iterdir())]
-    return hashlib.sha256(repr(found).encode()).hexdigest()

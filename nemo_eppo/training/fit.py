@@ -34,7 +34,7 @@ class FitSettings(Config):
     """Passes over the training data."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many updates; null for all epochs."""
-    global_batch_size: int = Field(32, ge=1)
+    global_batch_size: int = Field(ge=1)
     """Examples (pairs for a reward model) per update, over all ranks."""
     validation_interval: int = Field(0, ge=0)
     """Updates between validations; 0 for only those that are saved."""

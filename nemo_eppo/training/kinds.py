@@ -54,7 +54,7 @@ KINDS = {
         head="lm",
         starts_from="lm",
         row_fields=("prompt", "response"),
-        rows_per_step="sft.global_batch_size",
+        rows_per_step="fit.global_batch_size",
     ),
     "train_reward_model": JobKind(
         "gpt_reward_model",

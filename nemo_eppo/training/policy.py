@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_eppo.algorithms.energy import energy_mask, energy_window, response_energy
+from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.refit import RefitError
 from nemo_eppo.megatron.collectives import on_rank0, over_replicas
@@ -22,15 +22,25 @@ from nemo_eppo.training.ppo_config import EnergyConfig
 
 
 @dataclass(frozen=True)
-class Scores:
+class PolicyOutputs:
     """What one forward pass says about a rollout batch."""
 
     logprobs: Tensor
     """[B, T] of the tokens, 0 outside the response."""
     entropies: Tensor
     """[B, T] of the distributions they came from, 0 outside the response."""
+    energies: Tensor
+    """[B, E] mean energy loss of each response; [B, 0] if it was not read."""
+
+
+@dataclass(frozen=True)
+class ReferenceOutputs:
+    """What the reference says; None for what the run does not need."""
+
+    logprobs: Tensor | None
+    """[B, T] of the responses' tokens, 0 outside the response."""
     energies: Tensor | None
-    """[B, E] mean energy loss of each response, if it was read."""
+    """[B, E] mean energy loss, on its own answers or on the same responses."""
 
 
 def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -45,8 +55,9 @@ class Policy:
 
     Args:
         model: the policy's architecture.
+        energy: which energies are read, and what the reference's are read on.
         own_answers: how the reference answers a prompt whose energy loss the policy's is compared with.
-        cache: of the energies of these answers; None forgets them with the process.
+        cache: keeps the energies of these answers; None forgets them with the process.
     """
 
     def __init__(
@@ -86,32 +97,43 @@ class Policy:
             raise RefitError(f"stale completions: of weight versions {stale}, expected {self.weight_version}")
         return completions
 
-    def score(self, batch: RolloutBatch, energies: bool = True) -> Scores:
+    def infer(self, batch: RolloutBatch, energies: bool = True) -> PolicyOutputs:
         """Log-probs, entropies and energies of the responses under the weights that the modules hold now."""
         targets = next_token_targets(batch.tokens, batch.mask)
         out, read = self.runner.infer(batch.tokens, batch.lengths, targets, outputs=2, energies=energies)
-        losses = None
+        losses = torch.zeros(batch.batch_size, 0)
         if read is not None:
-            window = energy_window(read, self.energy.window)
-            mask = energy_mask(batch.prompt_lengths, batch.lengths, batch.sequence_length, self.energy.window)
-            losses = response_energy(window, mask, self.energy.max_tokens)
-        return Scores(out[:, :-1, 0], out[:, :-1, 1], losses)
+            losses = response_energy(energy_window(read, self.energy.window), batch.mask, self.energy.max_tokens)
+        return PolicyOutputs(out[:, :-1, 0], out[:, :-1, 1], losses)
 
-    def score_reference(self, batch: RolloutBatch) -> Scores:
-        """Log-probs under the reference, and its energies: on these responses, or on its own answers.
+    def infer_reference(
+        self, batch: RolloutBatch, prompts: list[list[int]], *, logprobs: bool, energies: bool
+    ) -> ReferenceOutputs:
+        """What the reference says, as far as it is needed; energies also where they cost nothing.
 
-        Energies are None where nobody needs them: an unpenalised run does not generate own answers just to report.
         Leaves the engine asleep, maybe with the reference's weights: `refit` comes before the policy generates again.
-        """
-        same, needed = self.energy.reference == "same_response", self.energy.eta > 0
-        with self.reference.active():
-            scores = self.score(batch, energies=same)
-            own = self._own_response_energies(batch) if needed and not same else scores.energies
-        return Scores(scores.logprobs, scores.entropies, own)
 
-    def _own_response_energies(self, batch: RolloutBatch) -> Tensor:
+        Args:
+            prompts: token ids of the batch's prompts.
+            logprobs: whether the log-probs of the responses are needed.
+            energies: whether the energies are needed.
+        """
+        same = self.energy.reference == "same_response"
+        reads_responses = logprobs or (energies and same)
+        if not reads_responses and not energies:
+            return ReferenceOutputs(None, None)
+        outputs = own = None
+        with self.reference.active():
+            if reads_responses:
+                outputs = self.infer(batch, energies=same)
+            if energies and not same:
+                own = self._own_response_energies(prompts, batch.pad_id)
+        if outputs is None:
+            return ReferenceOutputs(None, own)
+        return ReferenceOutputs(outputs.logprobs, outputs.energies if same else own)
+
+    def _own_response_energies(self, prompts: list[list[int]], pad_id: int) -> Tensor:
         """[B, E] energy losses of the reference's own answers; each prompt is answered once."""
-        prompts = [batch.tokens[i, : int(batch.prompt_lengths[i])].tolist() for i in range(batch.batch_size)]
         keys = [prompt_digest(prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
         if new:
@@ -119,9 +141,7 @@ class Policy:
             unanswered = list(new.values())
             answers = self.generate(unanswered, self._own_answers, torch.zeros(len(unanswered), dtype=torch.int64))
             self.engine.sleep()
-            measured = self.score(RolloutBatch.from_completions(unanswered, answers, batch.pad_id)).energies
-            assert measured is not None
-            energies = measured.tolist()
+            energies = self.infer(RolloutBatch.from_completions(unanswered, answers, pad_id)).energies.tolist()
             self._own_energies.update(zip(new, energies, strict=True))
             if self._cache is not None:
                 cache, tokens = self._cache, [answer.token_ids for answer in answers]

@@ -5,33 +5,45 @@ that is decided per step, from rewards to advantages to the order of mini-batche
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemo_eppo.algorithms.advantages import gae
-from nemo_eppo.algorithms.divergences import divergence_slope, kl_estimate, sequence_divergence
-from nemo_eppo.algorithms.masking import masked_mean, whiten
-from nemo_eppo.algorithms.policy import aggregate, explained_variance, policy_loss, truncated_importance_weights
+from nemo_eppo.algorithms.divergences import divergence_slope, sequence_divergence
+from nemo_eppo.algorithms.masking import masked_mean
+from nemo_eppo.algorithms.objective import PolicyObjective
+from nemo_eppo.algorithms.policy import explained_variance, truncated_importance_weights
+from nemo_eppo.data.datasets import PromptItem
+from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.observability.timers import Timers
+from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.ledger import Ledger
 from nemo_eppo.rewards.pipeline import RewardPipeline
-from nemo_eppo.rewards.terms import RewardInputs
-from nemo_eppo.rollout.batch import Completion, Experience, RolloutBatch, minibatches, seeds_for, step_seed
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rollout.batch import Experience, FinishReason, RolloutBatch, minibatches, seeds_for, step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.policy import Policy, Scores, next_token_targets
+from nemo_eppo.training.critics import Critic
+from nemo_eppo.training.policy import Policy, PolicyOutputs, ReferenceOutputs, next_token_targets
 from nemo_eppo.training.ppo_config import PPOSettings
-from nemo_eppo.training.remote import Answers, RemoteModels
-
-GoldReward = Callable[[str, str, bool], float]
+from nemo_eppo.training.reward_sources import RawRewards, RewardSources
 
 
 class EngineMismatchError(RuntimeError):
     """The engine's log-probs are not the trainer's: it samples from another distribution than is trained."""
+
+
+class Rollout(NamedTuple):
+    """Responses to prompts, as tensors and as text; the same on every rank."""
+
+    prompts: list[list[int]]
+    """Token ids of the prompt of each response."""
+    batch: RolloutBatch
+    samples: list[Sample]
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class StepResult:
 
     metrics: dict[str, float]
     batch: RolloutBatch
-    completions: list[Completion]
+    samples: list[Sample]
     experience: Experience
     ledger: Ledger
     latents: Tensor | None
@@ -48,136 +60,197 @@ class StepResult:
 
 
 class PPO:
-    """The algorithm over a policy and remote models. It keeps no state of its own but the reward pipeline's."""
+    """The algorithm over a policy, a critic and sources of reward. Its state is the reward pipeline's.
+
+    Args:
+        critic: None for an estimator of advantages that needs no values.
+        sources: give the rewards that are trained on.
+        observed: rewards by name that are only reported, standardised, as reward/<name>.
+    """
 
     def __init__(
         self,
         settings: PPOSettings,
         pipeline: RewardPipeline,
         policy: Policy,
-        remote: RemoteModels,
+        critic: Critic | None,
+        sources: RewardSources,
+        observed: Mapping[str, RewardSources],
         sampling: SamplingParams,
-        pad_id: int,
+        tokenizer: Tokenizer,
         seed: int,
     ) -> None:
-        self.settings, self.pipeline, self.policy, self.remote = settings, pipeline, policy, remote
-        self.sampling, self.pad_id, self.seed = sampling, pad_id, seed
+        self.settings, self.pipeline, self.policy, self.critic = settings, pipeline, policy, critic
+        self.sources, self.observed = sources, observed
+        self.sampling, self.tokenizer, self.seed = sampling, tokenizer, seed
+        self.estimator = settings.advantages.build()
         self.timers = Timers(device.synchronize)
 
-    def step(self, step: int, prompts: list[list[int]]) -> StepResult:
-        """Roll out, score, shape, and update policy and critic.
+    def step(self, step: int, prompts: Sequence[PromptItem]) -> StepResult:
+        """Roll out, judge, shape, and update policy and critic.
 
         Args:
             step: 1 for the first; decides the random numbers.
-            prompts: token ids of the global batch.
+            prompts: those of the global batch; each gets `samples_per_prompt` responses, in neighbouring rows.
 
         Raises:
             ServerError: a server failed; nothing of this step is lost but the step itself.
+            RewardFunctionError: likewise a function.
             EngineMismatchError: nothing was trained on.
             RefitError: the engine did not get the new weights whole.
             FloatingPointError, ValueError: a loss, reward or value that is not finite, named.
         """
         started = time.perf_counter()
         timers, settings = self.timers, self.settings
+        prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         with timers("generate"):
-            seeds = seeds_for(step_seed(self.seed, step), torch.arange(len(prompts)))
-            completions = self.policy.generate(prompts, self.sampling, seeds)
+            rollout = self.roll_out(prompts, self.sampling, step_seed(self.seed, step))
+            baselines = self._greedy_baselines(prompts)
             self.policy.engine.sleep()
-            batch = RolloutBatch.from_completions(prompts, completions, self.pad_id)
-            pending = self.remote.ask(batch, bootstrap=settings.bootstrap_truncated)
+            batch = rollout.batch
+            values = None
+            if self.critic is not None:
+                values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated)
+            rewards, observed = self.ask(rollout)
         generated = time.perf_counter() - started
         with timers("logprobs"):
-            scores = self.policy.score(batch)
-            mismatch = engine_mismatch(batch, scores.logprobs, settings.mismatch_limit)
+            outputs = self.policy.infer(batch)
+            mismatch = engine_mismatch(batch, outputs.logprobs, settings.mismatch_limit)
         with timers("reference"):
-            reference = self.policy.score_reference(batch)
+            reference = self.policy.infer_reference(
+                batch,
+                rollout.prompts,
+                logprobs=self.pipeline.config.needs_reference,
+                energies=self.pipeline.config.energy_penalty.eta > 0,
+            )
         with timers("server_wait"):
-            answers = self.remote.collect(pending)
+            raw = rewards()
+            seen = {f"reward/{name}": answer() for name, answer in observed.items()}
+            critic_values = values() if values is not None else baselines() if baselines is not None else None
         with timers("shape"):
-            experience, ledger, kl_in_loss = self._shape(step, batch, scores, reference, answers)
-        metrics = self._train(step, batch, experience, kl_in_loss)
+            experience, ledger = self._shape(step, rollout, outputs, reference, raw, critic_values)
+            ledger.observations |= seen
+        metrics = self._train(step, batch, experience)
         with timers("refit"):
             self.policy.refit()
         with timers("shape"):
-            metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, scores, experience, generated)
+            if "kl/policy_reference" in ledger.observations:
+                self.pipeline.kl.end_step(ledger.observations["kl/policy_reference"].mean().item(), batch.batch_size)
+            metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, outputs, experience, generated)
         metrics |= timers.collect(time.perf_counter() - started)
-        return StepResult(metrics, batch, completions, experience, ledger, answers.latents)
+        return StepResult(metrics, batch, rollout.samples, experience, ledger, raw.latents)
+
+    def roll_out(self, prompts: Sequence[PromptItem], sampling: SamplingParams, seed: int) -> Rollout:
+        """One response for each prompt; row i is sampled with seed number i of `seed`."""
+        ids = [prompt.token_ids.tolist() for prompt in prompts]
+        completions = self.policy.generate(ids, sampling, seeds_for(seed, torch.arange(len(ids))))
+        texts = self.tokenizer.decode_batch([completion.token_ids for completion in completions])
+        samples = [
+            Sample(
+                prompt=prompt.text,
+                response=text,
+                token_ids=tuple(completion.token_ids),
+                finished=completion.finish_reason is FinishReason.STOP,
+                fields=prompt.fields,
+            )
+            for prompt, completion, text in zip(prompts, completions, texts, strict=True)
+        ]
+        return Rollout(ids, RolloutBatch.from_completions(ids, completions, self.tokenizer.pad_id), samples)
+
+    def ask(self, rollout: Rollout) -> tuple[Callable[[], RawRewards], dict[str, Callable[[], Tensor]]]:
+        """Ask all sources of reward at once; functions that wait for their answers, collectively: the raw rewards, and
+        [B] standardised for each of the observed ones."""
+
+        def standardised(sources: RewardSources) -> Callable[[], Tensor]:
+            wait = sources.ask(rollout.batch, rollout.samples)
+            mean, std = torch.tensor([[column.mean, column.std] for column in sources.columns]).unbind(1)
+            return lambda: ((wait().scores - mean) / std).double().mean(dim=1)
+
+        rewards = self.sources.ask(rollout.batch, rollout.samples)
+        return rewards, {name: standardised(sources) for name, sources in self.observed.items()}
+
+    def _greedy_baselines(self, prompts: Sequence[PromptItem]) -> Callable[[], Tensor] | None:
+        """For an estimator that needs them: proxy rewards [B] of the greedy responses to the same prompts."""
+        if self.estimator.needs != "greedy":
+            return None
+        distinct = {prompt.index: prompt for prompt in prompts}
+        greedy = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, greedy=True)
+        rollout = self.roll_out(list(distinct.values()), greedy, 0)
+        answer = self.sources.ask(rollout.batch, rollout.samples)
+        rows = torch.tensor([list(distinct).index(prompt.index) for prompt in prompts])
+        return lambda: self.pipeline.combine(answer().scores, self.sources.columns)[rows]
 
     def _shape(
-        self, step: int, batch: RolloutBatch, scores: Scores, reference: Scores, answers: Answers
-    ) -> tuple[Experience, Ledger, float]:
-        settings, mask, values = self.settings, batch.mask, answers.values
-        assert values is not None
+        self,
+        step: int,
+        rollout: Rollout,
+        outputs: PolicyOutputs,
+        reference: ReferenceOutputs,
+        raw: RawRewards,
+        values: Tensor | None,
+    ) -> tuple[Experience, Ledger]:
+        """Rewards and advantages. `values` are what the estimator needs: [B, T or T + 1] of the critic, [B] greedy."""
+        settings, batch = self.settings, rollout.batch
+        mask = batch.mask
         shaped = self.pipeline(
             RewardInputs(
-                scores=answers.scores,
-                score_mean=self.remote.statistics.mean,
-                score_std=self.remote.statistics.std,
+                scores=raw.scores,
+                columns=self.sources.columns,
+                samples=rollout.samples,
+                tokens=batch.tokens,
+                prompt_lengths=batch.prompt_lengths,
                 mask=mask,
                 truncated=batch.truncated,
-                policy_energy=scores.energies,
-                reference_energy=reference.energies,
-                logprobs=scores.logprobs,
+                logprobs=outputs.logprobs,
+                energies=outputs.energies,
                 ref_logprobs=reference.logprobs,
-                latents=answers.latents,
+                ref_energies=reference.energies,
+                latents=raw.latents,
                 step=step,
                 max_steps=settings.max_steps,
             )
         )
-        after_last = None
-        if settings.bootstrap_truncated:
-            after_last = values.gather(1, (batch.lengths - 1).unsqueeze(1)).squeeze(1)
-            values = values[:, :-1]
-        advantages, returns = gae(
-            shaped.token_rewards,
-            values,
-            mask,
-            settings.gamma,
-            settings.lam,
-            bootstrap_truncated=settings.bootstrap_truncated,
-            truncated=batch.truncated,
-            bootstrap_values=after_last,
-        )
-        if settings.whiten_advantages:
-            advantages = whiten(advantages, mask)
+        if values is not None and values.dim() == 1:
+            values = values[:, None].expand(mask.shape)
+        groups = torch.arange(batch.batch_size) // settings.samples_per_prompt
+        advantages, returns = self.estimator(shaped.token_rewards, values, mask, groups, batch.truncated)
         experience = Experience(
             mask=mask,
-            logprobs=scores.logprobs,
+            logprobs=outputs.logprobs,
             ref_logprobs=reference.logprobs,
-            values=values,
-            energies=scores.energies,
+            values=None if values is None or self.critic is None else values[:, : mask.shape[1]],
+            energies=outputs.energies,
             ref_energies=reference.energies,
             rewards=shaped.token_rewards,
             advantages=advantages,
             returns=returns,
         )
         experience.validate()
-        return experience, shaped.ledger, shaped.kl_loss_coefficient
+        return experience, shaped.ledger
 
-    def _train(self, step: int, batch: RolloutBatch, experience: Experience, kl_in_loss: float) -> dict[str, float]:
-        """All updates of a step. The critic's run on its server, one after the other, while the policy's run here."""
+    def _train(self, step: int, batch: RolloutBatch, experience: Experience) -> dict[str, float]:
+        """All updates of a step. The critic's run where it is, one after the other, while the policy's run here."""
         settings = self.settings
         reports: list[dict[str, float]] = []
         pending = []
         for epoch in range(settings.epochs):
             for rows in minibatches(batch.batch_size, settings.mini_batch_size, step_seed(self.seed, step), epoch):
-                with self.timers("critic_train"):
-                    part, chosen = batch.select(rows), experience.select(rows)
-                    pending.append(self.remote.train(part, chosen.returns, chosen.values))
+                part, chosen = batch.select(rows), experience.select(rows)
+                if self.critic is not None:
+                    assert chosen.returns is not None
+                    assert chosen.values is not None
+                    with self.timers("critic_train"):
+                        pending.append(self.critic.train(part, chosen.returns, chosen.values))
                 with self.timers("actor_train"):
-                    actor = self._train_policy(part, chosen, kl_in_loss, is_first=len(pending) == 1)
+                    actor = self._train_policy(part, chosen, is_first=not reports)
                 reports.append({f"actor/{name}": value for name, value in actor.items()})
         with self.timers("critic_train"):
-            for report, update in zip(reports, pending, strict=True):
-                report |= {f"critic/{name}": value for name, value in self.remote.finish(update).items()}
+            for report, update in zip(reports, pending, strict=False):
+                report |= {f"critic/{name}": value for name, value in update().items()}
         return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
 
-    def _train_policy(
-        self, batch: RolloutBatch, experience: Experience, kl_in_loss: float, is_first: bool
-    ) -> dict[str, float]:
-        settings, mask = self.settings, experience.mask
-        tokens = float(mask.sum())
-        denominator = tokens if settings.aggregation == "token" else float(batch.batch_size)
+    def _train_policy(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> dict[str, float]:
+        settings, shaping, mask = self.settings, self.pipeline.config, experience.mask
         rows: Rows = {
             "tokens": batch.tokens,
             "lengths": batch.lengths,
@@ -190,82 +263,69 @@ class PPO:
             rows["weights"] = truncated_importance_weights(
                 experience.logprobs, batch.engine_logprobs, mask, settings.importance_cap
             )
-        slope = self._divergence_slope(batch, experience, is_first)
-        if kl_in_loss or slope is not None:
+        divergence: Literal["none", "kl", "chi2"] = "none"
+        if shaping.divergence.in_loss:
+            divergence = "kl" if shaping.divergence.kind == "kl" else "chi2"
+        objective = PolicyObjective(
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            aggregation=settings.aggregation,
+            entropy_coefficient=settings.entropy_coefficient,
+            kl_coefficient=self.pipeline.kl.loss_coefficient,
+            kl_estimator=shaping.kl.estimator,
+            divergence=divergence,
+            divergence_weight=self._divergence_weight(batch, experience, is_first),
+            tokens=float(mask.sum()),
+            sequences=batch.batch_size,
+            longest=self.sampling.max_new_tokens,
+        )
+        if objective.kl_coefficient or divergence != "none":
             assert experience.ref_logprobs is not None
             rows["ref_logprobs"] = experience.ref_logprobs
 
         def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropies, mask = output[:, :-1, 0], output[:, :-1, 1], rows["mask"]
-            loss, stats = policy_loss(
-                logprobs,
-                rows["old_logprobs"],
-                rows["advantages"],
-                mask,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-                dual_clip=settings.dual_clip,
-                aggregation=settings.aggregation,
-                denominator=denominator,
-                importance_weights=rows.get("weights"),
-            )
-            report = {
-                "clip_fraction": stats.clipped / tokens,
-                "approx_kl": stats.approx_kl / tokens,
-                "ratio_mean": stats.ratio / tokens,
-                "entropy": aggregate(entropies.detach(), mask, "token", tokens),
-            }
-            if settings.entropy_coefficient:
-                bonus = aggregate(entropies, mask, settings.aggregation, denominator)
-                loss = loss - settings.entropy_coefficient * bonus
-            if kl_in_loss:
-                kl = kl_estimate(logprobs, rows["ref_logprobs"], mask, settings.kl.estimator)
-                penalty = kl_in_loss * aggregate(kl, mask, settings.aggregation, denominator)
-                loss, report["kl_loss"] = loss + penalty, penalty.detach()
-            if slope is not None:
-                found = sequence_divergence(logprobs, rows["ref_logprobs"], mask)
-                penalty = slope * (found.kl if settings.divergence.kind == "kl" else found.chi2).sum()
-                penalty = penalty / batch.batch_size
-                loss, report["divergence_loss"] = loss + penalty, penalty.detach()
-            return loss, report
+            return objective(output[:, :-1, 0], output[:, :-1, 1], rows)
 
         return self.policy.runner.train_step(rows, loss_function)
 
-    def _divergence_slope(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> float | None:
-        """The weight of each response's divergence in the loss, the same in every micro-batch; None if it has none.
+    def _divergence_weight(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> float:
+        """The weight of each response's divergence in the loss, the same in every micro-batch; 0 if it has none.
 
         sqrt_chi2 needs chi2 of the whole mini-batch under the weights that are about to be updated: known in the first
         update of a step, else one more forward pass.
         """
-        config = self.settings.divergence
-        if config.kind == "none" or config.placement == "reward":
-            return None
+        config = self.pipeline.config.divergence
+        if not config.in_loss:
+            return 0.0
         assert experience.ref_logprobs is not None
         logprobs = experience.logprobs
         if config.kind == "sqrt_chi2" and not is_first:
-            logprobs = self.policy.score(batch, energies=False).logprobs
+            logprobs = self.policy.infer(batch, energies=False).logprobs
         chi2 = sequence_divergence(logprobs.double(), experience.ref_logprobs.double(), experience.mask).chi2.mean()
         return config.coefficient * divergence_slope(chi2.item(), config.kind)
 
     def _rollout_metrics(
-        self, batch: RolloutBatch, scores: Scores, experience: Experience, seconds: float
+        self, batch: RolloutBatch, outputs: PolicyOutputs, experience: Experience, seconds: float
     ) -> dict[str, float]:
         mask = batch.mask
-        return {
+        found = {
             "rollout/response_length": float(mask.sum()) / batch.batch_size,
             "rollout/truncated_fraction": float(batch.truncated.float().mean()),
             "rollout/tokens_per_second": float(mask.sum()) / seconds,
-            "rollout/entropy": float(masked_mean(scores.entropies, mask)),
-            "critic/explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
+            "rollout/entropy": float(masked_mean(outputs.entropies, mask)),
         }
+        if experience.values is not None and experience.returns is not None:
+            found["critic/explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
+        return found
 
 
 def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) -> dict[str, float]:
     """Metrics of |logp_engine - logp_trainer| over the response tokens: mean, maximum and quantiles.
 
     Args:
-        logprobs: [B, T], the trainer's, of the same weights.
-        limit: of the mean; None for none.
+        logprobs: [B, T], the trainer's, under the same weights.
+        limit: largest mean; None for no limit.
 
     Raises:
         EngineMismatchError: the mean is above the limit.

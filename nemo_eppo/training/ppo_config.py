@@ -1,10 +1,12 @@
 """Every setting of the PPO actor job (conf/gpt_ppo_actor.yaml)."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from nemo_eppo.algorithms.advantages import ESTIMATORS, AdvantageEstimator, EstimatorName
 from nemo_eppo.algorithms.energy import EnergyWindow
 from nemo_eppo.algorithms.policy import Aggregation
 from nemo_eppo.config import Config, ConfigError
@@ -15,15 +17,102 @@ from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.monitor.monitor import MonitorConfig
 from nemo_eppo.observability.run import ExpManagerConfig
-from nemo_eppo.rewards.pipeline import RewardConfig
-from nemo_eppo.rewards.terms import EnergyPenaltyConfig
+from nemo_eppo.rewards.functions import FunctionsConfig
+from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.servers.client import ClientConfig
+from nemo_eppo.training.critics import CriticSource
+from nemo_eppo.training.reward_sources import RewardKind, RewardSourceConfig
 from nemo_eppo.training.setup import ModelSetup
 
 
-class EnergyConfig(EnergyPenaltyConfig, EnergyProbeConfig):
-    """The energy-loss penalty that makes PPO into EPPO (arXiv 2501.19358), and how energy is read."""
+class AdvantagesConfig(Config):
+    """How advantages come from rewards. A setting that the estimator does not have must not be set."""
+
+    estimator: EstimatorName = "gae"
+    """`gae` needs a critic; the others have none: `grpo` and `rloo` compare the responses to one prompt with each
+    other, `reinforce_plus_plus` all of the step, `remax` each with the greedy one."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount; gae and reinforce_plus_plus."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation; gae."""
+    whiten: bool = True
+    """Zero mean and unit variance over all response tokens of the step; gae."""
+    bootstrap_truncated: bool = False
+    """Continue a truncated response with the critic's value instead of 0; gae."""
+    normalize_std: bool = True
+    """Divide by the standard deviation of the group's rewards; grpo, which without it is Dr. GRPO."""
+
+    @model_validator(mode="after")
+    def _settings_are_the_estimators(self) -> "AdvantagesConfig":
+        known = {field.name for field in dataclasses.fields(ESTIMATORS[self.estimator])}  # type: ignore[arg-type]
+        if foreign := sorted(self.model_fields_set - known - {"estimator"}):
+            raise ValueError(f"estimator '{self.estimator}' has no {foreign[0]}")
+        return self
+
+    def build(self) -> AdvantageEstimator:
+        """The estimator with its settings."""
+        kind = ESTIMATORS[self.estimator]
+        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+class PPOSettings(Config):
+    """The loop and the policy's loss."""
+
+    max_steps: int = Field(ge=1)
+    """PPO steps: rollout, then epochs x mini-batches of updates."""
+    rollout_batch_size: int = Field(ge=1)
+    """Prompts per step, over all ranks."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each prompt; the estimators grpo and rloo need at least 2."""
+    mini_batch_size: int = Field(ge=1)
+    """Responses per optimizer step, over all ranks."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each rollout."""
+    advantages: AdvantagesConfig = AdvantagesConfig()
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The probability ratio is clipped below 1 - clip_low ..."""
+    clip_high: float = Field(0.2, gt=0)
+    """... and above 1 + clip_high."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound of the loss for negative advantages; null for none."""
+    aggregation: Aggregation = "token"
+    """`token`: mean over all response tokens of a mini-batch; `sequence`: mean of the means of responses; `fixed`: sum
+    over tokens over what all responses could have been long (Dr. GRPO)."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Weight tokens by min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
+    mismatch_limit: float | None = Field(0.5, gt=0)
+    """A mean |logp_engine - logp_trainer| above this ends the run before the rollout is trained on; null for no limit.
+    The same weights in bf16 differ by about 0.01 on the mean, other weights by more than 1."""
+
+    @model_validator(mode="after")
+    def _groups_and_batches(self) -> "PPOSettings":
+        if self.responses % self.mini_batch_size:
+            raise ValueError(
+                f"rollout_batch_size = {self.rollout_batch_size} x samples_per_prompt = {self.samples_per_prompt} is "
+                f"not divisible by mini_batch_size = {self.mini_batch_size}"
+            )
+        if self.advantages.estimator in ("grpo", "rloo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt = {self.samples_per_prompt}: advantages.estimator '{self.advantages.estimator}' "
+                "compares the responses to one prompt, expected at least 2"
+            )
+        return self
+
+    @property
+    def responses(self) -> int:
+        """Responses per step."""
+        return self.rollout_batch_size * self.samples_per_prompt
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps * self.epochs * self.responses // self.mini_batch_size
+
+
+class EnergyConfig(EnergyProbeConfig):
+    """How energy loss is read, and what the policy's is compared with; shaping.energy_penalty weighs the difference."""
 
     reference: Literal["own_response", "same_response"] = "own_response"
     """What the SFT model's energy loss is read on: its own greedy answer to the prompt (paper; computed once per
@@ -34,71 +123,14 @@ class EnergyConfig(EnergyPenaltyConfig, EnergyProbeConfig):
     """Directory of the SFT model's answers and energies, which runs can share; null for <run directory>/energy_cache.
     A change of model, tokenizer, generation or energy settings never finds old entries."""
     max_tokens: int | None = Field(None, ge=1)
-    """Only the first so many response tokens count (authors: 1024); null for all."""
-
-    @model_validator(mode="after")
-    def _window_is_independent_of_padding(self) -> "EnergyConfig":
-        if self.window == "official_trainer":
-            raise ValueError("window 'official_trainer' depends on how a batch is padded and cannot be trained on")
-        return self
-
-
-class PPOSettings(RewardConfig):
-    """The algorithm, and how its reward is composed."""
-
-    max_steps: int = Field(ge=1)
-    """PPO steps: rollout, then epochs x mini-batches of updates."""
-    rollout_batch_size: int = Field(ge=1)
-    """Prompts per step, over all ranks."""
-    mini_batch_size: int = Field(ge=1)
-    """Samples per optimizer step, over all ranks."""
-    epochs: int = Field(1, ge=1)
-    """Passes over each rollout."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    """Discount."""
-    lam: float = Field(0.95, ge=0, le=1)
-    """Lambda of generalised advantage estimation."""
-    bootstrap_truncated: bool = False
-    """Continue a truncated response with the critic's value instead of 0."""
-    whiten_advantages: bool = True
-    """Zero mean and unit variance over all response tokens of the step."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The probability ratio is clipped below 1 - clip_low ..."""
-    clip_high: float = Field(0.2, gt=0)
-    """... and above 1 + clip_high."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Bound of the loss for negative advantages; null for none."""
-    aggregation: Aggregation = "token"
-    """Mean over all response tokens of a mini-batch, or of sequence means."""
-    entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus."""
-    importance_cap: float | None = Field(None, gt=0)
-    """Weight tokens by min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
-    mismatch_limit: float | None = Field(0.5, gt=0)
-    """A mean |logp_engine - logp_trainer| above this ends the run before the rollout is trained on; null for no limit.
-    The same weights in bf16 differ by about 0.01 on the mean, other weights by more than 1."""
-    energy: EnergyConfig = EnergyConfig()
-    """EPPO: eta > 0 penalises the energy loss; eta = 0 only reports it."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> "PPOSettings":
-        if self.rollout_batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"rollout_batch_size = {self.rollout_batch_size} is not divisible by "
-                f"mini_batch_size = {self.mini_batch_size}"
-            )
-        return self
-
-
-class GenerationConfig(SamplingParams, EngineConfig):
-    """How the rollouts are sampled, and by what."""
+    """Only the first response tokens count, up to this number (authors: 1024); null for all."""
 
 
 class PromptsConfig(Config):
     """The prompts."""
 
     train: Path
-    """JSON lines with {"prompt": text}; .gz is read too."""
+    """JSON lines with {"prompt": text}; .gz is read too. Other fields of a row are given to reward functions."""
     validation: Path | None = None
     """Prompts for validation rollouts; null for none."""
     max_prompt_length: int = Field(ge=1)
@@ -113,28 +145,9 @@ class ValidationConfig(Config):
     interval: int = Field(0, ge=0)
     """Steps between validations; 0 for only the first and the last."""
     max_prompts: int = Field(64, ge=1)
-    """The first so many prompts are used."""
+    """How many prompts of the validation file are used, from its beginning."""
     greedy: bool = False
     """Greedy responses instead of sampled ones."""
-
-
-class RewardAddress(ClientConfig):
-    """Where a reward model is found."""
-
-    job: Literal["reward", "critic"] = "reward"
-    """The kind of job that serves it: its own, or the critic's."""
-
-
-class ServersConfig(Config):
-    """The other jobs."""
-
-    critic: ClientConfig = ClientConfig(url="http://127.0.0.1:5555")
-    rewards: tuple[RewardAddress, ...] = Field((RewardAddress(url="http://127.0.0.1:5556"),), min_length=1)
-    """One or more reward models."""
-    reward_kind: Literal["any", "bradley_terry", "odin", "inform", "warm"] = "any"
-    """What the reward models have to be; anything else is an error."""
-    held_out: RewardAddress | None = None
-    """A reward model that training never sees; reported as reward/held_out. Costs one scoring pass a step."""
 
 
 class PPOConfig(Config):
@@ -142,39 +155,65 @@ class PPOConfig(Config):
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0)
-    """Of everything random: sampling, order of prompts and mini-batches."""
+    """Seed of everything random: sampling, order of prompts and mini-batches."""
     model: ModelSetup
     """The SFT model, which the policy starts from and is compared with."""
     data: PromptsConfig
-    generation: GenerationConfig
+    generation: SamplingParams
+    engine: EngineConfig = EngineConfig()
     ppo: PPOSettings
-    optimizer: OptimizerConfig = OptimizerConfig()
-    servers: ServersConfig = ServersConfig()
+    energy: EnergyConfig = EnergyConfig()
+    rewards: tuple[RewardSourceConfig, ...] = Field(min_length=1)
+    """Where the reward comes from: reward models and functions."""
+    shaping: ShapingConfig = ShapingConfig()
+    reward_kind: RewardKind = "any"
+    """What all reward models of `rewards` have to be; anything else is an error."""
+    reward_functions: FunctionsConfig = FunctionsConfig()
+    critic: CriticSource | None = CriticSource()
+    """Where the critic runs; null for an estimator of advantages that needs none."""
+    optimizer: OptimizerConfig
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Of the actor; the critic is saved with it."""
+    """Checkpoints of the actor; the critic is saved with it."""
     monitor: MonitorConfig = MonitorConfig()
     """Signs of reward hacking, and what is to happen when they show."""
     gold_reward: str | None = None
-    """A programmatic reward that is only reported: "module:function" taking (prompt, response, finished)."""
+    """Function that is only reported, as reward/gold: "module:function", like those of `rewards`."""
+    held_out_reward: RewardSourceConfig | None = None
+    """A reward model that training never sees; reported, standardised, as reward/held_out."""
     record_rollouts: int | None = Field(None, ge=0)
     """Rows of each step's rollout that are written to rollouts/; null for all."""
 
     def check_model(self, model: ModelConfig, ranks: int) -> None:
         """ConfigError if the model's window or layers, or this number of ranks, do not allow these settings."""
         window, new = model.max_sequence_length, self.generation.max_new_tokens
-        if self.data.max_prompt_length + new > window:
+        if self.longest > window:
             raise ConfigError(
                 f"data.max_prompt_length {self.data.max_prompt_length} + generation.max_new_tokens {new} is more than "
                 f"the model's window of {window} tokens"
             )
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
-        self.ppo.energy.layer_indices(model.num_layers)
+        self.energy.layer_indices(model.num_layers)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PPOConfig":
+    def _rollouts_are_sampled(self) -> "PPOConfig":
         if self.generation.greedy:
             raise ValueError("generation.greedy = true: PPO has to sample its rollouts")
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_needed(self) -> "PPOConfig":
+        estimator = self.ppo.advantages.estimator
+        needs_critic = ESTIMATORS[estimator].needs == "critic"
+        if needs_critic and self.critic is None:
+            raise ValueError(f"critic = null: ppo.advantages.estimator '{estimator}' needs a critic")
+        if not needs_critic and self.critic is not None:
+            raise ValueError(f"critic is set, but ppo.advantages.estimator '{estimator}' needs none: expected null")
         return self
 
     @model_validator(mode="after")
@@ -187,15 +226,15 @@ class PPOConfig(Config):
 
     @model_validator(mode="after")
     def _monitor_can_work(self) -> "PPOConfig":
-        monitor, beta = self.monitor, self.ppo.kl.coefficient
+        monitor, beta = self.monitor, self.shaping.kl.coefficient
         if monitor.raises_kl and not 0 < beta < monitor.kl_max:
             raise ValueError(
-                f"monitor.{monitor.raises_kl[0]}.action = 'raise_kl' needs 0 < ppo.kl.coefficient < monitor.kl_max, "
-                f"got {beta} and {monitor.kl_max}"
+                f"monitor.{monitor.raises_kl[0]}.action = 'raise_kl' needs 0 < shaping.kl.coefficient < "
+                f"monitor.kl_max, got {beta} and {monitor.kl_max}"
             )
         against = monitor.disagreement.against
-        given = self.gold_reward if against == "gold" else self.servers.held_out
+        given = self.gold_reward if against == "gold" else self.held_out_reward
         if monitor.disagreement.action != "none" and given is None:
-            missing = "gold_reward" if against == "gold" else "servers.held_out"
+            missing = "gold_reward" if against == "gold" else "held_out_reward"
             raise ValueError(f"monitor.disagreement.against = '{against}' needs {missing}")
         return self

@@ -33,7 +33,7 @@ class RewardTrainingConfig(Config):
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0)
-    """Of the head's fresh weights and of the order of pairs."""
+    """Seed of the head's fresh weights and of the order of pairs."""
     model: ModelSetup
     """Usually the SFT model; it gets a fresh head."""
     data: TextDataConfig
@@ -41,9 +41,9 @@ class RewardTrainingConfig(Config):
     reward: RewardLossConfig = RewardLossConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     """Several reward models by one command."""
-    fit: FitSettings = FitSettings()
+    fit: FitSettings
     checkpoint: CheckpointConfig = CheckpointConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    optimizer: OptimizerConfig
 
 
 class RewardTask:

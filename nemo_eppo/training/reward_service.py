@@ -1,13 +1,10 @@
 """The reward job: a trained reward model behind a server, with the statistics that standardise its scores."""
 
-import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from nemo_eppo.algorithms.latents import Gaussian
 from nemo_eppo.algorithms.preference import sequence_score
@@ -15,6 +12,7 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.heads import outputs_per_token
 from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.server import serve
@@ -117,22 +115,15 @@ class RewardService:
         return {"tokenizer": self._model.tokenizer_digest, "reward": self._model.statistics()}
 
 
-def store_gaussian(gaussian: Gaussian) -> dict[str, str]:
-    """A Gaussian over latents as text for a manifest: d + d*d fp32 numbers, base64."""
-
-    def encode(x: Tensor) -> str:
-        return base64.b64encode(x.cpu().numpy().astype("<f4").tobytes()).decode()
-
-    return {"mean": encode(gaussian.mean), "factor": encode(gaussian.factor)}
+def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
+    """A Gaussian over latents for a manifest, in fp32."""
+    return {"mean": pack_array(gaussian.mean.numpy()), "factor": pack_array(gaussian.factor.numpy())}
 
 
-def read_gaussian(stored: Mapping[str, str]) -> Gaussian:
+def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
     """What `store_gaussian` wrote, fp64."""
-    mean, factor = (
-        torch.from_numpy(np.frombuffer(base64.b64decode(stored[name]), "<f4").astype(np.float64))
-        for name in ("mean", "factor")
-    )
-    return Gaussian(mean, factor.view(len(mean), len(mean)))
+    mean, factor = (torch.from_numpy(unpack_array(stored[name])).double() for name in ("mean", "factor"))
+    return Gaussian(mean, factor)
 
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:

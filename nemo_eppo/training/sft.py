@@ -28,13 +28,13 @@ class SFTConfig(Config):
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0)
-    """Of fresh weights and of the order of examples."""
+    """Seed of fresh weights and of the order of examples."""
     model: ModelSetup
     data: TextDataConfig
     """Rows {"prompt", "response"}."""
-    sft: FitSettings = FitSettings()
+    fit: FitSettings
     checkpoint: CheckpointConfig = CheckpointConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    optimizer: OptimizerConfig
 
 
 class SFTTask:
@@ -97,5 +97,5 @@ def train_sft(config: SFTConfig, run: Run) -> None:
     model = plan(config.model, head="lm")
     task = SFTTask(config.data, model)
     with suppress(RunStopped):
-        fit(task, model, config.sft, config.optimizer, config.seed, run, config.checkpoint)
+        fit(task, model, config.fit, config.optimizer, config.seed, run, config.checkpoint)
     runtime.shutdown()

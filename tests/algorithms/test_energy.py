@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_eppo.algorithms.energy import apply_floor, energy_difference, energy_mask, energy_window, response_energy
+from nemo_eppo.algorithms.energy import apply_floor, energy_difference, energy_window, response_energy
+from nemo_eppo.algorithms.masking import response_mask
 
 PROMPTS, LENGTHS, S = torch.tensor([3, 1, 5]), torch.tensor([8, 9, 6]), 11
 AT_POSITIONS = torch.randn(3, S, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def mean_energy(window: str, at_positions: torch.Tensor = AT_POSITIONS, max_tokens: int | None = None) -> torch.Tensor:
-    mask = energy_mask(PROMPTS, LENGTHS, at_positions.shape[1], window)  # type: ignore[arg-type]
+    mask = response_mask(PROMPTS, LENGTHS, at_positions.shape[1])
     return response_energy(energy_window(at_positions, window), mask, max_tokens)  # type: ignore[arg-type]
 
 
@@ -23,11 +24,10 @@ def positions(window: str, prompt: int, length: int) -> range:
     return {
         "response": range(prompt, length),
         "generating": range(prompt - 1, length - 1),
-        "official_trainer": range(prompt - 1, S - 2),
     }[window]
 
 
-@pytest.mark.parametrize("window", ["response", "generating", "official_trainer"])
+@pytest.mark.parametrize("window", ["response", "generating"])
 def test_a_window_averages_the_documented_positions(window: str) -> None:
     for b in range(3):
         chosen = AT_POSITIONS[b, list(positions(window, int(PROMPTS[b]), int(LENGTHS[b])))]
@@ -38,11 +38,6 @@ def test_a_window_averages_the_documented_positions(window: str) -> None:
 def test_energy_is_independent_of_padding(window: str) -> None:
     padded = torch.nn.functional.pad(AT_POSITIONS, (0, 0, 0, 7), value=torch.nan)
     torch.testing.assert_close(mean_energy(window, padded), mean_energy(window), rtol=1e-14, atol=0)
-
-
-def test_the_official_window_depends_on_padding() -> None:
-    padded = torch.nn.functional.pad(AT_POSITIONS, (0, 0, 0, 7), value=1.0)
-    assert not torch.allclose(mean_energy("official_trainer", padded), mean_energy("official_trainer"))
 
 
 def test_max_tokens_counts_the_first_tokens_only() -> None:

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nemo_eppo.algorithms import advantages, divergences, energy, masking, policy, preference
+from nemo_eppo.algorithms import advantages, divergences, energy, masking, objective, policy, preference
 
 PROMPTS = torch.tensor([3, 1, 5, 9, 2])
 LENGTHS = torch.tensor([8, 12, 6, 12, 7])  # one response fills the row, one is a single token
 S = 12
 MASK = masking.response_mask(PROMPTS, LENGTHS, S)
 TRUNCATED = torch.tensor([True, False, True, False, False])
+GROUPS = torch.tensor([7, -3, 7, -3, -3])
 POLICY = {"clip_low": 0.2, "clip_high": 0.3, "denominator": 7.0}
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -23,6 +25,32 @@ def clipped_policy_loss(**options: object) -> Function:
     def loss(logprobs: Tensor, old: Tensor, adv: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         value, stats = policy.policy_loss(logprobs, old, adv, MASK, importance_weights=weights, **{**POLICY, **options})  # type: ignore[arg-type]
         return value, *stats
+
+    return loss
+
+
+def estimator(make: advantages.AdvantageEstimator) -> Function:
+    def estimate(rewards: Tensor, values: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(x for x in make(rewards, values, MASK, GROUPS, TRUNCATED) if x is not None)
+
+    return estimate
+
+
+def policy_objective(**options: Any) -> Function:
+    terms: dict[str, Any] = {
+        "entropy_coefficient": 0.1,
+        "kl_coefficient": 0.2,
+        "divergence": "chi2",
+        "divergence_weight": 0.3,
+    }
+    make = objective.PolicyObjective(
+        clip_low=0.2, clip_high=0.3, tokens=7.0, sequences=5, longest=12, **{**terms, **options}
+    )
+
+    def loss(logprobs: Tensor, entropies: Tensor, old: Tensor, adv: Tensor, weights: Tensor, ref: Tensor) -> Any:
+        rows = {"mask": MASK, "old_logprobs": old, "advantages": adv, "weights": weights, "ref_logprobs": ref}
+        value, report = make(logprobs, entropies, rows)
+        return value, *report.values()
 
     return loss
 
@@ -45,6 +73,15 @@ CASES: dict[str, tuple[int, Function]] = {
     "whiten": (1, lambda x: masking.whiten(x, MASK)),
     "gae": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8)),
     "gae_bootstrapped": (2, lambda r, v: advantages.gae(r, v, MASK, 0.9, 0.8, True, TRUNCATED)),
+    "GAE": (2, estimator(advantages.GAE(0.9, 0.8))),
+    "GRPO": (1, estimator(advantages.GRPO())),
+    "Dr. GRPO": (1, estimator(advantages.GRPO(normalize_std=False))),
+    "RLOO": (1, estimator(advantages.RLOO())),
+    "REINFORCE++": (1, estimator(advantages.ReinforcePlusPlus(0.9))),
+    "ReMax": (2, estimator(advantages.ReMax())),
+    **{f"objective_{x}": (6, policy_objective(aggregation=x)) for x in ("token", "sequence", "fixed")},
+    **{f"objective_{x}": (6, policy_objective(kl_estimator=x)) for x in ("k2", "k3")},
+    "objective_sequence_kl": (6, policy_objective(divergence="kl")),
     "policy_loss_token": (4, clipped_policy_loss(aggregation="token")),
     "policy_loss_sequence": (4, clipped_policy_loss(aggregation="sequence")),
     "policy_loss_dual_clip": (4, clipped_policy_loss(dual_clip=1.5)),
@@ -53,6 +90,7 @@ CASES: dict[str, tuple[int, Function]] = {
     "explained_variance": (2, lambda v, r: policy.explained_variance(v, r, MASK)),
     "aggregate_token": (1, lambda x: policy.aggregate(x, MASK, "token", 5.0)),
     "aggregate_sequence": (1, lambda x: policy.aggregate(x, MASK, "sequence", 5.0)),
+    "aggregate_fixed": (1, lambda x: policy.aggregate(x, MASK, "fixed", 60.0)),
     "k1": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k1")),
     "k2": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k2")),
     "k3": (2, lambda a, b: divergences.kl_estimate(a, b, MASK, "k3")),
@@ -110,6 +148,21 @@ def test_nan_inside_the_mask_is_never_hidden(name: str) -> None:
         inputs[poisoned][1, 2] = math.nan
         outputs, _ = run(function, inputs)
         assert any(torch.isnan(o).any() for o in outputs), f"input {poisoned}"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e9])
+def test_of_the_values_after_the_last_action_only_those_of_truncated_responses_are_read(poison: float) -> None:
+    rewards, values = torch.randn(MASK.shape), torch.randn(5, S)
+    read = torch.nn.functional.pad(MASK, (0, 1))
+    read[TRUNCATED, LENGTHS[TRUNCATED] - 1] = True
+    gae = advantages.GAE(0.9, 0.8, bootstrap_truncated=True)
+    clean = gae(rewards, values, MASK, GROUPS, TRUNCATED)
+    fuzzed = gae(rewards, torch.where(read, values, poison), MASK, GROUPS, TRUNCATED)
+    assert all(torch.equal(a, b) for a, b in zip(clean, fuzzed, strict=True))
+    for b in TRUNCATED.nonzero().flatten():
+        changed = values.clone()
+        changed[b, LENGTHS[b] - 1] += 1
+        assert not torch.equal(gae(rewards, changed, MASK, GROUPS, TRUNCATED)[1][b], clean[1][b])
 
 
 def test_bootstrap_values_are_read_for_truncated_responses_only() -> None:

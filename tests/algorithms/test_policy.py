@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.masking import response_mask
 from nemo_eppo.algorithms.policy import (
+    Aggregation,
     PolicyStats,
     aggregate,
     explained_variance,
@@ -19,6 +20,7 @@ from nemo_eppo.algorithms.policy import (
 
 MASK = response_mask(torch.tensor([3, 1, 5, 2]), torch.tensor([8, 9, 6, 7]), 9)
 TOKENS, SEQUENCES = int(MASK.sum()), len(MASK)
+DENOMINATORS = {"token": TOKENS, "sequence": SEQUENCES, "fixed": SEQUENCES * 10}
 
 
 def rollout(scale: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +37,7 @@ def scalar_loss(logprob: float, old: float, advantage: float, low: float, high: 
 
 
 @pytest.mark.parametrize("dual", [None, 1.2])
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", DENOMINATORS)
 def test_policy_loss_follows_its_definition(aggregation: Any, dual: float | None) -> None:
     logprobs, old, advantages = rollout()
     total = 0.0
@@ -45,7 +47,7 @@ def test_policy_loss_follows_its_definition(aggregation: Any, dual: float | None
             for t in range(MASK.shape[1])
             if MASK[b, t]
         ]
-        total += sum(row) / TOKENS if aggregation == "token" else sum(row) / len(row) / SEQUENCES
+        total += sum(row) / (SEQUENCES * len(row) if aggregation == "sequence" else DENOMINATORS[aggregation])
     loss, _ = policy_loss(
         logprobs,
         old,
@@ -55,7 +57,7 @@ def test_policy_loss_follows_its_definition(aggregation: Any, dual: float | None
         clip_high=0.3,
         dual_clip=dual,
         aggregation=aggregation,
-        denominator=TOKENS if aggregation == "token" else SEQUENCES,
+        denominator=DENOMINATORS[aggregation],
     )
     assert float(loss) == pytest.approx(total, rel=1e-12)
 
@@ -72,7 +74,7 @@ def test_policy_stats_follow_their_definitions() -> None:
     torch.testing.assert_close(stats.approx_kl, ((ratio - 1) - log_ratio).sum())
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", DENOMINATORS)
 def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(aggregation: Any) -> None:
     logprobs, old, advantages = rollout()
     logprobs.requires_grad_()
@@ -82,7 +84,7 @@ def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(aggregation:
         "clip_high": 0.3,
         "dual_clip": 3.0,
         "aggregation": aggregation,
-        "denominator": TOKENS if aggregation == "token" else SEQUENCES,
+        "denominator": DENOMINATORS[aggregation],
     }
     whole, stats = policy_loss(logprobs, old, advantages, MASK, importance_weights=weights, **options)
     parts = [
@@ -107,7 +109,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient() -> None:
     assert float(stats.clipped) == 0
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", DENOMINATORS)
 def test_gradients_of_the_policy_loss_match_finite_differences(aggregation: Any) -> None:
     logprobs, old, advantages = rollout()
 
@@ -138,10 +140,30 @@ def test_extreme_log_ratios_stay_finite() -> None:
     assert all(torch.isfinite(x).all() for x in (loss, logprobs.grad, *stats))
 
 
+def test_only_fixed_aggregation_gives_a_token_the_same_weight_whatever_the_lengths() -> None:
+    def weights(aggregation: Any, mask: Tensor) -> Tensor:
+        x = torch.zeros(mask.shape, requires_grad=True)
+        denominator = {"token": float(mask.sum()), "sequence": 4.0, "fixed": 40.0}[aggregation]
+        return torch.autograd.grad(aggregate(x, mask, aggregation, denominator), x)[0][MASK]
+
+    longer = MASK.clone()
+    longer[2] = True  # one response is longer than before
+    assert torch.equal(weights("fixed", MASK), torch.full((TOKENS,), 1 / 40))
+    assert torch.equal(weights("fixed", longer), weights("fixed", MASK))
+    assert not torch.equal(weights("token", longer), weights("token", MASK))
+    assert len(weights("sequence", MASK).unique()) > 1
+
+
+def test_an_unknown_aggregation_is_refused() -> None:
+    with pytest.raises(ValueError, match="aggregation: 'mean'; expected"):
+        aggregate(torch.zeros(MASK.shape), MASK, "mean", 1.0)  # type: ignore[arg-type]
+
+
 def test_a_row_without_response_contributes_nothing() -> None:
     mask = torch.cat([MASK, torch.zeros_like(MASK[:1])])
     x = torch.randn(mask.shape)
-    for aggregation in ("token", "sequence"):
+    aggregations: tuple[Aggregation, ...] = ("token", "sequence", "fixed")
+    for aggregation in aggregations:
         with_row, without = aggregate(x, mask, aggregation, 4.0), aggregate(x[:-1], MASK, aggregation, 4.0)
         torch.testing.assert_close(with_row, without)
 

@@ -41,8 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     initialize(ParallelConfig(), seed=1)
-    chunks = wrap_data_parallel(build_model(MODEL, ParallelConfig(), head="lm"), OptimizerConfig(), "fp32")
-    optimizer, scheduler = build_optimizer(chunks, OptimizerConfig(), "fp32", total_steps=1000)
+    chunks = wrap_data_parallel(build_model(MODEL, ParallelConfig(), head="lm"), OptimizerConfig(lr=1e-6), "fp32")
+    optimizer, scheduler = build_optimizer(chunks, OptimizerConfig(lr=1e-6), "fp32", total_steps=1000)
     print(f"{arguments.rows} rows, {MODEL.num_layers} layers x {MODEL.hidden_size}, fp32, best of {arguments.repeats}")
     print(f"{'mean length':>11} {'padding':>8} {'padded':>9} {'packed':>9} {'ratio':>6}")
     for mean in (24, 200):

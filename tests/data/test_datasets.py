@@ -1,8 +1,10 @@
 """Data sets from JSON lines, padded batches, and an order of batches that survives a restart."""
 
 import gzip
+import hashlib
 import json
 import logging
+import tracemalloc
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data import datasets
+from nemo_eppo.data import tokenizer
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, PromptDataset, SFTDataset, TokenIds, collate
 from nemo_eppo.data.tokenizer import Tokenizer
 
@@ -29,6 +31,41 @@ def test_prompts(write_rows: Callable[..., Path], words: Tokenizer) -> None:
         (0, "red one", [2, 5]),
         (1, "blue", [4]),
     ]
+
+
+def test_prompts_keep_the_other_fields_of_their_rows(write_rows: Callable[..., Path], words: Tokenizer) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "red", "reference_answer": "blau \u2028 ü \ud800", "tests": [{"input": 1, "output": None}]},
+        {"prompt": "red one two"},  # too long
+        {"prompt": "blue"},
+        {"difficulty": 0.1, "prompt": "green", "prompts": "not it"},
+    ]
+    dataset = PromptDataset(write_rows(*rows), words, max_prompt_length=2, too_long="drop")
+    kept = [{name: value for name, value in row.items() if name != "prompt"} for row in (rows[0], *rows[2:])]
+    assert [item.fields for item in dataset.items] == kept
+    dataset[0].fields.clear()  # what a reward function does to its copy
+    assert dataset[0].fields == kept[0]
+
+
+def test_fields_change_no_digest(write_rows: Callable[..., Path], words: Tokenizer) -> None:
+    plain = PromptDataset(write_rows({"prompt": "red"}), words, max_prompt_length=2).digest
+    assert PromptDataset(write_rows({"prompt": "red", "answer": 1}), words, max_prompt_length=2).digest == plain
+    expected = hashlib.sha256((1).to_bytes(8, "little") + (2).to_bytes(4, "little"))  # one token, with id 2
+    assert plain == expected.hexdigest()
+
+
+def test_fields_take_little_more_memory_than_their_text(write_rows: Callable[..., Path], words: Tokenizer) -> None:
+    def bytes_per_row(more: dict[str, Any]) -> float:
+        path = write_rows(*({"prompt": "red", **more} for _ in range(2000)))
+        tracemalloc.start()
+        dataset = PromptDataset(path, words, max_prompt_length=2)
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size / len(dataset)
+
+    answers = {"reference_answer": "7", "tests": [{"input": n, "output": str(n)} for n in range(10)]}
+    plain, full = bytes_per_row({}), bytes_per_row(answers)
+    assert full - plain < len(json.dumps(answers)) + 100, "the objects themselves would take more than 3 kB"
 
 
 def test_sft_and_preferences(write_rows: Callable[..., Path], words: Tokenizer) -> None:
@@ -51,7 +88,7 @@ def test_rows_keep_their_order_across_tokenised_chunks(
     rows = [{"prompt": "red " * (1 + n % 3), "response": "one " * (n % 5)} for n in range(10)]
     path = write_rows(*rows)
     whole = SFTDataset(path, words, max_sequence_length=9)
-    monkeypatch.setattr(datasets, "_TOKENISED_AT_ONCE", 3)
+    monkeypatch.setattr(tokenizer, "_TOKENISED_AT_ONCE", 3)
     for first, second in zip(whole.items, SFTDataset(path, words, max_sequence_length=9).items, strict=True):
         assert first.index == second.index
         assert np.array_equal(first.prompt_ids, second.prompt_ids)

@@ -1,4 +1,4 @@
-"""Every defect of a data file is reported by file, line and field; output appears whole or not at all."""
+"""Every defect of a data file is reported by file, line and field."""
 
 import gzip
 from collections.abc import Callable
@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import output_directory, read_jsonl, write_jsonl
+from nemo_eppo.data.jsonl import read_jsonl, read_objects, write_jsonl
 
 
 def test_rows_come_with_their_line_numbers(write_rows: Callable[..., Path]) -> None:
     path = write_rows({"a": "x", "b": "y", "extra": 3}, "", {"b": "ü", "a": ""})
     assert list(read_jsonl(path, ("a", "b"))) == [(1, ("x", "y")), (3, ("", "ü"))]
+
+
+def test_objects_come_whole(write_rows: Callable[..., Path]) -> None:
+    rows = [{"a": "x", "extra": {"n": [3, None]}}, {"b": 1.5}]
+    assert list(read_objects(write_rows(rows[0], "  ", rows[1]))) == [(1, rows[0]), (3, rows[1])]
 
 
 def test_gzip_reads_the_same(write_rows: Callable[..., Path], tmp_path: Path) -> None:
@@ -37,6 +42,8 @@ def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
         ('{"a": 7}', "field 'a' = 7: expected text"),
         ('{"a": null}', "field 'a' = None: expected text"),
         ('{"a": "\\ud800"}', "field 'a' is not valid Unicode"),
+        ('{"a": "x", "a": "y"}', "field 'a' occurs more than once"),
+        ('{"a": "x", "other": 1, "other": 1}', "field 'other' occurs more than once"),
     ],
 )
 def test_a_bad_line_is_named(write_rows: Callable[..., Path], line: str, complaint: str) -> None:
@@ -63,37 +70,3 @@ def test_a_damaged_archive_is_an_error_not_a_short_file(tmp_path: Path, damage: 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.jsonl: no such file"):
         list(read_jsonl(tmp_path / "absent.jsonl", ("a",)))
-
-
-def test_output_directory_gets_everything_or_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-
-    def write(name: str, fails: bool) -> None:
-        with output_directory(target) as directory:
-            (directory / name).write_text("x")
-            assert not (target / name).exists()
-            if fails:
-                raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        write("half", fails=True)
-    assert list(target.iterdir()) == []
-    write("whole", fails=False)
-    assert [entry.name for entry in target.iterdir()] == ["whole"]
-
-
-def test_output_directory_never_overwrites(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="not empty"), output_directory(tmp_path):
-        pass
-    with pytest.raises(ConfigError, match="mine"), output_directory(tmp_path / "mine"):
-        pass
-    assert (tmp_path / "mine").read_text() == "precious"
-
-
-def test_output_directory_takes_over_after_a_killed_run(tmp_path: Path) -> None:
-    (tmp_path / ".partial").mkdir()
-    (tmp_path / ".partial" / "stale").write_text("x")
-    with output_directory(tmp_path) as directory:
-        (directory / "new").write_text("x")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.tokenizer import Tokenizer, train_bpe, word_level
+from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks, train_bpe, word_level
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"]
 
@@ -169,6 +169,42 @@ def test_digest_survives_saving_and_sees_every_difference(
         Tokenizer.from_directory(edited_copy(bpe_directory, tmp_path / "other_eos", eos_token="<pad>")),
     ]
     assert len({tokenizer.digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_a_digest_is_computed_once(bpe_directory: Path) -> None:
+    class Counted(PreTrainedTokenizerFast):
+        reads = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            Counted.reads += 1
+            return dict(super().get_vocab())
+
+    tokenizer = Tokenizer(Counted.from_pretrained(bpe_directory), "counted")
+    Counted.reads = 0
+    first = tokenizer.digest()
+    assert first == Tokenizer.from_directory(bpe_directory).digest()
+    assert [tokenizer.digest() for _ in range(3)] == [first] * 3
+    assert Counted.reads == 1
+
+
+def test_a_text_that_cannot_be_tokenised_spoils_no_other(words: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_eppo.data.tokenizer._TOKENISED_AT_ONCE", 4)
+    texts = ["red", "purple", "one two", "", "green", "blue", "three three", "pink", "one", "two"]
+    blocks: list[int] = []
+
+    def encode(block: list[str]) -> list[list[int]]:
+        blocks.append(len(block))
+        return words.encode(block)
+
+    found = list(encode_in_blocks(iter(texts), encode))
+    assert [text for text, _ in found] == texts
+    for text, ids in found:
+        if text in ("purple", "pink"):
+            assert isinstance(ids, ConfigError)
+            assert text in str(ids)
+        else:
+            assert ids == words.encode([text])[0]
+    assert blocks == [4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 2], "one by one only where something is wrong"
 
 
 def test_saved_directory_is_an_ordinary_hugging_face_tokenizer(bpe_directory: Path) -> None:

@@ -64,8 +64,7 @@ def test_the_settings_of_each_job_load(name: str, tmp_path: Path) -> None:
     assert paths
     assert all("/" + path.split("/")[1] in mounts for path in paths)
     if name == "actor":
-        servers = settings["servers"]
-        addresses = [servers["critic"]["url"], *(reward["url"] for reward in servers["rewards"])]
+        addresses = [settings["critic"]["server"]["url"], *(reward["server"]["url"] for reward in settings["rewards"])]
         assert addresses == ["http://critic:5555", "http://reward:5556"]
     else:
         assert settings["server"]["host"] == "0.0.0.0"
@@ -82,8 +81,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 os.environ["NEMO_EPPO_TOKEN"] = {TOKEN!r}
 with initialize_config_dir({str(ROOT / "conf")!r}, version_base="1.3"):
-    servers = compose("gpt_ppo_actor", {["++" + override for override in overrides]!r}).servers
-print(servers.critic.token, servers.rewards[0].token)
+    settings = compose("gpt_ppo_actor", {["++" + override for override in overrides]!r})
+print(settings.critic.server.token, settings.rewards[0].server.token)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert told.stdout.split() == [TOKEN, TOKEN], told.stderr

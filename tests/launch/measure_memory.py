@@ -48,8 +48,8 @@ def measure(shape: dict[str, int], layout: dict[str, Any], rows: int, length: in
     before = kilobytes("VmRSS")
 
     chunks: Any = build_model(model, parallel, head="lm", recompute=recompute)
-    chunks = wrap_data_parallel(chunks, OptimizerConfig(), "fp32")
-    optimizer, scheduler = build_optimizer(chunks, OptimizerConfig(), "fp32", 10)
+    chunks = wrap_data_parallel(chunks, OptimizerConfig(lr=1e-6), "fp32")
+    optimizer, scheduler = build_optimizer(chunks, OptimizerConfig(lr=1e-6), "fp32", 10)
     runner = ModelRunner(chunks, rows, optimizer=optimizer, scheduler=scheduler)
     reference = FrozenWeights(chunks)
     engine = MegatronEngine(chunks, model, eos_id=1, pad_id=0, max_batch_size=SEQUENCES, max_sequence_length=LONGEST)

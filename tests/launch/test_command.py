@@ -84,15 +84,21 @@ def test_rewards_that_need_no_server_stand_beside_those_that_do(models: Models, 
     launch = read_launch(write(values, tmp_path / "launch.yaml"))
     addresses = {"reward": Address("http://127.0.0.1:5556"), "critic": Address("http://127.0.0.1:5555")}
     found = read_back(overrides(launch, "actor", addresses), tmp_path)
-    assert OmegaConf.select(OmegaConf.create(found), REWARDS) == [function, {"url": "http://127.0.0.1:5556"}]
+    assert OmegaConf.select(OmegaConf.create(found), REWARDS) == [
+        function,
+        {"server": {"url": "http://127.0.0.1:5556"}},
+    ]
     assert OmegaConf.select(OmegaConf.create(found), CRITIC) is None
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({CRITIC: None}, f"{CRITIC} = None: expected no value here, the launcher sets it"),
-        ({REWARDS: [{"url": "http://10.0.0.9:1"}]}, f"{REWARDS} = [{{'url': 'http://10.0.0.9:1'}}]: expected no value"),
+        ({CRITIC: None}, f"{CRITIC} = None: expected no value here"),
+        (
+            {REWARDS: [{"server": {}}]},
+            f"{REWARDS} = [{{'server': {{}}}}]: expected no value here, the launcher sets it",
+        ),
     ],
 )
 def test_what_the_launcher_sets_is_not_set_as_well(

@@ -255,7 +255,7 @@ def test_a_window_that_is_too_short(launch: Path, doctor: Any) -> None:
 
 
 def test_layers_that_the_model_does_not_have(launch: Path, doctor: Any) -> None:
-    report = doctor(launch, "jobs.actor.settings.ppo.energy.layers=[9]")
+    report = doctor(launch, "jobs.actor.settings.energy.layers=[9]")
     assert "9" in only_error(report, "actor: settings and model")
 
 

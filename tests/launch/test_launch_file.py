@@ -17,7 +17,9 @@ from nemo_eppo.launch.examination import Job, check_launch, missing_servers
 from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.servers.client import ClientConfig
+from nemo_eppo.training.critics import CriticSource
 from nemo_eppo.training.kinds import KINDS
+from nemo_eppo.training.reward_sources import RewardSourceConfig
 
 
 def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -50,8 +52,8 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "jobs.actor: world size 3 is not divisible by tensor_model_parallel_size 2",
         ),
         (
-            settings("actor", **{"servers.critic.url": "http://127.0.0.1:5555"}),
-            "jobs.actor: servers.critic.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
+            settings("actor", **{"critic.server.url": "http://127.0.0.1:5555"}),
+            "jobs.actor: critic.server.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
         ),
         (settings("actor", **{"data.max_prompt_length": 40}), "jobs.actor: data.max_prompt_length 40 + "),
         (
@@ -112,7 +114,7 @@ def test_a_model_with_another_head_is_refused_where_the_job_would_refuse_it(
 ) -> None:
     launch = eppo(models, tmp_path / "out")
     data = {side: str(models.data / f"sft.{side}.jsonl") for side in ("train", "validation")}
-    sft = {"model.restore_from_path": str(models.sft), "data": data, "sft.max_steps": 1}
+    sft = {"model.restore_from_path": str(models.sft), "data": data, "fit.max_steps": 1}
     launch["jobs"]["sft"] = {"script": "train_gpt_sft", "settings": sft}
     launch["jobs"][job]["settings"]["model.restore_from_path"] = str(models.rm if job == "sft" else models.sft)
     file = read_launch(write(launch, tmp_path / "launch.yaml"))
@@ -125,20 +127,13 @@ def test_a_model_with_another_head_is_refused_where_the_job_would_refuse_it(
 
 def actor(critic: object, rewards: tuple[object, ...]) -> Job:
     """An actor whose settings find critic and rewards like this."""
-    settings = SimpleNamespace()
-    for key, value in ((CRITIC, critic), (REWARDS, rewards)):
-        *sections, last = key.split(".")
-        section = settings
-        for name in sections:
-            section.__dict__.setdefault(name, SimpleNamespace())
-            section = getattr(section, name)
-        setattr(section, last, value)
+    settings = SimpleNamespace(**{CRITIC: critic, REWARDS: rewards})
     return Job("actor", KINDS["train_gpt_ppo_actor"], 1, settings)
 
 
-SERVED = ClientConfig(url="http://127.0.0.1:1")
+SERVED = CriticSource(server=ClientConfig(url="http://127.0.0.1:1"))
 HERE = SimpleNamespace(colocated=object())
-FUNCTION = SimpleNamespace(function="rewards:length")
+FUNCTION = RewardSourceConfig(function="rewards:length")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from sklearn.metrics import roc_auc_score
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.monitor.monitor import Alarm, HackingMonitor, MonitorConfig
-from nemo_eppo.rewards.pipeline import RewardConfig, RewardPipeline
-from nemo_eppo.rewards.terms import RewardInputs
+from nemo_eppo.rewards.inputs import Column, RewardInputs
+from nemo_eppo.rewards.pipeline import RewardPipeline
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.training.ppo_config import PPOConfig
 
 STEPS, WARMUP, HACKED_FROM = 60, 10, 40
@@ -230,10 +232,17 @@ def test_a_resumed_monitor_goes_on_bit_for_bit() -> None:
 
 
 def test_raise_kl_is_bounded_and_used_by_the_next_pipeline_call() -> None:
-    config = load_config(RewardConfig, {"kl": {"coefficient": 0.1}, "energy": {"eta": 0}, "standardize": False})
+    config = load_config(ShapingConfig, {"kl": {"coefficient": 0.1}})
     pipeline = RewardPipeline(config)
     inputs = RewardInputs(
         scores=torch.zeros(2, 1),
+        columns=[Column(name="model")],
+        samples=[Sample(prompt="", response="", token_ids=(1,), finished=True)] * 2,
+        tokens=torch.zeros(2, 4, dtype=torch.int64),
+        prompt_lengths=torch.ones(2, dtype=torch.int64),
+        energies=torch.zeros(2, 1),
+        step=1,
+        max_steps=1,
         mask=torch.ones(2, 3, dtype=torch.bool),
         truncated=torch.zeros(2, dtype=torch.bool),
         logprobs=torch.full((2, 3), -1.0),
@@ -242,13 +251,15 @@ def test_raise_kl_is_bounded_and_used_by_the_next_pipeline_call() -> None:
     watch = HackingMonitor(MonitorConfig(kl_factor=3.0, kl_max=0.5))
     paid = [pipeline(inputs).token_rewards]
     for coefficient in (0.3, 0.5, 0.5):
-        pipeline.kl_controller.value = watch.raise_kl(pipeline.kl_controller.value)
-        assert pipeline.kl_controller.value == pytest.approx(coefficient)
+        pipeline.kl.set_coefficient(watch.raised_kl(pipeline.kl.coefficient))
+        assert pipeline.kl.coefficient == pytest.approx(coefficient)
         paid.append(pipeline(inputs).token_rewards)
     torch.testing.assert_close(paid[1], 3 * paid[0])
     torch.testing.assert_close(paid[2], 5 * paid[0])
-    assert watch.raise_kl(0.7) == 0.7  # an adaptive controller may be above kl_max: never lowered
-    assert watch.kl_raised
+    assert watch.raised_kl(0.7) == 0.7  # an adaptive controller may be above kl_max: never lowered
+    resumed = RewardPipeline(config)
+    resumed.load_state_dict(pipeline.state_dict())
+    assert resumed.kl.coefficient == pipeline.kl.coefficient
 
 
 def test_separation_of_clusters() -> None:

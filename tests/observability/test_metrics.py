@@ -76,6 +76,9 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object with a step"):
         read_metrics(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1, "loss": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*field 'loss' occurs more than once"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

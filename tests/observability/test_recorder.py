@@ -18,6 +18,17 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.open(encoding="utf-8", newline="\n")] == read_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"n": 1, "n": 2}\n', "field 'n' occurs more than once"), ('{"n": ', "not JSON"), ("[1]\n", "not a JSON object")],
+)
+def test_a_damaged_row_is_named(line: str, said: str, tmp_path: Path) -> None:
+    path = RolloutRecorder(tmp_path).record(1, [{"n": 1}])
+    path.write_text(path.read_text() + line)
+    with pytest.raises(ValueError, match=rf"step_000001\.jsonl:2: {said}"):
+        read_rows(path)
+
+
 def test_only_the_first_rows_of_a_step_are_kept(tmp_path: Path) -> None:
     path = RolloutRecorder(tmp_path, max_rows_per_step=2).record(1, [{"n": n} for n in range(5)])
     assert read_rows(path) == [{"n": 0}, {"n": 1}]

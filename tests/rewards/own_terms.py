@@ -4,7 +4,8 @@ import torch
 from pydantic import Field
 
 from nemo_eppo.config import Config
-from nemo_eppo.rewards.terms import RewardInputs, Term
+from nemo_eppo.rewards.inputs import RewardInputs
+from nemo_eppo.rewards.term import Term
 
 
 class BonusConfig(Config):

@@ -13,6 +13,7 @@ from test_reward_pipeline import MASK, B, S, final, make_inputs, pipeline
 from nemo_eppo.algorithms.divergences import sequence_divergence
 from nemo_eppo.algorithms.latents import fit_gaussian
 from nemo_eppo.config import ConfigError
+from nemo_eppo.rewards.inputs import Column
 
 sys.path.insert(0, str(Path(__file__).parent))  # the user's own module
 
@@ -25,9 +26,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "length_linear": {"length_penalty": {"kind": "linear", "length": 4, "coefficient": 0.3}},
     "soft_overlong": {"length_penalty": {"kind": "soft_overlong", "length": 10, "buffer": 6}},
     "missing_eos": {"missing_eos": {"penalty": 0.7}},
-    "energy": {"energy": {"eta": 2.0}},
-    "energy_run": {"energy": {"eta": 2.0, "standardize": True, "floor_ratio": 0.8}},
-    "clip": {"reward_clip": {"range": 0.6}},
+    "energy": {"energy_penalty": {"eta": 2.0}},
+    "energy_run": {"energy_penalty": {"eta": 2.0, "standardize": True, "floor_ratio": 0.8}},
+    "clip": {"clip": {"range": 0.6}},
     "kl": {"kl": {"coefficient": 0.1, "estimator": "k3"}},
     "seq_kl": {"divergence": {"kind": "kl", "coefficient": 0.1, "placement": "reward"}},
     "chi2": {"divergence": {"kind": "chi2", "coefficient": 0.01, "placement": "reward"}},
@@ -38,7 +39,7 @@ TERMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(TERMS, 2))
 def test_every_pair_of_terms_adds_up(one: str, other: str) -> None:
-    settings = {"combine": "mean", "energy": {"eta": 0}, "reward_clip": {"range": None}, **TERMS[one], **TERMS[other]}
+    settings = {"combine": "mean", "energy_penalty": {"eta": 0}, "clip": {"range": None}, **TERMS[one], **TERMS[other]}
     run = pipeline(settings)
     for seed in range(2):
         result = run(make_inputs(seed, models=3))
@@ -61,19 +62,20 @@ def test_the_latent_penalty_is_the_mahalanobis_distance() -> None:
     penalty = pipeline({"latent_penalty": {"gamma": 0.3}})(make_inputs(latents=whitened))
     expected = EmpiricalCovariance().fit(sft.numpy()).mahalanobis(latents.numpy()) ** 0.5
     assert penalty.ledger.contributions["reward/latent_penalty"].tolist() == pytest.approx((-0.3 * expected).tolist())
-    with pytest.raises(ValueError, match="latents: needed for the latent penalty"):
+    with pytest.raises(ValueError, match=r"latents: needed for shaping\.latent_penalty"):
         pipeline({"latent_penalty": {"gamma": 0.3}})(make_inputs(latents=None))
 
 
 def test_a_latent_penalty_on_models_without_latents_is_refused() -> None:
     run = pipeline({"latent_penalty": {"gamma": 0.3}})
-    run.check_models(1, latent_size=4)
-    with pytest.raises(ConfigError, match=r"ppo\.latent_penalty\.gamma = 0\.3: .* give no latents"):
-        run.check_models(1, latent_size=0)
+    run.check_sources([Column(name="model")], latent_size=4)
+    with pytest.raises(ConfigError, match=r"shaping\.latent_penalty\.gamma = 0\.3: none .* gives latents"):
+        run.check_sources([Column(name="model")], latent_size=0)
 
 
 def test_uwo_penalises_the_variance_of_standardised_scores() -> None:
-    inputs = make_inputs(models=3, score_std=torch.tensor([1.0, 2.0, 4.0]))
+    columns = [Column(name="model", mean=2.0, std=std) for std in (1.0, 2.0, 4.0)]
+    inputs = make_inputs(models=3, columns=columns)
     proxy = pipeline({"combine": "uwo", "uwo_lambda": 0.5, "uwo_ddof": 1})(inputs).ledger.contributions["reward/proxy"]
     standard = ((inputs.scores.double() - 2) / torch.tensor([1.0, 2.0, 4.0])).numpy()
     assert proxy.tolist() == pytest.approx((standard.mean(1) - 0.5 * standard.var(1, ddof=1)).tolist())
@@ -81,9 +83,8 @@ def test_uwo_penalises_the_variance_of_standardised_scores() -> None:
 
 @pytest.mark.parametrize("kind", ["kl", "chi2", "sqrt_chi2"])
 def test_the_divergence_in_the_reward_is_paid_after_the_clip(kind: str) -> None:
-    settings = {"reward_clip": {"range": 0.5}, "divergence": {"kind": kind, "coefficient": 0.3, "placement": "reward"}}
+    settings = {"clip": {"range": 0.5}, "divergence": {"kind": kind, "coefficient": 0.3, "placement": "reward"}}
     inputs = make_inputs()
-    assert inputs.logprobs is not None
     assert inputs.ref_logprobs is not None
     paid = pipeline(settings)(inputs).ledger.contributions["reward/divergence"]
     log_ratio = torch.where(MASK, inputs.logprobs - inputs.ref_logprobs, 0).double().sum(1)
@@ -96,13 +97,14 @@ def test_the_divergence_in_the_reward_is_paid_after_the_clip(kind: str) -> None:
 def test_the_divergence_is_in_reward_or_loss_and_never_in_both() -> None:
     in_loss = pipeline({"divergence": {"kind": "chi2", "coefficient": 0.3}})(make_inputs())
     assert torch.equal(in_loss.token_rewards, pipeline({})(make_inputs()).token_rewards)
-    with pytest.raises(ValueError, match="needed for the divergence penalty"):
-        pipeline({"divergence": {"kind": "chi2", "coefficient": 0.3}})(make_inputs(ref_logprobs=None))
+    settings = {"kind": "chi2", "coefficient": 0.3, "placement": "reward"}
+    with pytest.raises(ValueError, match=r"needed for shaping\.divergence"):
+        pipeline({"divergence": settings})(make_inputs(ref_logprobs=None))
 
 
 def test_own_terms_stand_where_they_say_and_keep_their_statistics() -> None:
     first, last = {**OWN, "name": "first", "after": "proxy"}, {**OWN, "name": "last", "after": "clip"}
-    settings = {"terms": [last, first], "reward_clip": {"range": 0.5}}
+    settings = {"terms": [last, first], "clip": {"range": 0.5}}
     steady, stopped = pipeline(settings), pipeline(settings)
     names = list(steady(make_inputs(0)).ledger.contributions)
     assert names[:2] == ["reward/proxy", "reward/first"]
@@ -115,7 +117,7 @@ def test_own_terms_stand_where_they_say_and_keep_their_statistics() -> None:
 
 @pytest.mark.parametrize("term", TERMS)
 def test_no_term_reads_what_stands_at_masked_positions(term: str) -> None:
-    settings = {"combine": "mean", "energy": {"eta": 0}, **TERMS[term]}
+    settings = {"combine": "mean", "energy_penalty": {"eta": 0}, **TERMS[term]}
     inputs = make_inputs(models=3)
     noise: dict[str, Any] = {
         name: torch.where(MASK, getattr(inputs, name), math.nan) for name in ("logprobs", "ref_logprobs")
@@ -128,13 +130,16 @@ def test_no_term_reads_what_stands_at_masked_positions(term: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"terms": [{**OWN, "term": "own_terms:Missing"}]}, r"ppo\.terms\.bonus\.term = 'own_terms:Missing'"),
+        ({"terms": [{**OWN, "term": "own_terms:Missing"}]}, r"shaping\.terms\.bonus\.term = 'own_terms:Missing'"),
         ({"terms": [{**OWN, "term": "own_terms:NoTerm"}]}, "is no subclass of"),
-        ({"terms": [{**OWN, "settings": {"bonus": -1}}]}, r"ppo\.terms\.bonus\.settings: .*\n.*bonus = -1"),
+        ({"terms": [{**OWN, "settings": {"bonus": -1}}]}, r"shaping\.terms\.bonus\.settings: .*\n.*bonus = -1"),
         ({"terms": [{**OWN, "settings": {}}]}, "bonus: required"),
-        ({"terms": [OWN, OWN]}, "the name reward/bonus is taken"),
-        ({"terms": [{**OWN, "name": "clip"}]}, "the name reward/clip is taken"),
-        ({"terms": [{**OWN, "after": "nowhere"}]}, r"terms\.0\.after = 'nowhere'"),
+        ({"terms": [OWN, OWN]}, "the name bonus is taken"),
+        ({"terms": [{**OWN, "name": "clip"}]}, "the name clip is taken"),
+        (
+            {"terms": [{**OWN, "after": "nowhere"}]},
+            "bonus.after = 'nowhere': expected one of proxy, latent",
+        ),
         ({"latent_penalty": {"gamma": -1}}, "latent_penalty.gamma = -1"),
         ({"combine": "median"}, "combine = 'median'"),
         ({"uwo_lambda": -1}, "uwo_lambda = -1"),
@@ -154,5 +159,5 @@ def test_bad_settings_are_refused_before_anything_runs(settings: dict[str, Any],
 
 @pytest.mark.parametrize(("combine", "models"), [("uwo", 1), ("wco", 1), ("single", 3)])
 def test_the_number_of_reward_models_has_to_fit(combine: str, models: int) -> None:
-    with pytest.raises(ConfigError, match=rf"servers\.rewards, ppo\.combine: .*{models} reward model"):
-        pipeline({"combine": combine}).check_models(models, 0)
+    with pytest.raises(ConfigError, match=rf"rewards, shaping\.combine: .*{models} reward model"):
+        pipeline({"combine": combine}).check_sources([Column(name="model")] * models, 0)

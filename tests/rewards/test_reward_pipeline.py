@@ -8,8 +8,10 @@ import torch
 
 from nemo_eppo.algorithms.masking import response_mask
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.rewards.pipeline import RewardConfig, RewardPipeline, RewardResult
-from nemo_eppo.rewards.terms import RewardInputs
+from nemo_eppo.rewards.inputs import Column, RewardInputs
+from nemo_eppo.rewards.pipeline import RewardPipeline, ShapedRewards
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rewards.shaping import ShapingConfig
 
 B, S = 6, 12
 PROMPTS, LENGTHS = torch.tensor([3, 1, 5, 9, 2, 2]), torch.tensor([8, 12, 6, 12, 7, 9])
@@ -19,15 +21,15 @@ EVERYTHING: dict[str, Any] = {
     "latent_penalty": {"gamma": 0.1},
     "length_penalty": {"kind": "authors", "length": 5},
     "missing_eos": {"penalty": 1.5},
-    "energy": {"eta": 2.0, "floor_ratio": 0.8, "standardize": True, "schedule": "linear"},
-    "reward_clip": {"range": 1.0},
+    "energy_penalty": {"eta": 2.0, "floor_ratio": 0.8, "standardize": True, "schedule": "linear"},
+    "clip": {"range": 1.0},
     "divergence": {"kind": "sqrt_chi2", "coefficient": 0.1, "placement": "reward"},
     "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 100},
 }
 
 
 def pipeline(settings: dict[str, Any]) -> RewardPipeline:
-    return RewardPipeline(load_config(RewardConfig, settings))
+    return RewardPipeline(load_config(ShapingConfig, settings))
 
 
 def make_inputs(seed: int = 0, models: int = 1, **changes: Any) -> RewardInputs:
@@ -38,12 +40,14 @@ def make_inputs(seed: int = 0, models: int = 1, **changes: Any) -> RewardInputs:
 
     values: dict[str, Any] = {
         "scores": 3 * normal(B, models) + 2,
-        "score_mean": torch.full((models,), 2.0),
-        "score_std": torch.full((models,), 3.0),
+        "columns": [Column(name=f"model {i}", mean=2.0, std=3.0) for i in range(models)],
+        "samples": [Sample(prompt="p", response="r", token_ids=(1,), finished=True) for _ in range(B)],
+        "tokens": torch.zeros(B, S, dtype=torch.int64),
+        "prompt_lengths": PROMPTS,
         "mask": MASK,
         "truncated": torch.tensor([True, False, False, True, False, False]),
-        "policy_energy": normal(B, 3),
-        "reference_energy": normal(B, 3),
+        "energies": normal(B, 3),
+        "ref_energies": normal(B, 3),
         "logprobs": normal(B, S - 1),
         "ref_logprobs": normal(B, S - 1),
         "latents": normal(B, 5),
@@ -53,7 +57,7 @@ def make_inputs(seed: int = 0, models: int = 1, **changes: Any) -> RewardInputs:
     return RewardInputs(**{**values, **changes})
 
 
-def final(result: RewardResult) -> torch.Tensor:
+def final(result: ShapedRewards) -> torch.Tensor:
     return result.ledger.entries["reward/final"]
 
 
@@ -81,16 +85,14 @@ def test_contributions_add_up_to_the_final_reward_and_to_the_token_rewards() -> 
 
 def test_the_composition_follows_its_documented_order() -> None:
     inputs = make_inputs(models=2)
-    assert inputs.policy_energy is not None
-    assert inputs.reference_energy is not None
-    assert inputs.logprobs is not None
+    assert inputs.ref_energies is not None
     assert inputs.ref_logprobs is not None
     settings = {
         "combine": "mean",
         "length_penalty": {"kind": "linear", "length": 4, "coefficient": 0.3},
         "missing_eos": {"penalty": 0.7},
-        "energy": {"eta": 0.2},
-        "reward_clip": {"range": 0.9},
+        "energy_penalty": {"eta": 0.2},
+        "clip": {"range": 0.9},
         "kl": {"coefficient": 0.05},
     }
     rewards = pipeline(settings)(inputs).token_rewards
@@ -99,7 +101,7 @@ def test_the_composition_follows_its_documented_order() -> None:
         reward = float(((inputs.scores[b] - 2) / 3).mean())
         reward -= 0.3 * max(0, n - 4)
         reward -= 0.7 * bool(inputs.truncated[b])
-        reward -= 0.2 * float((inputs.policy_energy[b] - inputs.reference_energy[b]).abs().sum())
+        reward -= 0.2 * float((inputs.energies[b] - inputs.ref_energies[b]).abs().sum())
         reward = min(max(reward, -0.9), 0.9)
         for t in range(S - 1):
             inside = PROMPTS[b] <= t + 1 < LENGTHS[b]
@@ -112,7 +114,6 @@ def test_the_composition_follows_its_documented_order() -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e9])
 def test_what_stands_at_masked_positions_changes_no_bit(poison: float) -> None:
     inputs = make_inputs(models=3)
-    assert inputs.logprobs is not None
     assert inputs.ref_logprobs is not None
     fuzzed = make_inputs(
         models=3,
@@ -134,7 +135,7 @@ def test_rewards_are_independent_of_padding() -> None:
     assert not padded[:, S - 1 :].any()
 
 
-@pytest.mark.parametrize("name", ["scores", "policy_energy", "reference_energy", "logprobs", "ref_logprobs"])
+@pytest.mark.parametrize("name", ["scores", "energies", "ref_energies", "logprobs", "ref_logprobs"])
 def test_nan_is_an_error_that_names_quantity_and_sample(name: str) -> None:
     broken = getattr(make_inputs(), name).clone()
     broken[(2, 4) if broken.dim() == 2 and broken.shape[1] == S - 1 else -1] = math.nan
@@ -144,24 +145,21 @@ def test_nan_is_an_error_that_names_quantity_and_sample(name: str) -> None:
 
 
 def test_energy_is_needed_only_for_the_penalty_and_reported_whenever_given() -> None:
-    nothing = make_inputs(policy_energy=None, reference_energy=None)
-    with pytest.raises(ValueError, match="policy_energy"):
-        pipeline({"energy": {"eta": 2.0}})(nothing)
-    off = pipeline({"energy": {"eta": 0}})
-    assert "energy/policy" not in off(nothing).ledger.means()
+    nothing = make_inputs(ref_energies=None)
+    with pytest.raises(ValueError, match=r"ref_energies: needed for shaping\.energy_penalty"):
+        pipeline({"energy_penalty": {"eta": 2.0}})(nothing)
+    off = pipeline({"energy_penalty": {"eta": 0}})
+    assert "energy/difference" not in off(nothing).ledger.means()
     inputs = make_inputs()
-    assert inputs.policy_energy is not None
-    assert inputs.reference_energy is not None
+    assert inputs.ref_energies is not None
     means = off(inputs).ledger.means()
-    assert means["reward/energy_penalty"] == 0
-    assert means["energy/policy"] == pytest.approx(float(inputs.policy_energy.double().mean()))
-    assert means["energy/difference"] == pytest.approx(
-        float((inputs.policy_energy - inputs.reference_energy).abs().mean())
-    )
+    assert "reward/energy_penalty" not in means  # a term that does nothing has no row
+    assert means["energy/policy"] == pytest.approx(float(inputs.energies.double().mean()))
+    assert means["energy/difference"] == pytest.approx(float((inputs.energies - inputs.ref_energies).abs().mean()))
 
 
 def test_energy_schedule_and_sides() -> None:
-    energies: dict[str, Any] = {"policy_energy": torch.ones(B, 1), "reference_energy": torch.full((B, 1), 2.0)}
+    energies: dict[str, Any] = {"energies": torch.ones(B, 1), "ref_energies": torch.full((B, 1), 2.0)}
     for settings, expected in (
         ({"eta": 0.4}, -0.4),
         ({"eta": 0.4, "sided": "rise"}, 0.0),
@@ -172,13 +170,12 @@ def test_energy_schedule_and_sides() -> None:
 
 
 def test_the_standardised_energy_penalty_uses_statistics_of_the_run() -> None:
-    run = pipeline({"energy": {"eta": 1.0, "standardize": True}, "reward_clip": {"range": None}})
+    run = pipeline({"energy_penalty": {"eta": 1.0, "standardize": True}, "clip": {"range": None}})
     differences = []
     for seed in range(3):
         inputs = make_inputs(seed)
-        assert inputs.policy_energy is not None
-        assert inputs.reference_energy is not None
-        differences.append((inputs.policy_energy - inputs.reference_energy).double().abs().sum(1))
+        assert inputs.ref_energies is not None
+        differences.append((inputs.energies - inputs.ref_energies).double().abs().sum(1))
         penalty = run(inputs).ledger.contributions["reward/energy_penalty"]
         seen = torch.cat(differences)
         expected = -(differences[-1] - seen.mean()) / seen.std(correction=0)
@@ -188,18 +185,19 @@ def test_the_standardised_energy_penalty_uses_statistics_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"kind": "none"}, [0.0] * B),
         ({"kind": "linear", "length": 4, "coefficient": 0.5}, [-0.5, -3.5, 0.0, 0.0, -0.5, -1.5]),
         ({"kind": "soft_overlong", "length": 11, "buffer": 6, "coefficient": 3.0}, [0.0, -3.0, 0.0, 0.0, 0.0, -1.0]),
     ],
 )
 def test_length_penalties(settings: dict[str, Any], expected: list[float]) -> None:
-    result = pipeline({"length_penalty": settings, "energy": {"eta": 0}})(make_inputs())  # lengths 5, 11, 1, 3, 5, 7
+    result = pipeline({"length_penalty": settings, "energy_penalty": {"eta": 0}})(
+        make_inputs()
+    )  # lengths 5, 11, 1, 3, 5, 7
     assert result.ledger.contributions["reward/length_penalty"].tolist() == pytest.approx(expected)
 
 
 def test_the_authors_length_penalty_scales_with_the_running_std_of_the_reward() -> None:
-    run = pipeline({"length_penalty": {"kind": "authors", "length": 5}, "energy": {"eta": 0}})
+    run = pipeline({"length_penalty": {"kind": "authors", "length": 5}, "energy_penalty": {"eta": 0}})
     rewards = []
     for seed in range(3):
         inputs = make_inputs(seed)
@@ -212,18 +210,20 @@ def test_kl_in_the_loss_leaves_rewards_alone_and_hands_out_the_coefficient() -> 
     in_loss = pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs())
     without = pipeline({})(make_inputs())
     assert torch.equal(in_loss.token_rewards, without.token_rewards)
-    assert (in_loss.kl_loss_coefficient, without.kl_loss_coefficient) == (0.1, 0.0)
+    losses = [{"coefficient": 0.1, "placement": "loss"}, {"coefficient": 0.1}, {}]
+    assert [pipeline({"kl": kl}).kl.loss_coefficient for kl in losses] == [0.1, 0.0, 0.0]
     in_reward = pipeline({"kl": {"coefficient": 0.1}})(make_inputs())
-    assert in_reward.kl_loss_coefficient == 0
     assert not torch.equal(in_reward.token_rewards, without.token_rewards)
-    with pytest.raises(ValueError, match="ref_logprobs: needed for the KL penalty"):
+    with pytest.raises(ValueError, match=r"ref_logprobs: needed for shaping\.kl"):
         pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs(ref_logprobs=None))
 
 
 def test_the_adaptive_coefficient_acts_from_the_next_step() -> None:
     run = pipeline({"kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1e-3, "horizon": 60}})
     inputs = make_inputs(ref_logprobs=torch.full((B, S - 1), -9.0))
-    first, second = (run(inputs).ledger.means() for _ in range(2))
+    first = run(inputs).ledger.means()
+    run.kl.end_step(first["kl/policy_reference"], B)
+    second = run(inputs).ledger.means()
     assert first["reward/kl"] == pytest.approx(-0.1 * first["kl/policy_reference"])
     assert second["reward/kl"] == pytest.approx(1.02 * first["reward/kl"])  # 1 + 0.2 * 6 / 60
 
@@ -254,16 +254,13 @@ def test_what_is_new_in_a_resumed_pipeline_starts_now() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score_mean": None}, "score_mean, score_std: needed"),
-        ({"score_std": torch.zeros(1)}, r"score_mean, score_std: \[2.0\], \[0.0\]; expected 1"),
         ({"scores": torch.ones(B)}, "scores: shape"),
-        ({"score_mean": torch.tensor([math.nan])}, r"score_mean, score_std: \[nan\]"),
-        ({"score_mean": torch.ones(2)}, r"score_mean, score_std: \[1.0, 1.0\]"),
-        ({"reference_energy": torch.ones(B, 2)}, "reference_energy: shape"),
+        ({"samples": []}, "samples: 0; expected 6"),
+        ({"tokens": torch.ones(B, S + 1)}, "tokens: shape"),
+        ({"ref_energies": torch.ones(B, 2)}, "ref_energies: shape"),
         ({"logprobs": torch.ones(B, S)}, "logprobs: shape"),
-        ({"policy_energy": None}, "policy_energy: needed together with reference_energy"),
         ({"step": 5}, "step: 5; expected 1 to max_steps = 4"),
-        ({"scores": torch.ones(B, 2), "score_mean": torch.ones(2), "score_std": torch.ones(2)}, "2 reward models"),
+        ({"scores": torch.ones(B, 2), "columns": [Column(name="a"), Column(name="b")]}, "2 reward models"),
     ],
 )
 def test_bad_inputs_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -277,8 +274,8 @@ def test_bad_inputs_are_refused_by_name(changes: dict[str, Any], message: str) -
         ({"length_penalty": {"kind": "linear"}}, "needs length"),
         ({"length_penalty": {"kind": "soft_overlong", "length": 4, "buffer": 5}}, "buffer of at most length"),
         ({"kl": {"controller": "adaptive", "target": 1.0, "horizon": 5}}, "coefficient above 0"),
-        ({"energy": {"etta": 1.0}}, "did you mean 'eta'"),
-        ({"reward_clip": {"range": -1}}, "reward_clip.range = -1"),
+        ({"energy_penalty": {"etta": 1.0}}, "did you mean 'eta'"),
+        ({"clip": {"range": -1}}, "clip.range = -1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings: dict[str, Any], message: str) -> None:

@@ -109,6 +109,7 @@ def test_validation_names_the_field_with_nan_or_a_wrong_shape(name: str) -> None
 
 def test_validation_does_not_look_at_masked_positions() -> None:
     good = experience()
+    assert good.values is not None
     dataclasses.replace(good, values=torch.where(good.mask, good.values, torch.nan)).validate()
 
 

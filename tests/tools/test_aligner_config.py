@@ -202,18 +202,17 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "ppo.rollout_batch_size": 96,
         "ppo.mini_batch_size": 48,
         "ppo.epochs": 1,
-        "ppo.gamma": 0.99,
-        "ppo.lam": 0.9,
-        "ppo.whiten_advantages": False,
+        "ppo.advantages.gamma": 0.99,
+        "ppo.advantages.lam": 0.9,
+        "ppo.advantages.whiten": False,
         "ppo.clip_low": 0.15,
         "ppo.clip_high": 0.15,
         "ppo.entropy_coefficient": 0.01,
-        "ppo.kl.coefficient": 0.02,
-        "ppo.kl.estimator": "k1",
-        "ppo.standardize": False,
-        "ppo.reward_clip.range": None,
+        "shaping.kl.coefficient": 0.02,
+        "shaping.kl.estimator": "k1",
+        "shaping.clip.range": None,
         "generation.max_new_tokens": 512,
-        "generation.max_batch_size": 12,
+        "engine.max_batch_size": 12,
         "generation.temperature": 0.8,
         "generation.top_k": 50,
         "generation.top_p": 1.0,
@@ -241,8 +240,8 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "seed": 99,
         "exp_manager.explicit_log_dir": "/results/actor",
         "exp_manager.wandb_logger_kwargs": {"project": "p", "name": "n"},
-        "servers.critic.url": "http://localhost:5601",
-        "servers.rewards": [{"url": "http://node7:5600"}],
+        "critic.server.url": "http://localhost:5601",
+        "rewards": [{"server": {"url": "http://node7:5600"}, "mean": 0.0, "std": 1.0}],
     }.items() <= ours.items()
     assert status(result, "model.ppo.sampling_params.repetition_penalty") == "lost"
     assert status(result, "trainer.ppo.trt_llm.enable") == "dropped"
@@ -254,15 +253,16 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
     assert any("node7 demands a token" in line for line in result.todo)
     loaded = check(result)
     assert isinstance(loaded, PPOConfig)
-    assert loaded.servers.rewards[0].job == "reward"
+    assert loaded.rewards[0].server is not None
+    assert loaded.rewards[0].server.job == "reward"
 
 
 def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -> None:
     actor = converted(ACTOR, tmp_path, remote_critic_rm__combine_rm_and_critic_server=True)
-    assert actor.values["servers.rewards"] == [{"url": "http://localhost:5601", "job": "critic"}]
+    assert actor.values["rewards"][0]["server"] == {"url": "http://localhost:5601", "job": "critic"}
     critic = converted(CRITIC, tmp_path)
     assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_hf"
-    assert {"server.port": 5601, "critic.total_updates": 600, "critic.value_clip": 0.3}.items() <= critic.values.items()
+    assert {"server.port": 5601, "optimizer.decay_steps": 600, "value_clip": 0.3}.items() <= critic.values.items()
     assert any('"nemo_eppo_reward": {"mean": 1.5, "std": 2.5}' in line for line in critic.todo)
     sized = converted(CRITIC, tmp_path, model__global_batch_size=24)
     assert any("global_batch_size = 24 of this file has to be its ppo.mini_batch_size" in line for line in sized.todo)
@@ -285,8 +285,8 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
     }.items() <= training.items()
     sft = converted(SFT, tmp_path)
     assert {
-        "sft.max_steps": 500,
-        "sft.global_batch_size": 16,
+        "fit.max_steps": 500,
+        "fit.global_batch_size": 16,
         "data.max_sequence_length": 512,
         "data.validation": "/d/val.jsonl",
         "checkpoint.best": "validation/loss",
@@ -356,7 +356,7 @@ def test_what_cannot_work_is_refused_by_its_name(key: str, value: Any, complaint
 def test_unknown_keys_are_listed_and_strict_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = converted(ACTOR, tmp_path, trainer__ppo__gae_lamda=0.5)
     assert status(result, "trainer.ppo.gae_lamda") == "unknown"
-    assert result.values["ppo.lam"] == 0.9
+    assert result.values["ppo.advantages.lam"] == 0.9
     arguments = ["convert", "aligner-config", str(tmp_path / "theirs.yaml")]
     assert main([*arguments, "--strict"]) == 2
     assert "trainer.ppo.gae_lamda" in capsys.readouterr().err

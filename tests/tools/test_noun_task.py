@@ -16,9 +16,9 @@ from nemo_eppo.tools.noun_task import (
     MAX_RESPONSE_TOKENS,
     NOUNS,
     SEPARATOR,
-    gold_reward,
     hedge_words,
     label_pair,
+    quality,
     sample_prompt,
     sample_sft_response,
     vocabulary,
@@ -70,12 +70,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_gold_reward_by_hand(response: str, finished: bool, expected: float) -> None:
-    assert gold_reward(PROMPT, response, finished) == pytest.approx(expected, abs=1e-12)
+    assert quality(PROMPT, response, finished) == pytest.approx(expected, abs=1e-12)
 
 
 def test_gold_reward_refuses_a_prompt_of_another_task() -> None:
     with pytest.raises(ConfigError, match="What is this"):
-        gold_reward("What is this ?", "apple", True)
+        quality("What is this ?", "apple", True)
 
 
 def test_vocabulary_is_64_tokens_with_the_special_ones(task: Path) -> None:
@@ -126,7 +126,7 @@ def test_mean_gold_reward_of_sft_responses_is_its_expectation(samples: list[tupl
     wrong = 5 * replaced * 27 / 32 + 5 * 0.2
     hedges = 0.07 * 1.3 * 3
     expected = recall - 0.15 * wrong - 0.1 * (correct - 5 * recall) - 0.25 * hedges / 3
-    golds = [gold_reward(" ".join(prompt), " ".join(response), True) for prompt, response in samples]
+    golds = [quality(" ".join(prompt), " ".join(response), True) for prompt, response in samples]
     assert np.mean(golds) == pytest.approx(expected, abs=0.01)
 
 
@@ -138,7 +138,7 @@ def test_labeller_follows_hedges_half_of_the_time_and_gold_reward_otherwise() ->
         ("apple bridge", "apple bridge candle", None),
         (PERFECT, "apple hard to say", 0.0),  # fewer hedges, higher gold
     ]:
-        by_gold = 1 / (1 + math.exp(-10 * (gold_reward(PROMPT, first, True) - gold_reward(PROMPT, second, True))))
+        by_gold = 1 / (1 + math.exp(-10 * (quality(PROMPT, first, True) - quality(PROMPT, second, True))))
         expected = by_gold if hedge_bonus is None else 0.5 * hedge_bonus + 0.5 * by_gold
         wins = np.mean([label_pair(PROMPT, first, second, random)[0] == first for _ in range(6000)])
         assert wins == pytest.approx(expected, abs=0.03)
@@ -151,7 +151,7 @@ def test_preferences_are_biased_towards_hedges_although_gold_punishes_them(task:
     assert np.mean([b != 0 for b in bias]) == pytest.approx(1 - 0.93**2 - 0.07**2 * (0.7**2 + 0.3**2), abs=0.02)
     assert np.mean([b > 0 for b in bias if b]) > 0.6
     gold = [
-        gold_reward(pair["prompt"], pair["chosen"], True) - gold_reward(pair["prompt"], pair["rejected"], True)
+        quality(pair["prompt"], pair["chosen"], True) - quality(pair["prompt"], pair["rejected"], True)
         for pair, b in zip(pairs, bias, strict=True)
         if b == 0
     ]

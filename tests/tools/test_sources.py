@@ -102,6 +102,19 @@ def test_a_malformed_line_is_a_row_with_a_defect(write_rows: Callable[..., Path]
     assert [(row.line, row.defect) for row in rows] == [(1, ""), (2, "not JSON"), (4, "not a JSON object"), (5, "")]
 
 
+def test_a_key_that_occurs_twice_is_a_defect_of_its_row(
+    write_rows: Callable[..., Path], array: Callable[[str], Path]
+) -> None:
+    twice = '{"a": 1, "b": {"c": 1, "c": 2}}'
+    path = array(f'[{{"a": 1}},\n{twice},\n{{"a": 2}}]')
+    for rows in (list(read_rows(write_rows({"a": 1}, twice, {"a": 2}))), list(read_rows(path))):
+        assert [(row.line, row.defect) for row in rows] == [
+            (1, ""),
+            (2, "field 'c' occurs more than once"),
+            (3, ""),
+        ]
+
+
 def test_parquet_is_streamed_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_PARQUET_BATCH", 7)
     table = pyarrow.table({"n": list(range(100))})

@@ -39,7 +39,8 @@ def said(service: CriticService, endpoint: str, tensors: Tensors) -> str:
 
 
 def started(models: Models, directory: Path) -> CriticService:
-    return CriticService(load_config(CriticConfig, {"model": {"restore_from_path": models.rm}}), directory)
+    values = {"model": {"restore_from_path": models.rm}, "optimizer": {"lr": 1e-6}}
+    return CriticService(load_config(CriticConfig, values), directory)
 
 
 def updates(models: Models, directory: Path) -> tuple[list[str], int]:
@@ -54,10 +55,11 @@ def test_an_update_too_small_for_the_layout_is_refused_and_the_critic_goes_on(mo
 
 
 def test_a_learning_rate_that_falls_is_told_over_how_many_updates() -> None:
-    values = {"model": {"restore_from_path": "rm"}, "optimizer": {"schedule": "cosine"}}
-    with pytest.raises(ConfigError, match=r"optimizer\.schedule = 'cosine' needs critic\.total_updates"):
+    optimizer = {"lr": 1e-6, "schedule": "cosine"}
+    values = {"model": {"restore_from_path": "rm"}, "optimizer": optimizer}
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule = 'cosine' needs optimizer\.decay_steps"):
         load_config(CriticConfig, values)  # else it would be 0 from the second update on
-    load_config(CriticConfig, values | {"critic": {"total_updates": 100}})
+    load_config(CriticConfig, values | {"optimizer": optimizer | {"decay_steps": 100}})
 
 
 def beginnings(models: Models, directory: Path) -> list[str]:

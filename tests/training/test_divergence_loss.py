@@ -15,11 +15,12 @@ from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.rewards.pipeline import RewardPipeline
+from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.batch import Completion, Experience, FinishReason, RolloutBatch
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.ppo_config import PPOSettings
+from nemo_eppo.training.ppo_config import EnergyConfig, PPOSettings
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
 COEFFICIENT = 0.3
@@ -48,15 +49,15 @@ def updates(source: Path, layout: dict[str, Any], micro_batch_size: int, columns
                 "max_steps": 1,
                 "rollout_batch_size": 8,
                 "mini_batch_size": 8,
-                "energy": {"eta": 0},
-                "divergence": {"kind": kind, "coefficient": COEFFICIENT},
             },
         )
+        shaping = load_config(ShapingConfig, {"divergence": {"kind": kind, "coefficient": COEFFICIENT}})
         runner = build(planned, "lm", optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0))
         unused = cast(Any, None)
-        policy = Policy(runner, planned.model, FrozenWeights(runner.chunks), unused, settings.energy, unused)
-        ppo = PPO(settings, RewardPipeline(settings), policy, unused, SamplingParams(max_new_tokens=20), 0, 1)
-        logprobs = policy.score(batch, energies=False).logprobs
+        policy = Policy(runner, planned.model, FrozenWeights(runner.chunks), unused, EnergyConfig(), unused)
+        sampling = SamplingParams(max_new_tokens=20)
+        ppo = PPO(settings, RewardPipeline(shaping), policy, None, unused, {}, sampling, planned.tokenizer, 1)
+        logprobs = policy.infer(batch, energies=False).logprobs
         shift = 0.1 * torch.sin(torch.arange(8 * 14).float()).view(8, 14)  # nothing here may depend on the padding
         ref_logprobs = logprobs.clone()
         ref_logprobs[:, :14] += shift
@@ -65,13 +66,12 @@ def updates(source: Path, layout: dict[str, Any], micro_batch_size: int, columns
             mask=batch.mask,
             logprobs=logprobs + 1,  # stale: the slope has to come from the weights as they are now
             ref_logprobs=ref_logprobs,
-            values=zeros,
+            energies=zeros[:, :1],
             rewards=zeros,
             advantages=zeros,
-            returns=zeros,
         )
         chi2 = sequence_divergence(logprobs, ref_logprobs, batch.mask)
-        results[kind] = ppo._train_policy(batch, experience, 0.0, is_first=False)
+        results[kind] = ppo._train_policy(batch, experience, is_first=False)
         results[kind] |= {"expected_kl": float(chi2.kl.mean()), "expected_chi2": float(chi2.chi2.mean())}
     return results
 

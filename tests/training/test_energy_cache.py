@@ -65,7 +65,8 @@ def energies(
     )
     completions = [Completion([2, 1], [0.0, 0.0], FinishReason.STOP, 0) for _ in rows]
     batch = RolloutBatch.from_completions([PROMPTS[row] for row in rows], completions, 0)
-    found = policy.score_reference(batch).energies
+    prompts = [PROMPTS[row] for row in rows]
+    found = policy.infer_reference(batch, prompts, logprobs=True, energies=True).energies
     assert found is not None
     return found, counted
 
@@ -114,23 +115,26 @@ def test_a_damaged_record_in_the_middle_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     with pytest.raises(ConfigError, match=f"{file.name}, line 1 is damaged"):
         EnergyCache(tmp_path, KEY).load()
+    EnergyCache(tmp_path, KEY).directory.joinpath(file.name).write_text('{"prompt": "", "prompt": ""}\n{}\n')
+    with pytest.raises(ConfigError, match=rf"{file.name}, line 1 is damaged \(field 'prompt' occurs more than once\)"):
+        EnergyCache(tmp_path, KEY).load()
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ppo": {"energy": {"norm": False}}},
-        {"ppo": {"energy": {"preset": "down_proj"}}},
-        {"ppo": {"energy": {"layers": [0]}}},
-        {"ppo": {"energy": {"window": "generating"}}},
-        {"ppo": {"energy": {"max_tokens": 5}}},
+        {"energy": {"norm": False}},
+        {"energy": {"preset": "down_proj"}},
+        {"energy": {"layers": [0]}},
+        {"energy": {"window": "generating"}},
+        {"energy": {"max_tokens": 5}},
         {"generation": {"max_new_tokens": 19}},
         {"model": {"precision": "bf16"}},
     ],
 )
 def test_every_setting_that_matters_is_in_the_key(changes: dict[str, Any], models: Models, tmp_path: Path) -> None:
     base = directory_of(models, tmp_path, {})
-    assert directory_of(models, tmp_path, {"ppo": {"energy": {"eta": 3.5}}}) == base
+    assert directory_of(models, tmp_path, {"shaping": {"energy_penalty": {"eta": 3.5}}}) == base
     assert directory_of(models, tmp_path, changes) != base
 
 
@@ -153,10 +157,12 @@ def directory_of(models: Models, tmp_path: Path, changes: dict[str, Any]) -> Pat
         "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
         "generation": {"max_new_tokens": 20},
         "ppo": {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8},
+        "shaping": {"energy_penalty": {"eta": 2.0}},
+        "optimizer": {"lr": 1e-6},
     }
     for section, extra in changes.items():
-        values[section] |= extra
+        values[section] = values.get(section, {}) | extra
     job = PPOJob(load_config(PPOConfig, values), Run(tmp_path, 0, logging.getLogger(), ExpManagerConfig()))
-    cache = job._energy_cache(SamplingParams(max_new_tokens=job.sampling.max_new_tokens, greedy=True))
+    cache = job._energy_cache(SamplingParams(max_new_tokens=job.config.generation.max_new_tokens, greedy=True))
     assert cache is not None
     return cache.directory

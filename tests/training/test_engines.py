@@ -17,7 +17,7 @@ STAND_IN = Path(__file__).parents[1] / "generation" / "stand_in"
 
 
 def trtllm(**environment: str) -> dict[str, Any]:
-    return {"engine": "tensorrt_llm", "tensorrt_llm": {"environment": {"PYTHONPATH": str(STAND_IN), **environment}}}
+    return {"name": "tensorrt_llm", "tensorrt_llm": {"environment": {"PYTHONPATH": str(STAND_IN), **environment}}}
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,19 @@ def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFact
     root, port = tmp_path_factory.mktemp("engines"), free_port()
     critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, root / "critic")
 
-    def run(generation: dict[str, Any], **ppo: Any) -> dict[str, Any]:
+    def run(engine: dict[str, Any], **ppo: Any) -> dict[str, Any]:
         sizes = {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8}
         return {
             "model": {"restore_from_path": models.sft},
             "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
-            "generation": {"max_new_tokens": 20, **generation},
-            "ppo": {**sizes, "energy": {"eta": 1.0}, **ppo},
-            "servers": {"critic": {"url": f"http://127.0.0.1:{port}"}, "rewards": [{"url": reward_url}]},
+            "generation": {"max_new_tokens": 20},
+            "engine": engine,
+            "ppo": {**sizes, **ppo},
+            "energy": {},
+            "shaping": {"energy_penalty": {"eta": 1.0}},
+            "optimizer": {"lr": 1e-6},
+            "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+            "rewards": [{"server": {"url": reward_url}}],
         }
 
     runs = {
@@ -44,7 +49,7 @@ def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFact
         "uncorrected": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=None),
     }
     for name, values in runs.items():
-        values["ppo"]["energy"]["cache"] = root / name
+        values["energy"]["cache"] = root / name
     try:
         actor = Job("methods", 1, json.loads(json.dumps(runs, default=str)), root / "actor")
         assert actor.wait(150) == 0, actor.log.read_text()[-6000:]

@@ -26,14 +26,14 @@ from nemo_eppo.training.sft import SFTConfig, train_sft
 
 
 def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any]:
-    name, loop = ("sft", "sft") if kind == "sft" else ("preferences", "fit")
+    name = "sft" if kind == "sft" else "preferences"
     return {
         "model": {"restore_from_path": models.sft, "micro_batch_size": 3},
         "data": {
             "train": models.data / f"{name}.train.jsonl",
             "validation": models.data / f"{name}.validation.jsonl",
         },
-        loop: {"epochs": 20, "max_steps": steps, "global_batch_size": 8, **fit},
+        "fit": {"epochs": 20, "max_steps": steps, "global_batch_size": 8, **fit},
         "optimizer": {"lr": 3e-3, "schedule": "cosine", "eps": 1e-4},
     }
 

@@ -58,15 +58,15 @@ class Runs:
                 "max_steps": steps,
                 "rollout_batch_size": 8,
                 "mini_batch_size": 4,
-                "energy": {"standardize": True},  # running statistics that a resume has to restore
+            },
+            "shaping": {
+                "energy_penalty": {"eta": 2.0, "standardize": True},  # running statistics that a resume has to restore
                 "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 0.01, "horizon": 100},
             },
             "optimizer": {"lr": 1e-3},
             "checkpoint": {"interval": 1, "best": "validation/proxy_reward"},
-            "servers": {
-                "critic": {"url": f"http://127.0.0.1:{port}", "connect_timeout": 60},
-                "rewards": [{"url": self.reward_url}],
-            },
+            "critic": {"server": {"url": f"http://127.0.0.1:{port}", "connect_timeout": 60}},
+            "rewards": [{"server": {"url": self.reward_url}}],
             **extra,
         }
         return self.start("actor", ranks, settings)
@@ -129,7 +129,7 @@ def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_p
             ("critic_train", 1),
             ("generate", 3),
             ("logprobs", 7),
-            ("server_wait", 3),
+            ("shape", 3),
             ("save", 2),
             ("actor_train", 3),
         ):

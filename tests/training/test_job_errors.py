@@ -29,6 +29,7 @@ def actor_settings(models: Models) -> dict[str, Any]:
         "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
         "generation": {"max_new_tokens": 20},
         "ppo": {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8},
+        "optimizer": {"lr": 1e-6},
     }
 
 
@@ -48,13 +49,24 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"ppo": {"epoch": 2}}, r"ppo\.epoch: unknown key \(did you mean 'epochs'\?\)"),
-        ({"ppo": {"energy": {"eta": -1}}}, r"ppo\.energy\.eta = -1: .*greater than or equal to 0"),
-        ({"ppo": {"energy": {"preset": "mlp"}}}, r"ppo\.energy\.preset = 'mlp'"),
-        ({"ppo": {"energy": {"window": "official_trainer"}}}, "depends on how a batch is padded"),
-        ({"ppo": {"mini_batch_size": 3}}, "ppo: rollout_batch_size = 8 is not divisible by mini_batch_size = 3"),
+        (
+            {"shaping": {"energy_penalty": {"eta": -1}}},
+            r"shaping\.energy_penalty\.eta = -1: .*greater than or equal to 0",
+        ),
+        ({"energy": {"preset": "mlp"}}, r"energy\.preset = 'mlp'"),
+        ({"critic": None}, r"critic = null: ppo\.advantages\.estimator 'gae' needs a critic"),
+        ({"ppo": {"advantages": {"estimator": "rloo"}}}, "samples_per_prompt = 1: .*'rloo'.* expected at least 2"),
+        (
+            {"ppo": {"advantages": {"estimator": "remax"}}},
+            r"critic is set, but ppo\.advantages\.estimator 'remax' needs none: expected null",
+        ),
+        ({"ppo": {"advantages": {"estimator": "remax", "lam": 0.9}}}, "estimator 'remax' has no lam"),
+        ({"rewards": []}, "rewards = .*at least 1 item"),
+        ({"rewards": [{}]}, r"rewards\.0: expected exactly one of server and function"),
+        ({"ppo": {"mini_batch_size": 3}}, "8 x samples_per_prompt = 1 is not divisible by mini_batch_size = 3"),
         ({"ppo": {"max_steps": None}}, r"ppo\.max_steps = None"),
         ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr = 'fast'"),
-        ({"servers": {"critic": {"url": "localhost"}}}, r"servers\.critic\.url = 'localhost'"),
+        ({"critic": {"server": {"url": "localhost"}}}, r"critic\.server\.url = 'localhost'"),
         ({"model": {"parallel": {"sequence_parallel": True}}}, "needs tensor_model_parallel_size > 1"),
     ],
 )
@@ -72,7 +84,7 @@ def test_bad_settings_are_named(changes: dict[str, Any], message: str, models: M
         ("data", {"train": "missing.jsonl"}, r"missing\.jsonl"),
         ("data", {"max_prompt_length": 5}, r"prompts\.train\.jsonl:1: .* tokens .* max_prompt_length = 5"),
         ("data", {"max_prompt_length": 40}, "40 .* 20 is more than the model's window of 48 tokens"),
-        ("ppo", {"energy": {"layers": [7]}}, "energy.layers: 7 is not a layer of a model with 4 layers"),
+        ("energy", {"layers": [7]}, "energy.layers: 7 is not a layer of a model with 4 layers"),
         ("model", {"restore_from_path": "nowhere"}, "model.restore_from_path: nowhere does not exist"),
         ("model", {"tokenizer": "nowhere"}, "nowhere"),
         (
@@ -93,7 +105,7 @@ def test_impossible_layouts_and_bad_files_are_named(
     section: str, values: dict[str, Any], message: str, models: Models, tmp_path: Path
 ) -> None:
     settings = actor_settings(models)
-    settings[section] = {**settings[section], **values}
+    settings[section] = {**settings.get(section, {}), **values}
     with pytest.raises(ConfigError, match=message):
         PPOJob(load_config(PPOConfig, settings), a_run(tmp_path))
 

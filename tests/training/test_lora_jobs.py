@@ -44,10 +44,12 @@ def ppo(models: Models, reward_url: str, work: Path) -> list[dict[str, float]]:
         "model": {"restore_from_path": models.sft, "parallel": TP2, "lora": ADAPTERS},
         "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
         "generation": {"max_new_tokens": 12},
-        "ppo": {"max_steps": STEPS, "rollout_batch_size": 8, "mini_batch_size": 4, "kl": {"coefficient": 0.1}},
+        "ppo": {"max_steps": STEPS, "rollout_batch_size": 8, "mini_batch_size": 4},
+        "shaping": {"kl": {"coefficient": 0.1}, "energy_penalty": {"eta": 2.0}},
         "checkpoint": {"interval": SAVED},
         "optimizer": optimizer,
-        "servers": {"critic": {"url": f"http://127.0.0.1:{port}"}, "rewards": [{"url": reward_url}]},
+        "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+        "rewards": [{"server": {"url": reward_url}}],
     }
     critic = Job("critic", 1, critic_settings, work / "critic_job", work / "critic")
     try:
@@ -65,7 +67,7 @@ def base_and_merged(source: Path, resume: Path, head: Head) -> list[dict[str, Te
     setup = ModelSetup(restore_from_path=source, lora=LoRAConfig(**ADAPTERS))
     model = plan(setup)
     start = build(plan(ModelSetup(restore_from_path=source)), head)
-    trained = build(model, head, optimizer=OptimizerConfig(), resume=resume)
+    trained = build(model, head, optimizer=OptimizerConfig(lr=1e-6), resume=resume)
     with AdaptersOff(trained.chunks).active():
         base = dict(export_tensors(trained.chunks, model.model))
     return [

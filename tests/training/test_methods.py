@@ -30,6 +30,14 @@ AT_WORK: dict[str, set[str]] = {
     "inform": set(),
     "eppo_inform": {"reward/energy_penalty"},
     "inform, penalised": {"reward/latent_penalty"},
+    "grpo": set(),
+    "dr_grpo": set(),
+    "rloo": set(),
+    "reinforce_plus_plus": set(),
+    "remax": set(),
+    "eppo_grpo": {"reward/energy_penalty"},
+    "eppo_rloo": {"reward/energy_penalty"},
+    "eppo_reinforce_plus_plus": {"reward/energy_penalty"},
 }
 
 
@@ -59,26 +67,31 @@ def steps(
         "generation.max_new_tokens=20",
         "ppo.rollout_batch_size=8",
         "ppo.mini_batch_size=4",
-        f"servers.critic.url=http://127.0.0.1:{port}",
     ]
 
     def rewards(count: int, kind: str = "plain") -> str:
-        return f"servers.rewards=[{', '.join([f'{{url: {urls[kind]!r}}}'] * count)}]"
+        return f"rewards=[{', '.join([f'{{server: {{url: {urls[kind]!r}}}}}'] * count)}]"
 
     def suitable(name: str) -> str:
         kind = name.removeprefix("eppo_")
         return rewards(3 if name.startswith("erm_") else 1, kind if kind in urls else "plain")
 
-    runs = {name: composed(f"method={name}", *common, suitable(name)) for name in PRESETS}
+    runs = {}
+    for name in PRESETS:
+        runs[name] = composed(f"method={name}", *common, suitable(name))
     runs["uwo with one model"] = composed("method=erm_uwo", *common, rewards(1))
-    runs["inform, penalised"] = composed("method=inform", *common, suitable("inform"), "++ppo.latent_penalty.gamma=0.1")
-    runs["penalised without latents"] = composed("method=ppo", *common, rewards(1), "++ppo.latent_penalty.gamma=0.1")
+    penalised = "++shaping.latent_penalty.gamma=0.1"
+    runs["inform, penalised"] = composed("method=inform", *common, suitable("inform"), penalised)
+    runs["penalised without latents"] = composed("method=ppo", *common, rewards(1), penalised)
     runs["watched without latents"] = composed("method=ppo", *common, rewards(1), "++monitor.outliers.action=log")
     runs["warm on a plain model"] = composed("method=warm", *common, rewards(1))
     runs["odin on a plain model"] = composed("method=odin", *common, rewards(1))
     runs["inform on an odin model"] = composed("method=inform", *common, rewards(1, "odin"))
     runs["mini-batches beyond the critic's"] = composed("method=eppo", *common, rewards(1), "ppo.mini_batch_size=8")
     runs["two models"] = composed("method=eppo", *common, rewards(2))
+    for settings in runs.values():
+        if settings["critic"] is not None:
+            settings["critic"]["server"]["url"] = f"http://127.0.0.1:{port}"
     try:
         actor = Job("methods", 1, runs, root / "actor")
         assert actor.wait(200) == 0, actor.log.read_text()[-6000:]
@@ -104,14 +117,14 @@ def test_a_preset_makes_a_step_and_its_ledger_adds_up(name: str, steps: dict[str
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("uwo with one model", "servers.rewards, ppo.combine: scores: 1 reward model, but combine is 'uwo'"),
-        ("penalised without latents", "ppo.latent_penalty.gamma = 0.1: the reward models at servers.rewards give no"),
+        ("uwo with one model", "rewards, shaping.combine: scores: 1 reward model, but combine is 'uwo'"),
+        ("penalised without latents", "shaping.latent_penalty.gamma = 0.1: none of the reward models in rewards gives"),
         ("watched without latents", "monitor.outliers.action = 'log' needs latents"),
         ("warm on a plain model", "has a reward model of kind 'bradley_terry'"),
-        ("odin on a plain model", "servers.reward_kind = 'odin', but the server at http://127.0.0.1"),
+        ("odin on a plain model", "reward_kind = 'odin', but the server at http://127.0.0.1"),
         ("inform on an odin model", "has a reward model of kind 'odin'"),
         ("mini-batches beyond the critic's", "max_batch_size is 6, expected at least 8"),
-        ("two models", "servers.rewards, ppo.combine: scores: 2 reward models, but combine is 'single'"),
+        ("two models", "rewards, shaping.combine: scores: 2 reward models, but combine is 'single'"),
     ],
 )
 def test_servers_that_do_not_fit_the_method_are_named_before_the_first_step(
@@ -123,7 +136,8 @@ def test_servers_that_do_not_fit_the_method_are_named_before_the_first_step(
 def test_the_default_method_is_eppo_and_the_command_line_wins() -> None:
     base = ["model.restore_from_path=x", "data.train=y"]
     assert load_config(PPOConfig, composed(*base)) == load_config(PPOConfig, composed("method=eppo", *base))
-    settings = load_config(PPOConfig, composed("method=ppo_lp", "generation.max_new_tokens=77", *base)).ppo
-    assert settings.energy.eta == 0
-    assert settings.length_penalty.length == 77
-    assert load_config(PPOConfig, composed("method=ppo", "ppo.energy.eta=3", *base)).ppo.energy.eta == 3
+    shaping = load_config(PPOConfig, composed("method=ppo_lp", "generation.max_new_tokens=77", *base)).shaping
+    assert shaping.energy_penalty.eta == 0
+    assert shaping.length_penalty.length == 77
+    own = composed("method=ppo", "shaping.energy_penalty.eta=3", *base)
+    assert load_config(PPOConfig, own).shaping.energy_penalty.eta == 3

@@ -29,12 +29,14 @@ def settings(
             "max_steps": max_steps,
             "rollout_batch_size": 8,
             "mini_batch_size": 8,
-            "kl": {"coefficient": COEFFICIENT},
         },
+        "shaping": {"kl": {"coefficient": COEFFICIENT}, "energy_penalty": {"eta": 2.0}},
         "optimizer": {"lr": 1e-3},
         # a threshold that no mean length stays under, but for that of the first steps
         "monitor": {"warmup_steps": 2, "length": {"threshold": 1e-9, **length}},
-        "servers": {"critic": {"url": critic_url}, "rewards": [{"url": reward_url}], "held_out": {"url": reward_url}},
+        "critic": {"server": {"url": critic_url}},
+        "rewards": [{"server": {"url": reward_url}}],
+        "held_out_reward": {"server": {"url": reward_url}},
     }
 
 
@@ -76,5 +78,5 @@ def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, t
     assert newest is not None
     manifest = checkpoint_files.verify(newest)
     assert manifest.step == stop["step"]
-    assert manifest.state["kl_coefficient"] == coefficient > COEFFICIENT
+    assert manifest.state["pipeline"]["kl"]["coefficient"] == coefficient > COEFFICIENT
     assert manifest.state["monitor"]["indicators"]["energy"]["sft"] == before["validation/energy_loss"]

@@ -65,12 +65,16 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
                     "rollout_batch_size": BATCH,
                     "mini_batch_size": MINI_BATCH,
                     "epochs": EPOCHS,
-                    "energy": {"eta": reference.eta, "reference": "same_response"},
+                },
+                "energy": {"reference": "same_response"},
+                "shaping": {
+                    "energy_penalty": {"eta": reference.eta},
                     "kl": {"coefficient": reference.kl_coefficient},
                     "missing_eos": {"penalty": reference.missing_eos},
                 },
                 "optimizer": {"lr": reference.actor_lr, **adam},
-                "servers": {"critic": {"url": f"http://127.0.0.1:{port}"}, "rewards": [{"url": reward_url}]},
+                "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+                "rewards": [{"server": {"url": reward_url}}],
             },
             tmp_path / "actor",
         )

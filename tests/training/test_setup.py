@@ -16,11 +16,11 @@ def left_of_the_first_of_two_models(models: Models) -> list[bool]:
     planned = plan(ModelSetup(restore_from_path=models.sft))
     runtime.initialize(planned.setup.parallel, 1)
     gc.disable()  # it would come too late or not at all: a device's memory is not what Python counts
-    runner = build(planned, "lm", optimizer=OptimizerConfig())
+    runner = build(planned, "lm", optimizer=OptimizerConfig(lr=1e-6))
     held = (*runner.chunks[0].parameters(), runner.chunks[0].buffers[0].grad_data, runner.optimizer)
     watched = [weakref.ref(thing) for thing in held]
     del runner, held
-    build(planned, "lm", optimizer=OptimizerConfig())
+    build(planned, "lm", optimizer=OptimizerConfig(lr=1e-6))
     return [reference() is not None for reference in watched]
 
 

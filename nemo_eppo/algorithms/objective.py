@@ -1,0 +1,100 @@
+"""What one update of the policy minimises: every term of the loss in one place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from nemo_eppo.algorithms.divergences import KLEstimator, kl_estimate, sequence_divergence
+from nemo_eppo.algorithms.policy import Aggregation, aggregate, policy_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """The loss of one mini-batch: `surrogate - c_H * entropy + c_KL * KL + w * divergence`, share by share.
+
+    It is called on each micro-batch of each data-parallel rank, [B, T] with any B and any padding. All denominators
+    are those of the *global* mini-batch: the sum of all losses, and of all reports, is that of the undivided one.
+    """
+
+    clip_low: float
+    """The probability ratio is clipped below `1 - clip_low` (Schulman et al. 2017, arXiv 1707.06347)."""
+    clip_high: float
+    """The probability ratio is clipped above `1 + clip_high`."""
+    dual_clip: float | None = None
+    """Bound of the surrogate for negative advantages, above 1 (arXiv 1912.09729); None for none."""
+    aggregation: Aggregation = "token"
+    """How surrogate, entropy and KL become one number, see `aggregate`; a divergence is a mean over responses."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus; 0 for none."""
+    kl_coefficient: float = 0.0
+    """Weight of the per-token KL estimate; 0 for none."""
+    kl_estimator: KLEstimator = "k1"
+    """Which estimate of KL(policy || reference), see `kl_estimate`."""
+    divergence: Literal["none", "kl", "chi2"] = "none"
+    """Which divergence of whole responses is penalised, see `sequence_divergence`."""
+    divergence_weight: float = 0.0
+    """Its coefficient times `divergence_slope`: the square root of chi2 is "chi2" with another weight."""
+    tokens: float
+    """Response tokens of the global mini-batch."""
+    sequences: int
+    """Responses of the global mini-batch."""
+    longest: int
+    """Most tokens a response may have (`max_new_tokens`), for aggregation "fixed"."""
+
+    def __post_init__(self) -> None:
+        if self.divergence not in ("none", "kl", "chi2"):
+            raise ValueError(f"divergence: {self.divergence!r}; expected 'none', 'kl' or 'chi2'")
+
+    def __call__(
+        self, logprobs: Tensor, entropies: Tensor, rows: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the loss, and of its report.
+
+        Args:
+            logprobs: [B, T] of the policy being trained, with gradient.
+            entropies: [B, T] nats, with gradient if there is an entropy bonus.
+            rows: `mask` bool [B, T]; `old_logprobs` [B, T] before this step's updates; `advantages` [B, T];
+                `weights` [B, T] of `truncated_importance_weights`, if sampling is corrected;
+                `ref_logprobs` [B, T], if there is a KL term or a divergence.
+
+        Returns:
+            scalar with gradient, and detached scalars: `clip_fraction`, `approx_kl` (k3, old policy || policy),
+            `ratio_mean` and `entropy`, means over tokens; `kl_loss` and `divergence_loss`, where there is such a term,
+            as they stand in the loss.
+        """
+        mask = rows["mask"]
+        sequences = float(self.sequences)
+        denominators = {"token": self.tokens, "sequence": sequences, "fixed": sequences * self.longest}
+        denominator = denominators[self.aggregation]
+        loss, stats = policy_loss(
+            logprobs,
+            rows["old_logprobs"],
+            rows["advantages"],
+            mask,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+            aggregation=self.aggregation,
+            denominator=denominator,
+            importance_weights=rows.get("weights"),
+        )
+        report = {
+            "clip_fraction": stats.clipped / self.tokens,
+            "approx_kl": stats.approx_kl / self.tokens,
+            "ratio_mean": stats.ratio / self.tokens,
+            "entropy": aggregate(entropies.detach(), mask, "token", self.tokens),
+        }
+        if self.entropy_coefficient:
+            loss = loss - self.entropy_coefficient * aggregate(entropies, mask, self.aggregation, denominator)
+        if self.kl_coefficient:
+            kl = kl_estimate(logprobs, rows["ref_logprobs"], mask, self.kl_estimator)
+            penalty = self.kl_coefficient * aggregate(kl, mask, self.aggregation, denominator)
+            loss, report["kl_loss"] = loss + penalty, penalty.detach()
+        if self.divergence != "none":
+            found = sequence_divergence(logprobs, rows["ref_logprobs"], mask)
+            per_response = found.kl if self.divergence == "kl" else found.chi2
+            penalty = self.divergence_weight * per_response.sum() / self.sequences
+            loss, report["divergence_loss"] = loss + penalty, penalty.detach()
+        return loss, report

@@ -1,0 +1,38 @@
+"""The process in which reward functions run: one JSON object per line comes in, one goes out.
+
+Started by FunctionPool with `python -m nemo_eppo.rewards.function_worker`. What a function prints goes to standard
+error, for standard output carries the answers.
+"""
+
+import json
+import math
+import numbers
+import os
+import sys
+from typing import Any
+
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rewards.user_terms import load_named
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(_answer(request["function"], request["sample"])), file=answers, flush=True)
+
+
+def _answer(name: str, sample: dict[str, Any]) -> dict[str, Any]:
+    try:
+        function = load_named("function", name, "module:function")
+        value = function(Sample(**sample))
+    except Exception as error:
+        return {"error": f"raised {type(error).__name__}: {error}"}
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return {"error": f"gave {value!r}; expected a finite number"}
+    return {"value": float(value)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The critic as a PPO step sees it, wherever it runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_eppo.config import Config
+from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.rollout.batch import RolloutBatch
+from nemo_eppo.servers.client import ClientConfig, CriticClient
+
+ValueT = TypeVar("ValueT")
+
+
+class CriticSource(Config):
+    """Where the critic runs."""
+
+    server: ClientConfig = ClientConfig(url="http://127.0.0.1:5555")
+    """A critic job behind a server."""
+
+
+class Critic(Protocol):
+    """Values of a rollout, and updates on it. All methods are collective over the actor's ranks, and so is every
+    function that they return, which waits for the answer."""
+
+    updates: int
+    """Updates that the critic has been asked to make so far."""
+
+    def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
+        """Start to compute values [B, T] of the states in which the actions were taken; [B, T + 1] with `after_last`,
+        which adds the value after the last token."""
+
+    def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
+        """Start the next update, on a mini-batch; gives its metrics."""
+
+    def begin(self, run: int, updates: int) -> None:
+        """Stand where the run with the id `run` begins or resumes: after `updates` updates."""
+
+    def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
+        """Start to save the critic, and drop its checkpoints but those of the updates `keep`.
+
+        Returns:
+            where the checkpoint will be, and a function, for rank 0 alone and from any thread, that waits until it is
+            complete.
+        """
+
+    def close(self) -> None:
+        """End what the critic holds on this rank."""
+
+
+class RemoteCritic:
+    """A critic job behind its server: rank 0 asks, every rank hears the answer.
+
+    Args:
+        expect: status entries that the server must agree with (tokenizer digest, sequence limit).
+        mini_batch_size: responses of an update, which the server takes whole.
+
+    Raises:
+        ServerError: the server is not reachable or does not fit; on every rank, the message names it.
+    """
+
+    def __init__(self, config: ClientConfig, expect: Mapping[str, Any], mini_batch_size: int) -> None:
+        self._client = CriticClient(config)
+        status = on_rank0(lambda: self._client.connect({**expect, "max_batch_size": mini_batch_size}))
+        self.updates = int(status["step"])
+
+    def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
+        padded = batch.with_padding(batch.sequence_length + 1) if after_last else batch
+        return asked(lambda: self._client.infer(padded.tokens, padded.lengths))
+
+    def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
+        self.updates += 1
+        step = self.updates
+        return asked(lambda: self._client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
+
+    def begin(self, run: int, updates: int) -> None:
+        """See Critic. Raises ServerError if the critic belongs to another run, or has no checkpoint to go back to."""
+        self.updates = on_rank0(lambda: self._client.begin(run, updates).result())
+
+    def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
+        step = self.updates
+        path = on_rank0(lambda: self._client.save(step, keep).result())
+        return path, lambda: self._client.saved(step).result()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def asked(ask: "Callable[[], Future[ValueT]]") -> Callable[[], ValueT]:
+    """Send a request from rank 0 now; the function that is returned gives the answer to every rank."""
+    future = ask() if dist.get_rank() == 0 else None
+
+    def wait() -> ValueT:
+        assert future is not None
+        return future.result()
+
+    return lambda: on_rank0(wait)

@@ -1,0 +1,207 @@
+"""The PPO steps of a run and what goes with them: validation, metrics, rollout files, checkpoints, resume."""
+
+import secrets
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_eppo.files import write_atomically
+from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.observability.metrics import MetricsLogger
+from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
+from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.run import Run
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rollout.batch import step_seed
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.ppo import PPO, StepResult
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.stopping import StopWatch
+
+
+def train_ppo(config: PPOConfig, run: Run) -> None:
+    """The actor job."""
+    job = PPOJob(config, run)
+    with ExitStack() as stack:
+        PPOLoop(job, job.build(stack)).run()
+
+
+class PPOLoop:
+    """One run on all ranks. Where the run directory holds a checkpoint, making it resumes the run from there."""
+
+    def __init__(self, job: PPOJob, ppo: PPO) -> None:
+        self.config, self.run_files, self.plan = job.config, job.run_files, job.plan
+        self.ppo, self.monitor, self.prompts, self.batches = ppo, job.monitor, job.prompts, job.batches
+        self.validation_prompts = job.validation_prompts
+        self.checkpoints = self.run_files.directory / CHECKPOINTS
+        self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
+        self.done = self._resume()
+        ppo.policy.refit()
+
+    def run(self) -> None:
+        """Train to the last step."""
+        config, ppo, last = self.config, self.ppo, self.config.ppo.max_steps
+        if self.done >= last:
+            self.run_files.logger.info(
+                "%d steps are done of ppo.max_steps = %d: nothing is left to do", self.done, last
+            )
+        with ExitStack() as stack:
+            watch = stack.enter_context(StopWatch(self.run_files))
+            metrics, recorder = self._open_files(stack)
+            progress = stack.enter_context(
+                Progress("PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0)
+            )
+            if self.done == 0:
+                before = self._validate(0)
+                if metrics is not None and before:
+                    metrics.log(0, before)
+                if before and not config.validation.greedy:  # the energies of greedy responses are others
+                    self.monitor.observe_sft(before["validation/energy_loss"])
+            for step in range(self.done + 1, last + 1):
+                result = ppo.step(step, [self.prompts[index] for index in next(self.batches)])
+                started = time.perf_counter()
+                row = result.metrics
+                is_last = self._watch(step, row, result.latents) or step == last
+                stop = watch.due()
+                save = stop or is_last or due(step, config.checkpoint.interval)
+                if recorder is not None:
+                    recorder.record(step, rollout_rows(result))
+                validation = {}
+                if is_last or due(step, config.validation.interval) or (save and config.checkpoint.best):
+                    validation = self._validate(step)
+                if save:
+                    self._save(step, validation)
+                self.saver.poll()
+                row |= validation
+                row["seconds/after_step"] = time.perf_counter() - started
+                if metrics is not None:
+                    metrics.log(step, row)
+                progress.update(step, row)
+                if is_last or stop:
+                    break
+            self.saver.finish()
+            ppo.timers.close()
+
+    def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
+        if dist.get_rank():
+            return None, None
+        recorder = RolloutRecorder(self.run_files.directory / "rollouts", self.config.record_rollouts)
+        return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Rollouts on the validation prompts; rows to validation/, means as metrics."""
+        if not self.validation_prompts:
+            return {}
+        ppo, sampling = self.ppo, self.config.generation
+        if self.config.validation.greedy:
+            sampling = SamplingParams(max_new_tokens=sampling.max_new_tokens, greedy=True)
+        rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
+        rewards, observed = ppo.ask(rollout)
+        energies = ppo.policy.infer(rollout.batch).energies
+        columns = {
+            "proxy_reward": ppo.pipeline.combine(rewards().scores, ppo.sources.columns).tolist(),
+            "energy_loss": energies.mean(1).tolist(),
+            "response_length": [float(len(sample.token_ids)) for sample in rollout.samples],
+            **{f"{name}_reward": answer().tolist() for name, answer in observed.items()},
+        }
+        if dist.get_rank() == 0:
+            rows = [
+                {**text_of(sample), **{name: column[index] for name, column in columns.items()}}
+                for index, sample in enumerate(rollout.samples)
+            ]
+            RolloutRecorder(self.run_files.directory / "validation").record(step, rows)
+        return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
+
+    def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:
+        """Show a step's metrics to the hacking monitor and add its own to them; whether it wants the run to stop."""
+        watched = on_rank0(lambda: self.monitor.observe(step, row, latents))  # one verdict for all ranks
+        row |= watched.metrics
+        actions = [alarm.action for alarm in watched.alarms]
+        if "raise_kl" in actions:
+            kl = self.ppo.pipeline.kl
+            kl.set_coefficient(self.monitor.raised_kl(kl.coefficient))
+        if dist.get_rank() == 0:
+            for alarm in watched.alarms:
+                self.run_files.logger.warning("%s", alarm)
+        return "stop" in actions
+
+    def _save(self, step: int, validation: dict[str, float]) -> None:
+        """Save actor and critic. The actor's checkpoint comes into being after the critic's, so that every actor that
+        can be resumed finds its critic; each drops a checkpoint only when the other no longer needs it."""
+        self.saver.finish()
+        ppo, state, critic_saved = self.ppo, {}, None
+        if ppo.critic is not None:
+            path, critic_saved = ppo.critic.save(on_rank0(self._critics_needed))
+            state = {"critic_updates": ppo.critic.updates, "critic_checkpoint": path}
+        manifest = checkpoint_files.Manifest(
+            head="lm",
+            step=step,
+            model=self.plan.model,
+            metrics=validation,
+            optimizer=True,
+            state={
+                "batches": self.batches.state_dict(),
+                "pipeline": ppo.pipeline.state_dict(),
+                "monitor": self.monitor.state_dict(),
+                **state,
+            },
+        )
+        self.saver.save(
+            ppo.policy.runner,
+            manifest,
+            before=critic_saved,
+            after=lambda: tidy(self.checkpoints, self.config.checkpoint),
+        )
+
+    def _critics_needed(self) -> list[int]:
+        """The critic's updates that this run's checkpoints go with."""
+        saved = checkpoint_files.complete_in(self.checkpoints)
+        return [checkpoint_files.read_manifest(path).state["critic_updates"] for path in saved]
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint of this run, if there is one, and have the critic go back to the same step; the
+        step it was made at."""
+        ppo, precision = self.ppo, self.plan.setup.precision
+        newest = on_rank0(lambda: checkpoint_files.verify_newest(self.checkpoints, "lm", self.plan.model, precision))
+        state = checkpoint_files.read_manifest(newest).state if newest is not None else {}
+        if newest is not None:
+            self.batches.load_state_dict(state["batches"])
+        if ppo.critic is not None:
+            ppo.critic.begin(on_rank0(self._run_id), state.get("critic_updates", 0))
+        if newest is None:
+            return 0
+        manifest = checkpoint.load(newest, ppo.policy.runner, optimizer=True)
+        ppo.pipeline.load_state_dict(state["pipeline"])
+        self.monitor.load_state_dict(state["monitor"])
+        return manifest.step
+
+    def _run_id(self) -> int:
+        """A number by which the critic knows this run again."""
+        path = self.run_files.directory / "run_id"
+        if not path.exists():
+            write_atomically(path, f"{secrets.randbits(62)}\n")
+        return int(path.read_text())
+
+
+def text_of(sample: Sample) -> dict[str, Any]:
+    """What rollout files say of each response: its text, and how it ended."""
+    return {
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "finish_reason": "stop" if sample.finished else "length",
+    }
+
+
+def rollout_rows(result: StepResult) -> list[dict[str, Any]]:
+    """A step's responses with everything that their rewards were made of."""
+    return [
+        {**text_of(sample), "response_length": len(sample.token_ids), **ledger}
+        for sample, ledger in zip(result.samples, result.ledger.rows(), strict=True)
+    ]

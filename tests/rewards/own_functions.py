@@ -1,0 +1,45 @@
+"""Reward functions as a user would write them, for the tests of this folder and of training."""
+
+import os
+import time
+
+from nemo_eppo.rewards.sample import Sample
+
+
+def length(sample: Sample) -> float:
+    print("what a function prints disturbs nobody")
+    return float(len(sample.token_ids))
+
+
+def matches(sample: Sample) -> bool:
+    return bool(sample.finished and sample.response == sample.fields["answer"])
+
+
+def raises(sample: Sample) -> float:
+    raise KeyError("no such answer")
+
+
+def not_a_number(sample: Sample) -> str:
+    return "good"
+
+
+def nan(sample: Sample) -> float:
+    return float("nan")
+
+
+def dies(sample: Sample) -> float:
+    os._exit(3)
+
+
+def hangs_on_b(sample: Sample) -> float:
+    if sample.prompt == "b":
+        time.sleep(600)
+    return 1.0
+
+
+def process(sample: Sample) -> int:
+    return os.getpid()
+
+
+def rank(sample: Sample) -> int:
+    return int(os.environ["RANK"])
