@@ -35,6 +35,7 @@ setup(
         "tensorboard",
         "scikit-learn",
         "jinja2",
+        "plotly>=5.24,<7",
         "pyyaml",
         "rich",
         "tqdm",

@@ -1,6 +1,7 @@
 """Typed configuration: every key of every YAML file is declared, and a bad one is reported by its full path."""
 
 import difflib
+import importlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -64,3 +65,12 @@ def config_types(annotation: Any) -> list[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [t for arg in getattr(annotation, "__args__", ()) for t in config_types(arg)]
+
+
+def load_named(key: str, path: str, form: str) -> Any:
+    """The object behind "module:name"; ConfigError, naming the config key and the expected form, if there is none."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key} = {path!r}: expected '{form}' ({error})") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.entry.job import read_settings
+from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, Address, overrides, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
 from nemo_eppo.launch.launch_file import LaunchConfig

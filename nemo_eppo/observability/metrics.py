@@ -1,4 +1,4 @@
-"""Numbers of a run, one row per step: metrics.jsonl (the record), TensorBoard and W&B (views of it)."""
+"""Writes the numbers of a run, one row a step, to metrics.jsonl, which is the record, and to TensorBoard and W&B."""
 
 import json
 import math
@@ -15,20 +15,21 @@ _RESERVED = ("step", "time")
 
 
 class MetricsSink(Protocol):
-    """What is used of a Lightning logger."""
+    """What MetricsLogger needs of a Lightning logger, for instance of WandbLogger."""
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Record the metrics of one step."""
 
 
 class MetricsLogger:
-    """Writes the metrics of one run; to be opened by global rank 0 only.
+    """Writes the metrics of one run. Only global rank 0 may open it.
 
     Args:
-        run_dir: metrics.jsonl and tensorboard/ are kept here.
-        resume_step: the step of the checkpoint that the run continues from. Rows of later steps are removed, because
-            those steps are about to be repeated. None starts over: all earlier rows are removed.
-        tensorboard: also write TensorBoard scalars.
-        wandb: also hand every row to this logger.
+        run_dir: the directory of metrics.jsonl and tensorboard/.
+        resume_step: the step of the checkpoint that the run resumes from. Rows of later steps are removed, because
+            those steps are about to be repeated. None starts over and removes all earlier rows.
+        tensorboard: whether to write TensorBoard scalars too.
+        wandb: a logger that is given every row too.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class MetricsLogger:
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row.
+        """Write one row, which is on the disk when this returns.
 
         Raises:
-            FloatingPointError: a value is NaN or infinite; nothing has been written.
-            ValueError: a reserved name, or a step before the last one.
+            FloatingPointError: a value is NaN or infinite. Nothing is written then.
+            ValueError: a metric is called "step" or "time", or the step lies before the last one.
         """
         if step < self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
@@ -77,6 +78,7 @@ class MetricsLogger:
             self._wandb.log_metrics(row, step)
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -89,7 +91,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The curve of every metric in a metrics.jsonl: `name -> (steps, values)`, both of the same length."""
+    """Read a metrics.jsonl and return the curve of every metric: its steps and its values, of the same length."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for row in _read_rows(path):
         for name, value in row.items():

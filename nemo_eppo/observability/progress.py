@@ -1,4 +1,4 @@
-"""How far a training loop is: a live bar on a terminal, plain lines in a log file."""
+"""Shows how far a training loop is: as a live bar on a terminal, as plain lines in a log file."""
 
 import sys
 import time
@@ -16,18 +16,18 @@ PPO_COLUMNS = {
     "KL": "kl/policy_reference",
     "tokens/s": "rollout/tokens_per_second",
 }
+_EVERY = 10  # without a terminal, every tenth step gets a line, and the last one
 
 
 class Progress:
-    """Shows steps, some metrics and the time left on standard output; use it as a context manager.
+    """Shows steps, some metrics and the time left on standard output. It is a context manager.
 
     Args:
         title: what is being done, e.g. "PPO".
         total: the number of the last step.
-        columns: label -> metric name; a metric that a step does not have is left out.
-        done: steps that were done before this run (a resumed job).
-        every: without a terminal, a line is printed every so many steps and at the last one.
-        disable: show nothing (ranks other than 0).
+        columns: the metrics to show, as labels and names. A metric that a step does not have is left out.
+        done: how many steps a resumed job had done before.
+        disable: whether to show nothing, as on ranks other than 0.
     """
 
     def __init__(
@@ -36,11 +36,10 @@ class Progress:
         total: int,
         columns: Mapping[str, str],
         done: int = 0,
-        every: int = 10,
         disable: bool = False,
     ) -> None:
         self._title, self._total, self._columns = title, total, columns
-        self._done, self._every, self._disable = done, every, disable
+        self._done, self._disable = done, disable
         self._start = time.perf_counter()
         self._live: RichProgress | None = None
         if sys.stdout.isatty() and not disable:
@@ -57,12 +56,12 @@ class Progress:
             self._task = self._live.add_task(title, total=total, completed=done, metrics="")
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` is done."""
+        """Show that `step` is done, with its metrics."""
         shown = {label: metrics[name] for label, name in self._columns.items() if name in metrics}
         text = "  ".join(f"{label} {_short(value)}" for label, value in shown.items())
         if self._live is not None:
             self._live.update(self._task, completed=step, metrics=text)
-        elif not self._disable and (step % self._every == 0 or step == self._total):
+        elif not self._disable and (step % _EVERY == 0 or step == self._total):
             seconds = (time.perf_counter() - self._start) / max(step - self._done, 1)
             left = _clock(seconds * (self._total - step))
             print(f"{self._title} {step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left", flush=True)

@@ -1,4 +1,4 @@
-"""What the policy actually said, and what every part of the reward made of it: one file per step."""
+"""Writes down what the policy said and what every part of the reward made of it, one file per step."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from nemo_eppo.files import json_object, write_atomically
 
 
 class RolloutRecorder:
-    """Writes `<directory>/step_000123.jsonl`, one JSON row per sample; to be used by global rank 0 only.
+    """Writes files such as `<directory>/step_000123.jsonl`, one JSON row per sample. Only global rank 0 may use it.
 
     Args:
-        directory: made if need be, e.g. `<run>/rollouts` or `<run>/validation`.
-        max_rows_per_step: only the first rows of a step are kept; None keeps all.
+        directory: where the files go, e.g. `<run>/rollouts` or `<run>/validation`; it is made if it does not exist.
+        max_rows_per_step: how many rows of a step are kept, the first ones; None keeps all.
     """
 
     def __init__(self, directory: Path, max_rows_per_step: int | None = None) -> None:
@@ -22,15 +22,15 @@ class RolloutRecorder:
         self._max_rows = max_rows_per_step
 
     def record(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write the samples of one step, replacing a file that an interrupted run left for the same step.
+        """Write the samples of one step and return the file. A file that an interrupted run left is replaced.
 
         Args:
-            step: the PPO step, 0 before training.
-            rows: plain values (str, int, float, bool, None, lists and dicts of them), e.g. prompt, response,
-                finish_reason, response_length, the reward ledger's contributions, energies, gold_reward.
+            step: the PPO step; 0 is before training.
+            rows: one mapping a sample, of column names to values that JSON knows: str, int, float, bool, None, lists
+                and dicts of them. Columns are, for instance, prompt, response, proxy_reward and energy_loss.
 
         Raises:
-            ValueError: a row holds something else, or a NaN; the message names step, row and column.
+            ValueError: a value is something else, NaN or infinite. The message names step, row and column.
         """
         lines = [self._line(step, number, row) for number, row in enumerate(rows[: self._max_rows])]
         path = self.directory / f"step_{step:06d}.jsonl"
@@ -52,7 +52,7 @@ class RolloutRecorder:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one recorded step.
+    """Read the rows of one recorded step.
 
     Raises:
         ValueError: a line is not one JSON object; the message names file and line.
@@ -67,5 +67,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded_steps(directory: Path) -> dict[int, Path]:
-    """The recorded steps in a directory, in ascending order."""
+    """Find the recorded steps in a directory: each step's number and its file, in ascending order."""
     return dict(sorted((int(path.stem.removeprefix("step_")), path) for path in directory.glob("step_*.jsonl")))

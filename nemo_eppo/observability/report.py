@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_eppo.files import write_atomically
-from nemo_eppo.observability.charts import MINUS, Series, histogram_chart, line_chart, scatter_chart, stacked_chart
+from nemo_eppo.observability.charts import (
+    COLORS,
+    GRAY,
+    Series,
+    histogram_chart,
+    line_chart,
+    scatter_chart,
+    stacked_chart,
+)
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import figure, page, section
@@ -26,69 +34,48 @@ Row = Mapping[str, Any]
 Means = Mapping[str, float | None]
 
 _STEP = "PPO step"
+_MINUS = "\N{MINUS SIGN}"
 _MEASURES = {  # column of a validation row -> name, unit
     "proxy_reward": ("Proxy reward", "standardised score of the reward model"),
     "gold_reward": ("Gold reward", "score that the policy is never trained on"),
     "energy_loss": ("Energy loss", "final layer, mean over the response"),
     "response_length": ("Response length", "tokens"),
 }
-_PANELS = (  # title, what it is, unit, and per curve: metric, label, colour
+_PROXY, _AFTER, _LENGTH, _GOLD, _KL, _SHARE = COLORS[:6]
+_PANELS = (  # title, what it is, unit, and per curve: metric, label, colour; then the validation measure, if any
     ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward",
-     (("reward/proxy", "rollouts", "proxy"), ("validation/proxy_reward", "validation", "before"))),
+     (("reward/proxy", "rollouts", _PROXY),), "proxy_reward"),
     ("Gold reward", "What was meant. A fall while the proxy rises is over-optimisation.", "gold reward",
-     (("reward/gold", "rollouts", "gold"), ("validation/gold_reward", "validation", "before"))),
+     (("reward/gold", "rollouts", _GOLD),), "gold_reward"),
     ("Energy loss", "L1 energy that the last layer takes away. An excessive rise marks reward hacking.", "energy loss",
-     (("energy/policy", "policy", "after"), ("energy/reference", "reference (SFT)", "before"))),
+     (("energy/policy", "policy", _AFTER), ("energy/reference", "reference (SFT)", GRAY)), ""),
     ("KL divergence", "How far the policy has moved from the reference.", "nats",
-     (("kl/policy_reference", "KL", "kl"),)),
+     (("kl/policy_reference", "KL", _KL),), ""),
     ("Response length", "Tokens, the end-of-sequence token included.", "tokens",
-     (("rollout/response_length", "rollouts", "length"),)),
+     (("rollout/response_length", "rollouts", _LENGTH),), ""),
     ("Truncated responses", "Share of the rollouts that ended without an end-of-sequence token.", "fraction",
-     (("rollout/truncated_fraction", "rollouts", "p6"),)),
+     (("rollout/truncated_fraction", "rollouts", _SHARE),), ""),
 )  # fmt: skip
-_LEDGER = {  # term of the reward ledger -> colour
-    "proxy": "proxy", "energy_penalty": "after", "length_penalty": "length", "latent_penalty": "p5",
-    "missing_eos": "p6", "clip": "p8", "divergence": "p7", "kl": "kl", "final": "ink",
-}  # fmt: skip
-_OWN_TERM = "p9"
 _NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # other metrics reward/...: looked at, and not added
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
-    """Write the report of an actor's run directory to `out`.
+    """Write the report of an actor's run directory to `out`, as one HTML file that needs no other.
+
+    The rows in validation/ have prompt, response, finish_reason, proxy_reward, energy_loss, response_length and, with
+    a gold scorer, gold_reward.
 
     Raises:
-        ValueError: there are not two validation steps to compare.
+        ValueError: there are not two validation steps to compare, or they are not about the same prompts.
     """
-    steps = recorded_steps(run_dir / "validation")
-    if len(steps) < 2:
-        raise ValueError(f"{run_dir}/validation has {len(steps)} steps; a report compares the first with the last")
-    config = run_dir / "config.yaml"
-    write_report(
-        metrics=run_dir / FILE_NAME,
-        before=steps[min(steps)],
-        after=steps[max(steps)],
-        out=out,
-        title=f"PPO run {run_dir.resolve().name}",
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
-    )
-
-
-def write_report(metrics: Path, before: Path, after: Path, out: Path, title: str, config: str = "") -> None:
-    """Write one self-contained HTML file.
-
-    Args:
-        metrics: metrics.jsonl of the actor.
-        before, after: validation rows of the same prompts before and after training, with prompt, response,
-            finish_reason, proxy_reward, energy_loss, response_length and, with a gold scorer, gold_reward.
-        out: the file to write.
-        title: its heading.
-        config: the settings as text, shown at the end.
-    """
-    curves = read_metrics(metrics)
-    pairs = _pairs(read_rows(before), read_rows(after))
+    validation = {step: read_rows(path) for step, path in recorded_steps(run_dir / "validation").items()}
+    if len(validation) < 2:
+        raise ValueError(f"{run_dir}/validation has {len(validation)} steps; a report compares the first with the last")
+    curves = read_metrics(run_dir / FILE_NAME)
+    pairs = _pairs(validation[min(validation)], validation[max(validation)])
     old, new = validation_means([a for a, _ in pairs]), validation_means([b for _, b in pairs])
     steps = max((x[-1] for x, _ in curves.values()), default=0)
+    title = f"PPO run {run_dir.resolve().name}"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{steps:,} PPO steps, {len(pairs):,} validation prompts</p>',
@@ -98,8 +85,9 @@ def write_report(metrics: Path, before: Path, after: Path, out: Path, title: str
         section(
             "Over the course of training",
             "Bold lines of long runs are running means over a twentieth of the steps; faint lines are the steps. "
-            "Point at a chart for its values.",
-            _panels(curves),
+            "The band around a validation mean is its standard error. Point at a chart for its values, draw a "
+            "rectangle to zoom, double-click to zoom out.",
+            _panels(curves, validation),
         ),
         section(
             "Proxy against gold",
@@ -111,16 +99,21 @@ def write_report(metrics: Path, before: Path, after: Path, out: Path, title: str
         section("Where the reward comes from, where the time goes", "Means over each step.", _accounts(curves)),
         _samples(pairs),
     ]
-    if config:
+    config = run_dir / "config.yaml"
+    if config.exists():
         body.append(
             f'<h2>Settings</h2>\n<details class="card"><summary>All settings of this run</summary>'
-            f"<pre>{html.escape(config)}</pre></details>"
+            f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre></details>"
         )
     write_atomically(out, page(title, body))
 
 
 def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Mean proxy_reward, gold_reward, energy_loss and response_length; None for what no row has (no gold scorer)."""
+    """Return the mean of every validation measure; None for what no row has (there is no gold scorer).
+
+    Raises:
+        ValueError: some rows have a measure and others do not.
+    """
     means: dict[str, float | None] = {}
     for name in _MEASURES:
         values = [row[name] for row in rows if row.get(name) is not None]
@@ -131,7 +124,7 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def summary_table(before: Means, after: Means) -> str:
-    """The comparison for the terminal; arguments as `validation_means` gives them."""
+    """Return the comparison as text for the terminal; the arguments are what `validation_means` returns."""
     table = Table(title="Validation", title_justify="left")
     table.add_column("")
     for column in ("before", "after", "change"):
@@ -146,7 +139,7 @@ def summary_table(before: Means, after: Means) -> str:
 def write_summary(
     path: Path, before: Means, after: Means, steps: int, tensor_model_parallel_size: int, seconds: float
 ) -> None:
-    """Write summary.json: the means before and after training, and what the run took (`seconds` of wall time)."""
+    """Write summary.json: the means before and after training, and how long the run took in seconds."""
     summary = {
         "before": {name: before[name] for name in _MEASURES},
         "after": {name: after[name] for name in _MEASURES},
@@ -174,7 +167,7 @@ def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]
 def _verdict(pairs: Sequence[tuple[Row, Row]]) -> str:
     moved = {}
     for name in _MEASURES:
-        if pairs[0][0].get(name) is not None:
+        if _has(pairs[0], name):
             change, error = _paired_change(pairs, name)
             moved[name] = (
                 "did not change beyond noise" if abs(change) <= 2 * error else "rose" if change > 0 else "fell"
@@ -189,15 +182,22 @@ def _verdict(pairs: Sequence[tuple[Row, Row]]) -> str:
 
 def _paired_change(pairs: Sequence[tuple[Row, Row]], name: str) -> tuple[float, float]:
     """Mean change of a measure over the prompts, and its standard error (0 for a single prompt)."""
-    changes = [after[name] - before[name] for before, after in pairs]
-    error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
-    return statistics.fmean(changes), error
+    return _mean_and_error([after[name] - before[name] for before, after in pairs])
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def _has(rows: Sequence[Row], measure: str) -> bool:
+    return bool(rows) and rows[0].get(measure) is not None
 
 
 def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -> str:
     rows = []
     for name, (label, unit) in _MEASURES.items():
-        old, new, change = (cell.replace("-", MINUS) for cell in _cells(before[name], after[name]))
+        old, new, change = (cell.replace("-", _MINUS) for cell in _cells(before[name], after[name]))
         noise = "" if before[name] is None else f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
         rows.append(
             f'<tr><td>{label}<small>{unit}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
@@ -213,12 +213,16 @@ def _cells(before: float | None, after: float | None) -> tuple[str, str, str]:
     return f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"
 
 
-def _panels(curves: Curves) -> list[str]:
+def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str]:
     figures = []
-    for title, text, unit, lines in _PANELS:
+    for title, text, unit, lines, measure in _PANELS:
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
+        scored = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
+        if scored:
+            means, errors = zip(*map(_mean_and_error, scored.values()), strict=True)
+            series.append(Series("validation", GRAY, list(scored), means, errors))
         if series:
-            figures.append(figure(title, text, line_chart(series, _STEP, unit), _legend(series)))
+            figures.append(figure(title, text, line_chart(series, _STEP, unit)))
     return figures
 
 
@@ -230,19 +234,18 @@ def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
         if proxy and gold and len(gold[0]) > 2 and not figures:
             golds = dict(zip(*gold, strict=True))
             path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
-            notes = [f"{_STEP} {step}: {x_label} {x:.3f}, {y_label} {y:.3f}" for step, x, y in path]
-            series = Series(what, "gold", [x for _, x, _ in path], [y for _, _, y in path], notes)
+            notes = [f"{_STEP} {step}" for step, _, _ in path]
+            series = Series(what, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
             text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
             chart = scatter_chart([series], x_label, y_label, joined=True)
             figures.append(figure("The path of training", text, chart))
-    if pairs[0][0].get("gold_reward") is not None:
+    if _has(pairs[0], "gold_reward"):
         clouds = []
-        for label, rows in zip(("before", "after"), zip(*pairs, strict=True), strict=True):
-            points = [(row["prompt"], row["proxy_reward"], row["gold_reward"]) for row in rows]
-            notes = [f"{prompt[:80]}\n{x_label} {x:.3f}, {y_label} {y:.3f}" for prompt, x, y in points]
-            clouds.append(Series(label, label, [x for _, x, _ in points], [y for _, _, y in points], notes))
+        for label, color, rows in zip(("before", "after"), (GRAY, _AFTER), zip(*pairs, strict=True), strict=True):
+            x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
+            clouds.append(Series(label, color, x, y, notes=[row["prompt"][:80] for row in rows]))
         text = "One point per validation response; rings mark the means."
-        figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label), _legend(clouds)))
+        figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label)))
     return figures
 
 
@@ -250,21 +253,20 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     def group(label: str, color: str, rows: Sequence[Row]) -> Series:
         return Series(f"{label} ({len(rows)})", color, [], [row["energy_loss"] for row in rows])
 
-    groups = [group("before", "before", [a for a, _ in pairs]), group("after", "after", [b for _, b in pairs])]
+    groups = [group("before", GRAY, [a for a, _ in pairs]), group("after", _AFTER, [b for _, b in pairs])]
     figures = [
         figure(
             "Before and after training",
             "Dashed lines are means. A rise of the whole distribution is the first sign that EPPO describes.",
             histogram_chart(groups, "energy loss"),
-            _legend(groups),
         )
     ]
-    if pairs[0][0].get("gold_reward") is not None:
+    if _has(pairs[0], "gold_reward"):
         hacked = [b for a, b in pairs if b["proxy_reward"] > a["proxy_reward"] and b["gold_reward"] < a["gold_reward"]]
         others = [b for a, b in pairs if b["proxy_reward"] <= a["proxy_reward"] or b["gold_reward"] >= a["gold_reward"]]
         groups = [
             group(label, color, rows)
-            for label, color, rows in (("other", "before", others), ("proxy up, gold down", "after", hacked))
+            for label, color, rows in (("other", GRAY, others), ("proxy up, gold down", _AFTER, hacked))
             if rows
         ]
         figures.append(
@@ -273,7 +275,6 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
                 "Exploited: higher proxy and lower gold reward than before training, on the same prompt. "
                 "An excessive energy loss of these responses is the second sign.",
                 histogram_chart(groups, "energy loss"),
-                _legend(groups),
             )
         )
     return figures
@@ -281,18 +282,16 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
 
 def _accounts(curves: Curves) -> list[str]:
     figures = []
-    rewards = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
-    terms = [
-        Series(term, _LEDGER.get(term, _OWN_TERM), *curve)
-        for term, curve in rewards.items()
-        if not term.startswith(_NO_TERMS)
-    ]
-    used = [term for term in terms if any(term.y)]
+    terms = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
+    terms = {term: curve for term, curve in terms.items() if not term.startswith(_NO_TERMS)}
+    used = [term for term, (_, values) in terms.items() if any(values)]
     if used:
-        unused = [term.label for term in terms if term not in used]
+        unused = [term for term in terms if term not in used]
         text = "Mean contribution of every term; they add up to the final reward."
         text += f" Zero throughout: {', '.join(unused)}." if unused else ""
-        figures.append(figure("Reward ledger", text, line_chart(used, _STEP, "reward"), _legend(used)))
+        colors = [GRAY if term == "final" else COLORS[i % len(COLORS)] for i, term in enumerate(used)]
+        series = [Series(term, color, *terms[term]) for term, color in zip(used, colors, strict=True)]
+        figures.append(figure("Reward ledger", text, line_chart(series, _STEP, "reward")))
     if "seconds/step" in curves:
         steps, totals = curves["seconds/step"]
         per_phase = {}
@@ -301,15 +300,17 @@ def _accounts(curves: Curves) -> list[str]:
                 timed = dict(zip(*curve, strict=True))  # a phase such as validation is not part of every step
                 per_phase[name.removeprefix("seconds/")] = [timed.get(step, 0.0) for step in steps]
         largest = sorted(per_phase, key=lambda phase: -sum(per_phase[phase]))
-        shown, rest = largest[:10], largest[10:]
-        other = [t - sum(per_phase[phase][i] for phase in shown) for i, t in enumerate(totals)]
-        layers = [Series(phase, f"p{i}", steps, per_phase[phase]) for i, phase in enumerate(shown)]
-        layers.append(Series("other", "other", steps, [max(value, 0.0) for value in other]))
+        shown, rest = largest[: len(COLORS)], largest[len(COLORS) :]
+        other = [max(total - sum(per_phase[phase][i] for phase in shown), 0.0) for i, total in enumerate(totals)]
         total = sum(totals) or 1.0
-        legend = [(f"{layer.label} {100 * sum(layer.y) / total:.0f}%", layer.color) for layer in layers]
+        seconds = {phase: per_phase[phase] for phase in shown} | {"other": other}
+        layers = [
+            Series(f"{phase} {100 * sum(values) / total:.0f}%", color, steps, values)
+            for (phase, values), color in zip(seconds.items(), [*COLORS[: len(shown)], GRAY], strict=True)
+        ]
         text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average."
         text += f" Other includes {', '.join(rest)}." if rest else ""
-        figures.append(figure("Seconds per phase", text, stacked_chart(layers, _STEP, "seconds"), legend))
+        figures.append(figure("Seconds per phase", text, stacked_chart(layers, _STEP, "seconds")))
     return figures
 
 
@@ -325,19 +326,15 @@ def _samples(pairs: Sequence[tuple[Row, Row]], first: int = 6, rising: int = 3) 
 
 def _card(before: Row, after: Row) -> str:
     sides = []
-    for label, color, row in (("Before", "before", before), ("After", "after", after)):
+    for label, color, row in (("Before", GRAY, before), ("After", _AFTER, after)):
         gold = "" if row.get("gold_reward") is None else f"gold {row['gold_reward']:.2f}, "
         facts = (
             f"{label}: proxy {row['proxy_reward']:.2f}, {gold}energy loss {row['energy_loss']:.4f}, "
             f"{row['response_length']} tokens, {row['finish_reason']}"
         )
         sides.append(
-            f'<div style="border-color:var(--{color})"><p class="facts">{html.escape(facts)}</p>'
+            f'<div style="border-color:{color}"><p class="facts">{html.escape(facts)}</p>'
             f'<div class="text">{html.escape(row["response"])}</div></div>'
         )
     prompt = f'<div class="text prompt">{html.escape(before["prompt"])}</div>'
     return f'<div class="card sample">{prompt}<div class="pair">{"".join(sides)}</div></div>'
-
-
-def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
-    return [(one.label, one.color) for one in series] if len(series) > 1 else []  # else the title says it

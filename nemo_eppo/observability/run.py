@@ -1,4 +1,4 @@
-"""A job's run directory: its settings, and what the job knows about it."""
+"""A job's run directory: the settings that choose it, and what the job knows while it runs."""
 
 import logging
 import re
@@ -14,26 +14,26 @@ from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
 
 
 class ExpManagerConfig(Config):
-    """Where the files of the run go: NeMo's `exp_manager` section, as far as this package uses it."""
+    """Where the files of the run go, and for how long it may run: what this package uses of NeMo's `exp_manager`."""
 
     explicit_log_dir: Path | None = None
-    """The run directory itself; exp_dir, name and version are then not used."""
+    """The run directory itself. If it is set, exp_dir, name and version are not used."""
     exp_dir: Path = Path("nemo_experiments")
-    """Holds the directories of all experiments."""
+    """Directory that holds the directories of all experiments."""
     name: str = "default"
-    """Experiment; the run directory is exp_dir/name, or exp_dir/name/version."""
+    """Name of the experiment. The run directory is exp_dir/name, or exp_dir/name/version if there is a version."""
     version: str | None = None
-    """One of several runs of an experiment."""
+    """Name of this run, if the experiment has several."""
     resume_if_exists: bool = True
-    """Go on with the run that the directory holds. If false, such a directory is an error."""
+    """Whether to resume the run that the directory holds. If false, a directory that holds a run is an error."""
     max_time_per_run: str | None = None
-    """DD:HH:MM:SS after which the job saves and ends, so that the same command can go on later; null for no limit."""
+    """DD:HH:MM:SS after which the job saves and ends; the same command resumes it later. null sets no limit."""
     create_tensorboard_logger: bool = True
-    """Write TensorBoard scalars to <run directory>/tensorboard."""
+    """Whether to write the metrics to <run directory>/tensorboard."""
     create_wandb_logger: bool = False
-    """Send the metrics to Weights & Biases."""
+    """Whether to send the metrics to Weights & Biases."""
     wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of Lightning's WandbLogger; name and project are required."""
+    """Arguments of Lightning's WandbLogger. name and project are required."""
 
     @model_validator(mode="after")
     def _wandb_is_named(self) -> "ExpManagerConfig":
@@ -50,7 +50,7 @@ class ExpManagerConfig(Config):
 
     @property
     def max_seconds(self) -> float | None:
-        """`max_time_per_run` as a number."""
+        """How many seconds `max_time_per_run` is; None for no limit."""
         if self.max_time_per_run is None:
             return None
         days, hours, minutes, seconds = map(int, self.max_time_per_run.split(":"))
@@ -58,23 +58,28 @@ class ExpManagerConfig(Config):
 
     @property
     def directory(self) -> Path:
-        """The run directory, the same on every rank and for every restart."""
+        """The run directory as an absolute path. It is the same on every rank and for every restart."""
         chosen = self.explicit_log_dir or self.exp_dir / self.name / (self.version or "")
         return chosen.expanduser().absolute()
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a job knows about itself. Only rank 0 writes to `directory`; its config.yaml holds the checked settings."""
+    """What a job knows about itself while it runs."""
 
     directory: Path
+    """The run directory. Only rank 0 writes to it; its config.yaml holds the checked settings."""
     rank: int
+    """Global rank of this process."""
     logger: logging.Logger
+    """Writes to the console, and on rank 0 to log.txt too. Other ranks show warnings and errors only."""
     settings: ExpManagerConfig
+    """The settings that chose the directory."""
     wandb: MetricsSink | None = None
+    """Sends metrics to Weights & Biases; None if that is not asked for, and on ranks other than 0."""
     started: float = field(default_factory=time.monotonic)
-    """On the monotonic clock."""
+    """When the job started, in seconds of time.monotonic()."""
 
     def open_metrics(self, resume_step: int | None = None) -> MetricsLogger:
-        """The metrics of this run, for rank 0; `resume_step` as in MetricsLogger."""
+        """Open the metrics of this run; to be called on rank 0 only. For `resume_step`, see MetricsLogger."""
         return MetricsLogger(self.directory, resume_step, self.settings.create_tensorboard_logger, self.wandb)

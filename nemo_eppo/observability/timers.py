@@ -1,4 +1,4 @@
-"""Where the seconds of a step go: disjoint, named phases that must add up to it."""
+"""Measures where the seconds of a step go: named phases that do not overlap and together explain the step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +8,11 @@ _CLOCK_TOLERANCE = 1e-3  # seconds by which phases may exceed a total that was r
 
 
 class Timers:
-    """Seconds per phase. A phase may be entered many times a step; two phases never overlap.
+    """Adds up the seconds of each phase. A phase may be entered several times a step; two phases never overlap.
 
     Args:
-        synchronize: called before the clock is read, so that queued device work is charged to the phase that queued it.
+        synchronize: waits for the device. It is called before the clock is read, so that work that a phase has queued
+            counts as time of that phase.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -21,7 +22,11 @@ class Timers:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a `with` block as `phase`; RuntimeError inside another phase, since its seconds would count twice."""
+        """Measure a `with` block as `phase`.
+
+        Raises:
+            RuntimeError: another phase is running; these seconds would count twice.
+        """
         if self._running is not None:
             raise RuntimeError(f"phase {phase!r} starts inside phase {self._running!r}; phases must not overlap")
         self._running = phase
@@ -35,15 +40,15 @@ class Timers:
             self._running = None
 
     def collect(self, total: float) -> dict[str, float]:
-        """Hand out and forget the phases of a step that took `total` seconds.
+        """Return the phases of a step that took `total` seconds, and start the next step with none.
 
         Returns:
             `seconds/<phase>` in the order in which the phases began, `seconds/step` = `total`, and
-            `seconds/attributed_fraction`: the part of the step that the phases explain.
+            `seconds/attributed_fraction`, the part of the step that the phases explain, from 0 to 1.
 
         Raises:
-            RuntimeError: a phase is still running, or the phases are longer than the step: some were not collected
-                when their own step ended, or `total` leaves out a part of this one.
+            RuntimeError: a phase is still running, or the phases together are longer than the step. Then phases of
+                an earlier step were not collected, or `total` leaves out a part of this step.
         """
         if self._running is not None:
             raise RuntimeError(f"phase {self._running!r} is still running")
@@ -62,6 +67,6 @@ class Timers:
         }
 
     def close(self) -> None:
-        """End of the loop: RuntimeError if timings were never collected."""
+        """End the measurement after the last step; RuntimeError if some phases were never collected."""
         if self._seconds:
             raise RuntimeError(f"timings were never collected: {', '.join(self._seconds)}")

@@ -11,8 +11,8 @@ import os
 import sys
 from typing import Any
 
+from nemo_eppo.config import load_named
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rewards.user_terms import load_named
 
 
 def main() -> None:

@@ -17,9 +17,8 @@ from typing import IO, Any
 
 from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import Config, ConfigError, load_named
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rewards.user_terms import load_named
 
 
 class RewardFunctionError(RuntimeError):

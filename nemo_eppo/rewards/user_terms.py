@@ -1,11 +1,10 @@
 """The user's own term of the reward: a class by its dotted path, with its settings, at a named place in the order."""
 
-import importlib
 from typing import Any
 
 from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.config import Config, ConfigError, load_config, load_named
 from nemo_eppo.rewards.term import Term
 
 
@@ -37,12 +36,3 @@ def load_term(config: UserTermConfig) -> Term[Any]:
         return kind(load_config(kind.config_class, config.settings))
     except ConfigError as error:
         raise ConfigError(f"{where}.settings: {error}") from None
-
-
-def load_named(key: str, path: str, form: str) -> Any:
-    """The object behind "module:name"; ConfigError, naming the config key and the expected form, if there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key} = {path!r}: expected '{form}' ({error})") from None

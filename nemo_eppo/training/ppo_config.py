@@ -21,8 +21,11 @@ from nemo_eppo.rewards.functions import FunctionsConfig
 from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.critics import CriticSource
-from nemo_eppo.training.reward_sources import RewardKind, RewardSourceConfig
+from nemo_eppo.training.reward_sources import RewardAddress, RewardKind, RewardSourceConfig
 from nemo_eppo.training.setup import ModelSetup
+
+HERE = RewardSourceConfig(server=RewardAddress(url="http://127.0.0.1:5556"))
+"""The reward job on this machine, where conf/serve_reward_model.yaml has it listen."""
 
 
 class AdvantagesConfig(Config):
@@ -163,7 +166,7 @@ class PPOConfig(Config):
     engine: EngineConfig = EngineConfig()
     ppo: PPOSettings
     energy: EnergyConfig = EnergyConfig()
-    rewards: tuple[RewardSourceConfig, ...] = Field(min_length=1)
+    rewards: tuple[RewardSourceConfig, ...] = Field((HERE,), min_length=1)
     """Where the reward comes from: reward models and functions."""
     shaping: ShapingConfig = ShapingConfig()
     reward_kind: RewardKind = "any"

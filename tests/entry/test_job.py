@@ -187,9 +187,49 @@ def test_a_config_group_can_be_chosen(
     assert yaml.safe_load(capsys.readouterr().out)["model"] == {"hidden_size": 1024, "path": "large"}
 
 
+def test_a_user_s_file_wins_over_the_package_s_of_the_same_name(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory, steps, width in (("settings", 77, 7), ("other", 88, 8)):
+        (tmp_path / directory / "model").mkdir(parents=True)
+        (tmp_path / directory / "count.yaml").write_text(f"defaults: [model: small, _self_]\nsteps: {steps}\n")
+        (tmp_path / directory / "model" / "small.yaml").write_text(f"path: p\nhidden_size: {width}\n")
+
+    def settings(*arguments: str) -> tuple[int, int]:
+        assert _as_rank_1(script, monkeypatch, *arguments, "--cfg", "job") == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        return printed["steps"], printed["model"]["hidden_size"]
+
+    assert settings("--config-dir", "settings", "--config-name", "count") == (77, 7)
+    assert settings("--config-path", str(tmp_path / "other")) == (88, 8)
+    assert settings("--config-dir", "settings", "--config-path", str(tmp_path / "other")) == (77, 7)
+    (tmp_path / "settings" / "count.yaml").unlink()  # a part alone wins as well
+    assert settings("--config-dir", "settings", "--config-path", str(tmp_path / "other")) == (88, 7)
+
+
+def test_a_copy_of_the_actor_s_settings_finds_the_methods_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    repository = Path(__file__).parents[2]
+    actor = repository / "examples" / "nlp" / "gpt" / "train_gpt_ppo_actor.py"
+    shutil.copy(repository / "conf" / "gpt_ppo_actor.yaml", tmp_path)
+    needed = ["model.restore_from_path=m", "data.train=d"]
+    for method in ([], ["method=ppo_kl"]):
+        printed = []
+        for where in ([], ["--config-path", str(tmp_path)], ["--config-dir", str(tmp_path)]):
+            assert _as_rank_1(actor, monkeypatch, *needed, *method, *where, "--cfg", "job") == 0
+            printed.append(yaml.safe_load(capsys.readouterr().out))
+        assert printed[1:] == printed[:1] * 2
+        assert printed[0]["shaping"]["energy_penalty"]["eta"] == (0.0 if method else 2.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["steps=1", "model.path=x", "steps=2"], "steps is given twice on the command line: steps=1 and steps=2"),
+        (["steps=1", "++steps=1"], "steps is given twice on the command line: steps=1 and ++steps=1"),
+        (["--config-dir", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
         ([], "required, but not set (??? in the YAML file): model.path"),
         (["model.path=x", "model.hidden_size=0"], "model.hidden_size = 0: Input should be greater than 0"),
         (["model.path=${nowhere}"], "model.path: Interpolation key 'nowhere' not found"),
@@ -243,11 +283,18 @@ def test_a_job_without_exp_manager_is_a_mistake_of_its_author() -> None:
 @pytest.fixture(scope="module")
 def runs(script: Path) -> dict[str, dict[str, Any]]:
     left = {}
+    (script.parent / "settings").mkdir()  # a user's file, and a part of it that stands in conf/
+    (script.parent / "settings" / "count.yaml").write_text(f"defaults: [model: wide, _self_]\n{_YAML}mode: down\n")
+    (script.parent / "conf" / "model").mkdir()
+    (script.parent / "conf" / "model" / "wide.yaml").write_text("hidden_size: 1024\n")
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@example.com"]
+    for command in (["init", "-q"], ["add", "count.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=script.parent, check=True)
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ppo", "SLURM_NTASKS": "8"}  # Lightning would refuse these
     for name, rank, steps in (("first", "0", "5"), ("resumed", "0", "6"), ("other", "1", "6")):
         facts = script.parent / f"{name}.json"
         environment = {**slurm, "RANK": rank, "LOCAL_RANK": rank, "FACTS": str(facts), "WIDTH": "48"}
-        status, output = _run(script, "model.path=x", f"steps={steps}", **environment)
+        status, output = _run(script, "--config-dir=settings", "model.path=x", f"steps={steps}", **environment)
         assert status == 0, output
         left[name] = {**json.loads(facts.read_text()), "output": output}
     return left
@@ -258,6 +305,7 @@ def test_rank_0_runs_through_nemo_and_the_others_do_not(runs: dict[str, dict[str
     assert not runs["other"]["nemo"]
     assert runs["resumed"]["config"] == runs["other"]["config"]
     assert runs["other"]["config"]["model"] == {"hidden_size": 48, "path": "x"}
+    assert runs["other"]["config"]["mode"] == "down"
     assert runs["resumed"]["directory"] == runs["other"]["directory"]
 
 
@@ -281,7 +329,11 @@ def test_a_restart_keeps_the_run_and_nemo_s_logs_of_both_starts(runs: dict[str, 
     assert any((directory / "tensorboard").iterdir())
     for logs in (directory / "nemo", directory / "nemo" / "run_0"):
         assert (logs / "nemo_log_globalrank-0_localrank-0.txt").stat().st_size > 0
-        assert "model.path=x" in (logs / "cmd-args.log").read_text()
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=script.parent, text=True)
+        assert f"commit hash: {commit}" in (logs / "git-info.log").read_text()
+        command = (logs / "cmd-args.log").read_text()
+        assert "model.path=x" in command
+        assert command.startswith("count.py --config-dir=settings model.path=x steps=")  # as it was typed
 
 
 def test_a_run_is_not_overwritten_unless_it_is_resumed(runs: dict[str, dict[str, Any]], script: Path) -> None:

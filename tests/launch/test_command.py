@@ -64,14 +64,13 @@ def test_the_actor_finds_its_servers_and_no_command_line_holds_the_token(
     }
     arguments = overrides(launch, "actor", addresses)
     assert "s3cret" not in " ".join(arguments)
-    assert read_back(arguments, tmp_path)["servers"] == {
-        "critic": {"url": "http://10.0.0.1:5555", "token": "s3cret"},
-        "rewards": [
-            {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"},
-            {"url": "http://10.0.0.2:5556", "token": "s3cret"},
-        ],
-        "held_out": {"url": "http://127.0.0.1:5557"},
-    }
+    found = read_back(arguments, tmp_path)
+    assert found["critic"] == {"server": {"url": "http://10.0.0.1:5555", "token": "s3cret"}}
+    assert found["rewards"] == [
+        {"server": {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"}},
+        {"server": {"url": "http://10.0.0.2:5556", "token": "s3cret"}},
+    ]
+    assert found["held_out_reward"] == {"server": {"url": "http://127.0.0.1:5557"}}
     server = read_back(overrides(launch, "reward", addresses), tmp_path)["server"]
     assert server == {"host": "0.0.0.0", "port": 5556, "token": "s3cret"}
 

@@ -289,24 +289,25 @@ BASE = {
     "model": {"restore_from_path": "sft"},
     "data": {"train": "prompts.jsonl", "max_prompt_length": 8},
     "generation": {"max_new_tokens": 8},
+    "ppo": {"max_steps": 1, "rollout_batch_size": 2, "mini_batch_size": 2},
+    "optimizer": {"lr": 1e-6},
 }
 
 
 @pytest.mark.parametrize(
-    ("monitor", "ppo", "message"),
+    ("monitor", "shaping", "message"),
     [
-        ({"energy": {"action": "raise_kl"}}, {}, "monitor.energy.action = 'raise_kl' needs 0 < ppo.kl.coefficient"),
+        ({"energy": {"action": "raise_kl"}}, {}, "monitor.energy.action = 'raise_kl' needs 0 < shaping.kl.coefficient"),
         ({"length": {"action": "raise_kl"}}, {"kl": {"coefficient": 1.0}}, "< monitor.kl_max, got 1.0 and 1.0"),
         ({"disagreement": {"action": "log"}}, {}, "monitor.disagreement.against = 'gold' needs gold_reward"),
-        ({"disagreement": HELD_OUT}, {}, "'held_out' needs servers.held_out"),
+        ({"disagreement": HELD_OUT}, {}, "'held_out' needs held_out_reward"),
         ({"energy": {"action": "halt"}}, {}, "monitor.energy.action = 'halt'"),
         ({"enrgy": {"action": "stop"}}, {}, "monitor.enrgy: unknown key"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(monitor: dict[str, Any], ppo: dict[str, Any], message: str) -> None:
-    sizes = {"max_steps": 1, "rollout_batch_size": 2, "mini_batch_size": 2}
+def test_settings_that_cannot_work_are_refused(monitor: dict[str, Any], shaping: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(PPOConfig, {**BASE, "ppo": {**sizes, **ppo}, "monitor": monitor})
+        load_config(PPOConfig, {**BASE, "shaping": shaping, "monitor": monitor})
 
 
 @pytest.mark.parametrize("name", ["outliers", "csi"])

@@ -19,7 +19,7 @@ with Progress("PPO", total=3, columns={"reward": "reward/final"}) as progress:
 
 
 def test_a_log_file_gets_one_line_per_n_steps_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("PPO", total=25, columns=PPO_COLUMNS, every=10) as progress:
+    with Progress("PPO", total=25, columns=PPO_COLUMNS) as progress:
         for step in range(1, 26):
             progress.update(step, {"reward/final": 0.5, "rollout/tokens_per_second": 12345.6, "actor/loss": 1.0})
     lines = capsys.readouterr().out.splitlines()
@@ -33,7 +33,7 @@ def test_time_left_counts_the_steps_of_this_run_only(
 ) -> None:
     now = [50.0]
     monkeypatch.setattr("nemo_eppo.observability.progress.time.perf_counter", lambda: now[0])
-    with Progress("PPO", total=1000, columns={}, done=90, every=1) as progress:  # resumed at step 90
+    with Progress("PPO", total=1000, columns={}, done=90) as progress:  # resumed at step 90
         now[0] += 50.0
         progress.update(100, {})
     assert "5.00 s/step  1:15:00 left" in capsys.readouterr().out

@@ -1,20 +1,33 @@
 """The HTML report, its charts, the table and summary.json."""
 
+import base64
+import html
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from example_run import HOSTILE, write_example_run
+from plotly.offline import get_plotlyjs
 
-from nemo_eppo.observability.charts import Series, histogram_chart, line_chart, smoothing_window, stacked_chart
+from nemo_eppo.observability.charts import (
+    COLORS,
+    GRAY,
+    Series,
+    histogram_chart,
+    line_chart,
+    scatter_chart,
+    smoothing_window,
+    stacked_chart,
+)
 from nemo_eppo.observability.recorder import RolloutRecorder, read_rows
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
-
-_VOID = {"meta", "link", "br", "rect", "line", "circle", "path"}
 
 
 class _Page(HTMLParser):
@@ -44,6 +57,32 @@ class _Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         for tag in set(self.open):
             self.texts[tag][-1] += data
+
+
+def _charts(page: str) -> dict[str, list[dict[str, Any]]]:
+    """The traces of every chart by its title, as the page hands them to plotly's script."""
+    found = {}
+    for title, rest in re.findall(r"<h3>([^<]*)</h3>(.*?)</figure>", page, re.DOTALL):
+        call = re.search(r'Plotly\.newPlot\(\s*"[^"]*",\s*', rest)
+        assert call
+        traces, _ = json.JSONDecoder().raw_decode(rest, call.end())
+        for trace in traces:
+            for axis in ("x", "y"):
+                if isinstance(trace.get(axis), dict):  # how plotly writes a numpy array
+                    trace[axis] = np.frombuffer(base64.b64decode(trace[axis]["bdata"]), trace[axis]["dtype"]).tolist()
+        found[title] = traces
+    return found
+
+
+def _read(traces: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """What pointing at a step shows."""
+    lines = [trace for trace in traces if trace.get("hoverinfo") != "skip"]
+    return {line["name"]: line["y"][line["x"].index(step)] for line in lines if step in line["x"]}
+
+
+@pytest.fixture(scope="module")
+def charts(page: _Page, run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    return _charts((run_dir / "report.html").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +126,16 @@ def test_the_report_has_every_section(page: _Page) -> None:
 
 
 def test_the_report_is_one_file_that_asks_for_nothing(page: _Page, run_dir: Path) -> None:
-    assert not {"script", "link", "img", "iframe", "object"} & page.texts.keys()
+    assert not {"link", "img", "iframe", "object"} & page.texts.keys()
     assert not [value for name, value in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
     text = (run_dir / "report.html").read_text()
-    assert "@import" not in text
-    assert "url(" not in text
-    assert len(text) < 600_000
-    assert "prefers-color-scheme: dark" in text
+    own, *others = text.split(get_plotlyjs())
+    assert len(others) == 1  # the script is there once
+    own += others[0]
+    for words in ("@import", "url(", "http"):
+        assert words not in own
+    assert len(own) < 600_000
+    assert "prefers-color-scheme: dark" in own
 
 
 def test_what_models_say_is_shown_not_executed(page: _Page, run_dir: Path) -> None:
@@ -103,6 +145,16 @@ def test_what_models_say_is_shown_not_executed(page: _Page, run_dir: Path) -> No
         for row in read_rows(run_dir / "validation" / f"{name}.jsonl")[:6]:
             assert row["prompt"] in shown
             assert row["response"] in shown
+
+
+def test_what_models_say_is_no_markup_in_a_chart(
+    page: _Page, run_dir: Path, charts: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert "<script>alert" not in (run_dir / "report.html").read_text()  # would be executed
+    note = charts["Single responses"][0]["text"][0]  # plotly makes <br> a new line, and would make <b> bold letters
+    assert "<" not in note.replace("<br>", "")
+    (row, *_) = read_rows(run_dir / "validation" / "step_000000.jsonl")
+    assert html.unescape(note).replace("<br>", " ").split() == row["prompt"][:80].split()
 
 
 def test_the_comparison_shows_means_and_paired_standard_errors(page: _Page, run_dir: Path) -> None:
@@ -118,17 +170,35 @@ def test_the_verdict_names_over_optimisation(page: _Page) -> None:
     assert page.texts["p"][1].startswith("Proxy reward rose while gold reward fell, the mark of over-optimisation.")
 
 
-def test_charts_show_values_on_hover(page: _Page, run_dir: Path) -> None:
+def test_charts_show_values_on_hover(charts: dict[str, list[dict[str, Any]]], run_dir: Path) -> None:
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])
-    expected = f"PPO step 7\npolicy: {row['energy/policy']:.4g}\nreference (SFT): {row['energy/reference']:.4g}"
-    assert expected.replace("-", "\N{MINUS SIGN}") in page.texts["title"]
+    expected = {"policy": row["energy/policy"], "reference (SFT)": row["energy/reference"]}
+    assert _read(charts["Energy loss"], step=7) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_reward_ledger_shows_every_term_and_adds_up(page: _Page, run_dir: Path) -> None:
+def test_the_reward_ledger_shows_every_term_and_adds_up(charts: dict[str, list[dict[str, Any]]], run_dir: Path) -> None:
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])
     terms = ["proxy", "energy_penalty", "missing_eos", "divergence", "bonus", "kl", "final"]
-    expected = "\n".join(["PPO step 7", *(f"{term}: {row[f'reward/{term}']:.4g}" for term in terms)])
-    assert expected.replace("-", "\N{MINUS SIGN}") in page.texts["title"]
+    shown = _read(charts["Reward ledger"], step=7)
+    assert shown == pytest.approx({term: row[f"reward/{term}"] for term in terms}, rel=1e-6)
+    final = shown.pop("final")
+    assert sum(shown.values()) == pytest.approx(final, abs=1e-5)
+
+
+def test_a_band_shows_the_standard_error_of_the_validation_mean(
+    charts: dict[str, list[dict[str, Any]]], run_dir: Path
+) -> None:
+    values = np.array([row["gold_reward"] for row in read_rows(run_dir / "validation" / "step_000060.jsonl")])
+    low, high, mean = (trace for trace in charts["Gold reward"] if trace["name"] == "validation")
+    assert high["fill"] == "tonexty"  # the area between the two edges
+    assert mean["y"][-1] == pytest.approx(values.mean(), rel=1e-6)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    assert [low["y"][-1], high["y"][-1]] == pytest.approx([values.mean() - error, values.mean() + error], rel=1e-5)
+
+
+def test_plotly_is_imported_for_a_report_only() -> None:
+    code = "import sys, nemo_eppo.observability.report; sys.exit('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
@@ -185,66 +255,61 @@ def test_a_measure_that_some_rows_lack_is_an_error() -> None:
         validation_means(rows)
 
 
-def _points(path: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", path)]
-
-
-def _paths(svg: str, kind: str) -> list[list[tuple[float, float]]]:
-    return [_points(d) for d in re.findall(rf'<path class="{kind}"[^>]* d="([^"]*)"', svg)]
-
-
-def test_a_line_is_drawn_to_the_scale_of_its_ticks() -> None:
-    svg = line_chart([Series("a", "proxy", [0, 5, 10], [-1.0, 3.0, 1.0])], "PPO step", "reward")
-    ticks = {
-        float(value.replace("\N{MINUS SIGN}", "-")): float(y)
-        for y, value in re.findall(r'<text class="end" x="[\d.]+" y="([\d.]+)" dy=".32em">([^<]*)<', svg)
-    }
-    per_unit = (ticks[0.0] - ticks[2.0]) / 2
-    (line,) = _paths(svg, "line")
-    assert [(ticks[0.0] - y) / per_unit for _, y in line] == pytest.approx([-1.0, 3.0, 1.0], abs=0.01)
-    assert line[1][0] - line[0][0] == pytest.approx(line[2][0] - line[1][0], abs=0.2)
-
-
 def test_a_long_noisy_line_is_shown_with_its_running_mean() -> None:
-    values = [float(i % 2) for i in range(200)]
-    svg = line_chart([Series("a", "proxy", range(200), values)], "PPO step", "reward")
-    (raw,), (smooth,) = _paths(svg, "faint"), _paths(svg, "line")
-    height = max(y for _, y in raw) - min(y for _, y in raw)
-    inner = [y for _, y in smooth[10:-10]]
-    assert max(inner) - min(inner) < height / smoothing_window(200) * 1.1
+    values = np.random.default_rng(0).normal(size=200).tolist()
+    raw, smooth = line_chart([Series("a", GRAY, range(200), values)], "PPO step", "reward").data
+    assert raw.y == pytest.approx(values, rel=1e-6)
+    half = smoothing_window(200) // 2
+    expected = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(200)]
+    assert smooth.y == pytest.approx(expected, rel=1e-5)
+    assert (raw.hoverinfo, smooth.hoverinfo) == (None, "skip")  # pointing at the chart shows what was measured
     assert smoothing_window(39) == 1
 
 
-def test_ten_thousand_steps_stay_a_small_file() -> None:
-    steps = range(10_000)
-    svg = line_chart([Series("a", "proxy", steps, [math.sin(s / 900) for s in steps])], "PPO step", "reward")
-    assert len(svg) < 80_000
+def test_a_short_line_shows_its_points() -> None:
+    (line,) = line_chart([Series("a", GRAY, [0, 5, 10], [-1.0, 3.0, 1.0])], "PPO step", "reward").data
+    assert (list(line.x), list(line.y), line.mode) == ([0, 5, 10], [-1.0, 3.0, 1.0], "lines+markers")
+
+
+def test_a_very_long_run_stays_a_small_file() -> None:
+    steps = range(200_000)  # a running mean that adds up its window for every point would take minutes
+    chart = line_chart([Series("a", GRAY, steps, [math.sin(s / 9000) for s in steps])], "PPO step", "reward")
+    assert len(chart.to_json()) < 80_000
+    assert chart.data[0].y == pytest.approx(np.sin(chart.data[0].x / 9000), abs=1e-3)
 
 
 def test_layers_stand_on_each_other() -> None:
-    layers = [Series("a", "p0", [1, 2], [1.0, 2.0]), Series("b", "p1", [1, 2], [3.0, 1.0])]
-    lower, upper = _paths(stacked_chart(layers, "PPO step", "seconds"), "layer")
-    ground = max(y for _, y in lower)
-    unit = ground - lower[0][1]  # the first layer is 1 s high at step 1
-    assert [(ground - y) / unit for _, y in lower] == pytest.approx([1, 1, 2, 2, 0, 0, 0, 0], abs=0.02)
-    assert [(ground - y) / unit for _, y in upper] == pytest.approx([4, 4, 3, 3, 2, 2, 1, 1], abs=0.02)
+    layers = [Series("a", GRAY, [1, 2], [1.0, 2.0]), Series("b", COLORS[0], [1, 2], [3.0, 1.0])]
+    lower, upper = stacked_chart(layers, "PPO step", "seconds").data
+    assert lower.stackgroup == upper.stackgroup  # plotly adds up the layers of one group
+    assert [list(lower.y), list(upper.y)] == [[1.0, 2.0], [3.0, 1.0]]
+
+
+def test_a_cloud_has_a_ring_at_its_mean_and_a_path_has_none() -> None:
+    group = Series("a", GRAY, [0.0, 1.0, 5.0], [3.0, 3.0, 0.0])
+    cloud, ring = scatter_chart([group], "proxy", "gold").data
+    assert (list(cloud.x), list(ring.x), list(ring.y)) == ([0.0, 1.0, 5.0], [2.0], [2.0])
+    (path,) = scatter_chart([group], "proxy", "gold", joined=True).data
+    assert path.mode == "lines+markers"
+    assert list(path.marker.opacity) == sorted(path.marker.opacity)
 
 
 def test_a_histogram_shows_shares_of_groups_of_different_size() -> None:
-    groups = [Series("few", "before", [], [0.0, 1.0]), Series("many", "after", [], [0.0, 0.1] * 50 + [1.0] * 100)]
-    svg = histogram_chart(groups, "energy loss")
-    few, many = _paths(svg, "bars")
-    ground = few[0][1]
-    assert ground - few[1][1] == pytest.approx(ground - few[-2][1])  # one half at each end
-    assert many[-2][1] == few[-2][1]  # and so has the large group at its upper end
-    assert [round(float(x), 1) for x in re.findall(r'<line class="average"[^>]* x1="([\d.]+)"', svg)] == pytest.approx(
-        [(few[0][0] + few[-1][0]) / 2, few[0][0] + 0.525 * (few[-1][0] - few[0][0])], abs=0.2
-    )
+    groups = [Series("few", GRAY, [], [0.0, 1.0]), Series("many", COLORS[0], [], [0.0, 0.1] * 50 + [1.0] * 100)]
+    chart = histogram_chart(groups, "energy loss")
+    assert [list(trace.x) for trace in chart.data] == [group.y for group in groups]
+    assert {(trace.histnorm, trace.bingroup) for trace in chart.data} == {("percent", "all")}  # shares, in equal bins
+    assert [line.x0 for line in chart.layout.shapes] == pytest.approx([0.5, 0.525])  # the means
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [1e9, 3e9]])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [1e9, 3e9], [2.0]])
 def test_any_scale_can_be_drawn(values: list[float]) -> None:
-    series = Series("a", "proxy", [1, 2], values)
-    for svg in (line_chart([series], "PPO step", "reward"), histogram_chart([series], "energy loss")):
-        assert "nan" not in svg
-        assert len(re.findall(r'dy=".32em"', svg)) >= 2
+    series = [Series("a", GRAY, list(range(len(values))), values)]
+    for chart in (
+        line_chart(series, "PPO step", "reward"),
+        stacked_chart(series, "PPO step", "seconds"),
+        scatter_chart(series, "proxy", "gold"),
+        histogram_chart(series, "energy loss"),
+    ):
+        assert "NaN" not in chart.to_json()
+        assert chart.data

@@ -128,7 +128,8 @@ def test_what_stands_at_masked_positions_changes_no_bit(poison: float) -> None:
 def test_rewards_are_independent_of_padding() -> None:
     inputs = make_inputs(models=3)
     wide: dict[str, Any] = {
-        name: torch.nn.functional.pad(getattr(inputs, name), (0, 9)) for name in ("mask", "logprobs", "ref_logprobs")
+        name: torch.nn.functional.pad(getattr(inputs, name), (0, 9))
+        for name in ("tokens", "mask", "logprobs", "ref_logprobs")
     }
     padded = pipeline(EVERYTHING)(make_inputs(models=3, **wide)).token_rewards
     torch.testing.assert_close(padded[:, : S - 1], pipeline(EVERYTHING)(inputs).token_rewards)
@@ -165,7 +166,7 @@ def test_energy_schedule_and_sides() -> None:
         ({"eta": 0.4, "sided": "rise"}, 0.0),
         ({"eta": 0.4, "schedule": "linear"}, -0.3),  # step 3 of 4
     ):
-        means = pipeline({"energy": settings})(make_inputs(**energies)).ledger.means()
+        means = pipeline({"energy_penalty": settings})(make_inputs(**energies)).ledger.means()
         assert means["reward/energy_penalty"] == pytest.approx(expected)
 
 

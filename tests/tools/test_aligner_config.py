@@ -361,7 +361,7 @@ def test_unknown_keys_are_listed_and_strict_refuses_them(tmp_path: Path, capsys:
     assert main([*arguments, "--strict"]) == 2
     assert "trainer.ppo.gae_lamda" in capsys.readouterr().err
     assert main([*arguments, "--report", str(tmp_path / "report.txt")]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["ppo"]["lam"] == 0.9
+    assert yaml.safe_load(capsys.readouterr().out)["ppo"]["advantages"]["lam"] == 0.9
     assert (
         "unknown (no keys of that project): 1\n  trainer.ppo.gae_lamda = 0.5" in (tmp_path / "report.txt").read_text()
     )

@@ -155,15 +155,14 @@ def test_a_truncated_checkpoint_is_named(models: Models, tmp_path: Path) -> None
 
 def test_training_jobs_check_their_data_first(models: Models, tmp_path: Path) -> None:
     data = {"train": models.data / "sft.train.jsonl", "validation": models.data / "sft.validation.jsonl"}
-    wrong = load_config(RewardTrainingConfig, {"model": {"restore_from_path": models.sft}, "data": data})
+    common = {"model": {"restore_from_path": models.sft}, "fit": {"global_batch_size": 4}, "optimizer": {"lr": 1e-5}}
+    wrong = load_config(RewardTrainingConfig, {**common, "data": data})
     with pytest.raises(ConfigError, match="chosen"):
         train_reward_model(wrong, a_run(tmp_path))
     same = {"train": data["train"], "validation": data["train"]}
     with pytest.raises(ConfigError, match="the same file"):
-        load_config(SFTConfig, {"model": {"restore_from_path": models.sft}, "data": same})
-    short = load_config(
-        SFTConfig, {"model": {"restore_from_path": models.sft}, "data": {**data, "max_sequence_length": 8}}
-    )
+        load_config(SFTConfig, {**common, "data": same})
+    short = load_config(SFTConfig, {**common, "data": {**data, "max_sequence_length": 8}})
     with pytest.raises(ConfigError, match="max_sequence_length = 8"):
         train_sft(short, a_run(tmp_path))
 

@@ -1,0 +1,129 @@
+"""A job's settings: Hydra composes them from YAML files and the command line, and the job's schema checks them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_eppo.config import Config, ConfigError, ConfigT, load_config
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the settings of a job come from."""
+
+    name: str
+    """The YAML file, without its ending."""
+    directories: Sequence[Path]
+    """Directories that may hold this file and the files that it names; of two with the same name the first wins."""
+    overrides: Sequence[str]
+    """The `key=value` arguments of the command line."""
+
+    def compose(self) -> DictConfig:
+        """Return the settings as Hydra composes them.
+
+        Raises:
+            ConfigError: a file or an argument cannot be read, or a key is given twice.
+        """
+        for directory in self.directories:
+            if not directory.is_dir():
+                raise ConfigError(
+                    f"cannot read the settings {directory / self.name}.yaml: Primary config directory not found"
+                )
+        first, *others = self.directories
+        _OtherDirectories.directories = others
+        Plugins.instance().register(_OtherDirectories)
+        try:
+            with initialize_config_dir(str(first), version_base="1.3"):
+                return compose(self.name, self.hydra_overrides())
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            files = [directory / f"{self.name}.yaml" for directory in self.directories]
+            file = next(filter(Path.exists, files), files[0])
+            cause = f": {error.__cause__}" if error.__cause__ else ""
+            raise ConfigError(f"cannot read the settings {file}: {error}{cause}") from None
+
+    def hydra_overrides(self) -> list[str]:
+        """Return the overrides as Hydra needs them to set keys that the YAML file leaves out.
+
+        Whether there is such a key, the schema tells better.
+        """
+        first: dict[str, str] = {}
+        forced = []
+        for override in OverridesParser.create().parse_overrides(list(self.overrides)):
+            text, key = str(override.input_line), override.key_or_group
+            if (earlier := first.setdefault(f"{key}@{override.package}", text)) is not text:
+                raise ConfigError(f"{key} is given twice on the command line: {earlier} and {text}")
+            chooses_file = key.startswith("hydra") or any((directory / key).is_dir() for directory in self.directories)
+            force = override.type is OverrideType.CHANGE and not chooses_file
+            forced.append(f"++{text}" if force else text)
+        return forced
+
+
+class _OtherDirectories(SearchPathPlugin):
+    """Hydra composes from one directory; this is how it learns of others, of which some have the same files."""
+
+    directories: ClassVar[Sequence[Path]] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for directory in self.directories:
+            search_path.append("nemo_eppo", f"file://{directory}")
+
+
+def read_settings(schema: type[ConfigT], directory: Path, name: str, overrides: Sequence[str]) -> ConfigT:
+    """Return the checked settings of a job that is started with these `key=value` arguments.
+
+    Args:
+        directory: holds the YAML file `name` (without its ending).
+
+    Raises:
+        ConfigError: as the job itself would report it.
+    """
+    return check(schema, Source(name, [directory], overrides).compose())
+
+
+def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
+    """Return composed settings as an object of the schema.
+
+    Raises:
+        ConfigError: one line for each key that is missing, unknown or has a wrong value.
+    """
+    try:
+        missing = OmegaConf.missing_keys(composed)
+        OmegaConf.resolve(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    if not missing:
+        return load_config(schema, plain(composed))
+    message = "required, but not set (??? in the YAML file): " + ", ".join(sorted(missing))
+    try:  # tell of wrong keys in the same breath: a misspelt one is often the very one that is missing
+        load_config(schema, _set_only(plain(composed)))
+    except ConfigError as error:
+        message = f"{error}\n{message}"
+    raise ConfigError(message)
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """Return composed settings as nested dicts and lists; `???` stands for a value that is required and not set."""
+    return cast(dict[str, Any], OmegaConf.to_container(composed))
+
+
+def as_yaml(config: Config) -> str:
+    """Return settings as the text of a YAML file that holds every key."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _set_only(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _set_only(value) if isinstance(value, dict) else value for key, value in values.items() if value != "???"
+    }

@@ -1,0 +1,61 @@
+"""Each default stands in one place: what the YAML files show is what the schemas say."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic_core import PydanticUndefined
+
+from nemo_eppo.config import Config, config_types
+from nemo_eppo.training.critic import CriticConfig
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.reward_model import RewardTrainingConfig
+from nemo_eppo.training.reward_service import RewardModelConfig
+from nemo_eppo.training.sft import SFTConfig
+
+CONF = Path(__file__).parents[2] / "conf"
+JOBS_OWN = {  # what sets the jobs apart, and so has another value than the schema that they share
+    "exp_manager.name",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "server.port",
+}
+
+
+def differences(
+    schema: type[Config], values: Mapping[str, Any], path: str = "", whole: Config | None = None
+) -> Iterator[str]:
+    """Keys whose value in the file is not the default of the schema that has one, or of the section `whole`."""
+    for name, value in values.items():
+        field = schema.model_fields[name]
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if whole is not None:
+            default = getattr(whole, name)
+        if isinstance(value, Mapping):
+            section = default if isinstance(default, Config) else None
+            yield from differences(config_types(field.annotation)[0], value, f"{path}{name}.", section)
+            continue
+        if default is PydanticUndefined or isinstance(value, list):
+            continue
+        if str(getattr(default, "value", default)) != str(value):
+            yield f"{path}{name}"
+
+
+@pytest.mark.parametrize(
+    ("file", "schema"),
+    [
+        ("gpt_sft", SFTConfig),
+        ("gpt_reward_model", RewardTrainingConfig),
+        ("serve_reward_model", RewardModelConfig),
+        ("gpt_ppo_critic", CriticConfig),
+        ("gpt_ppo_actor", PPOConfig),
+    ],
+)
+def test_yaml_and_schema_agree(file: str, schema: type[Config]) -> None:
+    values = yaml.safe_load((CONF / f"{file}.yaml").read_text())
+    values.pop("defaults", None)
+    values["model"].pop("restore_from_path")
+    assert set(differences(schema, values)) <= JOBS_OWN
