@@ -28,6 +28,7 @@ The C library may hold half as much again on a CPU, for what was freed in small 
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 from nemo_eppo.megatron.logprobs import rows_at_once
 from nemo_eppo.models.hf_names import entries
@@ -83,25 +84,13 @@ def estimate(
         outputs: of a scalar head in place of the output projection.
         replicas: D, data-parallel replicas.
     """
-    stages = [
-        _of_stage(
-            stage,
-            model,
-            parallel,
-            precision,
-            workload,
-            outputs,
-            replicas if distributed_optimizer else 1,
-            recompute,
-            lora,
-        )
-        for stage in range(parallel.pipeline_model_parallel_size)
-    ]
-    return max(stages, key=lambda memory: memory.total)
+    sharing = replicas if distributed_optimizer else 1
+    of_stage = partial(_of_stage, model, parallel, precision, workload, outputs, sharing, recompute, lora)
+    stages = range(parallel.pipeline_model_parallel_size)
+    return max(map(of_stage, stages), key=lambda memory: memory.total)
 
 
 def _of_stage(
-    stage: int,
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
@@ -110,6 +99,7 @@ def _of_stage(
     sharing: int,
     recompute: bool,
     lora: LoRAConfig | None,
+    stage: int,
 ) -> Memory:
     each = 4 if precision == "fp32" else 2
     parameters, largest = _parameters(model, parallel, stage, outputs)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 _SCRIPTS = {
-    "ppo-actor": "train_gpt_ppo_actor.py",
-    "ppo-critic": "serve_ppo_critic.py",
-    "reward-server": "serve_reward_model.py",
-    "reward-training": "train_reward_model.py",
-    "sft": "train_gpt_sft.py",
+    "ppo-actor": "train_gpt_ppo_actor",
+    "ppo-critic": "serve_ppo_critic",
+    "reward-server": "serve_reward_model",
+    "reward-training": "train_reward_model",
+    "sft": "train_gpt_sft",
 }
 _ORDER = ("unknown", "conflict", "lost", "changed", "dropped", "default", "mapped")
 _MEANING = {
@@ -84,35 +84,24 @@ def check(result: "Conversion") -> Config:
     """
     from nemo_eppo.tools.aligner_config import nested
     from nemo_eppo.tools.aligner_rules import REQUIRED
-    from nemo_eppo.training.critic import CriticConfig
-    from nemo_eppo.training.ppo_config import PPOConfig
-    from nemo_eppo.training.reward_model import RewardTrainingConfig
-    from nemo_eppo.training.reward_service import RewardModelConfig
-    from nemo_eppo.training.sft import SFTConfig
+    from nemo_eppo.training.kinds import KINDS
 
-    schemas: dict[str, type[Config]] = {
-        "ppo-actor": PPOConfig,
-        "ppo-critic": CriticConfig,
-        "reward-server": RewardModelConfig,
-        "reward-training": RewardTrainingConfig,
-        "sft": SFTConfig,
-    }
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
         key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }
     try:
-        return load_config(schemas[result.kind], nested(result.values | stand_ins))
+        return load_config(KINDS[_SCRIPTS[result.kind]].schema, nested(result.values | stand_ins))
     except ConfigError as error:
         raise ConfigError(f"the translated settings do not work together: {error}") from None
 
 
 def _header(result: "Conversion", source: Path) -> list[str]:
-    get = result.source.get
+    get, script = result.source.get, f"{_SCRIPTS[result.kind]}.py"
     ranks = f"--nnodes {get('trainer.num_nodes', 1)} --nproc_per_node {get('trainer.devices', 1)}"
     return [
-        f"Settings of {_SCRIPTS[result.kind]}, translated from {source.name} of NeMo-Aligner. Start it with",
-        f"torchrun {ranks} {_SCRIPTS[result.kind]} --config-dir DIRECTORY --config-name THIS_FILE",
+        f"Settings of {script}, translated from {source.name} of NeMo-Aligner. Start it with",
+        f"torchrun {ranks} {script} --config-dir DIRECTORY --config-name THIS_FILE",
         *(["method=eppo on the command line adds the energy-loss penalty"] if result.kind == "ppo-actor" else []),
     ]
 
