@@ -18,7 +18,7 @@ from nemo_eppo.data.tokenizer import train_bpe
 REPOSITORY = Path(__file__).parents[1]
 # what makes a command small enough for a test, put behind it
 SMALLER = {
-    "train_gpt_sft.py": "sft.max_steps=2 sft.global_batch_size=8",
+    "train_gpt_sft.py": "fit.max_steps=2 fit.global_batch_size=8",
     "train_reward_model.py": "fit.max_steps=2 fit.global_batch_size=8",
     "train_gpt_ppo_actor.py": "ppo.max_steps=1 ppo.rollout_batch_size=4 ppo.mini_batch_size=4 "
     "generation.max_new_tokens=16 data.max_prompt_length=64",
