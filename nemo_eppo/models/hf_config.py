@@ -25,7 +25,7 @@ def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if missing := [name for name in required if hf_config.get(name) is None]:
         raise ConfigError(f"config.json of {architecture} lacks {', '.join(missing)}")
     _expect(hf_config, family.fixed)
-    values = {key.field: _value(hf_config, name, key) for name, key in family.keys.items()}
+    values = {**family.features, **{key.field: _value(hf_config, name, key) for name, key in family.keys.items()}}
     heads = values["num_attention_heads"]
     if values["num_query_groups"] == heads:
         values["num_query_groups"] = None
