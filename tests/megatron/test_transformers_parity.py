@@ -58,18 +58,24 @@ def transformers_scores(network: Any) -> Tensor:
     return scores
 
 
+def model_width(network: Any) -> int:
+    """Width of the MLP between its projections."""
+    width: int = network.config.intermediate_size
+    return width
+
+
 @torch.no_grad()
 def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, Tensor, int, int]]:
     """L1 norms [N, S] of what enters and leaves each module of each layer in LAYERS, and the two widths."""
     batch = random_batch()
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
     modules: dict[tuple[int, str], Any] = {}
+    halves = {"gate_proj": slice(0, model_width(network)), "up_proj": slice(model_width(network), None)}
     for layer in LAYERS:
         block = network.model.layers[layer]
         names = {"layer": block, "mlp": block.mlp}
-        fused = hasattr(block.mlp, "gate_up_proj")
-        linears = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj")
-        names |= {name: getattr(block.mlp, name) for name in linears}
+        fused = getattr(block.mlp, "gate_up_proj", None)
+        names |= {name: fused or getattr(block.mlp, name) for name in halves} | {"down_proj": block.mlp.down_proj}
         modules |= {(layer, name): module for name, module in names.items()}
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -83,6 +89,8 @@ def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, T
         network(batch["tokens"][row : row + 1, :length])
         for key, module in modules.items():
             entered, left = seen[module]
+            if key[1] in halves and left.size(-1) > model_width(network):  # one linear is both
+                left = left[..., halves[key[1]]]
             shape = batch["tokens"].shape
             widths = (entered.size(-1), left.size(-1))
             e_in, e_out, *_ = norms.setdefault(key, (torch.zeros(shape), torch.zeros(shape), *widths))
