@@ -8,9 +8,12 @@ import torch
 from distributed import run_ranks
 from small_models import (
     EOS,
+    GEMMA2_MODEL,
     LAYOUTS,
+    MISTRAL_MODEL,
     MODEL,
     PAD,
+    PHI3_MODEL,
     QWEN2,
     QWEN3,
     build_engine,
@@ -45,8 +48,22 @@ MODELS = {
     ),
     "Qwen2": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3": ("Qwen3ForCausalLM", QWEN3),
+    "Gemma2": ("Gemma2ForCausalLM", GEMMA2_MODEL),
+    "Phi3": ("Phi3ForCausalLM", PHI3_MODEL),
+    "Mistral": ("MistralForCausalLM", MISTRAL_MODEL),
 }
-FAMILY_LAYOUTS = [("Llama", "one rank"), ("Llama 3.1", "one rank"), ("Qwen2", "TP 2"), ("Qwen3", "TP 2 PP 2")]
+FAMILY_LAYOUTS = [
+    ("Llama", "one rank"),
+    ("Llama 3.1", "one rank"),
+    ("Qwen2", "TP 2"),
+    ("Qwen3", "TP 2 PP 2"),
+    ("Gemma2", "one rank"),
+    ("Gemma2", "TP 2 PP 2"),
+    ("Gemma2", "virtual PP 2x2"),
+    ("Phi3", "TP 2"),
+    ("Phi3", "PP 2"),
+    ("Mistral", "one rank"),
+]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
 
 
@@ -107,8 +124,8 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
 
 @torch.no_grad()
 def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]]:
-    config = AutoConfig.for_model(**hf_config(model, architecture))
-    network = AutoModelForCausalLM.from_config(config).eval()
+    config = AutoConfig.for_model(**hf_config(model, architecture) | {"pad_token_id": PAD})
+    network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
     network.tie_weights()
     responses = []

@@ -118,15 +118,14 @@ def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize("softcap", [0.7, 4.0, 1e4])
+@pytest.mark.parametrize("softcap", [0.7, 4.0])
 def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: float, scoring: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        tolerance *= max(1, softcap / 100)  # rounding of logit / c, times c
         got = run_ranks(score, 2, SCORINGS[scoring], dtype, 2, False, 1, softcap)
         expected = reference(SCORINGS[scoring], dtype, softcap)
         compare(f"{scoring} capped at {softcap} {dtype}", 2, False, got, expected, tolerance)
     uncapped = reference(SCORINGS[scoring], torch.float64)["scores"]
-    assert float((expected["scores"] - uncapped).abs().max()) > 0.1 or softcap == 1e4
+    assert float((expected["scores"] - uncapped).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("scoring", ["plain", "all"])
