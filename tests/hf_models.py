@@ -52,7 +52,7 @@ FAMILIES: dict[str, Any] = {
         **_SETTINGS | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 131072}
     ),
     "Mistral": MistralConfig(**_SETTINGS | {"sliding_window": None}),
-    "Mistral 7B": MistralConfig(**_SETTINGS | {"sliding_window": 4}),
+    "Mistral7B": MistralConfig(**_SETTINGS | {"sliding_window": 4}),
     "Qwen2": Qwen2Config(**_SETTINGS | {"tie_word_embeddings": True}),
     "Qwen3": Qwen3Config(**_SETTINGS | {"head_dim": 12}),
     "Gemma2": Gemma2Config(

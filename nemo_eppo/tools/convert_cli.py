@@ -16,8 +16,8 @@ def add_convert(
         formatter_class=formatter,
         help="Hugging Face directories to Megatron checkpoints and back; settings of NeMo-Aligner",
         description="""\
-Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
-model needs the memory of one of its files and one of its layers, whatever its size.
+Convert models (Llama, Mistral, Qwen, Gemma 2, Phi-3), weights bit by bit, with config and tokenizer. Weights are
+streamed: a model needs the memory of one of its files and one of its layers, whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
@@ -71,8 +71,8 @@ holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standa
         parser.add_argument(
             "--architecture",
             metavar="NAME",
-            help=f"of config.json (default: Llama{suffix}, or Qwen2 or Qwen3 if the model has their biases or norms); "
-            f"name Mistral{suffix} if that is meant",
+            help="of config.json, where another than that of the model's family is meant, e.g. "
+            f"Mistral{suffix} for a Llama model",
         )
         parser.add_argument(
             "--precision",

@@ -163,14 +163,15 @@ def test_prompts_may_be_prefilled_in_parts() -> None:
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
 
 
-def decode_bf16() -> tuple[list[Completion], list[torch.Tensor]]:
-    chunks = build_policy({}, precision="bf16")
-    completions = build_engine(chunks).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
+def decode_bf16(model: ModelConfig) -> tuple[list[Completion], list[torch.Tensor]]:
+    chunks = build_policy({}, model, precision="bf16")
+    completions = build_engine(chunks, model).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
     return completions, trainer_logprobs(chunks, PROMPTS, completions, SAMPLINGS["temperature"])
 
 
-def test_bf16_models_have_fp32_logprobs_near_the_trainers() -> None:
-    completions, expected = run_ranks(decode_bf16, 1)[0]
+@pytest.mark.parametrize("model", [MODEL, GEMMA2_MODEL], ids=["Llama", "Gemma2"])
+def test_bf16_models_have_fp32_logprobs_near_the_trainers(model: ModelConfig) -> None:
+    completions, expected = run_ranks(decode_bf16, 1, model)[0]
     ours, theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions]), torch.cat(expected)
     assert (ours != ours.bfloat16()).any()
     assert (ours - theirs).abs().mean() < 0.02

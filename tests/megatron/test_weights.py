@@ -229,7 +229,7 @@ LLAMA3_ROPE = {
 }
 
 
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 4096},
     "Qwen2": {"qkv_bias": True, "head_dim": None},
     "Qwen3": {"qk_norm": True},
