@@ -1,7 +1,7 @@
 """The supported model families. A new one is a description in this file; see `Family` for what it says."""
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.models.family import KEYS, NAMES, Family, Key
+from nemo_eppo.models.family import FIXED, KEYS, NAMES, Family, Key
 from nemo_eppo.models.model_config import ModelConfig
 
 HEADS = ("ForCausalLM", "ForSequenceClassification")
@@ -14,7 +14,6 @@ class UnsupportedArchitecture(ConfigError):
 LLAMA = Family(
     name="Llama",
     keys={**KEYS, "num_key_value_heads": Key("num_query_groups", None)},
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     tensorrt_llm=True,
 )
 _QWEN_KEYS = {**KEYS, "sliding_window": Key("sliding_window", 4096, switch="use_sliding_window")}
@@ -22,7 +21,6 @@ QWEN2 = Family(
     name="Qwen2",
     features={"qkv_bias": True, "head_dim": None},
     keys=_QWEN_KEYS,
-    fixed={"hidden_act": "silu"},
     global_layers=lambda config: range(config.get("max_window_layers", 28)),
     tensorrt_llm=True,
 )
@@ -30,14 +28,12 @@ QWEN3 = Family(
     name="Qwen3",
     features={"qk_norm": True},
     keys={**_QWEN_KEYS, "head_dim": Key("head_dim")},
-    fixed={"hidden_act": "silu", "attention_bias": False},
     global_layers=QWEN2.global_layers,
     tensorrt_llm=True,
 )
 MISTRAL = Family(
     name="Mistral",
     keys={**KEYS, "sliding_window": Key("sliding_window", 4096)},
-    fixed={"hidden_act": "silu"},
     tensorrt_llm=True,
 )
 GEMMA2 = Family(
@@ -52,7 +48,7 @@ GEMMA2 = Family(
         "final_logit_softcapping": Key("logit_softcap", 30.0),
         "sliding_window": Key("sliding_window"),
     },
-    fixed={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    fixed={"hidden_activation": "gelu_pytorch_tanh"},
     names={
         **NAMES,
         "self_attn_bda.norm.weight": ("post_attention_layernorm.weight",),
@@ -69,7 +65,7 @@ PHI3 = Family(
         "num_key_value_heads": Key("num_query_groups", None),
         "sliding_window": Key("sliding_window", None),
     },
-    fixed={"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0},
+    fixed={**FIXED, "partial_rotary_factor": 1.0},
     names={
         **NAMES,
         "self_attention.linear_qkv.weight": ("self_attn.qkv_proj.weight",),

@@ -37,6 +37,8 @@ KEYS: Mapping[str, Key] = {
 }
 """Keys that all families have; rotary settings are read and written apart from them."""
 
+FIXED: Mapping[str, Any] = {"hidden_act": "silu"}
+"""Settings of config.json that most families have in common and cannot change."""
 _ATTENTION, _MLP = "self_attention.", "mlp."
 NAMES: Mapping[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
@@ -65,8 +67,8 @@ class Family:
     features: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig that have this value in all its models; those without a key have ModelConfig's default."""
     keys: Mapping[str, Key] = field(default_factory=lambda: KEYS)
-    fixed: Mapping[str, Any]
-    """Settings of config.json that have this value or are left out; written with it."""
+    fixed: Mapping[str, Any] = field(default_factory=lambda: FIXED)
+    """Settings of config.json that have this value or are left out; they are written."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NAMES)
     global_layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
     """config.json -> its layers without a sliding window, where it has no layer_types; None where layers are alike."""

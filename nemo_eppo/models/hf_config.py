@@ -8,6 +8,7 @@ from nemo_eppo.models.families import HEADS, family_of, family_of_architecture
 from nemo_eppo.models.family import REQUIRED, Family, Key
 from nemo_eppo.models.model_config import ModelConfig
 
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of megatron-core."""
@@ -24,7 +25,7 @@ def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     required = [name for name, key in family.keys.items() if key.default is REQUIRED]
     if missing := [name for name in required if hf_config.get(name) is None]:
         raise ConfigError(f"config.json of {architecture} lacks {', '.join(missing)}")
-    _expect(hf_config, family.fixed)
+    _expect(hf_config, {**_NO_BIASES, **family.fixed})
     values = {**family.features, **{key.field: _value(hf_config, name, key) for name, key in family.keys.items()}}
     heads = values["num_attention_heads"]
     if values["num_query_groups"] == heads:
