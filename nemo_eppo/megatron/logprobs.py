@@ -46,6 +46,7 @@ def token_logprobs(
     vocab_size: int,
     sequence_parallel: bool,
     scoring: ScoringConfig,
+    softcap: float | None = None,
 ) -> Tensor:
     """Log-probability of each target token and entropy of the distribution it came from.
 
@@ -57,6 +58,7 @@ def token_logprobs(
         vocab_size: rows of the projection that are real tokens; padding rows get probability 0.
         scoring: temperature and filters. With top-k or top-p the kept set follows the current logits, always includes
             the target, and costs a gather of one chunk's logits.
+        softcap: see `soft_capped`.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
@@ -68,9 +70,14 @@ def token_logprobs(
     targets = targets.transpose(0, 1)
     rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
     wanted = hidden.flatten(0, 1).index_select(0, rows)
-    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, scoring)
+    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, scoring, softcap)
     out = scores.new_zeros(targets.numel(), 2).index_copy(0, rows, scores)
     return out.view(*targets.shape, 2).transpose(0, 1)
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c * tanh(logits / c), so that none exceeds c in size (Gemma 2, arXiv 2408.00118, section 2); None leaves them."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -85,8 +92,9 @@ class _TokenLogProbs(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_size: int,
         scoring: ScoringConfig,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.layout = (group, vocab_size, scoring)
+        ctx.layout = (group, vocab_size, scoring, softcap)
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
@@ -111,20 +119,24 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = None  # a frozen projection needs none
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
-        temperature = ctx.layout[2].temperature
+        temperature, softcap = ctx.layout[2].temperature, ctx.layout[3]
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
+            if softcap is not None:  # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2; what is masked has no gradient anyway
+                slope = 1 - (x * (temperature / softcap)).clamp_(-1, 1).square_()
             logp = x.sub_(result[rows, 2:3])
             p = logp.exp()
             grad_logprob, grad_entropy = (grads[0][rows] / temperature).split(1, -1)
             grad = logp.add_(result[rows, 1:2]).mul_(-grad_entropy).sub_(grad_logprob).mul_(p)
             grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
+            if softcap is not None:
+                grad.mul_(slope)
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -142,10 +154,16 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, vocab_size: int, scoring: ScoringConfig
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    scoring: ScoringConfig,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and where [n]."""
-    logits = _compute_dtype(hidden @ weight.T)
+    logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
     if scoring.temperature != 1.0:
         logits.div_(scoring.temperature)
     size = weight.size(0)

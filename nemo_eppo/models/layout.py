@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.models.families import family_of
 from nemo_eppo.models.model_config import ModelConfig
 
 
@@ -57,7 +58,8 @@ class ParallelConfig(Config):
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "model") -> None:
-    """Raise ConfigError, naming all that does not divide, before any model is built."""
+    """Raise ConfigError, before any model is built, for a model of no family, or naming all that does not divide."""
+    family_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     problems = [

@@ -17,6 +17,7 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.megatron.checkpoint_weights import read_weights, write_weights
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.families import family_of_architecture
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
 from nemo_eppo.models.hf_names import hf_names
@@ -83,8 +84,7 @@ class MegatronToHf:
         source: a checkpoint, or a directory of checkpoints `step_*`, whose newest is taken.
         output: the directory to write, which must not exist.
         head: lm for a policy, scalar for a reward model.
-        architecture: None for Llama, Qwen2 or Qwen3, whichever has the model's biases and norms. A Mistral model has
-            the modules of a Llama model.
+        architecture: None for that of the model's family.
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
 
     Raises:
@@ -108,12 +108,13 @@ class MegatronToHf:
         self.stored = checkpoint_files.stored_precision(self.source)
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes
-        model = self.manifest.model
+        self.model = self.manifest.model
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
-        architecture = architecture or causal_architecture(model).replace("ForCausalLM", suffix)
+        architecture = architecture or causal_architecture(self.model).replace("ForCausalLM", suffix)
         if not architecture.endswith(suffix):
             raise ConfigError(f"architecture {architecture!r}: expected one that ends with {suffix}")
-        self.config = hf_config(model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.config = hf_config(self.model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.model = self.model.model_copy(update={"family": family_of_architecture(architecture).name})
         self.config["torch_dtype"] = str(_DTYPES[self.precision]).removeprefix("torch.")
         if head == "scalar":
             state = self.manifest.state
@@ -132,8 +133,8 @@ class MegatronToHf:
         outputs = None if self.head == "lm" else 1
         lora = self.manifest.lora
         factor = lora.alpha / lora.rank if lora else None
-        tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.manifest.model, outputs, factor)
-        bar = tqdm(tensors, total=len(hf_names(self.manifest.model)), unit="tensor", disable=None)
+        tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.model, outputs, factor)
+        bar = tqdm(tensors, total=len(hf_names(self.model)), unit="tensor", disable=None)
         tokenizer = self.source / checkpoint_files.TOKENIZER
         write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
 

@@ -13,8 +13,8 @@ def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "convert",
         help="turn Hugging Face directories into Megatron checkpoints and back, or translate NeMo-Aligner's settings",
         description="""\
-Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
-model needs the memory of one of its files and one of its layers, whatever its size.
+Convert models (Llama, Mistral, Qwen, Gemma 2, Phi-3), weights bit by bit, with config and tokenizer. Weights are
+streamed: a model needs the memory of one of its files and one of its layers, whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
@@ -67,8 +67,8 @@ holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standa
         parser.add_argument(
             "--architecture",
             metavar="NAME",
-            help=f"architecture that config.json names (default: Llama{suffix}, or Qwen2 or Qwen3 if the model has "
-            f"their biases or norms); name Mistral{suffix} for a Mistral model",
+            help="architecture that config.json names, where it is not to be that of the model's family, e.g. "
+            f"Mistral{suffix} for a Llama model",
         )
         parser.add_argument(
             "--precision",

@@ -46,11 +46,14 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.to(dtype) for name, value in values.items()} | {"targets": targets}
 
 
-def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
-    """The definition, in fp64: filter the whole vocabulary's logits, but never the target; then log_softmax."""
+def reference(scoring: ScoringConfig, dtype: torch.dtype, softcap: float | None = None) -> Results:
+    """The definition, in fp64: cap all logits, filter them, but never the target; then log_softmax."""
     given = inputs(dtype)
     hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
-    logits = (hidden @ weight.T).transpose(0, 1) / scoring.temperature
+    logits = (hidden @ weight.T).transpose(0, 1)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits / scoring.temperature
     targets = given["targets"]
     keep = torch.zeros_like(logits, dtype=torch.bool)
     for place in itertools.product(range(BATCH), range(SEQUENCE)):
@@ -68,7 +71,14 @@ def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
-def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel: bool, chunk: int | None) -> Results:
+def score(
+    scoring: ScoringConfig,
+    dtype: torch.dtype,
+    tp: int,
+    sequence_parallel: bool,
+    chunk: int | None,
+    softcap: float | None = None,
+) -> Results:
     """The product, its projection padded with rows that would win every softmax if they were not masked."""
     initialize(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel), seed=0)
     if chunk is not None:
@@ -79,7 +89,7 @@ def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel
     hidden = given["hidden"].chunk(tp)[dist.get_rank()] if sequence_parallel else given["hidden"]
     hidden = hidden.clone().requires_grad_()
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "scoring": scoring}
-    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), **options)
+    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, **options)
     (scores * given["grads"]).sum().backward()
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
@@ -105,6 +115,17 @@ def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel
         assert got[0]["scores"].dtype == dtype
         expected = reference(SCORINGS[scoring], dtype)
         compare(f"{scoring} TP{tp} SP={sequence_parallel} {dtype}", tp, sequence_parallel, got, expected, tolerance)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("softcap", [0.7, 4.0])
+def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: float, scoring: str) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        got = run_ranks(score, 2, SCORINGS[scoring], dtype, 2, False, 1, softcap)
+        expected = reference(SCORINGS[scoring], dtype, softcap)
+        compare(f"{scoring} capped at {softcap} {dtype}", 2, False, got, expected, tolerance)
+    uncapped = reference(SCORINGS[scoring], torch.float64)["scores"]
+    assert float((expected["scores"] - uncapped).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("scoring", ["plain", "all"])
