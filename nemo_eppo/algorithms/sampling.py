@@ -1,5 +1,7 @@
 """Sampling that depends on (seed, position) and the logits alone: not on batch order, batch size, layout or device."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,21 @@ _WRAP = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15 - _WRAP
 _MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
 _MIX_2 = 0x94D049BB133111EB - _WRAP
+
+
+class Distribution(NamedTuple):
+    """Which distribution tokens are sampled from, and so whose log-probabilities are meant."""
+
+    temperature: float
+    """The logits are divided by it."""
+    top_k: int
+    """Only the k likeliest tokens are kept; 0 keeps all."""
+    top_p: float
+    """Of these, the likeliest that hold this share of the probability; 1 keeps all."""
+
+
+UNCHANGED = Distribution(temperature=1.0, top_k=0, top_p=1.0)
+"""The model's own distribution."""
 
 
 def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -8,9 +8,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.heads import ScalarHeads, build_head
-from nemo_eppo.megatron.logprobs import ScoringConfig, soft_capped, token_logprobs
+from nemo_eppo.megatron.logprobs import soft_capped, token_logprobs
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
 from nemo_eppo.models.layout import ParallelConfig, check_layout
 from nemo_eppo.models.model_config import Head, ModelConfig, Precision
@@ -57,7 +58,7 @@ class PolicyModel(_Decoder):
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
-        self.scoring = ScoringConfig()
+        self.distribution = UNCHANGED
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
         softcap = self.description.logit_softcap
@@ -71,7 +72,7 @@ class PolicyModel(_Decoder):
             parallel_state.get_tensor_model_parallel_group(),
             vocab_size=self.real_vocab_size,
             sequence_parallel=self.config.sequence_parallel,
-            scoring=self.scoring,
+            distribution=self.distribution,
             softcap=softcap,
         )
 
@@ -167,7 +168,7 @@ def unwrap(chunk: nn.Module) -> Any:
     return chunk
 
 
-def set_scoring(chunks: list[nn.Module], scoring: ScoringConfig) -> None:
+def set_distribution(chunks: list[nn.Module], distribution: Distribution) -> None:
     """Choose the distribution whose log-probabilities the policy reports."""
     for chunk in chunks:
-        unwrap(chunk).scoring = scoring
+        unwrap(chunk).distribution = distribution

@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from nemo_eppo.algorithms.sampling import Distribution
 from nemo_eppo.config import Config
 
 
@@ -18,6 +19,11 @@ class SamplingParams(Config):
     """Sample among the likeliest tokens that hold this share of the probability; 1: among all."""
     greedy: bool = False
     """Always take the likeliest token."""
+
+    @property
+    def distribution(self) -> Distribution:
+        """What a response's tokens are sampled from, unless it is greedy."""
+        return Distribution(self.temperature, self.top_k, self.top_p)
 
     @model_validator(mode="after")
     def _greedy_samples_nothing(self) -> "SamplingParams":

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig
-from nemo_eppo.megatron.model import build_model, set_scoring, unwrap
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import load_tensors
@@ -102,7 +102,6 @@ def trainer_logprobs(
     targets = torch.full_like(tokens, IGNORE)
     for row, prompt, length in zip(range(len(rows)), prompts, lengths.tolist(), strict=True):
         targets[row, len(prompt) - 1 : length - 1] = tokens[row, len(prompt) : length]
-    scoring = ScoringConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    set_scoring(chunks, scoring)
+    set_distribution(chunks, sampling.distribution)
     logprobs = ModelRunner(chunks, micro_batch_size=2).infer(tokens, lengths, targets, outputs=2)[0][..., 0]
     return [logprobs[row][targets[row] != IGNORE] for row in range(len(rows))]
