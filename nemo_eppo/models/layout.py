@@ -16,15 +16,11 @@ class ParallelConfig(Config):
     """Ranks that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline rank (interleaved schedule); null for one."""
-    context_parallel_size: int = Field(1, ge=1)
-    """Ranks that share a sequence. Only 1 works today: the CPU attention and the log-prob pass need whole sequences."""
     sequence_parallel: bool = False
     """Also split activations outside attention and MLP over the tensor-parallel ranks."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelConfig":
-        if self.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size = {self.context_parallel_size}: only 1 is supported")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel = true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:

@@ -42,7 +42,7 @@ COMMON: Rules = {
     "model.tensor_model_parallel_size": to("model.parallel.tensor_model_parallel_size", 1),
     "model.pipeline_model_parallel_size": to("model.parallel.pipeline_model_parallel_size", 1),
     "model.virtual_pipeline_model_parallel_size": to("model.parallel.virtual_pipeline_model_parallel_size"),
-    "model.context_parallel_size": to("model.parallel.context_parallel_size"),
+    "model.context_parallel_size": dropped("every rank holds whole sequences here; its ranks become data parallelism"),
     "model.sequence_parallel": joint("model.parallel.sequence_parallel", False),
     "model.activations_checkpoint_granularity": to("model.recompute", None, recompute),
     "model.activations_checkpoint_method": dropped(_SPEED),
