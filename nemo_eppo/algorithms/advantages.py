@@ -201,29 +201,3 @@ ESTIMATORS: dict[EstimatorName, type[AdvantageEstimator]] = {
     "reinforce_plus_plus": ReinforcePlusPlus,
     "remax": ReMax,
 }
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-    bootstrap_truncated: bool = False,
-    truncated: Tensor | None = None,
-    bootstrap_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`GAE` without whitening, for callers who hold the value after the last action apart from `values` [B, T].
-
-    Args:
-        bootstrap_values: [B], read only for truncated rows; without it the value at the last action stands in.
-    """
-    if bootstrap_truncated:
-        if truncated is None:
-            raise ValueError("truncated: needed when bootstrap_truncated is set")
-        last = last_action(mask)[:, None]
-        after = values.gather(1, last) if bootstrap_values is None else bootstrap_values[:, None].to(values)
-        values = torch.cat([values, values[:, :1]], dim=1).scatter(1, last + 1, after)
-    estimator = GAE(gamma, lam, whiten=False, bootstrap_truncated=bootstrap_truncated)
-    no_row = torch.zeros_like(mask[:, 0])
-    return estimator(rewards, values, mask, no_row.long(), no_row if truncated is None else truncated)

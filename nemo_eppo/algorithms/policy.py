@@ -19,12 +19,11 @@ Aggregation = Literal["token", "sequence", "fixed"]
 
 
 class PolicyStats(NamedTuple):
-    """Sums over response tokens, detached scalars: add them up over micro-batches and ranks, divide by `tokens`."""
+    """Detached scalars, each a sum over response tokens: add them up over micro-batches and ranks, and divide by the
+    response tokens of the global mini-batch to get a mean."""
 
-    tokens: Tensor
-    """Response tokens."""
     clipped: Tensor
-    """Tokens whose loss is the clipped one; over `tokens` this is the clip fraction."""
+    """Number of tokens whose loss is the clipped one; its mean is the clip fraction."""
     approx_kl: Tensor
     """k3 estimate of KL(old policy || policy)."""
     ratio: Tensor
@@ -108,7 +107,6 @@ def policy_loss(
 
     with torch.no_grad():
         stats = PolicyStats(
-            tokens=mask.sum().to(loss.dtype),
             clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask),
             approx_kl=masked_sum(ratio - 1 - log_ratio, mask),
             ratio=masked_sum(ratio, mask),

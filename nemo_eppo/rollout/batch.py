@@ -150,19 +150,22 @@ class Experience:
         return Experience(**chosen)
 
     def validate(self) -> None:
-        """Check every field.
+        """Check the shape of every field, and that values, rewards, advantages and returns are finite.
+
+        The log-probs and energies are those that `RewardInputs.validate` has found finite in the same step.
 
         Raises:
-            ValueError: naming a field of the wrong shape, or with NaN or infinity at an unmasked place.
+            ValueError: a field has a wrong shape, or NaN or infinity inside the mask; the message names it.
         """
         for name, x in self._tensors().items():
-            if x is None or name == "mask":
+            if x is None:
                 continue
             per_token = name not in ("energies", "ref_energies")
             if (x.shape != self.mask.shape) if per_token else (x.dim() != 2 or len(x) != len(self.mask)):
                 expected = tuple(self.mask.shape) if per_token else f"({len(self.mask)}, E)"
                 raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {expected}")
-            require_finite(name, x, self.mask if per_token else None)
+            if name in ("values", "rewards", "advantages", "returns"):
+                require_finite(name, x, self.mask)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
