@@ -207,7 +207,7 @@ def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
     page = _Page((tmp_path / "report.html").read_text())
     assert "Gold reward" not in page.texts["h3"]
     assert "Proxy against gold" not in page.texts["h2"]
-    assert "no gold scorer tells what that is worth" in page.texts["p"][1]
+    assert "there is no gold reward to compare it with" in page.texts["p"][1]
 
 
 def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
