@@ -72,7 +72,8 @@ class Indicator(Generic[ConfigT]):
     def _deviations(self, value: float, least_std: float, centre: float | None = None) -> float | None:
         """Return by how many running standard deviations `value` is above `centre`, by default the first steps' mean.
 
-        It is None during the first steps. The deviation counts as `least_std` at least, so that a quantity that hardly moved at first raises no alarm.
+        It is None during the first steps. The deviation counts as `least_std` at least, so that a quantity that hardly
+        moved at first raises no alarm.
         """
         first: list[float] = self.state.setdefault("first", [])
         if len(first) < self.warmup_steps:
