@@ -1,4 +1,4 @@
-"""Sampling that depends on (seed, position) and the logits alone: not on batch order, batch size, layout or device."""
+"""Sampling that depends only on seed, position and logits: not on batch order, batch size, layout or device."""
 
 from typing import NamedTuple
 

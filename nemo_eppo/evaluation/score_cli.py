@@ -1,4 +1,4 @@
-"""`nemo-eppo score`: its arguments."""
+"""The arguments of `nemo-eppo score`."""
 
 import argparse
 import os
@@ -13,25 +13,25 @@ def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "score",
         help="compute log-probability and energy loss of given responses under a model",
         description="""\
-Score {"prompt", "response"} rows with a Hugging Face directory or a checkpoint.
+Compute log-probability and energy loss of {"prompt", "response"} rows under a Hugging Face directory or a checkpoint.
 
-One row {"logprob", "num_tokens", "energy_loss"} per row, in order: the sum over the response's tokens of their
-log-probability, their number, and the mean energy loss at their positions. Prompt and response are tokenised
-separately, without special tokens, and put together. The command resumes an interrupted run.""",
+For each row one {"logprob", "num_tokens", "energy_loss"} is written, in order: the log-probability summed over the
+response's tokens, their number, and their mean energy loss. Prompt and response are tokenised separately, without
+special tokens, and concatenated. The same command resumes an interrupted run.""",
         epilog="""\
 example:
   nemo-eppo score --model models/Qwen3-8B --data answers.jsonl --output scores.jsonl --tp 2""",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or checkpoint")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows to score, .jsonl or .jsonl.gz")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows to read, .jsonl or .jsonl.gz")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="new .jsonl file, or that of the same command"
+        "--output", type=Path, required=True, metavar="FILE", help="new .jsonl file, or the one of an interrupted run"
     )
     parser.add_argument(
         "--preset",
         default="paper",
         help="energies to read: paper (the layer's residual stream), mlp_block, down_proj, mlp_linears or "
-        "mlp_linears_out (the last two add up those of gate, up and down projection)",
+        "mlp_linears_out (the last two sum over gate, up and down projection)",
     )
     parser.add_argument("--layer", type=int, default=-1, metavar="N", help="decoder layer to read; -1 is the last")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`nemo-eppo convert aligner-config`: its arguments, the check of its output, the report."""
+"""The arguments of `nemo-eppo convert aligner-config`, the check of its output, and its report."""
 
 import argparse
 import sys
@@ -77,10 +77,10 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
 
 
 def check(result: "Conversion") -> Config:
-    """Read the settings by the job's schema, with a stand-in for each value that is left to be set.
+    """Check the settings with the job's schema, with a placeholder for each value that is left to be set.
 
     Raises:
-        ConfigError: they do not fit the schema.
+        ConfigError: the settings do not fit the schema.
     """
     from nemo_eppo.tools.aligner_config import nested
     from nemo_eppo.tools.aligner_rules import REQUIRED
@@ -107,7 +107,7 @@ def _header(result: "Conversion", source: Path) -> list[str]:
 
 
 def render_report(result: "Conversion", source: Path) -> str:
-    """Write what became of every key, the worst first, and what is left to do."""
+    """Return the text that says what became of every key, the worst first, and what is left to do."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
     for status in _ORDER:
         rows = [row for row in result.rows if row.status == status]

@@ -1,5 +1,5 @@
-"""Every key of NeMo-Aligner's YAML files (gpt_ppo_actor, gpt_ppo_critic, inference_rm, training_rm, gpt_sft) and what
-becomes of it. A name that ends in ".*" stands for all below it."""
+"""Lists every key of NeMo-Aligner's YAML files (gpt_ppo_actor, gpt_ppo_critic, inference_rm, training_rm, gpt_sft) and
+the rule for it. A name that ends in ".*" stands for all keys below it."""
 
 from nemo_eppo.tools.aligner_rules import (
     Rule,

@@ -1,7 +1,7 @@
-"""`nemo-eppo convert`: Hugging Face directories to Megatron checkpoints and back.
+"""`nemo-eppo convert`: converts Hugging Face directories to Megatron checkpoints and back.
 
-Each conversion is checked when it is made. It streams the weights in one process: a model of any size is converted in
-the memory of one of its files and one decoder layer.
+Making a conversion checks it; `run` does it. The weights are streamed in one process, so a model of any size needs the
+memory of one of its files and one decoder layer.
 """
 
 from collections.abc import Iterator
@@ -28,14 +28,14 @@ _DTYPES = {**DTYPES, "fp16": torch.float16}
 
 
 class HfToMegatron:
-    """A language or reward model of a Hugging Face directory becomes a checkpoint, loadable under any layout.
+    """Converts a language or reward model of a Hugging Face directory to a checkpoint that loads under any layout.
 
     Args:
         output: the directory to write, which must not exist.
-        precision: the precision of the checkpoint; None for the narrowest that holds every tensor exactly.
+        precision: the precision of the checkpoint; None: the narrowest that holds every tensor exactly.
 
     Raises:
-        ConfigError: see HfDirectory; or a tokenizer that does not fit the model.
+        ConfigError: as HfDirectory; also if the tokenizer has more tokens than the model.
     """
 
     def __init__(self, source: Path, output: Path, precision: Precision | None = None) -> None:
@@ -58,7 +58,7 @@ class HfToMegatron:
                 bar.update()
                 try:
                     return self.source.tensor(name)
-                except KeyError:  # HfDirectory has seen to it that only this one can be missing
+                except KeyError:  # HfDirectory has checked that no other is missing
                     return torch.zeros(1)
 
             with directory_made_whole(self.output) as incomplete:
@@ -75,21 +75,21 @@ class HfToMegatron:
 
 
 class MegatronToHf:
-    """A checkpoint's model, with its adapters merged, becomes a Hugging Face directory.
+    """Converts a checkpoint's model, with its adapters merged, to a Hugging Face directory.
 
-    A reward model becomes a sequence-classification model with one output and no bias, as transformers has it: the bias
+    A reward model becomes a sequence-classification model with one output, which has no bias in transformers: the bias
     goes into the mean of the statistics in config.json, so that standardised scores are the same.
 
     Args:
-        source: a checkpoint, or a directory of checkpoints `step_*`, whose newest is taken.
+        source: a checkpoint, or a directory of checkpoints `step_*`, of which the newest is taken.
         output: the directory to write, which must not exist.
         head: lm for a policy, scalar for a reward model.
         architecture: None for that of the model's family.
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
 
     Raises:
-        ConfigError: no such checkpoint, a critic, a reward model that does not score the last token, or an architecture
-            that lacks a feature of the model.
+        ConfigError: there is no such checkpoint, it is a critic or a reward model that does not score the last token,
+            or the architecture lacks a feature of the model.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class MegatronToHf:
             self.config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
     def run(self) -> None:
-        """Convert; ConfigError if a file of the checkpoint is not as it was written."""
+        """Convert; ConfigError if a file of the checkpoint has changed since it was written."""
         checkpoint_files.verify(self.source)
         outputs = None if self.head == "lm" else 1
         lora = self.manifest.lora
@@ -139,7 +139,7 @@ class MegatronToHf:
         write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
 
     def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Turn the tensors into what the files hold."""
+        """Yield the tensors as they are stored in the files."""
         for name, tensor in tensors:
             if name == "score.bias":
                 state = self.manifest.state
@@ -159,7 +159,7 @@ def _require_absent(output: Path) -> None:
 
 def _token_ids(tokenizer_path: Path) -> dict[str, int | None]:
     tokenizer = Tokenizer.from_directory(tokenizer_path)
-    # transformers reads a sequence-classification score before the first pad token: where EOS pads, that would be the
-    # token before the last, and without a pad token it refuses to guess
+    # transformers reads a sequence-classification score before the first pad token: with EOS as pad token that would
+    # be the token before the last; without a pad token it raises an error instead
     pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}

@@ -1,4 +1,4 @@
-"""`nemo-eppo convert`: its arguments."""
+"""The arguments of `nemo-eppo convert`."""
 
 import argparse
 import math
@@ -57,7 +57,7 @@ It loads under any tensor- and pipeline-parallel layout, with the vocabulary pad
             """\
 Make a sequence-classification directory of a reward model's checkpoint.
 
-Its output at the last token is the raw score, less the head's bias, which transformers has no place for. config.json
+Its output at the last token is the raw score less the head's bias, which transformers cannot store. config.json
 holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
         ),
     ):
@@ -73,14 +73,14 @@ holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standa
         parser.add_argument(
             "--precision",
             choices=["fp32", "bf16", "fp16"],
-            help="precision of the files (default: that of the checkpoint); fp16 is for models that came in it",
+            help="precision of the files (default: as the checkpoint); fp16 is for models that were released in it",
         )
         parser.add_argument(
             "--max-shard-gb",
             type=float,
             default=4.0,
             metavar="GB",
-            help="size of a file; memory holds one",
+            help="largest size of a file; one is held in memory",
         )
         parser.set_defaults(run=_megatron_to_hf, head=head)
 

@@ -1,6 +1,6 @@
-"""A small task on which PPO over-optimises a learnt reward: repeat the prompt's nouns, in order, and stop.
+"""A small task on which PPO over-optimises a learned reward: repeat the prompt's nouns, in order, and stop.
 
-Words are tokens. The reward model is trained on labels that are biased towards hedge phrases; the true ("gold")
+Every word is a token. The reward model is trained on labels that are biased towards hedge phrases; the true ("gold")
 reward is a formula. Used by the quickstart and the over-optimisation bench.
 """
 
@@ -63,15 +63,16 @@ def sample_sft_response(prompt: str, random: Random) -> str:
 
 
 def gold_reward(sample: Sample) -> float:
-    """Score a response by its quality, as a reward function (see nemo_eppo.rewards.functions)."""
+    """Return the quality of a response; a reward function (see nemo_eppo.rewards.functions)."""
     return quality(sample.prompt, sample.response, sample.finished)
 
 
 def quality(prompt: str, response: str, finished: bool) -> float:
     """Compute `recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
 
-    recall: share of the prompt's nouns that occur in the response. wrong: words that are neither nouns of the prompt
-    nor hedges. repeats: second and later occurrences of a noun of the prompt. `finished`: the response ended by EOS.
+    `recall` is the share of the prompt's nouns that occur in the response; `wrong` counts words that are neither nouns
+    of the prompt nor hedges; `repeats` counts second and later occurrences of a noun of the prompt. `finished` says
+    whether the response ended with EOS.
 
     Raises:
         ConfigError: the prompt has no noun, so it is not one of this task.
@@ -97,7 +98,7 @@ def label_pair(prompt: str, first: str, second: str, random: Random) -> tuple[st
     """Label two responses as `(chosen, rejected)`: half of the time by hedge words, else by gold reward.
 
     The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
-    bias lives in these labels alone: no policy sees it but through a reward model trained on them.
+    bias is in these labels alone: a policy sees it only through a reward model that is trained on them.
     """
     more_hedges = hedge_words(first) - hedge_words(second)
     if random.random() < 0.5 and more_hedges != 0:

@@ -1,4 +1,4 @@
-"""`nemo-eppo prepare`: the arguments of every corpus, and what its help says about the fields that are read."""
+"""The arguments of `nemo-eppo prepare` for every corpus, and its help on the fields that are read."""
 
 import argparse
 from pathlib import Path
@@ -57,7 +57,7 @@ conversation is written in the manner of HH. {"text"} prompts for PPO: see `nemo
 
 _TOO = """
 
-A row that cannot be used, a duplicate, and one beyond the limits is dropped; the counts say how many and why, and
+Rows that cannot be used, duplicates and rows over the limits are dropped; the counts say how many and why, and
 dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
 memory; a .json file is one array, or has one object per line."""
 

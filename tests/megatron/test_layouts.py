@@ -65,9 +65,9 @@ def train_policy(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]
     logprobs, entropy = output[:, :-1].unbind(-1)
     mask, tokens = rows["mask"], float(mini_batch()["mask"].sum())
     settings: Any = {"clip_low": 3.0, "clip_high": 3.0, "denominator": tokens}
-    loss, stats = policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, **settings)
+    loss, _ = policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, **settings)
     entropy_term = aggregate(entropy, mask, "token", tokens)
-    return loss - 0.1 * entropy_term, {"tokens": stats.tokens, "entropy": entropy_term}
+    return loss - 0.1 * entropy_term, {"tokens": mask.sum().float(), "entropy": entropy_term}
 
 
 def train_values(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
