@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -104,7 +103,6 @@ class _Worker:
                 text=True,
                 encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-                start_new_session=True,  # a group of its own, so that what the function starts can be killed with it
             )
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
@@ -121,8 +119,9 @@ class _Worker:
         return float(answer["value"])
 
     def end(self) -> None:
-        """Kill the process and those that it started; the next call starts another."""
+        """Kill the process; the next call starts another."""
         if self._process is not None:
-            with contextlib.suppress(BrokenPipeError), self._process:  # leaving closes the pipes and waits
-                os.killpg(self._process.pid, signal.SIGKILL)
+            # closes the pipes without reading to their end: a child of the function may hold them open
+            with contextlib.suppress(BrokenPipeError), self._process:
+                self._process.kill()
             self._process = None

@@ -38,6 +38,14 @@ class RewardPipeline:
         self.terms = config.build_terms()
         self.kl = KLPenalty(config.kl)
 
+    @property
+    def needs(self) -> set[str]:
+        """Names of the optional fields of RewardInputs that a run with these settings has to fill."""
+        needed = {field for term in self.terms.values() if term.is_active for field in term.needs}
+        if self.kl.coefficient > 0 or self.kl.config.report or self.config.divergence.in_loss:
+            needed.add("ref_logprobs")
+        return needed
+
     def __call__(self, inputs: RewardInputs) -> ShapedRewards:
         """Shape the rewards and advance the running statistics by one step.
 

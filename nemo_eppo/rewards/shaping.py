@@ -67,11 +67,6 @@ class ShapingConfig(Config):
             )
         return self
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether anything reads the reference policy's log-probs."""
-        return self.kl.coefficient > 0 or self.divergence.kind != "none" or self.kl.report
-
     def build_terms(self) -> dict[str, Term[Any]]:
         """All terms by name, the user's own among the built-in ones, in the order in which they are applied.
 

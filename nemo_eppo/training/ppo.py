@@ -120,8 +120,8 @@ class PPO:
             reference = self.policy.infer_reference(
                 batch,
                 rollout.prompts,
-                logprobs=self.pipeline.config.needs_reference,
-                energies=self.pipeline.config.energy_penalty.eta > 0,
+                logprobs="ref_logprobs" in self.pipeline.needs,
+                energies="ref_energies" in self.pipeline.needs,
             )
         with timers("server_wait"):
             raw = rewards()

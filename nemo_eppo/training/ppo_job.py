@@ -106,7 +106,7 @@ class PPOJob:
     def _energy_cache(self, own_answers: SamplingParams) -> EnergyCache | None:
         """The cache on disk; a model with fresh weights has none, for nothing identifies it."""
         config, source = self.config, self.plan.source
-        if source is None or config.shaping.energy_penalty.eta == 0 or config.energy.reference == "same_response":
+        if source is None or "ref_energies" not in self.pipeline.needs or config.energy.reference == "same_response":
             return None
         key = {
             "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),

@@ -41,7 +41,9 @@ def dies(sample: Sample) -> float:
 
 def hangs_on_b(sample: Sample) -> float:
     if sample.prompt == "b":
-        os.fork()  # what it starts holds its pipes open
+        if os.fork() == 0:  # a child that lives longer holds the pipes open
+            time.sleep(90)
+            os._exit(0)
         time.sleep(600)
     return 1.0
 

@@ -22,5 +22,16 @@ class Bonus(Term[BonusConfig]):
         return reward + self.config.bonus + self.statistics.mean
 
 
+class Drift(Term[Config]):
+    """Less reward the further the policy is from its reference."""
+
+    config_class = Config
+    needs = ("ref_logprobs",)
+
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        assert inputs.ref_logprobs is not None
+        return reward - (inputs.logprobs - inputs.ref_logprobs).where(inputs.mask, 0).double().sum(1)
+
+
 class NoTerm:
     pass

@@ -161,3 +161,19 @@ def test_bad_settings_are_refused_before_anything_runs(settings: dict[str, Any],
 def test_the_number_of_reward_models_has_to_fit(combine: str, models: int) -> None:
     with pytest.raises(ConfigError, match=rf"rewards, shaping\.combine: .*{models} reward model"):
         pipeline({"combine": combine}).check_sources([Column(name="model")] * models, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"kl": {"report": False}}, set()),
+        ({}, {"ref_logprobs"}),  # the KL is reported
+        ({"kl": {"report": False, "coefficient": 0.1}}, {"ref_logprobs"}),
+        ({"kl": {"report": False}, "divergence": {"kind": "chi2", "coefficient": 0.1}}, {"ref_logprobs"}),
+        ({"kl": {"report": False}, "energy_penalty": {"eta": 1.0}}, {"ref_energies"}),
+        ({"kl": {"report": False}, "latent_penalty": {"gamma": 1.0}}, {"latents"}),
+        ({"kl": {"report": False}, "terms": [{"name": "drift", "term": "own_terms:Drift"}]}, {"ref_logprobs"}),
+    ],
+)
+def test_only_what_some_term_reads_is_computed(settings: dict[str, Any], needs: set[str]) -> None:
+    assert pipeline(settings).needs == needs

@@ -1,4 +1,4 @@
-"""Which requests with a step are due, and what repeated ones are answered: the rules alone, without a server."""
+"""Which requests with a step may be executed, and how repeated ones are answered: the rules, without a server."""
 
 from typing import Any
 
