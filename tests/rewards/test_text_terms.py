@@ -27,15 +27,16 @@ def paid(settings: dict[str, Any], given: list[Sample]) -> list[float]:
 @pytest.mark.parametrize("ngram", [1, 2, 4])
 def test_repetition_costs_the_share_of_ngrams_that_stood_before(ngram: int) -> None:
     random = Random(ngram)
-    token_ids = [tuple(random.choices(range(3), k=length)) for length in (1, 3, 4, 9, 20)] + [tuple(range(10))]
-    expected = []
+    token_ids = [tuple(random.choices(range(2), k=length)) for length in (1, 3, 4, 9, 20)] + [tuple(range(10))]
+    expected: list[float] = []
     for tokens in token_ids:
-        seen, again, total = [], 0, 0
+        seen: list[list[int]] = []
+        again = total = 0
         for start in range(len(tokens)):
             if start + ngram <= len(tokens):
-                found = [tokens[start + offset] for offset in range(ngram)]
-                again, total = again + (found in seen), total + 1
-                seen.append(found)
+                words = [tokens[start + offset] for offset in range(ngram)]
+                again, total = again + (words in seen), total + 1
+                seen.append(words)
         expected.append(-0.5 * again / total if total else 0.0)
     assert len(token_ids) == B
     found = paid({"repetition": {"coefficient": 0.5, "ngram": ngram}}, samples(*[""] * B, token_ids=token_ids))
