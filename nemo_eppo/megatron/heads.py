@@ -36,8 +36,8 @@ class _TokenHead(nn.Module):
         """hidden [s, b, H], or its sequence-parallel part -> [b, s, outputs] fp32.
 
         Args:
-            seeds: int64 [b, s], read by heads that draw random numbers in training; a row's seed stands in all of its
-                columns. None for none.
+            seeds: int64 [b, s], which a head that draws random numbers in training needs: each row's seed at all of
+                its tokens. None where nothing is drawn.
         """
         results = self.per_token(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), seeds)
         if self.sequence_parallel:

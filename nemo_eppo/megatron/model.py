@@ -67,10 +67,7 @@ class PolicyModel(_Decoder):
 
 
 class ScalarModel(_Decoder):
-    """A decoder with a head of `heads.py` in place of the output projection: forward gives [b, s, outputs] in fp32.
-
-    `labels` [b, s], if given, are the seeds of a head that draws random numbers in training.
-    """
+    """A decoder with a head of `heads.py` in place of the output projection."""
 
     def __init__(
         self,
@@ -86,8 +83,17 @@ class ScalarModel(_Decoder):
             del self.output_layer
             self.head = build_head(head, config, latent_size)
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
-        return self.head(hidden_states, labels) if self.post_process else hidden_states
+    def forward(self, *inputs: Any, seeds: Tensor | None = None, **rest: Any) -> Tensor:
+        """GPTModel's forward pass, which gives [b, s, outputs] in fp32 after the last stage.
+
+        Args:
+            seeds: int64 [b, s], see `heads.py`; None for a head that draws no random numbers.
+        """
+        self._seeds = seeds  # GPTModel's own forward pass would not hand them on to the head
+        return super().forward(*inputs, **rest)
+
+    def _postprocess(self, hidden_states: Tensor, **rest: Any) -> Tensor:
+        return self.head(hidden_states, self._seeds) if self.post_process else hidden_states
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -4,7 +4,9 @@ Attention and rotary positions begin anew with every row (Megatron's `thd` forma
 gives alone. Losses never see it: outputs are put back into padded rows before.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +24,37 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
             counting only products with weights and causal scores, for a layer of 12 H^2 weights.
 
     Returns:
-        the items of each pack, as few packs as this rule of dealing allows.
+        the items of each pack: as many packs as this rule of dealing can fill, where it cannot fill `multiple` fewer.
+        For n items O(log n) numbers of packs are tried, each in O(n log n) steps.
     """
     budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    count = -(-sum(lengths) // (budget * multiple)) * multiple
-    while True:
+
+    def deal(count: int) -> list[list[int]] | None:
+        """The items dealt to `count` packs; None if one finds no room."""
         packs: list[list[int]] = [[] for _ in range(count)]
-        tokens, work = [0] * count, [0.0] * count
+        tokens = [0] * count
+        # Items come longest first: a pack with room for one has room for the next, unless it has just been filled up.
+        roomy = [(0.0, pack) for pack in range(count)]  # a heap of (work, pack)
+        filled: list[tuple[int, float, int]] = []  # a heap of (tokens, work, pack), to be looked at again
         for item in order:
             length = lengths[item]
-            fitting = [pack for pack in range(count) if tokens[pack] + length <= budget]
-            if not fitting:
-                break
-            pack = min(fitting, key=work.__getitem__)
+            while filled and filled[0][0] + length <= budget:
+                heappush(roomy, heappop(filled)[1:])
+            if not roomy:
+                return None
+            work, pack = heappop(roomy)
             packs[pack].append(item)
             tokens[pack] += length
-            work[pack] += length * (1 + length / (12 * hidden_size))
-        else:
-            return packs
-        count += multiple
+            heappush(filled, (tokens[pack], work + length * (1 + length / (12 * hidden_size)), pack))
+        return packs
+
+    # An item finds no room only where all packs are more than half full, so twice the least number is enough.
+    least, enough = (-(-times * sum(lengths) // (budget * multiple)) for times in (1, 2))
+    tried = bisect_left(range(least, enough), True, key=lambda number: deal(number * multiple) is not None)
+    packs = deal((least + tried) * multiple)
+    assert packs is not None
+    return packs
 
 
 class Packing:

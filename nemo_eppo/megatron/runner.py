@@ -7,7 +7,8 @@ change a result beyond rounding.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ LossFunction = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
 """(model output [b, s, C], rows of the micro-batch) -> (loss, sums to be reported).
 
 The loss is already divided by the *global* denominator, so that losses of all micro-batches and ranks add up."""
+RowReducer = Callable[[Tensor, Rows], Tensor]
+"""(outputs [b, S, C] as `infer` gives them, rows of the micro-batch) -> [b, k], what is kept of each row."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,29 @@ class _MicroBatch:
     @property
     def tokens(self) -> Tensor:
         """[b, s], or packed [1, n]."""
-        return self._input("tokens", 0)
+        return self._per_token(self.rows["tokens"], 0)
 
-    @property
-    def targets(self) -> Tensor | None:
-        return self._input("targets", IGNORE) if "targets" in self.rows else None
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model's forward pass takes beside tokens and positions."""
+        inputs: dict[str, Any] = {"packed_seq_params": self.packing.params if self.packing else None}
+        if "targets" in self.rows:
+            inputs["labels"] = self._per_token(self.rows["targets"], IGNORE)
+        if "seeds" in self.rows:
+            inputs["seeds"] = self._per_token(self.rows["seeds"].unsqueeze(1).expand_as(self.rows["tokens"]), 0)
+        return inputs
 
     def padded(self, output: Tensor) -> Tensor:
         """The model's output as [b, s, C]."""
         return output if self.packing is None else self.packing.unpack(output)
 
-    def _input(self, name: str, fill: int) -> Tensor:
-        return self.rows[name] if self.packing is None else self.packing.pack(self.rows[name], fill)
+    def as_given(self, output: Tensor, width: int) -> Tensor:
+        """The model's output as [b, width, C], 0 beyond each row's length."""
+        output = self.padded(output)[:, :width]
+        inside = torch.arange(output.size(1), device=output.device) < self.rows["lengths"].unsqueeze(1)
+        return nn.functional.pad(torch.where(inside.unsqueeze(-1), output, 0), (0, 0, 0, width - output.size(1)))
+
+    def _per_token(self, padded: Tensor, fill: int) -> Tensor:
+        return padded if self.packing is None else self.packing.pack(padded, fill)
 
 
 class ModelRunner:
@@ -101,25 +115,53 @@ class ModelRunner:
         Raises:
             ValueError: a token is not in the model's vocabulary.
         """
-        self._check_tokens(tokens)
         rows: Rows = {"tokens": tokens, "lengths": lengths}
         if targets is not None:
             rows["targets"] = targets
-        mine = self._deal(lengths)[self._replicas.rank()]
         probe = self.probe if energies else None
         if energies and probe is None:
             raise RuntimeError("energies were asked for, but this runner has no energy probe")
+        batches = self._inference_batches(rows)
+        shapes = [(batch.tokens.size(0), batch.tokens.size(1)) for batch in batches]
+        with probe.recording() if probe else nullcontext():
+            parts = self._collect(batches, lambda _, output: output, shapes, outputs)
+        if probe and batches:
+            parts = [torch.cat(pair, dim=-1) for pair in zip(parts, probe.collect(shapes), strict=True)]
         width = outputs + (probe.config.energies_per_token() if probe else 0)
         result = torch.zeros(tokens.size(0), tokens.size(1), width, device=device.device())
-        if mine:
-            for indices, out in self._infer_replica(rows, mine, outputs, probe):
-                size = min(out.size(1), tokens.size(1))
-                keep = (torch.arange(size) < lengths[indices].unsqueeze(1)).to(out.device)
-                result[indices.to(out.device), :size] = torch.where(keep.unsqueeze(-1), out[:, :size], 0)
-        if self._replicas.size() > 1:
-            dist.all_reduce(result, group=self._replicas)  # every row is non-zero on one replica only
-        result = result.cpu()
+        for batch, part in zip(batches, parts, strict=True):
+            result[batch.indices.to(part.device)] = batch.as_given(part, tokens.size(1))
+        result = self._over_replicas(result)
         return result[..., :outputs], result[..., outputs:] if probe else None
+
+    @torch.no_grad()
+    def infer_rows(self, rows: Mapping[str, Tensor], reduce: RowReducer, *, outputs: int) -> Tensor:
+        """One forward pass over the global batch that keeps a few numbers of each row.
+
+        No rank but those of the last pipeline stage ever holds what the model gives for every token.
+
+        Args:
+            rows: as in `train_step`.
+            reduce: see RowReducer; it runs on the last pipeline stage.
+            outputs: k, numbers per row that `reduce` gives.
+
+        Returns:
+            [N, k], fp32 in CPU memory, equal on every rank.
+
+        Raises:
+            ValueError: a token is not in the model's vocabulary.
+        """
+        count, width = rows["tokens"].shape
+        batches = self._inference_batches(rows)
+
+        def read(batch: _MicroBatch, output: Tensor) -> Tensor:
+            return reduce(batch.as_given(output.float(), width), batch.rows)
+
+        parts = self._collect(batches, read, [(len(batch.indices),) for batch in batches], outputs)
+        result = torch.zeros(count, outputs, device=device.device())
+        for batch, part in zip(batches, parts, strict=True):
+            result[batch.indices.to(part.device)] = part
+        return self._over_replicas(result)
 
     def train_step(
         self, rows: Mapping[str, Tensor], loss_function: LossFunction, *, group: int = 1
@@ -128,7 +170,8 @@ class ModelRunner:
 
         Args:
             rows: tensors [N, ...]; "tokens" and "lengths" are required. Tensors whose second dimension is S or S - 1
-                are cut to the micro-batch's longest row.
+                are cut to the micro-batch's longest row. A policy reads "targets" [N, S], the next tokens, and a head
+                that draws random numbers "seeds" [N].
             loss_function: see LossFunction; it runs on the last pipeline stage.
             group: so many consecutive rows are always in one micro-batch, whose `micro_batch_size` then counts groups.
 
@@ -170,33 +213,43 @@ class ModelRunner:
         self.scheduler.step(1)
         return sums
 
-    def _infer_replica(
-        self, rows: Rows, mine: list[Tensor], outputs: int, probe: EnergyProbe | None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _inference_batches(self, rows: Mapping[str, Tensor]) -> list[_MicroBatch]:
+        """This replica's micro-batches, the last one repeated until they fill all stages; none if rows are too few."""
+        self._check_tokens(rows["tokens"])
+        mine = self._deal(rows["lengths"])[self._replicas.rank()]
+        mine = mine + mine[-1:] * (-len(mine) % self._interleaved)
+        return [self._cut(rows, indices) for indices in mine]
+
+    def _collect(
+        self,
+        batches: list[_MicroBatch],
+        read: Callable[[_MicroBatch, Tensor], Tensor],
+        shapes: Sequence[tuple[int, ...]],
+        width: int,
+    ) -> list[Tensor]:
+        """What `read` makes of each micro-batch's output on the last stage, [*shape, width] fp32, on all stages."""
+        if not batches:
+            return []
         for chunk in self.chunks:
             chunk.eval()
-        mine = mine + mine[-1:] * (-len(mine) % self._interleaved)
-        batches = [self._cut(rows, indices) for indices in mine]
-        shapes = [(batch.tokens.size(0), batch.tokens.size(1)) for batch in batches]
 
-        def collect(output: Tensor, non_loss_data: bool = True) -> Tensor:
-            return output
+        def make(batch: _MicroBatch) -> Callable[..., Tensor]:
+            return lambda output, non_loss_data: read(batch, output).float()
 
-        if probe is None:
-            collected = self._run(batches, lambda batch: collect, forward_only=True)
-        else:
-            with probe.recording():
-                collected = self._run(batches, lambda batch: collect, forward_only=True)
-        flat = torch.zeros(sum(b * s for b, s in shapes), outputs, device=device.device())
+        collected = self._run(batches, make, forward_only=True)
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = torch.zeros(sum(sizes), width, device=device.device())
         if parallel_state.is_pipeline_last_stage():
-            flat = torch.cat([out.reshape(-1, outputs).float() for out in collected])
+            flat = torch.cat([part.reshape(size, width) for part, size in zip(collected, sizes, strict=True)])
         if self._stages.size() > 1:
             dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._stages)
-        parts = [out.view(b, s, -1) for out, (b, s) in zip(flat.split([b * s for b, s in shapes]), shapes, strict=True)]
-        if probe is not None:
-            read = probe.collect(shapes)
-            parts = [torch.cat(pair, dim=-1) for pair in zip(parts, read, strict=True)]
-        return [(batch.indices, batch.padded(part)) for batch, part in zip(batches, parts, strict=True)]
+        return [part.view(*shape, width) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+    def _over_replicas(self, result: Tensor) -> Tensor:
+        """A result in CPU memory of which every row is non-zero on one replica only, put together from all of them."""
+        if self._replicas.size() > 1:
+            dist.all_reduce(result, group=self._replicas)
+        return result.cpu()
 
     def _run(
         self, batches: list[_MicroBatch], make_loss: Callable[[_MicroBatch], Any], forward_only: bool
@@ -207,9 +260,7 @@ class ModelRunner:
             batch = next(batch_iterator)
             tokens = batch.tokens
             positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-            packed = batch.packing.params if batch.packing else None
-            output = model(tokens, positions, None, labels=batch.targets, packed_seq_params=packed)
-            return output, make_loss(batch)
+            return model(tokens, positions, None, **batch.model_inputs()), make_loss(batch)
 
         iterators = [iter(batches) for _ in self.chunks]
         return self._schedule(

@@ -10,7 +10,7 @@ import socket
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.servers.protocol import ENDPOINTS, Array
+from nemo_eppo.servers.protocol import Array, Endpoint
 
 Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -54,15 +54,15 @@ class _Triton(Triton):
 
 
 class Frontend:
-    """Serves `names` of ENDPOINTS over HTTP: a request, whole and alone, becomes one call of `handler(name, arrays)`.
+    """Serves endpoints over HTTP: a request, whole and alone, becomes one call of `handler(name, arrays)`.
 
     Calls for different endpoints come from different threads; those for one endpoint come one after the other.
-    An array without elements never gets here: PyTriton's own process fails on it and answers with its traceback, for
-    which reason the clients refuse to send one.
+    An array without elements never gets here: PyTriton's own process fails on it and answers with its traceback, so the
+    clients refuse to send one.
     """
 
-    def __init__(self, names: Sequence[str], handler: Handler, host: str, port: int) -> None:
-        self._names, self._handler = names, handler
+    def __init__(self, endpoints: Mapping[str, Endpoint], handler: Handler, host: str, port: int) -> None:
+        self._endpoints, self._handler = endpoints, handler
         self.host, self.port = host, port
 
     @contextmanager
@@ -124,8 +124,7 @@ class Frontend:
             log_file=self._log,
         )
         triton = _Triton(config=config, workspace=folder / "workspace")
-        for name in self._names:
-            endpoint = ENDPOINTS[name]
+        for name, endpoint in self._endpoints.items():
             reply = {endpoint.reply: Array(np.object_, ("1",))} if endpoint.reply else {}
             secret, error = {"token": Array(np.object_, ("1",))}, {"error": Array(np.object_, ("1",))}
             triton.bind(

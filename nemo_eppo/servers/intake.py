@@ -7,8 +7,7 @@ import os
 import queue
 import threading
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from nemo_eppo.files import write_atomically
 from nemo_eppo.servers.frontend import Frontend
 from nemo_eppo.servers.protocol import (
-    ENDPOINTS,
     PROTOCOL_VERSION,
+    STATUS,
+    Endpoint,
     Limits,
     RequestError,
     ServiceError,
-    check_arrays,
     json_array,
-    validate_request,
 )
-from nemo_eppo.servers.service import ServerConfig, Service
+from nemo_eppo.servers.service import ServerConfig, Service, Tensors
+from nemo_eppo.servers.steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +37,28 @@ class Request:
     """A valid request on its way through the main thread."""
 
     endpoint: str
-    arrays: dict[str, np.ndarray]
+    tensors: Tensors
     result: "Future[Any]" = field(default_factory=Future)
-
-    def digest(self) -> int:
-        checksum = 0
-        for array in self.arrays.values():
-            checksum = zlib.crc32(array.tobytes(), checksum)
-        return checksum
+    """What the service gave, or the error that its client gets."""
 
 
 class Intake:
-    """Takes the requests for one service; `next_request` and `resolve` are for the main thread."""
+    """Takes the requests for one service; `next_request` and `resolve` are for the main thread.
 
-    def __init__(self, service: Service, config: ServerConfig) -> None:
-        self._service, self._config = service, config
+    Args:
+        endpoints: what is known about the service's endpoints, by name; it may hold others too.
+    """
+
+    def __init__(self, service: Service, endpoints: Mapping[str, Endpoint], config: ServerConfig) -> None:
+        self._service, self._config, self._steps = service, config, Steps(service)
         self._secret = config.token.get_secret_value().encode() if config.token else b""
         self._limits = Limits(service.vocab_size, service.max_sequence_length, config.max_batch_size)
         # `status` comes last: once it answers, so do the others.
-        self._frontend = Frontend([*service.endpoints, "status"], self._answer, config.host, config.port)
+        self._endpoints = {name: endpoints[name] for name in service.endpoints} | {"status": STATUS}
+        self._frontend = Frontend(self._endpoints, self._answer, config.host, config.port)
         self._waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._current: Request | None = None
         self._closed = threading.Event()
-        self._last_update: tuple[int, int, Any] | None = None  # step, digest of its request, metrics
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -72,9 +71,7 @@ class Intake:
             try:
                 if ready:
                     content = {"url": url, "pid": os.getpid(), "job": self._service.name, "protocol": PROTOCOL_VERSION}
-                    temporary = ready.with_name(f".{ready.name}.{os.getpid()}")
-                    temporary.write_text(json.dumps(content))
-                    os.replace(temporary, ready)
+                    write_atomically(ready, json.dumps(content))
                 logger.info("%s server listens on %s", self._service.name, url)
                 yield
             finally:
@@ -90,25 +87,26 @@ class Intake:
         while not self._waiting.empty():
             self._waiting.get().result.set_exception(ServiceError("the server is stopping"))
 
-    def _answer(self, endpoint: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A request's outputs, or `error`. Called in a thread of the endpoint's own."""
+    def _answer(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A request's outputs, or `error`. It is called in a thread of the endpoint's own."""
+        endpoint = self._endpoints[name]
         try:
             token = bytes(arrays.pop("token")[0])
             if self._secret and not hmac.compare_digest(token, self._secret):
                 raise RequestError("token", "(not shown)", "the server's token")
-            if endpoint == "status":
-                return {"status": json_array(self._status())}
-            validate_request(endpoint, arrays, self._limits)
-            request = Request(endpoint, arrays)
+            if endpoint is STATUS:
+                return endpoint.answer(self._status())
+            endpoint.validate(arrays, self._limits)
+            request = Request(name, endpoint.decode(arrays))
             self._waiting.put(request)
             if self._closed.is_set():  # after `put`, so that `_close` cannot miss both
                 raise ServiceError("the server is stopping")
-            return _encode(endpoint, request.result.result())
+            return endpoint.answer(request.result.result())
         except ServiceError as error:
             return {"error": json_array(error.payload())}
         except Exception:
-            logger.exception("%s failed", endpoint)
-            return {"error": json_array(ServiceError(f"{endpoint} failed inside the server; see its log").payload())}
+            logger.exception("%s failed", name)
+            return {"error": json_array(ServiceError(f"{name} failed inside the server; see its log").payload())}
 
     def _status(self) -> dict[str, Any]:
         current = self._current
@@ -128,10 +126,11 @@ class Intake:
     def next_request(self, timeout: float) -> Request | None:
         """The next request that all ranks have to execute, or None after `timeout` seconds without one.
 
+        A request that its step rule refuses, or knows the answer of, is answered here.
+
         Raises:
             RuntimeError: Triton has ended.
         """
-        self._current = None
         if not self._frontend.alive():
             raise RuntimeError(f"Triton has ended:\n{self._frontend.failures()}")
         until = time.monotonic() + timeout
@@ -141,67 +140,27 @@ class Intake:
             except queue.Empty:
                 break
             try:
-                metrics = self._metrics_if_applied(request)
+                answer = self._steps.answered(self._endpoints[request.endpoint], request.tensors)
             except RequestError as error:
                 request.result.set_exception(error)
                 continue
-            if metrics is None:
+            if answer is None:
                 self._current = request
                 return request
-            request.result.set_result(metrics)
+            request.result.set_result(answer)
         return None
-
-    def _metrics_if_applied(self, request: Request) -> Any:
-        """The stored metrics if this is the last update once more; None if the request is due.
-
-        Raises:
-            RequestError: its step is neither the next update's nor the last one's.
-        """
-        if "step" not in request.arrays:
-            return None
-        step, last = int(request.arrays["step"][0]), self._service.step
-        if request.endpoint in ("critic_begin", "critic_saved"):
-            return None
-        if request.endpoint == "critic_save":
-            if step != last:
-                raise RequestError("step", step, f"{last}, the last applied update")
-            return None
-        if step == last + 1:
-            return None
-        if self._last_update and step == self._last_update[0]:
-            if request.digest() != self._last_update[1]:
-                raise RequestError("step", step, f"{last + 1}: update {last} was made with other data")
-            return self._last_update[2]
-        raise RequestError("step", step, f"{last + 1}: the last applied update is {last}")
 
     def resolve(self, request: Request, outcome: Any) -> None:
         """Answer a request that all ranks have executed; a ServiceError as outcome becomes the error.
 
         Raises:
-            RuntimeError: the service did not count the update that it was asked for.
+            RuntimeError: the service does not stand at the update that it was asked for.
         """
-        if isinstance(outcome, ServiceError):
+        failed = isinstance(outcome, ServiceError)
+        if not failed:
+            self._steps.done(self._endpoints[request.endpoint], request.tensors, outcome)
+        self._current = None  # before the answer, so that nobody who has it finds the server still busy with it
+        if failed:
             request.result.set_exception(outcome)
-            return
-        if request.endpoint == "critic_train":
-            step = int(request.arrays["step"][0])
-            if self._service.step != step:
-                raise RuntimeError(f"the service says step {self._service.step} after update {step}")
-            self._last_update = (step, request.digest(), outcome)
-        elif request.endpoint == "critic_begin":
-            self._last_update = None  # it may have gone back behind that update
-        request.result.set_result(outcome)
-
-
-def _encode(endpoint: str, result: Any) -> dict[str, np.ndarray]:
-    """A service's result as the arrays that Triton wants: C-contiguous, of the declared dtype, none of them empty."""
-    spec = ENDPOINTS[endpoint]
-    if spec.reply:
-        return {spec.reply: json_array(result)}
-    arrays = {name: np.ascontiguousarray(x.detach().float().cpu().numpy()) for name, x in result.items()}
-    arrays = {name: array for name, array in arrays.items() if array.size or not spec.outputs[name].optional}
-    try:
-        check_arrays(spec.outputs, arrays)
-    except RequestError as error:
-        raise TypeError(f"the service's own output does not fit: {error}") from None
-    return arrays
+        else:
+            request.result.set_result(outcome)

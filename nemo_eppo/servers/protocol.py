@@ -1,16 +1,18 @@
-"""The wire protocol between the actor and the critic and reward servers: endpoints, their arrays, and what is valid.
+"""The wire protocol between an actor and its servers: what an endpoint is, and how its tensors travel as arrays.
 
 Every endpoint takes, beside its own arrays, `token` (bytes [1], the shared secret or empty) and gives either its
-outputs or `error` (bytes [1], a JSON object with field, value, expected and message). Shapes are written in symbols:
-B sequences, S tokens, T = S-1 actions, K reward models, D latent dimensions, 1 exactly one.
+outputs or `error` (bytes [1], a JSON object with field, value, expected and message). Nothing here knows an endpoint by
+name, but for `STATUS`, which every server has; the table of the critic and reward servers is in `endpoints.py`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import torch
 
 PROTOCOL_VERSION = 1
 
@@ -20,8 +22,11 @@ Arrays = Mapping[str, np.ndarray]
 class ServiceError(RuntimeError):
     """A request failed on all ranks alike and left the service as it was; the client gets the message."""
 
+    field = value = expected = ""
+
     def payload(self) -> dict[str, str]:
-        return {"field": "", "value": "", "expected": "", "message": str(self)}
+        """The JSON object of `error`."""
+        return {"field": self.field, "value": self.value, "expected": self.expected, "message": str(self)}
 
 
 class RequestError(ServiceError):
@@ -31,63 +36,50 @@ class RequestError(ServiceError):
         super().__init__(f"{field} = {value}, expected {expected}")
         self.field, self.value, self.expected = field, str(value), expected
 
-    def payload(self) -> dict[str, str]:
-        return {"field": self.field, "value": self.value, "expected": self.expected, "message": str(self)}
-
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an endpoint. An optional one is left out where it would be empty (Triton refuses empty arrays)."""
+    """One array of an endpoint."""
 
     dtype: type[np.generic]
+    """How it travels."""
     shape: tuple[str, ...]
+    """A symbol for each dimension: B sequences, S tokens, T = S - 1 actions, 1 exactly one; others are free."""
+    tensor: torch.dtype = torch.float32
+    """What the service computes with."""
     optional: bool = False
+    """It is left out where it would be empty (Triton refuses empty arrays)."""
 
     def __str__(self) -> str:
         return f"{np.dtype(self.dtype)} [{', '.join(self.shape)}]"
 
+    def encode(self, name: str, tensor: torch.Tensor) -> np.ndarray:
+        """A tensor as it travels, C-contiguous; RequestError if it is not of the kind (int, float or bool) expected."""
+        wanted = _kind(self.tensor)
+        if _kind(tensor.dtype) != wanted:
+            raise RequestError(name, tensor.dtype, wanted)
+        if self.dtype == np.int32:  # what it cannot hold must stay wrong, for the server to refuse it
+            tensor = tensor.clamp(-1, 2**31 - 1)
+        if wanted == "float":  # numpy knows no bfloat16
+            tensor = tensor.detach().float()
+        return np.ascontiguousarray(tensor.cpu().numpy(), self.dtype)
 
-@dataclass(frozen=True)
-class Endpoint:
-    """One function of a server. `reply`, if set, is the name of a JSON output that takes the place of `outputs`."""
 
-    inputs: dict[str, Array]
-    outputs: dict[str, Array] = field(default_factory=dict)
-    reply: str = ""
+def _kind(dtype: torch.dtype) -> str:
+    return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
 
 
-_TOKENS = Array(np.int32, ("B", "S"))
-_PER_SEQUENCE = Array(np.int32, ("B",))
-_PER_ACTION = Array(np.float32, ("B", "T"))
-_MASK = Array(np.uint8, ("B", "T"))
-_STEP = Array(np.int64, ("1",))
+class StepRule(StrEnum):
+    """What the number of an update, `step`, in a request means. A service counts its updates from 1."""
 
-ENDPOINTS = {
-    "critic_infer": Endpoint({"tokens": _TOKENS, "lengths": _PER_SEQUENCE}, {"values": _PER_ACTION}),
-    # One mini-batch is one optimizer step. `values` are the old values (of the rollout), `step` counts updates from 1.
-    "critic_train": Endpoint(
-        {
-            "tokens": _TOKENS,
-            "lengths": _PER_SEQUENCE,
-            "returns": _PER_ACTION,
-            "values": _PER_ACTION,
-            "mask": _MASK,
-            "step": _STEP,
-        },
-        reply="metrics",
-    ),
-    # The run `run` begins, or goes on, after update `step`: the critic goes back to it if it is further.
-    "critic_begin": Endpoint({"step": _STEP, "run": _STEP}, reply="step"),
-    # Starts saving update `step`, and drops all earlier checkpoints but those of the updates `keep` (0: the start).
-    "critic_save": Endpoint({"step": _STEP, "keep": Array(np.int64, ("K",))}, reply="path"),
-    # Answers once what `critic_save` started is complete.
-    "critic_saved": Endpoint({"step": _STEP}, reply="path"),
-    "reward_infer": Endpoint(
-        {"tokens": _TOKENS, "prompt_lengths": _PER_SEQUENCE, "lengths": _PER_SEQUENCE},
-        {"rewards": Array(np.float32, ("B", "K")), "latents": Array(np.float32, ("B", "D"), optional=True)},
-    ),
-    "status": Endpoint({}, reply="status"),
-}
+    NEXT = "next"
+    """The request makes this update, which must be the next one. The last one once more gets its old answer."""
+    CURRENT = "current"
+    """This must be the last update made."""
+    SET = "set"
+    """Any update >= 0; the service stands there afterwards."""
+    ANY = "any"
+    """Any update >= 0."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +91,66 @@ class Limits:
     max_batch_size: int
 
 
-def check_arrays(spec: Mapping[str, Array], arrays: Arrays, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Check names, dtypes and shapes of `arrays` against `spec`; their values are not looked at.
+@dataclass(frozen=True)
+class Endpoint:
+    """One function of a server. Without a step all its inputs are [B, ...], and a client may split them along B."""
 
-    Args:
-        sizes: sizes of symbols that are known beforehand, e.g. `{"B": 4, "S": 16}`.
+    inputs: dict[str, Array]
+    outputs: dict[str, Array] = field(default_factory=dict)
+    reply: str = ""
+    """Name of a JSON output that takes the place of `outputs`; empty for none."""
+    step: StepRule | None = None
+    """Adds the input `step`, int64 [1], and says what it means; None for none."""
+    check: Callable[[Arrays, Limits], None] | None = None
+    """Raises RequestError for wrong values in inputs whose names, dtypes and shapes are right."""
+
+    def __post_init__(self) -> None:
+        if self.step:
+            object.__setattr__(self, "inputs", {**self.inputs, "step": Array(np.int64, ("1",), torch.int64)})
+
+    def validate(self, arrays: Arrays, limits: Limits) -> None:
+        """Check a request completely: it runs on rank 0 before any rank hears of the request.
+
+        Raises:
+            RequestError: names the first wrong field (an element by its position), its value and what was expected.
+        """
+        check_arrays(self.inputs, arrays)
+        if self.step:
+            refuse_where(arrays["step"] < 0, "step", arrays["step"], "a step count >= 0")
+        if self.check:
+            self.check(arrays, limits)
+
+    def encode(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """A request's tensors as arrays; RequestError for one that is unknown or of another kind than expected."""
+        return _encode(self.inputs, tensors)
+
+    def decode(self, arrays: Arrays) -> dict[str, torch.Tensor]:
+        """A valid request's arrays as contiguous tensors of their own memory: Triton takes the arrays' back."""
+        return {
+            name: torch.from_numpy(np.array(arrays[name], order="C")).to(array.tensor)
+            for name, array in self.inputs.items()
+            if name in arrays
+        }
+
+    def answer(self, result: Any) -> dict[str, np.ndarray]:
+        """What the service's function gave, as arrays; TypeError for tensors that do not fit `outputs`."""
+        if self.reply:
+            return {self.reply: json_array(result)}
+        try:
+            arrays = _encode(self.outputs, result)
+            arrays = {name: array for name, array in arrays.items() if array.size or not self.outputs[name].optional}
+            check_arrays(self.outputs, arrays)
+        except RequestError as error:
+            raise TypeError(f"the service's own output does not fit: {error}") from None
+        return arrays
+
+
+STATUS = Endpoint({}, reply="status")
+"""Whether a server is well, and what it serves; see `Intake`."""
+
+
+def check_arrays(spec: Mapping[str, Array], arrays: Arrays) -> dict[str, int]:
+    """Check names, dtypes and shapes of `arrays` against `spec`; their values are not looked at.
 
     Returns:
         The size of every symbol; T is given as S.
@@ -111,10 +158,8 @@ def check_arrays(spec: Mapping[str, Array], arrays: Arrays, sizes: Mapping[str, 
     Raises:
         RequestError: an array is missing, unknown, empty, of another dtype or rank, or does not fit the others.
     """
-    for name in arrays:
-        if name not in spec:
-            raise RequestError(name, "an array", f"none of this name (known: {', '.join(spec)})")
-    found = dict(sizes or {})
+    _refuse_unknown(spec, arrays)
+    sizes: dict[str, int] = {}
     for name, wanted in spec.items():
         array = arrays.get(name)
         if array is None:
@@ -127,47 +172,25 @@ def check_arrays(spec: Mapping[str, Array], arrays: Arrays, sizes: Mapping[str, 
             if size == 0:
                 raise RequestError(name, f"shape {list(array.shape)}", f"{wanted}, nothing empty")
             key, length = ("S", size + 1) if symbol == "T" else (symbol, size)
-            if length != found.setdefault(key, 1 if symbol == "1" else length):
-                known = ", ".join(f"{symbol} = {size}" for symbol, size in found.items())
+            if length != sizes.setdefault(key, 1 if symbol == "1" else length):
+                known = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
                 raise RequestError(name, f"shape {list(array.shape)}", f"{wanted} with {known}")
-    return found
+    return sizes
 
 
-def validate_request(endpoint: str, arrays: Arrays, limits: Limits) -> None:
-    """Check a request completely: it runs on rank 0 before any rank hears of the request.
-
-    Raises:
-        RequestError: names the first wrong field (an element by its position), its value and what was expected.
-    """
-    sizes = check_arrays(ENDPOINTS[endpoint].inputs, arrays)
-    if "step" in arrays:
-        _refuse("step", arrays["step"], arrays["step"] < 0, "a step count >= 0")
-    if "tokens" not in arrays:
-        return
-    tokens, lengths = arrays["tokens"], arrays["lengths"]
-    for symbol, limit, what in (
-        ("B", limits.max_batch_size, "sequences (max_batch_size)"),
-        ("S", limits.max_sequence_length, "tokens each (max_sequence_length)"),
-    ):
-        if sizes[symbol] > limit:
-            raise RequestError("tokens", f"shape {list(tokens.shape)}", f"at most {limit} {what}")
-    _refuse("tokens", tokens, (tokens < 0) | (tokens >= limits.vocab_size), f"a token id in [0, {limits.vocab_size})")
-    _refuse("lengths", lengths, (lengths < 2) | (lengths > sizes["S"]), f"a length in [2, {sizes['S']}]")
-    if "prompt_lengths" in arrays:
-        prompts = arrays["prompt_lengths"]
-        _refuse("prompt_lengths", prompts, (prompts < 1) | (prompts >= lengths), "at least 1 and less than the length")
-    if "mask" in arrays:
-        mask = arrays["mask"]
-        _refuse("mask", mask, mask > 1, "0 or 1")
-        padding = np.arange(1, sizes["S"]) >= lengths[:, None]
-        _refuse("mask", mask, (mask == 1) & padding, "0 on padding: action t predicts token t+1 < length")
-        if not mask.any():
-            raise RequestError("mask", "all 0", "at least one response token")
-        for name in ("returns", "values"):
-            _refuse(name, arrays[name], (mask == 1) & ~np.isfinite(arrays[name]), "a finite number where mask is 1")
+def _refuse_unknown(spec: Mapping[str, Array], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in spec:
+            raise RequestError(name, "an array", f"none of this name (known: {', '.join(spec)})")
 
 
-def _refuse(name: str, array: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+def _encode(spec: Mapping[str, Array], tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    _refuse_unknown(spec, tensors)
+    return {name: spec[name].encode(name, tensor) for name, tensor in tensors.items()}
+
+
+def refuse_where(wrong: np.ndarray, name: str, array: np.ndarray, expected: str) -> None:
+    """Raise RequestError for the first element of `array` where `wrong`, of the same shape, is true."""
     if wrong.any():
         position = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise RequestError(f"{name}[{', '.join(map(str, position))}]", array[position], expected)
@@ -175,8 +198,4 @@ def _refuse(name: str, array: np.ndarray, wrong: np.ndarray, expected: str) -> N
 
 def json_array(value: Any) -> np.ndarray:
     """A JSON value as a bytes array [1], the form of `error` and of an endpoint's `reply`."""
-    return bytes_array(json.dumps(value).encode())
-
-
-def bytes_array(value: bytes) -> np.ndarray:
-    return np.array([value], dtype=np.object_)
+    return np.array([json.dumps(value).encode()], dtype=np.object_)

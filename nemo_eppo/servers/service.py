@@ -15,16 +15,18 @@ Tensors = dict[str, torch.Tensor]
 class Service(Protocol):
     """A model on many ranks. Every endpoint function is called on all of them, with the same arguments.
 
-    An endpoint function takes the request's arrays as CPU tensors (integers as int64, `mask` as bool, the rest fp32)
-    and gives its outputs as tensors, or a JSON value where the endpoint has a `reply` (see `protocol.ENDPOINTS`).
-    It raises `ServiceError`, on all ranks alike and with its state unchanged, for a request that it cannot fulfil,
-    say one with a non-finite loss. Any other exception ends the job.
+    An endpoint function takes the request as CPU tensors, of the dtypes that its `Endpoint` declares, and gives its
+    outputs as tensors, or a JSON value (not null) where the endpoint has a `reply`. It knows no server, so it may be
+    called without one too. It raises `ServiceError`, on all ranks alike and with its state unchanged, for a request
+    that it cannot fulfil, say one with a non-finite loss. Any other exception ends the job.
     """
 
     name: str
-    """Kind of job, `critic` or `reward`."""
+    """The kind of job, which clients compare with the one they expect."""
     vocab_size: int
+    """Token ids in requests are below this."""
     max_sequence_length: int
+    """Most tokens of a sequence in a request."""
 
     @property
     def endpoints(self) -> Mapping[str, Callable[[Tensors], Any]]:
@@ -35,14 +37,14 @@ class Service(Protocol):
         """Number of updates applied so far, those before a resume included."""
 
     def status(self) -> dict[str, Any]:
-        """More entries for the status reply, such as the tokenizer's digest and the reward's statistics.
+        """Further entries of the status reply, such as the tokenizer's digest.
 
-        Called on rank 0 alone, from another thread and while requests execute: no collectives.
+        It is called on rank 0 alone, from another thread and while requests execute: no collectives.
         """
 
 
 class ServerConfig(Config):
-    """Where a critic or reward server listens."""
+    """Where a server listens, and what it accepts."""
 
     host: str = "127.0.0.1"
     """Address to listen on; any other than 127.0.0.1 demands a token."""
@@ -51,8 +53,8 @@ class ServerConfig(Config):
     token: SecretStr | None = None
     """Shared secret that every request has to carry."""
     max_batch_size: int = Field(default=256, gt=0)
-    """Most sequences in one request. Clients split longer inference requests, but never updates: a critic needs at
-    least the actor's ppo.mini_batch_size."""
+    """Most sequences in one request. Clients split larger requests for inference, but never those for an update, so a
+    critic needs at least the actor's ppo.mini_batch_size."""
     ready_file: Path | None = None
     """Written once requests are accepted (JSON: url, pid, job, protocol), removed at the end."""
 

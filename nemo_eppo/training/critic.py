@@ -18,6 +18,7 @@ from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, SavingConfig
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
@@ -186,6 +187,6 @@ class CriticService:
 def serve_critic(config: CriticConfig, run: Run) -> None:
     """Build the critic and serve until the job is told to stop."""
     service = CriticService(config, run.directory)
-    serve(service, config.server, group=runtime.control_group())
+    serve(service, ENDPOINTS, config.server, group=runtime.control_group())
     service.close()
     runtime.shutdown()

@@ -121,8 +121,10 @@ class Odin(BradleyTerry):
     head: ScalarHeads = "odin"
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        out, _ = runner.infer(rows["tokens"], rows["lengths"], outputs=self.outputs)
-        quality, length_scores = (self.score(out[..., head], rows) for head in (0, 1))
+        def both(output: Tensor, rows: Rows) -> Tensor:
+            return torch.stack([self.score(output[..., head], rows) for head in (0, 1)], dim=1)
+
+        quality, length_scores = runner.infer_rows(rows, both, outputs=2).T.contiguous()
         slopes = length_slopes(quality, length_scores, rows["lengths"] - rows["prompt_lengths"])
         return rows | {"quality_slopes": slopes[0], "length_slopes": slopes[1]}
 
@@ -150,8 +152,7 @@ class Inform(BradleyTerry):
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
         stream = counter_hash(torch.tensor(self.seed), torch.tensor(step))
-        seeds = counter_hash(stream, torch.arange(len(rows["tokens"])))
-        return rows | {"targets": seeds[:, None].expand_as(rows["tokens"]).contiguous()}
+        return rows | {"seeds": counter_hash(stream, torch.arange(len(rows["tokens"])))}
 
     def __call__(self, output: Tensor, rows: Rows, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
         loss, report = super().__call__(output, rows, pairs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig
 from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
-from nemo_eppo.training.reward_service import LATENT_ROWS, store_gaussian
+from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 from nemo_eppo.training.stopping import RunStopped
 
@@ -100,25 +101,21 @@ class RewardTask:
     def validate(self, runner: ModelRunner) -> dict[str, float]:
         scores, lengths = [], []
         for rows, out in self._infer(runner, _sides(self.validation.items)):
-            scores.append(self.loss.score(out[..., 0], rows))
+            scores.append(out[:, 0])
             lengths.append(rows["lengths"] - rows["prompt_lengths"])
         score, length = torch.cat(scores).double(), torch.cat(lengths)
         self._mean, self._std = float(score.mean()), float(score.std(correction=0))
         if self._sft_sides:
-            self._gaussian = fit_gaussian(torch.cat([*self._latents(runner)]))
+            self._gaussian = fit_gaussian(torch.cat([out[:, 1:] for _, out in self._infer(runner, self._sft_sides)]))
         metrics = preference_metrics(score[0::2], score[1::2], length[0::2], length[1::2])
         return {f"validation/{name}": value for name, value in metrics.items()}
 
-    def _latents(self, runner: ModelRunner) -> Iterator[Tensor]:
-        """[n, d] of the SFT model's responses."""
-        for rows, out in self._infer(runner, self._sft_sides):
-            yield out[torch.arange(len(out)), rows["lengths"] - 1, 1 : 1 + self.latent_size]
-
     def _infer(self, runner: ModelRunner, sides: list[tuple[TokenIds, TokenIds]]) -> Iterator[tuple[Rows, Tensor]]:
-        size = LATENT_ROWS if self.latent_size else VALIDATION_ROWS
-        for start in range(0, len(sides), size):
-            rows = self._rows(sides[start : start + size])
-            yield rows, runner.infer(rows["tokens"], rows["lengths"], outputs=self.loss.outputs)[0]
+        """Rows of a few sides at a time, and their scores and latents [n, 1 + d]."""
+        read = partial(score_and_latents, how=self.config.score, latent_size=self.latent_size)
+        for start in range(0, len(sides), VALIDATION_ROWS):
+            rows = self._rows(sides[start : start + VALIDATION_ROWS])
+            yield rows, runner.infer_rows(rows, read, outputs=1 + self.latent_size)
 
     def state(self) -> dict[str, object]:
         """How the score is read, its mean and standard deviation over both sides of the validation pairs, and where

@@ -1,25 +1,25 @@
 """The reward job: a trained reward model behind a server, with the statistics that standardise its scores."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from nemo_eppo.algorithms.latents import Gaussian
-from nemo_eppo.algorithms.preference import sequence_score
+from nemo_eppo.algorithms.preference import ScoreReduction, sequence_score
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.heads import outputs_per_token
-from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, build, plan
-
-LATENT_ROWS = 64  # per forward pass where each token has many outputs; bounds memory, changes nothing
 
 
 class RewardModelConfig(Config):
@@ -81,16 +81,12 @@ class RewardModel:
         is its Mahalanobis distance.
         """
         assert self._runner is not None
-        tokens, lengths = request["tokens"], request["lengths"]
-        assert self.head != "lm"
-        width, rewards, latents = outputs_per_token(self.head, self.latent_size), [], []
-        for rows in torch.arange(len(tokens)).split(LATENT_ROWS if self.latent_size else len(tokens)):
-            out, _ = self._runner.infer(tokens[rows], lengths[rows], outputs=width)
-            rewards.append(sequence_score(out[..., 0], request["prompt_lengths"][rows], lengths[rows], self.score))
-            latents.append(out[torch.arange(len(rows)), lengths[rows] - 1, 1 : 1 + self.latent_size])
-        result = {"rewards": torch.cat(rewards).unsqueeze(1)}
+        rows = {name: request[name] for name in ("tokens", "prompt_lengths", "lengths")}
+        read = partial(score_and_latents, how=self.score, latent_size=self.latent_size)
+        out = self._runner.infer_rows(rows, read, outputs=1 + self.latent_size)
+        result = {"rewards": out[:, :1].contiguous()}
         if self._gaussian is not None:
-            centred = torch.cat(latents).double() - self._gaussian.mean
+            centred = out[:, 1:].double() - self._gaussian.mean
             whitened = torch.linalg.solve_triangular(self._gaussian.factor, centred.T, upper=False).T
             result["latents"] = whitened.float().contiguous()
         return result
@@ -115,6 +111,22 @@ class RewardService:
         return {"tokenizer": self._model.tokenizer_digest, "reward": self._model.statistics()}
 
 
+def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_size: int) -> Tensor:
+    """What a reward model says about each response: its score, and the latents (means) of its last token.
+
+    Args:
+        output: [b, S, C], a head's outputs per token; the first is the score, the next `latent_size` are the latents.
+        rows: "prompt_lengths" and "lengths" [b].
+        how: see `sequence_score`.
+
+    Returns:
+        [b, 1 + latent_size].
+    """
+    score = sequence_score(output[..., 0], rows["prompt_lengths"], rows["lengths"], how)
+    last = output[torch.arange(len(output), device=output.device), rows["lengths"] - 1]
+    return torch.cat([score.unsqueeze(1), last[:, 1 : 1 + latent_size]], dim=1)
+
+
 def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
     """A Gaussian over latents for a manifest, in fp32."""
     return {"mean": pack_array(gaussian.mean.numpy()), "factor": pack_array(gaussian.factor.numpy())}
@@ -128,5 +140,5 @@ def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
-    serve(RewardService(config), config.server, group=runtime.control_group())
+    serve(RewardService(config), ENDPOINTS, config.server, group=runtime.control_group())
     runtime.shutdown()

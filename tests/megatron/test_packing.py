@@ -30,6 +30,51 @@ def test_an_item_beyond_the_budget_is_packed_and_packs_may_stay_empty() -> None:
     assert balanced_packs([3], 5, 4, 8) == [[0], [], [], []]
 
 
+def by_looking_at_every_pack(lengths: list[int], budget: int, multiple: int, hidden_size: int) -> list[list[int]]:
+    """The rule word for word: longest first, to the least loaded pack with room, in the fewest packs that do."""
+    for count in range(multiple, 1000, multiple):
+        packs: list[list[int]] = [[] for _ in range(count)]
+        for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
+            room = [p for p in packs if sum(lengths[i] for i in p) + lengths[item] <= budget]
+            if not room:
+                break
+            min(room, key=lambda p: sum(lengths[i] * (1 + lengths[i] / (12 * hidden_size)) for i in p)).append(item)
+        else:
+            return packs
+    raise AssertionError
+
+
+@pytest.mark.parametrize("around", [20, 34, 51, 90])  # percent of the budget; 34 and 51 leave much of each pack empty
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_packs_are_those_of_the_rule_itself(around: int, multiple: int) -> None:
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        lengths = (around + torch.randn(40, generator=draw) * seed).long().clamp(1, 100).tolist()
+        assert balanced_packs(lengths, 100, multiple, 8) == by_looking_at_every_pack(lengths, 100, multiple, 8)
+
+
+class Counted(int):
+    """A length that counts how often it is added to a pack's tokens, to deal it or to see whether it fits."""
+
+    additions = 0
+
+    def __radd__(self, other: int) -> int:
+        Counted.additions += 1
+        return int(self) + other
+
+
+@pytest.mark.parametrize("around", [20, 51])
+def test_the_work_of_packing_does_not_grow_with_the_square_of_the_rows(around: int) -> None:
+    needed = []
+    for rows in (500, 8000):
+        noise = torch.randn(rows, generator=torch.Generator().manual_seed(0)) * 5
+        Counted.additions = 0
+        balanced_packs([Counted(length) for length in (around + noise).long().clamp(1, 100)], 100, 1, 8)
+        needed.append(Counted.additions)
+    assert needed[0] >= 500
+    assert needed[1] < 2 * 16 * needed[0]  # sixteen times the rows; their square would be 256 times the work
+
+
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_unpacking_undoes_packing(multiple: int) -> None:
     lengths, padded = torch.tensor([3, 5, 1]), torch.arange(1, 16).view(3, 5)

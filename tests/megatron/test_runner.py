@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, PP2, TP2, VPP2, Layout, build_runner, inputs, random_batch
+from tiny import MODEL, PP2, SP2, TP2, VPP2, Layout, build_runner, inputs, random_batch
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
@@ -42,6 +42,58 @@ def test_any_number_of_rows_can_be_inferred(layout: Layout, ranks: int) -> None:
     for results in run_ranks(infer_few, ranks, layout, counts):
         for count, result in zip(counts, results, strict=True):
             assert torch.allclose(result, everything[:count], atol=1e-6)
+
+
+def at_last_token(output: Tensor, rows: Rows) -> Tensor:
+    return output[torch.arange(len(output)), rows["lengths"] - 1 - rows["back"]]
+
+
+def sum_of_row(output: Tensor, rows: Rows) -> Tensor:
+    return output.sum(1)
+
+
+def infer_and_count(layout: Layout, micro_batches: dict[str, int]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """What two reducers give and what they would give of `infer`; numbers sent over each collective of the runner."""
+    runner = build_runner(layout, **micro_batches)  # type: ignore[arg-type]
+    rows = random_batch() | {"back": torch.tensor([1, 2, 3, 1, 2, 3])}
+    everything, _ = runner.infer(rows["tokens"], rows["lengths"], rows["targets"], outputs=2)
+    sent, broadcast, all_reduce = [], torch.distributed.broadcast, torch.distributed.all_reduce
+
+    def count(collective: Any) -> Any:
+        def counted(tensor: Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
+            if group in (runner._stages, runner._replicas):
+                sent.append(tensor.numel())
+            return collective(tensor, *args, group=group, **rest)
+
+        return counted
+
+    torch.distributed.broadcast, torch.distributed.all_reduce = count(broadcast), count(all_reduce)
+    try:
+        reduced = [runner.infer_rows(rows, reduce, outputs=2) for reduce in (at_last_token, sum_of_row)]
+    finally:
+        torch.distributed.broadcast, torch.distributed.all_reduce = broadcast, all_reduce
+    return reduced, [at_last_token(everything, rows), sum_of_row(everything, rows)], sent
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("layout", "ranks", "collectives"),
+    [({}, 1, 0), (TP2, 2, 0), (SP2, 2, 0), (PP2, 2, 1), (VPP2, 2, 1), ({}, 2, 1), (PP2, 4, 2)],
+    ids=["one", "TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2", "PP2+DP2"],
+)
+def test_a_reduced_row_is_what_infer_gives_and_no_token_of_it_travels(
+    layout: Layout, ranks: int, collectives: int, packed: bool
+) -> None:
+    whole = run_ranks(infer_and_count, 1, {}, {})[0][0]
+    micro_batches = {"micro_batch_tokens": 20} if packed else {}
+    for reduced, expected, sent in run_ranks(infer_and_count, ranks, layout, micro_batches):
+        for got, same, alone in zip(reduced, expected, whole, strict=True):
+            assert torch.equal(got, same)
+            assert torch.allclose(got, alone, atol=1e-5)
+            assert got.abs().min() > 0
+        assert len(sent) == 2 * collectives
+        # two numbers of each row, or of the rows and repetitions of a replica; every token would be 144 numbers
+        assert max(sent, default=0) <= 2 * (6 + 2)
 
 
 def nothing(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:

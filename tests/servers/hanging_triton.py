@@ -9,6 +9,7 @@ import pytriton.client.client
 import pytriton.triton
 
 from nemo_eppo.servers.frontend import Frontend
+from nemo_eppo.servers.protocol import STATUS
 
 
 def main(folder: Path) -> None:
@@ -23,7 +24,7 @@ def main(folder: Path) -> None:
     pytriton.client.client.DEFAULT_INFERENCE_TIMEOUT_S = 15.0  # the time that an endpoint has to be loaded; else 60 s
     logging.basicConfig(format="%(name)s: %(message)s")
     with (
-        Frontend(["status"], lambda name, arrays: {}, "127.0.0.1", 0).running() as url,
+        Frontend({"status": STATUS}, lambda name, arrays: {}, "127.0.0.1", 0).running() as url,
         urllib.request.urlopen(f"{url}/v2/health/ready", timeout=30) as ready,
     ):
         print(ready.status)

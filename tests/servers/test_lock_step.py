@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
+from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.intake import Intake, Request
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import _run, _stop_signals, serve
@@ -57,7 +59,7 @@ def run(fail_on: tuple[int, ...], stopping_rank: int | None) -> Any:
     dist.init_process_group("gloo")
     tokens = np.arange(12, dtype=np.int32).reshape(3, 4).T  # not C-contiguous
     arrays: dict[str, np.ndarray] = {"tokens": tokens, "mask": np.eye(4, dtype=np.uint8), "returns": np.ones(2, "f4")}
-    intake = ListIntake([Request("critic_infer", arrays)] * 2)
+    intake = ListIntake([Request("critic_infer", ENDPOINTS["critic_train"].decode(arrays))] * 2)
     lead = cast(Intake, intake) if dist.get_rank() == 0 else None
     service = Adder(fail_on)
 
@@ -100,12 +102,34 @@ def test_failure_on_some_ranks_ends_all_of_them_with_an_explanation() -> None:
     assert messages[0] == messages[2] == "a request failed on 1 of 3 ranks, but not here"
 
 
+@pytest.mark.timeout(30)  # seconds; a handler that takes a lock waits for itself
+def test_a_signal_may_arrive_while_another_one_is_handled() -> None:
+    interrupted = 0
+
+    def interrupt(frame: Any, event: str, argument: Any) -> Any:
+        """Send another signal at every line that the handler runs; Python does not trace what a tracer calls."""
+        nonlocal interrupted
+        if event == "line" and frame.f_globals.get("__name__") in ("threading", _stop_signals.__module__):
+            interrupted += 1
+            signal.raise_signal(signal.SIGTERM)
+        return interrupt
+
+    with _stop_signals() as stop:
+        sys.settrace(interrupt)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            sys.settrace(None)
+    assert interrupted
+    assert stop.asked
+
+
 def test_server_runs_in_the_main_thread_only() -> None:
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            serve(Adder(), ServerConfig(), group=cast(dist.ProcessGroup, None))
+            serve(Adder(), {}, ServerConfig(), group=cast(dist.ProcessGroup, None))
         except ValueError as error:
             errors.append(error)
 

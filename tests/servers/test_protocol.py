@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-from nemo_eppo.servers.protocol import ENDPOINTS, Arrays, Limits, RequestError, check_arrays, validate_request
+from nemo_eppo.servers.endpoints import ENDPOINTS
+from nemo_eppo.servers.protocol import Array, Arrays, Endpoint, Limits, RequestError, StepRule, check_arrays
 
 LIMITS = Limits(vocab_size=50, max_sequence_length=12, max_batch_size=6)
 Request = dict[str, np.ndarray]
@@ -105,10 +107,10 @@ def test_bad_request_is_refused_with_field_value_and_expectation(name: str) -> N
     endpoint, change, field, value, expected = BAD[name]
     rng = np.random.default_rng(0)
     request = train_request(rng) if endpoint == "critic_train" else reward_request(rng)
-    validate_request(endpoint, request, LIMITS)
+    ENDPOINTS[endpoint].validate(request, LIMITS)
     change(request)
     with pytest.raises(RequestError) as caught:
-        validate_request(endpoint, request, LIMITS)
+        ENDPOINTS[endpoint].validate(request, LIMITS)
     error = caught.value
     assert error.field == field
     assert value in error.value
@@ -123,7 +125,7 @@ def test_random_requests_are_accepted_and_a_planted_fault_is_named() -> None:
         request = train_request(rng, batch, size)
         if not request["mask"].any():
             continue
-        validate_request("critic_train", request, LIMITS)
+        ENDPOINTS["critic_train"].validate(request, LIMITS)
 
         row, action = (int(i) for i in rng.choice(np.argwhere(request["mask"])))
         fault, value, position = [
@@ -135,7 +137,7 @@ def test_random_requests_are_accepted_and_a_planted_fault_is_named() -> None:
         ][rng.integers(5)]
         put(fault, position, value)(request)
         with pytest.raises(RequestError) as caught:
-            validate_request("critic_train", request, LIMITS)
+            ENDPOINTS["critic_train"].validate(request, LIMITS)
         assert caught.value.field == f"{fault}[{', '.join(map(str, position))}]"
 
 
@@ -145,3 +147,64 @@ def test_optional_output_may_be_left_out() -> None:
     assert check_arrays(spec, rewards) == {"B": 3, "K": 2}
     with pytest.raises(RequestError, match="rewards = missing"):
         check_arrays(spec, {"latents": np.zeros((3, 2), np.float32)})
+
+
+def test_a_request_arrives_as_tensors_of_the_declared_dtype_in_memory_of_its_own() -> None:
+    endpoint, request = ENDPOINTS["critic_train"], train_request(np.random.default_rng(2))
+    request["tokens"] = np.asfortranarray(request["tokens"])
+    tensors = endpoint.decode(request)
+    integers, floats = dict.fromkeys(("tokens", "lengths", "step"), torch.int64), ("returns", "values")
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        **integers,
+        **dict.fromkeys(floats, torch.float32),
+        "mask": torch.bool,
+    }
+    for name, array in request.items():
+        np.testing.assert_array_equal(tensors[name].numpy(), array)
+        assert tensors[name].is_contiguous()
+        assert not np.shares_memory(tensors[name].numpy(), array)
+        sent = endpoint.encode(tensors)[name]
+        assert sent.dtype == array.dtype
+        np.testing.assert_array_equal(sent, array)
+
+
+def test_bfloat16_and_other_layouts_are_sent_as_declared() -> None:
+    values = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    sent = ENDPOINTS["critic_infer"].answer({"values": values})["values"]
+    assert (sent.dtype, sent.flags.c_contiguous) == (np.float32, True)
+    np.testing.assert_array_equal(sent, [[0, 3], [1, 4], [2, 5]])
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"rewards": torch.zeros(3)}, r"rewards = float32 of shape \[3\], expected float32 \[B, K\]"),
+        ({"rewards": torch.zeros(3, 1).long()}, r"rewards = torch\.int64, expected float"),
+        ({"rewards": torch.zeros(3, 1), "latents": torch.zeros(2, 4)}, "latents = shape"),
+        ({"rewards": torch.zeros(3, 1), "scores": torch.zeros(3, 1)}, "scores = an array, expected none of this name"),
+        ({}, "rewards = missing"),
+    ],
+)
+def test_an_answer_that_does_not_fit_the_table_is_the_services_fault(
+    result: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(TypeError, match=f"the service's own output does not fit: {message}"):
+        ENDPOINTS["reward_infer"].answer(result)
+
+
+def test_any_table_is_checked_by_its_own_rules() -> None:
+    def even(arrays: Arrays, limits: Limits) -> None:
+        if len(arrays["x"]) % 2:
+            raise RequestError("x", len(arrays["x"]), "an even number of rows")
+
+    endpoint = Endpoint({"x": Array(np.float32, ("B", "W"))}, reply="sum", step=StepRule.NEXT, check=even)
+    step = np.array([3])
+    endpoint.validate({"x": np.zeros((2, 5), np.float32), "step": step}, LIMITS)
+    for rows, wrong, message in (
+        (3, step, "x = 3, expected an even number"),
+        (2, -step, r"step\[0\] = -3, expected"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            endpoint.validate({"x": np.zeros((rows, 5), np.float32), "step": wrong}, LIMITS)
+    with pytest.raises(RequestError, match="step = missing"):
+        endpoint.validate({"x": np.zeros((2, 5), np.float32)}, LIMITS)

@@ -80,15 +80,19 @@ def test_reward_models_without_latents_give_latents_of_width_zero(server: Server
     assert latents.shape == (4, 0)
 
 
-def test_large_batches_are_split_by_the_servers_limit_and_keep_their_order(critic: CriticClient) -> None:
+def test_large_batches_are_split_by_the_servers_limit_and_keep_their_order(
+    server: Server, critic: CriticClient
+) -> None:
     tokens, lengths = batch(2 * MAX_BATCH + 3)
     before = critic.status()
     values = critic.infer(tokens, lengths).result()
     torch.testing.assert_close(values, embedding()[tokens][:, 1:] + before["bias"])
     assert critic.status()["calls"] == before["calls"] + 3
     tokens[MAX_BATCH + 1, 0] = VOCAB
-    with pytest.raises(ServerError, match=rf"critic_infer \(rows from {MAX_BATCH}\): tokens\[1, 0\] = {VOCAB}"):
-        critic.infer(tokens, lengths).result()
+    with CriticClient(server.client_config) as own:  # at its end the other parts of the request have been answered
+        own.connect(EXPECT)
+        with pytest.raises(ServerError, match=rf"critic_infer \(rows from {MAX_BATCH}\): tokens\[1, 0\] = {VOCAB}"):
+            own.infer(tokens, lengths).result()
 
 
 def corrupt(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
@@ -267,8 +271,8 @@ def test_status_is_answered_while_the_ranks_are_busy(critic: CriticClient) -> No
 def test_server_that_hangs_is_reported_and_can_be_used_again_when_it_recovers(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_INTERVAL_S", 0.2)
-    monkeypatch.setattr("nemo_eppo.servers.client.HEALTH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("nemo_eppo.servers.server_client.HEALTH_INTERVAL_S", 0.2)
+    monkeypatch.setattr("nemo_eppo.servers.server_client.HEALTH_TIMEOUT_S", 0.5)
     with CriticClient(server.client_config) as critic:
         rank0 = psutil.Process(critic.connect(EXPECT)["pids"][0])
         rank0.suspend()
@@ -359,7 +363,7 @@ def test_taken_port_is_reported_before_anything_starts() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        intake = Intake(Nothing(), ServerConfig(port=port))
+        intake = Intake(Nothing(), {}, ServerConfig(port=port))
         with pytest.raises(ConfigError, match=f"port = {port}: cannot listen on .*in use"), intake.open():
             pass
 

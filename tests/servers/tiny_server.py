@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic import SecretStr
 
+from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
@@ -96,5 +97,5 @@ if __name__ == "__main__":
     config = ServerConfig(
         token=SecretStr(os.environ["TINY_TOKEN"]), max_batch_size=MAX_BATCH, ready_file=Path(sys.argv[1])
     )
-    serve(TinyService(), config, group=dist.new_group(backend="gloo"))
+    serve(TinyService(), ENDPOINTS, config, group=dist.new_group(backend="gloo"))
     dist.destroy_process_group()

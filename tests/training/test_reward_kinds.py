@@ -116,13 +116,43 @@ def test_informs_loss_is_the_documented_formula(models: Models, trained: dict[st
     assert made["report"]["loss"] != pytest.approx(float(without_noise), rel=1e-3)
 
 
-def served(source: Path, data: Path, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
+def built(source: Path, data: Path, layout: dict[str, Any]) -> tuple[RewardModel, dict[str, torch.Tensor]]:
+    """A served reward model and a request with all rows of `data`."""
     model = RewardModel(ModelSetup(restore_from_path=source, parallel=ParallelConfig(**layout)))
     runtime.initialize(ParallelConfig(**layout), 1)
     model.build()
     items = SFTDataset(data, model.plan.tokenizer, max_sequence_length=48).items
     tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in items], 0)
-    return model.infer({"tokens": tokens, "prompt_lengths": prompts, "lengths": lengths})
+    return model, {"tokens": tokens, "prompt_lengths": prompts, "lengths": lengths}
+
+
+def served(source: Path, data: Path, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model, request = built(source, data, layout)
+    return model.infer(request)
+
+
+def served_and_read_later(source: Path, data: Path, layout: dict[str, Any]) -> list[torch.Tensor]:
+    """Rewards and latents as served, and as read from what the model gives for every token."""
+    model, request = built(source, data, layout)
+    runner, gaussian = model._runner, model._gaussian
+    assert runner is not None
+    assert gaussian is not None
+    result = model.infer(request)
+    everything, _ = runner.infer(request["tokens"], request["lengths"], outputs=1 + 2 * LATENTS)
+    last = everything[torch.arange(len(everything)), request["lengths"] - 1]
+    latents = (last[:, 1 : 1 + LATENTS].double() - gaussian.mean) @ torch.linalg.inv(gaussian.factor).T
+    return [result["rewards"][:, 0], last[:, 0], result["latents"], latents.float()]
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["dp2", "pp2"])
+def test_what_is_served_is_what_the_model_gives_at_the_last_token(
+    layout: dict[str, Any], models: Models, trained: dict[str, Path]
+) -> None:
+    data = models.data / "sft.train.jsonl"
+    for rewards, scores, latents, whitened in run_ranks(served_and_read_later, 2, trained["inform"], data, layout):
+        assert torch.equal(rewards, scores)
+        torch.testing.assert_close(latents, whitened, rtol=1e-5, atol=1e-5)
+        assert latents.abs().max() > 0.5
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["one", "pp2"])

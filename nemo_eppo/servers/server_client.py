@@ -1,0 +1,236 @@
+"""The client of any server: it waits for an answer, sends requests, repeats what the network lost, notices an end."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field, SecretStr
+
+from nemo_eppo.config import Config
+from nemo_eppo.servers.protocol import PROTOCOL_VERSION, Arrays, Endpoint, check_arrays
+from nemo_eppo.servers.transport import ServerError, Transport
+
+logger = logging.getLogger(__name__)
+
+# While a request waits, the server is asked for its status this often; two failures in a row mean that it is gone.
+# So a lost server is reported after at most 2 * (4 + 8) s.
+HEALTH_INTERVAL_S = 4.0
+HEALTH_TIMEOUT_S = 8.0
+# A broken connection is tried again after these pauses. Safe for updates too: the server knows a repeated one.
+RETRY_PAUSES_S = (0.5, 2.0)
+NETWORK_TIMEOUT_S = 20.0
+PARALLEL_REQUESTS = 4
+
+ResultT = TypeVar("ResultT")
+
+
+class ServerUnavailable(ServerError):
+    """A server does not answer (any more)."""
+
+
+class ClientConfig(Config):
+    """Where a server is found."""
+
+    url: str = Field(pattern=r"^http://[^/:]+:\d+$")
+    """Its address, http://host:port."""
+    token: SecretStr | None = None
+    """The server's shared secret."""
+    connect_timeout: float = Field(default=1800.0, gt=0)
+    """Seconds to wait for the server at the start: it may have a large model to load."""
+    request_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds after which a request is given up although the server is well."""
+
+
+class ServerClient:
+    """Requests to one server. `name` is the kind of job expected there and stands in every message."""
+
+    endpoints: ClassVar[Mapping[str, Endpoint]] = {}
+    """What may be asked by `call`; for subclasses to fill."""
+
+    def __init__(self, name: str, config: ClientConfig) -> None:
+        token = config.token.get_secret_value() if config.token else ""
+        self.name, self.config = name, config
+        self._transport = Transport(config.url, token, NETWORK_TIMEOUT_S)
+        self._health = Transport(config.url, token, HEALTH_TIMEOUT_S)
+        self._parallel = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix=f"{name}-client")
+        # Requests that carry a step leave one by one, in the order of the calls.
+        self._in_order = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-client-steps")
+        self._max_batch_size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop requests that have not left yet, and wait for the others."""
+        self._parallel.shutdown(cancel_futures=True)
+        self._in_order.shutdown(cancel_futures=True)
+
+    def status(self) -> dict[str, Any]:
+        """The server's status, see `Intake`.
+
+        Raises:
+            ServerUnavailable: no answer within HEALTH_TIMEOUT_S.
+            ServerError: it refused the token.
+        """
+
+        def give_up() -> None:
+            raise TimeoutError(f"no answer within {HEALTH_TIMEOUT_S:.0f} s")
+
+        try:
+            reply = self._health.request("status", {}, interval=HEALTH_TIMEOUT_S, while_waiting=give_up)
+        except ConnectionError as error:
+            raise self._unavailable("status", error) from error
+        except ServerError as error:
+            raise self._failed("status", error) from None
+        status: dict[str, Any] = reply["status"]
+        return status
+
+    def connect(self, expect: Mapping[str, Any]) -> dict[str, Any]:
+        """Wait until the server answers, then compare its status with `expect`.
+
+        Args:
+            expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...), except those called
+                `max_*`, which must be at least this. Protocol and kind of job are always compared.
+
+        Returns:
+            The server's status.
+
+        Raises:
+            ServerUnavailable: it did not answer within `connect_timeout`.
+            ServerError: it refused the token, or its status differs; the message lists all differences.
+        """
+        start, told = time.monotonic(), 0.0
+        while True:
+            try:
+                status = self.status()
+                break
+            except ServerUnavailable as error:
+                waited = time.monotonic() - start
+                if waited > self.config.connect_timeout:
+                    raise ServerUnavailable(f"{error} (waited {waited:.0f} s)") from None
+                if waited >= told:
+                    logger.info("waiting for the %s server at %s (%.0f s)", self.name, self.config.url, waited)
+                    told = waited + 30
+                time.sleep(0.5)
+        differences = []
+        for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, **expect}.items():
+            found = status.get(key)
+            least = "at least " if key.startswith("max_") else ""
+            if found is None or (found < wanted if least else found != wanted):
+                differences.append(f"{key} is {found!r}, expected {least}{wanted!r}")
+        if differences:
+            raise ServerError(f"the server at {self.config.url} does not fit: " + "; ".join(differences))
+        self._max_batch_size = status["max_batch_size"]
+        return status
+
+    def call(
+        self, name: str, finish: Callable[[dict[str, Any]], ResultT], **tensors: torch.Tensor
+    ) -> "Future[ResultT]":
+        """Ask the endpoint `name`; the future gives what `finish` makes of its outputs by name. Needs `connect` first.
+
+        Requests without a step are split into the server's largest batches, sent in parallel, and put together again.
+
+        Raises:
+            RequestError: at once, if names, kinds or shapes of `tensors` are wrong.
+            ServerError: from the future; ServerUnavailable if the server is lost.
+        """
+        if not self._max_batch_size:
+            raise RuntimeError(f"{self.name} client: `connect` comes before `{name}`")
+        endpoint = self.endpoints[name]
+        arrays = endpoint.encode(tensors)
+        sizes = check_arrays(endpoint.inputs, arrays)
+        if endpoint.step:
+            what = f"{name} (step {arrays['step'][0]})"
+            futures = [self._in_order.submit(self._ask, name, arrays, what)]
+        else:
+            size, futures = self._max_batch_size, []
+            for start in range(0, sizes["B"], size):
+                part = {key: array[start : start + size] for key, array in arrays.items()}
+                what = f"{name} (rows from {start})" if start else name
+                futures.append(self._parallel.submit(self._ask, name, part, what))
+
+        return _joined(futures, finish)
+
+    def _ask(self, endpoint: str, arrays: Arrays, what: str) -> dict[str, Any]:
+        """One request, tried again when the connection breaks; in a thread of the pools."""
+        pauses = iter(RETRY_PAUSES_S)
+        while True:
+            try:
+                watch = self._watch(what)
+                return self._transport.request(endpoint, arrays, interval=HEALTH_INTERVAL_S, while_waiting=watch)
+            except ConnectionError as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise self._unavailable(what, error) from error
+                time.sleep(pause)
+            except ServerUnavailable:
+                raise
+            except ServerError as error:
+                raise self._failed(what, error) from None
+
+    def _watch(self, what: str) -> Callable[[], None]:
+        """A function to call while a request waits: it raises when the server is gone or the time is up."""
+        deadline = time.monotonic() + self.config.request_timeout
+        failures = 0
+
+        def watch() -> None:
+            nonlocal failures
+            try:
+                self.status()
+                failures = 0
+            except ServerUnavailable as error:
+                failures += 1
+                if failures == 2:
+                    raise self._unavailable(what, error) from error
+            if time.monotonic() > deadline:
+                raise self._unavailable(what, TimeoutError(f"no answer within {self.config.request_timeout:.0f} s"))
+
+        return watch
+
+    def _unavailable(self, what: str, cause: BaseException) -> ServerUnavailable:
+        return ServerUnavailable(f"{self.name} server at {self.config.url} unavailable for {what}: {cause}")
+
+    def _failed(self, what: str, error: ServerError) -> ServerError:
+        message = f"{self.name} server at {self.config.url}, {what}: {error}"
+        return ServerError(message, error.field, error.value, error.expected)
+
+
+def _joined(
+    futures: Sequence["Future[dict[str, Any]]"], finish: Callable[[dict[str, Any]], ResultT]
+) -> "Future[ResultT]":
+    """A future of `finish(outputs)`, those of all `futures` put together; the first failure ends it, and the others."""
+    joined: Future[ResultT] = Future()
+    lock, left = threading.Lock(), len(futures)
+
+    def done(future: "Future[dict[str, Any]]") -> None:
+        nonlocal left
+        error = None if future.cancelled() else future.exception()
+        with lock:
+            left -= 1
+            if joined.done():
+                return
+            if error is not None:
+                joined.set_exception(error)
+            elif not left:
+                outputs, *more = [future.result() for future in futures]
+                try:
+                    if more:  # else there may be JSON in it
+                        outputs = {k: np.concatenate([part[k] for part in (outputs, *more)]) for k in outputs}
+                    joined.set_result(finish(outputs))
+                except BaseException as failure:
+                    joined.set_exception(failure)
+        if error is not None:
+            for other in futures:
+                other.cancel()
+
+    for future in futures:
+        future.add_done_callback(done)
+    return joined

@@ -1,0 +1,68 @@
+"""The order of a service's updates: which requests with a step are due, and what a repeated one is answered."""
+
+import zlib
+from typing import Any
+
+from nemo_eppo.servers.protocol import Endpoint, RequestError, StepRule
+from nemo_eppo.servers.service import Service, Tensors
+
+
+class Steps:
+    """Applies the step rules of endpoints to the requests for one service, with a server between or without.
+
+        answer = steps.answered(endpoint, request)
+        if answer is None:
+            answer = service.endpoints[name](request)
+            steps.done(endpoint, request, answer)
+
+    Every rank that does this with the same requests comes to the same answers.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._due = 0  # digest of the request for the next update: the service may change its tensors
+        self._last_update: tuple[int, int, Any] | None = None  # step, digest of its request, answer
+
+    def answered(self, endpoint: Endpoint, request: Tensors) -> Any:
+        """The answer that the last update got, if this is the same request once more; None if the request is due.
+
+        Raises:
+            RequestError: its step is not one that the endpoint's rule allows.
+        """
+        if endpoint.step not in (StepRule.NEXT, StepRule.CURRENT):
+            return None
+        step, last = int(request["step"]), self._service.step
+        if endpoint.step == StepRule.CURRENT:
+            if step != last:
+                raise RequestError("step", step, f"{last}, the last applied update")
+            return None
+        digest = _digest(request)
+        if step == last + 1:
+            self._due = digest
+            return None
+        if self._last_update and step == self._last_update[0]:
+            if digest != self._last_update[1]:
+                raise RequestError("step", step, f"{last + 1}: update {last} was made with other data")
+            return self._last_update[2]
+        raise RequestError("step", step, f"{last + 1}: the last applied update is {last}")
+
+    def done(self, endpoint: Endpoint, request: Tensors, answer: Any) -> None:
+        """Note that the service has fulfilled the request that `answered` found due.
+
+        Raises:
+            RuntimeError: it does not stand at the update that it was asked for.
+        """
+        if endpoint.step not in (StepRule.NEXT, StepRule.SET):
+            return
+        step = int(request["step"])
+        if self._service.step != step:
+            raise RuntimeError(f"the service says step {self._service.step} after update {step}")
+        # A service that was set to an update may have gone back behind the last one.
+        self._last_update = (step, self._due, answer) if endpoint.step == StepRule.NEXT else None
+
+
+def _digest(request: Tensors) -> int:
+    checksum = 0
+    for tensor in request.values():
+        checksum = zlib.crc32(tensor.numpy(force=True).tobytes(), checksum)
+    return checksum

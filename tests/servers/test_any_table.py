@@ -1,0 +1,95 @@
+"""Server and client work for endpoints that they have never heard of: a table of a test's own, over a real Triton."""
+
+import json
+import os
+import signal
+import threading
+import time
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+
+from nemo_eppo.servers.protocol import Array, Arrays, Endpoint, Limits, RequestError, StepRule
+from nemo_eppo.servers.server import serve
+from nemo_eppo.servers.server_client import ClientConfig, ServerClient
+from nemo_eppo.servers.service import ServerConfig, Tensors
+from nemo_eppo.servers.transport import ServerError
+
+
+def positive(arrays: Arrays, limits: Limits) -> None:
+    if (arrays["weights"] <= 0).any():
+        raise RequestError("weights", arrays["weights"].min(), "numbers > 0")
+
+
+TABLE = {
+    "weigh": Endpoint(
+        {"weights": Array(np.float32, ("B",)), "kept": Array(np.uint8, ("B", "N"), torch.bool)},
+        {"shares": Array(np.float32, ("B", "N"))},
+        check=positive,
+    ),
+    "count": Endpoint({"by": Array(np.int64, ("1",), torch.int64)}, reply="total", step=StepRule.NEXT),
+}
+
+
+class Scales:
+    name, vocab_size, max_sequence_length = "scales", 1, 1
+
+    def __init__(self) -> None:
+        self.step, self.total = 0, 0
+        self.endpoints = {"weigh": self.weigh, "count": self.count}
+
+    def weigh(self, request: Tensors) -> Tensors:
+        return {"shares": request["weights"][:, None] * request["kept"]}
+
+    def count(self, request: Tensors) -> int:
+        self.step, self.total = self.step + 1, self.total + int(request["by"])
+        return self.total
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+
+class ScalesClient(ServerClient):
+    endpoints = TABLE
+
+
+def ask(ready: Path, found: list[Any]) -> None:
+    """Ask everything of a server once it is ready, then end it."""
+    try:
+        while not ready.exists():
+            time.sleep(0.05)
+        url = json.loads(ready.read_text())["url"]
+        with ScalesClient("scales", ClientConfig(url=url)) as client:
+            client.connect({})
+            weights, kept = torch.arange(1.0, 6.0), torch.arange(10).view(5, 2) % 3 == 0
+            found.append(client.call("weigh", itemgetter("shares"), weights=weights, kept=kept).result())
+            count = {"by": torch.tensor([7]), "step": torch.tensor([1])}
+            found.append([client.call("count", itemgetter("total"), **count).result() for _ in range(2)])
+            count["step"] = torch.tensor([3])
+            for name, wrong in (("weigh", {"weights": -weights, "kept": kept}), ("count", count)):
+                try:
+                    client.call(name, itemgetter("none"), **wrong).result()
+                except ServerError as error:
+                    found.append(error.field)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def served(ready: Path) -> list[Any]:
+    dist.init_process_group("gloo")
+    found: list[Any] = []
+    threading.Thread(target=ask, args=(ready, found)).start()
+    serve(Scales(), TABLE, ServerConfig(max_batch_size=2, ready_file=ready), group=dist.new_group())
+    return found
+
+
+def test_endpoints_of_any_table_are_served_checked_and_asked(tmp_path: Path) -> None:
+    [[shares, totals, *wrong]] = run_ranks(served, 1, tmp_path / "ready.json")
+    np.testing.assert_array_equal(shares, [[1, 0], [0, 2], [0, 0], [4, 0], [0, 5]])
+    assert totals == [7, 7]
+    assert wrong == ["weights", "step"]
