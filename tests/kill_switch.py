@@ -4,7 +4,7 @@ import os
 import signal
 from typing import Any
 
-from nemo_eppo.megatron import checkpoint
+from nemo_eppo.models import checkpoint_files
 from nemo_eppo.training.critic import CriticService
 from nemo_eppo.training.critics import RemoteCritic
 from nemo_eppo.training.policy import Policy
@@ -16,7 +16,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "shape": (PPO, "_shape"),
     "critic_train": (RemoteCritic, "train"),
     "actor_train": (PPO, "_train_policy"),
-    "save": (checkpoint, "complete"),
+    "save": (checkpoint_files, "complete"),
     "critic": (CriticService, "_train"),
 }
 
