@@ -23,6 +23,7 @@ from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
+COLOCATED_CRITIC = {"restore_from_path": "x", "optimizer": {"lr": 1e-6}}
 SCRIPTS = Path(__file__).parents[2] / "examples" / "nlp" / "gpt"
 
 
@@ -67,18 +68,13 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rewards": []}, "rewards = .*at least 1 item"),
         ({"rewards": [{}]}, r"rewards\.0: expected exactly one of server, colocated and function"),
         (
-            {"rewards": [{"server": {"url": "http://x:1"}, "colocated": {"restore_from_path": "x"}}]},
-            r"rewards\.0: expected",
+            {"rewards": [{"function": "x:y", "colocated": {"restore_from_path": "x"}}]},
+            r"rewards\.0: expected exactly one",
         ),
         ({"rewards": [{"colocated": {}}]}, r"rewards\.0\.colocated\.restore_from_path: required"),
         ({"held_out_reward": {"weight": 2.0}}, r"held_out_reward: expected exactly one of server, colocated and"),
         (
-            {
-                "critic": {
-                    "server": {"url": "http://x:1"},
-                    "colocated": {"restore_from_path": "x", "optimizer": {"lr": 1}},
-                }
-            },
+            {"critic": {"server": {"url": "http://x:1"}, "colocated": COLOCATED_CRITIC}},
             r"critic: expected exactly one of server and colocated",
         ),
         ({"critic": {"server": None}}, r"critic: expected exactly one of server and colocated"),
