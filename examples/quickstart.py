@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, run_local
-from nemo_eppo.launch.schema import read_launch
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
 from nemo_eppo.tools.noun_task import write_noun_task

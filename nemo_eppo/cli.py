@@ -1,4 +1,4 @@
-"""The `nemo-eppo` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""The `nemo-eppo` command. The commands import large packages only when they run, so that `--help` answers at once."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ from nemo_eppo.tools.prepare_cli import add_prepare
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # of others only warnings
+    logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # other packages log warnings only
     arguments = _parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -41,7 +41,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose commands, and their commands in turn, are such parsers too: argparse makes them of its class."""
+    """A parser with this formatter; argparse makes the parsers of its commands from the same class."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, **settings)

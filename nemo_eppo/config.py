@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
-    """A setting, file or combination of settings that cannot work; the message says which, and what would."""
+    """A setting, file or combination of settings that cannot work; the message says which, and what was expected."""
 
 
 class Config(BaseModel):
@@ -55,20 +55,20 @@ def _describe(schema: type[Config], issue: Any) -> str:
     if issue["type"] == "missing":
         return f"{path}: required, but not set"
     where = path or "settings do not fit together"
-    if path and not isinstance(issue["input"], Mapping):  # of a section that does not fit together, the message tells
+    if path and not isinstance(issue["input"], Mapping):  # for a section, the message says which values do not fit
         where += f" = {issue['input']!r}"
     return f"{where}: {issue['msg'].removeprefix('Value error, ')}"
 
 
 def config_types(annotation: Any) -> list[type[Config]]:
-    """The Config classes in a field's annotation."""
+    """Return the Config classes in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [t for arg in getattr(annotation, "__args__", ()) for t in config_types(arg)]
 
 
 def load_named(key: str, path: str, form: str) -> Any:
-    """The object behind "module:name"; ConfigError, naming the config key and the expected form, if there is none."""
+    """Import the object "module:name"; ConfigError, with the config key and the expected form, if there is none."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Files and directories that are either complete or not there, and the JSON rows that survive a crash."""
+"""Files and directories that are either complete or absent, and JSON rows of which a crash tears only the last."""
 
 import glob
 import hashlib
@@ -28,11 +28,11 @@ def write_atomically(path: Path, text: str) -> None:
 def directory_made_whole(path: Path) -> Iterator[Path]:
     """Give a new directory to fill, which becomes `path` when the block succeeds; until then `path` is not touched.
 
-    What a block that fails has written is removed, and so is what killed processes left of earlier attempts.
+    If the block fails, what it has written is removed; what killed processes left behind earlier is removed as well.
 
     Raises:
-        ConfigError: `path` is not free: it exists and is no empty directory, or is a mount point, which cannot be
-            replaced. Nothing is ever overwritten.
+        ConfigError: `path` exists and is not an empty directory, or it is a mount point, which cannot be replaced.
+            Nothing is ever overwritten.
     """
     final = path.resolve()
     if final.is_mount():
@@ -49,9 +49,9 @@ def directory_made_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a free name beside `path`; what the block makes there takes the place of `path` in one step.
+    """Give a free name beside `path`; what the block writes there replaces `path` at once.
 
-    If the block fails it is removed, at Ctrl-C too: it may be as large as a model.
+    If the block fails, also by Ctrl-C, it is removed: it may be as large as a model.
     """
     temporary = unused_name(path)
     try:
@@ -66,9 +66,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def unused_name(path: Path) -> Path:
-    """A hidden name beside `path` that is never given twice.
+    """Return a hidden name beside `path` that is never given twice.
 
-    Writers that outlive a killed job for a moment can therefore not write into the files of its successor.
+    So writers that outlive a killed job for a moment cannot write into the files of its successor.
     """
     return path.with_name(f".{path.name}.{_INCOMPLETE}-{uuid.uuid4().hex}")
 
@@ -80,9 +80,9 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def remove_incomplete(folder: Path, name: str) -> None:
-    """Remove the directories that killed processes left unfinished; `name` is the final one, or a pattern of it."""
+    """Remove directories that killed processes left incomplete; `name` is their final name, or a glob pattern of it."""
     for abandoned in folder.glob(f".{name}.{_INCOMPLETE}-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # its writers may still be at it, for a moment
+        shutil.rmtree(abandoned, ignore_errors=True)  # processes may still write into it for a moment
 
 
 def fsync_tree(directory: Path) -> None:
@@ -101,13 +101,13 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def complete_lines(path: Path) -> list[bytes]:
-    """The lines of a file without their newlines; what follows the last newline was torn when its writer died."""
+    """Return the complete lines of a file, without newlines; what follows the last newline is dropped as torn."""
     return path.read_bytes().split(b"\n")[:-1]
 
 
@@ -115,8 +115,8 @@ class NotAnObject(ValueError):
     """Text that is not one JSON object.
 
     Args:
-        reason: the same words for the same defect, so that lines can be counted by it.
-        detail: what is special about this text.
+        reason: the kind of defect, in the same words for every text, so that texts can be counted by it.
+        detail: what is wrong with this text.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -128,8 +128,8 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        NotAnObject: the text is not JSON (or not UTF-8), is another JSON value, or has an object with a key twice, of
-            which json.loads would silently take the last.
+        NotAnObject: the text is not JSON (or not UTF-8), is another JSON value, or has the same key twice in an object
+            (json.loads would silently take the last).
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)

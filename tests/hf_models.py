@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -50,8 +52,15 @@ FAMILIES: dict[str, Any] = {
         **_SETTINGS | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 131072}
     ),
     "Mistral": MistralConfig(**_SETTINGS | {"sliding_window": None}),
+    "Mistral7B": MistralConfig(**_SETTINGS | {"sliding_window": 4}),
     "Qwen2": Qwen2Config(**_SETTINGS | {"tie_word_embeddings": True}),
     "Qwen3": Qwen3Config(**_SETTINGS | {"head_dim": 12}),
+    "Gemma2": Gemma2Config(
+        **_SETTINGS
+        | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "tie_word_embeddings": True}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    ),
+    "Phi3": Phi3Config(**_SETTINGS | {"sliding_window": 5}),
 }
 
 
@@ -66,7 +75,8 @@ def random_model(family: str, *, scores: int = 0, dtype: torch.dtype = torch.flo
         network = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.dim() == 1 else 0.15)
+            centre = 1.0 if "norm" in name and family != "Gemma2" else 0.0
+            parameter.normal_(centre, 0.3 if parameter.dim() == 1 else 0.15)
     return network.to(dtype).eval()
 
 

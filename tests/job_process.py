@@ -51,8 +51,9 @@ def run_steps(config: PPOConfig, run: Run) -> None:
 
 
 def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
-    """One PPO step of each method; its metrics and ledger rows, or its error, to methods.json."""
+    """One PPO step of each method; metrics and ledger rows, or its error, to methods.json, tensors to methods.pt."""
     made: dict[str, Any] = {}
+    tensors = {}
     for name, values in methods.items():
         try:
             job = PPOJob(load_config(PPOConfig, values), run)
@@ -65,9 +66,12 @@ def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
                 "contributions": list(result.ledger.contributions),
                 "rows": result.ledger.rows(),
             }
+            tensors[name] = {"batch": result.batch, "experience": result.experience}
         except (ConfigError, EngineMismatchError, ServerError) as error:
             made[name] = {"error": str(error)}
-    (run.directory / "methods.json").write_text(json.dumps(made))
+    if run.rank == 0:
+        (run.directory / "methods.json").write_text(json.dumps(made))
+        torch.save(tensors, run.directory / "methods.pt")
     runtime.shutdown()
 
 

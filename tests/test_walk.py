@@ -1,4 +1,4 @@
-"""The README's way from a Hugging Face directory to an aligned one: its commands as they stand there, a tiny model."""
+"""The way of examples/README.md from a Hugging Face directory to an aligned one: its commands as they stand there."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from nemo_eppo.data.tokenizer import train_bpe
 REPOSITORY = Path(__file__).parents[1]
 # what makes a command small enough for a test, put behind it
 SMALLER = {
-    "train_gpt_sft.py": "sft.max_steps=2 sft.global_batch_size=8",
+    "train_gpt_sft.py": "fit.max_steps=2 fit.global_batch_size=8",
     "train_reward_model.py": "fit.max_steps=2 fit.global_batch_size=8",
     "train_gpt_ppo_actor.py": "ppo.max_steps=1 ppo.rollout_batch_size=4 ppo.mini_batch_size=4 "
     "generation.max_new_tokens=16 data.max_prompt_length=64",
@@ -26,8 +26,9 @@ SMALLER = {
 
 
 def commands() -> str:
-    """The commands of the README's section, made small, with ports that are free."""
-    section = (REPOSITORY / "README.md").read_text().split("## From a Hugging Face model to an aligned one")[1]
+    """The commands of the section of examples/README.md, made small, with ports that are free."""
+    text = (REPOSITORY / "examples" / "README.md").read_text()
+    section = text.split("## From a Hugging Face model to an aligned one")[1]
     script = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
     for name, settings in SMALLER.items():
         script, count = re.subn(rf"(.*{name}.*)", rf"\1 {settings}", script)

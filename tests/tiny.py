@@ -41,7 +41,9 @@ def random_weights(model: ModelConfig, outputs: int = 1) -> dict[str, Tensor]:
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=draw)
-        weights[name] = 1 + 0.3 * noise if "norm" in name else noise * (0.5 if len(shape) == 1 else 0.15)
+        weights[name] = noise * (0.5 if len(shape) == 1 else 0.15)
+        if "norm" in name:
+            weights[name] = 0.3 * noise + (0 if model.norm_plus_one else 1)
     return weights
 
 

@@ -1,1 +1,1 @@
-"""Pure tensor functions of RLHF: same tensors in, same tensors out, no process groups and no devices."""
+"""Pure tensor functions of RLHF: they know no process groups and no devices."""

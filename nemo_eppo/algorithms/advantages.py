@@ -3,23 +3,23 @@
     estimator(rewards, values, mask, groups, truncated) -> (advantages, returns)
 
 Takes:
-    rewards: [B, T] reward of every action, all that shaping added (a KL penalty, say) included.
-    values: what the estimator's `needs` names, or None.
-        "critic": [B, T], the value of the state in which action `t` is taken; or [B, T + 1], whose column
+    rewards: [B, T] shaped reward of every action, a KL penalty per token included.
+    values: depends on the estimator's `needs`.
+        "critic": [B, T] the critic's value of the state in which action `t` is taken; or [B, T + 1], whose column
         `last + 1` is the value after a row's last action.
-        "greedy": [B, T], at every action the total reward of the greedy response to the same prompt.
-        "nothing": not read.
-    mask: bool [B, T], one unbroken run of response tokens in each row, anywhere.
-    groups: int64 [B], equal for responses to the same prompt: any ids, in any order, groups of any size.
-    truncated: bool [B], True for a response that was cut off.
+        "greedy": [B, T] at every action the total reward of the greedy response to the same prompt.
+        "nothing": not read, may be None.
+    mask: bool [B, T] with one unbroken run of response tokens in each row, anywhere.
+    groups: int64 [B] id of the prompt of each response; ids, their order and the sizes of groups are free.
+    truncated: bool [B] True for a response that was cut off.
 
 Gives:
     advantages: [B, T] in fp32 (fp64 stays fp64), zero outside the mask.
-    returns: [B, T], what a critic should have said, zero outside the mask; None if there is no critic to learn it.
+    returns: [B, T] the values that the critic is trained towards, zero outside the mask; None without a critic.
 
-B counts the responses of the *global* batch, because whitening and groups look across rows. What stands outside the
-mask changes no bit; the order of rows and the amount of padding change nothing but the last digits of sums. A row
-without a response token, or with a gap between two, is a ValueError.
+B is the *global* batch, because whitening and groups look across rows. What stands outside the mask changes no bit; the
+order of rows and the amount of padding change at most the last digits of sums. A row without a response token, or with
+a gap between two, is a ValueError.
 
 To add an estimator, write its class here, a frozen dataclass whose fields are its settings, and enter it in ESTIMATORS.
 """
@@ -51,19 +51,19 @@ class AdvantageEstimator(Protocol):
 class GAE:
     """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438).
 
-    `A_t = delta_t + gamma*lam*A_{t+1}` with `delta_t = r_t + gamma*V_{t+1} - V_t`; the returns are `A_t + V_t`, of the
-    advantages before whitening. The value after the last action is 0: the episode is over.
+    `A_t = delta_t + gamma*lam*A_{t+1}` with `delta_t = r_t + gamma*V_{t+1} - V_t`; the returns are `A_t + V_t`, before
+    whitening. The value after the last action is 0, because the episode is over.
     """
 
     needs: ClassVar[Needs] = "critic"
     gamma: float
     """Discount for each token, from 0 to 1."""
     lam: float
-    """Weight of later deltas, from 0 (the critic is trusted most) to 1 (the rewards are)."""
+    """Weight of later deltas, from 0 (rely on the critic) to 1 (rely on the rewards)."""
     whiten: bool = True
-    """Scale the advantages to mean zero and unit variance over all response tokens of the batch."""
+    """Whether advantages are scaled to mean zero and unit variance over all response tokens of the batch."""
     bootstrap_truncated: bool = False
-    """Take a truncated response as unfinished: the value after its last action is the critic's, from [B, T + 1]."""
+    """Whether the value after a truncated response's last action is the critic's, not 0; needs values [B, T + 1]."""
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
@@ -88,13 +88,13 @@ class GAE:
 class GRPO:
     """Group-relative advantages `(R - mean) / (std + 1e-6)` on every token (Shao et al. 2024, arXiv 2402.03300).
 
-    `R` is the total reward of a response, mean and std are those of its group. The paper leaves the std open; this is
-    the sample's (divided by n - 1), as in verl and TRL. A group of one response is a ValueError.
+    `R` is the total reward of a response, mean and std are taken over its group. The paper does not say which std; this
+    is the sample's (divided by n - 1), as in verl and TRL. A group of one response is a ValueError.
     """
 
     needs: ClassVar[Needs] = "nothing"
     normalize_std: bool = True
-    """Divide by the group's std; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)."""
+    """Whether to divide by the group's std; if not, this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)."""
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
@@ -108,7 +108,7 @@ class GRPO:
 
 @dataclass(frozen=True)
 class RLOO:
-    """REINFORCE leave-one-out, on every token: `R` less the mean of the group's others (arXiv 2402.14740).
+    """REINFORCE leave-one-out: on every token `R` less the mean `R` of the rest of its group (arXiv 2402.14740).
 
     `R` is the total reward of a response. In a group of n this is `n / (n - 1)` times `R` less the mean of all.
     A group of one response is a ValueError.
@@ -152,10 +152,10 @@ class ReMax:
 
 
 def _to_go(x: Tensor, mask: Tensor, decay: float) -> Tensor:
-    """Sum over i of `decay^i * x_{t+i}`, to the end of the response: [B, T], zero outside the mask.
+    """Return the sum over i of `decay^i * x_{t+i}` to the end of the response: [B, T], zero outside the mask.
 
-    Each pass doubles the number of terms summed, so log2(T) passes over the batch replace a loop over T. What this
-    leaves before the response is cut off at the end.
+    Each pass doubles the number of terms summed, so log2(T) passes over the batch replace a loop over T. The sums
+    that appear before a response are zeroed at the end.
     """
     _check_runs(mask)
     total, reach = zero_outside(x, mask), 1
@@ -166,7 +166,7 @@ def _to_go(x: Tensor, mask: Tensor, decay: float) -> Tensor:
 
 
 def _relative_to_group(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Total reward of each response less its group's mean, fp64 [B]; index [B] of its group; [B] its group's size."""
+    """Return for each response [B] its total reward less its group's mean (fp64), and its group's index and size."""
     _check_runs(mask)
     if groups.shape != mask.shape[:1]:
         raise ValueError(f"groups: {list(groups.shape)}; expected one id for each of {len(mask)} responses")
@@ -175,7 +175,7 @@ def _relative_to_group(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[T
         raise ValueError(
             f"groups: group {int(ids[counts < 2][0])} has 1 response; expected at least 2, to compare with each other"
         )
-    # in fp64 the mean of equal rewards is that reward, up to what 1e-6 in place of their std cannot blow up
+    # in fp64 the mean of equal rewards differs from them by so little that dividing by 1e-6 leaves it near zero
     total, sizes = zero_outside(rewards, mask).sum(dim=1, dtype=torch.float64), counts[index]
     return total - _group_sum(total, index) / sizes, index, sizes
 
@@ -201,29 +201,3 @@ ESTIMATORS: dict[EstimatorName, type[AdvantageEstimator]] = {
     "reinforce_plus_plus": ReinforcePlusPlus,
     "remax": ReMax,
 }
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-    bootstrap_truncated: bool = False,
-    truncated: Tensor | None = None,
-    bootstrap_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`GAE` without whitening, for callers who hold the value after the last action apart from `values` [B, T].
-
-    Args:
-        bootstrap_values: [B], read only for truncated rows; without it the value at the last action stands in.
-    """
-    if bootstrap_truncated:
-        if truncated is None:
-            raise ValueError("truncated: needed when bootstrap_truncated is set")
-        last = last_action(mask)[:, None]
-        after = values.gather(1, last) if bootstrap_values is None else bootstrap_values[:, None].to(values)
-        values = torch.cat([values, values[:, :1]], dim=1).scatter(1, last + 1, after)
-    estimator = GAE(gamma, lam, whiten=False, bootstrap_truncated=bootstrap_truncated)
-    no_row = torch.zeros_like(mask[:, 0])
-    return estimator(rewards, values, mask, no_row.long(), no_row if truncated is None else truncated)

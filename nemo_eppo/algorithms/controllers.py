@@ -1,4 +1,5 @@
-"""Coefficients that stay, or that steer the KL divergence to a target (Ziegler et al. 2019, arXiv 1909.08593)."""
+"""Coefficients of the KL penalty: a fixed one, and one that steers the KL to a target (Ziegler et al. 2019, arXiv
+1909.08593)."""
 
 from typing import Any
 
@@ -10,17 +11,17 @@ class FixedCoefficient:
         self.value = value
 
     def update(self, kl: float, n: int) -> None:
-        """Does nothing; here so that controllers can be exchanged."""
+        """Do nothing; it exists so that both controllers have the same methods."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the configured value: a run may be resumed with another coefficient."""
+        """Keep the configured value, so that a run may be resumed with another coefficient."""
 
 
 class AdaptiveKLController:
-    """`value *= 1 + e * n / horizon` with `e = clip(kl / target - 1, -0.2, 0.2)`."""
+    """A coefficient that `update` changes by `value *= 1 + e * n / horizon`, `e = clip(kl / target - 1, -0.2, 0.2)`."""
 
     def __init__(self, value: float, target: float, horizon: int) -> None:
         """Start at `value`; steer the mean KL of a response to `target` nats, over about `horizon` responses."""

@@ -1,4 +1,5 @@
-"""How far a policy is from its reference: per token (Schulman, Approximating KL divergence, 2020), and per response."""
+"""Estimates of how far a policy is from its reference, per token (Schulman, Approximating KL divergence, 2020) and per
+response."""
 
 import math
 from typing import Literal, NamedTuple
@@ -13,20 +14,21 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEstimator) -> Tensor:
-    """With `L = clamp(logprob - ref_logprob, -20, 20)`: k1 `L`; k2 `L^2 / 2`; k3 `exp(-L) - 1 + L`.
+    """Estimate the KL per token from `L = clamp(logprob - ref_logprob, -20, 20)`.
 
+    The estimators are k1 `L`, k2 `L^2 / 2` and k3 `exp(-L) - 1 + L`.
     k1 and k3 estimate KL(policy || reference) without bias for tokens sampled from the policy; k2 and k3 are never
     negative. As a loss, differentiated at the policy that sampled, k2 gives the gradient of KL(policy || reference),
-    k3 that of KL(reference || policy), and k1 zero in expectation.
+    k3 the gradient of KL(reference || policy), and k1 zero in expectation.
 
     Args:
-        logprobs: [B, T].
-        ref_logprobs: [B, T].
+        logprobs: [B, T] of the policy, in nats.
+        ref_logprobs: [B, T] of the reference.
         mask: bool [B, T].
-        kind: the estimator.
+        kind: which estimator.
 
     Returns:
-        [B, T], zero outside the mask.
+        [B, T] in nats, zero outside the mask.
     """
     log_ratio = zero_outside(logprobs, mask) - zero_outside(ref_logprobs, mask)
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -42,14 +44,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEs
 DivergenceKind = Literal["none", "kl", "chi2", "sqrt_chi2"]
 
 TAIL = 10.0
-"""Beyond a log-ratio of +-10 the exponentials go on as straight lines of the same slope: gradients stay finite."""
+"""Beyond a log-ratio of +-10 the exponentials continue as straight lines of the same slope: gradients stay finite."""
 
 SQRT_FLOOR = 1e-4
-"""sqrt(chi2) is not followed below this: its slope would be infinite where policy and reference are equal."""
+"""Below this chi2, the slope of sqrt(chi2) is taken as 0; it would be infinite where policy and reference are equal."""
 
 
 class SequenceDivergence(NamedTuple):
-    """Estimates [B] from one response each."""
+    """Estimates of the divergence, [B] each: one from every response."""
 
     log_ratio: Tensor
     """`L = sum_t (logprob - ref_logprob)`, whose mean under the policy is KL(policy || reference)."""
@@ -62,7 +64,7 @@ class SequenceDivergence(NamedTuple):
 
 
 def sequence_divergence(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> SequenceDivergence:
-    """How far the policy is from the reference, by whole responses (Laidlaw et al., arXiv 2403.03185).
+    """Estimate how far the policy is from the reference over whole responses (Laidlaw et al., arXiv 2403.03185).
 
     Args:
         logprobs: [B, T] of the policy, with or without gradient. A token's log-ratio is clamped to +-20.
@@ -76,14 +78,14 @@ def sequence_divergence(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) ->
 
 
 def divergence_slope(chi2: float, kind: DivergenceKind) -> float:
-    """What every response's `kl` or `chi2` is multiplied with, so that the batch mean has the gradient of the penalty.
+    """Return the factor for every response's `kl` or `chi2` that gives their batch mean the gradient of the penalty.
 
-    1, except for `sqrt_chi2`: `d sqrt(max(X, 1e-4)) / dX` at `X = chi2`. With `X` of the *global* batch the penalty's
-    gradient is a sum over responses, which no micro-batch and no rank can change.
+    It is 1 except for `sqrt_chi2`: `d sqrt(max(X, 1e-4)) / dX` at `X = chi2`. With `X` of the *global* batch the
+    gradient is a sum over responses, which does not depend on micro-batches and ranks.
 
     Args:
         chi2: mean of `SequenceDivergence.chi2` over the global batch.
-        kind: what is penalised.
+        kind: the penalised divergence.
     """
     if kind != "sqrt_chi2":
         return 1.0

@@ -1,7 +1,7 @@
 """Energy loss of a response and the distance EPPO penalises (Miao et al., ICML 2025, arXiv 2501.19358).
 
-A token's energy loss is the L1 norm of a module's input minus that of its output. Measuring it is the energy probe's
-task; here it is averaged over the response and compared between the policy (RLHF) and the reference (SFT).
+A token's energy loss is the L1 norm of a module's input minus that of its output. The energy probe in megatron/
+measures it; here it is averaged over the response and compared between the policy (RLHF) and the reference (SFT).
 """
 
 from typing import Literal
@@ -39,15 +39,15 @@ def response_energy(energy: Tensor, mask: Tensor, max_tokens: int | None = None)
     """Mean energy loss of each response.
 
     Args:
-        energy: [B, T, E] of `energy_window`.
+        energy: [B, T, E] energy loss per action, as `energy_window` returns it.
         mask: bool [B, T], True where action `t` produced a response token.
-        max_tokens: count only the first tokens, up to this number (authors: 1024).
+        max_tokens: average only over the first tokens, up to this number (authors: 1024); None for all.
 
     Returns:
         [B, E].
 
     Raises:
-        ValueError: for an empty window.
+        ValueError: a response has no token.
     """
     if max_tokens is not None:
         mask = mask & (mask.cumsum(dim=1) <= max_tokens)
@@ -60,7 +60,7 @@ def energy_difference(policy: Tensor, reference: Tensor, sided: Sided) -> Tensor
     Args:
         policy: [B, E] mean energy loss of the policy on its response.
         reference: [B, E] mean energy loss of the reference.
-        sided: `both`: the paper's absolute difference; `rise`: only by how much the policy's is higher.
+        sided: `both` takes the paper's absolute difference; `rise` counts only how much higher the policy's is.
 
     Returns:
         [B], never negative.
@@ -74,7 +74,7 @@ def energy_difference(policy: Tensor, reference: Tensor, sided: Sided) -> Tensor
 
 
 def apply_floor(reward: Tensor, penalised: Tensor, floor_ratio: float) -> Tensor:
-    """`max(penalised, r - c*|r|)` [B]: the penalty takes at most the fraction `c` of a reward's size, of either sign.
+    """Return `max(penalised, r - c*|r|)` [B]: the penalty takes at most the fraction `c` of a reward's absolute value.
 
     Unlike `max(penalised, c*r)` this never raises a negative reward above what it was.
 

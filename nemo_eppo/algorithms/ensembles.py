@@ -8,17 +8,17 @@ Combine = Literal["single", "sum", "mean", "wco", "uwo"]
 
 
 def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: int = 0) -> Tensor:
-    """One reward [B] from the standardised scores [B, k] of k reward models.
+    """Combine the scores of k reward models into one reward [B].
 
     Args:
-        scores: [B, k].
-        how: `single`: the only one there is; `sum`; `mean`; `wco`: the lowest (worst-case optimisation); `uwo`: the
-            mean less `uwo_lambda` times the variance over models (uncertainty-weighted optimisation).
-        uwo_lambda: authors: 0.1 for PPO, 0.5 for best-of-n.
-        ddof: 0: population variance; 1: sample variance, as in the authors' PPO code.
+        scores: [B, k], standardised.
+        how: `single` takes the only one; `sum`; `mean`; `wco` takes the lowest (worst-case optimisation); `uwo` takes
+            the mean less `uwo_lambda` times the variance over models (uncertainty-weighted optimisation).
+        uwo_lambda: weight of the variance (authors: 0.1 for PPO, 0.5 for best-of-n).
+        ddof: 0 for the population variance, 1 for the sample variance, as in the authors' PPO code.
 
     Raises:
-        ValueError: for a k that `how` makes no sense for; see `check_models`.
+        ValueError: `how` cannot combine k models; see `check_models`.
     """
     check_models(scores.shape[1], how)
     if how == "wco":

@@ -8,14 +8,14 @@ KLMode = Literal["paper_sum", "official_mean_first"]
 
 
 def latent_kl(mean: Tensor, logvar: Tensor, mode: KLMode) -> Tensor:
-    """What a response's latent distribution N(mean, exp(logvar)) costs: [B].
+    """Return the KL penalty [B] of each response's latent distribution N(mean, exp(logvar)), in nats.
 
     Args:
         mean: [B, d].
-        logvar: [B, d].
+        logvar: [B, d], the logarithm of the variance.
         mode: `paper_sum`: KL(N(mean, exp(logvar)) || N(0, I)) = sum over d of `(exp(v) + m^2 - 1 - v) / 2`;
-            `official_mean_first`, the authors' code: the same expression of the *averages* of m and v over d. It is
-            blind to latents that average out, and smaller by a factor d or more.
+            `official_mean_first`, the authors' code: the same expression for the *averages* of m and v over d. It does
+            not see latents that average out, and is smaller by a factor of d or more.
     """
     if mode == "official_mean_first":
         mean, logvar = mean.mean(dim=1, keepdim=True), logvar.mean(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
-"""How far latents of responses lie from those of the SFT model (indicators of InfoRM, NeurIPS 2024, arXiv 2402.09345).
+"""Distances of latents from those of the SFT model's responses (indicators of InfoRM, NeurIPS 2024, arXiv 2402.09345).
 
-Everything here is computed in fp64: a covariance of nearly dependent latents does not survive less.
+Everything is computed in fp64: with less, the covariance of nearly dependent latents is not positive definite.
 """
 
 from typing import NamedTuple
@@ -12,27 +12,27 @@ from nemo_eppo.algorithms.masking import require_finite
 
 
 class Gaussian(NamedTuple):
-    """A normal distribution over latents of width d, ready for distances."""
+    """A normal distribution over latents of width d, with its covariance factorised."""
 
     mean: Tensor
-    """fp64 [d]."""
+    """fp64 [d], the mean."""
     factor: Tensor
     """fp64 [d, d], lower triangular: the covariance is `factor @ factor.T`."""
 
 
 def fit_gaussian(latents: Tensor, shrinkage: float | None = None) -> Gaussian:
-    """The Gaussian of the given latents, its covariance `(1 - s) S + s tr(S)/d I` factorised once.
+    """Fit a Gaussian with the covariance `(1 - s) S + s tr(S)/d I` to latents.
 
     S is the sample covariance (divided by N). Shrinking keeps it invertible even for N < d.
 
     Args:
         latents: [N, d], N at least 2.
-        shrinkage: s in [0, 1]; None chooses the one of least expected squared error (Ledoit and Wolf 2004, A
+        shrinkage: s in [0, 1]; None chooses the s of least expected squared error (Ledoit and Wolf 2004, A
             well-conditioned estimator for large-dimensional covariance matrices).
 
     Raises:
-        ValueError: for fewer than 2 latents, NaN or infinities, or latents without spread in some direction that
-            shrinking does not cure.
+        ValueError: there are fewer than 2 latents, a number is not finite, or the covariance is singular even after
+            shrinking.
     """
     if latents.dim() != 2 or latents.shape[0] < 2 or latents.shape[1] < 1:
         raise ValueError(f"latents: shape {tuple(latents.shape)}; expected [N, d] with N at least 2")
@@ -65,13 +65,13 @@ def mahalanobis(latents: Tensor, gaussian: Gaussian) -> Tensor:
 
     Args:
         latents: [B, d].
-        gaussian: of the SFT model's latents.
+        gaussian: fitted to the SFT model's latents.
 
     Returns:
         fp64 [B], never negative.
 
     Raises:
-        ValueError: for latents of another width.
+        ValueError: the latents have another width than the Gaussian.
     """
     if latents.dim() != 2 or latents.shape[1] != len(gaussian.mean):
         raise ValueError(f"latents: shape {tuple(latents.shape)}; expected [B, {len(gaussian.mean)}]")
@@ -80,7 +80,7 @@ def mahalanobis(latents: Tensor, gaussian: Gaussian) -> Tensor:
 
 
 def outlier_fraction(latents: Tensor, gaussian: Gaussian, alpha: float) -> float:
-    """MOP: the fraction of latents [B, d] that the Gaussian would produce with a probability below `alpha`.
+    """Return MOP, the fraction of latents [B, d] whose p-value under the Gaussian is below `alpha`.
 
     Squared distances of Gaussian latents follow a chi-squared distribution with d degrees of freedom, whose upper tail
     is the regularised incomplete gamma function Q(d/2, D^2/2).

@@ -1,11 +1,11 @@
-"""Which tokens count: response masks, and statistics that nothing outside the mask can touch."""
+"""Response masks, and statistics over the tokens inside a mask that nothing outside it can change."""
 
 import torch
 from torch import Tensor
 
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int) -> Tensor:
-    """True where action `t` predicts a response token: `prompt_length <= t + 1 < length`.
+    """Return True where action `t` predicts a response token: `prompt_length <= t + 1 < length`.
 
     Args:
         prompt_lengths: [B] tokens of the prompt, at least 1.
@@ -16,7 +16,7 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int)
         bool [B, T] with T = S - 1.
 
     Raises:
-        ValueError: unless 1 <= prompt_length <= length <= S in every row.
+        ValueError: not every row has 1 <= prompt_length <= length <= S.
     """
     wrong = (prompt_lengths < 1) | (prompt_lengths > lengths) | (lengths > sequence_length)
     if bool(wrong.any()):
@@ -30,7 +30,7 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int)
 
 
 def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` in fp32 (fp64 stays fp64) with zeros outside the mask, whatever stood there; the same holds for its gradient.
+    """Return `x` in fp32 (fp64 stays fp64) with zeros outside the mask, whatever stood there, and so its gradient.
 
     Apply it to the inputs of a formula, not to its result: NaN times a zero gradient is NaN.
 
@@ -44,15 +44,15 @@ def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of `x` [B, T] over the mask [B, T]: a scalar, or along `dim`."""
+    """Sum `x` [B, T] over the mask [B, T], along `dim` or, if it is None, to a scalar."""
     return zero_outside(x, mask).sum(dim=dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` [B, T] over the mask [B, T]: a scalar, or along `dim`.
+    """Average `x` [B, T] over the mask [B, T], along `dim` or, if it is None, to a scalar.
 
     Raises:
-        ValueError: for a mean over nothing.
+        ValueError: there is no token to average over.
     """
     count = mask.sum(dim=dim)
     if bool((count == 0).any()):
@@ -62,10 +62,10 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Scale `x` [B, T] to unit variance and mean zero over all masked-in tokens of the batch.
+    """Scale `x` [B, T] to mean zero and unit variance over all tokens inside the mask.
 
     The variance is the population's (divided by n), with 1e-8 added: a constant input becomes zeros, not infinities.
-    Zero outside the mask.
+    The result is zero outside the mask.
     """
     x = zero_outside(x, mask)
     mean = masked_mean(x, mask)
@@ -74,10 +74,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def last_action(mask: Tensor) -> Tensor:
-    """Index [B] of the last action of each response in `mask` [B, T]: where a reward for the whole response is paid.
+    """Return the index [B] of each response's last action in `mask` [B, T], which gets the response's reward.
 
     Raises:
-        ValueError: naming the samples without a response token.
+        ValueError: samples have no response token; the message names them.
     """
     index = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(dim=1)
     if bool((index < 0).any()):
@@ -86,10 +86,10 @@ def last_action(mask: Tensor) -> Tensor:
 
 
 def require_finite(name: str, x: Tensor, mask: Tensor | None = None) -> None:
-    """Stop at the first NaN or infinity in `x` [B, ...] (only inside `mask` of the same shape, if given).
+    """Refuse NaN and infinities in `x` [B, ...]; with a `mask` of the same shape only inside it.
 
     Raises:
-        ValueError: naming the quantity and the place.
+        ValueError: there is one; the message has `name`, the value and its place.
     """
     bad = ~torch.isfinite(x)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""What one update of the policy minimises: every term of the loss in one place."""
+"""The loss of the policy, with every term in one place."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from nemo_eppo.algorithms.policy import Aggregation, aggregate, policy_loss
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyObjective:
-    """The loss of one mini-batch: `surrogate - c_H * entropy + c_KL * KL + w * divergence`, share by share.
+    """The loss of one update's mini-batch: `surrogate - c_H * entropy + c_KL * KL + w * divergence`.
 
     It is called on each micro-batch of each data-parallel rank, [B, T] with any B and any padding. All denominators
-    are those of the *global* mini-batch: the sum of all losses, and of all reports, is that of the undivided one.
+    belong to the *global* mini-batch, so the losses, and the reports, of its parts add up to its own.
     """
 
     clip_low: float
@@ -23,25 +23,25 @@ class PolicyObjective:
     clip_high: float
     """The probability ratio is clipped above `1 + clip_high`."""
     dual_clip: float | None = None
-    """Bound of the surrogate for negative advantages, above 1 (arXiv 1912.09729); None for none."""
+    """Bound of the surrogate for negative advantages, above 1 (arXiv 1912.09729); None: no bound."""
     aggregation: Aggregation = "token"
-    """How surrogate, entropy and KL become one number, see `aggregate`; a divergence is a mean over responses."""
+    """How surrogate, entropy and KL are averaged, see `aggregate`; a divergence is a mean over responses."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus; 0 for none."""
+    """c_H, the weight of the entropy bonus; 0: no bonus."""
     kl_coefficient: float = 0.0
-    """Weight of the per-token KL estimate; 0 for none."""
+    """c_KL, the weight of the KL estimate per token; 0: no such term."""
     kl_estimator: KLEstimator = "k1"
-    """Which estimate of KL(policy || reference), see `kl_estimate`."""
+    """How KL(policy || reference) is estimated, see `kl_estimate`."""
     divergence: Literal["none", "kl", "chi2"] = "none"
     """Which divergence of whole responses is penalised, see `sequence_divergence`."""
     divergence_weight: float = 0.0
-    """Its coefficient times `divergence_slope`: the square root of chi2 is "chi2" with another weight."""
+    """w: coefficient times `divergence_slope`, by which "chi2" becomes a penalty on the square root of chi2."""
     tokens: float
-    """Response tokens of the global mini-batch."""
+    """Number of response tokens in the global mini-batch."""
     sequences: int
-    """Responses of the global mini-batch."""
+    """Number of responses in the global mini-batch."""
     longest: int
-    """Most tokens a response may have (`max_new_tokens`), for aggregation "fixed"."""
+    """Most tokens that a response may have (`max_new_tokens`); used by aggregation "fixed"."""
 
     def __post_init__(self) -> None:
         if self.divergence not in ("none", "kl", "chi2"):
@@ -50,19 +50,19 @@ class PolicyObjective:
     def __call__(
         self, logprobs: Tensor, entropies: Tensor, rows: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the loss, and of its report.
+        """Return this micro-batch's share of the loss, and of its report.
 
         Args:
             logprobs: [B, T] of the policy being trained, with gradient.
-            entropies: [B, T] nats, with gradient if there is an entropy bonus.
+            entropies: [B, T] in nats, with gradient if there is an entropy bonus.
             rows: `mask` bool [B, T]; `old_logprobs` [B, T] before this step's updates; `advantages` [B, T];
                 `weights` [B, T] of `truncated_importance_weights`, if sampling is corrected;
                 `ref_logprobs` [B, T], if there is a KL term or a divergence.
 
         Returns:
             scalar with gradient, and detached scalars: `clip_fraction`, `approx_kl` (k3, old policy || policy),
-            `ratio_mean` and `entropy`, means over tokens; `kl_loss` and `divergence_loss`, where there is such a term,
-            as they stand in the loss.
+            `ratio_mean` and `entropy`, which are means over tokens; `kl_loss` and `divergence_loss` if the loss has
+            such a term, weighted as there.
         """
         mask = rows["mask"]
         sequences = float(self.sequences)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of x and y, both [N]: a scalar; 0, without gradient, if either is constant to 1e-6."""
+    """Return Pearson's correlation of x and y, both [N]: a scalar; 0 without gradient if either is constant to 1e-6."""
     x_off, y_off = x - x.mean(), y - y.mean()
     if x_off.norm() <= 1e-6 * x.norm() or y_off.norm() <= 1e-6 * y.norm():
         return torch.zeros_like(x_off.sum()).detach()
@@ -13,21 +13,21 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def length_loss(quality: Tensor, length_scores: Tensor, lengths: Tensor) -> Tensor:
-    """`|rho(quality, lengths)| - rho(length_scores, lengths)` over the batch: the quality head should know nothing of
-    length, the length head everything. All [N]; a scalar, not a mean over rows: see `length_slopes`."""
+    """Return `|rho(quality, lengths)| - rho(length_scores, lengths)`: the quality head should know nothing of
+    length, the length head everything. All are [N]; the scalar is no mean over rows, see `length_slopes`."""
     lengths = lengths.to(quality.dtype)
     return pearson(quality, lengths).abs() - pearson(length_scores, lengths)
 
 
 def length_slopes(quality: Tensor, length_scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of `length_loss` by each row's scores, [N] each.
+    """Return the derivatives of `length_loss` by `quality` and by `length_scores`, [N] each.
 
-    With them `sum_i(slope_q_i * q_i + slope_l_i * l_i)` is a sum over rows whose gradient is that of `length_loss`
-    over the *global* batch, so that micro-batches and ranks cannot change it.
+    With them `sum_i(slope_q_i * q_i + slope_l_i * l_i)` is a sum over rows with the gradient of `length_loss` over the
+    *global* batch, so micro-batches and ranks cannot change it.
 
     Args:
-        quality: [N] of the global batch, under the weights that are about to be updated.
-        length_scores: [N].
+        quality: [N] scores of the quality head for the global batch, under the weights that are about to be updated.
+        length_scores: [N] scores of the length head.
         lengths: [N] response tokens.
     """
     with torch.enable_grad():

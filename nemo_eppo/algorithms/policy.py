@@ -15,41 +15,40 @@ MAX_LOG_RATIO = 20.0
 """A token's log-ratio is clamped to +-20 before exp: e^20 is 5e8, as good as infinite, and nothing overflows."""
 
 Aggregation = Literal["token", "sequence", "fixed"]
-"""How losses of tokens become one number, see `aggregate`."""
+"""How the losses of tokens are averaged, see `aggregate`."""
 
 
 class PolicyStats(NamedTuple):
-    """Sums over response tokens, detached scalars: add them up over micro-batches and ranks, divide by `tokens`."""
+    """Detached scalars, each a sum over response tokens: add them up over micro-batches and ranks, and divide by the
+    response tokens of the global mini-batch to get a mean."""
 
-    tokens: Tensor
-    """Response tokens."""
     clipped: Tensor
-    """Tokens whose loss is the clipped one; over `tokens` this is the clip fraction."""
+    """Number of tokens whose loss is the clipped one; its mean is the clip fraction."""
     approx_kl: Tensor
-    """k3 estimate of KL(old policy || policy)."""
+    """k3 estimate of KL(old policy || policy), in nats."""
     ratio: Tensor
     """Probability ratio of the policy to the old policy."""
 
 
 class ValueStats(NamedTuple):
-    """Sums over response tokens, detached scalars: add them up over micro-batches and ranks, divide by `tokens`."""
+    """Detached scalars: add them up over micro-batches and ranks."""
 
     tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
     clipped: Tensor
-    """Tokens whose loss is the clipped one; over `tokens` this is the value clip fraction."""
+    """Number of tokens whose loss is the clipped one; divided by `tokens` it is the value clip fraction."""
 
 
 def aggregate(per_token: Tensor, mask: Tensor, aggregation: Aggregation, denominator: float | Tensor) -> Tensor:
-    """This micro-batch's share of a mean over the global mini-batch; also for entropy and KL terms.
+    """Return this micro-batch's share of a mean over the global mini-batch: of losses, entropies or KL estimates.
 
     Args:
         per_token: [B, T].
         mask: bool [B, T]. A row without a True contributes nothing.
-        aggregation: `token`, `fixed`: sum over tokens; `sequence`: sum over rows of the row's mean.
-        denominator: of the global mini-batch, its response tokens (`token`), its sequences (`sequence`), or its
-            sequences times the most tokens a response may have (`fixed`). `fixed` gives every token the same weight,
-            however long its response or the others are (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
+        aggregation: `token` and `fixed` sum over tokens; `sequence` sums the means of rows.
+        denominator: number of response tokens of the global mini-batch (`token`), of its sequences (`sequence`), or of
+            its sequences times the most tokens a response may have (`fixed`). `fixed` gives every token the same
+            weight, however long its response or the others are (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
 
     Returns:
         scalar.
@@ -81,9 +80,9 @@ def policy_loss(
         old_logprobs: [B, T] of the policy that sampled.
         advantages: [B, T].
         mask: bool [B, T].
-        clip_low: eps below 1.
-        clip_high: eps above 1.
-        dual_clip: c > 1: where A < 0 the loss is at most `-c*A` (Ye et al. 2020, arXiv 1912.09729).
+        clip_low: how far below 1 the ratio is clipped.
+        clip_high: how far above 1 the ratio is clipped.
+        dual_clip: c > 1; where A < 0 the loss is at most `-c*A` (Ye et al. 2020, arXiv 1912.09729); None: no bound.
         aggregation: see `aggregate`.
         denominator: see `aggregate`.
         importance_weights: [B, T] factor per token, see `truncated_importance_weights`; no gradient flows into it.
@@ -108,7 +107,6 @@ def policy_loss(
 
     with torch.no_grad():
         stats = PolicyStats(
-            tokens=mask.sum().to(loss.dtype),
             clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask),
             approx_kl=masked_sum(ratio - 1 - log_ratio, mask),
             ratio=masked_sum(ratio, mask),
@@ -124,12 +122,12 @@ def value_loss(
     clip: float | None,
     denominator: float | Tensor,
 ) -> tuple[Tensor, ValueStats]:
-    """`0.5 * max((V-R)^2, (clip(V, V_old-clip, V_old+clip)-R)^2)`, summed over tokens, over the global token count.
+    """Sum `0.5 * max((V-R)^2, (clip(V, V_old-clip, V_old+clip)-R)^2)` over tokens, divided by the global token count.
 
     Args:
         values: [B, T] of the critic being trained, with gradient.
         old_values: [B, T] of the critic before this step's updates.
-        returns: [B, T].
+        returns: [B, T] that the values are trained towards.
         mask: bool [B, T].
         clip: how far a value may move from `old_values`; None: no clipping.
         denominator: response tokens of the global mini-batch.
@@ -152,13 +150,13 @@ def value_loss(
 
 @torch.no_grad()
 def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """`min(exp(old_logprob - engine_logprob), cap)` [B, T]: corrects for sampling with an engine, not the trainer.
+    """Return `min(exp(old_logprob - engine_logprob), cap)` [B, T], which corrects for sampling with an engine.
 
     Args:
         old_logprobs: [B, T] of the sampled tokens, recomputed by the trainer before this step's updates.
         engine_logprobs: [B, T] of the same tokens, as the generation engine reported them.
-        mask: bool [B, T]. Zero outside.
-        cap: C > 0.
+        mask: bool [B, T]; the weights are zero outside.
+        cap: largest weight, above 0.
     """
     log_weights = zero_outside(old_logprobs, mask) - zero_outside(engine_logprobs, mask)
     return zero_outside(log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), mask)
@@ -166,7 +164,7 @@ def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, 
 
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """`1 - Var(R - V) / Var(R)` over the response tokens of [B, T]: a scalar, 1 at best, 0 if returns are constant."""
+    """Return `1 - Var(R - V) / Var(R)` over the response tokens of [B, T]: at best 1; 0 if returns are constant."""
     values, returns = zero_outside(values, mask), zero_outside(returns, mask)
 
     def variance(x: Tensor) -> Tensor:

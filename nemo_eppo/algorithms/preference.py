@@ -1,4 +1,4 @@
-"""Reward models from preferences: the Bradley-Terry loss, the score of a sequence, and how well scores rank pairs."""
+"""Reward models from preferences: the score of a response, the Bradley-Terry loss, how well scores rank pairs."""
 
 from typing import Literal
 
@@ -14,19 +14,19 @@ CALIBRATION_BINS = 10
 
 
 def sequence_score(token_scores: Tensor, prompt_lengths: Tensor, lengths: Tensor, how: ScoreReduction) -> Tensor:
-    """One score per response from a score at every token.
+    """Reduce the scores at tokens to one score per response.
 
     Args:
-        token_scores: [B, S], at token positions.
-        prompt_lengths: [B].
-        lengths: [B].
-        how: the score at the last response token, or the sum or mean of those at all response tokens.
+        token_scores: [B, S] the score head's output at every token position.
+        prompt_lengths: [B] tokens of the prompt.
+        lengths: [B] tokens of prompt and response together.
+        how: take the score at the last response token, or the sum or mean over all response tokens.
 
     Returns:
-        [B], with gradient only into the tokens that were read.
+        [B]; the gradient flows only into the scores that were read.
 
     Raises:
-        ValueError: for a sample without response.
+        ValueError: a sample has no response.
     """
     scores = token_scores[:, 1:]  # column t now belongs to token t + 1, like the mask
     mask = response_mask(prompt_lengths, lengths, token_scores.shape[1])
@@ -49,15 +49,15 @@ def bradley_terry_loss(
     l2: float = 0.0,
     denominator: float | Tensor,
 ) -> Tensor:
-    """`-log sigmoid(r_w - r_l - margin) + l2 * (r_w^2 + r_l^2) / 2`, summed over pairs, over the global pair count.
+    """Sum `-log sigmoid(r_w - r_l - margin) + l2 * (r_w^2 + r_l^2) / 2` over pairs, divided by the global pair count.
 
     Args:
         chosen: [B] scores r_w of the preferred responses.
         rejected: [B] scores r_l of the others.
         margin: by how much r_w should lead: one number, or one for each pair [B].
         label_smoothing: probability that a label is wrong; this share of the loss takes the opposite sign.
-        l2: weight that keeps scores near zero.
-        denominator: pairs of the global mini-batch.
+        l2: weight of the term that keeps scores near zero.
+        denominator: number of pairs in the global mini-batch.
 
     Returns:
         scalar.
@@ -71,7 +71,7 @@ def bradley_terry_loss(
 def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> dict[str, float]:
-    """How well scores rank N pairs, and what they are like. All statistics are the population's.
+    """Measure how well scores rank N pairs, and their distribution. All statistics are the population's.
 
     Args:
         chosen: [N] scores of the preferred responses.
@@ -80,9 +80,10 @@ def preference_metrics(
         rejected_lengths: [N] tokens of the others.
 
     Returns:
-        `accuracy` (a tie counts half); `margin`, the mean lead; `mean` and `std` of all scores and of each side;
-        `length_correlation`, Pearson's, of score and length over all responses (0 if either is constant); `ece`, the
-        expected calibration error of `sigmoid(lead)` over ten equal bins of the winner's probability in [0.5, 1].
+        `accuracy` (a tie counts half); `margin`, the mean of the lead, chosen less rejected; `mean` and `std` of all
+        scores, and with `chosen_` and `rejected_` of each side; `length_correlation`, Pearson's, of score and length
+        over all responses (0 if either is constant); `ece`, the expected calibration error of `sigmoid(lead)` over ten
+        equal bins of the winner's probability in [0.5, 1].
     """
     chosen, rejected = chosen.double(), rejected.double()
     scores = torch.cat([chosen, rejected])

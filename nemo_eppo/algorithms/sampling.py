@@ -1,4 +1,6 @@
-"""Sampling that depends on (seed, position) and the logits alone: not on batch order, batch size, layout or device."""
+"""Sampling that depends only on seed, position and logits: not on batch order, batch size, layout or device."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +11,23 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
 _MIX_2 = 0x94D049BB133111EB - _WRAP
 
 
+class Distribution(NamedTuple):
+    """Which distribution tokens are sampled from, and so whose log-probabilities are meant."""
+
+    temperature: float
+    """The logits are divided by it."""
+    top_k: int
+    """Only the k likeliest tokens are kept; 0 keeps all."""
+    top_p: float
+    """Of these, the likeliest that hold this share of the probability; 1 keeps all."""
+
+
+UNCHANGED = Distribution(temperature=1.0, top_k=0, top_p=1.0)
+"""The model's own distribution."""
+
+
 def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens top-k and then top-p leave: bool [..., V]. Among equal logits the lower token id comes first.
+    """Tell which tokens top-k and then top-p leave: bool [..., V]. Among equal logits the lower token id comes first.
 
     Args:
         logits: [..., V].
@@ -32,7 +49,7 @@ def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`logits` [..., V] with -inf for the tokens that `keep_mask` drops."""
+    """Replace the `logits` [..., V] of the tokens that `keep_mask` drops by -inf."""
     return torch.where(keep_mask(logits, top_k, top_p), logits, -torch.inf)
 
 
@@ -54,7 +71,7 @@ def mix64(z: Tensor) -> Tensor:
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 numbers strictly between 0 and 1, one for each (seed, position); both int64 [B]."""
+    """Draw uniform float64 numbers strictly between 0 and 1, one for each (seed, position); both int64 [B]."""
     return (_shift(counter_hash(seeds, positions), 12).double() + 0.5) * 2.0**-52
 
 

@@ -1,4 +1,4 @@
-"""Prompt, SFT and preference data sets, tokenised when loaded, and the order in which training walks through them."""
+"""Prompt, SFT and preference data sets, tokenised when loaded, and the order in which training reads them."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """One prompt, and what else its row says."""
+    """One prompt, and the other fields of its row."""
 
     index: int
     """Position in the data set."""
@@ -35,14 +35,14 @@ class PromptItem:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The row's other fields, such as "reference_answer"; a copy of one's own."""
+        """The row's other fields, such as "reference_answer"; every access gives a new copy."""
         found: dict[str, Any] = json.loads(self.json_fields)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceItem:
-    """One demonstration."""
+    """One demonstration: a prompt and a response to learn."""
 
     index: int
     prompt_ids: TokenIds
@@ -52,7 +52,7 @@ class SequenceItem:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceItem:
-    """One pair of answers to a prompt."""
+    """One pair of responses to a prompt."""
 
     index: int
     prompt_ids: TokenIds
@@ -68,13 +68,13 @@ class Examples(Generic[ItemT]):
     """A data set in memory.
 
     Args:
-        rows: every row with the ids of its prompt and of each response.
-        make_item: from the position, the row and these ids.
+        rows: every row with the token ids of its prompt and of each response.
+        make_item: makes an item of its position, its row and these ids.
     """
 
     items: list[ItemT]
     digest: str
-    """SHA-256 of every example's tokens, by which a run that resumes notices other data."""
+    """SHA-256 of all examples' tokens, by which a resumed run notices other data."""
 
     def __init__(self, rows: Iterable[tuple[dict[str, Any], list[TokenIds]]], make_item: Callable[..., ItemT]) -> None:
         self.items = []
@@ -99,7 +99,7 @@ class PromptDataset(Examples[PromptItem]):
     `max_prompt_length` is in tokens, BOS included. Longer prompts are an error, or dropped and counted in the log.
 
     Raises:
-        ConfigError: a defect of the file, by line and field; a prompt that is empty or too long; no prompt left.
+        ConfigError: the file has a defect (named by line and field), a prompt is empty or too long, or none is left.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class SFTDataset(Examples[SequenceItem]):
 
 
 class PreferenceDataset(Examples[PreferenceItem]):
-    """Preference pairs with the fields "prompt", "chosen" and "rejected"; the limit holds for the longer answer."""
+    """Preference pairs with the fields "prompt", "chosen" and "rejected"; the limit holds for the longer response."""
 
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
@@ -143,7 +143,7 @@ def _prompt_item(index: int, row: dict[str, Any], token_ids: TokenIds) -> Prompt
 def _tokenised_rows(
     path: Path, tokenizer: Tokenizer, responses: tuple[str, ...], limit_name: str, limit: int, too_long: TooLong
 ) -> Iterator[tuple[dict[str, Any], list[TokenIds]]]:
-    """Every row within the limit, with the ids of its prompt and of each field in `responses`."""
+    """Yield every row within the limit, with the token ids of its prompt and of each field in `responses`."""
     fields = ("prompt", *responses)
 
     def encode(block: list[tuple[int, dict[str, Any], tuple[str, ...]]]) -> list[tuple[list[int], ...]]:
@@ -180,7 +180,7 @@ def _tokenised_rows(
 def collate(
     sequences: Sequence[tuple[Sequence[int] | TokenIds, Sequence[int] | TokenIds]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay `(prompt_ids, response_ids)` pairs out as one right-padded batch.
+    """Put `(prompt_ids, response_ids)` pairs into one batch, padded at the right.
 
     Returns:
         tokens [B, S] int64, with S the longest sequence; prompt_lengths [B] int64;
@@ -196,12 +196,12 @@ def collate(
 
 
 class GlobalBatches(Iterator[list[int]]):
-    """Endless global batches of data-set indices; their order depends on seed and epoch, never on the layout of ranks.
+    """Endless global batches of data-set indices; their order depends on seed and epoch, not on the layout of ranks.
 
-    Each epoch visits every index at most once; what is left of it that does not fill a batch is skipped.
+    Each epoch gives every index at most once; the last indices, if they do not fill a batch, are skipped.
 
     Args:
-        digest: of the data set that the indices are of.
+        digest: `digest` of the data set that the indices belong to.
     """
 
     def __init__(self, num_items: int, batch_size: int, *, seed: int, digest: str) -> None:
@@ -228,7 +228,7 @@ class GlobalBatches(Iterator[list[int]]):
         return {"epoch": self.epoch, "position": self._position, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state` was taken.
+        """Resume exactly where `state` was taken.
 
         Raises:
             ConfigError: the state belongs to another data set, batch size or seed.

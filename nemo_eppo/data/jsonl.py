@@ -1,4 +1,4 @@
-"""JSON-lines files, plain or gzipped: every defect is reported with its file, line and field."""
+"""Reads and writes JSON-lines files, plain or gzipped; every defect is reported with its file, line and field."""
 
 import gzip
 import json
@@ -17,10 +17,10 @@ DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield `(line number from 1, the text of each of fields)`; other fields are ignored, blank lines skipped.
+    """Yield `(line number from 1, texts of the given fields)`; other fields are ignored, blank lines skipped.
 
     Raises:
-        ConfigError: see `read_objects`; or a field is missing or not text.
+        ConfigError: as `read_objects`; also if a field is missing or not text.
     """
     for line_number, row in read_objects(path):
         yield line_number, text_fields(row, fields, f"{path}:{line_number}")
@@ -32,7 +32,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     The file is streamed, so it may be larger than memory.
 
     Raises:
-        ConfigError: no such file, a broken archive, or a line that is not one JSON object with every key once.
+        ConfigError: there is no such file, the archive is damaged, or a line is not one JSON object with unique keys.
     """
     for line_number, line in read_lines(path):
         try:
@@ -43,7 +43,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def text_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
-    """The text of each of `fields`; `where` begins the ConfigError if one is missing or not text."""
+    """Return the text of each of `fields`; ConfigError, which begins with `where`, if one is missing or not text."""
     for field in fields:
         if field not in row:
             raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
@@ -60,7 +60,7 @@ def read_lines(path: Path, progress: bool = False) -> Iterator[tuple[int, bytes]
     """Yield `(line number from 1, line)` of the lines that are not blank.
 
     Raises:
-        ConfigError: no such file, a broken archive.
+        ConfigError: there is no such file, or the archive is damaged.
     """
     line_number = 0
     with open_stream(path, progress) as (file, advance):
@@ -75,12 +75,12 @@ def read_lines(path: Path, progress: bool = False) -> Iterator[tuple[int, bytes]
 
 @contextmanager
 def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable[[], object]]]:
-    """Open a plain or gzipped file; calling the second value moves a progress bar to where reading has come.
+    """Open a plain or gzipped file; calling the second value moves a progress bar to the current position.
 
     The bar shows only in a terminal and once reading has taken two seconds.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: there is no such file.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
@@ -101,5 +101,5 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def json_line(row: Mapping[str, str | int]) -> str:
-    """One line of a JSON-lines file, its newline included."""
+    """Return one line of a JSON-lines file, its newline included."""
     return json.dumps(row, ensure_ascii=False) + "\n"

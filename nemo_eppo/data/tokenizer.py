@@ -1,4 +1,4 @@
-"""The tokenizer of every job: a Hugging Face tokenizer directory, and the one owner of BOS and EOS."""
+"""The tokenizer of every job: it wraps a Hugging Face tokenizer, and nothing else adds BOS or EOS."""
 
 import hashlib
 import json
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Turns text into token ids and back.
 
     A sequence is `encode_prompt(prompt) + encode_response(response)`: each is encoded without the other and the ids
-    are concatenated, so a prompt has the same tokens whatever follows it.
+    are concatenated, so a prompt has the same tokens before every response.
     """
 
     eos_id: int
-    """Ends every complete response."""
+    """Id of EOS, which ends every complete response."""
     eos_text: str
-    """How text spells EOS."""
+    """EOS as text."""
     pad_id: int
-    """Fills batches on the right. The tokenizer's own pad token, or its EOS where it has none (logged)."""
+    """Id of the padding at the right of batches: the tokenizer's pad token or, with a warning, EOS if it has none."""
     bos_id: int | None
-    """Begins a prompt, if the tokenizer has one."""
+    """Id of BOS, which begins a prompt; None if the tokenizer has none."""
     vocab_size: int
-    """Number of ids, added tokens included."""
+    """Number of token ids, added tokens included."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
         if tokenizer.eos_token_id is None:
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja source; saved with the tokenizer."""
+        """The template's Jinja source, which is saved with the tokenizer; None if it has none."""
         template: str | None = self._tokenizer.chat_template
         return template
 
@@ -67,10 +67,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Load local files only.
+        """Load a tokenizer, from local files only.
 
         Raises:
-            ConfigError: no such directory, files that transformers cannot load, or no EOS token.
+            ConfigError: there is no such directory, transformers cannot load its files, or there is no EOS token.
         """
         if not Path(path).is_dir():
             raise ConfigError(f"tokenizer directory '{path}' does not exist (expected tokenizer.json and its config)")
@@ -84,14 +84,14 @@ class Tokenizer:
         return cls(tokenizer, str(path))
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each prompt, with BOS in front if this tokenizer adds one, once even if the text starts with it."""
+        """Encode prompts, with one BOS in front if this tokenizer adds it, also if the text already starts with it."""
         return [self._delimit(ids, begin=self._adds_bos, end=False) for ids in self.encode(texts)]
 
     def encode_responses(self, texts: Sequence[str], end: bool = True) -> list[list[int]]:
-        """Tokens of each response without special tokens in front; with `end`, closed by exactly one EOS.
+        """Encode responses without special tokens in front; with `end`, exactly one EOS closes each.
 
         Raises:
-            ConfigError: a response spells the EOS token before its end.
+            ConfigError: a response contains EOS before its end.
         """
         encoded = self.encode(texts)
         for ids, text in zip(encoded, texts, strict=True):
@@ -100,10 +100,10 @@ class Tokenizer:
         return [self._delimit(ids, begin=False, end=end) for ids in encoded]
 
     def _delimit(self, ids: list[int], *, begin: bool, end: bool) -> list[int]:
-        """The one place where BOS and EOS are put.
+        """Put BOS and EOS where they belong.
 
-        BOS that the text spells in front (a chat template writes it) is kept, but never repeated: neither by the text,
-        nor by `begin`, which puts it there if missing. `end` puts EOS at the end if missing.
+        If the text itself starts with BOS (a chat template writes it), one is kept; `begin` adds it if it is missing,
+        and `end` adds EOS if it is missing.
         """
         while ids[:2] == self._bos * 2 != []:
             ids = ids[1:]
@@ -114,7 +114,7 @@ class Tokenizer:
         return ids
 
     def render_chat(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Text of `{"role", "content"}` turns in the chat template, special tokens spelled out.
+        """Format `{"role", "content"}` turns with the chat template, special tokens as text.
 
         Raises:
             jinja2.TemplateError: the template refuses these turns.
@@ -125,7 +125,7 @@ class Tokenizer:
         return str(text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, nothing added."""
+        """Encode texts without adding special tokens."""
         if not texts:
             return []
         try:
@@ -141,26 +141,28 @@ class Tokenizer:
         return list(encoded["input_ids"])
 
     def encode_prompt(self, text: str) -> list[int]:
+        """Encode one prompt as `encode_prompts` does."""
         return self.encode_prompts([text])[0]
 
     def encode_response(self, text: str, end: bool = True) -> list[int]:
+        """Encode one response as `encode_responses` does."""
         return self.encode_responses([text], end)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens (EOS, padding, BOS) leave no trace."""
+        """Turn `ids` into text without the special tokens (EOS, padding, BOS)."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """`decode` for many sequences at once."""
+        """Decode many sequences at once, as `decode` does."""
         return self._tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def digest(self) -> str:
-        """Give the SHA-256 of vocabulary and special ids: jobs that agree on it agree on what every token id means."""
+        """Return the SHA-256 of vocabulary and special ids: with the same digest, all token ids mean the same."""
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        # kept, because a large vocabulary takes 0.3 s and every status request asks for it
+        # cached, because a large vocabulary takes 0.3 s and every status request reads it
         content = [sorted(self._tokenizer.get_vocab().items()), self._bos, self._adds_bos, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -176,11 +178,11 @@ EncodedT = TypeVar("EncodedT")
 def encode_in_blocks(
     items: Iterable[ItemT], encode: Callable[[list[ItemT]], Sequence[EncodedT]]
 ) -> Iterator[tuple[ItemT, EncodedT | ConfigError]]:
-    """Tokenise many items at once, which is faster; an item that cannot be tokenised spoils no other.
+    """Tokenise items in blocks, which is faster; one that cannot be tokenised does not affect the others.
 
     Args:
-        items: streamed, so they may be more than memory holds.
-        encode: gives the result of each of the items it gets, or raises ConfigError if one cannot be tokenised.
+        items: are streamed, so they may be larger than memory.
+        encode: returns the result of each given item, or raises ConfigError if one cannot be tokenised.
 
     Yields:
         each item with its result, or with its error.
@@ -239,7 +241,7 @@ def word_level(words: Sequence[str], out_dir: Path) -> None:
 
 
 def _save(tokenizer: "BackendTokenizer", out_dir: Path) -> None:
-    """The two files AutoTokenizer needs; written here so that preparing data does not import transformers."""
+    """Write the two files that AutoTokenizer needs, without importing transformers, which takes seconds."""
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
     settings = {

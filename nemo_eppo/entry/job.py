@@ -28,7 +28,7 @@ from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
-_PATIENCE = 5.0  # seconds that ranks other than 0 hold their message back: the launcher ends them when rank 0 has told
+_PATIENCE = 5.0  # seconds that other ranks hold their message back: the launcher ends them when rank 0 has ended
 
 
 def job(
@@ -58,7 +58,7 @@ def job(
             with _config_errors_end_the_job(rank):
                 source, arguments = _parse(script, config_name, config_path)
                 composed = source.compose()
-                if arguments.help:  # by hand: Hydra's help shows values, and not what they mean
+                if arguments.help:  # Hydra's own help would show the values without their meaning
                     about = inspect.getdoc(sys.modules[main.__module__]) or ""
                     width = shutil.get_terminal_size().columns
                     print(settings_help(script.name, about, schema, plain(composed), width))
@@ -91,7 +91,7 @@ def _config_errors_end_the_job(rank: int) -> Iterator[None]:
 
 
 def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, argparse.Namespace]:
-    # by hand: of Hydra's own command line, sweeps and the like make no sense for a job of several processes
+    # not Hydra's own command line: sweeps and the like make no sense for a job of several processes
     parser = argparse.ArgumentParser(script.name, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-path", "-cp")
@@ -100,7 +100,7 @@ def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, ar
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument("--help", "-h", action="store_true")
     arguments = parser.parse_intermixed_args()
-    # the user's files win over the package's, which stay in reach; both paths are read as Hydra reads them
+    # the user's files come before the package's, which can still be named; paths are relative to what Hydra takes
     directories = [Path(arguments.config_dir)] if arguments.config_dir else []
     if arguments.config_path:
         directories.append(script.parent / arguments.config_path)
@@ -114,14 +114,14 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
     def start(composed: DictConfig) -> None:
         sys.argv = command  # exp_manager writes it down
         logging.getLogger().handlers.clear()  # Hydra's, which would print every library's INFO lines
-        with _config_errors_end_the_job(rank=0):  # before Hydra makes a stack trace of it
+        with _config_errors_end_the_job(rank=0):  # here, because Hydra would print a stack trace
             config = check(schema, composed)
             main(config, _open_run(config, 0, script))
 
     from nemo_eppo.megatron import device
 
     device.install()  # before NeMo imports megatron-core
-    # NVIDIA's OneLogger, which comes with NeMo, tells on the console that it is not in use
+    # NVIDIA's OneLogger, which comes with NeMo, says on the console that it is not in use
     logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
     from nemo.core.config import hydra_runner
 
@@ -132,7 +132,7 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
 
 
 def _settings(config: Config) -> ExpManagerConfig:
-    return cast(ExpManagerConfig, config.exp_manager)  # type: ignore[attr-defined]  # job() has seen to it
+    return cast(ExpManagerConfig, config.exp_manager)  # type: ignore[attr-defined]  # job() has checked it
 
 
 def _refuse_foreign_run(settings: ExpManagerConfig, script: str) -> None:
@@ -164,7 +164,7 @@ def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
     """Let NeMo's experiment manager record this start in <run directory>/nemo, and return its logger for W&B.
 
     It keeps the command line, the git commit and the uncommitted changes, NeMo's and Lightning's logs, and those of
-    earlier starts in run_0, run_1 and so on. What else it offers is made for Lightning's training loop, which is not
+    earlier starts in run_0, run_1 and so on. The rest of it is made for Lightning's training loop, which is not
     ours: it chooses directories by the clock, where all ranks and every restart need the same; its checkpoints know
     no Megatron layout; and its TensorBoard writer cannot drop the steps after the checkpoint of a resume.
     """
@@ -192,7 +192,7 @@ def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to what is standard error now: a progress bar replaces it while it is on the screen."""
+    """Writes to the current standard error, which a progress bar replaces while it is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A job's settings: Hydra composes them from YAML files and the command line, and the job's schema checks them."""
+"""The settings of a job: Hydra composes them from YAML files and the command line, and the job's schema checks them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Source:
     name: str
     """The YAML file, without its ending."""
     directories: Sequence[Path]
-    """Directories that may hold this file and the files that it names; of two with the same name the first wins."""
+    """Directories that may hold this file and the files that it names; the first that has a file is taken."""
     overrides: Sequence[str]
     """The `key=value` arguments of the command line."""
 
@@ -56,7 +56,7 @@ class Source:
     def hydra_overrides(self) -> list[str]:
         """Return the overrides as Hydra needs them to set keys that the YAML file leaves out.
 
-        Whether there is such a key, the schema tells better.
+        The schema checks whether such a key exists; its message is better than Hydra's.
         """
         first: dict[str, str] = {}
         forced = []
@@ -71,7 +71,7 @@ class Source:
 
 
 class _OtherDirectories(SearchPathPlugin):
-    """Hydra composes from one directory; this is how it learns of others, of which some have the same files."""
+    """Tells Hydra, which composes from one directory, of the other directories, some with files of the same names."""
 
     directories: ClassVar[Sequence[Path]] = ()
 
@@ -106,7 +106,7 @@ def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
     if not missing:
         return load_config(schema, plain(composed))
     message = "required, but not set (??? in the YAML file): " + ", ".join(sorted(missing))
-    try:  # tell of wrong keys in the same breath: a misspelt one is often the very one that is missing
+    try:  # report wrong keys in the same message: a misspelt key is often the one that is missing
         load_config(schema, _set_only(plain(composed)))
     except ConfigError as error:
         message = f"{error}\n{message}"

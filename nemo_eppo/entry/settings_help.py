@@ -31,9 +31,9 @@ def settings_help(script: str, about: str, schema: type[Config], values: Mapping
 
     Args:
         script: file name of the job's script.
-        about: its docstring.
-        schema: every key of the job.
-        values: what YAML file and command line set, as plain nested containers.
+        about: docstring of the script.
+        schema: declares every key of the job.
+        values: the settings from YAML file and command line, as plain nested containers.
         width: columns of the terminal.
     """
     usage = _USAGE.format(script=script, about=about)
@@ -41,7 +41,7 @@ def settings_help(script: str, about: str, schema: type[Config], values: Mapping
 
 
 def _section(schema: type[Config], values: Mapping[str, Any], path: str, width: int) -> Iterator[str]:
-    # a section's own keys first, then its subsections, so that the reader always knows where he is
+    # a section's own keys come first, so that every key stands under the title of its section
     subsections = []
     for name, field in schema.model_fields.items():
         value = values[name] if name in values else _default(field)
@@ -91,6 +91,6 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _item(annotation: Any) -> str:
-    # how one item of a list or of a mapping of sections is written in a key
+    # the part of a key that stands for one item of a list or of a mapping of sections
     kinds = {get_origin(part) for part in (annotation, *get_args(annotation))}
     return ".<name>" if dict in kinds else ".<number>" if kinds & {list, tuple} else ""

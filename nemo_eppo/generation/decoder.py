@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.attention import attend, layer_window, window_mask
+from nemo_eppo.megatron.logprobs import soft_capped
 from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.norms import rms_norm
+from nemo_eppo.models.model_config import ACTIVATIONS
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 
@@ -54,6 +58,12 @@ class _Layer(NamedTuple):
     """[2 * F, H]: gate rows, then up rows."""
     down: _Linear
     """[H, F]."""
+    after_attention: Tensor | None
+    """[H] of the norm on what attention gives, if there is one."""
+    after_mlp: Tensor | None
+    """[H]."""
+    window: int | None
+    """Tokens that a token sees; None for all before it."""
 
 
 class _Newest(NamedTuple):
@@ -66,7 +76,9 @@ class _Newest(NamedTuple):
     longest: int
     """Columns of the cache that any row sees."""
     visible: Tensor | None
-    """[n, 1, 1, longest] True where a row sees a column; None if all see all."""
+    """[n, 1, 1, longest] 0 where a row sees a column, else -inf; None if all see all."""
+    in_window: Tensor | None
+    """The same in layers with a sliding window."""
 
 
 class Decoder:
@@ -79,13 +91,14 @@ class Decoder:
 
     def __init__(self, chunks: list[Any], vocab_size: int) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
-        config = self._models[0].config
+        config, self._description = self._models[0].config, self._models[0].description
         self._vocab_size = vocab_size
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
         self._head_width, self._softmax_scale = config.kv_channels, config.softmax_scale
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
+        self._activation = ACTIVATIONS[self._description.activation]
         self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
@@ -132,11 +145,16 @@ class Decoder:
         """Append one token [n] to each row; fp32 logits [n, V] of the next, None except on the last pipeline stage."""
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
+        columns, places = self._columns[: (longest := int(self._lengths.max()))], positions[:, None]
         visible = None
-        if int(self._lengths.min()) < (longest := int(self._lengths.max())):
-            visible = torch.where(self._columns[:longest] <= positions[:, None], 0.0, -torch.inf)[:, None, None]
+        if int(self._lengths.min()) < longest:
+            visible = torch.where(columns <= places, 0.0, -torch.inf)[:, None, None]
+        in_window, window = visible, self._description.sliding_window
+        if window is not None and window < longest:
+            seen = (columns <= places) & (columns > places - window)
+            in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
         rows = torch.arange(len(tokens), device=tokens.device)
-        newest = _Newest(rows, positions, longest, visible)
+        newest = _Newest(rows, positions, longest, visible, in_window)
         cache = self._cache[:, : len(tokens)]
         hidden = self._run(tokens[:, None], self._rotary[:, positions[:, None]], cache, newest)
         return None if hidden is None else self._logits(hidden[:, 0])
@@ -168,7 +186,7 @@ class Decoder:
         caches = iter(cache)
         for model, layers in zip(self._models, self._layers, strict=True):
             if model.pre_process:
-                hidden = self._embed(tokens, model.embedding.word_embeddings.weight)
+                hidden = model.scaled(self._embed(tokens, model.embedding.word_embeddings.weight))
             else:
                 hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
                 dist.recv(hidden, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
@@ -183,36 +201,43 @@ class Decoder:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
         rows, size, _ = hidden.shape
         width, heads = self._head_width, self._heads_per_group
-        qkv = layer.qkv(_norm(hidden, layer.attention_norm, self._eps))
+        qkv = layer.qkv(self._norm(hidden, layer.attention_norm))
         qkv = qkv.view(rows, size, self._groups, heads + 2, width)
         query, key = qkv[..., :heads, :], qkv[..., heads, :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            query.copy_(_norm(query, layer.q_norm, self._eps))
-            key.copy_(_norm(key, layer.k_norm, self._eps))
+            query.copy_(self._norm(query, layer.q_norm))
+            key.copy_(self._norm(key, layer.k_norm))
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
         query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
+        options: Any = {"scale": self._softmax_scale, "softcap": self._description.attention_softcap}
         if newest is not None:
             cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
             keys, values = cache[..., : newest.longest, :].unbind(2)
             # the heads of a group are rows that share its keys
-            out = F.scaled_dot_product_attention(query[:, 0], keys, values, newest.visible, scale=self._softmax_scale)
+            visible = newest.visible if layer.window is None else newest.in_window
+            out = attend(query[:, 0], keys, values, visible, **options)
         else:  # a prompt's own tokens come before its padding
             cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
-            out = F.scaled_dot_product_attention(
+            visible = None
+            if layer.window is not None and layer.window < size:
+                visible = window_mask(size, layer.window, hidden.device)
+            out = attend(
                 query.flatten(2, 3).transpose(1, 2),
                 key.transpose(1, 2),
                 qkv[..., heads + 1, :].transpose(1, 2),
-                is_causal=True,
-                scale=self._softmax_scale,
-                enable_gqa=heads > 1,
+                visible,
+                causal=visible is None,
+                **options,
             ).transpose(1, 2)
-        hidden += self._sum(layer.projection(out.reshape(rows, size, -1)))
+        out = self._sum(layer.projection(out.reshape(rows, size, -1)))
+        hidden += out if layer.after_attention is None else self._norm(out, layer.after_attention)
 
     def _transform(self, hidden: Tensor, layer: _Layer) -> None:
         """Add the layer's MLP to hidden [b, s, H]."""
-        gate, up = layer.gate_up(_norm(hidden, layer.mlp_norm, self._eps)).chunk(2, -1)
-        hidden += self._sum(layer.down(F.silu(gate).mul_(up)))
+        gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, -1)
+        out = self._sum(layer.down(self._activation(gate).mul_(up)))
+        hidden += out if layer.after_mlp is None else self._norm(out, layer.after_mlp)
 
     def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """[b, s] -> [b, s, H]; weight [V / tp, H]."""
@@ -225,12 +250,15 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> fp32 [n, V], without the vocabulary's padding."""
         model = self._models[-1]
-        logits = F.linear(_norm(hidden, model.decoder.final_layernorm.weight, self._eps), model.projection_weight())
+        logits = F.linear(self._norm(hidden, model.decoder.final_layernorm.weight), model.projection_weight())
         if self._tensor_ranks.size() > 1:
             shards = [torch.empty_like(logits) for _ in range(self._tensor_ranks.size())]
             dist.all_gather(shards, logits, group=self._tensor_ranks)
             logits = torch.cat(shards, -1)
-        return logits[:, : self._vocab_size].float()
+        return soft_capped(logits[:, : self._vocab_size].float(), self._description.logit_softcap)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self._eps, self._description.norm_plus_one)
 
     def _sum(self, partial: Tensor) -> Tensor:
         if self._tensor_ranks.size() > 1:
@@ -242,10 +270,6 @@ class Decoder:
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         return table[:, :, None, None].to(self._storage)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _layer_weights(layer: Any) -> _Layer:
@@ -266,4 +290,7 @@ def _layer_weights(layer: Any) -> _Layer:
         mlp_norm=weights["mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"],
         gate_up=linear("mlp.linear_fc1"),
         down=linear("mlp.linear_fc2"),
+        after_attention=weights.get("self_attn_bda.norm.weight"),
+        after_mlp=weights.get("mlp_bda.norm.weight"),
+        window=layer_window(layer.config, layer.layer_number),
     )

@@ -27,6 +27,7 @@ from nemo_eppo.generation.refit import RefitError, pack
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
 from nemo_eppo.megatron.runtime import PATIENCE, control_group, world_size
+from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ModelConfig
@@ -71,7 +72,13 @@ def check_tensorrt_llm(
     config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "engine.tensorrt_llm"
 ) -> None:
     """ConfigError if an engine with these settings could not start here; nothing is started but a look for it."""
-    size, ranks = config.tensor_parallel_size, parallel.model_parallel_size
+    size, ranks, family = config.tensor_parallel_size, parallel.model_parallel_size, family_of(model)
+    windowed = model.sliding_window is not None and model.sliding_window < model.max_sequence_length
+    if not family.tensorrt_llm or windowed:
+        why = f"model.sliding_window = {model.sliding_window}" if windowed else f"{family.name} models"
+        raise ConfigError(
+            f"engine.name = 'tensorrt_llm' is not known to compute {why} as training does; expected 'megatron'"
+        )
     if ranks % size:
         raise ConfigError(
             f"{where}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"

@@ -11,13 +11,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.schema import JobConfig, LaunchConfig
+from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = PurePath("examples/nlp/gpt")
 TOKEN = "NEMO_EPPO_TOKEN"
 """Environment variable that carries the servers' shared secret, which never stands on a command line."""
 LOCAL_HOST = "127.0.0.1"
+CRITIC, REWARDS, HELD_OUT = "critic", "rewards", "held_out_reward"
+"""Settings in which an actor finds its servers."""
 FIRST_PORT = 5555
 MASTER_PORT = 29500
 THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # the second: Megatron's overlaps rely on it
@@ -36,15 +38,15 @@ class Address:
         return not self.host.startswith("127.")
 
 
-def ports(launch: LaunchConfig) -> dict[str, int]:
-    """The servers' ports where they cannot be found out at run time: as set, else counted from FIRST_PORT."""
-    servers = [name for name, job in launch.jobs.items() if job.serves]
-    return {name: fixed_port(launch.jobs[name]) or FIRST_PORT + i for i, name in enumerate(servers)}
+def own_address(job: JobConfig) -> Address:
+    """Where its settings say that a server listens; port 0 for any."""
+    return Address("", str(job.setting("server.host") or LOCAL_HOST), int(job.setting("server.port") or 0))
 
 
-def fixed_port(job: JobConfig) -> int:
-    """The port that its settings ask for; 0 for any."""
-    return int(job.setting("server.port") or 0)
+def served_at(launch: LaunchConfig, hosts: Mapping[str, str]) -> dict[str, Address]:
+    """Addresses of the servers on a cluster, where ports have to be known before: as set, else from FIRST_PORT on."""
+    ports = {name: own_address(launch.jobs[name]).port or FIRST_PORT + i for i, name in enumerate(launch.servers)}
+    return {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports.items()}
 
 
 def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> list[str]:
@@ -52,28 +54,37 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
 
     Args:
         addresses: of the job itself if it is a server, and of the servers it needs.
+
+    Raises:
+        ConfigError: the settings have a value that the launcher fills in, or `null` for a server that the job needs.
     """
     job = launch.jobs[name]
+    settings = dict(_flat(job.settings))
     filled: dict[str, Any] = {"exp_manager.explicit_log_dir": str(launch.output / name)}
     if job.serves:
         own = addresses[name]
         filled |= {"server.host": own.host, "server.port": own.port} | _token("server.token", own)
-    if job.script == "train_gpt_ppo_actor":
-        critic = next(need for need in job.needs if launch.jobs[need].script == "serve_ppo_critic")
-        filled["critic.server.url"] = addresses[critic].url
-        filled |= _token("critic.server.token", addresses[critic])
-        filled["rewards"] = [_reward(launch, need, addresses) for need in launch.reward_servers(name)]
+    if job.kind.samples:
+        for critic in launch.critics(name):
+            filled[f"{CRITIC}.server.url"] = addresses[critic].url
+            filled |= _token(f"{CRITIC}.server.token", addresses[critic])
+        if rewards := [_reward(launch, need, addresses) for need in launch.rewards(name)]:
+            own_rewards = settings.get(REWARDS)  # functions, and models on the actor's ranks, stand beside servers
+            if isinstance(own_rewards, list) and all("server" not in reward for reward in own_rewards):
+                rewards = settings.pop(REWARDS) + rewards
+            filled[REWARDS] = rewards
         if job.held_out is not None:
-            filled["held_out_reward"] = _reward(launch, job.held_out, addresses)
-    settings = dict(_flat(job.settings))
-    for key in settings.keys() & filled.keys() - {"server.host", "server.port"}:  # these two are asked for
-        raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
+            filled[HELD_OUT] = _reward(launch, job.held_out, addresses)
+    for key in settings:
+        asked_for = key in ("server.host", "server.port")
+        if not asked_for and any(f"{other}.".startswith(f"{key}.") for other in filled):
+            raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
     settings |= filled
     return [f"{key}={_hydra(value)}" for key, value in settings.items()]
 
 
 def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:
-    kind = {"job": "critic"} if launch.jobs[name].script == "serve_ppo_critic" else {}
+    kind = {"job": "critic"} if launch.jobs[name].kind.serves == "critic" else {}
     return {"server": {"url": addresses[name].url, **kind, **_token("token", addresses[name])}}
 
 
@@ -136,7 +147,7 @@ def trainer(launch: LaunchConfig) -> str:
     Raises:
         ConfigError: there are several, or a job waits for it; a cluster starts all jobs of a launch at once.
     """
-    trainers = [name for name, job in launch.jobs.items() if not job.serves]
+    trainers = [name for name in launch.jobs if name not in launch.servers]
     if len(trainers) != 1 or any(trainers[0] in job.needs for job in launch.jobs.values()):
         raise ConfigError(
             f"jobs: a cluster starts all at once; expected servers and one job that needs them, found besides servers "

@@ -52,26 +52,30 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _examine(arguments: argparse.Namespace) -> "list[Finding]":
-    from nemo_eppo.launch import machine
+    from nemo_eppo.launch import machine_checks
     from nemo_eppo.launch.findings import error, guarded
 
     findings = []
     for name in ("packages", "triton", "accelerators", "resources"):
-        findings += guarded(name, getattr(machine, name))()
+        findings += guarded(name, getattr(machine_checks, name))()
     actor = None
     if arguments.file is not None:
         from nemo_eppo.config import ConfigError
-        from nemo_eppo.launch.doctor_jobs import examine_launch
-        from nemo_eppo.launch.schema import read_launch
+        from nemo_eppo.launch.examination import examine
+        from nemo_eppo.launch.job_checks import examine_jobs
+        from nemo_eppo.launch.launch_file import read_launch
 
         try:
-            jobs_found, jobs = examine_launch(read_launch(arguments.file, arguments.overrides))
-            findings += jobs_found
-            actor = next((job for job in jobs if job.script == "train_gpt_ppo_actor"), None)
+            launch = read_launch(arguments.file, arguments.overrides)
         except (ConfigError, OSError) as fault:
             findings.append(error("launch file", str(fault), "see nemo-eppo launch --help"))
+        else:
+            here = launch.slurm is None and launch.kubernetes is None
+            found, jobs = examine(launch, here=here, files=True)
+            findings += found + examine_jobs(launch, jobs, here=here)
+            actor = next((job for job in jobs if job.kind.samples), None)
     if arguments.server:
-        from nemo_eppo.launch.doctor_servers import examine_server
+        from nemo_eppo.launch.server_checks import examine_server
 
         for url in arguments.server:
             findings += guarded(f"server {url}", examine_server)(url, actor)

@@ -20,6 +20,12 @@ class Finding(Config):
     mend: str = ""
     """What was expected, or what to do."""
 
+    @property
+    def fault(self) -> str:
+        """What was found, with the job that it is about in front."""
+        job, about_a_job, _ = self.check.partition(": ")
+        return f"jobs.{job}: {self.found}" if about_a_job else self.found
+
 
 def ok(check: str, found: str) -> Finding:
     return Finding(check=check, status="ok", found=found)

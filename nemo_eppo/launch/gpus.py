@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.schema import JobConfig, LaunchConfig
+from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -28,7 +28,7 @@ class Gpus:
             if visible and VISIBLE not in launch.environment and VISIBLE not in job.environment
         }
         self._held: dict[str, list[str]] = {}
-        servers = {name for name in self._managed if launch.jobs[name].serves}
+        servers = self._managed.intersection(launch.servers)
         for name in self._managed:
             # servers start as soon as they can and stay: only those that need this job are surely not there yet
             beside = {server for server in servers if name not in launch.before(server)} | {name}

@@ -11,22 +11,14 @@ from typing import Any
 import yaml
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import (
-    MASTER_PORT,
-    TOKEN,
-    Address,
-    environment,
-    overrides,
-    ports,
-    script,
-    torchrun,
-    trainer,
-)
-from nemo_eppo.launch.schema import KubernetesConfig, LaunchConfig
+from nemo_eppo.launch.command import MASTER_PORT, TOKEN, environment, overrides, script, served_at, torchrun, trainer
+from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
 
 _HEAD = """\
 # {name}: made by `nemo-eppo launch --backend kubernetes`. Change the launch file rather than this one.
 # Output goes to {output}; deleted and applied again, the run goes on from its checkpoints there.
+"""
+_SECRET = """\
 # The servers' shared secret has to be there:
 #   kubectl create secret generic {secret} --namespace {namespace} --from-literal=token="$(openssl rand -hex 32)"
 """
@@ -38,6 +30,8 @@ def manifests(launch: LaunchConfig) -> str:
     kubernetes = launch.kubernetes
     if kubernetes is None:
         raise ConfigError("kubernetes: required with --backend kubernetes, but not set")
+    if launch.servers and kubernetes.secret is None:
+        raise ConfigError(f"kubernetes.secret: required for the servers {', '.join(launch.servers)}, but not set")
     last = trainer(launch)
     sizes = {name: job.ranks_per_node for name, job in launch.jobs.items()}
     if len(set(sizes.values())) > 1:
@@ -51,6 +45,7 @@ def manifests(launch: LaunchConfig) -> str:
     first, pods = dict[str, int](), 0  # index of each job's first pod
     for name in launch.order():
         first[name], pods = pods, pods + launch.jobs[name].nodes
+    start, end = first[last], first[last] + launch.jobs[last].nodes - 1
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -67,23 +62,18 @@ def manifests(launch: LaunchConfig) -> str:
             "completions": pods,
             "parallelism": pods,
             "backoffLimit": kubernetes.restarts * pods,  # when one fails, those that it worked with fail too
-            "successPolicy": {"rules": [{"succeededIndexes": _indexes(first[last], launch.jobs[last].nodes)}]},
+            "successPolicy": {"rules": [{"succeededIndexes": f"{start}-{end}" if start < end else str(end)}]},
             "template": {
                 "metadata": {"labels": labels},
                 "spec": _pod(launch, kubernetes, _commands(launch, kubernetes, first)),
             },
         },
     }
-    head = _HEAD.format(
-        name=launch.name, output=launch.output, secret=kubernetes.secret, namespace=kubernetes.namespace
-    )
-    return head + "---\n".join(
+    head = _HEAD + (_SECRET if launch.servers else "")
+    values = {"name": launch.name, "output": launch.output, **kubernetes.model_dump(include={"secret", "namespace"})}
+    return head.format_map(values) + "---\n".join(
         yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in (service, job)
     )
-
-
-def _indexes(first: int, number: int) -> str:
-    return str(first) if number == 1 else f"{first}-{first + number - 1}"
 
 
 def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> dict[str, Any]:
@@ -92,6 +82,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
     cpus = {"cpu": str(kubernetes.cpus)} if kubernetes.cpus else {}
     limits = {"nvidia.com/gpu": str(gpus), **memory}
     token = {"name": TOKEN, "valueFrom": {"secretKeyRef": {"name": kubernetes.secret, "key": "token"}}}
+    secrets = {"env": [token]} if launch.servers else {}
     mounts = [{"name": claim, "mountPath": str(path)} for claim, path in kubernetes.volumes.items()]
     shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}}
     return {
@@ -104,7 +95,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
                 "name": "ranks",
                 "image": kubernetes.image,
                 "command": ["bash", "-c", commands],
-                "env": [token],
+                **secrets,
                 "resources": {"limits": limits, "requests": limits | cpus},
                 "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts],
             }
@@ -119,7 +110,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
 def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:
     """A shell script in which the pod's index decides which job it runs."""
     hosts = {name: f"{launch.name}-{index}.{launch.name}" for name, index in first.items()}
-    addresses = {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports(launch).items()}
+    addresses = served_at(launch, hosts)
     text = "set -euo pipefail\ncase $JOB_COMPLETION_INDEX in\n"
     for name, index in first.items():
         job = launch.jobs[name]

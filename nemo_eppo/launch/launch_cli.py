@@ -45,19 +45,17 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.config import ConfigError
     from nemo_eppo.files import write_atomically
-    from nemo_eppo.launch.check import check_launch
     from nemo_eppo.launch.kubernetes import manifests
+    from nemo_eppo.launch.launch_file import read_launch
     from nemo_eppo.launch.local import LaunchError, commands, run_local
-    from nemo_eppo.launch.schema import read_launch
     from nemo_eppo.launch.slurm import batch_script
 
-    for override in arguments.overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: expected key=value")
     local = arguments.backend == "local"
     if local and arguments.output:
         raise ConfigError("--output: nothing is written with --backend local; `output` of the launch file is meant?")
     launch = read_launch(arguments.file, arguments.overrides)
+    from nemo_eppo.launch.examination import check_launch  # brings torch, which a fault of the file need not wait for
+
     check_launch(launch, here=local)
     if not local:
         text = batch_script(launch) if arguments.backend == "slurm" else manifests(launch)

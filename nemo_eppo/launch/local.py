@@ -17,18 +17,9 @@ from types import FrameType
 import psutil
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import (
-    LOCAL_HOST,
-    TOKEN,
-    Address,
-    environment,
-    fixed_port,
-    overrides,
-    script,
-    torchrun,
-)
+from nemo_eppo.launch.command import TOKEN, Address, environment, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import Gpus, visible_gpus
-from nemo_eppo.launch.schema import LaunchConfig
+from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.status import Row, State, Status
 
 GRACE_S = 30.0  # how long a job may take to stop before it is killed
@@ -70,7 +61,7 @@ def run_local(launch: LaunchConfig) -> None:
 
 def commands(launch: LaunchConfig) -> list[str]:
     """The command of every job as a shell would run it; addresses that only a run knows are called after their job."""
-    own = {name: _own_address(launch, name) for name, job in launch.jobs.items() if job.serves}
+    own = {name: own_address(launch.jobs[name]) for name in launch.servers}
     addresses = {
         name: Address(f"http://{a.host}:{a.port or f'<port of {name}>'}", a.host, a.port) for name, a in own.items()
     }
@@ -85,7 +76,7 @@ class Supervisor:
         self._rows = {name: Row(name, launch.jobs[name].ranks, launch.output / name) for name in launch.order()}
         self._logs = launch.output / "logs"
         self._logs.mkdir(exist_ok=True)
-        self._addresses = {name: _own_address(launch, name) for name, job in launch.jobs.items() if job.serves}
+        self._addresses = {name: own_address(launch.jobs[name]) for name in launch.servers}
         self._token = secrets.token_hex(32)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
         # What a dead job leaves behind becomes a child of this process, so that `stop` finds it.
@@ -194,11 +185,6 @@ class Supervisor:
 
     def _ready_file(self, name: str) -> Path:
         return (self._logs / f"{name}.ready.json").absolute()
-
-
-def _own_address(launch: LaunchConfig, name: str) -> Address:
-    job = launch.jobs[name]
-    return Address("", str(job.setting("server.host") or LOCAL_HOST), fixed_port(job))
 
 
 def _argv(launch: LaunchConfig, name: str, addresses: dict[str, Address]) -> list[str]:

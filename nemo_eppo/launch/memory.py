@@ -10,24 +10,27 @@ At its peak a rank of pipeline stage s (of pp, from 0) holds
     work        of an update, scoring or generation, which never run at once
 
 with, for n tokens in a micro-batch, L layers of the stage, hidden size H, query width Q, key or value width K, MLP
-width F and vocabulary V, all but H divided by tp, and H too under sequence parallelism:
+width F, A heads and vocabulary V, all but H divided by tp, and H too under sequence parallelism (and 12 H in place of
+6 H where attention and MLP have norms after them, too):
 
     update      n * b * (pp - s) * L * (6 H + 3 Q + 3 K + 5 F)   what the backward pass keeps of each layer, for each
                                                micro-batch in flight: each norm's input, its normed and its scaled
                                                output; query, key, value and attention's output; gate and up, the
                                                activation and the product. (The method is that of Korthikanti et al.,
                                                arXiv 2205.05198, section 4, applied to these modules.)
+                + n * S * A * 8 * (pp - s) * L of attention that caps its scores: their tanh and their softmax in fp32
                 + 8 * W                        fp32 gradients under way of the largest weight, W
                 + 12 * c on the last stage     c logits at once, of n or at most max(1024, 2^24 / V) tokens, and what
                                                is computed from them
                 recompute: of each layer H in place of the sum; one layer as above, or the logits, come to that
-    scoring     n * b * (2 H + Q + 2 K + 3 F) + 12 * c
+    scoring     n * b * (2 H + Q + 2 K + 3 F) + 12 * c, or n * S * A * 12 for capped scores if that is more
     generation  N * S * 2 * K * L * b          the cache of N sequences of S tokens
 
 The C library may hold half as much again on a CPU, for what was freed in small pieces.
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 from nemo_eppo.megatron.logprobs import rows_at_once
 from nemo_eppo.models.hf_names import entries
@@ -47,7 +50,7 @@ class Workload:
     sequences: int = 0
     """N, decoded at once; 0 for none."""
     longest: int = 0
-    """S, prompt and response."""
+    """S, tokens of the longest row, prompt and response."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +86,13 @@ def estimate(
         outputs: of a scalar head in place of the output projection.
         replicas: D, data-parallel replicas.
     """
-    stages = [
-        _of_stage(
-            stage,
-            model,
-            parallel,
-            precision,
-            workload,
-            outputs,
-            replicas if distributed_optimizer else 1,
-            recompute,
-            lora,
-        )
-        for stage in range(parallel.pipeline_model_parallel_size)
-    ]
-    return max(stages, key=lambda memory: memory.total)
+    sharing = replicas if distributed_optimizer else 1
+    of_stage = partial(_of_stage, model, parallel, precision, workload, outputs, sharing, recompute, lora)
+    stages = range(parallel.pipeline_model_parallel_size)
+    return max(map(of_stage, stages), key=lambda memory: memory.total)
 
 
 def _of_stage(
-    stage: int,
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
@@ -110,6 +101,7 @@ def _of_stage(
     sharing: int,
     recompute: bool,
     lora: LoRAConfig | None,
+    stage: int,
 ) -> Memory:
     each = 4 if precision == "fp32" else 2
     parameters, largest = _parameters(model, parallel, stage, outputs)
@@ -123,13 +115,19 @@ def _of_stage(
     if outputs is None and stage == stages - 1:
         vocabulary = model.vocab_size // parallel.tensor_model_parallel_size
         logits = vocabulary * min(tokens, rows_at_once(vocabulary))
-    work = tokens * each * (2 * hidden + query + 2 * kv + 3 * ffn) + 12 * logits
+    scores = 0
+    if model.attention_softcap is not None:
+        heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+        scores = tokens * min(tokens, workload.longest or model.max_sequence_length) * heads
+    work = max(tokens * each * (2 * hidden + query + 2 * kv + 3 * ffn) + 12 * logits, 12 * scores)
     if workload.trained:
-        layer, in_flight = 6 * hidden + 3 * query + 3 * kv + 5 * ffn, (stages - stage) * layers
+        norms = 12 if model.post_norms else 6
+        layer = tokens * each * (norms * hidden + 3 * query + 3 * kv + 5 * ffn) + 8 * scores
+        in_flight = (stages - stage) * layers
         if recompute:  # a layer is computed again after the logits are gone
-            update = tokens * each * in_flight * hidden + max(tokens * each * layer, 12 * logits)
+            update = tokens * each * in_flight * hidden + max(layer, 12 * logits)
         else:
-            update = tokens * each * in_flight * layer + 12 * logits
+            update = in_flight * layer + 12 * logits
         work = max(work, update + 8 * largest)
     work = max(work, workload.sequences * workload.longest * 2 * kv * layers * each)
     return Memory(

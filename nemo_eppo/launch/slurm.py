@@ -3,8 +3,8 @@
 import shlex
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, ports, script, trainer
-from nemo_eppo.launch.schema import JobConfig, LaunchConfig, SlurmConfig
+from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, script, served_at, trainer
+from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
 
 _REQUEUE_S = 30  # for killing what is left, and going back into the queue
 
@@ -21,15 +21,18 @@ logs={logs}
 mkdir -p "$logs"
 first_node() {{ scontrol show hostnames "$1" | sed -n 1p; }}
 {hosts}
-# The servers' shared secret, new at every start. It goes by the environment, never by a command line.
-{token}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
-export {token}
-container=({container})
+{secret}container=({container})
 # torch.distributed's names for what srun tells each process
 # shellcheck disable=SC2016
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 steps=()
+"""
+
+_SECRET = f"""\
+# The servers' shared secret, new at every start. It goes by the environment, never by a command line.
+{TOKEN}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export {TOKEN}
 """
 
 _END = """
@@ -66,17 +69,14 @@ def batch_script(launch: LaunchConfig) -> str:
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():
         raise ConfigError(f"output = {launch.output}: expected an absolute path that all nodes see")
-    servers = ports(launch)
-    addresses = {
-        name: Address(f"http://${{oc.env:{_host(name)}}}:{port}", "0.0.0.0", port) for name, port in servers.items()
-    }
+    addresses = served_at(launch, {name: f"${{oc.env:{_host(name)}}}" for name in names})
     parts = [_HEAD.format(name=launch.name, output=launch.output), _options(launch, slurm, names), "\n"]
     mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
     parts.append(
         _SETUP.format(
             logs=shlex.quote(str(launch.output / "logs")),
             hosts="\n".join(_find_host(name, group, len(names)) for group, name in enumerate(names)),
-            token=TOKEN,
+            secret=_SECRET if launch.servers else "",
             container=shlex.join([f"--container-image={slurm.image}", *mounts]),
         )
     )

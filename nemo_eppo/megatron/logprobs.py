@@ -12,11 +12,9 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.algorithms.sampling import keep_mask
-from nemo_eppo.config import Config
+from nemo_eppo.algorithms.sampling import Distribution, keep_mask
 
 IGNORE = -100
 """Target of a position whose log-probability is not wanted; its outputs are 0."""
@@ -24,17 +22,6 @@ IGNORE = -100
 _CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MB in fp32
 _CHUNK_ROWS = 1024  # but so many rows at least: with fewer a GPU spends its time on adding to the weight's gradient
 _MASKED = -1e30  # a logit of probability 0: finite, so that their product is 0
-
-
-class ScoringConfig(Config):
-    """The distribution whose log-probabilities are meant: the one that was sampled from."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits."""
-    top_k: int = Field(0, ge=0)
-    """Only the k likeliest tokens; 0: all."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Of these, the likeliest that hold this share of the probability; 1: all."""
 
 
 def token_logprobs(
@@ -45,7 +32,8 @@ def token_logprobs(
     *,
     vocab_size: int,
     sequence_parallel: bool,
-    scoring: ScoringConfig,
+    distribution: Distribution,
+    softcap: float | None = None,
 ) -> Tensor:
     """Log-probability of each target token and entropy of the distribution it came from.
 
@@ -55,8 +43,9 @@ def token_logprobs(
         targets: [b, s] the token that follows each position; IGNORE where none is wanted.
         group: tensor-parallel ranks.
         vocab_size: rows of the projection that are real tokens; padding rows get probability 0.
-        scoring: temperature and filters. With top-k or top-p the kept set follows the current logits, always includes
-            the target, and costs a gather of one chunk's logits.
+        distribution: temperature and filters. With top-k or top-p the kept set follows the current logits, always
+            includes the target, and costs a gather of one chunk's logits.
+        softcap: see `soft_capped`.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
@@ -68,9 +57,14 @@ def token_logprobs(
     targets = targets.transpose(0, 1)
     rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
     wanted = hidden.flatten(0, 1).index_select(0, rows)
-    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, scoring)
+    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, distribution, softcap)
     out = scores.new_zeros(targets.numel(), 2).index_copy(0, rows, scores)
     return out.view(*targets.shape, 2).transpose(0, 1)
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c * tanh(logits / c), so that none exceeds c in size (Gemma 2, arXiv 2408.00118, section 2); None leaves them."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -84,9 +78,10 @@ class _TokenLogProbs(torch.autograd.Function):
         targets: Tensor,
         group: dist.ProcessGroup,
         vocab_size: int,
-        scoring: ScoringConfig,
+        distribution: Distribution,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.layout = (group, vocab_size, scoring)
+        ctx.layout = (group, vocab_size, distribution, softcap)
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
@@ -111,20 +106,24 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = None  # a frozen projection needs none
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
-        temperature = ctx.layout[2].temperature
+        temperature, softcap = ctx.layout[2].temperature, ctx.layout[3]
         for rows in _chunks(hidden.size(0), weight.size(0)):
             x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
+            if softcap is not None:  # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2; what is masked has no gradient anyway
+                slope = 1 - (x * (temperature / softcap)).clamp_(-1, 1).square_()
             logp = x.sub_(result[rows, 2:3])
             p = logp.exp()
             grad_logprob, grad_entropy = (grads[0][rows] / temperature).split(1, -1)
             grad = logp.add_(result[rows, 1:2]).mul_(-grad_entropy).sub_(grad_logprob).mul_(p)
             grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
+            if softcap is not None:
+                grad.mul_(slope)
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -142,22 +141,28 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, vocab_size: int, scoring: ScoringConfig
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    distribution: Distribution,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and where [n]."""
-    logits = _compute_dtype(hidden @ weight.T)
-    if scoring.temperature != 1.0:
-        logits.div_(scoring.temperature)
+    logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
+    if distribution.temperature != 1.0:
+        logits.div_(distribution.temperature)
     size = weight.size(0)
     first = group.rank() * size
     if first + size > vocab_size:
         logits[:, max(0, vocab_size - first) :] = _MASKED
     own = (targets >= first) & (targets < first + size)
     index = torch.where(own, targets - first, 0)
-    if scoring.top_k or scoring.top_p < 1.0:
+    if distribution.top_k or distribution.top_p < 1.0:
         shards = [torch.empty_like(logits) for _ in range(group.size())]
         dist.all_gather(shards, logits.contiguous(), group=group)
-        keep = keep_mask(torch.cat(shards, -1), scoring.top_k, scoring.top_p)
+        keep = keep_mask(torch.cat(shards, -1), distribution.top_k, distribution.top_p)
         keep.scatter_(-1, targets.unsqueeze(-1), True)
         logits.masked_fill_(~keep[:, first : first + size], _MASKED)
     return logits, own, index

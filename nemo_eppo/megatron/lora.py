@@ -26,6 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.models.model_config import LoRAConfig, LoRATarget
 
 _SPLIT_OUTPUT = ("linear_qkv", "linear_fc1")
@@ -43,6 +44,7 @@ class Adapter(nn.Module):
         self._target, self._scale = target, config.alpha / config.rank
         self._splits_output = target in _SPLIT_OUTPUT
         self._sequence_parallel, self._norm_epsilon = model_config.sequence_parallel, model_config.layernorm_epsilon
+        self._norm_plus_one = model_config.layernorm_zero_centered_gamma
         outputs, inputs = linear.weight.shape
         self.a = nn.Parameter(linear.weight.new_zeros(config.rank, inputs))
         self.b = nn.Parameter(linear.weight.new_zeros(outputs, config.rank))
@@ -65,7 +67,7 @@ class Adapter(nn.Module):
             return None
         x = args[0]
         if hasattr(linear, "layer_norm_weight"):  # TransformerEngine fuses the norm before a linear into it
-            x = F.rms_norm(x, x.shape[-1:], linear.layer_norm_weight, self._norm_epsilon)
+            x = rms_norm(x, linear.layer_norm_weight, self._norm_epsilon, self._norm_plus_one)
         low = F.linear(x, self.a) * self._scale
         if self._splits_output and self._sequence_parallel:
             low = gather_from_sequence_parallel_region(low)

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.heads import ScalarHeads, build_head
-from nemo_eppo.megatron.logprobs import ScoringConfig, token_logprobs
+from nemo_eppo.megatron.logprobs import soft_capped, token_logprobs
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
 from nemo_eppo.models.layout import ParallelConfig, check_layout
 from nemo_eppo.models.model_config import Head, ModelConfig, Precision
@@ -25,7 +27,7 @@ class _Decoder(GPTModel):
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         super().__init__(
             config,
-            decoder_spec(config, vp_stage),
+            decoder_spec(model, config, vp_stage),
             vocab_size=model.padded_vocab_size(parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_sequence_length,
             pre_process=first,
@@ -38,6 +40,17 @@ class _Decoder(GPTModel):
             vp_stage=vp_stage,
         )
         self.real_vocab_size = model.vocab_size
+        self.description = model
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        hidden, *rest = super()._preprocess(*args, **kwargs)
+        return (hidden if hidden is None else self.scaled(hidden), *rest)
+
+    def scaled(self, embeddings: Tensor) -> Tensor:
+        """Token embeddings [..., H] as the first layer gets them; the factor is rounded as the embeddings are."""
+        if not self.description.scale_embedding:
+            return embeddings
+        return embeddings * torch.tensor(self.description.hidden_size**0.5, dtype=embeddings.dtype)
 
 
 class PolicyModel(_Decoder):
@@ -45,11 +58,13 @@ class PolicyModel(_Decoder):
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
-        self.scoring = ScoringConfig()
+        self.distribution = UNCHANGED
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        softcap = self.description.logit_softcap
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+            out = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+            return soft_capped(out, softcap) if self.post_process else out
         return token_logprobs(
             hidden_states,
             self.projection_weight(),
@@ -57,7 +72,8 @@ class PolicyModel(_Decoder):
             parallel_state.get_tensor_model_parallel_group(),
             vocab_size=self.real_vocab_size,
             sequence_parallel=self.config.sequence_parallel,
-            scoring=self.scoring,
+            distribution=self.distribution,
+            softcap=softcap,
         )
 
     def projection_weight(self) -> Tensor:
@@ -122,7 +138,7 @@ def build_model(
         dropout: on the residual stream in training; what it drops depends on the layout.
 
     Raises:
-        ConfigError: the layout cannot carry the model.
+        ConfigError: the layout cannot carry the model, or this machine's modules cannot compute it.
     """
     check_layout(model, parallel)
     config = transformer_config(model, parallel, precision, recompute)
@@ -152,7 +168,7 @@ def unwrap(chunk: nn.Module) -> Any:
     return chunk
 
 
-def set_scoring(chunks: list[nn.Module], scoring: ScoringConfig) -> None:
+def set_distribution(chunks: list[nn.Module], distribution: Distribution) -> None:
     """Choose the distribution whose log-probabilities the policy reports."""
     for chunk in chunks:
-        unwrap(chunk).scoring = scoring
+        unwrap(chunk).distribution = distribution

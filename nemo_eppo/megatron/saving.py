@@ -1,4 +1,4 @@
-"""When checkpoints of a run are written, which are kept, and writing them while training goes on."""
+"""When checkpoints of a run are written, which are kept, and writing them while training continues."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ BEST = "best"
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether this step is one of those `interval` apart; 0: none is."""
+    """Tell whether this step is one of those that are `interval` apart; with interval 0 none is."""
     return interval > 0 and step % interval == 0
 
 
@@ -42,9 +42,9 @@ class CheckpointConfig(SavingConfig):
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
     best: str | None = None
-    """A metric of the validation: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
+    """A validation metric: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
     best_is: Literal["highest", "lowest"] = "highest"
-    """What is best."""
+    """Whether the highest or the lowest value of `best` is the best."""
 
     @model_validator(mode="after")
     def _best_is_validated(self) -> "CheckpointConfig":
@@ -65,9 +65,9 @@ class CheckpointSaver:
     0 adds the manifest and renames the directory, and only then does the checkpoint exist.
 
     Args:
-        folder: of the run's checkpoints.
-        tokenizer: whose files each checkpoint gets.
-        asynchronous: go on while a checkpoint is written.
+        folder: where the checkpoints of the run are.
+        tokenizer: a directory whose tokenizer files each checkpoint gets; None for none.
+        asynchronous: continue while a checkpoint is written.
     """
 
     def __init__(self, folder: Path, tokenizer: Path | None, asynchronous: bool) -> None:
@@ -79,7 +79,7 @@ class CheckpointSaver:
             remove_incomplete(folder, "step_*")
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Say where the checkpoint of a step is, or would be."""
         return self._folder / f"step_{step:06d}"
 
     def save(
@@ -118,7 +118,7 @@ class CheckpointSaver:
             self.finish()
 
     def poll(self) -> None:
-        """Let a checkpoint that is written go on to its next stage; to be called after each step."""
+        """Let a checkpoint that is being written enter its next stage; to be called after each step."""
         self._writing.maybe_finalize_async_calls(blocking=False)
         if self._sealing is not None and self._sealing.done():
             self._sealing.result()

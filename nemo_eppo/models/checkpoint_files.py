@@ -40,7 +40,7 @@ class FileEntry(Config):
 
 
 class Manifest(Config):
-    """What a checkpoint holds."""
+    """What a checkpoint holds: the model, the state of the run, and the digests of its files."""
 
     format: int = _FORMAT
     head: Head
@@ -51,19 +51,19 @@ class Manifest(Config):
     lora: LoRAConfig | None = None
     """Adapters beside the model's own weights; `save` fills it in."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Of the validation at this step."""
+    """The validation metrics at this step."""
     optimizer: bool = False
-    """Whether optimizer and schedule are in it, so that training can go on."""
+    """Whether the checkpoint holds optimizer and schedule, so that training can resume from it."""
     state: dict[str, Any] = Field(default_factory=dict)
     """State of the loop, and what belongs to the model: a reward model's mean and std."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
 def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
-    """The manifest of a checkpoint whose files are all there and unaltered in size.
+    """Read the manifest of a checkpoint whose files are all there and unaltered in size.
 
     Args:
-        head: lm, or scalar for any model that gives numbers in place of words; None for either.
+        head: expect a language model (lm) or any model that gives numbers in place of words (scalar); None for either.
 
     Raises:
         ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
@@ -88,7 +88,7 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """As `read_manifest`, and every file's digest is compared too."""
+    """Read the manifest as `read_manifest` does, and compare the digest of every file too."""
     manifest = read_manifest(directory)
     for name, digest in _digests(directory, list(manifest.files)).items():
         if digest != manifest.files[name].sha256:
@@ -97,10 +97,10 @@ def verify(directory: Path) -> Manifest:
 
 
 def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
-    """The newest checkpoint of a run that goes on with this very model, every digest compared.
+    """Find the newest checkpoint of a run that resumes with this very model, and compare every digest.
 
     Raises:
-        ConfigError: it is damaged (the message names the file, and how to go on from the checkpoint before), or holds
+        ConfigError: it is damaged (the message names the file, and how to resume from the checkpoint before), or holds
             another model (the message names every difference).
     """
     newest = latest(folder)
@@ -110,31 +110,31 @@ def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Preci
         manifest = verify(newest)
     except ConfigError as error:
         others = [path for path in complete_in(folder) if path != newest]
-        then = f"to go on from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
+        then = f"to resume from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
         raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
     saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
     now = {**model.model_dump(), "head": head, "precision": precision}
     if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
         raise ConfigError(
-            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run goes on with its own model; "
+            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run resumes with its own model; "
             "choose another run directory for this one"
         )
     return newest
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint `step_*` in a directory of checkpoints."""
+    """Find the newest complete checkpoint `step_*` in a directory of checkpoints."""
     found = complete_in(directory)
     return found[-1] if found else None
 
 
 def complete_in(directory: Path) -> list[Path]:
-    """The checkpoints `step_*` in a directory, oldest first."""
+    """List the complete checkpoints `step_*` in a directory, oldest first."""
     return sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
 
 
 def find(path: Path, where: str) -> Path:
-    """The checkpoint at `path`, or the newest in it; ConfigError, beginning with `where`, if there is none."""
+    """Find the checkpoint at `path`, or the newest in it; ConfigError, beginning with `where`, if there is none."""
     if not path.exists():
         raise ConfigError(f"{where}: {path} does not exist")
     if (path / MANIFEST).is_file():
@@ -146,7 +146,7 @@ def find(path: Path, where: str) -> Path:
 
 
 def stored_precision(directory: Path) -> Precision:
-    """The precision of the weights in a checkpoint."""
+    """Read the precision of the weights in a checkpoint."""
     stored: Any = FileSystemReader(directory / WEIGHTS).read_metadata().state_dict_metadata
     dtype = stored["embedding.word_embeddings.weight"].properties.dtype
     return "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -202,7 +202,7 @@ def seal(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
 
 
 def _digests(directory: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files, several at a time: hashing does not hold Python's lock."""
+    """Compute the SHA-256 of files, several at a time: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(sha256, (directory / name for name in names)), strict=True))
 

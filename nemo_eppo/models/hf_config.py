@@ -1,17 +1,17 @@
-"""Settings of the Llama family between a Hugging Face `config.json` and a ModelConfig."""
+"""Settings of a model between a Hugging Face `config.json` and a ModelConfig, as its family describes them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.models.families import HEADS, family_of, family_of_architecture
+from nemo_eppo.models.family import REQUIRED, Family, Key
 from nemo_eppo.models.model_config import ModelConfig
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Supported architectures are these with `ForCausalLM` or `ForSequenceClassification` behind."""
-
-
-class UnsupportedArchitecture(ConfigError):
-    """A model of none of the families."""
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Constants of megatron-core."""
 
 
 def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -21,46 +21,21 @@ def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         ConfigError: an architecture or a setting that Megatron's modules here do not compute exactly.
     """
     architecture = (hf_config.get("architectures") or ["(none)"])[0]
-    family = _family(architecture)
-    required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    required += ["rms_norm_eps", "max_position_embeddings"] + (["num_key_value_heads"] if family != "Llama" else [])
-    required += ["head_dim"] if family == "Qwen3" else []
-    if missing := [key for key in required if hf_config.get(key) is None]:
+    family = family_of_architecture(architecture)
+    required = [name for name, key in family.keys.items() if key.default is REQUIRED]
+    if missing := [name for name in required if hf_config.get(name) is None]:
         raise ConfigError(f"config.json of {architecture} lacks {', '.join(missing)}")
-    _expect(hf_config, hidden_act="silu", attention_bias=False, mlp_bias=False)
-
-    heads, hidden = hf_config["num_attention_heads"], hf_config["hidden_size"]
-    groups, width = hf_config.get("num_key_value_heads") or heads, hf_config.get("head_dim")
-    longest, window = hf_config["max_position_embeddings"], hf_config.get("sliding_window")
-    if window is not None and hf_config.get("use_sliding_window", family == "Mistral"):
-        longest = min(longest, window)  # a sequence that fits the window never notices it
-    rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
-    rope |= hf_config.get("rope_parameters") or {}  # what transformers 5 writes
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"rope_scaling.rope_type = {kind!r} in config.json is not supported; expected null or llama3")
-    if kind == "llama3":  # constants of megatron-core
-        _expect(rope, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192)
-    return load_config(
-        ModelConfig,
-        {
-            "num_layers": hf_config["num_hidden_layers"],
-            "hidden_size": hidden,
-            "ffn_hidden_size": hf_config["intermediate_size"],
-            "num_attention_heads": heads,
-            "num_query_groups": None if groups == heads else groups,
-            "head_dim": None if width is None or width * heads == hidden else width,
-            "vocab_size": hf_config["vocab_size"],
-            "max_sequence_length": longest,
-            "rotary_base": rope["rope_theta"],
-            "rope_scaling_factor": rope["factor"] if kind == "llama3" else None,
-            "norm_epsilon": hf_config["rms_norm_eps"],
-            "qkv_bias": family == "Qwen2",
-            "qk_norm": family == "Qwen3",
-            "tie_embeddings": bool(hf_config.get("tie_word_embeddings", False)),
-            "init_std": hf_config.get("initializer_range", 0.02),
-        },
-    )
+    _expect(hf_config, {**_NO_BIASES, **family.fixed})
+    values = {**family.features, **{key.field: _value(hf_config, name, key) for name, key in family.keys.items()}}
+    heads = values["num_attention_heads"]
+    if values["num_query_groups"] == heads:
+        values["num_query_groups"] = None
+    if values["head_dim"] is not None and values["head_dim"] * heads == values["hidden_size"]:
+        values["head_dim"] = None
+    model = load_config(ModelConfig, values | _windows(hf_config, family, values) | _rotary(hf_config))
+    family.check(model, architecture)
+    named = model.model_copy(update={"family": family.name})
+    return model if family_of(model) is family else named
 
 
 def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
@@ -69,57 +44,64 @@ def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
     Raises:
         ConfigError: an unsupported architecture, or one that lacks a feature of the model.
     """
-    family = _family(architecture)
-    for name, value, owner in (("qkv_bias", model.qkv_bias, "Qwen2"), ("qk_norm", model.qk_norm, "Qwen3")):
-        if value != (family == owner):
-            raise ConfigError(f"{architecture} needs model.{name} = {family == owner}, the model has {value}")
-    if family == "Qwen2" and model.head_width * model.num_attention_heads != model.hidden_size:
-        raise ConfigError(f"{architecture} cannot have model.head_dim = {model.head_dim}: it has no such setting")
-    config = {
-        "architectures": [architecture],
-        "model_type": family.lower(),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.max_sequence_length,
-        "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": None,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
+    family = family_of_architecture(architecture)
+    family.check(model, architecture)
+    values = model.model_dump() | {"num_query_groups": model.kv_heads, "head_dim": model.head_width}
+    config = {"architectures": [architecture], "model_type": family.name.lower(), **family.fixed}
+    for name, key in family.keys.items():
+        config[name] = values[key.field]
+        if key.switch is not None:
+            config[key.switch] = config[name] is not None
+    if family.global_layers is not None:
+        everywhere = range(model.num_layers) if model.sliding_window is None else model.global_layers
+        config["layer_types"] = [_LAYER_TYPES[layer in everywhere] for layer in range(model.num_layers)]
+    config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
     if model.rope_scaling_factor is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    if family == "Mistral":
-        config["sliding_window"] = None  # transformers would assume 4096
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3}
     return config
 
 
 def causal_architecture(model: ModelConfig) -> str:
-    """The *ForCausalLM with the model's biases and norms. A Mistral model has the modules of a Llama model."""
-    return ("Qwen2" if model.qkv_bias else "Qwen3" if model.qk_norm else "Llama") + "ForCausalLM"
+    """The *ForCausalLM of the model's family."""
+    return family_of(model).name + HEADS[0]
 
 
-def _family(architecture: str) -> str:
-    family = architecture.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
-    if family == architecture or family not in FAMILIES:
-        supported = ", ".join(f"{name}ForCausalLM, {name}ForSequenceClassification" for name in FAMILIES)
-        raise UnsupportedArchitecture(f"architecture {architecture!r} is not supported; expected one of: {supported}")
-    return family
+def _value(hf_config: Mapping[str, Any], name: str, key: Key) -> Any:
+    if key.switch is not None and not hf_config.get(key.switch, False):
+        return None
+    return hf_config.get(name, key.default)
 
 
-def _expect(settings: Mapping[str, Any], **expected: Any) -> None:
+def _windows(hf_config: Mapping[str, Any], family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have the sliding window, in the fields of ModelConfig."""
+    if family.global_layers is None or values["sliding_window"] is None:
+        return {}
+    layers = range(values["num_layers"])
+    types = hf_config.get("layer_types")
+    if types is None:
+        everywhere = family.global_layers(hf_config)
+    elif len(types) != len(layers) or set(types) - set(_LAYER_TYPES):
+        raise ConfigError(
+            f"layer_types = {types!r} in config.json; expected {' or '.join(_LAYER_TYPES)} for each layer"
+        )
+    else:
+        everywhere = [layer for layer in layers if types[layer] == _LAYER_TYPES[1]]
+    return {"global_layers": tuple(layer for layer in layers if layer in everywhere)}
+
+
+def _rotary(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary fields of ModelConfig; ConfigError for a kind of scaling that is not computed here."""
+    rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
+    rope |= hf_config.get("rope_parameters") or {}  # what transformers 5 writes
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"rope_scaling.rope_type = {kind!r} in config.json is not supported; expected null or llama3")
+    if kind == "llama3":
+        _expect(rope, _LLAMA3)
+    return {"rotary_base": rope["rope_theta"], "rope_scaling_factor": rope["factor"] if kind == "llama3" else None}
+
+
+def _expect(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if (found := settings.get(key, value)) != value:
             raise ConfigError(f"{key} = {found!r} in config.json is not supported; expected {value!r}")

@@ -124,7 +124,7 @@ def write_hf_directory(
         config: config.json; written last, so that `tensors` may still complete it.
         tensors: whole tensors by name; only those of one file are held.
         tokenizer: directory whose tokenizer files are copied.
-        max_shard_bytes: of one safetensors file, and so of the tensors held at a time; a larger tensor gets its own.
+        max_shard_bytes: size of one safetensors file, and so of what is held in memory; a larger tensor gets its own.
     """
     with directory_made_whole(path) as incomplete:
         shards = _Shards(incomplete, max_shard_bytes)

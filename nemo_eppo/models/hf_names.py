@@ -1,7 +1,8 @@
 """Which Hugging Face tensors each Megatron parameter holds, and how it is split over tensor-parallel ranks.
 
 `linear_qkv` interleaves query, key and value rows by attention group, `linear_fc1` stacks gate and up rows, and each is
-split over tensor-parallel ranks.
+split over tensor-parallel ranks. What the tensors are called, and whether the parts of these two are tensors of their
+own, is the family's to say.
 """
 
 from typing import Literal, NamedTuple
@@ -9,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nemo_eppo.models.families import family_of
 from nemo_eppo.models.model_config import ModelConfig
 
 Shape = tuple[int, ...]
@@ -20,17 +22,21 @@ class Entry(NamedTuple):
 
     split: _Split
     tensors: dict[str, Shape]
+    rows: tuple[int, ...]
+    """Rows of each part that a parameter joins (query, key, value; gate, up), be they tensors or parts of one."""
 
     def shard(self, whole: list[Tensor], model: ModelConfig, rank: int = 0, size: int = 1) -> Tensor:
         """Whole Hugging Face tensors -> the parameter on one of `size` tensor-parallel ranks."""
-        return _shard(self.split, whole, model, rank, size)
+        parts = whole if len(whole) == len(self.rows) else list(whole[0].split(self.rows))
+        return _shard(self.split, parts, model, rank, size)
 
     def join(self, shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
         """The parameter on all tensor-parallel ranks -> whole Hugging Face tensors that share no memory with it."""
-        return _join(self.split, shards, model)
+        parts = _join(self.split, shards, model)
+        return parts if len(parts) == len(self.tensors) else [torch.cat(parts)]
 
     def shape(self, model: ModelConfig) -> Shape:
-        """Of the parameter in an unsplit model."""
+        """Shape of the parameter in an unsplit model."""
         return tuple(self.shard([torch.empty(shape, device="meta") for shape in self.tensors.values()], model).shape)
 
 
@@ -43,44 +49,41 @@ def entries(model: ModelConfig, outputs: int | None = None) -> dict[str, Entry]:
     """All parameters by name, layers numbered over the whole model; `outputs` of a scalar head, None for lm_head."""
     hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, model.head_width
     query, kv = model.num_attention_heads * width, model.kv_heads * width
-    found = {"embedding.word_embeddings.weight": _embedding("model.embed_tokens.weight", model)}
+    names = family_of(model).names
+
+    def entry(name: str, split: _Split, *parts: Shape, prefix: str = "") -> Entry:
+        rows = tuple(part[0] for part in parts)
+        shapes = parts if len(names[name]) == len(parts) else ((sum(rows), *parts[0][1:]),)
+        return Entry(split, {prefix + tensor: shape for tensor, shape in zip(names[name], shapes, strict=True)}, rows)
+
+    layer: dict[str, tuple[_Split, *tuple[Shape, ...]]] = {
+        "input_layernorm.weight": ("whole", (hidden,)),
+        "self_attention.linear_qkv.weight": ("qkv", (query, hidden), (kv, hidden), (kv, hidden)),
+        "self_attention.linear_proj.weight": ("columns", (hidden, query)),
+        "pre_mlp_layernorm.weight": ("whole", (hidden,)),
+        "mlp.linear_fc1.weight": ("gate_up", (ffn, hidden), (ffn, hidden)),
+        "mlp.linear_fc2.weight": ("columns", (hidden, ffn)),
+    }
+    if model.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = ("qkv", (query,), (kv,), (kv,))
+    if model.qk_norm:
+        layer["self_attention.q_layernorm.weight"] = ("whole", (width,))
+        layer["self_attention.k_layernorm.weight"] = ("whole", (width,))
+    if model.post_norms:
+        layer["self_attn_bda.norm.weight"] = layer["mlp_bda.norm.weight"] = ("whole", (hidden,))
+
+    embedding, projection = "embedding.word_embeddings.weight", "output_layer.weight"
+    found = {embedding: entry(embedding, "vocabulary", (model.vocab_size, hidden))}
     for i in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        attention = theirs + "self_attn."
-        layer: dict[str, tuple[_Split, dict[str, Shape]]] = {
-            "input_layernorm.weight": ("whole", {theirs + "input_layernorm.weight": (hidden,)}),
-            "self_attention.linear_qkv.weight": (
-                "qkv",
-                {f"{attention}{x}_proj.weight": (rows, hidden) for x, rows in (("q", query), ("k", kv), ("v", kv))},
-            ),
-            "self_attention.linear_proj.weight": ("columns", {attention + "o_proj.weight": (hidden, query)}),
-            "pre_mlp_layernorm.weight": ("whole", {theirs + "post_attention_layernorm.weight": (hidden,)}),
-            "mlp.linear_fc1.weight": (
-                "gate_up",
-                {theirs + "mlp.gate_proj.weight": (ffn, hidden), theirs + "mlp.up_proj.weight": (ffn, hidden)},
-            ),
-            "mlp.linear_fc2.weight": ("columns", {theirs + "mlp.down_proj.weight": (hidden, ffn)}),
-        }
-        if model.qkv_bias:
-            layer["self_attention.linear_qkv.bias"] = (
-                "qkv",
-                {f"{attention}{x}_proj.bias": (rows,) for x, rows in (("q", query), ("k", kv), ("v", kv))},
-            )
-        if model.qk_norm:
-            layer["self_attention.q_layernorm.weight"] = ("whole", {attention + "q_norm.weight": (width,)})
-            layer["self_attention.k_layernorm.weight"] = ("whole", {attention + "k_norm.weight": (width,)})
-        found.update({ours + name: Entry(*entry) for name, entry in layer.items()})
-    found["decoder.final_layernorm.weight"] = Entry("whole", {"model.norm.weight": (hidden,)})
+        for name, (split, *parts) in layer.items():
+            found[f"decoder.layers.{i}.{name}"] = entry(name, split, *parts, prefix=f"model.layers.{i}.")
+    found["decoder.final_layernorm.weight"] = entry("decoder.final_layernorm.weight", "whole", (hidden,))
     if outputs is not None:
-        found["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)})
-        found["head.bias"] = Entry("whole", {"score.bias": (outputs,)})
+        found["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)}, (outputs,))
+        found["head.bias"] = Entry("whole", {"score.bias": (outputs,)}, (outputs,))
     elif not model.tie_embeddings:
-        found["output_layer.weight"] = _embedding("lm_head.weight", model)
+        found[projection] = entry(projection, "vocabulary", (model.vocab_size, hidden))
     return found
-
-
-def _embedding(name: str, model: ModelConfig) -> Entry:
-    return Entry("vocabulary", {name: (model.vocab_size, model.hidden_size)})
 
 
 def _join(split: _Split, shards: list[Tensor], model: ModelConfig) -> list[Tensor]:

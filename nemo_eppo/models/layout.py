@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.models.families import family_of
 from nemo_eppo.models.model_config import ModelConfig
 
 
@@ -15,15 +16,11 @@ class ParallelConfig(Config):
     """Ranks that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline rank (interleaved schedule); null for one."""
-    context_parallel_size: int = Field(1, ge=1)
-    """Ranks that share a sequence. Only 1 works today: the CPU attention and the log-prob pass need whole sequences."""
     sequence_parallel: bool = False
     """Also split activations outside attention and MLP over the tensor-parallel ranks."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelConfig":
-        if self.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size = {self.context_parallel_size}: only 1 is supported")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel = true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
@@ -57,7 +54,8 @@ class ParallelConfig(Config):
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "model") -> None:
-    """Raise ConfigError, naming all that does not divide, before any model is built."""
+    """Raise ConfigError, before any model is built, for a model of no family, or naming all that does not divide."""
+    family_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     problems = [

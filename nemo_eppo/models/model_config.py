@@ -1,21 +1,31 @@
 """What a model is: its architecture, head, adapters and numeric precision."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from nemo_eppo.config import Config
 
 Head = Literal["lm", "scalar", "odin", "inform"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Precision = Literal["fp32", "bf16"]
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+}
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ModelConfig(Config):
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and a gated MLP; the defaults are Llama's."""
 
+    family: str | None = None
+    """Which family of `families.py` names the tensors, e.g. Phi3; null for the first that has the model's features."""
     num_layers: int = Field(ge=1)
     """Decoder layers."""
     hidden_size: int = Field(ge=1)
@@ -44,6 +54,24 @@ class ModelConfig(Config):
     """RMSNorm on queries and keys (Qwen3)."""
     tie_embeddings: bool = False
     """Share input embedding and output projection."""
+    activation: Activation = "silu"
+    """What the MLP's gate goes through; gelu_tanh is GELU in its tanh approximation (Gemma 2)."""
+    norm_plus_one: bool = False
+    """RMSNorms scale by 1 + their weight (Gemma 2)."""
+    post_norms: bool = False
+    """A further RMSNorm on what attention and MLP give, before it is added to the residual stream (Gemma 2)."""
+    scale_embedding: bool = False
+    """Multiply token embeddings by the square root of hidden_size (Gemma 2)."""
+    query_pre_attn_scalar: int | None = Field(None, ge=1)
+    """Attention scores are divided by the square root of this; null for the width of a head."""
+    attention_softcap: float | None = Field(None, gt=0)
+    """Attention scores x become c * tanh(x / c) with this c (Gemma 2); null leaves them."""
+    logit_softcap: float | None = Field(None, gt=0)
+    """The same for the logits of the next token, before any temperature."""
+    sliding_window: int | None = Field(None, ge=1)
+    """Tokens that a token attends to, itself among them; null for all before it."""
+    global_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, whose tokens attend to all before them in spite of sliding_window."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of freshly initialised weights."""
 
@@ -60,6 +88,10 @@ class ModelConfig(Config):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}"
             )
+        if self.global_layers and self.sliding_window is None:
+            raise ValueError(f"global_layers = {list(self.global_layers)} needs a sliding_window")
+        if unknown := [layer for layer in self.global_layers if not 0 <= layer < self.num_layers]:
+            raise ValueError(f"global_layers: {unknown} are no layers; expected 0 to {self.num_layers - 1}")
         return self
 
     @property

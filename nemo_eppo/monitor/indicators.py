@@ -1,4 +1,4 @@
-"""Signs of reward hacking: each makes one number of a PPO step, the higher the more suspicious."""
+"""Indicators of reward hacking: each turns a PPO step into one number; the higher, the more suspicious."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,45 +14,44 @@ from nemo_eppo.config import Config, ConfigT
 
 Action = Literal["none", "log", "raise_kl", "stop"]
 NEIGHBOURS = 5
-"""Latents that make a neighbourhood dense, for DBSCAN (its authors' recommendation is at least 3)."""
+"""Number of latents that make a neighbourhood dense, for DBSCAN (its authors recommend at least 3)."""
 
 
 class IndicatorConfig(Config):
-    """One indicator. In running standard deviations: those of the first steps' values (`warmup_steps`)."""
+    """One indicator. A "running standard deviation" is that of its values in the first `warmup_steps` steps."""
 
     action: Action = "none"
-    """What an alarm does: `none`: the indicator is not computed; `log`: a warning and monitor/<indicator>/alarm = 1;
-    `raise_kl`: that, and the KL coefficient grows; `stop`: that, and the run saves a checkpoint and ends. A run that is
-    started again after its stop goes on."""
+    """What an alarm does. `none`: nothing, the indicator is not computed; `log`: log a warning and set
+    monitor/<indicator>/alarm to 1; `raise_kl`: also raise the KL coefficient; `stop`: also save a checkpoint and end
+    the run, which resumes if it is started again."""
     threshold: float = Field(5.0, gt=0)
-    """An alarm needs a value above this ..."""
+    """An alarm needs values above this."""
     patience: int = Field(3, ge=1)
-    """... in so many consecutive steps. After an alarm the count starts again."""
+    """Number of consecutive steps with such a value that raise an alarm. After an alarm the count starts again."""
 
 
 class OutliersConfig(IndicatorConfig):
     """Fraction of responses whose latents are outliers among the SFT model's (MOP). Needs latents."""
 
     threshold: float = Field(0.2, gt=0, lt=1)
-    """Fraction."""
+    """An alarm needs a larger fraction than this."""
     alpha: float = Field(0.01, gt=0, lt=1)
     """A latent is an outlier if its chi-squared p-value is below this."""
 
 
 class DisagreementConfig(IndicatorConfig):
-    """The proxy reward rises while a reward that is not trained on falls."""
+    """Whether the proxy reward rises while a reward that is not trained on falls."""
 
     threshold: float = Field(3.0, gt=0)
-    """Standard errors: both the rise of the one and the fall of the other, from the first to the second half of the
-    window, have to be larger."""
+    """Standard errors that both changes, from the first to the second half of the window, have to exceed."""
     against: Literal["gold", "held_out"] = "gold"
-    """gold_reward, or held_out_reward."""
+    """The other reward: `gold` is gold_reward, `held_out` is held_out_reward."""
     window: int = Field(20, ge=4)
-    """Steps that are looked back on."""
+    """Number of latest steps that are compared."""
 
 
 class Indicator(Generic[ConfigT]):
-    """What is observed of one step goes in, a number comes out. `state` is plain, and saved with the run."""
+    """Turns what is observed in one step into a number. `state` holds plain containers and is saved with the run."""
 
     name: ClassVar[str]
 
@@ -61,19 +60,20 @@ class Indicator(Generic[ConfigT]):
         self.state: dict[str, Any] = {}
 
     def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
-        """The step's number; None while there is too little to compare with.
+        """Return the step's number; None while there are too few steps to compare with.
 
         Args:
-            metrics: of the step, by their names in metrics.jsonl.
-            latents: [B, d] of the step's responses; None if there are none, or while they still go into `sft`.
-            sft: those of the SFT model, complete if `latents` is given.
+            metrics: the step's metrics, by their names in metrics.jsonl.
+            latents: [B, d] latents of the step's responses; None without latents, and while `sft` is not complete.
+            sft: latents of the SFT model, complete if `latents` is given.
         """
         raise NotImplementedError
 
     def _deviations(self, value: float, least_std: float, centre: float | None = None) -> float | None:
-        """How many standard deviations `value` is above `centre`, by default the mean, of the first steps' values.
+        """Return by how many running standard deviations `value` is above `centre`, by default the first steps' mean.
 
-        `least_std` keeps a quantity that hardly moved in those steps from raising an alarm over nothing.
+        It is None during the first steps. The deviation counts as `least_std` at least, so that a quantity that hardly
+        moved at first raises no alarm.
         """
         first: list[float] = self.state.setdefault("first", [])
         if len(first) < self.warmup_steps:
@@ -85,8 +85,8 @@ class Indicator(Generic[ConfigT]):
 class EnergyRise(Indicator[IndicatorConfig]):
     """Rise of the policy's mean energy loss over the SFT model's, in running standard deviations (arXiv 2501.19358).
 
-    The SFT model's is energy/reference where the run reads it, and the difference is compared with that of the first
-    steps. Else it is the energy loss of the validation before the first step, or, failing that, of the first steps.
+    If the run reports energy/reference, that is the SFT model's, and the difference is compared with the first steps'.
+    Otherwise it is the energy loss of the validation before the first step or, without one, of the first steps.
     """
 
     name = "energy"
@@ -100,7 +100,7 @@ class EnergyRise(Indicator[IndicatorConfig]):
 
 
 class LengthDrift(Indicator[IndicatorConfig]):
-    """Change of the mean response length against the first steps, either way, in running standard deviations."""
+    """Change of the mean response length from the first steps, up or down, in running standard deviations."""
 
     name = "length"
 
@@ -111,7 +111,7 @@ class LengthDrift(Indicator[IndicatorConfig]):
 
 
 class Outliers(Indicator[OutliersConfig]):
-    """Fraction of the responses whose latents the SFT model's Gaussian would hardly produce (MOP)."""
+    """Fraction of the responses whose latents are outliers under the SFT model's Gaussian (MOP)."""
 
     name = "outliers"
 
@@ -120,7 +120,7 @@ class Outliers(Indicator[OutliersConfig]):
 
 
 class ClusterSeparation(Indicator[IndicatorConfig]):
-    """The cluster separation index in running standard deviations of those steps that follow the base's collection."""
+    """Cluster separation index in running standard deviations; the first steps follow the collection of SFT latents."""
 
     name = "csi"
 
@@ -132,7 +132,7 @@ class ClusterSeparation(Indicator[IndicatorConfig]):
 
 
 class Disagreement(Indicator[DisagreementConfig]):
-    """The smaller of two Welch t statistics: of the proxy reward's rise, and of the other reward's fall."""
+    """The smaller of two Welch t statistics, for the rise of the proxy reward and for the fall of the other reward."""
 
     name = "disagreement"
 
@@ -147,7 +147,7 @@ class Disagreement(Indicator[DisagreementConfig]):
 
 
 def _rise(values: tuple[float, ...]) -> float:
-    """Mean of the second half less that of the first, in standard errors."""
+    """Return the mean of the second half less the mean of the first, in standard errors."""
     half = len(values) // 2
     first, second = values[:half], values[half:]
     error = (variance(first) / len(first) + variance(second) / len(second)) ** 0.5
@@ -155,7 +155,7 @@ def _rise(values: tuple[float, ...]) -> float:
 
 
 class SFTLatents:
-    """Latents that stand for the SFT model's: those of the first `samples` responses of the run."""
+    """Latents of the first `samples` responses of the run, which represent the SFT model."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -167,7 +167,7 @@ class SFTLatents:
         return len(self.latents) >= self.samples
 
     def add(self, latents: Tensor) -> None:
-        """Take in what is still wanted of the latents [B, d] of a step."""
+        """Add the latents [B, d] of a step, as many as are still missing."""
         wanted = latents[: self.samples - len(self.latents)].float().cpu()
         self.latents = torch.cat([self.latents, wanted]) if len(self.latents) else wanted
 
@@ -177,21 +177,21 @@ class SFTLatents:
 
     @cached_property
     def radius(self) -> float:
-        """How far apart neighbours are: 95% of the latents have NEIGHBOURS others within this distance."""
+        """The distance within which 95% of the latents have NEIGHBOURS others."""
         distances = torch.cdist(self.latents.double(), self.latents.double())
         return float(distances.kthvalue(NEIGHBOURS + 1, dim=1).values.quantile(0.95))
 
 
 def cluster_separation_index(latents: Tensor, sft: Tensor, radius: float) -> float:
-    """CSI (InfoRM, arXiv 2402.09345): `sum_i |C_i| d_i` over the clusters C_i of the policy's latents.
+    """Return CSI, `sum_i |C_i| d_i` over the clusters C_i of the policy's latents (InfoRM, arXiv 2402.09345).
 
-    d_i is the distance of a cluster's centroid to the nearest latent of the SFT model. Clusters are DBSCAN's; latents
-    in none of them do not count.
+    d_i is the distance of a cluster's centroid to the nearest latent of the SFT model. DBSCAN finds the clusters;
+    latents outside them do not count.
 
     Args:
-        latents: [B, d] of the policy's responses.
-        sft: [N, d].
-        radius: of a neighbourhood, DBSCAN's eps.
+        latents: [B, d] latents of the policy's responses.
+        sft: [N, d] latents of the SFT model.
+        radius: radius of a neighbourhood, DBSCAN's eps.
     """
     from sklearn.cluster import DBSCAN  # a second of import
 

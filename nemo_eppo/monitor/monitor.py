@@ -1,4 +1,4 @@
-"""The hacking monitor: watches every PPO step for signs of reward hacking, and tells what is to be done about them."""
+"""The hacking monitor: watches every PPO step for signs of reward hacking and says what to do about them."""
 
 import copy
 from collections.abc import Mapping
@@ -26,28 +26,28 @@ from nemo_eppo.monitor.indicators import (
 
 
 class MonitorConfig(Config):
-    """What is watched. Every indicator is reported as monitor/<indicator>, its alarms as monitor/<indicator>/alarm."""
+    """Indicators of reward hacking, reported as monitor/<indicator>, their alarms as monitor/<indicator>/alarm."""
 
     warmup_steps: int = Field(20, ge=2)
-    """The first so many steps tell what is normal; no alarm comes from indicators that still gather them."""
+    """Number of first steps from which an indicator learns what is normal; it raises no alarm before."""
     energy: IndicatorConfig = IndicatorConfig(action="log")
     """Rise of the policy's energy loss over the SFT model's, in running standard deviations."""
     length: IndicatorConfig = IndicatorConfig(action="log")
-    """Change of the mean response length, either way, in running standard deviations."""
+    """Change of the mean response length, up or down, in running standard deviations."""
     outliers: OutliersConfig = OutliersConfig()
     csi: IndicatorConfig = IndicatorConfig()
     """Cluster separation index of InfoRM, in running standard deviations. Needs latents."""
     disagreement: DisagreementConfig = DisagreementConfig()
     sft_latents: int = Field(512, ge=16)
-    """outliers and csi: the latents of the first so many responses stand for the SFT model's."""
+    """Number of first responses whose latents represent the SFT model's, for outliers and csi."""
     kl_factor: float = Field(2.0, gt=1)
-    """raise_kl: an alarm multiplies the KL coefficient by this ..."""
+    """Factor by which an alarm with action raise_kl multiplies the KL coefficient."""
     kl_max: float = Field(1.0, gt=0)
-    """... up to this."""
+    """Largest KL coefficient that raise_kl sets."""
 
     @property
     def indicators(self) -> list[Indicator[Any]]:
-        """Those with an action, fresh."""
+        """New indicators without state, for all that have an action."""
         every: list[Indicator[Any]] = [
             EnergyRise(self.energy, self.warmup_steps),
             LengthDrift(self.length, self.warmup_steps),
@@ -59,17 +59,17 @@ class MonitorConfig(Config):
 
     @property
     def needs_latents(self) -> list[str]:
-        """The indicators with an action that cannot do without latents."""
+        """Names of the indicators that have an action and need latents."""
         return [name for name in ("outliers", "csi") if getattr(self, name).action != "none"]
 
     @property
     def raises_kl(self) -> list[str]:
-        """The indicators whose action is raise_kl."""
+        """Names of the indicators whose action is raise_kl."""
         return [indicator.name for indicator in self.indicators if indicator.config.action == "raise_kl"]
 
 
 class Alarm(NamedTuple):
-    """An indicator was above its threshold for long enough."""
+    """Says that an indicator was above its threshold for `patience` steps."""
 
     step: int
     indicator: str
@@ -86,14 +86,14 @@ class Alarm(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What the monitor makes of one step."""
+    """The metrics and alarms that the monitor gives for one step."""
 
     metrics: dict[str, float]
     alarms: list[Alarm]
 
 
 class HackingMonitor:
-    """Keeps what is normal for this run and raises alarms. Same observations, same state: same alarms."""
+    """Learns what is normal in this run and raises alarms; the same observations give the same alarms on every rank."""
 
     def __init__(self, config: MonitorConfig) -> None:
         self.config = config
@@ -102,7 +102,7 @@ class HackingMonitor:
         self._streaks = dict.fromkeys((indicator.name for indicator in self.indicators), 0)
 
     def check_latents(self, size: int) -> None:
-        """ConfigError if the reward models' latents, of this width in all, are needed and there are none."""
+        """ConfigError if an indicator needs latents and their width over all reward models, `size`, is 0."""
         if self.config.needs_latents and not size:
             name = self.config.needs_latents[0]
             raise ConfigError(
@@ -111,7 +111,7 @@ class HackingMonitor:
             )
 
     def observe_sft(self, energy: float) -> None:
-        """Take in the SFT model's mean energy loss on its own sampled responses, from before the first step."""
+        """Take in the SFT model's mean energy loss on its own responses, measured before the first step."""
         for indicator in self.indicators:
             if isinstance(indicator, EnergyRise):
                 indicator.state["sft"] = energy
@@ -120,13 +120,13 @@ class HackingMonitor:
         """Take in one step of the run.
 
         Args:
-            step: its number.
-            metrics: by their names in metrics.jsonl.
-            latents: [B, d] of the responses under the reward model.
+            step: number of the step.
+            metrics: the step's metrics, by their names in metrics.jsonl.
+            latents: [B, d] latents of the responses under the reward models; None if they have none.
 
         Raises:
             KeyError: a metric that an indicator needs is missing.
-            ValueError: latents without a Gaussian.
+            ValueError: no Gaussian can be fitted to the latents.
         """
         if not self.config.needs_latents:
             latents = None
@@ -148,11 +148,11 @@ class HackingMonitor:
         return watched
 
     def raised_kl(self, coefficient: float) -> float:
-        """The KL coefficient after an alarm."""
+        """Return the KL coefficient after an alarm; it never falls."""
         return max(coefficient, min(coefficient * self.config.kl_factor, self.config.kl_max))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers; JSON brings every number back as it was."""
+        """Return plain containers, which JSON stores without loss."""
         state = {
             "indicators": {indicator.name: indicator.state for indicator in self.indicators},
             "streaks": self._streaks,
@@ -161,7 +161,7 @@ class HackingMonitor:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; an indicator that was not watched then starts now."""
+        """Resume where `state_dict` was taken; an indicator that was not watched then starts now."""
         state = copy.deepcopy(state)
         for indicator in self.indicators:
             indicator.state = state["indicators"].get(indicator.name, {})

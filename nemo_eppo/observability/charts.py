@@ -1,6 +1,6 @@
-"""The charts of the HTML report: plotly figures in one style, whose values can be read by pointing at them.
+"""The charts of the HTML report: plotly figures in one style, which show their values under the pointer.
 
-Every function returns one figure; `report_page.figure` puts it on a page. plotly is imported when the first is made.
+Every function returns one figure; `report_page.figure` puts it on a page. plotly is imported with the first figure.
 """
 
 import html
@@ -36,9 +36,9 @@ class Series:
     y: Sequence[float]
     """As long as `x`."""
     error: Sequence[float] = ()
-    """Half the height of a band around the line at every point; empty for no band."""
+    """Half the height of a band around the line at every point; empty: no band."""
     notes: Sequence[str] = ()
-    """What pointing at a point shows first, as plain text; used by `scatter_chart`."""
+    """Plain text for every point, shown under the pointer before the values; used by `scatter_chart`."""
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> "Figure":
@@ -150,7 +150,7 @@ def _thin(values: np.ndarray) -> np.ndarray:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    # means of what lies within the curve, so that both of its ends are there
+    # at both ends the window is cut to the curve, so that the mean is as long as the curve
     sums = np.cumsum(np.concatenate([[0.0], values]))
     middle = np.arange(len(values))
     low, high = np.maximum(middle - window // 2, 0), np.minimum(middle + window // 2 + 1, len(values))
@@ -158,7 +158,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _note(text: str) -> str:
-    # plotly reads a few HTML tags in texts: what a model said must not become one
+    # plotly reads some HTML tags in texts; a response must not be read as one
     return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, 40)) + "<br>"
 
 

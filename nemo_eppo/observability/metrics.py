@@ -1,4 +1,4 @@
-"""Writes the numbers of a run, one row a step, to metrics.jsonl, which is the record, and to TensorBoard and W&B."""
+"""Writes the metrics of a run, one row per step: to metrics.jsonl, which is the record, to TensorBoard and to W&B."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Shows how far a training loop is: as a live bar on a terminal, as plain lines in a log file."""
+"""Shows the progress of a training loop: as a live bar on a terminal, as plain lines in a log file."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ class Progress:
         title: what is being done, e.g. "PPO".
         total: the number of the last step.
         columns: the metrics to show, as labels and names. A metric that a step does not have is left out.
-        done: how many steps a resumed job had done before.
+        done: number of steps that were done before a resumed job started.
         disable: whether to show nothing, as on ranks other than 0.
     """
 

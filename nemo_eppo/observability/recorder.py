@@ -1,4 +1,4 @@
-"""Writes down what the policy said and what every part of the reward made of it, one file per step."""
+"""Records the responses of the policy and every part of their rewards, one file per step."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ class RolloutRecorder:
 
     Args:
         directory: where the files go, e.g. `<run>/rollouts` or `<run>/validation`; it is made if it does not exist.
-        max_rows_per_step: how many rows of a step are kept, the first ones; None keeps all.
+        max_rows_per_step: number of first rows of a step that are kept; None keeps all.
     """
 
     def __init__(self, directory: Path, max_rows_per_step: int | None = None) -> None:

@@ -1,6 +1,6 @@
-"""What PPO did to the policy: an HTML report in one file, a table for the terminal, summary.json for programs.
+"""Reports how PPO changed the policy: an HTML report in one file, a table for the terminal, summary.json for programs.
 
-Everything is made from files that the actor's run directory holds: metrics.jsonl, validation/step_*.jsonl, config.yaml.
+Everything is read from the actor's run directory: metrics.jsonl, validation/step_*.jsonl, config.yaml.
 """
 
 import html
@@ -56,14 +56,14 @@ _PANELS = (  # title, what it is, unit, and per curve: metric, label, colour; th
     ("Truncated responses", "Share of the rollouts that ended without an end-of-sequence token.", "fraction",
      (("rollout/truncated_fraction", "rollouts", _SHARE),), ""),
 )  # fmt: skip
-_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # other metrics reward/...: looked at, and not added
+_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # metrics reward/... that are no part of the sum
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
     """Write the report of an actor's run directory to `out`, as one HTML file that needs no other.
 
     The rows in validation/ have prompt, response, finish_reason, proxy_reward, energy_loss, response_length and, with
-    a gold scorer, gold_reward.
+    a gold reward, gold_reward.
 
     Raises:
         ValueError: there are not two validation steps to compare, or they are not about the same prompts.
@@ -109,7 +109,7 @@ def report_from_run(run_dir: Path, out: Path) -> None:
 
 
 def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return the mean of every validation measure; None for what no row has (there is no gold scorer).
+    """Return the mean of every validation measure; None if no row has it, as without a gold reward.
 
     Raises:
         ValueError: some rows have a measure and others do not.
@@ -151,7 +151,7 @@ def write_summary(
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:
-    # by prompt, and by order among the answers to one prompt
+    # rows with the same prompt are paired in their order
     waiting: dict[str, list[Row]] = defaultdict(list)
     for row in after:
         waiting[row["prompt"]].append(row)
@@ -174,7 +174,7 @@ def _verdict(pairs: Sequence[tuple[Row, Row]]) -> str:
             )
     energy = f"The energy loss of the final layer {moved['energy_loss']}."
     if "gold_reward" not in moved:
-        return f"Proxy reward {moved['proxy_reward']}; no gold scorer tells what that is worth. {energy}"
+        return f"Proxy reward {moved['proxy_reward']}; there is no gold reward to compare it with. {energy}"
     if (moved["proxy_reward"], moved["gold_reward"]) == ("rose", "fell"):
         return f"Proxy reward rose while gold reward fell, the mark of over-optimisation. {energy}"
     return f"Proxy reward {moved['proxy_reward']}, gold reward {moved['gold_reward']}. {energy}"
@@ -217,10 +217,10 @@ def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str
     figures = []
     for title, text, unit, lines, measure in _PANELS:
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
-        scored = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
-        if scored:
-            means, errors = zip(*map(_mean_and_error, scored.values()), strict=True)
-            series.append(Series("validation", GRAY, list(scored), means, errors))
+        measured = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
+        if measured:
+            means, errors = zip(*map(_mean_and_error, measured.values()), strict=True)
+            series.append(Series("validation", GRAY, list(measured), means, errors))
         if series:
             figures.append(figure(title, text, line_chart(series, _STEP, unit)))
     return figures

@@ -1,4 +1,4 @@
-"""A job's run directory: the settings that choose it, and what the job knows while it runs."""
+"""The run directory of a job: the settings that choose it, and what the job knows while it runs."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
 
 
 class ExpManagerConfig(Config):
-    """Where the files of the run go, and for how long it may run: what this package uses of NeMo's `exp_manager`."""
+    """Where the files of the run go and how long it may run: the part of NeMo's `exp_manager` that is used here."""
 
     explicit_log_dir: Path | None = None
     """The run directory itself. If it is set, exp_dir, name and version are not used."""
@@ -50,7 +50,7 @@ class ExpManagerConfig(Config):
 
     @property
     def max_seconds(self) -> float | None:
-        """How many seconds `max_time_per_run` is; None for no limit."""
+        """`max_time_per_run` in seconds; None for no limit."""
         if self.max_time_per_run is None:
             return None
         days, hours, minutes, seconds = map(int, self.max_time_per_run.split(":"))

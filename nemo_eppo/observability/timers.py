@@ -1,4 +1,4 @@
-"""Measures where the seconds of a step go: named phases that do not overlap and together explain the step."""
+"""Measures how long the phases of a step take; phases have names and do not overlap."""
 
 import time
 from collections.abc import Callable, Iterator

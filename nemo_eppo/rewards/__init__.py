@@ -1,1 +1,1 @@
-"""The shaped reward of a response: ordered terms, and a ledger of what each of them gave."""
+"""The shaped reward of a response: ordered terms, and a ledger of what each of them added."""

@@ -1,4 +1,4 @@
-"""The last bound on the reward of a response."""
+"""Clips the reward of a response to a range."""
 
 from pydantic import Field
 from torch import Tensor
@@ -9,14 +9,14 @@ from nemo_eppo.rewards.term import Term
 
 
 class ClipConfig(Config):
-    """A bound on the reward of a response."""
+    """Limits on the reward of a response."""
 
     range: float | None = Field(default=5.0, gt=0)
-    """Clip to +-range; null: no clipping."""
+    """The reward is clipped to [-range, range]; null: no clipping."""
 
 
 class Clip(Term[ClipConfig]):
-    """Rewards stay in a range."""
+    """Clips rewards to [-range, range]."""
 
     config_class = ClipConfig
 

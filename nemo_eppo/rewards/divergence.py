@@ -15,13 +15,14 @@ class DivergenceConfig(Config):
     """Chi-squared or KL divergence of whole responses (Correlated Proxies, arXiv 2403.03185)."""
 
     kind: DivergenceKind = "none"
-    """`kl`, `chi2`, or `sqrt_chi2`, which the paper's RLHF runs use."""
+    """Which divergence is penalised: `none`, `kl`, `chi2`, or `sqrt_chi2`, which the paper's RLHF runs use."""
     coefficient: float = Field(default=0.0, ge=0)
-    """Weight; the paper's: 8e-4 for sqrt_chi2."""
+    """Weight of the penalty (the paper's: 8e-4 for sqrt_chi2); 0 if kind is none."""
     placement: Literal["reward", "loss"] = "loss"
-    """Add it to the policy's loss, or take it off the reward; never both. At the policy that sampled, the loss has the
-    expected gradient of KL(ref||policy) for kl, of chi2(policy||ref)/2 + KL(ref||policy) for chi2; the reward that of
-    KL(policy||ref) for kl, of chi2(policy||ref)/2 for chi2. Those of sqrt_chi2 are chi2's, over 2*sqrt(chi2)."""
+    """Whether the penalty is added to the policy's loss or subtracted from the reward. At the policy that sampled, the
+    expected gradient in the loss is that of KL(ref||policy) for kl and of chi2(policy||ref)/2 + KL(ref||policy) for
+    chi2; in the reward, that of KL(policy||ref) for kl and of chi2(policy||ref)/2 for chi2. For sqrt_chi2 it is chi2's
+    divided by 2*sqrt(chi2)."""
 
     @model_validator(mode="after")
     def _complete(self) -> "DivergenceConfig":
@@ -35,9 +36,10 @@ class DivergenceConfig(Config):
 
 
 class DivergencePenalty(Term[DivergenceConfig]):
-    """`r - c*L`, `r - c*rho` or `r - c*rho / (2*sqrt(chi2))`, chi2 over the global batch.
+    """Turns a reward r into `r - c*L` (kl), `r - c*rho` (chi2) or `r - c*rho / (2*sqrt(chi2))` (sqrt_chi2).
 
-    `L` is the log-ratio of the response, `rho = exp(L) - 1`. It is paid after the clip, which is for reward models.
+    `L` is the log-ratio of the response, `rho = exp(L) - 1`, and chi2 the mean over the global batch. The penalty
+    comes after the clip, which limits what reward models give.
     """
 
     config_class = DivergenceConfig

@@ -12,22 +12,22 @@ from nemo_eppo.rewards.term import Term
 
 
 class EnergyPenaltyConfig(Config):
-    """Less reward for a response whose energy loss is far from the SFT model's (EPPO, arXiv 2501.19358)."""
+    """Penalty for a response whose energy loss is far from the SFT model's (EPPO, arXiv 2501.19358)."""
 
     eta: float = Field(default=0.0, ge=0)
     """Weight of the penalty (the authors': 2.0); 0: no penalty, and energies are only reported."""
     sided: Sided = "both"
-    """`rise` punishes only an energy loss above the reference's."""
+    """`both` punishes any difference D of the two, `rise` only an energy loss above the reference's."""
     floor_ratio: float | None = Field(default=None, ge=0)
-    """c: take at most `c * |r|` from a reward r; null: no limit."""
+    """c: the penalty takes at most `c * |r|` from a reward r; null: no limit."""
     schedule: Literal["constant", "linear"] = "constant"
-    """`linear`: eta grows from eta/max_steps in the first step to eta in the last."""
+    """`constant`: eta stays; `linear`: it grows from eta/max_steps in the first step to eta in the last."""
     standardize: bool = False
-    """Replace the difference D by (D - mean) / std over the run so far."""
+    """Whether D is replaced by (D - mean) / std, with mean and std of all D of the run so far."""
 
 
 class EnergyPenalty(Term[EnergyPenaltyConfig]):
-    """Responses whose energy loss is far from the reference's get less."""
+    """Subtracts `eta * D`, D the distance of the response's energy loss from the reference's."""
 
     config_class = EnergyPenaltyConfig
     needs = ("ref_energies",)

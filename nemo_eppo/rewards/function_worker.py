@@ -1,7 +1,7 @@
-"""The process in which reward functions run: one JSON object per line comes in, one goes out.
+"""The process in which reward functions run: it reads one JSON object per line, and answers each with another.
 
-Started by FunctionPool with `python -m nemo_eppo.rewards.function_worker`. What a function prints goes to standard
-error, for standard output carries the answers.
+FunctionPool starts it with `python -m nemo_eppo.rewards.function_worker`. What a function prints goes to standard
+error, because standard output carries the answers.
 """
 
 import json
@@ -26,12 +26,12 @@ def main() -> None:
 def _answer(name: str, sample: dict[str, Any]) -> dict[str, Any]:
     try:
         function = load_named("function", name, "module:function")
-        value = function(Sample(**sample))
+        value = function(Sample(**sample | {"token_ids": tuple(sample["token_ids"])}))
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return {"value": float(value)}
     except Exception as error:
         return {"error": f"raised {type(error).__name__}: {error}"}
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return {"error": f"gave {value!r}; expected a finite number"}
-    return {"value": float(value)}
+    return {"error": f"gave {value!r}; expected a finite number"}
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ A reward function takes a Sample and gives a number. The same function serves as
 one that is only reported (`gold_reward`).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import IO, Any
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 from pydantic import Field
 
@@ -22,16 +23,16 @@ from nemo_eppo.rewards.sample import Sample
 
 
 class RewardFunctionError(RuntimeError):
-    """A reward function raised, gave no finite number, or took too long; names the function and the row."""
+    """A reward function raised, gave no finite number, or took too long; the message names the function and the row."""
 
 
 class FunctionsConfig(Config):
     """The processes that reward functions run in."""
 
     workers: int = Field(1, ge=1)
-    """Processes on the first rank's machine; each takes one response at a time."""
+    """Number of processes, on the machine of rank 0; each takes one response at a time."""
     time_limit: float = Field(60.0, gt=0)
-    """Seconds that one call may take; a longer one stops the step."""
+    """Seconds that one call may take. A call that takes longer is an error, which ends the run."""
 
 
 def check_function(key: str, name: str) -> None:
@@ -41,67 +42,60 @@ def check_function(key: str, name: str) -> None:
 
 
 class FunctionPool:
-    """Worker processes that call reward functions; for one process, rank 0. They start with the first call."""
+    """Worker processes that call reward functions. Only rank 0 may use it; the processes start with the first calls."""
 
     def __init__(self, config: FunctionsConfig) -> None:
-        self._config = config
-        self._calls: queue.SimpleQueue[Callable[[_Worker], None] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._calls = ThreadPoolExecutor(config.workers)
+        self._batches = ThreadPoolExecutor(1)
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # as many as there are threads to use them
+        for _ in range(config.workers):
+            self._idle.put(_Worker(config.time_limit))
 
     def submit(self, name: str, samples: Sequence[Sample]) -> "Future[list[float]]":
         """Call the function "module:function" for every sample.
 
         Raises:
-            RewardFunctionError: from the future, for the first sample at which the function failed.
+            RewardFunctionError: from the future, for the first row at which the function failed; rows that have not
+                begun by then are dropped.
         """
-        if not self._threads:
-            self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self._config.workers)]
-            for thread in self._threads:
-                thread.start()
-        together: Future[list[float]] = Future()
-        values: list[float | None] = [None] * len(samples)
-        lock = threading.Lock()
-
-        def call(worker: "_Worker", row: int) -> None:
-            if together.done():  # another row has failed
-                return
-            try:
-                values[row] = worker.call(name, samples[row], self._config.time_limit)
-            except RewardFunctionError as error:
-                with lock:
-                    if not together.done():
-                        together.set_exception(_named(error, name, row, samples[row]))
-                return
-            with lock:
-                if not together.done() and None not in values:
-                    together.set_result([value for value in values if value is not None])
-
-        for row in range(len(samples)):
-            self._calls.put(lambda worker, row=row: call(worker, row))  # type: ignore[misc]
-        return together
+        calls = [self._calls.submit(self._call, name, row, sample) for row, sample in enumerate(samples)]
+        return self._batches.submit(_together, calls)
 
     def close(self) -> None:
-        """End the processes."""
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Drop the calls that have not begun, wait for the others, and end the processes."""
+        self._calls.shutdown(cancel_futures=True)
+        self._batches.shutdown()
+        while not self._idle.empty():
+            self._idle.get().end()
 
-    def _serve(self) -> None:
-        worker = _Worker()
-        while (call := self._calls.get()) is not None:
-            call(worker)
-        worker.end()
+    def _call(self, name: str, row: int, sample: Sample) -> float:
+        worker = self._idle.get()
+        try:
+            return worker.call(name, sample)
+        except RewardFunctionError as error:
+            where = f"response {row} of the batch (prompt {sample.prompt[:60]!r})"
+            raise RewardFunctionError(f"reward function {name}, {where}: {error}") from None
+        finally:
+            self._idle.put(worker)
+
+
+def _together(calls: Sequence["Future[float]"]) -> list[float]:
+    try:
+        return [call.result() for call in calls]
+    finally:
+        for call in calls:
+            call.cancel()
 
 
 class _Worker:
     """One process, started when it is needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, time_limit: float) -> None:
+        self._time_limit = time_limit
         self._process: subprocess.Popen[str] | None = None
 
-    def call(self, name: str, sample: Sample, time_limit: float) -> float:
-        """The function's number for a sample. RewardFunctionError says what it did instead."""
+    def call(self, name: str, sample: Sample) -> float:
+        """The number that the function gives for a sample. RewardFunctionError says what it did instead."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nemo_eppo.rewards.function_worker"],
@@ -110,47 +104,25 @@ class _Worker:
                 text=True,
                 encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                start_new_session=True,  # a group of its own, so that what the function starts can be killed with it
             )
-        process, overtime = self._process, threading.Event()
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def stop() -> None:
-            overtime.set()
-            process.kill()
-
-        timer = threading.Timer(time_limit, stop)
-        timer.start()
-        try:
-            answer = _ask(process.stdin, process.stdout, {"function": name, "sample": dataclasses.asdict(sample)})
-        finally:
-            timer.cancel()
-        if answer is None:
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, as reading will show
+            print(json.dumps({"function": name, "sample": dataclasses.asdict(sample)}), file=requests, flush=True)
+        in_time = wait([answers.fileno()], self._time_limit)
+        if not in_time or not (line := answers.readline()):
             self.end()
-            how = f"took more than {time_limit:g} s" if overtime.is_set() else "ended its process"
-            raise RewardFunctionError(how)
+            raise RewardFunctionError("ended its process" if in_time else f"took more than {self._time_limit:g} s")
+        answer = json.loads(line)
         if "error" in answer:
             raise RewardFunctionError(answer["error"])
         return float(answer["value"])
 
     def end(self) -> None:
-        """End the process; the next call starts another."""
+        """Kill the process and those that it started; the next call starts another."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            with contextlib.suppress(BrokenPipeError), self._process:  # leaving closes the pipes and waits
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process = None
-
-
-def _ask(requests: IO[str], answers: IO[str], request: dict[str, Any]) -> dict[str, Any] | None:
-    """The answer to a request; None if the process ended instead."""
-    try:
-        print(json.dumps(request), file=requests, flush=True)
-        line = answers.readline()
-    except BrokenPipeError:
-        return None
-    return json.loads(line) if line else None
-
-
-def _named(error: RewardFunctionError, name: str, row: int, sample: Sample) -> RewardFunctionError:
-    beginning = sample.prompt if len(sample.prompt) <= 60 else sample.prompt[:57] + "..."
-    return RewardFunctionError(f"reward function {name}, response {row} of the batch (prompt {beginning!r}): {error}")

@@ -11,63 +11,65 @@ from nemo_eppo.rewards.sample import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column of raw scores: a reward model, or a function."""
+    """What one column of raw scores comes from: a reward model or a function."""
 
     name: str
-    """Name in messages: the model's address, or the function's name."""
+    """Name in error messages: the model's address, or the function's name."""
     weight: float = 1.0
-    """Factor of the standardised score."""
+    """Factor that the standardised score is multiplied by."""
     mean: float = 0.0
-    """Mean that is subtracted from the score: a reward model's own on its validation data."""
+    """Subtracted from the score to standardise it: for a reward model, usually its mean on its validation data."""
     std: float = 1.0
-    """Standard deviation that the score is then divided by."""
+    """The score is divided by this after the subtraction; above 0."""
     is_model: bool = True
-    """Whether it belongs to the ensemble of reward models; functions are added to what the ensemble gives."""
+    """True for a member of the ensemble of reward models; False for a function, which is added to its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInputs:
-    """What the reward of B responses depends on; k columns of scores, E energy modules."""
+    """What the reward of B responses depends on; there are k columns of scores and E modules with energies."""
 
     scores: Tensor
-    """[B, k] as reward models and functions gave them."""
+    """[B, k] raw numbers, as reward models and functions gave them."""
     columns: Sequence[Column]
-    """What each column of `scores` is."""
+    """Where each of the k columns of `scores` comes from."""
     samples: Sequence[Sample]
     """The B prompts and responses, as text and token ids."""
     tokens: Tensor
-    """int64 [B, S]: prompt, response, padding."""
+    """int64 [B, S] token ids: prompt, response, padding."""
     prompt_lengths: Tensor
-    """int64 [B]."""
+    """int64 [B] tokens of each prompt."""
     mask: Tensor
-    """bool [B, T]."""
+    """bool [B, T], T = S - 1: True where action `t` produced a response token."""
     truncated: Tensor
-    """bool [B]: the response ended without EOS."""
+    """bool [B]: True if the response ended without EOS."""
     logprobs: Tensor
-    """[B, T] of the policy."""
+    """[B, T] log-probs of the actions under the policy, in nats."""
     energies: Tensor
     """[B, E] mean energy loss of each response under the policy."""
     ref_logprobs: Tensor | None = None
-    """[B, T] of the reference; None in a run that does not need them."""
+    """[B, T] the same under the reference; None in a run that does not need them."""
     ref_energies: Tensor | None = None
-    """[B, E] under the reference, on its own answer or on the same one; None in a run without energy penalty."""
+    """[B, E] mean energy loss under the reference, of its own response to the prompt or of the policy's; None in a run
+    without energy penalty."""
     latents: Tensor | None = None
-    """[B, D] of the reward models, in coordinates in which those of SFT responses have mean 0 and covariance I."""
+    """[B, D] latents of the reward models, scaled so that those of SFT responses have mean 0 and covariance I; None if
+    no model has any."""
     step: int
-    """1 for the first step of the run."""
+    """Number of the PPO step, from 1."""
     max_steps: int
-    """The last step of the run."""
+    """Number of the last step of the run."""
 
     @property
     def response_lengths(self) -> Tensor:
-        """int64 [B], EOS included."""
+        """int64 [B] tokens of each response, EOS included."""
         return self.mask.sum(dim=1)
 
     def validate(self) -> None:
         """Check shapes and look for NaN and infinities.
 
         Raises:
-            ValueError: naming the quantity, and the sample.
+            ValueError: an input is wrong; the message names it, and the sample if a number is not finite.
         """
         if not 1 <= self.step <= self.max_steps:
             raise ValueError(f"step: {self.step}; expected 1 to max_steps = {self.max_steps}")

@@ -1,4 +1,4 @@
-"""The KL penalty per token: what it costs, where it is placed, and how its coefficient moves."""
+"""The KL penalty per token: how large it is, where it is placed, and how its coefficient changes."""
 
 from typing import Any, Literal
 
@@ -12,23 +12,23 @@ from nemo_eppo.rewards.inputs import RewardInputs
 
 
 class KLPenaltyConfig(Config):
-    """Distance to the reference policy, per token."""
+    """Penalty on the distance from the reference policy, per token."""
 
     coefficient: float = Field(default=0.0, ge=0)
-    """beta; with the adaptive controller, its start. 0: no penalty."""
+    """beta, the weight of the penalty; with the adaptive controller, its first value. 0: no penalty."""
     estimator: KLEstimator = "k1"
-    """Per-token estimator."""
+    """How the KL divergence is estimated from a token's log-ratio L: k1 `L`, k2 `L^2 / 2`, k3 `exp(-L) - 1 + L`."""
     placement: Literal["reward", "loss"] = "reward"
-    """Subtract it from each token's reward, or add it to the policy's loss; never both."""
+    """Whether the penalty is subtracted from each token's reward or added to the policy's loss."""
     controller: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive` steers the mean KL of a response to `target` (Ziegler et al. 2019)."""
+    """`fixed` keeps beta; `adaptive` steers the mean KL of a response to `target` (Ziegler et al. 2019)."""
     target: float | None = Field(default=None, gt=0)
-    """Mean KL to steer to, in nats per response; adaptive only."""
+    """Mean KL to steer to, in nats per response; required by `adaptive`, which alone uses it."""
     horizon: int | None = Field(default=None, gt=0)
-    """Responses over which the coefficient adapts; adaptive only."""
+    """Number of responses over which beta adapts; required by `adaptive`, which alone uses it."""
     report: bool = True
-    """Report kl/policy_reference also where nothing else needs the reference's log-probs; false then saves a forward
-    pass per step."""
+    """Whether kl/policy_reference is reported even if nothing else needs the reference's log-probs; false then saves a
+    forward pass per step."""
 
     @model_validator(mode="after")
     def _adaptive_is_complete(self) -> "KLPenaltyConfig":
@@ -38,7 +38,7 @@ class KLPenaltyConfig(Config):
 
 
 class KLPenalty:
-    """The penalty with the coefficient of the current step, which `end_step` moves on."""
+    """The penalty, with the coefficient of the current step; `end_step` sets the next step's."""
 
     def __init__(self, config: KLPenaltyConfig) -> None:
         self.config = config
@@ -49,12 +49,12 @@ class KLPenalty:
 
     @property
     def coefficient(self) -> float:
-        """beta of this step."""
+        """beta in this step."""
         return self._controller.value
 
     @property
     def is_in_reward(self) -> bool:
-        """Whether `token_rewards` gives anything."""
+        """Whether the penalty is to be added to the rewards, see `token_rewards`."""
         return self.coefficient > 0 and self.config.placement == "reward"
 
     @property
@@ -67,13 +67,13 @@ class KLPenalty:
         self._controller.value, self._is_set = coefficient, True
 
     def token_rewards(self, inputs: RewardInputs) -> Tensor:
-        """fp64 [B, T]: what the penalty adds to each action's reward."""
+        """Return what the penalty adds to each action's reward: fp64 [B, T], zero outside the mask."""
         assert inputs.ref_logprobs is not None
         kl = kl_estimate(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask, self.config.estimator)
         return -self.coefficient * kl
 
     def end_step(self, kl: float, responses: int) -> None:
-        """Move beta: `kl` is the mean over this step's `responses`, in nats."""
+        """Set beta for the next step; `kl` is the mean KL of this step's `responses`, in nats."""
         self._controller.update(kl, responses)
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class KLPenalty:
         return {"coefficient": self.coefficient, "is_adaptive": is_adaptive, "is_set": self._is_set}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume. A fixed coefficient that nobody has set keeps the configured value: a run may change it."""
+        """Resume. A fixed coefficient that was never set from outside keeps its configured value, which may be new."""
         if state["is_set"] or (self.config.controller == "adaptive" and state["is_adaptive"]):
             self._controller.value = float(state["coefficient"])
             self._is_set = bool(state["is_set"])

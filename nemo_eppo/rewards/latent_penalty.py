@@ -1,4 +1,4 @@
-"""The InfoRM indicator as a penalty: less reward for responses whose latents the SFT model would hardly produce."""
+"""Penalty for responses whose latents the SFT model would hardly produce."""
 
 from pydantic import Field
 from torch import Tensor
@@ -9,14 +9,14 @@ from nemo_eppo.rewards.term import Term
 
 
 class LatentPenaltyConfig(Config):
-    """`r - gamma * D`, D the Mahalanobis distance in the reward model's latent space (arXiv 2402.09345)."""
+    """Penalty on the distance of a response's latents from those of the SFT model (InfoRM, arXiv 2402.09345)."""
 
     gamma: float = Field(default=0.0, ge=0)
-    """Weight; 0: no penalty. Needs a reward model of kind inform."""
+    """Weight of the penalty, per standard deviation; 0: no penalty. Needs a reward model of kind inform."""
 
 
 class LatentPenalty(Term[LatentPenaltyConfig]):
-    """Distance from the latents of the SFT model's responses, in standard deviations of these."""
+    """Subtracts `gamma * D`, D the Mahalanobis distance of the latents from those of the SFT model's responses."""
 
     config_class = LatentPenaltyConfig
     needs = ("latents",)

@@ -1,4 +1,4 @@
-"""What each step of the reward composition gave to each sample; the contributions add up to the final reward."""
+"""What each term added to the reward of each sample; the contributions add up to the final reward."""
 
 from dataclasses import dataclass, field
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 @dataclass
 class Ledger:
-    """One entry per metric name, each fp64 [B]."""
+    """One entry per metric name, fp64 [B] each."""
 
     contributions: dict[str, Tensor] = field(default_factory=dict)
-    """In order of application; their sum is `reward/final` to 1e-6."""
+    """What each term added, in the order in which the terms were applied; the sum is `reward/final` to 1e-6."""
     observations: dict[str, Tensor] = field(default_factory=dict)
-    """Facts about the samples that were looked at and not added: raw scores, energies, KL."""
+    """What is reported about the samples and is no part of the sum: raw scores, energies, KL."""
 
     @property
     def entries(self) -> dict[str, Tensor]:
-        """Contributions, `reward/final` and observations."""
+        """All contributions, `reward/final` and all observations, by name."""
         final = torch.stack(list(self.contributions.values())).sum(dim=0)
         return {**self.contributions, "reward/final": final, **self.observations}
 

@@ -1,4 +1,4 @@
-"""PPO with a length penalty: long responses get less."""
+"""Penalty for long responses, in three forms."""
 
 from typing import Literal
 
@@ -11,18 +11,18 @@ from nemo_eppo.rewards.term import Term
 
 
 class LengthPenaltyConfig(Config):
-    """Less reward for long responses."""
+    """Penalty for long responses."""
 
     kind: Literal["none", "authors", "linear", "soft_overlong"] = "none"
-    """`authors`: `+ (1 - len/length) * sigma`, sigma the running std of the reward; `linear`: `- coefficient *
-    max(0, len - length)`; `soft_overlong` (DAPO, arXiv 2503.14476): a ramp from 0 to `-coefficient` over the last
-    `buffer` tokens before `length`."""
+    """What is added to the reward of a response of `len` tokens. `authors`: `(1 - len/length) * sigma`, sigma the
+    running standard deviation of the reward; `linear`: `-coefficient * max(0, len - length)`; `soft_overlong` (DAPO,
+    arXiv 2503.14476): a ramp from 0 to `-coefficient` over the last `buffer` tokens before `length`."""
     length: int | None = Field(default=None, gt=0)
-    """N in response tokens; for `soft_overlong` the longest response."""
+    """Response tokens at which the penalty starts, or `soft_overlong` is full. Required unless kind is none."""
     coefficient: float = Field(default=1.0, gt=0)
-    """Weight: per token for `linear`, in all for `soft_overlong`; `authors` does not use it."""
+    """Reward lost per token beyond `length` (`linear`), or at `length` (`soft_overlong`); `authors` does not use it."""
     buffer: int | None = Field(default=None, gt=0)
-    """Width of the ramp of `soft_overlong`, in tokens."""
+    """Width of the ramp of `soft_overlong` in tokens; the other kinds do not use it."""
 
     @model_validator(mode="after")
     def _complete(self) -> "LengthPenaltyConfig":
@@ -34,7 +34,7 @@ class LengthPenaltyConfig(Config):
 
 
 class LengthPenalty(Term[LengthPenaltyConfig]):
-    """Three forms of the penalty; see LengthPenaltyConfig."""
+    """Adds what LengthPenaltyConfig.kind says."""
 
     config_class = LengthPenaltyConfig
 

@@ -1,4 +1,4 @@
-"""Less reward for responses that were cut off."""
+"""Penalty for responses that were cut off."""
 
 import torch
 from pydantic import Field
@@ -10,14 +10,14 @@ from nemo_eppo.rewards.term import Term
 
 
 class MissingEosConfig(Config):
-    """Less reward for a response that was cut off."""
+    """Penalty for a response that was cut off."""
 
     penalty: float = Field(default=0.0, ge=0)
-    """Subtracted if the response ended without EOS; 0: no penalty."""
+    """Reward that a response without EOS loses; 0: no penalty."""
 
 
 class MissingEos(Term[MissingEosConfig]):
-    """Responses that ended without EOS get less."""
+    """Subtracts the penalty from responses that ended without EOS."""
 
     config_class = MissingEosConfig
 

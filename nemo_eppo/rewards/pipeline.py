@@ -1,7 +1,7 @@
 """From raw scores to per-token rewards, in one fixed order that the ledger records.
 
-Standardise each score -> combine reward models, add functions -> the terms in the order of `shaping.TERMS`, the user's
-own where they say -> pay at the last action -> KL penalty per token.
+Standardise each score -> combine reward models, add functions -> the terms in the order of ShapingConfig's fields, each
+of the user's own where its `after` says -> place the result at the last action -> KL penalty per token.
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from nemo_eppo.rewards.shaping import ShapingConfig
 
 
 class ShapedRewards(NamedTuple):
-    """The shaped reward of a batch."""
+    """The shaped rewards of a batch."""
 
     token_rewards: Tensor
     """fp32 [B, T]: the response's reward at its last action, less the KL penalty of every action."""
     ledger: Ledger
-    """What each step of the composition gave to each response."""
+    """What each term added to each response's reward."""
 
 
 class RewardPipeline:
-    """Shapes the rewards of one global batch per step. Same inputs, same state: same outputs, on every rank."""
+    """Shapes the rewards of one global batch per step. Its outputs depend on inputs and state only: all ranks agree."""
 
     def __init__(self, config: ShapingConfig) -> None:
-        """Raises ConfigError for a user's term that cannot be loaded."""
+        """ConfigError if a user's term cannot be loaded."""
         self.config = config
         self.terms = config.build_terms()
         self.kl = KLPenalty(config.kl)
@@ -42,7 +42,7 @@ class RewardPipeline:
         """Shape the rewards and advance the running statistics by one step.
 
         Raises:
-            ValueError: for missing inputs, and for NaN or infinities, naming the quantity and the sample.
+            ValueError: an input is missing, or a number is not finite; the message names it and the sample.
         """
         inputs.validate()
         self._require(inputs)
@@ -65,10 +65,10 @@ class RewardPipeline:
         return ShapedRewards(token_rewards.float(), ledger)
 
     def combine(self, scores: Tensor, columns: Sequence[Column]) -> Tensor:
-        """The proxy reward, fp64 [B]: raw scores [B, k], standardised, weighted, as one number per response.
+        """Return the proxy reward, fp64 [B]: the raw scores [B, k] standardised, weighted and combined.
 
         Raises:
-            ValueError: for NaN, and for a number of reward models that `shaping.combine` does not take.
+            ValueError: a score is not finite, or `shaping.combine` does not take this number of reward models.
         """
         require_finite("scores", scores)
         mean, std, weight = torch.tensor(
@@ -83,12 +83,13 @@ class RewardPipeline:
         return reward
 
     def check_sources(self, columns: Sequence[Column], latent_size: int) -> None:
-        """ConfigError if the settings ask for what these columns, and latents of this size, do not give."""
-        if self.config.latent_penalty.gamma > 0 and latent_size == 0:
-            raise ConfigError(
-                f"shaping.latent_penalty.gamma = {self.config.latent_penalty.gamma}: none of the reward models in "
-                "rewards gives latents; expected one of kind inform, or gamma 0"
-            )
+        """ConfigError if these reward sources do not fit the settings; `latent_size` is 0 if no model gives latents."""
+        for name, term in self.terms.items():
+            if term.is_active and "latents" in term.needs and latent_size == 0:
+                raise ConfigError(
+                    f"shaping.{name} ({term.config}) needs latents, but none of the reward models in rewards gives "
+                    "any; expected one of kind inform, or a run without this term"
+                )
         for column in columns:
             if not column.std > 0:
                 raise ConfigError(f"rewards: {column.name} has a standard deviation of {column.std}; expected above 0")
@@ -108,12 +109,12 @@ class RewardPipeline:
                 raise ValueError(f"{', '.join(missing)}: needed for {name}, but missing")
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics and the KL coefficient."""
+        """The terms' running statistics and the state of the KL coefficient."""
         statistics = {name: term.statistics.state_dict() for name, term in self.terms.items()}
         return {"statistics": statistics, "kl": self.kl.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken; a term that was not there then starts now."""
+        """Resume where `state_dict` was taken; a term that is new since then starts with empty statistics."""
         for name, term in self.terms.items():
             if name in state["statistics"]:
                 term.statistics.load_state_dict(state["statistics"][name])

@@ -1,4 +1,4 @@
-"""Less reward for responses that repeat themselves."""
+"""Penalty for responses that repeat themselves."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,16 @@ from nemo_eppo.rewards.term import Term
 
 
 class RepetitionConfig(Config):
-    """`r - coefficient * f`, f the fraction of a response's n-grams of tokens that stood in it before."""
+    """Penalty for a response's n-grams of tokens that occurred in it before."""
 
     coefficient: float = Field(default=0.0, ge=0)
-    """Weight: what a response that only repeats itself loses; 0: no penalty."""
+    """Weight of the penalty: reward lost if all n-grams were repetitions; 0: no penalty."""
     ngram: int = Field(default=4, ge=1)
-    """Tokens of an n-gram; a shorter response repeats nothing."""
+    """n, the tokens of an n-gram; a shorter response has none, and no penalty."""
 
 
 class Repetition(Term[RepetitionConfig]):
-    """Repeated n-grams of tokens cost reward."""
+    """Subtracts `coefficient * f`, f the fraction of the response's n-grams that are repetitions."""
 
     config_class = RepetitionConfig
 
@@ -35,6 +35,6 @@ class Repetition(Term[RepetitionConfig]):
 
 
 def repeated_fraction(token_ids: Sequence[int], ngram: int) -> float:
-    """The fraction of the n-grams of `token_ids` that stand in it before; 0 if there is none of that length."""
+    """The fraction of the n-grams of `token_ids` that occur earlier in it too; 0 if it is shorter than an n-gram."""
     found = [tuple(token_ids[start : start + ngram]) for start in range(len(token_ids) - ngram + 1)]
     return 1 - len(set(found)) / len(found) if found else 0.0

@@ -1,4 +1,4 @@
-"""Less reward for responses whose text is not as it should be: a format to keep, or another language to stay out of."""
+"""Penalty for responses whose text breaks a rule, such as a format to keep or a language to avoid."""
 
 import re
 
@@ -12,14 +12,14 @@ from nemo_eppo.rewards.term import Term
 
 
 class ResponseFormatConfig(Config):
-    """Regular expressions that the response's text is held to (Python's `re.search`; `.` matches newlines too)."""
+    """Rules for the response's text, as regular expressions (Python's `re.search`; `.` matches newlines too)."""
 
     require: str | None = None
-    """Pattern that has to be found, such as `^<think>.*</think>`; null: none."""
+    """Pattern that has to be found, such as `^<think>.*</think>`; null: no such rule."""
     forbid: str | None = None
-    """Pattern that must not be found, such as `[\\u4e00-\\u9fff]` to keep Chinese out; null: none."""
+    """Pattern that must not be found, such as `[\\u4e00-\\u9fff]` to keep Chinese out; null: no such rule."""
     penalty: float = Field(default=0.0, ge=0)
-    """Subtracted for each of the two that a response goes against; 0: no penalty."""
+    """Reward lost for each of the two rules that a response breaks; 0: no penalty."""
 
     @field_validator("require", "forbid")
     @classmethod
@@ -43,7 +43,7 @@ class ResponseFormatConfig(Config):
 
 
 class ResponseFormat(Term[ResponseFormatConfig]):
-    """Texts without the required pattern, or with the forbidden one, cost reward."""
+    """Subtracts the penalty for each rule that a response breaks."""
 
     config_class = ResponseFormatConfig
 

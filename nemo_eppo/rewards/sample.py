@@ -1,4 +1,4 @@
-"""What a reward sees of one response."""
+"""The text of one response and its prompt, as reward functions and terms see it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ class Sample:
     """One prompt and the response that was sampled for it."""
 
     prompt: str
-    """Text of the prompt, as the data file has it."""
+    """Text of the prompt, as it is in the data file."""
     response: str
     """Text of the response, without special tokens."""
     token_ids: tuple[int, ...]

@@ -1,5 +1,7 @@
-"""The settings of the reward's composition. The fields from `latent_penalty` to `divergence` are the built-in terms,
-and their order here is the order in which they are applied."""
+"""The settings from which the reward of a response is composed.
+
+To add a built-in term, enter its class in _BUILT_IN and its settings in ShapingConfig: the field's name is the term's
+name, and the order of the fields is the order in which the terms are applied."""
 
 from typing import Any, Literal
 
@@ -19,30 +21,30 @@ from nemo_eppo.rewards.response_format import ResponseFormat, ResponseFormatConf
 from nemo_eppo.rewards.term import Term
 from nemo_eppo.rewards.user_terms import UserTermConfig, load_term
 
-TERMS: dict[str, type[Term[Any]]] = {
-    "latent_penalty": LatentPenalty,
-    "length_penalty": LengthPenalty,
-    "missing_eos": MissingEos,
-    "repetition": Repetition,
-    "response_format": ResponseFormat,
-    "energy_penalty": EnergyPenalty,
-    "clip": Clip,
-    "divergence": DivergencePenalty,
-}
-"""The built-in terms in the order in which they are applied, each by the name of its settings in ShapingConfig."""
+_BUILT_IN: tuple[type[Term[Any]], ...] = (
+    LatentPenalty,
+    LengthPenalty,
+    MissingEos,
+    Repetition,
+    ResponseFormat,
+    EnergyPenalty,
+    Clip,
+    DivergencePenalty,
+)
+_TERM_OF: dict[type[Config], type[Term[Any]]] = {term.config_class: term for term in _BUILT_IN}
 
 
 class ShapingConfig(Config):
-    """How the scores of a response become its reward: combined, then changed by one term after the other."""
+    """How the scores of a response become its reward: they are combined, then changed by one term after the other."""
 
     combine: Combine = "single"
-    """How the scores of several reward models become one: `single` insists on at most one model; `sum`; `mean`; `wco`,
-    the lowest; `uwo`, the mean less uwo_lambda times the variance over models (arXiv 2310.02743). Reward functions are
-    added to that."""
+    """How the scores of several reward models become one: `single` allows one model only; `sum`; `mean`; `wco` takes
+    the lowest; `uwo` takes the mean less uwo_lambda times the variance over models (arXiv 2310.02743). The values of
+    reward functions are added to the result."""
     uwo_lambda: float = Field(default=0.1, ge=0)
-    """Weight of the variance; uwo only."""
+    """Weight of the variance over models; used by uwo only."""
     uwo_ddof: Literal[0, 1] = 0
-    """0: variance of the population, 1: of a sample; uwo only."""
+    """0: the variance divides by the number of models, 1: by one less; used by uwo only."""
     latent_penalty: LatentPenaltyConfig = LatentPenaltyConfig()
     length_penalty: LengthPenaltyConfig = LengthPenaltyConfig()
     missing_eos: MissingEosConfig = MissingEosConfig()
@@ -53,7 +55,7 @@ class ShapingConfig(Config):
     divergence: DivergenceConfig = DivergenceConfig()
     kl: KLPenaltyConfig = KLPenaltyConfig()
     terms: tuple[UserTermConfig, ...] = ()
-    """Terms of one's own."""
+    """The user's own terms."""
 
     @model_validator(mode="after")
     def _kl_in_one_place(self) -> "ShapingConfig":
@@ -67,7 +69,7 @@ class ShapingConfig(Config):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference's log-probs are needed."""
+        """Whether anything reads the reference policy's log-probs."""
         return self.kl.coefficient > 0 or self.divergence.kind != "none" or self.kl.report
 
     def build_terms(self) -> dict[str, Term[Any]]:
@@ -76,6 +78,7 @@ class ShapingConfig(Config):
         Raises:
             ConfigError: a user's term cannot be loaded, has a name that is taken, or follows one that does not exist.
         """
+        built = {name: _TERM_OF[type(value)](value) for name, value in self if type(value) in _TERM_OF}
         order: list[str] = []
 
         def place(name: str) -> None:
@@ -84,14 +87,13 @@ class ShapingConfig(Config):
                 if own.after == name:
                     place(own.name)
 
-        names = ["proxy", *TERMS, "kl", "final", *(own.name for own in self.terms)]
+        names = ["proxy", *built, "kl", "final", *(own.name for own in self.terms)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"shaping.terms: the name {twice[0]} is taken")
-        for name in ("proxy", *TERMS):
+        for name in ("proxy", *built):
             place(name)
         if lost := [own for own in self.terms if own.name not in order]:
             known = ", ".join(order)
             raise ConfigError(f"shaping.terms.{lost[0].name}.after = '{lost[0].after}': expected one of {known}")
-        built = {name: kind(getattr(self, name)) for name, kind in TERMS.items()}
         built |= {own.name: load_term(own) for own in self.terms}
         return {name: built[name] for name in order[1:]}

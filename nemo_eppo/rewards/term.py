@@ -1,4 +1,4 @@
-"""What a term of the shaped reward is: a function of the inputs and of the reward before it."""
+"""The base class of a term of the shaped reward: a function of the inputs and of the reward before it."""
 
 import math
 from typing import Any, Generic
@@ -10,7 +10,7 @@ from nemo_eppo.rewards.inputs import RewardInputs
 
 
 class RunningStatistics:
-    """Mean and standard deviation (population) of all numbers seen in the run (Chan et al. 1983)."""
+    """Mean and standard deviation (population) of all numbers taken in so far (Chan et al. 1983)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -22,7 +22,7 @@ class RunningStatistics:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def update(self, x: Tensor) -> None:
-        """Take in the numbers `x` [n]; the batch of a step is the global one, so all ranks agree."""
+        """Take in the numbers `x` [n], of a global batch: every rank then has the same statistics."""
         n, mean = x.numel(), x.mean().item()
         total, delta = self.count + n, mean - self.mean
         self.squares += (x - mean).square().sum().item() + delta**2 * self.count * n / total
@@ -37,12 +37,12 @@ class RunningStatistics:
 
 
 class Term(Generic[ConfigT]):
-    """One step of the composition. `statistics` are saved and resumed with the run."""
+    """One term of the reward. Its `statistics` are saved and resumed with the run."""
 
     config_class: type[ConfigT]
-    """The settings of the term."""
+    """The class of the term's settings."""
     needs: tuple[str, ...] = ()
-    """Names of optional fields of RewardInputs that the term reads while it is at work."""
+    """Names of the optional fields of RewardInputs that the term reads if it is active."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -50,9 +50,9 @@ class Term(Generic[ConfigT]):
 
     @property
     def is_active(self) -> bool:
-        """Whether the settings have the term do anything; one that does nothing is not called."""
+        """Whether the settings switch the term on; otherwise it is not called."""
         return True
 
     def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
-        """The reward fp64 [B] after this term, from the reward [B] before it."""
+        """Return the reward after this term, fp64 [B]; `reward` is the one before it, fp64 [B]."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The user's own term of the reward: a class by its dotted path, with its settings, at a named place in the order."""
+"""The user's own terms of the reward: a class named by its path, with its settings and its place in the order."""
 
 from typing import Any
 
@@ -9,24 +9,24 @@ from nemo_eppo.rewards.term import Term
 
 
 class UserTermConfig(Config):
-    """One term of one's own: a subclass of `nemo_eppo.rewards.term.Term`."""
+    """One of the user's own terms, a subclass of `nemo_eppo.rewards.term.Term`."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Name of what the term adds in ledger and metrics: reward/<name>."""
+    """Name of the term; ledger and metrics show what it adds as reward/<name>."""
     term: str
-    """The class, "module:Class"."""
+    """The class, as "module:Class"."""
     after: str = "energy_penalty"
-    """Term that it follows: a built-in one, another of one's own, or `proxy` to be the first. Several that follow the
-    same one are applied in the order of the list."""
+    """Name of the term that it follows, built-in or the user's own, or `proxy` to be the first. Several that follow the
+    same one are applied in the order of this list."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """The settings that its `config_class` declares."""
+    """Values of the settings that its `config_class` declares."""
 
 
 def load_term(config: UserTermConfig) -> Term[Any]:
     """Import and configure a user's term.
 
     Raises:
-        ConfigError: there is no such class, it is no term, or its settings are wrong; names the term.
+        ConfigError: there is no such class, it is no term, or its settings are wrong; the message names it.
     """
     where = f"shaping.terms.{config.name}"
     kind = load_named(f"{where}.term", config.term, "module:Class")

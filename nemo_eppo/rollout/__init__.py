@@ -1,1 +1,1 @@
-"""What passes between generation, scoring and training: sampling settings, rollouts and experience."""
+"""The types that pass from generation to training: sampling settings, rollouts and experience."""

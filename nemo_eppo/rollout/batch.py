@@ -1,4 +1,4 @@
-"""One step's rollout: completions as padded tensors, and what was computed about them, in the order of training."""
+"""The rollout of one step as padded tensors, what is computed from it, and its order of mini-batches and seeds."""
 
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """The policy produced EOS, which is the last token."""
     LENGTH = "length"
-    """It reached its longest length: truncated."""
+    """It reached its longest length without EOS: it is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Completion:
     """What an engine returns for one prompt."""
 
     token_ids: list[int]
-    """The response, EOS included if there is one."""
+    """Token ids of the response, EOS included if there is one."""
     logprobs: list[float]
-    """The engine's log-prob of each of these tokens, under the distribution sampled from."""
+    """Log-prob of each of these tokens under the distribution that the engine sampled from, in nats."""
     finish_reason: FinishReason
     weight_version: int
-    """The version of the weights that produced it."""
+    """Version of the weights that produced it; it counts refits."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,24 @@ class RolloutBatch:
     """B prompts with one response each. The batch of a step is the global one: the same on every rank."""
 
     tokens: Tensor
-    """int64 [B, S]: prompt, response, right padding."""
+    """int64 [B, S] token ids: prompt, response, padding at the right."""
     prompt_lengths: Tensor
-    """int64 [B]."""
+    """int64 [B] tokens of each prompt."""
     lengths: Tensor
-    """int64 [B], prompt and response."""
+    """int64 [B] tokens of prompt and response together."""
     truncated: Tensor
-    """bool [B]: the response ended without EOS."""
+    """bool [B]: True if the response ended without EOS."""
     engine_logprobs: Tensor
-    """fp32 [B, T], zero outside the mask."""
+    """fp32 [B, T] log-probs that the engine reported, in nats; zero outside the mask."""
     pad_id: int
+    """Token id of the padding."""
 
     @classmethod
     def from_completions(cls, prompts: list[list[int]], completions: list[Completion], pad_id: int) -> "RolloutBatch":
         """Pad to the longest sample.
 
         Raises:
-            ValueError: for an empty batch, prompt or response, or log-probs that do not match the tokens.
+            ValueError: batch, a prompt or a response is empty, or there is not one log-prob per token.
         """
         if not prompts or len(prompts) != len(completions):
             raise ValueError(
@@ -89,16 +90,16 @@ class RolloutBatch:
 
     @property
     def sequence_length(self) -> int:
-        """S."""
+        """S, the padded length."""
         return self.tokens.shape[1]
 
     @property
     def mask(self) -> Tensor:
-        """bool [B, T], T = S - 1: True where action `t` produced a response token."""
+        """Return bool [B, T], T = S - 1: True where action `t` produced a response token."""
         return response_mask(self.prompt_lengths, self.lengths, self.sequence_length)
 
     def with_padding(self, sequence_length: int) -> "RolloutBatch":
-        """The same samples in `sequence_length` columns: more padding, or less."""
+        """Return the same samples padded to `sequence_length`; ValueError if one is longer."""
         longest = int(self.lengths.max())
         if sequence_length < longest:
             raise ValueError(f"sequence_length: {sequence_length}; expected at least {longest}, the longest sample")
@@ -123,26 +124,26 @@ class RolloutBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """What PPO knows about a rollout batch before it trains on it. Per-token tensors are [B, T]."""
+    """What PPO knows about a rollout batch before it trains on it, for E modules with energies."""
 
     mask: Tensor
-    """bool [B, T]."""
+    """bool [B, T]: True where action `t` produced a response token."""
     logprobs: Tensor
-    """[B, T], the trainer's, of the policy that sampled."""
+    """[B, T] log-probs under the policy that sampled, computed by the trainer, in nats."""
     ref_logprobs: Tensor | None = None
-    """[B, T] of the reference policy."""
+    """[B, T] log-probs under the reference; None if nothing needs them."""
     values: Tensor | None = None
-    """[B, T] of the critic; None without one."""
+    """[B, T] the critic's values; None without a critic."""
     energies: Tensor
     """[B, E] mean energy loss of each response under the policy."""
     ref_energies: Tensor | None = None
-    """[B, E] under the reference."""
+    """[B, E] mean energy loss under the reference; None without energy penalty."""
     rewards: Tensor
-    """[B, T], shaped."""
+    """[B, T] shaped reward of each action."""
     advantages: Tensor
-    """[B, T]."""
+    """[B, T] advantage of each action."""
     returns: Tensor | None = None
-    """[B, T] that the critic is to learn; None without one."""
+    """[B, T] that the critic's values are trained towards; None without a critic."""
 
     def select(self, indices: Tensor) -> "Experience":
         """The samples at `indices` [n], in that order."""
@@ -150,35 +151,38 @@ class Experience:
         return Experience(**chosen)
 
     def validate(self) -> None:
-        """Check every field.
+        """Check the shape of every field, and that values, rewards, advantages and returns are finite.
+
+        The log-probs and energies are those that `RewardInputs.validate` has found finite in the same step.
 
         Raises:
-            ValueError: naming a field of the wrong shape, or with NaN or infinity at an unmasked place.
+            ValueError: a field has a wrong shape, or NaN or infinity inside the mask; the message names it.
         """
         for name, x in self._tensors().items():
-            if x is None or name == "mask":
+            if x is None:
                 continue
             per_token = name not in ("energies", "ref_energies")
             if (x.shape != self.mask.shape) if per_token else (x.dim() != 2 or len(x) != len(self.mask)):
                 expected = tuple(self.mask.shape) if per_token else f"({len(self.mask)}, E)"
                 raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {expected}")
-            require_finite(name, x, self.mask if per_token else None)
+            if name in ("values", "rewards", "advantages", "returns"):
+                require_finite(name, x, self.mask)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def step_seed(run_seed: int, step: int) -> int:
-    """One 64-bit seed for each step of a run; unrelated for neighbouring runs and steps."""
+    """Return the 64-bit seed of a step; neighbouring runs and steps have unrelated ones."""
     return int(counter_hash(torch.tensor(run_seed), torch.tensor(step)))
 
 
 def seeds_for(seed: int, prompt_indices: Tensor) -> Tensor:
-    """One sampling seed for each sample: int64 [n].
+    """Return one sampling seed for each sample: int64 [n].
 
     Args:
-        seed: of `step_seed`.
-        prompt_indices: int64 [n], positions in the global batch; so neither layout nor order changes a sample's seed.
+        seed: the step's, see `step_seed`.
+        prompt_indices: int64 [n] positions in the global batch, so neither layout nor order changes a sample's seed.
     """
     return counter_hash(torch.tensor(seed), prompt_indices)
 
@@ -188,9 +192,9 @@ def minibatches(batch_size: int, mini_batch_size: int, seed: int, epoch: int) ->
 
     Args:
         batch_size: B of the global batch.
-        mini_batch_size: samples for one optimizer step; must divide `batch_size`.
-        seed: of `step_seed`.
-        epoch: pass over the batch; each has its own order.
+        mini_batch_size: samples for one update; must divide `batch_size`.
+        seed: the step's, see `step_seed`.
+        epoch: number of the pass over the batch; each has its own order.
     """
     if mini_batch_size < 1 or batch_size % mini_batch_size:
         raise ValueError(f"mini_batch_size: {mini_batch_size}; expected a divisor of the batch of {batch_size}")

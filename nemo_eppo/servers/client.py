@@ -24,7 +24,7 @@ class CriticClient(ServerClient):
         super().__init__("critic", config)
 
     def infer(self, tokens: torch.Tensor, lengths: torch.Tensor) -> "Future[torch.Tensor]":
-        """Values, fp32 [B, T]. Await pending updates first: they are not waited for here."""
+        """Return the values, fp32 [B, T], under the current weights: pending updates are not waited for."""
 
         def check(outputs: dict[str, Any]) -> torch.Tensor:
             values = torch.from_numpy(outputs["values"])
@@ -43,11 +43,11 @@ class CriticClient(ServerClient):
         mask: torch.Tensor,
         step: int,
     ) -> "Future[dict[str, float]]":
-        """Make update number `step` (from 1) of the critic with this mini-batch. Gives the update's metrics.
+        """Make update number `step` (from 1) of the critic with this mini-batch; the future gives the update's metrics.
 
         Args:
-            values: the values at the time of the rollout, for clipping.
-            mask: bool, True where action t is a response token.
+            values: values at the time of the rollout, which clipping refers to.
+            mask: bool, True where action t produced a response token.
         """
         return self.call(
             "critic_train",
@@ -61,30 +61,30 @@ class CriticClient(ServerClient):
         )
 
     def begin(self, run: int, step: int) -> "Future[int]":
-        """Have the critic stand at update `step` of the run with the id `run`: it goes back if it has made more."""
+        """Begin or resume the run with id `run` after update `step`; a critic that has made more goes back to it."""
         return self.call("critic_begin", itemgetter("step"), run=torch.tensor([run]), step=torch.tensor([step]))
 
     def save(self, step: int, keep: Sequence[int]) -> "Future[str]":
-        """Start saving the critic, which must stand at update `step`. Gives the path that it will have on the server.
+        """Start to save the critic, whose last update must be `step`; the future gives the path on the server.
 
         Args:
-            keep: updates whose checkpoints are still needed; others are removed.
+            keep: updates whose checkpoints are still needed; all others are removed.
         """
         kept = torch.tensor([0, *keep])
         return self.call("critic_save", itemgetter("path"), keep=kept, step=torch.tensor([step]))
 
     def saved(self, step: int) -> "Future[str]":
-        """Gives the path of the checkpoint that `save` started, once it is complete."""
+        """Wait for the checkpoint that `save` started; the future gives its path on the server."""
         return self.call("critic_saved", itemgetter("path"), step=torch.tensor([step]))
 
 
 class Rewards(NamedTuple):
-    """What reward models say about B responses."""
+    """Rewards and latents of B responses."""
 
     rewards: torch.Tensor
-    """fp32 [B, K], one column per reward model."""
+    """fp32 [B, K] raw scores, one column per reward model."""
     latents: torch.Tensor
-    """fp32 [B, D], the last token's latents; D = 0 where the model has none."""
+    """fp32 [B, D] latents of the last token; D = 0 if the models have none."""
 
 
 class RewardClient(ServerClient):
@@ -96,7 +96,7 @@ class RewardClient(ServerClient):
         super().__init__(name, config)
 
     def infer(self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> "Future[Rewards]":
-        """Rewards of the responses; tokens int [B, S], prompt_lengths and lengths (prompt and response) int [B]."""
+        """Return the rewards of responses: tokens int [B, S], prompt_lengths, lengths (prompt and response) int [B]."""
 
         def check(outputs: dict[str, Any]) -> Rewards:
             rewards = torch.from_numpy(outputs["rewards"])

@@ -1,7 +1,7 @@
-"""The endpoints of the critic and reward servers: their arrays, what their steps mean, and which values are valid.
+"""The endpoints of the critic and reward servers: their arrays, what `step` means in each, and which values are valid.
 
 B sequences of S tokens, padded at the right, have T = S - 1 actions: action t predicts token t + 1. K is the number of
-reward models, D that of their latents' dimensions.
+reward models, D the width of their latents.
 """
 
 import numpy as np
@@ -52,18 +52,18 @@ ENDPOINTS = {
     "critic_infer": Endpoint(
         {"tokens": _TOKENS, "lengths": _PER_SEQUENCE}, {"values": _PER_ACTION}, check=_check_sequences
     ),
-    # One mini-batch is one optimizer step. `values` are the old values, of the rollout.
+    # One mini-batch is one update. `values` are those at the time of the rollout.
     "critic_train": Endpoint(
         {"tokens": _TOKENS, "lengths": _PER_SEQUENCE, "returns": _PER_ACTION, "values": _PER_ACTION, "mask": _MASK},
         reply="metrics",
         step=StepRule.NEXT,
         check=_check_update,
     ),
-    # The run `run` begins or resumes after update `step`: the critic goes back to it if it has made more.
+    # Begins or resumes the run `run` after update `step`; a critic that has made more goes back to it.
     "critic_begin": Endpoint({"run": Array(np.int64, ("1",), torch.int64)}, reply="step", step=StepRule.SET),
-    # Starts saving update `step`, and drops all earlier checkpoints but those of the updates `keep` (0: the start).
+    # Starts to save update `step`, and removes all earlier checkpoints except of the updates `keep` (0: the start).
     "critic_save": Endpoint({"keep": Array(np.int64, ("K",), torch.int64)}, reply="path", step=StepRule.CURRENT),
-    # Answers once what `critic_save` started is complete.
+    # Answers when the checkpoint that `critic_save` started is complete.
     "critic_saved": Endpoint({}, reply="path", step=StepRule.ANY),
     "reward_infer": Endpoint(
         {"tokens": _TOKENS, "prompt_lengths": _PER_SEQUENCE, "lengths": _PER_SEQUENCE},

@@ -24,7 +24,7 @@ from nemo_eppo.servers.protocol import Array, Endpoint
 
 Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
-# Triton waits this long for requests in flight when it is told to end, and so when rank 0 has died under it.
+# Seconds that Triton waits for requests in flight when it is told to end, or when rank 0 has died.
 EXIT_TIMEOUT_S = 5
 FREE_PORTS = (20000, 32000)
 _PREFIX = "nemo_eppo_triton_"
@@ -54,11 +54,10 @@ class _Triton(Triton):
 
 
 class Frontend:
-    """Serves endpoints over HTTP: a request, whole and alone, becomes one call of `handler(name, arrays)`.
+    """Serves endpoints over HTTP: every request becomes one call of `handler(name, arrays)`.
 
     Calls for different endpoints come from different threads; those for one endpoint come one after the other.
-    An array without elements never gets here: PyTriton's own process fails on it and answers with its traceback, so the
-    clients refuse to send one.
+    PyTriton fails on an array without elements and answers with a traceback, so the clients refuse to send one.
     """
 
     def __init__(self, endpoints: Mapping[str, Endpoint], handler: Handler, host: str, port: int) -> None:
@@ -69,13 +68,13 @@ class Frontend:
     def running(self) -> Iterator[str]:
         """Start Triton, give its URL, stop it at the end.
 
-        On a busy machine Triton's Python backend rarely, but now and then, waits for ever for the process of its first
-        endpoint. So a start that takes too long is tried a second time, with a warning.
+        On a busy machine Triton's Python backend sometimes waits for ever for the process of its first endpoint, so a
+        start that takes too long is tried once more, with a warning.
 
         Raises:
             ConfigError: the port is taken or the host is not an address of this machine.
-            RuntimeError: Triton did not start; with what its log says about it.
-            TimeoutError: likewise, because it hung twice.
+            RuntimeError: Triton did not start; the message has the last lines of its log.
+            TimeoutError: Triton hung twice.
         """
         self.port = _free_port(self.host, self.port)
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
@@ -93,7 +92,7 @@ class Frontend:
 
     @contextmanager
     def _process(self) -> Iterator[None]:
-        """Triton with all endpoints loaded, in a folder of its own."""
+        """Run Triton with all endpoints loaded, in a folder of its own."""
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._log = folder / "triton.log"
         with open(folder / "owner", "w") as owner:
@@ -143,7 +142,7 @@ class Frontend:
         return infer
 
     def _kill(self) -> None:
-        """End a Triton that hangs, with its helpers: asked to end, it would wait for them."""
+        """Kill a Triton that hangs, and its helpers; if it were only asked to end, it would wait for them."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
             with suppress(ProcessLookupError):  # it has just ended by itself
@@ -155,7 +154,7 @@ class Frontend:
         return bool(self._triton.is_alive())
 
     def failures(self) -> str:
-        """The last error lines of Triton's log and output, for a person who has to find out why it ended."""
+        """Return the last error lines of Triton's log and output, for a person who has to find out why it ended."""
         log = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         errors = [line for line in log if line.startswith("E")]
         output = self._triton._triton_server.logs().splitlines() if self._triton._triton_server else []
@@ -170,9 +169,9 @@ def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0, found by binding it: Triton itself reports a taken port late and obscurely.
+    """Return `port` or, if it is 0, a free one. Binding it here gives a clear error at once if it is taken.
 
-    A free one is sought below those that the kernel gives to outgoing connections, which might take it before Triton.
+    A free one lies below the range for outgoing connections, one of which could take it before Triton does.
     """
     candidates = [port] if port else random.SystemRandom().sample(range(*FREE_PORTS), 20)
     for candidate in candidates:
@@ -193,7 +192,7 @@ def remove_leftovers() -> None:
             with open(owner, "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 prefix = file.read()
-        except OSError:  # its owner lives, it is another user's, or it has just been removed
+        except OSError:  # its owner is alive, it is another user's, or it has just been removed
             continue
         if prefix:  # else its owner is about to take the lock
             _remove(owner.parent, prefix)

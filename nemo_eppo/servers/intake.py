@@ -1,4 +1,4 @@
-"""Rank 0's intake: requests are checked in Triton's threads, wait for the main thread, and get their answer from it."""
+"""The queue of requests on rank 0: Triton's threads check them and wait until the main thread has the answer."""
 
 import hmac
 import json
@@ -39,14 +39,14 @@ class Request:
     endpoint: str
     tensors: Tensors
     result: "Future[Any]" = field(default_factory=Future)
-    """What the service gave, or the error that its client gets."""
+    """The result of the service, or the error that the client gets."""
 
 
 class Intake:
     """Takes the requests for one service; `next_request` and `resolve` are for the main thread.
 
     Args:
-        endpoints: what is known about the service's endpoints, by name; it may hold others too.
+        endpoints: the specification of the service's endpoints, by name; others in it are ignored.
     """
 
     def __init__(self, service: Service, endpoints: Mapping[str, Endpoint], config: ServerConfig) -> None:
@@ -80,7 +80,7 @@ class Intake:
                 self._close()
 
     def _close(self) -> None:
-        """Triton ends only after the requests that it has passed on, so every one of them needs an answer."""
+        """Answer all open requests with an error, because Triton ends only after them."""
         self._closed.set()
         if self._current and not self._current.result.done():
             self._current.result.set_exception(ServiceError(f"{self._current.endpoint} ended the server; see its log"))
@@ -88,7 +88,7 @@ class Intake:
             self._waiting.get().result.set_exception(ServiceError("the server is stopping"))
 
     def _answer(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A request's outputs, or `error`. It is called in a thread of the endpoint's own."""
+        """Return a request's outputs, or `error`. Every endpoint calls it in a thread of its own."""
         endpoint = self._endpoints[name]
         try:
             token = bytes(arrays.pop("token")[0])
@@ -124,9 +124,9 @@ class Intake:
         }
 
     def next_request(self, timeout: float) -> Request | None:
-        """The next request that all ranks have to execute, or None after `timeout` seconds without one.
+        """Return the next request that all ranks have to execute, or None after `timeout` seconds without one.
 
-        A request that its step rule refuses, or knows the answer of, is answered here.
+        A request that its step rule refuses, or that was answered before, is answered here.
 
         Raises:
             RuntimeError: Triton has ended.
@@ -154,12 +154,12 @@ class Intake:
         """Answer a request that all ranks have executed; a ServiceError as outcome becomes the error.
 
         Raises:
-            RuntimeError: the service does not stand at the update that it was asked for.
+            RuntimeError: the service's last update is not the one that the request asked for.
         """
         failed = isinstance(outcome, ServiceError)
         if not failed:
             self._steps.done(self._endpoints[request.endpoint], request.tensors, outcome)
-        self._current = None  # before the answer, so that nobody who has it finds the server still busy with it
+        self._current = None  # before the answer, so that a client that has it never sees the server busy with it
         if failed:
             request.result.set_exception(outcome)
         else:

@@ -1,8 +1,8 @@
 """The wire protocol between an actor and its servers: what an endpoint is, and how its tensors travel as arrays.
 
 Every endpoint takes, beside its own arrays, `token` (bytes [1], the shared secret or empty) and gives either its
-outputs or `error` (bytes [1], a JSON object with field, value, expected and message). Nothing here knows an endpoint by
-name, but for `STATUS`, which every server has; the table of the critic and reward servers is in `endpoints.py`.
+outputs or `error` (bytes [1], a JSON object with field, value, expected and message). The only endpoint here is
+`STATUS`, which every server has; those of the critic and reward servers are in `endpoints.py`.
 """
 
 import json
@@ -20,17 +20,17 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class ServiceError(RuntimeError):
-    """A request failed on all ranks alike and left the service as it was; the client gets the message."""
+    """A request failed on all ranks alike and did not change the service; the client gets the message."""
 
     field = value = expected = ""
 
     def payload(self) -> dict[str, str]:
-        """The JSON object of `error`."""
+        """Return the JSON object of `error`."""
         return {"field": self.field, "value": self.value, "expected": self.expected, "message": str(self)}
 
 
 class RequestError(ServiceError):
-    """A field of a request is wrong: names the field, its value and what was expected."""
+    """A field of a request is wrong; the message has the field, its value and what was expected."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field} = {value}, expected {expected}")
@@ -42,23 +42,23 @@ class Array:
     """One array of an endpoint."""
 
     dtype: type[np.generic]
-    """How it travels."""
+    """Data type in requests and answers."""
     shape: tuple[str, ...]
-    """A symbol for each dimension: B sequences, S tokens, T = S - 1 actions, 1 exactly one; others are free."""
+    """A symbol for each dimension: B sequences, S tokens, T = S - 1 actions, 1 for exactly one; others are free."""
     tensor: torch.dtype = torch.float32
-    """What the service computes with."""
+    """Data type of the tensor that the service gets or gives."""
     optional: bool = False
-    """It is left out where it would be empty (Triton refuses empty arrays)."""
+    """Whether it may be left out, as it is if it would be empty (Triton refuses empty arrays)."""
 
     def __str__(self) -> str:
         return f"{np.dtype(self.dtype)} [{', '.join(self.shape)}]"
 
     def encode(self, name: str, tensor: torch.Tensor) -> np.ndarray:
-        """A tensor as it travels, C-contiguous; RequestError if it is not of the kind (int, float or bool) expected."""
+        """Return a tensor as C-contiguous array; RequestError if it is not of the expected kind (int, float, bool)."""
         wanted = _kind(self.tensor)
         if _kind(tensor.dtype) != wanted:
             raise RequestError(name, tensor.dtype, wanted)
-        if self.dtype == np.int32:  # what it cannot hold must stay wrong, for the server to refuse it
+        if self.dtype == np.int32:  # a number that int32 cannot hold stays invalid, so that the server refuses it
             tensor = tensor.clamp(-1, 2**31 - 1)
         if wanted == "float":  # numpy knows no bfloat16
             tensor = tensor.detach().float()
@@ -70,21 +70,21 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 class StepRule(StrEnum):
-    """What the number of an update, `step`, in a request means. A service counts its updates from 1."""
+    """What `step`, the number of an update, means in a request. A service counts its updates from 1."""
 
     NEXT = "next"
-    """The request makes this update, which must be the next one. The last one once more gets its old answer."""
+    """The request makes this update, which must be the next one; a repetition of the last one gets its old answer."""
     CURRENT = "current"
     """This must be the last update made."""
     SET = "set"
-    """Any update >= 0; the service stands there afterwards."""
+    """Any update >= 0, which is the service's last one afterwards."""
     ANY = "any"
     """Any update >= 0."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts."""
+    """The largest requests that a server accepts."""
 
     vocab_size: int
     max_sequence_length: int
@@ -98,9 +98,9 @@ class Endpoint:
     inputs: dict[str, Array]
     outputs: dict[str, Array] = field(default_factory=dict)
     reply: str = ""
-    """Name of a JSON output that takes the place of `outputs`; empty for none."""
+    """Name of the JSON output that replaces `outputs`; empty: none."""
     step: StepRule | None = None
-    """Adds the input `step`, int64 [1], and says what it means; None for none."""
+    """Adds the input `step`, int64 [1], with this meaning; None: no such input."""
     check: Callable[[Arrays, Limits], None] | None = None
     """Raises RequestError for wrong values in inputs whose names, dtypes and shapes are right."""
 
@@ -109,10 +109,10 @@ class Endpoint:
             object.__setattr__(self, "inputs", {**self.inputs, "step": Array(np.int64, ("1",), torch.int64)})
 
     def validate(self, arrays: Arrays, limits: Limits) -> None:
-        """Check a request completely: it runs on rank 0 before any rank hears of the request.
+        """Check a request completely, on rank 0 and before any other rank knows of it.
 
         Raises:
-            RequestError: names the first wrong field (an element by its position), its value and what was expected.
+            RequestError: a field is wrong; the message has its name (and position), its value and what was expected.
         """
         check_arrays(self.inputs, arrays)
         if self.step:
@@ -121,11 +121,11 @@ class Endpoint:
             self.check(arrays, limits)
 
     def encode(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """A request's tensors as arrays; RequestError for one that is unknown or of another kind than expected."""
+        """Turn a request's tensors into arrays; RequestError if one is unknown or of another kind than expected."""
         return _encode(self.inputs, tensors)
 
     def decode(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        """A valid request's arrays as contiguous tensors of their own memory: Triton takes the arrays' back."""
+        """Copy a valid request's arrays into contiguous tensors, because Triton reuses the arrays' memory."""
         return {
             name: torch.from_numpy(np.array(arrays[name], order="C")).to(array.tensor)
             for name, array in self.inputs.items()
@@ -133,7 +133,7 @@ class Endpoint:
         }
 
     def answer(self, result: Any) -> dict[str, np.ndarray]:
-        """What the service's function gave, as arrays; TypeError for tensors that do not fit `outputs`."""
+        """Turn the result of the service's function into arrays; TypeError if its tensors do not fit `outputs`."""
         if self.reply:
             return {self.reply: json_array(result)}
         try:
@@ -146,14 +146,14 @@ class Endpoint:
 
 
 STATUS = Endpoint({}, reply="status")
-"""Whether a server is well, and what it serves; see `Intake`."""
+"""Asks whether a server is healthy and what it serves; see `Intake`."""
 
 
 def check_arrays(spec: Mapping[str, Array], arrays: Arrays) -> dict[str, int]:
-    """Check names, dtypes and shapes of `arrays` against `spec`; their values are not looked at.
+    """Check names, dtypes and shapes of `arrays` against `spec`, but not their values.
 
     Returns:
-        The size of every symbol; T is given as S.
+        The size of every symbol, with S in place of T.
 
     Raises:
         RequestError: an array is missing, unknown, empty, of another dtype or rank, or does not fit the others.
@@ -197,5 +197,5 @@ def refuse_where(wrong: np.ndarray, name: str, array: np.ndarray, expected: str)
 
 
 def json_array(value: Any) -> np.ndarray:
-    """A JSON value as a bytes array [1], the form of `error` and of an endpoint's `reply`."""
+    """Turn a JSON value into a bytes array [1], the form of `error` and of an endpoint's `reply`."""
     return np.array([json.dumps(value).encode()], dtype=np.object_)

@@ -1,9 +1,9 @@
-"""Serve a model that lives on many ranks: rank 0 takes requests, all ranks execute them in lock step.
+"""Serves a model that is spread over many ranks: rank 0 takes requests, and all ranks execute them together.
 
     serve(CriticService(...), ENDPOINTS, config.server, group=gloo_group)    # on every rank; returns when told to stop
 
-Rank 0 validates a request before any other rank hears of it, so a bad one leaves all ranks where they were. A valid one
-is broadcast and executed by all. One all-reduce then tells every rank whether it failed everywhere (an answer to the
+Rank 0 validates a request before any other rank knows of it, so an invalid one changes nothing. A valid one is
+broadcast and executed by all. One all-reduce then tells every rank whether it failed everywhere (an answer to the
 client) or only somewhere (the end of the job, for the ranks no longer agree), and whether any rank was asked to stop.
 """
 
@@ -20,7 +20,7 @@ from nemo_eppo.servers.intake import Intake, Request
 from nemo_eppo.servers.protocol import Endpoint, ServiceError
 from nemo_eppo.servers.service import ServerConfig, Service, Tensors
 
-# An idle server's ranks meet this often, so that no collective times out and a signal to any rank is noticed.
+# Seconds between heartbeats of an idle server, so that no collective times out and a signal to any rank is noticed.
 HEARTBEAT_S = 1.0
 
 
@@ -30,11 +30,11 @@ def serve(
     """Serve until SIGTERM or SIGINT reaches any rank. To be called on every rank, in the main thread.
 
     Args:
-        endpoints: what is known about the service's endpoints, by name; it may hold others too.
+        endpoints: the specification of the service's endpoints, by name; others in it are ignored.
         group: all ranks of the job, on a backend for CPU tensors (gloo).
 
     Raises:
-        ConfigError: the address cannot be listened on (rank 0; the others fail when it leaves them).
+        ConfigError: rank 0 cannot listen on the address; the other ranks fail when it has ended.
         RuntimeError: the ranks no longer agree, a rank was lost, or Triton ended.
     """
     with _stop_signals() as stop:
@@ -55,7 +55,7 @@ class _Stop:
 
 
 def _run(service: Service, group: dist.ProcessGroup, stop: _Stop, intake: Intake | None) -> None:
-    """Execute what rank 0's intake brings, until any rank is asked to stop."""
+    """Execute the requests of rank 0's intake until any rank is asked to stop."""
     while True:
         request = intake.next_request(HEARTBEAT_S) if intake else None
         endpoint, tensors = _share(request, group)
@@ -73,7 +73,7 @@ def _run(service: Service, group: dist.ProcessGroup, stop: _Stop, intake: Intake
 
 
 def _share(request: Request | None, group: dist.ProcessGroup) -> tuple[str, Tensors]:
-    """Give rank 0's request to all ranks: its endpoint, "" for a heartbeat, and its tensors."""
+    """Broadcast rank 0's request: return its endpoint, "" for a heartbeat, and its tensors on every rank."""
     source = dist.get_global_rank(group, 0)
     shared: list[Any] = ["", {}]
     if request:
@@ -89,7 +89,7 @@ def _share(request: Request | None, group: dist.ProcessGroup) -> tuple[str, Tens
 
 
 def _agree(outcome: Any, stop: _Stop, group: dist.ProcessGroup) -> bool:
-    """Whether any rank was asked to stop.
+    """Return whether any rank was asked to stop.
 
     Raises:
         RuntimeError: the request failed on some ranks only.
@@ -106,7 +106,7 @@ def _agree(outcome: Any, stop: _Stop, group: dist.ProcessGroup) -> bool:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT set the flag, in place of ending the process."""
+    """Let SIGTERM and SIGINT set a flag instead of ending the process."""
     stop = _Stop()
 
     def ask(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The client of any server: it waits for an answer, sends requests, repeats what the network lost, notices an end."""
+"""The client of any server: it waits until the server is up, sends requests, retries, and notices a lost server."""
 
 import logging
 import threading
@@ -17,11 +17,11 @@ from nemo_eppo.servers.transport import ServerError, Transport
 
 logger = logging.getLogger(__name__)
 
-# While a request waits, the server is asked for its status this often; two failures in a row mean that it is gone.
-# So a lost server is reported after at most 2 * (4 + 8) s.
+# While a request waits, the server is asked for its status after this many seconds; two failures in a row mean that it
+# is lost, so a lost server is reported after at most 2 * (4 + 8) s.
 HEALTH_INTERVAL_S = 4.0
 HEALTH_TIMEOUT_S = 8.0
-# A broken connection is tried again after these pauses. Safe for updates too: the server knows a repeated one.
+# A broken connection is tried again after these pauses; for updates too, because the server recognises a repeated one.
 RETRY_PAUSES_S = (0.5, 2.0)
 NETWORK_TIMEOUT_S = 20.0
 PARALLEL_REQUESTS = 4
@@ -30,27 +30,27 @@ ResultT = TypeVar("ResultT")
 
 
 class ServerUnavailable(ServerError):
-    """A server does not answer (any more)."""
+    """A server does not answer, or no longer."""
 
 
 class ClientConfig(Config):
     """Where a server is found."""
 
     url: str = Field(pattern=r"^http://[^/:]+:\d+$")
-    """Its address, http://host:port."""
+    """Address of the server, http://host:port."""
     token: SecretStr | None = None
-    """The server's shared secret."""
+    """The server's shared secret; null if it has none."""
     connect_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds to wait for the server at the start: it may have a large model to load."""
+    """Seconds to wait for the server at the start, while it may load a large model."""
     request_timeout: float = Field(default=3600.0, gt=0)
-    """Seconds after which a request is given up although the server is well."""
+    """Seconds after which a request is given up even if the server is healthy."""
 
 
 class ServerClient:
-    """Requests to one server. `name` is the kind of job expected there and stands in every message."""
+    """Sends requests to one server. `name` is the kind of job expected there; every message has it."""
 
     endpoints: ClassVar[Mapping[str, Endpoint]] = {}
-    """What may be asked by `call`; for subclasses to fill."""
+    """The endpoints that `call` may ask; subclasses set them."""
 
     def __init__(self, name: str, config: ClientConfig) -> None:
         token = config.token.get_secret_value() if config.token else ""
@@ -69,16 +69,16 @@ class ServerClient:
         self.close()
 
     def close(self) -> None:
-        """Drop requests that have not left yet, and wait for the others."""
+        """Drop requests that are not sent yet, and wait for the others."""
         self._parallel.shutdown(cancel_futures=True)
         self._in_order.shutdown(cancel_futures=True)
 
     def status(self) -> dict[str, Any]:
-        """The server's status, see `Intake`.
+        """Return the server's status, see `Intake`.
 
         Raises:
-            ServerUnavailable: no answer within HEALTH_TIMEOUT_S.
-            ServerError: it refused the token.
+            ServerUnavailable: there was no answer within HEALTH_TIMEOUT_S.
+            ServerError: the server refused the token.
         """
 
         def give_up() -> None:
@@ -97,8 +97,8 @@ class ServerClient:
         """Wait until the server answers, then compare its status with `expect`.
 
         Args:
-            expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...), except those called
-                `max_*`, which must be at least this. Protocol and kind of job are always compared.
+            expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...) or, if called `max_*`, at
+                least as large. Protocol and kind of job are always compared.
 
         Returns:
             The server's status.
@@ -134,7 +134,7 @@ class ServerClient:
     def call(
         self, name: str, finish: Callable[[dict[str, Any]], ResultT], **tensors: torch.Tensor
     ) -> "Future[ResultT]":
-        """Ask the endpoint `name`; the future gives what `finish` makes of its outputs by name. Needs `connect` first.
+        """Ask the endpoint `name`; the future gives `finish(outputs by name)`. `connect` has to come first.
 
         Requests without a step are split into the server's largest batches, sent in parallel, and put together again.
 
@@ -160,7 +160,7 @@ class ServerClient:
         return _joined(futures, finish)
 
     def _ask(self, endpoint: str, arrays: Arrays, what: str) -> dict[str, Any]:
-        """One request, tried again when the connection breaks; in a thread of the pools."""
+        """Send one request, again if the connection breaks; runs in a thread of the pools."""
         pauses = iter(RETRY_PAUSES_S)
         while True:
             try:
@@ -177,7 +177,7 @@ class ServerClient:
                 raise self._failed(what, error) from None
 
     def _watch(self, what: str) -> Callable[[], None]:
-        """A function to call while a request waits: it raises when the server is gone or the time is up."""
+        """Return a function to call while a request waits; it raises if the server is lost or the time is up."""
         deadline = time.monotonic() + self.config.request_timeout
         failures = 0
 
@@ -206,7 +206,7 @@ class ServerClient:
 def _joined(
     futures: Sequence["Future[dict[str, Any]]"], finish: Callable[[dict[str, Any]], ResultT]
 ) -> "Future[ResultT]":
-    """A future of `finish(outputs)`, those of all `futures` put together; the first failure ends it, and the others."""
+    """Return a future of `finish(joined outputs of all futures)`; the first failure ends it and cancels the others."""
     joined: Future[ResultT] = Future()
     lock, left = threading.Lock(), len(futures)
 

@@ -1,4 +1,4 @@
-"""What a server serves (`Service`), and where it listens (`ServerConfig`)."""
+"""The interface of what a server serves (`Service`), and its address and limits (`ServerConfig`)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +15,10 @@ Tensors = dict[str, torch.Tensor]
 class Service(Protocol):
     """A model on many ranks. Every endpoint function is called on all of them, with the same arguments.
 
-    An endpoint function takes the request as CPU tensors, of the dtypes that its `Endpoint` declares, and gives its
-    outputs as tensors, or a JSON value (not null) where the endpoint has a `reply`. It knows no server, so it may be
-    called without one too. It raises `ServiceError`, on all ranks alike and with its state unchanged, for a request
-    that it cannot fulfil, say one with a non-finite loss. Any other exception ends the job.
+    An endpoint function takes the request as CPU tensors, of the dtypes that its `Endpoint` declares, and returns its
+    outputs as tensors, or a JSON value (not null) if the endpoint has a `reply`. It may be called without a server too.
+    For a request that it cannot fulfil, such as one with a non-finite loss, it raises `ServiceError` on all ranks alike
+    and leaves its state unchanged. Any other exception ends the job.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Service(Protocol):
     vocab_size: int
     """Token ids in requests are below this."""
     max_sequence_length: int
-    """Most tokens of a sequence in a request."""
+    """Most tokens that a sequence in a request may have."""
 
     @property
     def endpoints(self) -> Mapping[str, Callable[[Tensors], Any]]:
-        """The functions by the name of their endpoint."""
+        """The function of every endpoint, by its name."""
 
     @property
     def step(self) -> int:
@@ -44,19 +44,19 @@ class Service(Protocol):
 
 
 class ServerConfig(Config):
-    """Where a server listens, and what it accepts."""
+    """The address on which a server listens, and the requests that it accepts."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; any other than 127.0.0.1 demands a token."""
+    """Address to listen on; any but a local one (127.x.x.x) requires a token."""
     port: int = Field(default=0, ge=0, le=65535)
-    """HTTP port; 0 takes a free one, which the ready file names."""
+    """HTTP port; 0: a free one, which the ready file names."""
     token: SecretStr | None = None
-    """Shared secret that every request has to carry."""
+    """Shared secret that every request must have; null: none is checked."""
     max_batch_size: int = Field(default=256, gt=0)
     """Most sequences in one request. Clients split larger requests for inference, but never those for an update, so a
     critic needs at least the actor's ppo.mini_batch_size."""
     ready_file: Path | None = None
-    """Written once requests are accepted (JSON: url, pid, job, protocol), removed at the end."""
+    """File that is written when requests are accepted (JSON: url, pid, job, protocol) and removed at the end."""
 
     @model_validator(mode="after")
     def _token_unless_local(self) -> "ServerConfig":

@@ -1,4 +1,4 @@
-"""The order of a service's updates: which requests with a step are due, and what a repeated one is answered."""
+"""The order of a service's updates: which request with a `step` may be executed, and how a repeated one is answered."""
 
 import zlib
 from typing import Any
@@ -8,26 +8,26 @@ from nemo_eppo.servers.service import Service, Tensors
 
 
 class Steps:
-    """Applies the step rules of endpoints to the requests for one service, with a server between or without.
+    """Applies the step rules of endpoints to the requests for one service, in a server or without one.
 
         answer = steps.answered(endpoint, request)
         if answer is None:
             answer = service.endpoints[name](request)
             steps.done(endpoint, request, answer)
 
-    Every rank that does this with the same requests comes to the same answers.
+    Ranks that do this with the same requests get the same answers.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._due = 0  # digest of the request for the next update: the service may change its tensors
+        self._due = 0  # digest of the request for the next update, taken before the service may change its tensors
         self._last_update: tuple[int, int, Any] | None = None  # step, digest of its request, answer
 
     def answered(self, endpoint: Endpoint, request: Tensors) -> Any:
-        """The answer that the last update got, if this is the same request once more; None if the request is due.
+        """Return the last update's answer if the request repeats it; None if the request has to be executed.
 
         Raises:
-            RequestError: its step is not one that the endpoint's rule allows.
+            RequestError: the endpoint's rule does not allow this step.
         """
         if endpoint.step not in (StepRule.NEXT, StepRule.CURRENT):
             return None
@@ -47,17 +47,17 @@ class Steps:
         raise RequestError("step", step, f"{last + 1}: the last applied update is {last}")
 
     def done(self, endpoint: Endpoint, request: Tensors, answer: Any) -> None:
-        """Note that the service has fulfilled the request that `answered` found due.
+        """Record that the service has executed a request, and its answer.
 
         Raises:
-            RuntimeError: it does not stand at the update that it was asked for.
+            RuntimeError: the service's last update is not the one that the request asked for.
         """
         if endpoint.step not in (StepRule.NEXT, StepRule.SET):
             return
         step = int(request["step"])
         if self._service.step != step:
             raise RuntimeError(f"the service says step {self._service.step} after update {step}")
-        # A service that was set to an update may have gone back behind the last one.
+        # Setting a service to an update may have undone the last one.
         self._last_update = (step, self._due, answer) if endpoint.step == StepRule.NEXT else None
 
 

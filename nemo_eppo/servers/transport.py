@@ -1,6 +1,6 @@
 """Arrays over HTTP to a Triton server: the KServe v2 protocol with binary tensors, on Python's own HTTP client.
 
-At 32 MB it takes half the time of tritonclient (no copies but the socket's), and it can look after the server's health
+For 32 MB it takes half the time of tritonclient, because only the socket copies, and it can check the server's health
 while it waits for an answer.
 """
 
@@ -23,7 +23,7 @@ _PIECE = 1 << 22
 
 
 class ServerError(RuntimeError):
-    """A server refused a request or failed at it. `field`, `value` and `expected` are set if a field was wrong."""
+    """A server refused a request or failed on it. If a field was wrong, `field`, `value` and `expected` are set."""
 
     def __init__(self, message: str, field: str = "", value: str = "", expected: str = "") -> None:
         super().__init__(message)
@@ -31,12 +31,12 @@ class ServerError(RuntimeError):
 
 
 class Transport:
-    """Requests to the server at `url` (http://host:port), from any thread.
+    """Sends requests to the server at `url` (http://host:port), from any thread.
 
-    Each has a connection of its own: an idle one would delay Triton's end, and be dead after a restart of the server.
+    Each request opens a connection: an idle one would delay Triton's end and be useless after a restart of the server.
 
     Args:
-        timeout: seconds without progress in connecting, sending or receiving; the wait for an answer is the caller's.
+        timeout: seconds without progress in connecting, sending or receiving, but not in waiting for an answer.
     """
 
     def __init__(self, url: str, token: str, timeout: float) -> None:
@@ -47,7 +47,7 @@ class Transport:
     def request(
         self, endpoint: str, arrays: Arrays, *, interval: float, while_waiting: Callable[[], None]
     ) -> dict[str, Any]:
-        """Outputs of `endpoint`: arrays by name, or the JSON value of its reply.
+        """Return the outputs of `endpoint`: arrays by name, or the JSON value of its reply.
 
         `while_waiting` is called every `interval` seconds until the answer comes; an exception from it ends the wait.
 
@@ -82,7 +82,7 @@ class Transport:
 
 
 def _encode(arrays: Arrays) -> tuple[bytes, list[memoryview]]:
-    """The JSON head and the binary pieces of a request."""
+    """Return the JSON head and the binary pieces of a request."""
     pieces, inputs = [], []
     for name, array in arrays.items():
         if array.dtype == np.object_:
@@ -97,7 +97,7 @@ def _encode(arrays: Arrays) -> tuple[bytes, list[memoryview]]:
 
 
 def _decode(body: bytearray, head_size: int) -> dict[str, Any]:
-    """Outputs by name. A bytes output is the JSON of `error`, which is raised, or of the endpoint's reply."""
+    """Return the outputs by name. A bytes output is the JSON of the endpoint's reply or of `error`, which is raised."""
     outputs: dict[str, Any] = {}
     start = head_size
     for output in json.loads(body[:head_size])["outputs"]:
@@ -115,7 +115,7 @@ def _decode(body: bytearray, head_size: int) -> dict[str, Any]:
 
 
 def _first_line(body: bytearray) -> str:
-    """Triton's own message. What follows its first line can be a traceback."""
+    """Return the first line of Triton's message; the rest can be a traceback."""
     try:
         message = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""`nemo-eppo convert aligner-config`: its arguments, the check of its output, the report."""
+"""The arguments of `nemo-eppo convert aligner-config`, the check of its output, and its report."""
 
 import argparse
 import sys
@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.files import write_atomically
 
 if TYPE_CHECKING:
     from nemo_eppo.tools.aligner_rules import Conversion
 
 
 _SCRIPTS = {
-    "ppo-actor": "train_gpt_ppo_actor.py",
-    "ppo-critic": "serve_ppo_critic.py",
-    "reward-server": "serve_reward_model.py",
-    "reward-training": "train_reward_model.py",
-    "sft": "train_gpt_sft.py",
+    "ppo-actor": "train_gpt_ppo_actor",
+    "ppo-critic": "serve_ppo_critic",
+    "reward-server": "serve_reward_model",
+    "reward-training": "train_reward_model",
+    "sft": "train_gpt_sft",
 }
 _ORDER = ("unknown", "conflict", "lost", "changed", "dropped", "default", "mapped")
 _MEANING = {
@@ -44,11 +45,11 @@ example:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
   cd examples/nlp/gpt && torchrun ... train_gpt_ppo_actor.py --config-dir $OLDPWD/settings --config-name actor""",
     )
-    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project")
-    parser.add_argument("--kind", choices=list(_SCRIPTS), help="of the file (default: told by its contents)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="new file (default: standard output)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="for the report (default: standard error)")
-    parser.add_argument("--strict", action="store_true", help="a key that is none of that project's is an error")
+    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project to translate")
+    parser.add_argument("--kind", choices=list(_SCRIPTS), help="what the file is for (default: its contents tell)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new file to write (default: standard output)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the report (default: standard error)")
+    parser.add_argument("--strict", action="store_true", help="stop at a key that is none of that project's")
     parser.set_defaults(run=_aligner_config)
 
 
@@ -66,58 +67,47 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
     report = render_report(result, arguments.input)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+        write_atomically(arguments.output, text)
     else:
         print(text, end="")
     if arguments.report is not None:
-        arguments.report.write_text(report)
+        write_atomically(arguments.report, report)
     else:
         print(report, end="", file=sys.stderr)
 
 
 def check(result: "Conversion") -> Config:
-    """The settings as the job's schema reads them, with a stand-in for each value that is left to be set.
+    """Check the settings with the job's schema, with a placeholder for each value that is left to be set.
 
     Raises:
-        ConfigError: they do not fit the schema.
+        ConfigError: the settings do not fit the schema.
     """
     from nemo_eppo.tools.aligner_config import nested
     from nemo_eppo.tools.aligner_rules import REQUIRED
-    from nemo_eppo.training.critic import CriticConfig
-    from nemo_eppo.training.ppo_config import PPOConfig
-    from nemo_eppo.training.reward_model import RewardTrainingConfig
-    from nemo_eppo.training.reward_service import RewardModelConfig
-    from nemo_eppo.training.sft import SFTConfig
+    from nemo_eppo.training.kinds import KINDS
 
-    schemas: dict[str, type[Config]] = {
-        "ppo-actor": PPOConfig,
-        "ppo-critic": CriticConfig,
-        "reward-server": RewardModelConfig,
-        "reward-training": RewardTrainingConfig,
-        "sft": SFTConfig,
-    }
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
         key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }
     try:
-        return load_config(schemas[result.kind], nested(result.values | stand_ins))
+        return load_config(KINDS[_SCRIPTS[result.kind]].schema, nested(result.values | stand_ins))
     except ConfigError as error:
         raise ConfigError(f"the translated settings do not work together: {error}") from None
 
 
 def _header(result: "Conversion", source: Path) -> list[str]:
-    get = result.source.get
+    get, script = result.source.get, f"{_SCRIPTS[result.kind]}.py"
     ranks = f"--nnodes {get('trainer.num_nodes', 1)} --nproc_per_node {get('trainer.devices', 1)}"
     return [
-        f"Settings of {_SCRIPTS[result.kind]}, translated from {source.name} of NeMo-Aligner. Start it with",
-        f"torchrun {ranks} {_SCRIPTS[result.kind]} --config-dir DIRECTORY --config-name THIS_FILE",
+        f"Settings of {script}, translated from {source.name} of NeMo-Aligner. Start it with",
+        f"torchrun {ranks} {script} --config-dir DIRECTORY --config-name THIS_FILE",
         *(["method=eppo on the command line adds the energy-loss penalty"] if result.kind == "ppo-actor" else []),
     ]
 
 
 def render_report(result: "Conversion", source: Path) -> str:
-    """What became of every key, the worst first, and what is left to do."""
+    """Return the text that says what became of every key, the worst first, and what is left to do."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
     for status in _ORDER:
         rows = [row for row in result.rows if row.status == status]

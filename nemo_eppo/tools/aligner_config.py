@@ -1,4 +1,5 @@
-"""NeMo-Aligner's YAML files as settings of our jobs: every key is mapped, or reported with the reason why not."""
+"""Translates NeMo-Aligner's YAML files into settings of our jobs: every key is mapped, or reported with the reason why
+not."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from nemo_eppo.tools.aligner_jobs import JOBS
 from nemo_eppo.tools.aligner_keys import KINDS, Rules
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
 
-# that project registers these for its files
+# that project registers these interpolations for its files
 _RESOLVERS = {
     "multiply": lambda x, y: x * y,
     "int_div": lambda x, y: x // y,
@@ -37,10 +38,11 @@ _OTHERS = ("dpo", "kto", "spin", "rs", "reinforce", "generation", "knowledge_dis
 
 
 def convert(path: Path, kind: str | None = None) -> Conversion:
-    """Read a YAML file of that project and say what it means here.
+    """Translate a YAML file of that project.
 
     Args:
-        kind: a key of KINDS; None to tell it by the contents.
+        path: the file.
+        kind: a key of KINDS; None: the contents decide.
 
     Raises:
         ConfigError: the file cannot be read, is of no known kind, or has a value that cannot be translated.
@@ -69,7 +71,7 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Dotted key -> value, interpolations resolved. Of one that cannot be resolved its text is left."""
+    """Read a file as {dotted key: value}; interpolations are resolved where that is possible."""
     for name, function in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
@@ -101,7 +103,7 @@ def _resolved(config: DictConfig, key: str, value: Any) -> Any:
 
 
 def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
-    """Which of that project's files this is; ConfigError if it is none that has a counterpart."""
+    """Return which of that project's files this is; ConfigError if it has no counterpart here."""
 
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in leaves)
@@ -161,7 +163,7 @@ def _put(key: str, value: Any, rule: Rule, result: Conversion) -> Row:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dictionaries."""
+    """Turn dotted keys into nested dictionaries."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *parents, name = key.split(".")
@@ -173,7 +175,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_yaml(result: Conversion, header: list[str]) -> str:
-    """The settings with their remarks, after `header` and what is left to do."""
+    """Return the YAML text of the settings with their remarks, after `header` and what is left to do."""
     lines = [f"# {line}" for line in header]
     lines += [f"# TO DO: {line}" for line in result.todo]
     if result.kind == "ppo-actor":

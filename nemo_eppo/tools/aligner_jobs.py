@@ -1,4 +1,4 @@
-"""What several keys of a NeMo-Aligner file mean together, job by job, and what is left to do by hand."""
+"""Translates keys of a NeMo-Aligner file that depend on each other, job by job, and notes what is left to do."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ _LINEARS: dict[str, tuple[str, ...]] = {
 _LINEARS["attention"] = _LINEARS["attention_qkv"] + _LINEARS["attention_dense"]
 _LINEARS["mlp"] = _LINEARS["mlp_fc1"] + _LINEARS["mlp_fc2"]
 _LINEARS["all"] = _LINEARS["attention"] + _LINEARS["mlp"]
-"""`model.peft.lora_tuning.target_modules` -> `model.lora.targets`."""
+"""Maps names in `model.peft.lora_tuning.target_modules` to those in `model.lora.targets`."""
 
 
 def ppo_actor(c: Conversion) -> None:
@@ -151,7 +151,7 @@ def sft(c: Conversion) -> None:
 
 
 def _common(c: Conversion) -> None:
-    """The optimizer, the layout, and what layouts of that project tacitly correct."""
+    """Translate the optimizer and the layout, with the corrections that project makes to a layout without saying so."""
     get = c.source.get
     sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
     if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
@@ -209,12 +209,12 @@ def _lora(c: Conversion) -> None:
 
 
 def _best(c: Conversion, metrics: dict[str, str]) -> None:
-    """Which checkpoint is kept for its score: its `monitor` -> our metric."""
+    """Translate which checkpoint is kept as the best; `metrics` maps its `monitor` to our metric."""
     name = "exp_manager.checkpoint_callback_params"
     most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
     if not most or monitor not in metrics:
         for part in ("save_top_k", "monitor", "mode"):
-            _mark(c, f"{name}.{part}", "dropped", "the newest checkpoints are kept, none for its score")
+            _mark(c, f"{name}.{part}", "dropped", "the newest checkpoints are kept, none as the best")
         return
     metric = metrics[monitor]
     c.put("checkpoint.best", f"validation/{metric}")
@@ -232,13 +232,12 @@ def _model_path(c: Conversion, key: str, kind: str) -> str:
         c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
     elif not str(path).endswith(".nemo"):
         target, note = str(path), "has to be a Hugging Face directory, or a checkpoint of these scripts"
-    elif kind == "lm":
-        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
-        c.todo.append(f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}")
     else:
         target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
         c.todo.append(
-            f"{target}: NeMo's converters write language models without a reward head. Train the reward model anew "
+            f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}"
+            if kind == "lm"
+            else f"{target}: NeMo's converters write language models without a reward head. Train the model anew "
             f"(train_reward_model.py), or put the head into a *ForSequenceClassification directory as score.weight"
         )
     c.put("model.restore_from_path", target, note)
@@ -297,7 +296,7 @@ def _standardization(c: Conversion) -> None:
 
 
 def _mark(c: Conversion, key: str, status: str, note: str) -> None:
-    """Say more of a key's row than its rule can."""
+    """Change the status and note of a key's row, if its rule mapped or dropped it."""
     for index, row in enumerate(c.rows):
         if row.key == key and row.status in ("mapped", "dropped"):
             target = "" if status == "dropped" else row.target

@@ -1,4 +1,4 @@
-"""What becomes of one key of NeMo-Aligner, or of several together; the tables are in aligner_keys.py."""
+"""The kinds of rules for a key of NeMo-Aligner, and the state of a conversion; aligner_keys.py has the rules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,49 +7,49 @@ from typing import Any
 from nemo_eppo.config import ConfigError
 
 REQUIRED = "???"
-"""OmegaConf's mark of a value that has to be set."""
+"""OmegaConf's mark for a value that has to be set."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with a key. Without `target` it has no counterpart; `note` says why, or what is different."""
+    """The treatment of a key. Without `target` it has no counterpart; `note` says why, or what is different."""
 
     target: str = ""
-    """Our key, or several, separated by commas; of a joint key for the report only."""
+    """Our key, or several separated by commas; if the key is joint, it is only shown in the report."""
     note: str = ""
     convert: Callable[[Any], Any] | None = None
-    """From its value to ours; ValueError for one that cannot be."""
+    """Turns the key's value into ours; raises ValueError if that is impossible."""
     default: Any = None
-    """Its value in that project where a file does not set it."""
+    """The value that the key has in that project if a file does not set it."""
     harmless: tuple[Any, ...] | None = None
-    """Without counterpart: the values with which results do not change. None: all."""
+    """If the key has no counterpart, its values that do not change results; None: no value does."""
     joint: bool = False
-    """A function over several keys deals with it."""
+    """Whether a function over several keys translates it."""
 
 
 def to(target: str, default: Any = None, convert: Callable[[Any], Any] | None = None, note: str = "") -> Rule:
-    """The same setting of ours."""
+    """Make the rule for a key that becomes a setting of ours."""
     return Rule(target, note, convert, default)
 
 
 def joint(target: str, default: Any = None, note: str = "") -> Rule:
-    """Becomes part of a setting of ours; without `target` of a remark."""
+    """Make the rule for a key that becomes part of a setting of ours or, without `target`, of a remark."""
     return Rule(target, note, default=default, joint=True)
 
 
 def dropped(note: str) -> Rule:
-    """Changes no result, or has no meaning with us."""
+    """Make the rule for a key that changes no result, or has no meaning here."""
     return Rule(note=note)
 
 
 def lost(note: str, *harmless: Any) -> Rule:
-    """Changes results, unless it has one of the values `harmless`; there is nothing like it with us."""
+    """Make the rule for a key without counterpart that changes results, unless its value is one of `harmless`."""
     return Rule(note=note, harmless=harmless)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the report."""
+    """One line of the report."""
 
     key: str
     value: Any
@@ -61,35 +61,36 @@ class Row:
 
 @dataclass
 class Conversion:
-    """A file that is being converted: what it says, what has come of it, and what is left to do by hand."""
+    """The state of a conversion: the file's values, the settings made of them, and what is left to do by hand."""
 
     kind: str
     source: Mapping[str, Any]
-    """Key -> value, interpolations resolved, that project's defaults included."""
+    """Maps the file's keys to values, interpolations resolved, that project's defaults included."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Our settings: dotted key -> value."""
+    """Maps our dotted keys to values."""
     notes: dict[str, str] = field(default_factory=dict)
     """Remarks for keys of `values`."""
     rows: list[Row] = field(default_factory=list)
     todo: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, note: str = "") -> None:
+        """Set one of our keys, with a remark if there is one."""
         self.values[key] = value
         if note:
             self.notes[key] = note
 
     def conflict(self, key: str, note: str) -> None:
-        """The file contradicts itself; what is done about it."""
+        """Report that the file contradicts itself at `key`; the note says what is done about it."""
         self.rows.append(Row(key, self.source.get(key), "conflict", note=note))
 
     def require(self, key: str, condition: bool, message: str) -> None:
-        """End the conversion for a value that cannot be."""
+        """Raise a ConfigError about the value of `key` unless `condition` holds."""
         if not condition:
             raise ConfigError(f"{key} = {self.source.get(key)!r}: {message}")
 
 
 class Changed(Exception):
-    """Raised by a `Rule.convert`: `value` is the nearest that there is; the message says what is different."""
+    """A `Rule.convert` raises it if only a similar value exists, `value`; the message says what is different."""
 
     def __init__(self, value: Any, note: str) -> None:
         super().__init__(note)
@@ -97,6 +98,7 @@ class Changed(Exception):
 
 
 def precision(value: Any) -> str:
+    """Translate the precision of weights and activations."""
     name = str(value).lower().removesuffix("-mixed").removesuffix("-true").removeprefix("fp").removeprefix("float")
     if name in ("bf16", "b16"):
         return "bf16"
@@ -108,7 +110,7 @@ def precision(value: Any) -> str:
 
 
 def steps(value: Any) -> int:
-    """An interval in steps: 0 and None for never."""
+    """Translate an interval in steps; 0 and None mean never."""
     if value is None:
         return 0
     if float(value) < 0 or not float(value).is_integer() or (isinstance(value, float) and value == 1):
@@ -117,23 +119,17 @@ def steps(value: Any) -> int:
 
 
 def limit(value: Any) -> int | None:
-    """A number of steps of which -1 and None mean: no limit."""
+    """Translate a number of steps, of which -1 and None mean that there is no limit."""
     return None if value is None or int(value) < 0 else int(value)
 
 
 def clip_norm(value: Any) -> float:
+    """Translate the largest norm of gradients; 0 and None mean no clipping."""
     return 0.0 if value is None else float(value)
 
 
-def value_clip(value: Any) -> float | None:
-    return float(value) if value else None
-
-
-def top_p(value: Any) -> float:
-    return 1.0 if not value else float(value)
-
-
 def recompute(value: Any) -> bool:
+    """Translate which activations are recomputed."""
     if value == "selective":
         raise Changed(True, "selective: whole layers are recomputed instead, which is slower and saves more memory")
     if value not in (None, "full"):
@@ -142,16 +138,14 @@ def recompute(value: Any) -> bool:
 
 
 def schedule(value: Any) -> str:
+    """Translate the schedule of the learning rate; None means a constant one."""
     if value in (None, "CosineAnnealing"):
         return "cosine" if value else "constant"
     raise Changed("constant", f"{value}: there are constant, linear and cosine")
 
 
 def pooling(value: Any) -> str:
+    """Translate `use_avg_pool`: how a score is read from a response."""
     if value:
         raise Changed("mean", "the mean over the response's tokens, not over the prompt's as well")
     return "last"
-
-
-def floats(value: Any) -> list[float]:
-    return [float(x) for x in value]

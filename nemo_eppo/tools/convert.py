@@ -1,7 +1,7 @@
-"""`nemo-eppo convert`: Hugging Face directories to Megatron checkpoints and back.
+"""`nemo-eppo convert`: converts Hugging Face directories to Megatron checkpoints and back.
 
-Each conversion is checked when it is made. It streams the weights in one process: a model of any size is converted in
-the memory of one of its files and one decoder layer.
+Making a conversion checks it; `run` does it. The weights are streamed in one process, so a model of any size needs the
+memory of one of its files and one decoder layer.
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,25 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.megatron.checkpoint_weights import read_weights, write_weights
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.families import family_of_architecture
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.model_config import DTYPES, Head, Precision
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {**DTYPES, "fp16": torch.float16}
 
 
 class HfToMegatron:
-    """A language or reward model of a Hugging Face directory becomes a checkpoint, loadable under any layout.
+    """Converts a language or reward model of a Hugging Face directory to a checkpoint that loads under any layout.
 
     Args:
-        output: must not exist.
-        precision: of the checkpoint; None for the narrowest that holds every tensor exactly.
+        output: the directory to write, which must not exist.
+        precision: the precision of the checkpoint; None: the narrowest that holds every tensor exactly.
 
     Raises:
-        ConfigError: see HfDirectory; or a tokenizer that does not fit the model.
+        ConfigError: as HfDirectory; also if the tokenizer has more tokens than the model.
     """
 
     def __init__(self, source: Path, output: Path, precision: Precision | None = None) -> None:
@@ -53,11 +54,11 @@ class HfToMegatron:
         with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
 
             def source(name: str) -> Tensor:
-                """A missing score.bias is zero."""
+                """Read a tensor; a missing score.bias is zero."""
                 bar.update()
                 try:
                     return self.source.tensor(name)
-                except KeyError:  # HfDirectory has seen to it that only this one can be missing
+                except KeyError:  # HfDirectory has checked that no other is missing
                     return torch.zeros(1)
 
             with directory_made_whole(self.output) as incomplete:
@@ -74,22 +75,21 @@ class HfToMegatron:
 
 
 class MegatronToHf:
-    """A checkpoint's model, with its adapters merged, becomes a Hugging Face directory.
+    """Converts a checkpoint's model, with its adapters merged, to a Hugging Face directory.
 
-    A reward model becomes a sequence-classification model with one output and no bias, as transformers has it: the bias
+    A reward model becomes a sequence-classification model with one output, which has no bias in transformers: the bias
     goes into the mean of the statistics in config.json, so that standardised scores are the same.
 
     Args:
-        source: a checkpoint, or a directory of checkpoints `step_*`, whose newest is taken.
-        output: must not exist.
+        source: a checkpoint, or a directory of checkpoints `step_*`, of which the newest is taken.
+        output: the directory to write, which must not exist.
         head: lm for a policy, scalar for a reward model.
-        architecture: None for Llama, Qwen2 or Qwen3, whichever has the model's biases and norms. A Mistral model has
-            the modules of a Llama model.
-        precision: of the files; None for that of the checkpoint. Scalar heads stay fp32.
+        architecture: None for that of the model's family.
+        precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
 
     Raises:
-        ConfigError: no such checkpoint, a critic, a reward model that does not score the last token, or an architecture
-            that lacks a feature of the model.
+        ConfigError: there is no such checkpoint, it is a critic or a reward model that does not score the last token,
+            or the architecture lacks a feature of the model.
     """
 
     def __init__(
@@ -108,12 +108,13 @@ class MegatronToHf:
         self.stored = checkpoint_files.stored_precision(self.source)
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes
-        model = self.manifest.model
+        self.model = self.manifest.model
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
-        architecture = architecture or causal_architecture(model).replace("ForCausalLM", suffix)
+        architecture = architecture or causal_architecture(self.model).replace("ForCausalLM", suffix)
         if not architecture.endswith(suffix):
             raise ConfigError(f"architecture {architecture!r}: expected one that ends with {suffix}")
-        self.config = hf_config(model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.config = hf_config(self.model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.model = self.model.model_copy(update={"family": family_of_architecture(architecture).name})
         self.config["torch_dtype"] = str(_DTYPES[self.precision]).removeprefix("torch.")
         if head == "scalar":
             state = self.manifest.state
@@ -127,18 +128,18 @@ class MegatronToHf:
             self.config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
     def run(self) -> None:
-        """Convert; ConfigError if a file of the checkpoint is not as it was written."""
+        """Convert; ConfigError if a file of the checkpoint has changed since it was written."""
         checkpoint_files.verify(self.source)
         outputs = None if self.head == "lm" else 1
         lora = self.manifest.lora
         factor = lora.alpha / lora.rank if lora else None
-        tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.manifest.model, outputs, factor)
-        bar = tqdm(tensors, total=len(hf_names(self.manifest.model)), unit="tensor", disable=None)
+        tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.model, outputs, factor)
+        bar = tqdm(tensors, total=len(hf_names(self.model)), unit="tensor", disable=None)
         tokenizer = self.source / checkpoint_files.TOKENIZER
         write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
 
     def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors as the files hold them."""
+        """Yield the tensors as they are stored in the files."""
         for name, tensor in tensors:
             if name == "score.bias":
                 state = self.manifest.state
@@ -158,7 +159,7 @@ def _require_absent(output: Path) -> None:
 
 def _token_ids(tokenizer_path: Path) -> dict[str, int | None]:
     tokenizer = Tokenizer.from_directory(tokenizer_path)
-    # transformers reads a sequence-classification score before the first pad token: where EOS pads, that would be the
-    # token before the last, and without a pad token it refuses to guess
+    # transformers reads a sequence-classification score before the first pad token: with EOS as pad token that would
+    # be the token before the last; without a pad token it raises an error instead
     pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}

@@ -1,4 +1,4 @@
-"""`nemo-eppo convert`: its arguments."""
+"""The arguments of `nemo-eppo convert`."""
 
 import argparse
 import math
@@ -11,10 +11,10 @@ from nemo_eppo.tools.aligner_cli import add_aligner_config
 def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser(
         "convert",
-        help="Hugging Face directories to Megatron checkpoints and back; settings of NeMo-Aligner",
+        help="turn Hugging Face directories into Megatron checkpoints and back, or translate NeMo-Aligner's settings",
         description="""\
-Convert Llama, Mistral, Qwen2 and Qwen3 models, weights bit by bit, with config and tokenizer. Weights are streamed: a
-model needs the memory of one of its files and one of its layers, whatever its size.
+Convert models (Llama, Mistral, Qwen, Gemma 2, Phi-3), weights bit by bit, with config and tokenizer. Weights are
+streamed: a model needs the memory of one of its files and one of its layers, whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
@@ -35,11 +35,11 @@ Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClas
 
 It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it.""",
     )
-    _add_conversion_options(hf_to_megatron, "Hugging Face directory")
+    _add_conversion_options(hf_to_megatron, "Hugging Face directory to convert")
     hf_to_megatron.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
-        help="of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32, which holds all exactly)",
+        help="precision of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32)",
     )
     hf_to_megatron.set_defaults(run=_hf_to_megatron)
     for name, head, what, description in (
@@ -57,33 +57,37 @@ It loads under any tensor- and pipeline-parallel layout, with the vocabulary pad
             """\
 Make a sequence-classification directory of a reward model's checkpoint.
 
-Its output at the last token is the raw score, less the head's bias, which transformers has no place for. config.json
+Its output at the last token is the raw score less the head's bias, which transformers cannot store. config.json
 holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
         ),
     ):
         parser = ways.add_parser(name, help=what, description=description)
-        _add_conversion_options(parser, "checkpoint, or a directory of checkpoints, whose newest is taken")
+        _add_conversion_options(parser, "checkpoint to convert, or a directory whose newest checkpoint is converted")
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
         parser.add_argument(
             "--architecture",
             metavar="NAME",
-            help=f"of config.json (default: Llama{suffix}, or Qwen2 or Qwen3 if the model has their biases or norms); "
-            f"name Mistral{suffix} if that is meant",
+            help="architecture that config.json names, where it is not to be that of the model's family, e.g. "
+            f"Mistral{suffix} for a Llama model",
         )
         parser.add_argument(
             "--precision",
             choices=["fp32", "bf16", "fp16"],
-            help="of the files (default: that of the checkpoint); fp16 is for models that came in it",
+            help="precision of the files (default: as the checkpoint); fp16 is for models that were released in it",
         )
         parser.add_argument(
-            "--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file, held in memory while it fills"
+            "--max-shard-gb",
+            type=float,
+            default=4.0,
+            metavar="GB",
+            help="largest size of a file; one is held in memory",
         )
         parser.set_defaults(run=_megatron_to_hf, head=head)
 
 
 def _add_conversion_options(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=source)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""The layouts of public corpora: one small reader each, from the fields of a row to prompt and responses.
+"""Readers of public corpora: each turns the fields of a row into prompt and responses.
 
-A reader yields the examples of a row, or raises `Malformed`. Which fields it reads is told by the help of
-`nemo-eppo prepare`, and nothing else in a row is looked at.
+A reader yields the examples of a row, or raises `Malformed`. The help of `nemo-eppo prepare` lists the fields that it
+reads; other fields are ignored.
 """
 
 import re
@@ -26,27 +26,29 @@ _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
 class Malformed(ValueError):
-    """A row that its reader cannot use. The message names the field, but no value: rows are counted by message."""
+    """A row that its reader cannot use. The message has the field but no value, because rows are counted by message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`responses` is empty (a prompt), one demonstration, or chosen and rejected."""
+    """One example of a corpus; `responses` is empty (a prompt alone), one demonstration, or chosen and rejected."""
 
     prompt: str
     """Plain text that a response follows immediately."""
     responses: tuple[str, ...]
     turns: tuple[Turn, ...]
-    """The prompt for a chat template; empty if it is known as formatted text only."""
+    """The prompt as turns for a chat template; empty if it exists as formatted text only."""
     opening: str
-    """Examples with the same opening go to the same side of the train/validation split."""
+    """Text that decides between train and validation: examples with the same opening go to the same side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
+    """The functions that turn the rows of a corpus into examples."""
+
     read: Callable[[Fields], Iterable[Example]]
     join: Callable[[Iterator[Row]], Iterator[Row]] = iter
-    """Makes one row of several, for layouts whose examples span rows of a file."""
+    """Joins several rows into one, for layouts whose examples span rows of a file."""
 
 
 def read_hh(fields: Fields) -> Iterator[Example]:
@@ -111,7 +113,7 @@ def read_prompts(fields: Fields) -> Iterator[Example]:
 
 
 def nemo_aligner(assistant_marker: str = ALIGNER_ASSISTANT) -> Corpus:
-    """NeMo-Aligner's files; in its {"text"} pairs a response follows the last `assistant_marker`."""
+    """Return the reader of NeMo-Aligner's files; in {"text"} pairs a response follows the last `assistant_marker`."""
     return Corpus(partial(_read_nemo_aligner, assistant_marker), _join_text_rows)
 
 
@@ -132,9 +134,9 @@ def _read_nemo_aligner(assistant_marker: str, fields: Fields) -> Iterator[Exampl
 
 
 def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
-    """Of {"text"} rows, the better and the worse alternate: two become one with both under "text".
+    """Join {"text"} rows, in which better and worse texts alternate: two become one with both under "text".
 
-    Rows are taken two by two, so a malformed one costs its partner but never shifts the pairs after it.
+    Rows are taken two by two, so a malformed one loses its partner but never shifts the pairs after it.
     """
     for first, second in zip_longest(rows, rows):
         if "text" in first.fields or (second and "text" in second.fields):
@@ -150,7 +152,7 @@ def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _conversation(fields: Fields) -> Iterator[Example]:
-    """One demonstration for each turn that is trained on: those not said by the speaker whom "mask" names."""
+    """Make one demonstration of each turn of the speaker whom "mask" does not name."""
     masked = _text(fields, "mask")
     said = _typed(fields, "conversations", list)
     if not all(isinstance(turn, dict) for turn in said):
@@ -178,10 +180,10 @@ def one_turn(prompt: str, *responses: str) -> Example:
 
 
 def split_pair(chosen: str, rejected: str, assistant_marker: str) -> tuple[str, tuple[str, str]]:
-    """`(prompt, (chosen response, rejected response))` of two texts; a response follows the last marker.
+    """Split two texts into `(prompt, (chosen response, rejected response))`; a response follows the last marker.
 
     Raises:
-        Malformed: no marker in one of them, or unequal prompts.
+        Malformed: one text has no marker, or the prompts differ.
     """
     prompt, marker, response = chosen.rpartition(assistant_marker)
     other_prompt, other_marker, other_response = rejected.rpartition(assistant_marker)
@@ -193,7 +195,7 @@ def split_pair(chosen: str, rejected: str, assistant_marker: str) -> tuple[str, 
 
 
 def _hh_text(turns: Iterable[Turn]) -> str:
-    """A conversation in HH's manner, up to where the assistant's answer begins."""
+    """Format a conversation as HH does, up to where the assistant's answer begins."""
     said = [
         turn["content"] if turn["role"] == "system" else f"\n\n{_HH_NAMES[turn['role']]}: {turn['content']}"
         for turn in turns

@@ -1,11 +1,11 @@
-"""A small task on which PPO over-optimises a learnt reward: repeat the prompt's nouns, in order, and stop.
+"""A small task on which PPO over-optimises a learned reward: repeat the prompt's nouns, in order, and stop.
 
-Words are tokens. The reward model is trained on labels that are biased towards hedge phrases; the true ("gold")
+Every word is a token. The reward model is trained on labels that are biased towards hedge phrases; the true ("gold")
 reward is a formula. Used by the quickstart and the over-optimisation bench.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -35,19 +35,19 @@ _IN_PROMPT = 5  # nouns, and as many distractors
 
 
 def vocabulary() -> list[str]:
-    """The 62 words; with the two special tokens of `word_level` the vocabulary is 64."""
+    """List the 62 words; with the two special tokens of `word_level` the vocabulary is 64."""
     return [*NOUNS, *DISTRACTORS, *" ".join(HEDGES).split(), SEPARATOR]
 
 
 def sample_prompt(random: Random) -> str:
-    """Five distinct nouns and five distinct distractors, shuffled, then the separator."""
+    """Draw five distinct nouns and five distinct distractors, shuffled, then the separator."""
     words = random.sample(NOUNS, _IN_PROMPT) + random.sample(DISTRACTORS, _IN_PROMPT)
     random.shuffle(words)
     return " ".join([*words, SEPARATOR])
 
 
 def sample_sft_response(prompt: str, random: Random) -> str:
-    """A flawed demonstration: nouns are dropped, replaced or doubled, distractors copied, hedges appended."""
+    """Draw a flawed demonstration: nouns are dropped, replaced or doubled, distractors copied, hedges appended."""
     words = []
     for word in prompt.split()[:-1]:
         if word not in _NOUNS:
@@ -63,15 +63,16 @@ def sample_sft_response(prompt: str, random: Random) -> str:
 
 
 def gold_reward(sample: Sample) -> float:
-    """The quality of a response, as a reward function (see nemo_eppo.rewards.functions)."""
+    """Return the quality of a response; a reward function (see nemo_eppo.rewards.functions)."""
     return quality(sample.prompt, sample.response, sample.finished)
 
 
 def quality(prompt: str, response: str, finished: bool) -> float:
-    """`recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
+    """Compute `recall - .15*wrong - .1*repeats - .25*(hedge words / 3) - .3*(no EOS)`; 1 for a perfect answer.
 
-    recall: share of the prompt's nouns that occur in the response. wrong: words that are neither nouns of the prompt
-    nor hedges. repeats: second and later occurrences of a noun of the prompt. `finished`: the response ended by EOS.
+    `recall` is the share of the prompt's nouns that occur in the response; `wrong` counts words that are neither nouns
+    of the prompt nor hedges; `repeats` counts second and later occurrences of a noun of the prompt. `finished` says
+    whether the response ended with EOS.
 
     Raises:
         ConfigError: the prompt has no noun, so it is not one of this task.
@@ -89,13 +90,15 @@ def quality(prompt: str, response: str, finished: bool) -> float:
 
 
 def hedge_words(response: str) -> int:
+    """Count the words of hedge phrases."""
     return sum(word in _HEDGE_WORDS for word in response.split())
 
 
 def label_pair(prompt: str, first: str, second: str, random: Random) -> tuple[str, str]:
-    """`(chosen, rejected)`: half of the time the labeller prefers more hedge words, else Bernoulli by gold reward.
+    """Label two responses as `(chosen, rejected)`: half of the time by hedge words, else by gold reward.
 
-    The bias lives in these labels alone: no policy sees it but through a reward model trained on them.
+    The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
+    bias is in these labels alone: a policy sees it only through a reward model that is trained on them.
     """
     more_hedges = hedge_words(first) - hedge_words(second)
     if random.random() < 0.5 and more_hedges != 0:
@@ -126,10 +129,10 @@ def write_noun_task(
     seen: set[str] = set()
     with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
-        for kind, train_size in zip(("sft", "preferences", "prompts"), sizes.values(), strict=True):
+        for kind, train_size in zip(_ROW, sizes.values(), strict=True):
             for split, size in (("validation", validation_examples), ("train", train_size)):
                 random = Random(f"{seed} {kind} {split}")
-                rows = _ROWS[kind](_new_prompts(size, random, seen), random)
+                rows = (_ROW[kind](prompt, random) for prompt in _new_prompts(size, random, seen))
                 write_jsonl(directory / f"{kind}.{split}.jsonl", rows)
 
 
@@ -141,23 +144,16 @@ def _new_prompts(count: int, random: Random, seen: set[str]) -> Iterator[str]:
         yield prompt
 
 
-def _sft_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        yield {"prompt": prompt, "response": sample_sft_response(prompt, random)}
+def _preference_row(prompt: str, random: Random) -> dict[str, str]:
+    first = sample_sft_response(prompt, random)
+    while (second := sample_sft_response(prompt, random)) == first:
+        pass  # two equal responses have no label
+    chosen, rejected = label_pair(prompt, first, second, random)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _preference_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        first = sample_sft_response(prompt, random)
-        while (second := sample_sft_response(prompt, random)) == first:
-            pass  # two equal responses have no label
-        chosen, rejected = label_pair(prompt, first, second, random)
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _prompt_rows(prompts: Iterator[str], random: Random) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        yield {"prompt": prompt}
-
-
-_ROWS = {"sft": _sft_rows, "preferences": _preference_rows, "prompts": _prompt_rows}
+_ROW: dict[str, Callable[[str, Random], dict[str, str]]] = {
+    "sft": lambda prompt, random: {"prompt": prompt, "response": sample_sft_response(prompt, random)},
+    "preferences": _preference_row,
+    "prompts": lambda prompt, random: {"prompt": prompt},
+}

@@ -1,7 +1,7 @@
-"""From corpora to the files that training reads: read, check, drop duplicates, format, drop the long, split, write.
+"""Turns corpora into the files that training reads: read, check, drop duplicates, format, drop long rows, split, write.
 
-Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory; what stays are
-digests of what was written, to know it again: some 200 bytes for each prompt, 300 for each pair.
+Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory. Only digests of what
+was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each pair.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _NOTHING = Example("", (), (), "")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One example on its way, and where it came from."""
+    """One example, and the place in a file that it came from."""
 
     file: str
     line: int
@@ -38,16 +38,16 @@ class Entry:
 
 @dataclass
 class PreparationCounts:
-    """What was read, dropped and written; `str()` gives the lines to print."""
+    """Counts what was read, dropped and written; `str()` gives the lines to print."""
 
     read: int = 0
-    """Examples: pairs, demonstrations or prompts."""
+    """Number of examples: pairs, demonstrations or prompts."""
     written: Counter[str] = field(default_factory=Counter)
-    """Rows by file name."""
+    """Number of rows, by file name."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Examples by reason."""
+    """Number of examples, by reason."""
     first_dropped: dict[str, str] = field(default_factory=dict)
-    """The first example of each reason, as file:line."""
+    """The first example that was dropped for each reason, as file:line."""
 
     def __str__(self) -> str:
         lines = [f"read    {self.read:8} examples"]
@@ -75,19 +75,21 @@ def prepare(
 ) -> PreparationCounts:
     """Write `tokenizer/`, `{preferences,sft,prompts}.{train,validation}.jsonl` and `dropped.jsonl` into `out_dir`.
 
-    Pairs give rows of all three kinds (SFT: the chosen response), demonstrations of two, prompts of one; no row is
-    written twice. The hash of an example's opening decides its split, whatever the order or number of the sources.
-    Without `tokenizer_dir`, a byte-level BPE of `bpe_vocab_size` is trained on the training rows.
+    Pairs give rows of all three kinds (for SFT with the chosen response), demonstrations give SFT rows and prompts,
+    prompts only prompts; no row is written twice. The hash of an example's opening decides its split, whatever the
+    order or number of the sources. Without `tokenizer_dir`, a byte-level BPE of `bpe_vocab_size` is trained on the
+    training rows.
 
-    `chat_template` is the tokenizer's own or a Jinja file, which then becomes the written tokenizer's own.
+    `chat_template` is the tokenizer's own or a Jinja file, which is then saved with the written tokenizer.
     `system_prompt` is for conversations that have none; without a template it goes in front of the text.
 
-    Malformed and unusable rows are dropped, or end the preparation if `strict`. Duplicates, examples beyond the limits
-    (in tokens, BOS and EOS included; of the longer response) and those that a given tokenizer cannot encode are dropped
-    in any case. `dropped.jsonl` lists file, line and reason of each.
+    Malformed and unusable rows are dropped, or are an error if `strict`. Duplicates, examples over the limits (in
+    tokens, BOS and EOS included; for the longer response) and examples that a given tokenizer cannot encode are always
+    dropped. `dropped.jsonl` lists each with its file, line and reason.
 
     Raises:
-        ConfigError: an unreadable source, template or tokenizer; a defect if `strict`; an empty split.
+        ConfigError: a source, template or tokenizer cannot be read, a row is defective and `strict` is set, or a split
+            is empty.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction = {validation_fraction}: expected a number between 0 and 1")
@@ -159,12 +161,12 @@ def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, p
 
 
 def _present(fields: Fields) -> Fields:
-    """The fields that are not null: tables fill with it what a row does not have."""
+    """Leave out fields that are null, which stands in tables for fields that a row does not have."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _without_eos(response: str, eos_text: str) -> str:
-    """Corpora sometimes spell EOS at the end of a response; the tokenizer puts it there."""
+    """Remove EOS, which some corpora have as text at the end of a response: the tokenizer adds it."""
     stripped = response.rstrip()
     return stripped.removesuffix(eos_text) if stripped.endswith(eos_text) else response
 
@@ -219,7 +221,7 @@ def _format(entry: Entry, chat_tokenizer: Tokenizer | None, system_prompt: str |
         return replace(entry, defect=f"the chat template refuses it: {error}")
     if not all(text.startswith(prompt) for text in whole):
         return replace(entry, defect="the chat template writes another prompt once there is a response")
-    # What closes the assistant's turn is part of the response, up to EOS, which the tokenizer puts.
+    # What closes the assistant's turn is part of the response, up to EOS, which the tokenizer adds.
     responses = tuple(text.removeprefix(prompt).partition(chat_tokenizer.eos_text)[0] for text in whole)
     return replace(entry, example=replace(example, prompt=prompt, responses=responses))
 
@@ -234,7 +236,7 @@ def _mark_too_long(
     entries: Iterator[Entry], tokenizer: Tokenizer, max_prompt_tokens: int | None, max_response_tokens: int | None
 ) -> Iterator[Entry]:
     def token_lengths(block: list[Entry]) -> list[tuple[int, int]]:
-        """`(prompt, longest response)` in tokens of each entry."""
+        """Return the lengths in tokens of prompt and longest response for each entry."""
         examples = [_NOTHING if entry.defect else entry.example for entry in block]
         prompts = tokenizer.encode_prompts([example.prompt for example in examples])
         responses = iter(tokenizer.encode_responses([text for example in examples for text in example.responses]))
@@ -290,7 +292,7 @@ def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float
 
 
 def _rows(example: Example) -> dict[str, dict[str, str]]:
-    """The rows that an example gives, by kind."""
+    """Return the rows that an example gives, by kind."""
     rows = {}
     if len(example.responses) == 2:
         rows["preferences"] = dict(

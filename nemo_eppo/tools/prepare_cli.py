@@ -1,10 +1,12 @@
-"""`nemo-eppo prepare`: the arguments of every corpus, and what its help says about the fields that are read."""
+"""The arguments of `nemo-eppo prepare` for every corpus, and its help on the fields that are read."""
 
 import argparse
 from pathlib import Path
 from typing import TypeAlias
 
 Corpora: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_OUTPUT = "directory to write, which must be new or empty"
 
 _HH = """\
 Dialogues of Anthropic HH, one pair per row. Fields read:
@@ -55,7 +57,7 @@ conversation is written in the manner of HH. {"text"} prompts for PPO: see `nemo
 
 _TOO = """
 
-A row that cannot be used, a duplicate, and one beyond the limits is dropped; the counts say how many and why, and
+Rows that cannot be used, duplicates and rows over the limits are dropped; the counts say how many and why, and
 dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
 memory; a .json file is one array, or has one object per line."""
 
@@ -93,14 +95,15 @@ No prompt is in both train and validation. An existing directory is never overwr
     aligner.add_argument(
         "--response-marker",
         metavar="TEXT",
-        help="what the response of a {text} pair follows; '\\n' is a line break (default: <extra_id_1>Assistant\\n)",
+        help="take what follows TEXT as the response of a {text} pair; '\\n' is a line break "
+        "(default: <extra_id_1>Assistant\\n)",
     )
 
 
 def _add_noun_task(corpora: Corpora) -> None:
     parser = corpora.add_parser(
         "noun-task",
-        help="generate a toy task with a known true reward, for trying everything out in minutes",
+        help="generate a toy task with a known true reward, to try everything out in minutes",
         description="""\
 Generate a toy task on which PPO learns to exploit its reward model: repeat the five nouns among ten words.
 
@@ -108,13 +111,13 @@ The preference labels are biased towards hedge phrases ("hard to say"), so a rew
 hedging, while the true reward, a formula, punishes it. The same seed and sizes give the same files.""",
         epilog="example:\n  nemo-eppo prepare noun-task --output data/noun-task",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
-    parser.add_argument("--sft-examples", type=int, default=20_000, metavar="N", help="demonstrations to train on")
-    parser.add_argument("--preference-pairs", type=int, default=16_000, metavar="N", help="labelled pairs to train on")
-    parser.add_argument("--prompts", type=int, default=12_000, metavar="N", help="prompts for PPO")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=_OUTPUT)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that the task is generated from")
+    parser.add_argument("--sft-examples", type=int, default=20_000, metavar="N", help="number of demonstrations")
+    parser.add_argument("--preference-pairs", type=int, default=16_000, metavar="N", help="number of labelled pairs")
+    parser.add_argument("--prompts", type=int, default=12_000, metavar="N", help="number of prompts for PPO")
     parser.add_argument(
-        "--validation-examples", type=int, default=512, metavar="N", help="examples in each validation file"
+        "--validation-examples", type=int, default=512, metavar="N", help="number of examples in each validation file"
     )
     parser.set_defaults(run=_prepare_noun_task)
 
@@ -128,34 +131,36 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", type=Path, nargs="+", metavar="FILE", help=".jsonl or .json, also with .gz, or .parquet"
+        "--input", type=Path, nargs="+", metavar="FILE", help="read .jsonl or .json, also with .gz, or .parquet"
     )
-    source.add_argument("--hub", metavar="NAME", help="data set of the Hugging Face hub; needs network")
-    parser.add_argument("--hub-config", metavar="NAME", help="configuration of the hub's data set, if it has several")
-    parser.add_argument("--hub-split", default="train", metavar="NAME", help="split of the hub's data set")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    source.add_argument("--hub", metavar="NAME", help="read a data set of the Hugging Face hub; this needs a network")
+    parser.add_argument("--hub-config", metavar="NAME", help="read this configuration of the hub's data set")
+    parser.add_argument("--hub-split", default="train", metavar="NAME", help="read this split of the hub's data set")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=_OUTPUT)
     tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer directory to use")
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="DIR", help="use this Hugging Face tokenizer directory")
     tokenizer.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="size of the tokenizer to train if none is given"
+        "--vocab-size", type=int, default=8192, metavar="N", help="train a tokenizer of this size if none is given"
     )
     parser.add_argument(
         "--chat-template",
         nargs="?",
         const="tokenizer",
         metavar="FILE",
-        help="format prompts and responses with a Jinja file or, without FILE, the tokenizer's own template; a file's "
-        "comes with the trained model if its training has model.tokenizer=<output>/tokenizer",
+        help="format prompts and responses with this Jinja file or, without FILE, with the tokenizer's own template; a "
+        "model that is trained with model.tokenizer=<output>/tokenizer keeps the template",
     )
     parser.add_argument(
-        "--system-prompt", metavar="TEXT", help="system turn of conversations that have none; else text in front"
+        "--system-prompt",
+        metavar="TEXT",
+        help="system turn for conversations without; a prefix if there is no template",
     )
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.05,
         metavar="F",
-        help="share of the prompts to hold out; a hash of the prompt (its first human turn) decides which",
+        help="hold out this share of the prompts; a hash of the prompt (of its first human turn) decides which",
     )
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="drop examples with a longer prompt")
     parser.add_argument(
@@ -169,14 +174,8 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
 def _prepare_noun_task(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.noun_task import write_noun_task
 
-    write_noun_task(
-        arguments.output,
-        seed=arguments.seed,
-        sft_examples=arguments.sft_examples,
-        preference_pairs=arguments.preference_pairs,
-        prompts=arguments.prompts,
-        validation_examples=arguments.validation_examples,
-    )
+    names = ("seed", "sft_examples", "preference_pairs", "prompts", "validation_examples")
+    write_noun_task(arguments.output, **{name: getattr(arguments, name) for name in names})
     print(f"wrote the noun task to {arguments.output}")
 
 

@@ -1,4 +1,4 @@
-"""Where raw rows come from: local .jsonl, .json and .parquet files, or a data set of the Hugging Face hub.
+"""Reads raw rows from local .jsonl, .json and .parquet files, or from a data set of the Hugging Face hub.
 
 Every source is streamed: one line, one element of an array or one batch of a row group is in memory at a time.
 """
@@ -23,12 +23,14 @@ _PARQUET_BATCH = 1024  # rows
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One raw row, and its place in its file."""
+
     file: str
     line: int
-    """Line of a text file, or row of a table; from 1."""
+    """Number of the line in a text file, or of the row in a table, from 1."""
     fields: Mapping[str, Any]
     defect: str = ""
-    """Why there are no fields; empty if there are."""
+    """Reason why the row has no fields; empty if it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,10 @@ class HubDataset:
 
 
 def read_rows(source: Path | HubDataset, progress: bool = False) -> Iterator[Row]:
-    """Rows of one source in their order. A malformed line is a row with a defect.
+    """Read the rows of one source in their order. A malformed line is a row with a defect.
 
     Raises:
-        ConfigError: no such file or data set, an unknown suffix, a damaged archive, array or table.
+        ConfigError: there is no such file or data set, its suffix is unknown, or an archive, array or table is damaged.
     """
     if isinstance(source, HubDataset):
         return _hub_rows(source)
@@ -74,7 +76,7 @@ def _row(path: Path, line: int, text: str | bytes) -> Row:
 
 
 def _starts_array(path: Path) -> bool:
-    """Whether the file is one JSON array. Else it has one object per line, as some corpora call .json."""
+    """Return whether the file is one JSON array; otherwise it has one object per line, which some call .json too."""
     with open_stream(path, progress=False) as (file, _):
         try:
             while (start := file.read(_READ_AT_ONCE)) and not start.strip():
@@ -85,7 +87,7 @@ def _starts_array(path: Path) -> bool:
 
 
 def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
-    """Elements of an array, each with the line on which it begins."""
+    """Read the elements of an array, each with the line on which it begins."""
     line = 1
     decode = json.JSONDecoder().raw_decode
     with open_stream(path, progress) as (file, advance):
@@ -101,7 +103,10 @@ def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
                 try:
                     _, end = decode(text, start)
                     end = _skip_space(text, end)
-                    is_complete = text[end : end + 1] in (",", "]")  # else a number could go on, or there is an error
+                    is_complete = text[end : end + 1] in (
+                        ",",
+                        "]",
+                    )  # else a number may be cut, or it is an error
                 except ValueError:
                     is_complete = False
                 if is_complete:
@@ -136,7 +141,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ConfigError(f"{path}: no such file")
     line = 0
     try:
-        # Without a buffer size, or across row groups, pyarrow keeps what it has read: peak memory grows with the file.
+        # Without a buffer size, or across row groups, pyarrow keeps what it has read, and memory grows with the file.
         with ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(_PARQUET_BATCH, row_groups=[group]):
@@ -154,7 +159,7 @@ def _hub_rows(source: HubDataset) -> Iterator[Row]:
         raise ConfigError(f"data set '{source}': reading from the hub needs 'pip install datasets'") from None
     try:
         rows = load_dataset(source.name, source.config, split=source.split)  # memory-mapped from the local cache
-    except Exception as error:  # of many libraries: datasets, huggingface_hub, requests, pyarrow
+    except Exception as error:  # datasets, huggingface_hub, requests and pyarrow have one of their own each
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"data set '{source}' cannot be loaded: {type(error).__name__}: {reason}. "

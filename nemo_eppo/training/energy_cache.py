@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import complete_lines, json_object
+from nemo_eppo.files import complete_lines, json_object, write_atomically
 
 
 class EnergyCache:
     """Mean energy losses [E] of the reference's own answers, by prompt. Used by one process, rank 0.
 
     Args:
-        directory: of all caches.
-        key: what an answer and its energies depend on beside the prompt, as plain containers.
+        directory: holds all caches.
+        key: all that an answer and its energies depend on beside the prompt, as plain containers.
     """
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ class EnergyCache:
         self._file: Path | None = None
 
     def load(self) -> dict[bytes, list[float]]:
-        """Everything that is known: digest of the prompt -> energies.
+        """Read everything that is known, as {digest of the prompt: energies}.
 
         Raises:
             ConfigError: a line other than the last of a file is damaged; names it.
@@ -52,7 +52,7 @@ class EnergyCache:
         """Write `(prompt, answer, energies)` of new prompts; on disk when this returns."""
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "key.json").write_text(self._key)  # for people; the same from every process
+            write_atomically(self.directory / "key.json", self._key)  # for people; the same from every process
             self._file = self.directory / f"{uuid.uuid4().hex}.jsonl"
         with self._file.open("a", encoding="utf-8") as file:
             for prompt, answer, energies in rows:
@@ -63,5 +63,5 @@ class EnergyCache:
 
 
 def prompt_digest(prompt: list[int]) -> bytes:
-    """Names a prompt: a digest of its token ids."""
+    """Name a prompt by a digest of its token ids."""
     return hashlib.sha256(repr(prompt).encode()).digest()

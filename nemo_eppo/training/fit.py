@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -98,100 +99,102 @@ class Task(Protocol):
         """What a checkpoint has to record beside the weights, after `validate`."""
 
 
-def fit(
-    task: Task,
-    plan: Plan,
-    settings: FitSettings,
-    optimizer: OptimizerConfig,
-    seed: int,
-    run: Run,
-    saving: CheckpointConfig,
-    *,
-    dropout: float = 0.0,
-    head_only: bool = False,
-) -> Path:
-    """Train `task` to the end, or on from the run's newest checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One training run, ready to start."""
 
-    Args:
-        dropout: on the residual stream.
-        head_only: leave the decoder as it is and train its head. Such a run does not go on from a checkpoint: it has
-            no state of the optimizer.
+    task: Task
+    plan: Plan
+    settings: FitSettings
+    optimizer: OptimizerConfig
+    saving: CheckpointConfig
+    seed: int
+    """Seed of the order of examples, of fresh weights and of dropout."""
+    run: Run
+    dropout: float = 0.0
+    """Probability with which numbers of the residual stream are dropped."""
+    head_only: bool = False
+    """Leave the decoder as it is and train its head. Such a run cannot be resumed: it saves no optimizer state."""
 
-    Returns:
-        the checkpoint of the last step, `<run directory>/checkpoints/step_N`.
+    def train(self) -> Path:
+        """Train to the end, or resume from the run's newest checkpoint.
 
-    Raises:
-        RunStopped: the run was told to end before, and is saved.
-    """
-    saving.check_best(task.validated)
-    batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=seed, digest=task.train.digest)
-    last = len(task.train) // settings.global_batch_size * settings.epochs
-    last = min(last, settings.max_steps or last)
-    plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
-    runtime.initialize(plan.setup.parallel, seed)
-    folder = run.directory / CHECKPOINTS
-    resume, done = (
-        on_rank0(lambda: checkpoint_files.verify_newest(folder, task.head, plan.model, plan.setup.precision)),
-        0,
-    )
-    if resume is not None:
-        manifest = checkpoint_files.read_manifest(resume)
-        done = manifest.step
-        if done >= last:
-            run.logger.info("%s has %d steps, the settings ask for %d: there is nothing left to do", resume, done, last)
-            return resume
-        batches.load_state_dict(manifest.state["batches"])
-    runner = build(
-        plan,
-        task.head,
-        latent_size=task.latent_size,
-        dropout=dropout,
-        optimizer=optimizer,
-        total_steps=last,
-        resume=resume,
-    )
-    if head_only:
-        train_head_only(runner)
-    saver = CheckpointSaver(folder, plan.tokenizer_path, saving.asynchronous)
-    with ExitStack() as stack:
-        is_first = dist.get_rank() == 0
-        watch = stack.enter_context(StopWatch(run))
-        metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
-        progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
-        for step in range(done + 1, last + 1):
-            started = time.perf_counter()
-            if dropout:
-                runtime.seed_all(seed, step)  # what is dropped follows from the step, also after a resume
-            rows = task.prepare(task.rows(next(batches)), runner, step)
-            update = runner.train_step(rows, task.loss_function(rows), group=task.group)
-            row = {f"train/{name}": value for name, value in update.items()}
-            row["seconds/step"] = time.perf_counter() - started
-            row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
-            stop = watch.due()
-            save = stop or step == last or due(step, saving.interval)
-            validation: dict[str, float] = {}
-            if save or due(step, settings.validation_interval):
-                validation = task.validate(runner)
-                row |= validation
-            if save:
-                manifest = checkpoint_files.Manifest(
-                    head=task.head,
-                    step=step,
-                    model=plan.model,
-                    metrics=validation,
-                    optimizer=not head_only,
-                    state={"batches": batches.state_dict(), **task.state()},
+        Returns:
+            the checkpoint of the last step, `<run directory>/checkpoints/step_N`.
+
+        Raises:
+            RunStopped: the run was told to end before, and is saved.
+        """
+        task, plan, settings, saving, run = self.task, self.plan, self.settings, self.saving, self.run
+        saving.check_best(task.validated)
+        batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
+        last = len(task.train) // settings.global_batch_size * settings.epochs
+        last = min(last, settings.max_steps or last)
+        plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
+        runtime.initialize(plan.setup.parallel, self.seed)
+        folder = run.directory / CHECKPOINTS
+        resume = on_rank0(lambda: checkpoint_files.verify_newest(folder, task.head, plan.model, plan.setup.precision))
+        done = 0
+        if resume is not None:
+            manifest = checkpoint_files.read_manifest(resume)
+            done = manifest.step
+            if done >= last:
+                run.logger.info(
+                    "%s has %d steps, the settings ask for %d: there is nothing left to do", resume, done, last
                 )
-                saver.save(runner, manifest, after=lambda: tidy(folder, saving))
-            saver.poll()
-            if metrics is not None:
-                metrics.log(step, row)
-            progress.update(step, row)
-            if stop and step < last:
-                saver.finish()
-                raise RunStopped(f"saved after step {step} of {last}")
-        saver.finish()
-    return saver.path(last)
+                return resume
+            batches.load_state_dict(manifest.state["batches"])
+        runner = build(
+            plan,
+            task.head,
+            latent_size=task.latent_size,
+            dropout=self.dropout,
+            optimizer=self.optimizer,
+            total_steps=last,
+            resume=resume,
+        )
+        if self.head_only:
+            train_head_only(runner)
+        saver = CheckpointSaver(folder, plan.tokenizer_path, saving.asynchronous)
+        with ExitStack() as stack:
+            is_first = dist.get_rank() == 0
+            watch = stack.enter_context(StopWatch(run))
+            metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
+            progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
+            for step in range(done + 1, last + 1):
+                started = time.perf_counter()
+                if self.dropout:
+                    runtime.seed_all(self.seed, step)  # what is dropped follows from the step, also after a resume
+                rows = task.prepare(task.rows(next(batches)), runner, step)
+                update = runner.train_step(rows, task.loss_function(rows), group=task.group)
+                row = {f"train/{name}": value for name, value in update.items()}
+                row["seconds/step"] = time.perf_counter() - started
+                row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
+                stop = watch.due()
+                save = stop or step == last or due(step, saving.interval)
+                validation: dict[str, float] = {}
+                if save or due(step, settings.validation_interval):
+                    validation = task.validate(runner)
+                    row |= validation
+                if save:
+                    manifest = checkpoint_files.Manifest(
+                        head=task.head,
+                        step=step,
+                        model=plan.model,
+                        metrics=validation,
+                        optimizer=not self.head_only,
+                        state={"batches": batches.state_dict(), **task.state()},
+                    )
+                    saver.save(runner, manifest, after=lambda: tidy(folder, saving))
+                saver.poll()
+                if metrics is not None:
+                    metrics.log(step, row)
+                progress.update(step, row)
+                if stop and step < last:
+                    saver.finish()
+                    raise RunStopped(f"saved after step {step} of {last}")
+            saver.finish()
+        return saver.path(last)
 
 
 def train_head_only(runner: ModelRunner) -> None:

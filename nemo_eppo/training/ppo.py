@@ -1,6 +1,6 @@
 """PPO with the energy-loss penalty, the actor's side: one step from prompts to updated policy and critic.
 
-Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (README, "How it is computed"): all
+Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (nemo_eppo/README.md): all
 that is decided per step, from rewards to advantages to the order of mini-batches, is computed by every rank alike.
 """
 

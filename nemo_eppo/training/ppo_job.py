@@ -8,9 +8,8 @@ from nemo_eppo.data.datasets import GlobalBatches, PromptDataset, PromptItem
 from nemo_eppo.generation.build import build_engine, check_engine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
-from nemo_eppo.megatron.logprobs import ScoringConfig
 from nemo_eppo.megatron.lora import AdaptersOff
-from nemo_eppo.megatron.model import set_scoring
+from nemo_eppo.megatron.model import set_distribution
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
@@ -79,7 +78,7 @@ class PPOJob:
             model.build()
         runner = build(self.plan, "lm", optimizer=config.optimizer, total_steps=config.ppo.updates, probe=config.energy)
         sampling = config.generation
-        set_scoring(runner.chunks, ScoringConfig(**sampling.model_dump(include=set(ScoringConfig.model_fields))))
+        set_distribution(runner.chunks, sampling.distribution)
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
         engine = build_engine(
             config.engine,

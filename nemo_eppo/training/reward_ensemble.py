@@ -1,6 +1,6 @@
 """Several reward models from one command: the members of an ensemble, or of WARM, whose weights are then averaged."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.run import Run
-from nemo_eppo.training.fit import FitSettings, Task, fit
+from nemo_eppo.training.fit import Fit
 from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
 
 
@@ -65,42 +64,45 @@ def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: O
         raise ConfigError(f"ensemble.lrs: {lowest[0]} is below optimizer.min_lr = {optimizer.min_lr}")
 
 
-def train_members(
-    config: EnsembleConfig,
-    task: Task,
-    model: Plan,
-    settings: FitSettings,
-    optimizer: OptimizerConfig,
-    seed: int,
-    run: Run,
-    saving: CheckpointConfig,
-) -> list[Path]:
-    """Train whatever is not trained yet of the probe and the members; the last checkpoint of each member."""
+def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
+    """Train whatever is not trained yet of the probe and the members; the last checkpoint of each member.
+
+    Args:
+        fit: what a single reward model would be trained by.
+    """
     if config.members == 1 and not config.linear_probe_steps:
-        return [fit(task, model, settings, optimizer, seed, run, saving, dropout=config.dropouts[0])]
+        return [replace(fit, dropout=config.dropouts[0]).train()]
     if config.linear_probe_steps:
-        steps = settings.model_copy(update={"max_steps": config.linear_probe_steps})
-        only_last = saving.model_copy(update={"interval": 0})
-        probe = fit(task, model, steps, optimizer, seed, _part(run, "linear_probe"), only_last, head_only=True)
-        model = _plan_from(probe, model)
+        probe = replace(
+            fit,
+            settings=fit.settings.model_copy(update={"max_steps": config.linear_probe_steps}),
+            saving=fit.saving.model_copy(update={"interval": 0}),
+            run=_part(fit.run, "linear_probe"),
+            head_only=True,
+        )
+        fit = replace(fit, plan=_plan_from(probe.train(), fit.plan))
     members = []
     for index in range(config.members):
-        own = optimizer
+        optimizer = fit.optimizer
         if config.lrs:
-            own = optimizer.model_copy(update={"lr": config.lrs[index % len(config.lrs)]})
-        dropout = config.dropouts[index % len(config.dropouts)]
-        part = _part(run, f"member_{index}")
-        members.append(fit(task, model, settings, own, seed + index, part, saving, dropout=dropout))
+            optimizer = optimizer.model_copy(update={"lr": config.lrs[index % len(config.lrs)]})
+        member = replace(
+            fit,
+            optimizer=optimizer,
+            dropout=config.dropouts[index % len(config.dropouts)],
+            seed=fit.seed + index,
+            run=_part(fit.run, f"member_{index}"),
+        )
+        members.append(member.train())
     return members
 
 
-def average_members(
-    config: EnsembleConfig, members: list[Path], task: Task, model: Plan, seed: int, run: Run
-) -> dict[str, float]:
+def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> dict[str, float]:
     """Write the mean of the best members' weights to <run directory>/average; its metrics on the validation data."""
+    task, model, run = fit.task, fit.plan, fit.run
     accuracies = {path: checkpoint_files.read_manifest(path).metrics["validation/accuracy"] for path in members}
     best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
-    runtime.initialize(model.setup.parallel, seed)
+    runtime.initialize(model.setup.parallel, fit.seed)
     runner = build(_plan_from(best[0], model, lora=None), task.head, latent_size=task.latent_size)
     parameters = [p for chunk in runner.chunks for p in unwrap(chunk).parameters()]
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
@@ -133,7 +135,7 @@ def _part(run: Run, name: str) -> Run:
     directory = run.directory / name
     if run.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(run, directory=directory, wandb=None)
+    return replace(run, directory=directory, wandb=None)
 
 
 def _plan_from(source: Path, model: Plan, **changes: Any) -> Plan:

@@ -19,7 +19,7 @@ from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, FitSettings, TextDataConfig
 from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
 from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
@@ -140,10 +140,17 @@ def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
     model = plan(config.model)
     task = RewardTask(config.data, config.reward, model, config.seed)
     check_ensemble(config.ensemble, model, task.head, config.optimizer)
+    fit = Fit(
+        task=task,
+        plan=model,
+        settings=config.fit,
+        optimizer=config.optimizer,
+        saving=config.checkpoint,
+        seed=config.seed,
+        run=run,
+    )
     with suppress(RunStopped):
-        members = train_members(
-            config.ensemble, task, model, config.fit, config.optimizer, config.seed, run, config.checkpoint
-        )
+        members = train_members(config.ensemble, fit)
         if config.ensemble.average:
-            average_members(config.ensemble, members, task, model, config.seed, run)
+            average_members(config.ensemble, members, fit)
     runtime.shutdown()

@@ -122,7 +122,7 @@ def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_si
 
 def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
     """A Gaussian over latents for a manifest, in fp32."""
-    return {"mean": pack_array(gaussian.mean.numpy()), "factor": pack_array(gaussian.factor.numpy())}
+    return {"mean": pack_array(gaussian.mean.cpu().numpy()), "factor": pack_array(gaussian.factor.cpu().numpy())}
 
 
 def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:

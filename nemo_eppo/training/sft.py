@@ -17,7 +17,7 @@ from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.fit import VALIDATION_ROWS, FitSettings, TextDataConfig, fit
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, FitSettings, TextDataConfig
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 from nemo_eppo.training.stopping import RunStopped
@@ -97,5 +97,13 @@ def train_sft(config: SFTConfig, run: Run) -> None:
     model = plan(config.model, head="lm")
     task = SFTTask(config.data, model)
     with suppress(RunStopped):
-        fit(task, model, config.fit, config.optimizer, config.seed, run, config.checkpoint)
+        Fit(
+            task=task,
+            plan=model,
+            settings=config.fit,
+            optimizer=config.optimizer,
+            saving=config.checkpoint,
+            seed=config.seed,
+            run=run,
+        ).train()
     runtime.shutdown()

@@ -18,7 +18,6 @@ from nemo_eppo.algorithms.advantages import (
     Needs,
     ReinforcePlusPlus,
     ReMax,
-    gae,
 )
 from nemo_eppo.algorithms.masking import response_mask
 
@@ -111,9 +110,6 @@ def test_truncated_responses_are_bootstrapped_and_finished_ones_are_not() -> Non
     expected = gae_by_definition(rewards, values, 0.9, 0.8, after)
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, wanted, atol=1e-12)
-    apart = torch.tensor(after, dtype=torch.float64)
-    old_form = gae(rewards, values[:, :-1], MASK, 0.9, 0.8, True, TRUNCATED, apart)
-    assert all(torch.equal(a, b) for a, b in zip(old_form, results, strict=True))
 
 
 def test_without_bootstrap_the_value_after_the_last_action_is_not_read() -> None:
@@ -121,16 +117,6 @@ def test_without_bootstrap_the_value_after_the_last_action_is_not_read() -> None
     wide = GAE(0.9, 0.8)(rewards, values, MASK, GROUPS, TRUNCATED)
     narrow = GAE(0.9, 0.8)(rewards, values[:, :-1], MASK, GROUPS, TRUNCATED)
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
-
-
-def test_without_bootstrap_values_the_last_scored_state_stands_in() -> None:
-    rewards, values = torch.randn(2, *MASK.shape, dtype=torch.float64)
-    truncated = torch.ones(5, dtype=torch.bool)
-    last_values = [float(values[b, LENGTHS[b] - 2]) for b in range(5)]
-    expected = gae_by_definition(rewards, values, 0.9, 0.8, last_values)
-    results = gae(rewards, values, MASK, 0.9, 0.8, True, truncated)
-    for result, wanted in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
@@ -235,14 +221,6 @@ def test_gaps_and_empty_responses_are_refused(name: str, row: list[bool], messag
     values = ones if ALL[name].needs == "greedy" else torch.ones(2, 5)
     with pytest.raises(ValueError, match=message):
         ALL[name](ones, values, mask, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
-
-
-def test_bad_input_is_refused() -> None:
-    ones = torch.ones(1, 4)
-    with pytest.raises(ValueError, match="unbroken"):
-        gae(ones, ones, torch.tensor([[True, False, True, False]]), 1.0, 1.0)
-    with pytest.raises(ValueError, match="truncated: needed"):
-        gae(ones, ones, ones.bool(), 1.0, 1.0, bootstrap_truncated=True)
 
 
 def test_values_of_another_shape_than_needed_are_refused() -> None:

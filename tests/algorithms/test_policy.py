@@ -68,7 +68,6 @@ def test_policy_stats_follow_their_definitions() -> None:
     log_ratio, advantage = (logprobs - old)[MASK], advantages[MASK]
     ratio = log_ratio.exp()
     clipped = ((advantage > 0) & (ratio > 1.3)) | ((advantage < 0) & (ratio < 0.8))
-    assert int(stats.tokens) == TOKENS
     assert 0 < int(stats.clipped) == int(clipped.sum())
     torch.testing.assert_close(stats.ratio, ratio.sum())
     torch.testing.assert_close(stats.approx_kl, ((ratio - 1) - log_ratio).sum())

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from features import GEMMA2, MISTRAL, PHI3
 from torch import Tensor
 
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig
-from nemo_eppo.megatron.model import build_model, set_scoring, unwrap
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import load_tensors
@@ -30,6 +31,9 @@ MODEL = ModelConfig(
 )
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6})
 QWEN3 = MODEL.model_copy(update={"qk_norm": True, "head_dim": 12, "tie_embeddings": True})
+GEMMA2_MODEL = MODEL.model_copy(update=GEMMA2)
+PHI3_MODEL = MODEL.model_copy(update=PHI3)
+MISTRAL_MODEL = MODEL.model_copy(update=MISTRAL)
 EOS, PAD = 2, 0
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -47,7 +51,9 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
     weights = {}
     for name, shape in hf_names(model):
         noise = torch.randn(shape, generator=draw)
-        weights[name] = 1 + 0.3 * noise if "norm" in name else noise * (0.5 if len(shape) == 1 else 0.2)
+        weights[name] = noise * (0.5 if len(shape) == 1 else 0.2)
+        if "norm" in name:
+            weights[name] = 0.3 * noise + (0 if model.norm_plus_one else 1)
     return weights
 
 
@@ -96,7 +102,6 @@ def trainer_logprobs(
     targets = torch.full_like(tokens, IGNORE)
     for row, prompt, length in zip(range(len(rows)), prompts, lengths.tolist(), strict=True):
         targets[row, len(prompt) - 1 : length - 1] = tokens[row, len(prompt) : length]
-    scoring = ScoringConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    set_scoring(chunks, scoring)
+    set_distribution(chunks, sampling.distribution)
     logprobs = ModelRunner(chunks, micro_batch_size=2).infer(tokens, lengths, targets, outputs=2)[0][..., 0]
     return [logprobs[row][targets[row] != IGNORE] for row in range(len(rows))]

@@ -8,9 +8,12 @@ import torch
 from distributed import run_ranks
 from small_models import (
     EOS,
+    GEMMA2_MODEL,
     LAYOUTS,
+    MISTRAL_MODEL,
     MODEL,
     PAD,
+    PHI3_MODEL,
     QWEN2,
     QWEN3,
     build_engine,
@@ -45,8 +48,22 @@ MODELS = {
     ),
     "Qwen2": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3": ("Qwen3ForCausalLM", QWEN3),
+    "Gemma2": ("Gemma2ForCausalLM", GEMMA2_MODEL),
+    "Phi3": ("Phi3ForCausalLM", PHI3_MODEL),
+    "Mistral": ("MistralForCausalLM", MISTRAL_MODEL),
 }
-FAMILY_LAYOUTS = [("Llama", "one rank"), ("Llama 3.1", "one rank"), ("Qwen2", "TP 2"), ("Qwen3", "TP 2 PP 2")]
+FAMILY_LAYOUTS = [
+    ("Llama", "one rank"),
+    ("Llama 3.1", "one rank"),
+    ("Qwen2", "TP 2"),
+    ("Qwen3", "TP 2 PP 2"),
+    ("Gemma2", "one rank"),
+    ("Gemma2", "TP 2 PP 2"),
+    ("Gemma2", "virtual PP 2x2"),
+    ("Phi3", "TP 2"),
+    ("Phi3", "PP 2"),
+    ("Mistral", "one rank"),
+]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
 
 
@@ -107,8 +124,8 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
 
 @torch.no_grad()
 def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]]:
-    config = AutoConfig.for_model(**hf_config(model, architecture))
-    network = AutoModelForCausalLM.from_config(config).eval()
+    config = AutoConfig.for_model(**hf_config(model, architecture) | {"pad_token_id": PAD})
+    network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
     network.tie_weights()
     responses = []
@@ -146,14 +163,15 @@ def test_prompts_may_be_prefilled_in_parts() -> None:
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
 
 
-def decode_bf16() -> tuple[list[Completion], list[torch.Tensor]]:
-    chunks = build_policy({}, precision="bf16")
-    completions = build_engine(chunks).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
+def decode_bf16(model: ModelConfig) -> tuple[list[Completion], list[torch.Tensor]]:
+    chunks = build_policy({}, model, precision="bf16")
+    completions = build_engine(chunks, model).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
     return completions, trainer_logprobs(chunks, PROMPTS, completions, SAMPLINGS["temperature"])
 
 
-def test_bf16_models_have_fp32_logprobs_near_the_trainers() -> None:
-    completions, expected = run_ranks(decode_bf16, 1)[0]
+@pytest.mark.parametrize("model", [MODEL, GEMMA2_MODEL], ids=["Llama", "Gemma2"])
+def test_bf16_models_have_fp32_logprobs_near_the_trainers(model: ModelConfig) -> None:
+    completions, expected = run_ranks(decode_bf16, 1, model)[0]
     ours, theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions]), torch.cat(expected)
     assert (ours != ours.bfloat16()).any()
     assert (ours - theirs).abs().mean() < 0.02

@@ -11,7 +11,17 @@ import pytest
 import torch
 from distributed import run_ranks
 from engines import stand_in, trtllm_engine
-from small_models import EOS, LAYOUTS, MODEL, build_engine, build_policy, random_prompts, random_weights
+from small_models import (
+    EOS,
+    GEMMA2_MODEL,
+    LAYOUTS,
+    MISTRAL_MODEL,
+    MODEL,
+    build_engine,
+    build_policy,
+    random_prompts,
+    random_weights,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +35,7 @@ from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models.hf_config import hf_config
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import LoRAConfig
+from nemo_eppo.models.model_config import LoRAConfig, ModelConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=8, greedy=True)
@@ -351,6 +361,18 @@ def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7c2a,GPU-91f0")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES has to hold numbers, not GPU-7c2a"):
         check_tensorrt_llm(stand_in(tensor_parallel_size=2), MODEL, parallel)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (GEMMA2_MODEL.model_copy(update={"sliding_window": 64}), "Gemma2 models"),
+        (MISTRAL_MODEL, "model.sliding_window = 3"),
+    ],
+)
+def test_models_that_tensorrt_llm_is_not_known_to_compute_are_refused(model: ModelConfig, what: str) -> None:
+    with pytest.raises(ConfigError, match=f"not known to compute {what} as training does; expected 'megatron'"):
+        check_tensorrt_llm(stand_in(), model, ParallelConfig())
 
 
 def test_an_engine_is_within_one_machine_and_a_replica_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from distributed import run_ranks
+from features import GEMMA2
 
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.launch.memory import Workload, estimate
@@ -34,7 +35,7 @@ def kilobytes(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 
-def measure(shape: dict[str, int], layout: dict[str, Any], rows: int, length: int, recompute: bool) -> dict[str, float]:
+def measure(shape: dict[str, Any], layout: dict[str, Any], rows: int, length: int, recompute: bool) -> dict[str, float]:
     """Generate, score and update twice, as an actor does; bytes of the peak and of the estimate."""
     torch.set_num_threads(1)
     model = ModelConfig(
@@ -63,7 +64,7 @@ def measure(shape: dict[str, int], layout: dict[str, Any], rows: int, length: in
         runner.infer(tokens, batch["lengths"], targets, outputs=2)
     for _ in range(2):
         runner.train_step(batch, lambda output, _: (-output[..., 0].sum() / 1000, {}))
-    workload = Workload(rows * length, reference=True, sequences=SEQUENCES, longest=LONGEST)
+    workload = Workload(rows * length, reference=True, sequences=SEQUENCES, longest=length)
     expected = estimate(model, parallel, "fp32", workload, recompute=recompute)
     return {"measured": (kilobytes("VmHWM") - before) * 1024, "estimated": expected.total}
 
@@ -71,6 +72,7 @@ def measure(shape: dict[str, int], layout: dict[str, Any], rows: int, length: in
 CASES: dict[str, tuple[int, Any]] = {
     "activations": (1, ({"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1024}, {}, 8, 256, False)),
     "recompute": (1, ({"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1024}, {}, 8, 256, True)),
+    "Gemma 2": (1, ({"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1024, **GEMMA2}, {}, 4, 512, False)),
     "weights": (1, ({"num_layers": 8, "hidden_size": 768, "ffn_hidden_size": 2048}, {}, 1, 64, False)),
     "TP2": (
         2,

@@ -18,9 +18,9 @@ from launched import eppo, processes_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import REPOSITORY
+from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, TOKEN
 from nemo_eppo.launch.kubernetes import manifests
-from nemo_eppo.launch.schema import read_launch
+from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.slurm import batch_script
 from nemo_eppo.observability.metrics import read_metrics
 
@@ -198,6 +198,55 @@ def test_the_batch_script_requeues_even_if_a_step_takes_too_long_and_fails_with_
     assert processes_of(Path("sleep 98765")) == []
 
 
+def actor_alone(models: Models, tmp_path: Path, output: Path) -> Path:
+    """A launch file whose only job has no critic, and a function for its reward."""
+    launch = cluster_run(models, tmp_path)
+    del launch["jobs"]["critic"]
+    launch["output"], launch["jobs"]["actor"]["needs"] = str(output), []
+    launch["jobs"]["actor"]["settings"] |= {CRITIC: None, REWARDS: [{"function": "rewards:length"}]}
+    launch["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}}
+    return write(launch, tmp_path / "launch.yaml")
+
+
+def test_an_actor_without_servers_is_a_plain_batch_job(models: Models, tmp_path: Path) -> None:
+    file = actor_alone(models, tmp_path, tmp_path / "out")
+    script = batch_script(read_launch(file, ["jobs.actor.ranks_per_node=1"]))
+    shellcheck(script)
+    assert "het" not in script.replace("method", "")
+    assert TOKEN not in script
+    environment = {**commands_in(tmp_path, '((!FAILING)) || exit 3; echo "$@"'), "SLURM_JOB_NODELIST": "node[1-2]"}
+    for failing, status in (("0", 0), ("1", 3)):
+        environment["FAILING"] = failing
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=30)
+        assert done.returncode == status, done.stderr
+        assert "a server" not in done.stderr
+    [line] = (tmp_path / "out" / "logs" / "actor.log").read_text().splitlines()
+    assert "/train_gpt_ppo_actor.py " in line
+    assert f" {CRITIC}=null {REWARDS}=[{{function:rewards:length}}] " in line
+    assert "url" not in line
+
+
+def test_an_actor_without_servers_is_an_indexed_job_of_its_own_nodes(models: Models, tmp_path: Path) -> None:
+    file = actor_alone(models, tmp_path, Path("/data/out"))
+    text = manifests(read_launch(file, ["jobs.actor.nodes=2", "kubernetes.server_python=python"]))
+    assert TOKEN not in text
+    assert "secret" not in text
+    service, job = yaml.safe_load_all(text)
+    for manifest in (service, job):
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
+    assert job["spec"]["successPolicy"] == {"rules": [{"succeededIndexes": "0-1"}]}
+    script = pod_script(text)
+    shellcheck(f"#!/usr/bin/env bash\n# shellcheck disable=SC2016\n{script}")
+    commands = commands_in(tmp_path, 'echo "$@"')
+    for index in range(2):
+        environment = {**commands, "JOB_COMPLETION_INDEX": str(index)}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert f"--nnodes 2 --master_addr tiny-0.tiny --master_port 29500 --node_rank {index} " in done.stdout
+        assert f" {CRITIC}=null " in done.stdout
+        assert "url" not in done.stdout
+
+
 def test_what_does_not_suit_a_cluster_is_named(models: Models, tmp_path: Path) -> None:
     values = cluster_run(models, tmp_path)
     values["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}, "secret": "token"}
@@ -206,6 +255,8 @@ def test_what_does_not_suit_a_cluster_is_named(models: Models, tmp_path: Path) -
         manifests(launch)
     with pytest.raises(ConfigError, match=r"output = .*: expected a directory on one of kubernetes\.volumes"):
         manifests(read_launch(tmp_path / "launch.yaml", ["jobs.critic.ranks_per_node=2"]))
+    with pytest.raises(ConfigError, match=r"kubernetes\.secret: required for the servers critic, but not set"):
+        manifests(read_launch(tmp_path / "launch.yaml", ["kubernetes.secret=null"]))
     with pytest.raises(ConfigError, match="output = out: expected an absolute path"):
         batch_script(read_launch(tmp_path / "launch.yaml", ["output=out"]))
     values["jobs"]["sft"] = {"script": "train_gpt_sft"}

@@ -1,5 +1,6 @@
 """A job's command line says what its settings say, and no secret."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from jobs import Models
 from launched import eppo, write
 from omegaconf import OmegaConf
 
-from nemo_eppo.launch.command import Address, overrides
-from nemo_eppo.launch.schema import read_launch
+from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.command import CRITIC, REWARDS, Address, overrides
+from nemo_eppo.launch.launch_file import read_launch
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -62,13 +64,47 @@ def test_the_actor_finds_its_servers_and_no_command_line_holds_the_token(
     }
     arguments = overrides(launch, "actor", addresses)
     assert "s3cret" not in " ".join(arguments)
-    assert read_back(arguments, tmp_path)["servers"] == {
-        "critic": {"url": "http://10.0.0.1:5555", "token": "s3cret"},
-        "rewards": [
-            {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"},
-            {"url": "http://10.0.0.2:5556", "token": "s3cret"},
-        ],
-        "held_out": {"url": "http://127.0.0.1:5557"},
-    }
+    found = read_back(arguments, tmp_path)
+    assert found["critic"] == {"server": {"url": "http://10.0.0.1:5555", "token": "s3cret"}}
+    assert found["rewards"] == [
+        {"server": {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"}},
+        {"server": {"url": "http://10.0.0.2:5556", "token": "s3cret"}},
+    ]
+    assert found["held_out_reward"] == {"server": {"url": "http://127.0.0.1:5557"}}
     server = read_back(overrides(launch, "reward", addresses), tmp_path)["server"]
     assert server == {"host": "0.0.0.0", "port": 5556, "token": "s3cret"}
+
+
+def test_rewards_that_need_no_server_stand_beside_those_that_do(models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    function = {"function": "rewards:length"}
+    values["jobs"]["actor"].update(needs=["reward"])
+    values["jobs"]["actor"]["settings"] |= {CRITIC: None, REWARDS: [function]}
+    launch = read_launch(write(values, tmp_path / "launch.yaml"))
+    addresses = {"reward": Address("http://127.0.0.1:5556"), "critic": Address("http://127.0.0.1:5555")}
+    found = read_back(overrides(launch, "actor", addresses), tmp_path)
+    assert OmegaConf.select(OmegaConf.create(found), REWARDS) == [
+        function,
+        {"server": {"url": "http://127.0.0.1:5556"}},
+    ]
+    assert OmegaConf.select(OmegaConf.create(found), CRITIC) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({CRITIC: None}, f"{CRITIC} = None: expected no value here"),
+        (
+            {REWARDS: [{"server": {}}]},
+            f"{REWARDS} = [{{'server': {{}}}}]: expected no value here, the launcher sets it",
+        ),
+    ],
+)
+def test_what_the_launcher_sets_is_not_set_as_well(
+    models: Models, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["actor"]["settings"] |= settings
+    launch = read_launch(write(values, tmp_path / "launch.yaml"))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        overrides(launch, "actor", dict.fromkeys(launch.servers, Address("http://127.0.0.1:1")))

@@ -14,8 +14,11 @@ from distributed import free_port
 from jobs import Models
 
 from nemo_eppo.cli import main
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import word_level
-from nemo_eppo.launch import machine
+from nemo_eppo.launch import machine_checks
+from nemo_eppo.launch.examination import check_launch
+from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.servers.client import ClientConfig, RewardClient
 
@@ -208,7 +211,7 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
 
 
 def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_OPEN_FILES", 10**9)
+    monkeypatch.setattr(machine_checks, "_OPEN_FILES", 10**9)
     monkeypatch.setattr(sys, "version_info", (3, 14, 0))
     status, findings = doctor(
         launch,
@@ -221,6 +224,26 @@ def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: p
     faulty = {name for name, finding in findings.items() if finding["status"] != "ok"}
     assert {"Python", "open files", "actor: settings and model", "reward: settings and model", "ports"} <= faulty
     assert findings["critic: layout"]["status"] == "ok"
+
+
+def test_whatever_launch_refuses_doctor_names(launch: Path, doctor: Any, tmp_path: Path) -> None:
+    changes = [
+        "jobs.reward.nodes=2",
+        "jobs.critic.settings.server.port=5001",
+        "jobs.reward.settings.server.port=5001",
+        "jobs.critic.settings.model.restore_from_path=/nowhere/rm",
+        "jobs.reward.settings.model.parallel.tensor_model_parallel_size=3",
+        f"jobs.actor.settings.data.validation={tmp_path / 'run' / 'reward' / 'rows.jsonl'}",
+        "jobs.actor.needs=[critic]",
+    ]
+    with pytest.raises(ConfigError) as refused:
+        check_launch(read_launch(launch, changes), here=True)
+    _, findings = doctor(launch, *changes)
+    errors = {finding["found"] for finding in findings.values() if finding["status"] == "error"}
+    faults = str(refused.value).splitlines()
+    assert len(faults) == 6
+    for fault in faults:
+        assert any(fault.endswith(found) for found in errors), fault
 
 
 def test_a_window_that_is_too_short(launch: Path, doctor: Any) -> None:
@@ -244,5 +267,5 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
 
 
 def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_eppo.launch.doctor_servers.PROTOCOL_VERSION", 2)
+    monkeypatch.setattr("nemo_eppo.launch.server_checks.PROTOCOL_VERSION", 2)
     assert only_error(doctor("--server", reward_server), f"server {reward_server}") == "protocol 1"

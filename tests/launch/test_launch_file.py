@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ from launched import eppo, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.check import check_launch
+from nemo_eppo.launch.command import CRITIC, REWARDS
+from nemo_eppo.launch.examination import Job, check_launch, missing_servers
 from nemo_eppo.launch.gpus import Gpus
-from nemo_eppo.launch.schema import LaunchConfig, read_launch
+from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
+from nemo_eppo.servers.client import ClientConfig
+from nemo_eppo.training.critics import CriticSource
+from nemo_eppo.training.kinds import KINDS
+from nemo_eppo.training.reward_sources import RewardSourceConfig
 
 
 def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -98,6 +104,62 @@ def test_all_faulty_jobs_are_named_at_once_and_a_layout_is_checked_against_the_m
             check_launch(read_launch(write(launch, tmp_path / "launch.yaml")), here=True)
     assert "jobs.reward: impossible layout" in str(error.value)
     assert f"jobs.critic.settings.server.port = {port}: cannot listen there" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"), [("sft", "'scalar', expected 'lm'"), ("reward", "'lm', expected 'scalar'"), ("critic", "")]
+)
+def test_a_model_with_another_head_is_refused_where_the_job_would_refuse_it(
+    models: Models, tmp_path: Path, job: str, expected: str
+) -> None:
+    launch = eppo(models, tmp_path / "out")
+    data = {side: str(models.data / f"sft.{side}.jsonl") for side in ("train", "validation")}
+    sft = {"model.restore_from_path": str(models.sft), "data": data, "fit.max_steps": 1}
+    launch["jobs"]["sft"] = {"script": "train_gpt_sft", "settings": sft}
+    launch["jobs"][job]["settings"]["model.restore_from_path"] = str(models.rm if job == "sft" else models.sft)
+    file = read_launch(write(launch, tmp_path / "launch.yaml"))
+    if expected:
+        with pytest.raises(ConfigError, match=f"jobs.{job}: .* holds a model with head {expected}"):
+            check_launch(file, here=True)
+    else:
+        check_launch(file, here=True)
+
+
+def actor(critic: object, rewards: tuple[object, ...]) -> Job:
+    """An actor whose settings find critic and rewards like this."""
+    settings = SimpleNamespace(**{CRITIC: critic, REWARDS: rewards})
+    return Job("actor", KINDS["train_gpt_ppo_actor"], 1, settings)
+
+
+SERVED = CriticSource(server=ClientConfig(url="http://127.0.0.1:1"))
+HERE = SimpleNamespace(colocated=object())
+FUNCTION = RewardSourceConfig(function="rewards:length")
+
+
+@pytest.mark.parametrize(
+    ("needs", "critic", "rewards", "missing"),
+    [
+        ([], None, (FUNCTION,), []),
+        ([], HERE, (HERE, FUNCTION), []),
+        (["reward"], None, (SERVED, FUNCTION), []),
+        (["critic"], SERVED, (FUNCTION,), []),
+        ([], SERVED, (FUNCTION,), ["expected one serve_ppo_critic, found none"]),
+        (["critic"], SERVED, (FUNCTION, SERVED), ["expected a serve_reward_model"]),
+        (["critic", "second"], SERVED, (HERE,), ["expected one serve_ppo_critic, found critic, second"]),
+        ([], SERVED, (SERVED,), ["expected one serve_ppo_critic, found none", "expected a serve_reward_model"]),
+    ],
+)
+def test_an_actor_needs_a_server_where_its_settings_ask_for_an_address(
+    needs: list[str], critic: object, rewards: tuple[object, ...], missing: list[str]
+) -> None:
+    critic_job = {"script": "serve_ppo_critic"}
+    jobs = {"critic": critic_job, "second": critic_job, "reward": {"script": "serve_reward_model"}}
+    jobs["actor"] = {"script": "train_gpt_ppo_actor", "needs": needs}  # type: ignore[dict-item]
+    launch = LaunchConfig.model_validate({"name": "few", "output": "out", "jobs": jobs})
+    found = [finding.found for finding in missing_servers(launch, actor(critic, rewards))]
+    assert len(found) == len(missing)
+    for text, words in zip(found, missing, strict=True):
+        assert text.startswith(f"jobs.actor.needs: {words}")
 
 
 def test_an_override_changes_what_the_file_says_in_either_spelling(models: Models, tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
+from nemo_eppo.launch.examination import check_launch
+from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, run_local
-from nemo_eppo.launch.schema import read_launch
+from nemo_eppo.observability.metrics import read_metrics
 
 
 def start(file: Path, stdout: int) -> subprocess.Popen[str]:
@@ -86,7 +88,7 @@ def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(m
             "model.restore_from_path": str(models.sft),
             "data.train": str(models.data / "sft.train.jsonl"),
             "data.validation": str(models.data / "sft.validation.jsonl"),
-            "sft.global_batch_size": 1000,
+            "fit.global_batch_size": 1000,
         },
     }
     launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": job}}
@@ -96,6 +98,23 @@ def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(m
     assert "failed (exitcode: 2) local_rank: " in str(failed.value)
     assert "ChildFailedError" in (tmp_path / "out" / "logs" / "sft.log").read_text()
     assert "ChildFailedError" not in str(failed.value)
+
+
+def test_an_actor_that_needs_no_server_is_launched_alone(models: Models, tmp_path: Path) -> None:
+    launch = eppo(models, tmp_path / "out")
+    launch["jobs"] = {"actor": launch["jobs"]["actor"] | {"needs": []}}
+    settings = launch["jobs"]["actor"]["settings"]
+    file = tmp_path / "launch.yaml"
+    with pytest.raises(ConfigError, match=r"jobs\.actor\.needs: expected one serve_ppo_critic, found none\n"):
+        check_launch(read_launch(write(launch, file)), here=True)
+    settings |= {"method": "grpo", "ppo.samples_per_prompt": 2}
+    with pytest.raises(ConfigError, match=r"^jobs\.actor\.needs: expected a serve_reward_model"):
+        check_launch(read_launch(write(launch, file)), here=True)
+    settings["rewards"] = [{"function": "nemo_eppo.tools.noun_task:gold_reward"}]
+    assert main(["launch", str(write(launch, file))]) == 0
+    metrics = read_metrics(tmp_path / "out" / "actor" / "metrics.jsonl")
+    assert metrics["reward/final"][0] == [1, 2]
+    assert "critic/loss" not in metrics
 
 
 def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from features import GEMMA2
 from tiny import (
     MODEL,
     PP2,
@@ -35,6 +36,7 @@ from nemo_eppo.models.model_config import ModelConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.3, betas=(0.9, 0.99), eps=1.0, weight_decay=0.1, clip_grad=1.0)
 TIED_QWEN3 = MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True})
+TIED_GEMMA2 = MODEL.model_copy(update=GEMMA2)
 TP2_PP2 = SP2 | PP2
 LAYOUTS = {
     "TP2": (TP2, 2),
@@ -63,9 +65,9 @@ def train_policy(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]
     logprobs, entropy = output[:, :-1].unbind(-1)
     mask, tokens = rows["mask"], float(mini_batch()["mask"].sum())
     settings: Any = {"clip_low": 3.0, "clip_high": 3.0, "denominator": tokens}
-    loss, stats = policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, **settings)
+    loss, _ = policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, **settings)
     entropy_term = aggregate(entropy, mask, "token", tokens)
-    return loss - 0.1 * entropy_term, {"tokens": stats.tokens, "entropy": entropy_term}
+    return loss - 0.1 * entropy_term, {"tokens": mask.sum().float(), "entropy": entropy_term}
 
 
 def train_values(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,6 +119,11 @@ def tied_policy() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def gemma2() -> dict[str, Any]:
+    return run({}, 1, TIED_GEMMA2)[0]
+
+
+@pytest.fixture(scope="module")
 def critic() -> dict[str, Any]:
     return run({}, 1, scalar=True)[0]
 
@@ -130,10 +137,12 @@ def same(case: str, got: list[dict[str, Any]], expected: dict[str, Any]) -> None
         close(f"{case}, rank {rank}, reports (relative)", relative[0], relative[1])
 
 
-def test_three_updates_move_every_parameter(policy: dict[str, Any], critic: dict[str, Any]) -> None:
+def test_three_updates_move_every_parameter(
+    policy: dict[str, Any], critic: dict[str, Any], gemma2: dict[str, Any]
+) -> None:
     """The comparisons of this file would be empty if training did nothing."""
-    start = random_weights(MODEL)
-    for result in (policy, critic):
+    for result, model in ((policy, MODEL), (critic, MODEL), (gemma2, TIED_GEMMA2)):
+        start = random_weights(model)
         for name, trained in result["parameters"].items():
             assert float((trained - start[name]).abs().max()) > 1e-4, name
 
@@ -146,6 +155,15 @@ def test_layout_changes_no_policy(layout: str, policy: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2"])
 def test_layout_changes_no_policy_with_tied_embeddings_and_qk_norm(layout: str, tied_policy: dict[str, Any]) -> None:
     same(f"tied policy {layout}", run(*LAYOUTS[layout], model=TIED_QWEN3), tied_policy)
+
+
+@pytest.mark.parametrize("packed", [None, 21])
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2"])
+def test_layout_packing_and_recomputing_change_no_gemma2(
+    layout: str, packed: int | None, gemma2: dict[str, Any]
+) -> None:
+    result = run(*LAYOUTS[layout], model=TIED_GEMMA2, micro_batch_tokens=packed, recompute=packed is not None)
+    same(f"Gemma 2 {layout}", result, gemma2)
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2"])

@@ -7,23 +7,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from pydantic import ValidationError
 from tiny import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import logprobs
-from nemo_eppo.megatron.logprobs import IGNORE, ScoringConfig, token_logprobs
+from nemo_eppo.megatron.logprobs import IGNORE, token_logprobs
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.rollout.sampling import SamplingParams
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 6, 3, 8, 101
-SCORINGS = {
-    "plain": ScoringConfig(),
-    "temperature": ScoringConfig(temperature=0.7),
-    "top-k": ScoringConfig(top_k=5),
-    "top-p": ScoringConfig(top_p=0.8),
-    "all": ScoringConfig(temperature=1.3, top_k=20, top_p=0.7),
+DISTRIBUTIONS = {
+    "plain": UNCHANGED,
+    "temperature": UNCHANGED._replace(temperature=0.7),
+    "top-k": UNCHANGED._replace(top_k=5),
+    "top-p": UNCHANGED._replace(top_p=0.8),
+    "all": Distribution(temperature=1.3, top_k=20, top_p=0.7),
 }
 Results = dict[str, Tensor]
 
@@ -46,19 +48,22 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.to(dtype) for name, value in values.items()} | {"targets": targets}
 
 
-def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
-    """The definition, in fp64: filter the whole vocabulary's logits, but never the target; then log_softmax."""
+def reference(distribution: Distribution, dtype: torch.dtype, softcap: float | None = None) -> Results:
+    """The definition, in fp64: cap all logits, filter them, but never the target; then log_softmax."""
     given = inputs(dtype)
     hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
-    logits = (hidden @ weight.T).transpose(0, 1) / scoring.temperature
+    logits = (hidden @ weight.T).transpose(0, 1)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits / distribution.temperature
     targets = given["targets"]
     keep = torch.zeros_like(logits, dtype=torch.bool)
     for place in itertools.product(range(BATCH), range(SEQUENCE)):
         likeliest = sorted(range(VOCAB), key=lambda token: -float(logits[place][token]))
-        likeliest = likeliest[: scoring.top_k or VOCAB]
+        likeliest = likeliest[: distribution.top_k or VOCAB]
         mass = logits[place].detach()[likeliest].softmax(-1)
         before = mass.cumsum(0) - mass
-        keep[place][[t for t, m in zip(likeliest, before.tolist(), strict=True) if m < scoring.top_p]] = True
+        keep[place][[t for t, m in zip(likeliest, before.tolist(), strict=True) if m < distribution.top_p]] = True
     keep.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), True)
     logp = logits.masked_fill(~keep, -torch.inf).log_softmax(-1)
     chosen = logp.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -68,7 +73,14 @@ def reference(scoring: ScoringConfig, dtype: torch.dtype) -> Results:
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
-def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel: bool, chunk: int | None) -> Results:
+def score(
+    distribution: Distribution,
+    dtype: torch.dtype,
+    tp: int,
+    sequence_parallel: bool,
+    chunk: int | None,
+    softcap: float | None = None,
+) -> Results:
     """The product, its projection padded with rows that would win every softmax if they were not masked."""
     initialize(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel), seed=0)
     if chunk is not None:
@@ -78,8 +90,8 @@ def score(scoring: ScoringConfig, dtype: torch.dtype, tp: int, sequence_parallel
     weight = padded.chunk(tp)[dist.get_rank()].clone().requires_grad_()
     hidden = given["hidden"].chunk(tp)[dist.get_rank()] if sequence_parallel else given["hidden"]
     hidden = hidden.clone().requires_grad_()
-    options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "scoring": scoring}
-    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), **options)
+    options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "distribution": distribution}
+    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, **options)
     (scores * given["grads"]).sum().backward()
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
@@ -97,26 +109,39 @@ def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], exp
         assert not gradient[ignored].any(), "a row nobody asked for gets no gradient"
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["TP1", "TP2", "TP2+SP"])
-def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel: bool, scoring: str) -> None:
+def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel: bool, distribution: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = run_ranks(score, tp, SCORINGS[scoring], dtype, tp, sequence_parallel, None)
+        got = run_ranks(score, tp, DISTRIBUTIONS[distribution], dtype, tp, sequence_parallel, None)
         assert got[0]["scores"].dtype == dtype
-        expected = reference(SCORINGS[scoring], dtype)
-        compare(f"{scoring} TP{tp} SP={sequence_parallel} {dtype}", tp, sequence_parallel, got, expected, tolerance)
+        expected = reference(DISTRIBUTIONS[distribution], dtype)
+        compare(
+            f"{distribution} TP{tp} SP={sequence_parallel} {dtype}", tp, sequence_parallel, got, expected, tolerance
+        )
 
 
-@pytest.mark.parametrize("scoring", ["plain", "all"])
-def test_chunks_of_one_row_equal_one_chunk(scoring: str) -> None:
-    got = run_ranks(score, 2, SCORINGS[scoring], torch.float64, 2, False, 1)
-    compare(f"{scoring}, chunked", 2, False, got, reference(SCORINGS[scoring], torch.float64), 1e-12)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("softcap", [0.7, 4.0])
+def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: float, distribution: str) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        got = run_ranks(score, 2, DISTRIBUTIONS[distribution], dtype, 2, False, 1, softcap)
+        expected = reference(DISTRIBUTIONS[distribution], dtype, softcap)
+        compare(f"{distribution} capped at {softcap} {dtype}", 2, False, got, expected, tolerance)
+    uncapped = reference(DISTRIBUTIONS[distribution], torch.float64)["scores"]
+    assert float((expected["scores"] - uncapped).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("distribution", ["plain", "all"])
+def test_chunks_of_one_row_equal_one_chunk(distribution: str) -> None:
+    got = run_ranks(score, 2, DISTRIBUTIONS[distribution], torch.float64, 2, False, 1)
+    compare(f"{distribution}, chunked", 2, False, got, reference(DISTRIBUTIONS[distribution], torch.float64), 1e-12)
 
 
 def test_bf16_is_scored_in_fp32() -> None:
-    got = run_ranks(score, 1, SCORINGS["plain"], torch.bfloat16, 1, False, None)
+    got = run_ranks(score, 1, DISTRIBUTIONS["plain"], torch.bfloat16, 1, False, None)
     assert got[0]["scores"].dtype == torch.float32
-    compare("bf16", 1, False, got, reference(SCORINGS["plain"], torch.bfloat16), 0.1)
+    compare("bf16", 1, False, got, reference(DISTRIBUTIONS["plain"], torch.bfloat16), 0.1)
 
 
 def all_ignored() -> Results:
@@ -124,7 +149,7 @@ def all_ignored() -> Results:
     given = inputs(torch.float32)
     hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
     nothing = torch.full_like(given["targets"], IGNORE)
-    options: Any = {"vocab_size": VOCAB, "sequence_parallel": False, "scoring": ScoringConfig()}
+    options: Any = {"vocab_size": VOCAB, "sequence_parallel": False, "distribution": UNCHANGED}
     scores = token_logprobs(hidden, weight, nothing, tensor_ranks(), **options)
     scores.sum().backward()
     return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
@@ -160,7 +185,11 @@ def memory(rows: int, vocabulary: int, chunk: int) -> tuple[int, int]:
         saved.append(tensor.numel())
         return tensor
 
-    options: Any = {"vocab_size": vocabulary, "sequence_parallel": False, "scoring": ScoringConfig(temperature=0.9)}
+    options: Any = {
+        "vocab_size": vocabulary,
+        "sequence_parallel": False,
+        "distribution": UNCHANGED._replace(temperature=0.9),
+    }
     with _LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_logprobs(hidden, weight, targets, tensor_ranks(), **options).sum().backward()
     return max(saved), largest.elements
@@ -174,7 +203,7 @@ def test_logits_of_all_rows_are_never_held() -> None:
     assert largest == chunk, "no tensor of either pass exceeds one chunk"
 
 
-def test_impossible_scoring_is_refused() -> None:
+def test_impossible_distributions_are_refused() -> None:
     for settings in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(ValidationError, match=next(iter(settings))):
-            ScoringConfig(**settings)
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            load_config(SamplingParams, {"max_new_tokens": 1, **settings})

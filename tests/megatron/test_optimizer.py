@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from features import GEMMA2, PHI3
 from tiny import MODEL, PP2, Layout, build_runner, close, exported, random_batch, random_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,11 +14,17 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
-from nemo_eppo.models.hf_config import hf_config
+from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.model_config import ModelConfig
 
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True})  # it has biases, which like norms are not decayed
 QWEN3 = MODEL.model_copy(update={"qk_norm": True})
+MODELS = {
+    "Qwen2": QWEN2,
+    "Qwen3": QWEN3,
+    "Gemma2": MODEL.model_copy(update=GEMMA2),
+    "Phi3": MODEL.model_copy(update=PHI3),
+}
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=0.01, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.5, clip_grad=0.5)
 
@@ -38,9 +45,12 @@ def train(layout: Layout, model: ModelConfig, optimizer: OptimizerConfig) -> Tra
 
 
 def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Training:
-    architecture = "Qwen2ForCausalLM" if model.qkv_bias else "Qwen3ForCausalLM"
-    network: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model, architecture)))
-    network.load_state_dict({n: w for n, w in random_weights(model).items() if "score" not in n})
+    settings = hf_config(model, causal_architecture(model)) | {"pad_token_id": None}
+    config = AutoConfig.for_model(**settings)
+    network: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    weights = {n: w for n, w in random_weights(model).items() if "score" not in n}
+    network.load_state_dict(weights, strict=not model.tie_embeddings)
+    network.tie_weights()
     groups: list[dict[str, Any]] = [
         {"params": [p for p in network.parameters() if p.dim() > 1]},
         {"params": [p for p in network.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -64,7 +74,7 @@ def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Trai
 
 
 @pytest.mark.parametrize("clip_grad", [0.5, 0.0])
-@pytest.mark.parametrize("model", [QWEN2, QWEN3], ids=["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (PP2, 2), ({}, 2)], ids=["TP1", "PP2", "DP2"])
 def test_updates_are_those_of_torch_adamw(layout: Layout, ranks: int, model: ModelConfig, clip_grad: float) -> None:
     optimizer = OPTIMIZER.model_copy(update={"clip_grad": clip_grad})

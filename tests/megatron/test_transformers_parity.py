@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, PRESETS, TP2, Layout, build_runner, close, inputs, random_batch, random_weights
+from features import GEMMA2, MISTRAL, PHI3
+from tiny import MODEL, PP2, PRESETS, TP2, Layout, build_runner, close, inputs, random_batch, random_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,17 +21,21 @@ FAMILIES = {
     "Llama 3.1": MODEL.model_copy(
         update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}
     ),
-    "Mistral": MODEL.model_copy(update={"num_query_groups": None, "norm_epsilon": 1e-6}),
+    "Mistral": MODEL.model_copy(update={"family": "Mistral", "num_query_groups": None, "norm_epsilon": 1e-6}),
+    "Mistral windowed": MODEL.model_copy(update=MISTRAL),
     "Qwen2": MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6}),
     "Qwen2 tied": MODEL.model_copy(update={"qkv_bias": True, "tie_embeddings": True}),
     "Qwen3": MODEL.model_copy(update={"qk_norm": True, "head_dim": 12}),
     "Qwen3 tied": MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True}),
+    "Qwen3 windowed": MODEL.model_copy(update={"qk_norm": True, "sliding_window": 4, "global_layers": (0, 1)}),
+    "Gemma2": MODEL.model_copy(update=GEMMA2),
+    "Phi3": MODEL.model_copy(update=PHI3),
 }
 
 
 def transformers_model(family: str, model: ModelConfig) -> Any:
     settings = hf_config(model, family.split()[0] + "ForCausalLM")
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**settings, pad_token_id=None)
     network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     weights = random_weights(model)
     missing, _ = network.load_state_dict({n: w for n, w in weights.items() if "score" not in n}, strict=False)
@@ -53,16 +58,24 @@ def transformers_scores(network: Any) -> Tensor:
     return scores
 
 
+def model_width(network: Any) -> int:
+    """Width of the MLP between its projections."""
+    width: int = network.config.intermediate_size
+    return width
+
+
 @torch.no_grad()
 def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, Tensor, int, int]]:
     """L1 norms [N, S] of what enters and leaves each module of each layer in LAYERS, and the two widths."""
     batch = random_batch()
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
     modules: dict[tuple[int, str], Any] = {}
+    halves = {"gate_proj": slice(0, model_width(network)), "up_proj": slice(model_width(network), None)}
     for layer in LAYERS:
         block = network.model.layers[layer]
         names = {"layer": block, "mlp": block.mlp}
-        names |= {name: getattr(block.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        fused = getattr(block.mlp, "gate_up_proj", None)
+        names |= {name: fused or getattr(block.mlp, name) for name in halves} | {"down_proj": block.mlp.down_proj}
         modules |= {(layer, name): module for name, module in names.items()}
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -76,6 +89,8 @@ def transformers_l1_norms(network: Any) -> dict[tuple[int, str], tuple[Tensor, T
         network(batch["tokens"][row : row + 1, :length])
         for key, module in modules.items():
             entered, left = seen[module]
+            if key[1] in halves and left.size(-1) > model_width(network):  # one linear is both
+                left = left[..., halves[key[1]]]
             shape = batch["tokens"].shape
             widths = (entered.size(-1), left.size(-1))
             e_in, e_out, *_ = norms.setdefault(key, (torch.zeros(shape), torch.zeros(shape), *widths))
@@ -97,15 +112,15 @@ def expected_energies(norms: dict[Any, Any], config: EnergyProbeConfig) -> Tenso
     return torch.stack(columns, dim=-1)
 
 
-def megatron_scores(layout: Layout, model: ModelConfig) -> Tensor:
-    return build_runner(layout, model).infer(*inputs(), outputs=2)[0]
+def megatron_scores(layout: Layout, model: ModelConfig, micro_batch_tokens: int | None) -> Tensor:
+    return build_runner(layout, model, micro_batch_tokens=micro_batch_tokens).infer(*inputs(), outputs=2)[0]
 
 
-def megatron_energies(layout: Layout, configs: list[EnergyProbeConfig]) -> list[Tensor]:
-    runner = build_runner(layout)
+def megatron_energies(layout: Layout, model: ModelConfig, configs: list[EnergyProbeConfig]) -> list[Tensor]:
+    runner = build_runner(layout, model)
     energies = []
     for config in configs:
-        runner.probe = EnergyProbe(config, runner.chunks, MODEL.num_layers)
+        runner.probe = EnergyProbe(config, runner.chunks, model.num_layers)
         _, read = runner.infer(*inputs(), outputs=2, energies=True)
         assert read is not None
         energies.append(read)
@@ -116,21 +131,23 @@ def megatron_energies(layout: Layout, configs: list[EnergyProbeConfig]) -> list[
 def test_logprobs_and_entropies_are_those_of_transformers(family: str) -> None:
     model = FAMILIES[family]
     expected = transformers_scores(transformers_model(family, model))
-    for layout, ranks in (({}, 1), (TP2, 2)):
-        for scores in run_ranks(megatron_scores, ranks, layout, model):
-            close(f"{family}, {ranks} ranks, log-prob", scores[..., 0], expected[..., 0])
-            close(f"{family}, {ranks} ranks, entropy", scores[..., 1], expected[..., 1])
+    for layout, ranks, packed in (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25)):
+        for scores in run_ranks(megatron_scores, ranks, layout, model, packed):
+            close(f"{family}, {layout}, packed {packed}, log-prob", scores[..., 0], expected[..., 0])
+            close(f"{family}, {layout}, packed {packed}, entropy", scores[..., 1], expected[..., 1])
 
 
-def test_energies_are_those_of_hooks_on_transformers() -> None:
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3"])
+def test_energies_are_those_of_hooks_on_transformers(family: str) -> None:
+    model = FAMILIES[family]
     configs = [
         EnergyProbeConfig(preset=preset, layers=layers, norm=norm)
         for preset in PRESETS
         for layers in ((-1,), (1,), LAYERS)
         for norm in (True, False)
     ]
-    norms = transformers_l1_norms(transformers_model("Llama", MODEL))
-    for config, energies in zip(configs, run_ranks(megatron_energies, 1, {}, configs)[0], strict=True):
+    norms = transformers_l1_norms(transformers_model(family, model))
+    for config, energies in zip(configs, run_ranks(megatron_energies, 1, {}, model, configs)[0], strict=True):
         expected = expected_energies(norms, config)
         assert float(expected.abs().max()) > 0.1
         # sums over the width, and with them their rounding, are as much larger than means

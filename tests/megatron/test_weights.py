@@ -6,14 +6,24 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from features import GEMMA2, PHI3
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.model import build_model, unwrap
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import export_tensors, load_tensors
-from nemo_eppo.models.hf_config import hf_config, model_config_from_hf
+from nemo_eppo.models.hf_config import causal_architecture, hf_config, model_config_from_hf
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ModelConfig
@@ -29,9 +39,11 @@ LLAMA = ModelConfig(
 )
 FAMILIES = {
     "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": LLAMA.model_copy(update={"num_query_groups": None, "head_dim": 10}),
+    "MistralForCausalLM": LLAMA.model_copy(update={"num_query_groups": None, "head_dim": 10, "sliding_window": 9}),
     "Qwen2ForCausalLM": LLAMA.model_copy(update={"qkv_bias": True, "tie_embeddings": True}),
     "Qwen3ForCausalLM": LLAMA.model_copy(update={"qk_norm": True, "head_dim": 8, "tie_embeddings": True}),
+    "Gemma2ForCausalLM": LLAMA.model_copy(update=GEMMA2),
+    "Phi3ForCausalLM": LLAMA.model_copy(update=PHI3),
 }
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "TP1": ({}, 1),
@@ -95,7 +107,9 @@ def test_norms_that_transformer_engine_fuses_are_found() -> None:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_names_and_shapes_are_those_of_transformers(architecture: str) -> None:
     model = FAMILIES[architecture]
-    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model, architecture)))
+    network = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**hf_config(model, architecture), pad_token_id=None)
+    )
     expected = {name: tuple(p.shape) for name, p in network.named_parameters()}  # without a tied lm_head
     assert dict(hf_names(model)) == expected
 
@@ -215,35 +229,87 @@ LLAMA3_ROPE = {
 }
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+OWN: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 4096},
+    "Qwen2": {"qkv_bias": True, "head_dim": None},
+    "Qwen3": {"qk_norm": True},
+    "Phi3": {"family": "Phi3", "head_dim": None},
+    "Gemma2": {
+        "activation": "gelu_tanh",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "scale_embedding": True,
+        "query_pre_attn_scalar": 256,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
+        "sliding_window": 4096,
+        "global_layers": (1, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Phi3Config])
 def test_settings_are_read_from_configs_of_transformers(kind: Any) -> None:
     family = kind.__name__.removesuffix("Config")
-    settings = SETTINGS if family != "Qwen2" else {k: v for k, v in SETTINGS.items() if k != "head_dim"}
+    settings = SETTINGS if family not in ("Qwen2", "Phi3") else {k: v for k, v in SETTINGS.items() if k != "head_dim"}
     config = kind(**settings, rope_theta=5e5, rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=0.03)
     for head in ("ForCausalLM", "ForSequenceClassification"):
-        assert model_config_from_hf(config.to_dict() | {"architectures": [family + head]}) == ModelConfig(
-            num_layers=4,
-            hidden_size=24,
-            ffn_hidden_size=20,
-            num_attention_heads=4,
-            num_query_groups=2,
-            head_dim=None if family == "Qwen2" else 8,
-            vocab_size=101,
-            max_sequence_length=4096 if family == "Mistral" else 8192,  # Mistral's window
-            rotary_base=5e5,
-            norm_epsilon=1e-6,
-            qkv_bias=family == "Qwen2",
-            qk_norm=family == "Qwen3",
-            tie_embeddings=True,
-            init_std=0.03,
-        )
+        expected: dict[str, Any] = {
+            "num_layers": 4,
+            "hidden_size": 24,
+            "ffn_hidden_size": 20,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "head_dim": 8,
+            "vocab_size": 101,
+            "max_sequence_length": 8192,
+            "rotary_base": 5e5,
+            "norm_epsilon": 1e-6,
+            "tie_embeddings": True,
+            "init_std": 0.03,
+        }
+        for written in (config.to_dict(), config.to_diff_dict()):  # the second is what save_pretrained writes
+            found = model_config_from_hf(written | {"architectures": [family + head]})
+            assert found == ModelConfig(**expected | OWN.get(family, {}))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_settings_survive_the_way_there_and_back(architecture: str) -> None:
-    for change in ({}, {"rope_scaling_factor": 32.0, "rotary_base": 5e5, "max_sequence_length": 131072}):
+    changes: list[dict[str, Any]] = [{}]
+    changes += [{"rope_scaling_factor": 32.0, "rotary_base": 5e5, "max_sequence_length": 131072}]
+    for change in changes:
+        if architecture == "Phi3ForCausalLM":
+            change.pop("rope_scaling_factor", None)  # transformers has none of that kind
         model = FAMILIES[architecture].model_copy(update=change)
         assert model_config_from_hf(hf_config(model, architecture)) == model
+
+
+def test_every_llama_model_can_be_written_as_mistral_and_phi3_and_is_remembered_as_such() -> None:
+    for architecture in ("MistralForCausalLM", "Phi3ForCausalLM"):
+        read = model_config_from_hf(hf_config(LLAMA, architecture))
+        assert read == LLAMA.model_copy(update={"family": architecture.removesuffix("ForCausalLM")})
+        assert causal_architecture(read) == architecture
+    assert causal_architecture(LLAMA) == "LlamaForCausalLM"
+
+
+QWEN2_WINDOWS = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16, "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({**QWEN2_WINDOWS, "max_window_layers": 3}, (16, (0, 1, 2))),
+        ({**QWEN2_WINDOWS}, (16, (0, 1, 2, 3))),  # transformers' max_window_layers is 28
+        ({**QWEN2_WINDOWS, "layer_types": ["full_attention", *["sliding_attention"] * 3]}, (16, (0,))),
+        ({**QWEN2_WINDOWS, "use_sliding_window": False, "max_window_layers": 3}, (None, ())),
+        ({"sliding_window": 16}, (None, ())),  # a Llama has none, whatever is written
+        ({"architectures": ["MistralForCausalLM"]}, (4096, ())),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None, ())),
+    ],
+)
+def test_windows_are_those_that_transformers_takes(settings: dict[str, Any], windows: Any) -> None:
+    model = model_config_from_hf(config_json(**settings))
+    assert (model.sliding_window, model.global_layers) == windows
 
 
 def config_json(**changes: Any) -> dict[str, Any]:
@@ -257,6 +323,9 @@ def test_rotary_settings_of_transformers_5_are_read() -> None:
     assert (model.rotary_base, model.rope_scaling_factor) == (5e5, 8.0)
 
 
+PHI3_JSON = {"architectures": ["Phi3ForCausalLM"]}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -267,6 +336,11 @@ def test_rotary_settings_of_transformers_5_are_read() -> None:
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({**PHI3_JSON, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rope_type = 'longrope'"),
+        ({**PHI3_JSON, "partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75"),
+        ({**PHI3_JSON, "head_dim": 8}, "Phi3ForCausalLM cannot have model.head_dim = 8"),
+        ({**QWEN2_WINDOWS, "layer_types": ["chunked_attention"] * 4}, "layer_types = ['chunked_attention'"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "config.json of Gemma2ForCausalLM lacks query_pre_attn_scalar"),
         ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 2}}, "low_freq_factor = 2"),
         ({"vocab_size": None, "rms_norm_eps": None}, "config.json of LlamaForCausalLM lacks vocab_size, rms_norm_eps"),
         ({"intermediate_size": 0}, "ffn_hidden_size = 0"),
@@ -284,6 +358,8 @@ def test_what_would_be_computed_differently_is_refused(change: dict[str, Any], s
         ("Qwen3ForCausalLM", LLAMA, "needs model.qk_norm = True, the model has False"),
         ("LlamaForCausalLM", FAMILIES["Qwen2ForCausalLM"], "needs model.qkv_bias = False, the model has True"),
         ("Qwen2ForCausalLM", LLAMA.model_copy(update={"qkv_bias": True, "head_dim": 8}), "model.head_dim = 8"),
+        ("LlamaForCausalLM", FAMILIES["MistralForCausalLM"], "cannot have model.sliding_window = 9"),
+        ("Gemma2ForCausalLM", LLAMA, "needs model.activation = gelu_tanh, the model has silu"),
     ],
 )
 def test_architecture_without_a_feature_of_the_model_is_refused(

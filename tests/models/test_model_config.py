@@ -36,6 +36,19 @@ def test_all_that_does_not_divide_is_said_at_once() -> None:
     assert [field in str(error.value) for field in fields] == [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"family": "Gemma"}, "'GemmaForCausalLM' is not supported; expected one of: LlamaForCausalLM, .*Phi3ForSeq"),
+        ({"family": "Qwen3"}, "Qwen3 needs model.qk_norm = True, the model has False"),
+        ({"qk_norm": True, "qkv_bias": True}, "no supported family has all features(.|\n)*Qwen3 needs model.qkv_bias"),
+    ],
+)
+def test_model_of_no_family_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_layout(MODEL.model_copy(update=change), ParallelConfig())
+
+
 def test_possible_layouts_are_accepted() -> None:
     for layout in ({}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4}):
         check_layout(MODEL, ParallelConfig(**layout))
@@ -48,6 +61,10 @@ def test_possible_layouts_are_accepted() -> None:
         ({"num_query_groups": 3}, "num_attention_heads 4 is not divisible by num_query_groups 3"),
         ({"head_dim": 7}, "head_dim = 7 is odd"),
         ({"num_layers": 0}, "num_layers = 0: .*greater than or equal to 1"),
+        ({"global_layers": [1]}, r"global_layers = \[1\] needs a sliding_window"),
+        ({"sliding_window": 8, "global_layers": [0, 4]}, r"global_layers: \[4\] are no layers; expected 0 to 3"),
+        ({"sliding_window": 0}, "sliding_window = 0: .*greater than or equal to 1"),
+        ({"activation": "gelu"}, "activation = 'gelu'"),
         ({"norm_epsilon": 0.0}, "norm_epsilon = 0.0: .*greater than 0"),
         ({"qk_norms": True}, "qk_norms: unknown key .*did you mean 'qk_norm'"),
     ],
@@ -60,7 +77,7 @@ def test_impossible_model_is_refused(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size = 2: only 1 is supported"),
+        ({"context_parallel_size": 2}, "context_parallel_size: unknown key"),
         ({"sequence_parallel": True}, "sequence_parallel = true needs tensor_model_parallel_size > 1"),
         (
             {"virtual_pipeline_model_parallel_size": 2},

@@ -201,13 +201,13 @@ def test_plotly_is_imported_for_a_report_only() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
+def test_without_a_gold_reward_the_report_has_none(tmp_path: Path) -> None:
     write_example_run(tmp_path, steps=3, prompts=4, gold=False)
     report_from_run(tmp_path, tmp_path / "report.html")
     page = _Page((tmp_path / "report.html").read_text())
     assert "Gold reward" not in page.texts["h3"]
     assert "Proxy against gold" not in page.texts["h2"]
-    assert "no gold scorer tells what that is worth" in page.texts["p"][1]
+    assert "there is no gold reward to compare it with" in page.texts["p"][1]
 
 
 def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:

@@ -15,6 +15,14 @@ def matches(sample: Sample) -> bool:
     return bool(sample.finished and sample.response == sample.fields["answer"])
 
 
+def starts_with(sample: Sample) -> bool:
+    return sample.token_ids[:2] == (4, 5)
+
+
+def huge(sample: Sample) -> int:
+    return 10**400
+
+
 def raises(sample: Sample) -> float:
     raise KeyError("no such answer")
 
@@ -33,6 +41,7 @@ def dies(sample: Sample) -> float:
 
 def hangs_on_b(sample: Sample) -> float:
     if sample.prompt == "b":
+        os.fork()  # what it starts holds its pipes open
         time.sleep(600)
     return 1.0
 

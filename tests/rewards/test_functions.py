@@ -31,6 +31,7 @@ def test_a_function_is_given_text_token_ids_and_the_rows_other_fields(pool: Func
     samples = [sample("a", answer="yes"), sample("b", answer="no"), sample("c", finished=False, answer="yes")]
     assert pool.submit("own_functions:length", samples).result() == [3.0, 3.0, 3.0]
     assert pool.submit("own_functions:matches", samples).result() == [1.0, 0.0, 0.0]
+    assert pool.submit("own_functions:starts_with", samples).result() == [1.0, 1.0, 1.0]
 
 
 def test_functions_run_in_other_processes_that_end_with_the_pool(pool: FunctionPool) -> None:
@@ -48,6 +49,7 @@ def test_functions_run_in_other_processes_that_end_with_the_pool(pool: FunctionP
         ("raises", "raised KeyError: 'no such answer'"),
         ("not_a_number", "gave 'good'; expected a finite number"),
         ("nan", "gave nan; expected a finite number"),
+        ("huge", "raised OverflowError: int too large to convert to float"),
         ("dies", "ended its process"),
     ],
 )
@@ -66,6 +68,24 @@ def test_a_call_over_the_time_limit_is_ended() -> None:
         pool.submit("own_functions:hangs_on_b", [sample("a"), sample("b")]).result()
     pool.close()
     assert time.monotonic() - started < 30
+
+
+def test_of_several_failures_the_first_row_is_named_and_waiting_rows_are_dropped() -> None:
+    pool, started = FunctionPool(FunctionsConfig(time_limit=3)), time.monotonic()
+    with pytest.raises(RewardFunctionError, match=r"response 0 .*: took more than 3 s"):
+        pool.submit("own_functions:hangs_on_b", [sample("b")] * 100).result()
+    pool.close()
+    assert time.monotonic() - started < 60
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit("own_functions:length", [sample("a")])
+
+
+def test_closing_drops_the_calls_that_have_not_begun() -> None:
+    pool, started = FunctionPool(FunctionsConfig(time_limit=3)), time.monotonic()
+    answer = pool.submit("own_functions:hangs_on_b", [sample("b")] * 100)
+    pool.close()
+    assert time.monotonic() - started < 60
+    assert answer.exception() is not None
 
 
 def test_a_function_that_does_not_exist_is_named_before_anything_runs() -> None:

@@ -69,7 +69,7 @@ def test_the_latent_penalty_is_the_mahalanobis_distance() -> None:
 def test_a_latent_penalty_on_models_without_latents_is_refused() -> None:
     run = pipeline({"latent_penalty": {"gamma": 0.3}})
     run.check_sources([Column(name="model")], latent_size=4)
-    with pytest.raises(ConfigError, match=r"shaping\.latent_penalty\.gamma = 0\.3: none .* gives latents"):
+    with pytest.raises(ConfigError, match=r"shaping\.latent_penalty \(gamma=0\.3\) needs latents, but none .* any"):
         run.check_sources([Column(name="model")], latent_size=0)
 
 

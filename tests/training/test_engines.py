@@ -24,7 +24,8 @@ def trtllm(**environment: str) -> dict[str, Any]:
 def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one step of each made, or its error."""
     root, port = tmp_path_factory.mktemp("engines"), free_port()
-    critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, root / "critic")
+    serving = {"model": {"restore_from_path": models.rm}, "server": {"port": port}, "optimizer": {"lr": 1e-6}}
+    critic = Job("critic", 1, serving, root / "critic")
 
     def run(engine: dict[str, Any], **ppo: Any) -> dict[str, Any]:
         sizes = {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8}

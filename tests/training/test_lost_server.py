@@ -15,7 +15,7 @@ def test_a_killed_reward_server_fails_the_actor_within_30_seconds(models: Models
     critic = Job(
         "critic",
         1,
-        {"model": {"restore_from_path": models.rm}, "server": {"port": critic_port}},
+        {"model": {"restore_from_path": models.rm}, "server": {"port": critic_port}, "optimizer": {"lr": 1e-6}},
         tmp_path / "critic",
     )
     ready = tmp_path / "ready.json"

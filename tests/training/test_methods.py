@@ -59,7 +59,8 @@ def steps(
         servers.append(Job("reward", 1, settings, root / kind))
         urls[kind] = f"http://127.0.0.1:{settings['server']['port']}"
     serving = {"port": port, "max_batch_size": 6}
-    critic = Job("critic", 1, {"model": {"restore_from_path": models.rm}, "server": serving}, root / "critic")
+    critic_settings = {"model": {"restore_from_path": models.rm}, "server": serving, "optimizer": {"lr": 1e-6}}
+    critic = Job("critic", 1, critic_settings, root / "critic")
     common = [
         f"model.restore_from_path={models.sft}",
         f"data.train={models.data / 'prompts.train.jsonl'}",
@@ -94,7 +95,7 @@ def steps(
             settings["critic"]["server"]["url"] = f"http://127.0.0.1:{port}"
     try:
         actor = Job("methods", 1, runs, root / "actor")
-        assert actor.wait(200) == 0, actor.log.read_text()[-6000:]
+        assert actor.wait(400) == 0, actor.log.read_text()[-6000:]
     finally:
         for job in (critic, *servers):
             job.stop()

@@ -43,7 +43,10 @@ def settings(
 def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, tmp_path: Path) -> None:
     port, run = free_port(), tmp_path / "run"
     critic = Job(
-        "critic", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, tmp_path / "critic"
+        "critic",
+        1,
+        {"model": {"restore_from_path": models.rm}, "server": {"port": port}, "optimizer": {"lr": 1e-6}},
+        tmp_path / "critic",
     )
     jobs = [critic]
     try:

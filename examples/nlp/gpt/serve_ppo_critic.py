@@ -1,4 +1,4 @@
-"""Serve and train the PPO critic through PyTriton until the job is stopped.
+"""Serve the PPO critic, and train it on what the actor sends, through PyTriton until the job is stopped.
 
 Start it with `python serve_ppo_critic.py key=value ...`, on several ranks with
 `torchrun --nproc_per_node N serve_ppo_critic.py key=value ...`.

@@ -1,8 +1,8 @@
-"""Train a policy with PPO, and with the energy-loss penalty of EPPO if
-`shaping.energy_penalty.eta` is above 0.
+"""Train a policy with PPO, or with an estimator without a critic such as GRPO. `method=NAME`
+chooses it; `method=eppo`, the default, takes the energy-loss penalty of EPPO off the reward.
 
-The critic and the reward models are jobs of their own, which have to be up or coming up:
-serve_ppo_critic.py and serve_reward_model.py. Start it with
+Unless the settings say otherwise, the actor asks a critic (serve_ppo_critic.py) and a reward model
+(serve_reward_model.py), and waits for servers that are still starting. Start it with
 `torchrun --nproc_per_node N train_gpt_ppo_actor.py key=value ...`.
 """
 

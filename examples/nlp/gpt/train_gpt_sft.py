@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a GPT model on {"prompt", "response"} rows.
+"""Fine-tune a GPT model on {"prompt", "response"} rows: its responses become more likely.
 
 Start it with `python train_gpt_sft.py key=value ...`, on several ranks with
 `torchrun --nproc_per_node N train_gpt_sft.py key=value ...`.

@@ -1,4 +1,7 @@
-"""Bradley-Terry training of a reward model on {"prompt", "chosen", "rejected"} rows.
+"""Train a reward model, or an ensemble of them, on {"prompt", "chosen", "rejected"} rows.
+
+`reward.kind` chooses the loss: Bradley-Terry alone, with ODIN's length head, or with InfoRM's
+bottleneck.
 
 Start it with `python train_reward_model.py key=value ...`, on several ranks with
 `torchrun --nproc_per_node N train_reward_model.py key=value ...`.

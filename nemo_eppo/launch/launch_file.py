@@ -12,15 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config
-
-Script = Literal["train_gpt_sft", "train_reward_model", "serve_reward_model", "serve_ppo_critic", "train_gpt_ppo_actor"]
-SERVERS = ("serve_reward_model", "serve_ppo_critic")
+from nemo_eppo.training.kinds import KINDS, JobKind
 
 
 class JobConfig(Config):
     """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends, others to their end."""
 
-    script: Script
+    script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
     """The script, without its ending."""
     needs: tuple[str, ...] = ()
     """Jobs that come first: a server has to be ready, any other has to have ended. The actor finds its critic and its
@@ -40,8 +38,17 @@ class JobConfig(Config):
     filled in."""
 
     @property
+    def kind(self) -> JobKind:
+        return KINDS[self.script]
+
+    @property
     def serves(self) -> bool:
-        return self.script in SERVERS
+        return self.kind.serves is not None
+
+    @property
+    def serves_reward(self) -> bool:
+        """Whether it has a reward model: its own, or one beside the critic."""
+        return self.kind.serves == "reward" or self.setting("reward_model") is not None
 
     @property
     def ranks(self) -> int:
@@ -89,8 +96,8 @@ class KubernetesConfig(ImageConfig):
     """Namespace of everything."""
     volumes: dict[str, PurePosixPath] = Field(min_length=1)
     """PersistentVolumeClaims, shared by all pods, and where they are mounted; one of them holds `output`."""
-    secret: str
-    """Secret whose key `token` holds the servers' shared secret."""
+    secret: str | None = None
+    """Secret whose key `token` holds the servers' shared secret; needed if there are servers."""
     shared_memory: str = "64Gi"
     """Size of /dev/shm, which NCCL and PyTriton use."""
     memory: str | None = None
@@ -107,7 +114,7 @@ class LaunchConfig(Config):
     """A launch file."""
 
     name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")
-    """Of the run: lower case letters, digits and dashes."""
+    """Name of the run: lower case letters, digits and dashes."""
     output: Path
     """Directory of the run: <output>/<job> is a job's run directory, <output>/logs holds the logs. Launched again
     with the same one, the jobs go on from their checkpoints."""
@@ -137,32 +144,25 @@ class LaunchConfig(Config):
             port = job.setting("server.port")  # the launcher itself uses it, before a script sees it
             if port is not None and (type(port) is not int or not 0 <= port < 2**16):
                 raise ValueError(f"jobs.{name}.settings.server.port = {port!r}: expected 0 (any) to 65535")
-            if job.script == "train_gpt_ppo_actor":
-                self._check_servers_of_actor(name, job)
         try:
             self.order()
         except CycleError as error:
             raise ValueError(f"jobs need each other in a circle: {' -> '.join(error.args[1])}") from None
         return self
 
-    def _check_servers_of_actor(self, name: str, actor: JobConfig) -> None:
-        critics = [need for need in actor.needs if self.jobs[need].script == "serve_ppo_critic"]
-        if len(critics) != 1:
-            raise ValueError(f"jobs.{name}.needs: expected one serve_ppo_critic, found {', '.join(critics) or 'none'}")
-        if not self.reward_servers(name):
-            raise ValueError(
-                f"jobs.{name}.needs: expected a serve_reward_model, or reward_model among the settings of its critic"
-            )
+    @property
+    def servers(self) -> list[str]:
+        """The jobs that serve, as they stand in the file."""
+        return [name for name, job in self.jobs.items() if job.serves]
 
-    def reward_servers(self, actor: str) -> list[str]:
+    def critics(self, actor: str) -> list[str]:
+        """The jobs among an actor's needs that serve a critic."""
+        return [need for need in self.jobs[actor].needs if self.jobs[need].kind.serves == "critic"]
+
+    def rewards(self, actor: str) -> list[str]:
         """The jobs whose reward models an actor trains on; its critic may be one of them."""
         job = self.jobs[actor]
-        return [
-            need
-            for need in job.needs
-            if need != job.held_out
-            and (self.jobs[need].script == "serve_reward_model" or self.jobs[need].setting("reward_model") is not None)
-        ]
+        return [need for need in job.needs if self.jobs[need].serves_reward and need != job.held_out]
 
     def order(self) -> list[str]:
         """The jobs, each after those that it needs, else as they stand in the file. CycleError if that cannot be."""
@@ -178,8 +178,11 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     """Read a launch file; `overrides` are `key=value` with dotted keys, such as `jobs.actor.settings.ppo.epochs=2`.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown, missing or wrong; the message names it.
+        ConfigError: the file or an override cannot be read, or a key is unknown, missing or wrong (named).
     """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: expected key=value")
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(loaded, dict):

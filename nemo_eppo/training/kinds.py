@@ -1,0 +1,86 @@
+"""The table of job kinds: all that is known of a script of examples/nlp/gpt elsewhere. A new script is one new entry.
+
+It stands in this room because its entries name this room's settings, and both `launch` and `tools` may read it. Nothing
+heavy is imported until a schema is asked for.
+"""
+
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Literal
+
+from nemo_eppo.config import Config
+
+if TYPE_CHECKING:
+    from nemo_eppo.models.model_config import Head
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """One script."""
+
+    config_name: str
+    """Its YAML file in conf/, without the ending."""
+    schema_name: str
+    """The class of its settings, "module:Class"."""
+    head: "Head"
+    """Output layer of the model that it runs: "lm" gives logits, "scalar" stands for any head of a reward or critic."""
+    starts_from: "Head | None" = None
+    """Head that its checkpoint must have; None if a language model may get a fresh one."""
+    serves: Literal["critic", "reward"] | None = None
+    """What it serves, until it is stopped; None for a job that ends."""
+    samples: bool = False
+    """It samples rollouts, which it sends to critic and reward servers, and keeps a frozen copy of its model."""
+    row_fields: tuple[str, ...] = ()
+    """Text fields of its data rows, the prompt first; empty if it reads no data."""
+    rows_per_step: str | None = None
+    """Key of the setting that says how many rows a step takes."""
+
+    @property
+    def schema(self) -> type[Config]:
+        """The class of its settings; brings torch when it is first asked for."""
+        schema: type[Config] = resolve_name(self.schema_name)
+        return schema
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that one row puts into a forward pass: a preference pair has two."""
+        return max(1, len(self.row_fields) - 1)
+
+
+KINDS = {
+    "train_gpt_sft": JobKind(
+        "gpt_sft",
+        "nemo_eppo.training.sft:SFTConfig",
+        head="lm",
+        starts_from="lm",
+        row_fields=("prompt", "response"),
+        rows_per_step="fit.global_batch_size",
+    ),
+    "train_reward_model": JobKind(
+        "gpt_reward_model",
+        "nemo_eppo.training.reward_model:RewardTrainingConfig",
+        head="scalar",
+        row_fields=("prompt", "chosen", "rejected"),
+        rows_per_step="fit.global_batch_size",
+    ),
+    "serve_reward_model": JobKind(
+        "serve_reward_model",
+        "nemo_eppo.training.reward_service:RewardModelConfig",
+        head="scalar",
+        starts_from="scalar",
+        serves="reward",
+    ),
+    "serve_ppo_critic": JobKind(
+        "gpt_ppo_critic", "nemo_eppo.training.critic:CriticConfig", head="scalar", serves="critic"
+    ),
+    "train_gpt_ppo_actor": JobKind(
+        "gpt_ppo_actor",
+        "nemo_eppo.training.ppo_config:PPOConfig",
+        head="lm",
+        starts_from="lm",
+        samples=True,
+        row_fields=("prompt",),
+        rows_per_step="ppo.rollout_batch_size",
+    ),
+}
+"""By the script's name without its ending."""

@@ -1,0 +1,28 @@
+"""What this machine's modules cannot compute is refused by name."""
+
+import pytest
+from features import GEMMA2, MISTRAL
+from tiny import MODEL
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron import specs
+from nemo_eppo.models.layout import ParallelConfig
+
+
+def test_transformer_engine_is_not_asked_to_cap_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)  # which no CPU has
+    with pytest.raises(ConfigError, match=r"model\.attention_softcap = 2\.0: TransformerEngine's attention cannot cap"):
+        specs.transformer_config(MODEL.model_copy(update=GEMMA2), ParallelConfig(), "fp32")
+
+
+def test_features_are_told_to_megatron_in_its_own_words() -> None:
+    config = specs.transformer_config(MODEL.model_copy(update=GEMMA2), ParallelConfig(), "fp32")
+    assert (config.window_size, config.window_attn_skip_freq) == ((3, 0), [1, 0, 1, 0])
+    assert config.softmax_scale == 20**-0.5
+    assert config.layernorm_zero_centered_gamma
+    mistral = specs.transformer_config(MODEL.model_copy(update=MISTRAL), ParallelConfig(), "fp32")
+    assert (mistral.window_size, mistral.window_attn_skip_freq) == ((2, 0), [1, 1, 1, 1])
+    llama = specs.transformer_config(MODEL, ParallelConfig(), "fp32")
+    assert (llama.window_size, llama.softmax_scale, llama.layernorm_zero_centered_gamma) == (None, None, False)
