@@ -71,7 +71,7 @@ class ColocatedCritic:
     Args:
         actor: the policy's plan, whose layout, precision and micro-batches the critic has too.
         longest: tokens of the longest prompt and response together.
-        updates: of the whole run, over which a decaying learning rate falls unless optimizer.decay_steps is set.
+        updates: how many the whole run makes; a decaying learning rate falls over them unless decay_steps is set.
 
     Raises:
         ConfigError: for a checkpoint that does not fit.

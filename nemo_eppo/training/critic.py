@@ -106,7 +106,7 @@ class CriticModel:
         return self._step
 
     def status(self) -> dict[str, Any]:
-        """The tokenizer."""
+        """Give the tokenizer's digest."""
         return {"tokenizer": self.plan.tokenizer.digest()}
 
     def close(self) -> None:
