@@ -21,7 +21,7 @@ from nemo_eppo.config import load_config
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.weights import load_tensors
+from nemo_eppo.megatron.weights import export_tensors, load_tensors
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import Head, ModelConfig
@@ -54,6 +54,14 @@ class Models:
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+
+def read_weights(directory: Path, model: ModelConfig, head: Head) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint; for `run_ranks`."""
+    runtime.initialize(ParallelConfig(), 1)
+    chunks = build_model(model, ParallelConfig(), head=head)
+    checkpoint.load(directory, ModelRunner(chunks, 4))
+    return dict(export_tensors(chunks, model))
 
 
 class Job:

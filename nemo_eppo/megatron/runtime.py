@@ -3,12 +3,14 @@
 import datetime
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from nemo_eppo.megatron import device
 from nemo_eppo.models.layout import ParallelConfig
@@ -60,6 +62,21 @@ def seed_all(seed: int, step: int = 0) -> None:
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every generator for a block, as `seed_all` does; after it they are where they were before."""
+    tracker = get_cuda_rng_tracker()
+    python, arrays, named = random.getstate(), np.random.get_state(), tracker.get_states()
+    try:
+        with torch.random.fork_rng([device.device()] if device.on_gpu() else []):
+            seed_all(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        tracker.set_states(named)
 
 
 def shutdown() -> None:

@@ -1,7 +1,7 @@
 """The critic job: a value model that serves values and learns from what the actor sends; a reward model if asked to."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
+SEED = 1234
+"""Decides fresh weights unless a critic job sets another."""
+
 
 class CriticConfig(Config):
     """The critic job (conf/gpt_ppo_critic.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(SEED, ge=0)
     """Seed of fresh weights."""
     model: ModelSetup
     """Usually the reward model; a language model gets a fresh value head."""
@@ -50,50 +53,52 @@ class CriticConfig(Config):
         return self
 
 
-class CriticService:
-    """Values and updates of the critic. One mini-batch is one update; `step` counts them."""
+class CriticModel:
+    """Values and updates of a critic on this job's ranks: checked when it is made, built once the ranks have joined.
+
+    It is a `Service` that knows no server. One mini-batch is one update; `step` counts them.
+
+    Args:
+        value_clip: see CriticConfig.
+        seed: decides fresh weights.
+        where: the config key of `setup`, for error messages.
+    """
 
     name = "critic"
-    _runner: ModelRunner
+    runner: ModelRunner
 
-    def __init__(self, config: CriticConfig, directory: Path) -> None:
-        self._config = config
-        self._plan = plan(config.model)
-        self._reward = None
-        if config.reward_model is not None:
-            self._reward = RewardModel(
-                config.model.model_copy(
-                    update={
-                        "restore_from_path": config.reward_model,
-                        "architecture": None,
-                        "tokenizer": None,
-                        "lora": None,
-                    }
-                ),
-                "reward_model",
-            )
-            if self._reward.tokenizer_digest != self._plan.tokenizer.digest():
-                raise ConfigError(f"reward_model: {config.reward_model} has another tokenizer than the critic")
-        runtime.initialize(config.model.parallel, config.seed)
-        self._folder = directory / CHECKPOINTS
-        self._saver = CheckpointSaver(self._folder, self._plan.tokenizer_path, config.checkpoint.asynchronous)
-        newest = partial(
-            checkpoint_files.verify_newest, self._folder, "scalar", self._plan.model, config.model.precision
-        )
-        self._build(on_rank0(newest))
-        if self._reward is not None:
-            self._reward.build()
-        self.vocab_size = self._plan.model.vocab_size
+    def __init__(
+        self,
+        setup: ModelSetup,
+        optimizer: OptimizerConfig,
+        value_clip: float | None,
+        seed: int = SEED,
+        where: str = "model",
+    ) -> None:
+        self._optimizer, self._value_clip, self._seed = optimizer, value_clip, seed
+        self.plan = plan(setup, where)
+        self.vocab_size = self.plan.model.vocab_size
         # one more than the model's window: the value after the last token of the longest response can be asked for
-        self.max_sequence_length = self._plan.model.max_sequence_length + 1
-        self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {
+        self.max_sequence_length = self.plan.model.max_sequence_length + 1
+        self.endpoints: dict[str, Callable[[Tensors], Any]] = {
             "critic_begin": self._begin,
             "critic_infer": self._infer,
             "critic_train": self._train,
             "critic_save": self._save,
             "critic_saved": self._saved,
-            **({"reward_infer": self._reward.infer} if self._reward else {}),
         }
+
+    def build(self, directory: Path, asynchronous: bool) -> None:
+        """Load the newest checkpoint of the run directory `directory`, or begin afresh; collective.
+
+        Args:
+            asynchronous: return from `critic_save` while a checkpoint is written.
+        """
+        self._folder = directory / CHECKPOINTS
+        self._saver = CheckpointSaver(self._folder, self.plan.tokenizer_path, asynchronous)
+        precision = self.plan.setup.precision
+        newest = partial(checkpoint_files.verify_newest, self._folder, "scalar", self.plan.model, precision)
+        self._build(on_rank0(newest))
 
     @property
     def step(self) -> int:
@@ -101,24 +106,17 @@ class CriticService:
         return self._step
 
     def status(self) -> dict[str, Any]:
-        """The tokenizer, and the reward model's statistics if there is one."""
-        reward = {"reward": self._reward.statistics()} if self._reward else {}
-        return {"tokenizer": self._plan.tokenizer.digest(), **reward}
+        """Give the tokenizer's digest."""
+        return {"tokenizer": self.plan.tokenizer.digest()}
 
     def close(self) -> None:
         """Wait until what is being saved is complete."""
         self._saver.finish()
 
     def _build(self, resume: Path | None) -> None:
-        """The model and its optimizer as in a checkpoint of this job, or as they were at its very start."""
-        runtime.seed_all(self._config.seed)
-        self._runner = build(
-            self._plan,
-            "scalar",
-            optimizer=self._config.optimizer,
-            total_steps=1,
-            resume=resume,
-        )
+        """The model and its optimizer as in a checkpoint of this run, or as they were at its very start."""
+        with runtime.seeded(self._seed):
+            self.runner = build(self.plan, "scalar", optimizer=self._optimizer, total_steps=1, resume=resume)
         manifest = checkpoint_files.read_manifest(resume) if resume else None
         self._step = manifest.step if manifest else 0
         self._run: int | None = manifest.state["run"] if manifest else None
@@ -138,18 +136,18 @@ class CriticService:
                     on_rank0(lambda: checkpoint_files.verify(resume))
                 except (ConfigError, PeerError) as error:
                     raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
-            del self._runner  # before the new one needs as much memory
+            del self.runner  # before the new one needs as much memory
             self._build(resume)
         self._run = run
         return self._step
 
     def _infer(self, request: Tensors) -> Tensors:
-        values, _ = self._runner.infer(request["tokens"], request["lengths"], outputs=1)
+        values, _ = self.runner.infer(request["tokens"], request["lengths"], outputs=1)
         return {"values": values[:, :-1, 0].contiguous()}
 
     def _train(self, request: Tensors) -> dict[str, float]:
         tokens = float(request["mask"].sum())
-        clip = self._config.value_clip
+        clip = self._value_clip
 
         def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
             loss, stats = value_loss(output[:, :-1, 0], rows["values"], rows["returns"], rows["mask"], clip, tokens)
@@ -157,7 +155,7 @@ class CriticService:
 
         rows = {name: request[name] for name in ("tokens", "lengths", "returns", "values", "mask")}
         try:
-            metrics = self._runner.train_step(rows, loss_function)
+            metrics = self.runner.train_step(rows, loss_function)
         except (FloatingPointError, ValueError) as error:
             raise ServiceError(f"critic update {self._step + 1}: {error}") from None
         self._step += 1
@@ -171,9 +169,9 @@ class CriticService:
                 shutil.rmtree(path)
 
         manifest = checkpoint_files.Manifest(
-            head="scalar", step=self._step, model=self._plan.model, optimizer=True, state={"run": self._run}
+            head="scalar", step=self._step, model=self.plan.model, optimizer=True, state={"run": self._run}
         )
-        self._saver.save(self._runner, manifest, after=tidy)
+        self._saver.save(self.runner, manifest, after=tidy)
         return str(self._saver.path(self._step))
 
     def _saved(self, request: Tensors) -> str:
@@ -182,6 +180,27 @@ class CriticService:
         if not on_rank0(path.is_dir):
             raise ServiceError(f"{path} was not saved")
         return str(path)
+
+
+class CriticService(CriticModel):
+    """The critic as a job of its own, perhaps with a reward model beside it."""
+
+    def __init__(self, config: CriticConfig, directory: Path) -> None:
+        super().__init__(config.model, config.optimizer, config.value_clip, config.seed)
+        self._reward = None
+        if config.reward_model is not None:
+            self._reward = RewardModel(config.model.beside(config.reward_model), "reward_model")
+            if self._reward.tokenizer_digest != self.plan.tokenizer.digest():
+                raise ConfigError(f"reward_model: {config.reward_model} has another tokenizer than the critic")
+            self.endpoints |= self._reward.endpoints
+        runtime.initialize(config.model.parallel, config.seed)
+        self.build(directory, config.checkpoint.asynchronous)
+        if self._reward is not None:
+            self._reward.build()
+
+    def status(self) -> dict[str, Any]:
+        """The tokenizer, and the reward model's statistics if there is one."""
+        return super().status() | (self._reward.status() if self._reward else {})
 
 
 def serve_critic(config: CriticConfig, run: Run) -> None:

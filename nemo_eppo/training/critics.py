@@ -2,29 +2,60 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nemo_eppo.config import Config
 from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.models.model_config import LoRAConfig
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.client import ClientConfig, CriticClient
 
 ValueT = TypeVar("ValueT")
 
 
-class CriticSource(Config):
-    """Where the critic runs."""
+class ColocatedCriticConfig(Config):
+    """A critic in the actor's own processes; layout, precision and micro-batches are those of `model`."""
 
-    server: ClientConfig = ClientConfig(url="http://127.0.0.1:5555")
-    """A critic job behind a server."""
+    restore_from_path: Path
+    """As model.restore_from_path; usually the reward model. A language model gets a fresh value head."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """Values are clipped to within this of those of the rollout; null for no clipping."""
+    optimizer: OptimizerConfig
+    """The critic's optimizer, which need not be told decay_steps: they are all updates of the run."""
+    lora: LoRAConfig | None = None
+    """Train adapters beside the critic's frozen weights; null to train all of them."""
+
+
+class CriticSource(Config):
+    """Where the critic runs: exactly one of `server` and `colocated`; a server on this machine if neither is set."""
+
+    server: ClientConfig | None = ClientConfig(url="http://127.0.0.1:5555")
+    """A critic job behind a server; null for a colocated one."""
+    colocated: ColocatedCriticConfig | None = None
+    """A critic in the actor's own processes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_gives_way(cls, values: Any) -> Any:
+        colocated = isinstance(values, Mapping) and values.get("colocated") is not None
+        return {"server": None, **values} if colocated else values
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "CriticSource":
+        if (self.server is None) == (self.colocated is None):
+            raise ValueError("expected exactly one of server and colocated")
+        return self
 
 
 class Critic(Protocol):
     """Values of a rollout, and updates on it. All methods are collective over the actor's ranks, and so is every
-    function that they return, which waits for the answer."""
+    function that they return, which waits for the answer or computes it. These are called in the order they came in."""
 
     updates: int
     """Updates that the critic has been asked to make so far."""

@@ -95,6 +95,7 @@ class PPO:
 
         Raises:
             ServerError: a server failed; nothing of this step is lost but the step itself.
+            ServiceError: likewise a colocated critic.
             RewardFunctionError: likewise a function.
             EngineMismatchError: nothing was trained on.
             RefitError: the engine did not get the new weights whole.

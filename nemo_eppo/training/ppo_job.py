@@ -1,5 +1,6 @@
 """The actor job: what is checked before anything is built, and how a PPO is built from it."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
 from nemo_eppo.training.energy_cache import EnergyCache
 from nemo_eppo.training.policy import Policy
@@ -36,9 +38,17 @@ class PPOJob:
         self.plan: Plan = plan(config.model, head="lm")
         config.check_model(self.plan.model, runtime.world_size())
         check_engine(config.engine, self.plan.model, config.model.parallel)
-        for index, source in enumerate(config.rewards):
+        longest, colocated = config.longest, config.critic.colocated if config.critic else None
+        self._critic = ColocatedCritic(colocated, self.plan, longest, config.ppo.updates) if colocated else None
+        self._rewards = {f"rewards[{index}]": source for index, source in enumerate(config.rewards)}
+        self._held_out = {"held_out_reward": config.held_out_reward} if config.held_out_reward else {}
+        self._reward_models: dict[str, ColocatedReward] = {}
+        for key, source in (self._rewards | self._held_out).items():
+            kind = config.reward_kind if key in self._rewards else "any"
             if source.function is not None:
-                check_function(f"rewards[{index}].function", source.function)
+                check_function(f"{key}.function", source.function)
+            if source.colocated is not None:
+                self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
         if config.gold_reward is not None:
             check_function("gold_reward", config.gold_reward)
         self.pipeline = RewardPipeline(config.shaping)
@@ -58,10 +68,14 @@ class PPOJob:
         )
 
     def build(self, stack: ExitStack) -> PPO:
-        """Join the ranks, build policy and reference, connect to critic and rewards. What they hold is released when
-        `stack` closes."""
+        """Join the ranks, build policy and reference, build or connect to critic and rewards. What they hold is
+        released when `stack` closes."""
         config, tokenizer = self.config, self.plan.tokenizer
         runtime.initialize(config.model.parallel, config.seed)
+        if self._critic is not None:  # before the policy, which stays on the device
+            self._critic.build(self.run_files.directory / "critic")
+        for model in self._reward_models.values():
+            model.build()
         runner = build(self.plan, "lm", optimizer=config.optimizer, total_steps=config.ppo.updates, probe=config.energy)
         sampling = config.generation
         set_distribution(runner.chunks, sampling.distribution)
@@ -81,24 +95,30 @@ class PPOJob:
             runner, self.plan.model, reference, engine, config.energy, own_answers, self._energy_cache(own_answers)
         )
         expect = {"tokenizer": tokenizer.digest(), "max_sequence_length": config.longest}
-        critic: Critic | None = None
-        if config.critic is not None:
+        critic: Critic | None = self._critic
+        if config.critic is not None and config.critic.server is not None:
             critic = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)
+        if critic is not None:
             stack.callback(critic.close)
         pool = FunctionPool(config.reward_functions)
         stack.callback(pool.close)
 
-        def sources(*configs: RewardSourceConfig, kind: RewardKind = "any") -> RewardSources:
-            made = RewardSources([build_source(source, expect, kind, pool) for source in configs])
+        def sources(configs: Mapping[str, RewardSourceConfig], kind: RewardKind = "any") -> RewardSources:
+            made = RewardSources(
+                [
+                    self._reward_models.get(key) or build_source(source, expect, kind, pool)
+                    for key, source in configs.items()
+                ]
+            )
             stack.callback(made.close)
             return made
 
-        rewards = sources(*config.rewards, kind=config.reward_kind)
+        rewards = sources(self._rewards, config.reward_kind)
         observed = {}
         if config.gold_reward is not None:
-            observed["gold"] = sources(RewardSourceConfig(function=config.gold_reward))
-        if config.held_out_reward is not None:
-            observed["held_out"] = sources(config.held_out_reward)
+            observed["gold"] = sources({"gold_reward": RewardSourceConfig(function=config.gold_reward)})
+        if self._held_out:
+            observed["held_out"] = sources(self._held_out)
         self.pipeline.check_sources(rewards.columns, rewards.latent_size)
         self.monitor.check_latents(rewards.latent_size)
         return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, sampling, tokenizer, config.seed)

@@ -35,7 +35,14 @@ class RewardModelConfig(Config):
 
 
 class RewardModel:
-    """A reward model on this job's ranks: checked when it is made, built once the ranks have joined."""
+    """A reward model on this job's ranks: checked when it is made, built once the ranks have joined.
+
+    It is a `Service` that knows no server.
+    """
+
+    name = "reward"
+    step = 0
+    runner: ModelRunner
 
     def __init__(self, setup: ModelSetup, where: str = "model") -> None:
         self.plan = plan(setup, where, head="scalar")
@@ -58,11 +65,17 @@ class RewardModel:
         self.latent_size = int(state.get("latent_size", 0))
         self._gaussian = read_gaussian(state["sft_latents"]) if self.latent_size else None
         self.tokenizer_digest = self.plan.tokenizer.digest()
-        self._runner: ModelRunner | None = None
+        self.vocab_size, self.max_sequence_length = self.plan.model.vocab_size, self.plan.model.max_sequence_length
+        self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {"reward_infer": self.infer}
 
     def build(self) -> None:
         """Load the weights; collective."""
-        self._runner = build(self.plan, self.head, latent_size=self.latent_size)
+        with runtime.seeded(0):  # all weights are loaded, and a model beside it must not see what was drawn for them
+            self.runner = build(self.plan, self.head, latent_size=self.latent_size)
+
+    def status(self) -> dict[str, Any]:
+        """The tokenizer and the statistics."""
+        return {"tokenizer": self.tokenizer_digest, "reward": self.statistics()}
 
     def statistics(self) -> dict[str, Any]:
         """For the status reply: k, mean and std of each of the k models on its validation data; kind and latents."""
@@ -80,35 +93,15 @@ class RewardModel:
         Latents are given in coordinates in which those of SFT responses have mean 0 and covariance I: a latent's norm
         is its Mahalanobis distance.
         """
-        assert self._runner is not None
         rows = {name: request[name] for name in ("tokens", "prompt_lengths", "lengths")}
         read = partial(score_and_latents, how=self.score, latent_size=self.latent_size)
-        out = self._runner.infer_rows(rows, read, outputs=1 + self.latent_size)
+        out = self.runner.infer_rows(rows, read, outputs=1 + self.latent_size)
         result = {"rewards": out[:, :1].contiguous()}
         if self._gaussian is not None:
             centred = out[:, 1:].double() - self._gaussian.mean
             whitened = torch.linalg.solve_triangular(self._gaussian.factor, centred.T, upper=False).T
             result["latents"] = whitened.float().contiguous()
         return result
-
-
-class RewardService:
-    """One reward model as a job of its own."""
-
-    name = "reward"
-
-    def __init__(self, config: RewardModelConfig) -> None:
-        self._model = RewardModel(config.model)
-        runtime.initialize(config.model.parallel, config.seed)
-        self._model.build()
-        self.vocab_size = self._model.plan.model.vocab_size
-        self.max_sequence_length = self._model.plan.model.max_sequence_length
-        self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {"reward_infer": self._model.infer}
-        self.step = 0
-
-    def status(self) -> dict[str, Any]:
-        """The tokenizer and the statistics."""
-        return {"tokenizer": self._model.tokenizer_digest, "reward": self._model.statistics()}
 
 
 def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_size: int) -> Tensor:
@@ -140,5 +133,8 @@ def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
-    serve(RewardService(config), ENDPOINTS, config.server, group=runtime.control_group())
+    model = RewardModel(config.model)
+    runtime.initialize(config.model.parallel, config.seed)
+    model.build()
+    serve(model, ENDPOINTS, config.server, group=runtime.control_group())
     runtime.shutdown()

@@ -1,6 +1,7 @@
-"""Where raw rewards come from: reward models behind servers, and Python functions."""
+"""Where raw rewards come from: reward models, behind servers or in the actor's processes, and Python functions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -26,11 +27,20 @@ class RewardAddress(ClientConfig):
     """The kind of job that serves it: its own, or the critic's."""
 
 
+class ColocatedRewardConfig(Config):
+    """A reward model in the actor's own processes; layout, precision and micro-batches are those of `model`."""
+
+    restore_from_path: Path
+    """As model.restore_from_path of a reward job."""
+
+
 class RewardSourceConfig(Config):
-    """One source of reward: exactly one of `server` and `function`."""
+    """One source of reward: exactly one of `server`, `colocated` and `function`."""
 
     server: RewardAddress | None = None
     """A reward model behind a server."""
+    colocated: ColocatedRewardConfig | None = None
+    """A reward model in the actor's own processes."""
     function: str | None = None
     """A function "module:name" that takes a nemo_eppo.rewards.sample.Sample and gives a number."""
     weight: float = 1.0
@@ -42,8 +52,8 @@ class RewardSourceConfig(Config):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RewardSourceConfig":
-        if (self.server is None) == (self.function is None):
-            raise ValueError("expected exactly one of server and function")
+        if sum(source is not None for source in (self.server, self.colocated, self.function)) != 1:
+            raise ValueError("expected exactly one of server, colocated and function")
         return self
 
 
@@ -74,20 +84,7 @@ class ServerSource:
     ) -> None:
         self._client = RewardClient(address, address.job)
         model = on_rank0(lambda: self._client.connect(expect)["reward"])
-        if kind not in ("any", model.get("kind")):
-            raise ConfigError(
-                f"reward_kind = '{kind}', but the server at {address.url} has a reward model of kind "
-                f"'{model.get('kind')}'"
-            )
-        self.columns = [
-            Column(
-                name=f"the reward model at {address.url}",
-                weight=config.weight,
-                mean=mean if config.mean is None else config.mean,
-                std=std if config.std is None else config.std,
-            )
-            for mean, std in zip(model["mean"], model["std"], strict=True)
-        ]
+        self.columns = model_columns(config, f"the server at {address.url}", model, kind)
         self.latent_size = int(model.get("latent_size", 0))
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
@@ -95,6 +92,27 @@ class ServerSource:
 
     def close(self) -> None:
         self._client.close()
+
+
+def model_columns(
+    config: RewardSourceConfig, where: str, statistics: Mapping[str, Any], kind: RewardKind
+) -> list[Column]:
+    """The columns of the reward models that a status reply describes by its `statistics`.
+
+    Raises:
+        ConfigError: they are not of the expected kind; the message names `where` they are.
+    """
+    if kind not in ("any", statistics.get("kind")):
+        raise ConfigError(f"reward_kind = '{kind}', but {where} has a reward model of kind '{statistics.get('kind')}'")
+    return [
+        Column(
+            name=f"the reward model of {where}",
+            weight=config.weight,
+            mean=mean if config.mean is None else config.mean,
+            std=std if config.std is None else config.std,
+        )
+        for mean, std in zip(statistics["mean"], statistics["std"], strict=True)
+    ]
 
 
 class FunctionSource:
@@ -155,7 +173,7 @@ class RewardSources:
 def build_source(
     config: RewardSourceConfig, expect: Mapping[str, Any], kind: RewardKind, pool: FunctionPool
 ) -> RewardSource:
-    """The source that the settings name; collective."""
+    """The source that the settings name, unless it is colocated; collective."""
     if config.server is not None:
         return ServerSource(config, config.server, expect, kind)
     assert config.function is not None

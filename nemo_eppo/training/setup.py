@@ -56,6 +56,11 @@ class ModelSetup(Config):
             raise ValueError("lora leaves the model as it is, which needs restore_from_path, not a fresh architecture")
         return self
 
+    def beside(self, restore_from_path: Path, lora: LoRAConfig | None = None) -> "ModelSetup":
+        """Describe another model that runs on the same ranks, with this one's layout, precision and micro-batches."""
+        its_own = {"restore_from_path": restore_from_path, "lora": lora, "architecture": None, "tokenizer": None}
+        return self.model_copy(update=its_own)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,7 +98,10 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
             tokenizer_path = tokenizer_path or source.path
         else:
             source = checkpoint_files.find(setup.restore_from_path, f"{where}.restore_from_path")
-            manifest = checkpoint_files.read_manifest(source, head)
+            try:
+                manifest = checkpoint_files.read_manifest(source, head)
+            except ConfigError as error:
+                raise ConfigError(f"{where}.restore_from_path: {error}") from None
             tokenizer_path = tokenizer_path or source / checkpoint_files.TOKENIZER
         model = manifest.model
     assert model is not None

@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 import torch
 from distributed import free_port, run_ranks
-from jobs import Job, Models
+from jobs import Job, Models, read_weights
 
-from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Head, ModelConfig
+from nemo_eppo.models.model_config import Head
 
 STEPS = 5
 TP2 = {"tensor_model_parallel_size": 2}
@@ -82,13 +77,6 @@ class Runs:
         head: Head = "lm" if kind == "actor" else "scalar"
         path = self.root / kind / "checkpoints" / name
         return run_ranks(read_weights, 1, path, self.models.config, head)[0]
-
-
-def read_weights(directory: Path, model: ModelConfig, head: Head) -> dict[str, torch.Tensor]:
-    runtime.initialize(ParallelConfig(), 1)
-    chunks = build_model(model, ParallelConfig(), head=head)
-    checkpoint.load(directory, ModelRunner(chunks, 4))
-    return dict(export_tensors(chunks, model))
 
 
 def left_of(job: Job) -> list[int]:

@@ -1,6 +1,8 @@
 """Bad settings and files end a job with one message that names them, before any model is built."""
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.megatron import model
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
@@ -20,6 +23,7 @@ from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
+COLOCATED_CRITIC = {"restore_from_path": "x", "optimizer": {"lr": 1e-6}}
 SCRIPTS = Path(__file__).parents[2] / "examples" / "nlp" / "gpt"
 
 
@@ -62,7 +66,19 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"ppo": {"advantages": {"estimator": "remax", "lam": 0.9}}}, "estimator 'remax' has no lam"),
         ({"rewards": []}, "rewards = .*at least 1 item"),
-        ({"rewards": [{}]}, r"rewards\.0: expected exactly one of server and function"),
+        ({"rewards": [{}]}, r"rewards\.0: expected exactly one of server, colocated and function"),
+        (
+            {"rewards": [{"function": "x:y", "colocated": {"restore_from_path": "x"}}]},
+            r"rewards\.0: expected exactly one",
+        ),
+        ({"rewards": [{"colocated": {}}]}, r"rewards\.0\.colocated\.restore_from_path: required"),
+        ({"held_out_reward": {"weight": 2.0}}, r"held_out_reward: expected exactly one of server, colocated and"),
+        (
+            {"critic": {"server": {"url": "http://x:1"}, "colocated": COLOCATED_CRITIC}},
+            r"critic: expected exactly one of server and colocated",
+        ),
+        ({"critic": {"server": None}}, r"critic: expected exactly one of server and colocated"),
+        ({"critic": {"colocated": {"restore_from_path": "x"}}}, r"critic\.colocated\.optimizer: required"),
         ({"ppo": {"mini_batch_size": 3}}, "8 x samples_per_prompt = 1 is not divisible by mini_batch_size = 3"),
         ({"ppo": {"max_steps": None}}, r"ppo\.max_steps = None"),
         ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr = 'fast'"),
@@ -110,6 +126,48 @@ def test_impossible_layouts_and_bad_files_are_named(
         PPOJob(load_config(PPOConfig, settings), a_run(tmp_path))
 
 
+def another(models: Models, directory: Path, **changes: Any) -> Path:
+    """The reward model, with another manifest."""
+    shutil.copytree(models.rm, directory)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["model"].update(changes)
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "tokenizer" not in name}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def test_colocated_models_that_do_not_fit_are_named(models: Models, tmp_path: Path) -> None:
+    def said(critic: Path | str = models.rm, reward: Path | str = models.rm, **changes: Any) -> str:
+        sources = {
+            "critic": {"colocated": {"restore_from_path": critic, "optimizer": {"lr": 1e-6, "schedule": "cosine"}}},
+            "rewards": [{"colocated": {"restore_from_path": models.rm}}],
+            "held_out_reward": {"colocated": {"restore_from_path": reward}},
+        }
+        try:
+            PPOJob(load_config(PPOConfig, {**actor_settings(models), **sources, **changes}), a_run(tmp_path))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert said() == ""
+    assert said(critic="nowhere") == "critic.colocated.restore_from_path: nowhere does not exist"
+    assert said(reward="nowhere") == "held_out_reward.colocated.restore_from_path: nowhere does not exist"
+    assert f"held_out_reward.colocated.restore_from_path: {models.sft} holds a model with head 'lm'" in said(
+        reward=models.sft
+    )
+    assert "reward_kind = 'odin', but rewards[0].colocated has a reward model of kind 'b" in said(reward_kind="odin")
+    short = another(models, tmp_path / "short", max_sequence_length=30)
+    message = f"expected at least data.max_prompt_length + generation.max_new_tokens = {16 + 20}"
+    for key, found in (("critic", said(critic=short)), ("held_out_reward", said(reward=short))):
+        tokens = 30 if key == "held_out_reward" else 31  # a critic also takes the end of a truncated response
+        assert found == f"{key}.colocated.restore_from_path: the model takes {tokens} tokens, {message}"
+    foreign = another(models, tmp_path / "foreign")
+    shutil.rmtree(foreign / "tokenizer")
+    word_level(["red", "green"], foreign / "tokenizer")
+    for key, found in (("critic", said(critic=foreign)), ("held_out_reward", said(reward=foreign))):
+        assert found == f"{key}.colocated.restore_from_path: {foreign} has another tokenizer than the policy"
+
+
 def test_an_empty_data_set_is_named(models: Models, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
@@ -136,8 +194,6 @@ def test_the_wrong_kind_of_checkpoint_is_named(models: Models, tmp_path: Path) -
 
 
 def test_a_truncated_checkpoint_is_named(models: Models, tmp_path: Path) -> None:
-    import shutil
-
     damaged = tmp_path / "damaged"
     shutil.copytree(models.sft, damaged)
     victim = max((damaged / "weights").iterdir(), key=lambda path: path.stat().st_size)

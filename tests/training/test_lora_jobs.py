@@ -120,7 +120,7 @@ def serve(models: Models, config: RewardTrainingConfig, root: Path) -> dict[str,
     scores = served.infer(request)["rewards"][:, 0]
     resumed = build(plan(config.model), "scalar", optimizer=config.optimizer, resume=source)
     trained = resumed.infer(tokens, lengths, outputs=1)[0][:, -1, 0]
-    bias = float(dict(export_tensors(served._runner.chunks, models.config))["score.bias"])  # type: ignore[union-attr]
+    bias = float(dict(export_tensors(served.runner.chunks, models.config))["score.bias"])
     return {"tokens": tokens, "served": scores, "trained": trained, "bias": bias}
 
 

@@ -6,15 +6,9 @@ from typing import Any
 import pytest
 import torch
 from distributed import free_port, run_ranks
-from jobs import Job, Models
+from jobs import Job, Models, read_weights
 from reference_eppo import State, ppo_step
 
-from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.megatron.weights import export_tensors
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import minibatches, step_seed
 
 SEED, BATCH, MINI_BATCH, EPOCHS = 11, 8, 4, 2
@@ -27,13 +21,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp_packed": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
 PACKED = 70  # tokens per micro-batch: two to four rows
-
-
-def _read_critic(directory: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
-    runtime.initialize(ParallelConfig(), 1)
-    chunks = build_model(model, ParallelConfig(), head="scalar")
-    checkpoint.load(directory, ModelRunner(chunks, 4))
-    return dict(export_tensors(chunks, model))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,7 +95,7 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
     assert batch.truncated.any()
     assert not batch.truncated.all()
 
-    critic_weights = run_ranks(_read_critic, 1, Path(made["critic"]), models.config)[0]
+    critic_weights = run_ranks(read_weights, 1, Path(made["critic"]), models.config, "scalar")[0]
     for found, weights in ((made["policy"], state.policy), (critic_weights, state.critic)):
         assert set(found) == set(weights)
         for name, expected_weight in weights.items():

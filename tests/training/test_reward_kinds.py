@@ -134,8 +134,7 @@ def served(source: Path, data: Path, layout: dict[str, Any]) -> dict[str, torch.
 def served_and_read_later(source: Path, data: Path, layout: dict[str, Any]) -> list[torch.Tensor]:
     """Rewards and latents as served, and as read from what the model gives for every token."""
     model, request = built(source, data, layout)
-    runner, gaussian = model._runner, model._gaussian
-    assert runner is not None
+    runner, gaussian = model.runner, model._gaussian
     assert gaussian is not None
     result = model.infer(request)
     everything, _ = runner.infer(request["tokens"], request["lengths"], outputs=1 + 2 * LATENTS)

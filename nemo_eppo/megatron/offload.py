@@ -1,0 +1,93 @@
+"""A model that shares its device with others: while they run, its weights and optimizer state wait in host memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.runner import ModelRunner
+
+
+class Runs(Protocol):
+    """Has a model that it may replace by another one."""
+
+    runner: ModelRunner
+
+
+class Offload:
+    """Frees the memory of a model in place: whoever holds a weight, a view of a gradient buffer or an optimizer's
+    moments holds the same tensor before, meanwhile (empty) and afterwards.
+
+    Gradients come back with arbitrary content; every update begins by zeroing them. On a CPU `turn` moves nothing.
+
+    The mechanism is proven on CPU tensors. It has not been run on a GPU.
+    """
+
+    def __init__(self, model: Runs) -> None:
+        self._model = model
+        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._gradients: list[tuple[torch.UntypedStorage, int]] = []
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Run a block that builds or uses the model, which is on the device inside it alone."""
+        self.restore()
+        yield
+        if device.on_gpu():
+            self.set_aside()
+
+    def set_aside(self) -> None:
+        """Move weights and optimizer state to pinned host memory. The host waits for no copy."""
+        for storage in _storages(_gradients(self._model.runner)):
+            self._gradients.append((storage, storage.nbytes()))
+            storage.resize_(0)
+        for storage in _storages(_lasting(self._model.runner)):
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=device.on_gpu())
+            host.copy_(_bytes(storage), non_blocking=True)
+            storage.resize_(0)
+            self._away.append((storage, host))
+
+    def restore(self) -> None:
+        """Move back what `set_aside` moved. Host memory returns to PyTorch's pinned pool, for the next turn."""
+        for storage, host in self._away:
+            storage.resize_(len(host))
+            _bytes(storage).copy_(host, non_blocking=True)
+        for storage, size in self._gradients:
+            storage.resize_(size)
+        self._away, self._gradients = [], []
+
+
+def _gradients(runner: ModelRunner) -> Iterator[Tensor]:
+    for chunk in runner.chunks:
+        for buffer in chunk.buffers if runner.optimizer else ():
+            yield buffer.grad_data
+
+
+def _lasting(runner: ModelRunner) -> Iterator[Tensor]:
+    for chunk in runner.chunks:
+        yield from unwrap(chunk).parameters()
+        yield from unwrap(chunk).buffers()
+    for part in runner.optimizer.chained_optimizers if runner.optimizer else ():
+        if part.optimizer is not None:  # a pipeline stage without adapters has none
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _storages(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
+    """The device's memory behind tensors, each piece once, though several tensors may lie in it."""
+    found: dict[int, Any] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and tensor.device.type == device.device().type:
+            found[storage.data_ptr()] = storage
+    return list(found.values())
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

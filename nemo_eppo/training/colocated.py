@@ -1,0 +1,173 @@
+"""A critic and reward models in the actor's own processes: no server, no second job, the same numbers.
+
+What a client would send is encoded, checked, cast and put through the step rules exactly as on its way through a
+server, and then given to the same endpoint functions on the actor's ranks. So all results are those of a server in the
+actor's layout, bit for bit, as long as that server takes the rollout in one request (server.max_batch_size).
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron.offload import Offload
+from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.rollout.batch import RolloutBatch
+from nemo_eppo.servers.client import Rewards
+from nemo_eppo.servers.endpoints import ENDPOINTS
+from nemo_eppo.servers.protocol import Limits
+from nemo_eppo.servers.steps import Steps
+from nemo_eppo.training.critic import CriticModel
+from nemo_eppo.training.critics import ColocatedCriticConfig
+from nemo_eppo.training.reward_service import RewardModel
+from nemo_eppo.training.reward_sources import ColocatedRewardConfig, RewardKind, RewardSourceConfig, model_columns
+from nemo_eppo.training.setup import Plan
+
+
+class _Local:
+    """Calls a service's endpoint functions, collectively; on a GPU its model is on the device only meanwhile.
+
+    Args:
+        where: the config key of the service, for error messages.
+        longest: tokens of the longest prompt and response together.
+
+    Raises:
+        ConfigError: the service's model has another tokenizer than the policy, or a shorter window than `longest`.
+    """
+
+    def __init__(self, service: CriticModel | RewardModel, where: str, actor: Plan, longest: int) -> None:
+        if service.plan.tokenizer.digest() != actor.tokenizer.digest():
+            path = service.plan.setup.restore_from_path
+            raise ConfigError(f"{where}.restore_from_path: {path} has another tokenizer than the policy")
+        if service.max_sequence_length < longest:
+            raise ConfigError(
+                f"{where}.restore_from_path: the model takes {service.max_sequence_length} tokens, expected at least "
+                f"data.max_prompt_length + generation.max_new_tokens = {longest}"
+            )
+        self._service, self._steps, self.offload = service, Steps(service), Offload(service)
+        self._limits = Limits(service.vocab_size, service.max_sequence_length, max_batch_size=sys.maxsize)
+
+    def __call__(self, name: str, **tensors: Tensor) -> Any:
+        endpoint = ENDPOINTS[name]
+        arrays = endpoint.encode(tensors)
+        endpoint.validate(arrays, self._limits)
+        request = endpoint.decode(arrays)
+        answer = self._steps.answered(endpoint, request)
+        if answer is None:
+            with self.offload.turn():
+                answer = self._service.endpoints[name](request)
+            self._steps.done(endpoint, request, answer)
+        return answer
+
+
+class ColocatedCritic:
+    """A critic in the actor's processes, see `Critic`. Files and settings are checked when it is made; `build` comes
+    once the ranks have joined. Nothing is computed before the functions that its methods return are called.
+
+    Args:
+        actor: the policy's plan, whose layout, precision and micro-batches the critic has too.
+        longest: tokens of the longest prompt and response together.
+        updates: how many the whole run makes; a decaying learning rate falls over them unless decay_steps is set.
+
+    Raises:
+        ConfigError: for a checkpoint that does not fit.
+    """
+
+    def __init__(self, config: ColocatedCriticConfig, actor: Plan, longest: int, updates: int) -> None:
+        where, optimizer = "critic.colocated", config.optimizer
+        self._model = CriticModel(
+            actor.setup.beside(config.restore_from_path, config.lora),
+            optimizer.model_copy(update={"decay_steps": optimizer.decay_steps or updates}),
+            config.value_clip,
+            where=where,
+        )
+        self._call = _Local(self._model, where, actor, longest)
+        self.updates = 0
+
+    def build(self, directory: Path) -> None:
+        """Build the model and load the newest of its checkpoints in the run directory `directory`; collective."""
+        with self._call.offload.turn():
+            self._model.build(directory, asynchronous=False)
+        self.updates = self._model.step
+
+    def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
+        padded = batch.with_padding(batch.sequence_length + 1) if after_last else batch
+        return lambda: self._call("critic_infer", tokens=padded.tokens, lengths=padded.lengths)["values"]
+
+    def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
+        self.updates += 1
+        step = torch.tensor([self.updates])
+        return lambda: self._call(
+            "critic_train",
+            tokens=batch.tokens,
+            lengths=batch.lengths,
+            returns=returns,
+            values=values,
+            mask=batch.mask,
+            step=step,
+        )
+
+    def begin(self, run: int, updates: int) -> None:
+        """See Critic. Raises ServiceError if the critic belongs to another run, or has no checkpoint to go back to."""
+        self.updates = self._call("critic_begin", run=torch.tensor([run]), step=torch.tensor([updates]))
+
+    def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
+        """See Critic. It is complete when this returns: megatron-core collects what all writers of a process have
+        written in one queue, so that the actor's must not begin before the critic's has ended."""
+        path = self._call("critic_save", keep=torch.tensor([0, *keep]), step=torch.tensor([self.updates]))
+        return path, lambda: path
+
+    def close(self) -> None:
+        """Nothing is held beyond the process."""
+
+
+class ColocatedReward:
+    """A reward model in the actor's processes, see `RewardSource`. Files and settings are checked when it is made;
+    `build` comes once the ranks have joined.
+
+    Args:
+        key: the config key of the source, for error messages.
+        actor: the policy's plan, whose layout, precision and micro-batches the model has too.
+        longest: tokens of the longest prompt and response together.
+
+    Raises:
+        ConfigError: a checkpoint that does not fit, or a reward model that is not of the expected kind.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        config: RewardSourceConfig,
+        colocated: ColocatedRewardConfig,
+        actor: Plan,
+        longest: int,
+        kind: RewardKind,
+    ) -> None:
+        where = f"{key}.colocated"
+        self._model = RewardModel(actor.setup.beside(colocated.restore_from_path), where)
+        self._call = _Local(self._model, where, actor, longest)
+        self.columns = model_columns(config, where, self._model.statistics(), kind)
+        self.latent_size = self._model.latent_size
+
+    def build(self) -> None:
+        """Build the model; collective."""
+        with self._call.offload.turn():
+            self._model.build()
+
+    def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
+        """See RewardSource; the function that is returned computes the rewards."""
+
+        def compute() -> Rewards:
+            found = self._call(
+                "reward_infer", tokens=batch.tokens, prompt_lengths=batch.prompt_lengths, lengths=batch.lengths
+            )
+            return Rewards(found["rewards"], found.get("latents", torch.zeros(len(samples), 0)))
+
+        return compute
+
+    def close(self) -> None:
+        """Nothing is held beyond the process."""
