@@ -91,8 +91,8 @@ def steps(
     runs["mini-batches beyond the critic's"] = composed("method=eppo", *common, rewards(1), "ppo.mini_batch_size=8")
     runs["two models"] = composed("method=eppo", *common, rewards(2))
     for settings in runs.values():
-        if settings["critic"] is not None:
-            settings["critic"]["server"]["url"] = f"http://127.0.0.1:{port}"
+        if "critic" not in settings:  # an estimator without one has `critic: null`
+            settings["critic"] = {"server": {"url": f"http://127.0.0.1:{port}"}}
     try:
         actor = Job("methods", 1, runs, root / "actor")
         assert actor.wait(400) == 0, actor.log.read_text()[-6000:]
@@ -119,7 +119,10 @@ def test_a_preset_makes_a_step_and_its_ledger_adds_up(name: str, steps: dict[str
     ("run", "message"),
     [
         ("uwo with one model", "rewards, shaping.combine: scores: 1 reward model, but combine is 'uwo'"),
-        ("penalised without latents", "shaping.latent_penalty.gamma = 0.1: none of the reward models in rewards gives"),
+        (
+            "penalised without latents",
+            "shaping.latent_penalty (gamma=0.1) needs latents, but none of the reward models in rewards gives",
+        ),
         ("watched without latents", "monitor.outliers.action = 'log' needs latents"),
         ("warm on a plain model", "has a reward model of kind 'bradley_terry'"),
         ("odin on a plain model", "reward_kind = 'odin', but the server at http://127.0.0.1"),
