@@ -52,7 +52,7 @@ class MegatronEngine:
         )
         self._vocab_size, self._eos_id, self._pad_id = model_config.vocab_size, eos_id, pad_id
         self._max_batch_size, self._max_sequence_length = max_batch_size, max_sequence_length
-        self._decoder = Decoder(chunks, model_config.vocab_size)
+        self._decoder = Decoder(chunks)
         self._stages = self._decoder.stages
         self._version = 0
 
