@@ -28,24 +28,24 @@ from nemo_eppo.models.model_config import Precision
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
-_WINDOW = 16  # micro-batches whose rows are sorted by length together, and written together
+_WINDOW = 16  # micro-batches whose rows are sorted by length, and written, together
 
 
 class ScoreConfig(Config):
-    """What to score, with which model, and how."""
+    """Settings of `nemo-eppo score`."""
 
     model: Path
-    """A policy: a Hugging Face directory, a checkpoint, or a directory of checkpoints."""
+    """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
     data: Path
-    """Rows {"prompt", "response"}, .jsonl or .jsonl.gz."""
+    """File of rows {"prompt", "response"}, .jsonl or .jsonl.gz."""
     output: Path
-    """Rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
+    """File for rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
     preset: Preset = "paper"
-    """The modules whose energy losses are read."""
+    """The modules whose energy losses are read, see `EnergyProbeConfig`."""
     layer: int = -1
-    """The decoder layer that they belong to; negative numbers count from the end."""
+    """Decoder layer of these modules, counted from 0; negative numbers count from the end."""
     chat_template: bool = False
-    """Put the prompt into the tokenizer's own chat template as the user's turn."""
+    """Render the prompt as the user's turn in the tokenizer's own chat template."""
     precision: Precision = "fp32"
     """Precision of weights and activations."""
     batch_size: int = Field(8, ge=1)
@@ -60,11 +60,11 @@ class _Row(NamedTuple):
 
 
 class Scoring:
-    """The scoring of one file, checked when it is made: model, every row, and what an interrupted run has left.
+    """Computes log-probability and energy loss of the responses in one file.
 
-    `logprob` is the sum over the response's tokens. `energy_loss` is the mean over these tokens of the energy loss at
-    their positions (window `response`), each energy divided by its tensor's width as in training; presets with several
-    modules add theirs up, as the penalty does.
+    Creating it checks the model, every row, and the output of an interrupted run. `logprob` is the sum over the
+    response's tokens. `energy_loss` is the mean energy loss at these tokens' positions (window `response`), each energy
+    divided by its tensor's width as in training; presets with several modules add theirs up, as the penalty does.
 
     Raises:
         ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
@@ -94,10 +94,10 @@ class Scoring:
         self._done, self._complete_bytes = self._read_output()
 
     def run(self) -> None:
-        """Join the ranks and score what is not scored yet, appending to the output; collective."""
+        """Join the ranks and append the missing rows to the output; collective."""
         if self._done == len(self._rows):
             return
-        runtime.initialize(self.config.parallel, seed=0)  # and all ranks have read the output before it grows
+        runtime.initialize(self.config.parallel, seed=0)  # now all ranks have read the output, which may grow
         runner = build(self._plan, "lm", probe=self._probe)
         writes = dist.get_rank() == 0
         if writes:
@@ -116,7 +116,7 @@ class Scoring:
                 bar.update(len(window))
 
     def _score(self, runner: ModelRunner, rows: Sequence[_Row], first: int) -> list[str]:
-        """Make the output lines of `rows`, the first of which is row `first` of the data."""
+        """Make the output lines of `rows`, which begin at row `first` (from 0) of the data."""
         tokens, prompt_lengths, lengths = collate(rows, self._plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
         out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
@@ -174,7 +174,7 @@ class Scoring:
 
 
 def _name(source: Path | HfDirectory | None) -> str:
-    """Name the directory that is read, for people, with the beginning of the model's identity."""
+    """Name the model's directory for people, with the beginning of its identity."""
     path = source.path if isinstance(source, HfDirectory) else source
     assert path is not None
     return f"{path.resolve()} ({model_identity(path)[:12]})"
