@@ -62,8 +62,12 @@ class EnergyProbe:
         per_layer = _ENERGIES[config.preset]
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
-                # on every rank, so that all fail together and none is left waiting for the others
-                self._check_readable(layer)
+                # checked on every rank, so that all fail together and none is left waiting for the others
+                if hasattr(layer.mlp.linear_fc1, "layer_norm_weight") and config.preset not in ("paper", "down_proj"):
+                    raise ConfigError(
+                        f"energy.preset = {config.preset!r} reads the input of the MLP's first projection, which "
+                        "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
+                    )
                 for place, index in enumerate(wanted):
                     if layer.layer_number - 1 == index:
                         self._attach(layer, place * per_layer)
@@ -100,14 +104,6 @@ class EnergyProbe:
             dist.all_reduce(energies, group=group)
         sizes = [b * s for b, s in shapes]
         return [e.view(b, s, -1) for e, (b, s) in zip(energies.split(sizes), shapes, strict=True)]
-
-    def _check_readable(self, layer: Any) -> None:
-        fused = hasattr(layer.mlp.linear_fc1, "layer_norm_weight")
-        if fused and self.config.preset not in ("paper", "down_proj"):
-            raise ConfigError(
-                f"energy.preset = {self.config.preset!r} reads the input of the MLP's first projection, which "
-                "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
-            )
 
     def _attach(self, layer: Any, column: int) -> None:
         self._passes[column] = []

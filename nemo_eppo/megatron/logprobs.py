@@ -143,8 +143,8 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 def _chunk_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and its index
-    among this rank's rows [n], 0 for others."""
+    """Compute this rank's logits [n, V / tp] of the sampling distribution; and of each target, [n], whether this rank
+    owns it, and its row here (0 if not)."""
     group, vocab_size, distribution, softcap = projection
     logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
     if distribution.temperature != 1.0:
