@@ -77,7 +77,7 @@ class _Newest(NamedTuple):
     longest: int
     """Number of columns that any row sees."""
     visible: Tensor | None
-    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns."""
+    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers."""
     in_window: Tensor | None
     """The same for layers with a sliding window."""
 
@@ -94,7 +94,8 @@ class Decoder:
         config, self._description = self._models[0].config, self._models[0].description
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
-        self._head_width, self._softmax_scale = config.kv_channels, config.softmax_scale
+        self._head_width = config.kv_channels
+        self._attention: Any = {"scale": config.softmax_scale, "softcap": self._description.attention_softcap}
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._activation = ACTIVATIONS[self._description.activation]
@@ -148,14 +149,14 @@ class Decoder:
         """
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
-        columns, places = self._columns[: (longest := int(self._lengths.max()))], positions[:, None]
-        visible = None
-        if int(self._lengths.min()) < longest:
-            visible = torch.where(columns <= places, 0.0, -torch.inf)[:, None, None]
-        in_window, window = visible, self._description.sliding_window
-        if window is not None and window < longest:
-            seen = (columns <= places) & (columns > places - window)
-            in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+        longest, window = int(self._lengths.max()), self._description.sliding_window
+        visible = in_window = None
+        if int(self._lengths.min()) < longest or (window is not None and window < longest):
+            columns, places = self._columns[:longest], positions[:, None]
+            seen = columns <= places
+            visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+            if window is not None:
+                in_window = torch.where(seen & (columns > places - window), 0.0, -torch.inf)[:, None, None]
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = _Newest(rows, positions, longest, visible, in_window)
         cache = self._cache[:, : len(tokens)]
@@ -213,13 +214,12 @@ class Decoder:
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
         query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
-        options: Any = {"scale": self._softmax_scale, "softcap": self._description.attention_softcap}
         if newest is not None:
             cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
             keys, values = cache[..., : newest.longest, :].unbind(2)
             # the heads of a group are rows that share its keys
             visible = newest.visible if layer.window is None else newest.in_window
-            out = attend(query[:, 0], keys, values, visible, **options)
+            out = attend(query[:, 0], keys, values, visible, **self._attention)
         else:  # a prompt's own tokens come before its padding
             cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
             out = attend(
@@ -228,7 +228,7 @@ class Decoder:
                 qkv[..., heads + 1, :].transpose(1, 2),
                 causal=True,
                 window=layer.window,
-                **options,
+                **self._attention,
             ).transpose(1, 2)
         out = self._sum(layer.projection(out.reshape(rows, size, -1)))
         hidden += out if layer.after_attention is None else self._norm(out, layer.after_attention)

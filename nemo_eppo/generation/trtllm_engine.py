@@ -323,12 +323,7 @@ class _Process:
         ours, theirs = socketpair()
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
-                [
-                    str(config.python or sys.executable),
-                    "-m",
-                    "nemo_eppo.generation.trtllm_process",
-                    str(theirs.fileno()),
-                ],
+                [config.python or sys.executable, "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=_environment(config, gpus),
                 stdin=subprocess.DEVNULL,
