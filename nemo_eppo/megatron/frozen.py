@@ -25,7 +25,7 @@ class FrozenWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the block with the frozen weights; no gradients, no optimizer step inside."""
+        """Run the block with the frozen weights; no gradients, no updates inside."""
         self._swap()
         try:
             yield
