@@ -1,4 +1,4 @@
-"""`nemo-eppo score`: computes log-probability and energy loss of given responses under a model."""
+"""`nemo-eppo score`: log-probability and energy loss of given responses under a model."""
 
 import json
 import math
@@ -32,20 +32,20 @@ _WINDOW = 16  # micro-batches whose rows are sorted by length, and written, toge
 
 
 class ScoreConfig(Config):
-    """Which responses to read, with which model, and how."""
+    """Settings of `nemo-eppo score`."""
 
     model: Path
-    """The model: a Hugging Face directory, a checkpoint, or a directory of checkpoints."""
+    """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
     data: Path
     """File of rows {"prompt", "response"}, .jsonl or .jsonl.gz."""
     output: Path
-    """File of rows {"logprob", "num_tokens", "energy_loss"} to write, in the order of `data`."""
+    """File for rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
     preset: Preset = "paper"
-    """The modules whose energy loss is read."""
+    """The modules whose energy losses are read, see `EnergyProbeConfig`."""
     layer: int = -1
-    """The decoder layer of these modules; negative numbers count from the end."""
+    """Decoder layer of these modules, counted from 0; negative numbers count from the end."""
     chat_template: bool = False
-    """Whether the prompt becomes the user's turn in the tokenizer's own chat template."""
+    """Render the prompt as the user's turn in the tokenizer's own chat template."""
     precision: Precision = "fp32"
     """Precision of weights and activations."""
     batch_size: int = Field(8, ge=1)
@@ -60,14 +60,14 @@ class _Row(NamedTuple):
 
 
 class Scoring:
-    """The computation for one file. Making it checks the model, every row, and the output of an interrupted run.
+    """Computes log-probability and energy loss of the responses in one file.
 
-    `logprob` is the sum over the response's tokens. `energy_loss` is the mean over these tokens of the energy loss at
-    their positions (window `response`), divided by the tensor's width as in training and, if the preset has several
-    modules, summed over them, as in the penalty.
+    Creating it checks the model, every row, and the output of an interrupted run. `logprob` is the sum over the
+    response's tokens. `energy_loss` is the mean energy loss at these tokens' positions (window `response`), each energy
+    divided by its tensor's width as in training; presets with several modules add theirs up, as the penalty does.
 
     Raises:
-        ConfigError: model, layout or preset do not work, a row is bad (named by file and line), or the output belongs
+        ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
             to another model, data or settings.
     """
 
@@ -94,10 +94,10 @@ class Scoring:
         self._done, self._complete_bytes = self._read_output()
 
     def run(self) -> None:
-        """Connect the ranks and append the missing rows to the output; collective."""
+        """Join the ranks and append the missing rows to the output; collective."""
         if self._done == len(self._rows):
             return
-        runtime.initialize(self.config.parallel, seed=0)  # waits until all ranks have read the output, before it grows
+        runtime.initialize(self.config.parallel, seed=0)  # now all ranks have read the output, which may grow
         runner = build(self._plan, "lm", probe=self._probe)
         writes = dist.get_rank() == 0
         if writes:
@@ -116,7 +116,7 @@ class Scoring:
                 bar.update(len(window))
 
     def _score(self, runner: ModelRunner, rows: Sequence[_Row], first: int) -> list[str]:
-        """Return the output lines of `rows`; the first of them is row `first` of the data, counted from 0."""
+        """Make the output lines of `rows`, which begin at row `first` (from 0) of the data."""
         tokens, prompt_lengths, lengths = collate(rows, self._plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
         out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
@@ -157,7 +157,7 @@ class Scoring:
         return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
 
     def _read_output(self) -> tuple[int, int]:
-        """Return the number of complete rows, and of their bytes, in the output of an interrupted run."""
+        """Count the complete rows, and their bytes, in the output of an interrupted run."""
         path = self.config.output
         if not path.exists():
             if not path.parent.is_dir():
@@ -174,7 +174,7 @@ class Scoring:
 
 
 def _name(source: Path | HfDirectory | None) -> str:
-    """Return the directory that is read, with the beginning of the model's identity."""
+    """Name the model's directory for people, with the beginning of its identity."""
     path = source.path if isinstance(source, HfDirectory) else source
     assert path is not None
     return f"{path.resolve()} ({model_identity(path)[:12]})"

@@ -1,4 +1,4 @@
-"""Which engine generates, and how it is made."""
+"""Builds the configured generation engine."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from nemo_eppo.config import Config
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.generation.engine import Engine
+from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm
 from nemo_eppo.megatron.collectives import on_rank0
@@ -22,17 +22,18 @@ from nemo_eppo.models.model_config import ModelConfig
 
 
 class EngineConfig(Config):
-    """What generates the rollouts."""
+    """The engine that generates rollouts."""
 
     name: Literal["megatron", "tensorrt_llm"] = "megatron"
-    """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and its package."""
+    """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
     max_batch_size: int = Field(64, ge=1)
     """Sequences that one replica decodes at once; bounds the KV cache."""
     tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
+    """Settings of TensorRT-LLM; read only if it is the engine."""
 
 
 def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """ConfigError if the engine cannot work here; before anything is started."""
+    """Raise ConfigError, before anything is started, if the engine cannot work here."""
     if config.name == "tensorrt_llm":
         check_tensorrt_llm(config.tensorrt_llm, model, parallel)
 
@@ -46,32 +47,27 @@ def build_engine(
     max_sequence_length: int,
     directory: Path,
 ) -> Engine:
-    """The configured engine; collective.
+    """Build the configured engine; collective.
 
     Args:
-        chunks: of the policy.
+        chunks: the policy's model chunks.
         tokenizer_path: directory of `tokenizer`.
-        max_sequence_length: longest prompt and response together.
-        directory: of the run; an engine in a process of its own leaves its log, and what it was told of the model.
+        max_sequence_length: longest prompt and response together, in tokens.
+        directory: the run directory, where an engine in a process of its own leaves its log and the model's settings.
     """
-    limits: dict[str, int] = {
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "max_batch_size": config.max_batch_size,
-        "max_sequence_length": max_sequence_length,
-    }
+    limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length)
     if config.name == "megatron":
-        return MegatronEngine(chunks, model, **limits)
+        return MegatronEngine(chunks, limits)
     dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
     hf_directory = directory / "engine_model"
     on_rank0(lambda: write_hf_settings(hf_directory, model, dtype, tokenizer_path))
     return TensorRTLLMEngine(
-        model, dtype, config.tensorrt_llm, hf_directory=hf_directory, log=directory / "engine.log", **limits
+        model, dtype, config.tensorrt_llm, limits, hf_directory=hf_directory, log=directory / "engine.log"
     )
 
 
 def write_hf_settings(path: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Path) -> None:
-    """A Hugging Face directory without weights."""
+    """Write a Hugging Face directory with the settings of a model and its tokenizer, but no weights."""
     path.mkdir(parents=True, exist_ok=True)
     settings = hf_config(model, causal_architecture(model)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

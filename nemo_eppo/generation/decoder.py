@@ -1,11 +1,11 @@
 """Incremental decoding with a key-value cache, computed directly on the weights of a Megatron decoder.
 
 No module of the model is called: no hook fires, no training state changes, and a step costs little more than its matrix
-products. Every rank of a replica takes part: tensor-parallel ranks add up what their heads and channels contribute,
-pipeline stages hand hidden states on. Sequence parallelism only splits activations of training, so it is not needed.
+products. Every rank of a replica takes part: tensor-parallel ranks add up the outputs of their heads and channels, and
+pipeline stages pass hidden states on. Sequence parallelism splits only activations of training, so it is not used.
 
-A row of the cache belongs to one sequence, its columns are the sequence's positions. Sequences come and go while others
-go on; none is changed by its neighbours.
+A row of the cache belongs to one sequence; its columns are the sequence's positions. Sequences join and leave while
+others continue, and do not affect each other.
 """
 
 import math
@@ -17,18 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.attention import attend, layer_window, window_mask
+from nemo_eppo.megatron.attention import attend, layer_window
 from nemo_eppo.megatron.logprobs import soft_capped
 from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
+from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.model_config import ACTIVATIONS
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 
 
 class _Linear(NamedTuple):
-    """A linear map's weight [out, in], its bias [out] and its adapter, if it has them."""
+    """A linear map's weight [out, in], with its bias [out] and its adapter where it has them."""
 
     weight: Tensor
     bias: Tensor | None
@@ -43,59 +44,58 @@ class _Layer(NamedTuple):
     """This rank's weights of one decoder layer, as Megatron lays them out."""
 
     attention_norm: Tensor
-    """[H]."""
+    """Weight [H] of the norm before attention."""
     qkv: _Linear
-    """[G * (R + 2) * D, H]: for each of G key/value groups, R query heads, then key, then value."""
+    """Weight [G * (R + 2) * D, H]: for each of G key/value groups, R query heads, then key, then value."""
     q_norm: Tensor | None
-    """[D]."""
+    """Weight [D] of the norm on queries; None without one, as is `k_norm`."""
     k_norm: Tensor | None
-    """[D]."""
+    """Weight [D] of the norm on keys."""
     projection: _Linear
-    """[H, G * R * D]."""
+    """Weight [H, G * R * D]."""
     mlp_norm: Tensor
-    """[H]."""
+    """Weight [H] of the norm before the MLP."""
     gate_up: _Linear
-    """[2 * F, H]: gate rows, then up rows."""
+    """Weight [2 * F, H]: gate rows, then up rows."""
     down: _Linear
-    """[H, F]."""
+    """Weight [H, F]."""
     after_attention: Tensor | None
-    """[H] of the norm on what attention gives, if there is one."""
+    """Weight [H] of the norm on attention's output; None without one."""
     after_mlp: Tensor | None
-    """[H]."""
+    """Weight [H] of the norm on the MLP's output; None without one."""
     window: int | None
-    """Tokens that a token sees; None for all before it."""
+    """How many tokens, itself included, a token sees; None for all up to itself."""
 
 
 class _Newest(NamedTuple):
-    """One new token of each row, and what it sees."""
+    """One new token of each row, and the columns of the cache that it sees."""
 
     rows: Tensor
-    """[n] 0, 1, ..."""
+    """Row numbers [n], 0 to n - 1."""
     positions: Tensor
-    """[n] of the new token."""
+    """Position [n] of each new token."""
     longest: int
-    """Columns of the cache that any row sees."""
+    """Number of columns that any row sees."""
     visible: Tensor | None
-    """[n, 1, 1, longest] 0 where a row sees a column, else -inf; None if all see all."""
+    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers."""
     in_window: Tensor | None
-    """The same in layers with a sliding window."""
+    """The same for layers with a sliding window."""
 
 
 class Decoder:
-    """Runs a policy's chunks token by token; what it remembers of sequences is its cache.
+    """Runs a policy's chunks token by token, with a cache of the sequences so far.
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
-        vocab_size: tokens without the padding of the vocabulary.
     """
 
-    def __init__(self, chunks: list[Any], vocab_size: int) -> None:
+    def __init__(self, chunks: list[Any]) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
         config, self._description = self._models[0].config, self._models[0].description
-        self._vocab_size = vocab_size
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
-        self._head_width, self._softmax_scale = config.kv_channels, config.softmax_scale
+        self._head_width = config.kv_channels
+        self._attention: Any = {"scale": config.softmax_scale, "softcap": self._description.attention_softcap}
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._activation = ACTIVATIONS[self._description.activation]
@@ -103,7 +103,7 @@ class Decoder:
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
     def start(self, rows: int, columns: int) -> None:
-        """Forget all sequences; make room for so many at once, each with up to so many tokens."""
+        """Forget all sequences; make room for `rows` sequences of up to `columns` tokens."""
         shape = (sum(map(len, self._layers)), rows, self._groups, 2, columns, self._head_width)
         if self._storage.numel() < math.prod(shape):
             self._storage = self._storage.new_empty(math.prod(shape))
@@ -112,7 +112,7 @@ class Decoder:
         self._rotary = self._rotary_table(columns)
         self._columns = torch.arange(columns, device=device.device())
         self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
-        self._positions = self._lengths.to(device.device())  # the same where nobody has to wait for it
+        self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
 
     @torch.inference_mode()
     def add(self, tokens: Tensor, lengths: Tensor) -> Tensor | None:
@@ -142,17 +142,21 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor | None:
-        """Append one token [n] to each row; fp32 logits [n, V] of the next, None except on the last pipeline stage."""
+        """Append one token [n] to each row.
+
+        Returns:
+            fp32 logits [n, V] of the tokens after them; None except on the last pipeline stage.
+        """
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
-        columns, places = self._columns[: (longest := int(self._lengths.max()))], positions[:, None]
-        visible = None
-        if int(self._lengths.min()) < longest:
-            visible = torch.where(columns <= places, 0.0, -torch.inf)[:, None, None]
-        in_window, window = visible, self._description.sliding_window
-        if window is not None and window < longest:
-            seen = (columns <= places) & (columns > places - window)
-            in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+        longest, window = int(self._lengths.max()), self._description.sliding_window
+        visible = in_window = None
+        if int(self._lengths.min()) < longest or (window is not None and window < longest):
+            columns, places = self._columns[:longest], positions[:, None]
+            seen = columns <= places
+            visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+            if window is not None:
+                in_window = torch.where(seen & (columns > places - window), 0.0, -torch.inf)[:, None, None]
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = _Newest(rows, positions, longest, visible, in_window)
         cache = self._cache[:, : len(tokens)]
@@ -161,7 +165,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
-        """End all sequences but those in these rows (ascending), moving as few as possible.
+        """End all sequences except those in these rows (ascending), moving as few as possible.
 
         Returns:
             The kept rows in their new order.
@@ -182,7 +186,7 @@ class Decoder:
         self._cache = self._storage = self._storage.new_empty(0)
 
     def _run(self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None) -> Tensor | None:
-        """Tokens [b, s] through all stages, into their rows of the cache; hidden [b, s, H] on the last."""
+        """Run tokens [b, s] through all stages, filling their rows of the cache; hidden [b, s, H] on the last stage."""
         caches = iter(cache)
         for model, layers in zip(self._models, self._layers, strict=True):
             if model.pre_process:
@@ -210,25 +214,21 @@ class Decoder:
         query_key = qkv[..., : heads + 1, :]
         halves_swapped = query_key.roll(width // 2, -1)
         query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
-        options: Any = {"scale": self._softmax_scale, "softcap": self._description.attention_softcap}
         if newest is not None:
             cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
             keys, values = cache[..., : newest.longest, :].unbind(2)
             # the heads of a group are rows that share its keys
             visible = newest.visible if layer.window is None else newest.in_window
-            out = attend(query[:, 0], keys, values, visible, **options)
+            out = attend(query[:, 0], keys, values, visible, **self._attention)
         else:  # a prompt's own tokens come before its padding
             cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
-            visible = None
-            if layer.window is not None and layer.window < size:
-                visible = window_mask(size, layer.window, hidden.device)
             out = attend(
                 query.flatten(2, 3).transpose(1, 2),
                 key.transpose(1, 2),
                 qkv[..., heads + 1, :].transpose(1, 2),
-                visible,
-                causal=visible is None,
-                **options,
+                causal=True,
+                window=layer.window,
+                **self._attention,
             ).transpose(1, 2)
         out = self._sum(layer.projection(out.reshape(rows, size, -1)))
         hidden += out if layer.after_attention is None else self._norm(out, layer.after_attention)
@@ -240,7 +240,7 @@ class Decoder:
         hidden += out if layer.after_mlp is None else self._norm(out, layer.after_mlp)
 
     def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """[b, s] -> [b, s, H]; weight [V / tp, H]."""
+        """Token ids [b, s], weight [V / tp, H] -> embeddings [b, s, H]."""
         if self._tensor_ranks.size() == 1:
             return F.embedding(tokens, weight)
         local = tokens - self._tensor_ranks.rank() * weight.size(0)
@@ -248,14 +248,14 @@ class Decoder:
         return self._sum(torch.where(own[..., None], F.embedding(torch.where(own, local, 0), weight), 0))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> fp32 [n, V], without the vocabulary's padding."""
+        """Hidden states [n, H] -> fp32 logits [n, V], without the vocabulary's padding."""
         model = self._models[-1]
         logits = F.linear(self._norm(hidden, model.decoder.final_layernorm.weight), model.projection_weight())
         if self._tensor_ranks.size() > 1:
             shards = [torch.empty_like(logits) for _ in range(self._tensor_ranks.size())]
             dist.all_gather(shards, logits, group=self._tensor_ranks)
             logits = torch.cat(shards, -1)
-        return soft_capped(logits[:, : self._vocab_size].float(), self._description.logit_softcap)
+        return soft_capped(logits[:, : self._description.vocab_size].float(), self._description.logit_softcap)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self._eps, self._description.norm_plus_one)
@@ -266,28 +266,26 @@ class Decoder:
         return partial
 
     def _rotary_table(self, columns: int) -> Tensor:
-        """Cosines and sines [2, W, 1, 1, D]; sines carry the sign of the rotation."""
+        """Return cosines and sines [2, W, 1, 1, D]; sines carry the sign of the rotation."""
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         return table[:, :, None, None].to(self._storage)
 
 
 def _layer_weights(layer: Any) -> _Layer:
-    weights, modules = dict(layer.named_parameters()), dict(layer.named_modules())
+    weights = {FUSED_NORMS.get(name, name): parameter for name, parameter in layer.named_parameters()}
+    modules = dict(layer.named_modules())
 
     def linear(name: str) -> _Linear:
-        adapter = modules.get(name + SUFFIX)
-        return _Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), adapter)
+        return _Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), modules.get(name + SUFFIX))
 
-    # in TransformerEngine's modules a norm is part of the projection after it
-    fused = "mlp.linear_fc1.layer_norm_weight" in weights
     return _Layer(
-        attention_norm=weights["self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"],
+        attention_norm=weights["input_layernorm.weight"],
         qkv=linear("self_attention.linear_qkv"),
         q_norm=weights.get("self_attention.q_layernorm.weight"),
         k_norm=weights.get("self_attention.k_layernorm.weight"),
         projection=linear("self_attention.linear_proj"),
-        mlp_norm=weights["mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"],
+        mlp_norm=weights["pre_mlp_layernorm.weight"],
         gate_up=linear("mlp.linear_fc1"),
         down=linear("mlp.linear_fc2"),
         after_attention=weights.get("self_attn_bda.norm.weight"),

@@ -1,7 +1,7 @@
-"""What every generation engine does, whatever computes the tokens."""
+"""The interface of generation engines, and the checks that all of them share."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,9 +19,9 @@ class Engine(Protocol):
     """
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Take over new weights (whole tensors under Hugging Face names) and call them `version`. Collective.
+        """Take over new weights (whole tensors under Hugging Face names) as `version`; collective.
 
-        An engine that reads the trainer's own weights does not look at them, and takes None.
+        An engine that reads the trainer's own weights ignores them and accepts None.
 
         Raises:
             RefitError: the refit is incomplete, reordered, stale or corrupted; the engine has no weights until a
@@ -29,8 +29,8 @@ class Engine(Protocol):
         """
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion for each prompt, in their order. Log-probs are those of the distribution sampled from, after
-        temperature and filters; what they are of greedy responses is the engine's affair.
+        """Return one completion for each prompt, in order, with log-probs under the distribution sampled from, after
+        temperature and filters. Each engine defines the log-probs of greedy responses.
 
         Raises:
             ConfigError: an input that cannot work, named by its index; nothing was computed.
@@ -40,30 +40,40 @@ class Engine(Protocol):
         """Free the memory that only generation needs; the weights may go with it."""
 
     def wake(self) -> None:
-        """Get ready for a refit, and then to generate again."""
+        """Take memory again; a refit follows before the next `generate`."""
 
     def close(self) -> None:
-        """End everything the engine has started."""
+        """End all that the engine has started."""
 
 
-def check_limits(
-    model: ModelConfig, *, eos_id: int, pad_id: int, max_batch_size: int, max_sequence_length: int
-) -> None:
-    """ConfigError if no engine of this model could work so."""
-    if not 2 <= max_sequence_length <= model.max_sequence_length:
-        raise ConfigError(
-            f"max_sequence_length = {max_sequence_length}: expected 2 to {model.max_sequence_length}, "
-            "the model's longest sequence"
-        )
-    if max_batch_size < 1:
-        raise ConfigError(f"max_batch_size = {max_batch_size}: expected at least 1")
-    for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
-        if not 0 <= token < model.vocab_size:
-            raise ConfigError(f"{name} = {token}: expected 0 to {model.vocab_size - 1}")
+class Limits(NamedTuple):
+    """What an engine is made for, whatever computes the tokens."""
+
+    eos_id: int
+    """The token that ends a response."""
+    pad_id: int
+    """Fills batches; never part of a response."""
+    max_batch_size: int
+    """Sequences decoded at once; where one has ended, the next prompt joins."""
+    max_sequence_length: int
+    """Longest prompt and response together, in tokens."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ConfigError if no engine of this model can have these limits."""
+        if not 2 <= self.max_sequence_length <= model.max_sequence_length:
+            raise ConfigError(
+                f"max_sequence_length = {self.max_sequence_length}: expected 2 to {model.max_sequence_length}, "
+                "the model's longest sequence"
+            )
+        if self.max_batch_size < 1:
+            raise ConfigError(f"max_batch_size = {self.max_batch_size}: expected at least 1")
+        for name, token in (("eos_id", self.eos_id), ("pad_id", self.pad_id)):
+            if not 0 <= token < model.vocab_size:
+                raise ConfigError(f"{name} = {token}: expected 0 to {model.vocab_size - 1}")
 
 
 def check_requests(prompt_ids: list[list[int]], seeds: list[int], vocab_size: int, max_sequence_length: int) -> None:
-    """ConfigError if a prompt or seed cannot work, named by its index."""
+    """Raise ConfigError for a prompt or seed that cannot work, named by its index."""
     if len(seeds) != len(prompt_ids):
         raise ConfigError(f"seeds: {len(seeds)} for {len(prompt_ids)} prompts; expected one for each")
     for i, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):

@@ -1,21 +1,21 @@
-"""Generation on the trainer's own Megatron weights: nothing is copied, converted or sent when the weights change."""
+"""Generation with the trainer's own Megatron weights: nothing is copied, converted or sent when they change."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, sample_tokens
 from nemo_eppo.generation.decoder import Decoder
-from nemo_eppo.generation.engine import check_limits, check_requests
+from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.megatron import device
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.rollout.sampling import SamplingParams
 
-_BLOCK = 8  # steps between looks at what was sampled, each of which waits for the device
+_BLOCK = 8  # tokens per row between looks at what was sampled, each of which waits for the device
 
 
 class MegatronEngine:
@@ -26,33 +26,13 @@ class MegatronEngine:
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
-        model_config: their architecture.
-        eos_id: the token that ends a response.
-        pad_id: fills short prompts; never part of a response.
-        max_batch_size: prompts decoded at once; where a response has ended, the next prompt joins.
-        max_sequence_length: longest prompt and response together.
     """
 
-    def __init__(
-        self,
-        chunks: list[Any],
-        model_config: ModelConfig,
-        *,
-        eos_id: int,
-        pad_id: int,
-        max_batch_size: int,
-        max_sequence_length: int,
-    ) -> None:
-        check_limits(
-            model_config,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            max_batch_size=max_batch_size,
-            max_sequence_length=max_sequence_length,
-        )
-        self._vocab_size, self._eos_id, self._pad_id = model_config.vocab_size, eos_id, pad_id
-        self._max_batch_size, self._max_sequence_length = max_batch_size, max_sequence_length
-        self._decoder = Decoder(chunks, model_config.vocab_size)
+    def __init__(self, chunks: list[Any], limits: Limits) -> None:
+        model = unwrap(chunks[0]).description
+        limits.check(model)
+        self._limits, self._vocab_size = limits, model.vocab_size
+        self._decoder = Decoder(chunks)
         self._stages = self._decoder.stages
         self._version = 0
 
@@ -73,31 +53,34 @@ class MegatronEngine:
 
     @torch.inference_mode()
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion for each prompt; see `Engine`.
+        """Return one completion for each prompt; see `Engine`.
 
-        Token t of a response is drawn with the uniform number of (seed, t). Log-probs are those of the distribution
-        sampled from, after temperature and filters; under `greedy`, of the softmax at `temperature` (1 unless set).
+        Token t of a response is drawn with the uniform number of (seed, t). With `greedy`, log-probs are those of the
+        softmax at `temperature`.
 
         Raises:
             ConfigError: a prompt or seed that cannot work, found before any communication.
-            FloatingPointError: the model gives NaN; on all ranks.
+            FloatingPointError: the model gives NaN; raised on all ranks.
         """
-        check_requests(prompt_ids, seeds, self._vocab_size, self._max_sequence_length)
+        longest, at_once = self._limits.max_sequence_length, self._limits.max_batch_size
+        check_requests(prompt_ids, seeds, self._vocab_size, longest)
         if not prompt_ids:
             return []
         lengths, seed = torch.tensor([len(prompt) for prompt in prompt_ids]), torch.tensor(seeds)
-        limits = (self._max_sequence_length - lengths).clamp(max=sampling.max_new_tokens)
+        limits = (longest - lengths).clamp(max=sampling.max_new_tokens)
         waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # the last, and longest, join first
-        tokens = torch.full((len(prompt_ids), int(limits.max()) + _BLOCK), self._pad_id)
+        tokens = torch.full((len(prompt_ids), int(limits.max()) + _BLOCK), self._limits.pad_id)
         logprobs = torch.zeros(tokens.shape)
         drawn = torch.zeros_like(lengths)  # tokens of each response so far
         rows = torch.zeros(0, dtype=torch.int64)  # the prompt that each of the decoder's rows answers
         logits = None
-        self._decoder.start(min(len(prompt_ids), self._max_batch_size), int((lengths + limits).max()) + _BLOCK)
+        self._decoder.start(min(len(prompt_ids), at_once), int((lengths + limits).max()) + _BLOCK)
         while waiting or len(rows):
-            if waiting and len(rows) < self._max_batch_size:
-                joining = [waiting.pop() for _ in range(min(len(waiting), self._max_batch_size - len(rows)))]
-                first = self._prefill([prompt_ids[i] for i in joining])
+            if waiting and len(rows) < at_once:
+                joining = [waiting.pop() for _ in range(min(len(waiting), at_once - len(rows)))]
+                prompts = [torch.tensor(prompt_ids[i]) for i in joining]
+                padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=self._limits.pad_id)
+                first = self._decoder.add(padded, lengths[joining])
                 logits = first if logits is None or first is None else torch.cat([logits, first])
                 rows = torch.cat([rows, torch.tensor(joining)])
             steps = drawn[rows, None] + torch.arange(min(_BLOCK, int((limits - drawn)[rows].max())))
@@ -105,7 +88,7 @@ class MegatronEngine:
             token, block = self._decode(logits, uniforms, sampling)
             tokens[rows[:, None], steps], logprobs[rows[:, None], steps] = block
             drawn[rows] += steps.size(1)
-            going = ~(block[0] == self._eos_id).any(1) & (drawn < limits)[rows]
+            going = ~(block[0] == self._limits.eos_id).any(1) & (drawn < limits)[rows]
             logits = None
             order = self._decoder.keep(going.nonzero().flatten().tolist())
             rows = rows[order]
@@ -116,16 +99,10 @@ class MegatronEngine:
         results = zip(tokens.tolist(), logprobs.tolist(), limits.tolist(), strict=True)
         return [self._completion(*result) for result in results]
 
-    def _prefill(self, prompts: list[list[int]]) -> Tensor | None:
-        """Logits [n, V] of the tokens after prompts that join the decoder's rows."""
-        longest = max(map(len, prompts))
-        padded = torch.tensor([prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts])
-        return self._decoder.add(padded, torch.tensor([len(prompt) for prompt in prompts]))
-
     def _decode(
         self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """A block of steps of all rows: the last tokens [n], and all tokens and log-probs [n, steps] on the host."""
+        """Decode `steps` tokens of each row: return the last [n], and all with log-probs [n, steps] on the host."""
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         for step, uniform in enumerate(uniforms.unbind(1)):
@@ -138,7 +115,7 @@ class MegatronEngine:
         return tokens[-1], found
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """The next token of each row [n], known to all stages, and its log-prob [n], known to the last."""
+        """Choose the next token of each row: return it [n], on all stages, and its log-prob [n], on the last."""
         if logits is None:
             token = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
             logprob = torch.empty(len(uniforms), device=uniforms.device)
@@ -158,7 +135,7 @@ class MegatronEngine:
 
     def _completion(self, tokens: list[int], logprobs: list[float], limit: int) -> Completion:
         """Cut what was decoded of one row at its first EOS, or at its limit."""
-        stopped = self._eos_id in tokens[:limit]
-        length = tokens.index(self._eos_id) + 1 if stopped else limit
+        stopped = self._limits.eos_id in tokens[:limit]
+        length = tokens.index(self._limits.eos_id) + 1 if stopped else limit
         reason = FinishReason.STOP if stopped else FinishReason.LENGTH
         return Completion(tokens[:length], logprobs[:length], reason, self._version)

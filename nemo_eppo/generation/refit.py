@@ -1,10 +1,10 @@
-"""New weights for an engine in another process: bucket by bucket, under a version, every tensor with a digest.
+"""Sends new weights to an engine in another process: in buckets, under a version, every tensor with a digest.
 
-The sender packs whole, Hugging-Face-named tensors into one contiguous buffer at a time and describes what is in it. The
-receiver lets nothing pass that is not exactly the refit it expects: all tensors, in order, of a version newer than any
-it has seen, with the bytes that the sender's model holds. After a failure it has no weights until a whole refit came.
+The sender packs whole tensors under Hugging Face names into one contiguous buffer at a time and describes its content.
+The receiver accepts only the refit it expects: all tensors, in order, of a version newer than any before, with the
+bytes of the sender's model. After a failure it has no weights until a refit is complete.
 
-Needs torch alone, as `algorithms` does: the receiving process may live in an environment of its own.
+Needs only torch, as `algorithms` does, because the receiving process may run in an environment of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,39 +25,39 @@ class RefitError(RuntimeError):
 
 
 class TensorInfo(NamedTuple):
-    """What a refit says about one tensor. All plain values."""
+    """Describes one tensor of a refit, in plain values."""
 
     name: str
-    """As in Hugging Face's state dict."""
+    """Name in Hugging Face's state dict."""
     shape: tuple[int, ...]
     dtype: str
-    """As torch spells it: "torch.bfloat16"."""
+    """Dtype as torch spells it: "torch.bfloat16"."""
     digest: int | None = None
-    """Of its bytes; None in what a receiver expects, before there are any."""
+    """Digest of the bytes; None where a receiver describes what it expects."""
 
 
 class Bucket(NamedTuple):
-    """The header of a bucket. All plain values."""
+    """The header of a bucket, in plain values."""
 
     version: int
     number: int
-    """Counts from 0 in each refit."""
+    """Number of the bucket, counted from 0 in each refit."""
     tensors: list[TensorInfo]
 
 
 def pack(
     named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, allocate: Callable[[int], Tensor]
 ) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Copy tensors into one buffer until it is full, and again.
+    """Copy tensors into a buffer until it is full, yield them as a bucket, and fill the buffer again.
 
     Args:
-        named_tensors: read one at a time.
-        bucket_bytes: size of the buffer; a larger tensor gets one of its own size, which then stays.
-        allocate: uint8 [n] on the device of the tensors, in memory that another process can open.
+        named_tensors: tensors by name, read one at a time.
+        bucket_bytes: size of the buffer; a larger tensor replaces it with one of its own size.
+        allocate: returns uint8 [n] on the device of the tensors, in memory that another process can open.
 
     Yields:
-        (name, digest, tensor in the buffer) of each tensor of a bucket, the digest being of the tensor before it was
-        copied. The buffer is filled anew when the next bucket is asked for.
+        (name, digest of the original, copy in the buffer) of each tensor of a bucket. Asking for the next bucket
+        overwrites the buffer.
     """
     buffer = torch.empty(0, dtype=torch.uint8)
     packed: list[tuple[str, Tensor, Tensor]] = []
@@ -79,11 +79,11 @@ def pack(
 
 @torch.no_grad()
 def digest(tensor: Tensor) -> Tensor:
-    """64-bit checksum of a contiguous tensor's bytes: an int64 scalar on its device, the same number on every device.
+    """Compute a 64-bit checksum of a contiguous tensor's bytes: an int64 scalar on its device, equal on all devices.
 
-    Each 32-bit word is multiplied by the odd factor of its column and rows are mixed with their number, modulo 2^64: a
-    changed word always shows, and so do two words that change places in a row of 4,096; anything else goes unseen with
-    a probability of about 2^-64. Not a defence against an adversary.
+    Each 32-bit word is multiplied by the odd factor of its column, and rows are mixed with their number, modulo 2^64.
+    It always detects one changed word, and two swapped words in a row of 4,096; it misses another change with a
+    probability of about 2^-64. It is no defence against an adversary.
     """
     data = tensor.reshape(-1).view(torch.uint8)
     if data.numel() % 4 or data.storage_offset() % 4:
@@ -102,7 +102,7 @@ _cached_factors: dict[torch.device, Tensor] = {}
 
 
 def _factors(device: torch.device) -> Tensor:
-    """The odd factors of a row's columns, int64 [4096]: no two agree in their low 33 bits."""
+    """Return the odd factors of a row's columns, int64 [4096]; no two agree in their low 33 bits."""
     if device not in _cached_factors:
         low_bits_differ = torch.arange(1, _ROW + 1)
         _cached_factors[device] = (mix64(low_bits_differ) | 1).to(device)
@@ -110,25 +110,25 @@ def _factors(device: torch.device) -> Tensor:
 
 
 class Receiver:
-    """Checks the refits that arrive. `version` is that of the complete weights, None while there are none.
+    """Checks the refits that arrive; `version` is the version of the complete weights, None while there are none.
 
     Args:
-        expected: every tensor of the model, in order; digests are not looked at.
+        expected: every tensor of the model, in order; their digests are ignored.
     """
 
     def __init__(self, expected: Sequence[TensorInfo]) -> None:
         self._expected = list(expected)
-        self._newest = -1  # version that was begun
+        self._newest = -1  # the newest version that was begun
         self._buckets = self._received = 0
         self._pending: int | None = None
         self.version: int | None = None
 
     def forget(self) -> None:
-        """The weights are gone: released memory, or a refit that failed."""
+        """Record that there are no weights: memory was released, or a refit has failed."""
         self.version = self._pending = None
 
     def begin(self, version: int) -> None:
-        """Start a refit. RefitError if `version` is not newer than all before, complete or not."""
+        """Start a refit; RefitError unless `version` is newer than all before, complete or not."""
         self.forget()
         if version <= self._newest:
             raise RefitError(f"stale refit: version {version} after version {self._newest}; versions have to increase")
@@ -136,10 +136,10 @@ class Receiver:
         self._buckets = self._received = 0
 
     def check(self, bucket: Bucket, copies: Sequence[Sequence[tuple[str, Tensor]]]) -> None:
-        """RefitError if this is not the next bucket, or the tensors that arrived are not those it names.
+        """Raise RefitError if this is not the next bucket, or the tensors that arrived are not those it names.
 
         Args:
-            copies: the bucket's tensors as they arrived; one list for each device they arrived on.
+            copies: the bucket's tensors as they arrived, one list for each device.
         """
         try:
             self._check(bucket, copies)
@@ -148,7 +148,7 @@ class Receiver:
             raise
 
     def finish(self, version: int) -> None:
-        """The refit is over. RefitError if it was not complete."""
+        """End the refit; RefitError if it is not complete."""
         pending, missing = self._pending, self._expected[self._received :]
         self.forget()
         if version != pending:
@@ -183,15 +183,14 @@ class Receiver:
                     f"expected {due[position].dtype} {due[position].shape}"
                 )
         for tensors in copies:
-            self._check_content(where, bucket.tensors, tensors)
+            arrived = [TensorInfo(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+            if arrived != [info._replace(digest=None) for info in bucket.tensors]:
+                raise RefitError(f"corrupted {where}: the bucket holds other tensors than its header says")
+            digests = torch.stack([digest(tensor) for _, tensor in tensors]).tolist()  # one wait for the device
+            for info, found in zip(bucket.tensors, digests, strict=True):
+                if info.digest != found:
+                    raise RefitError(
+                        f"corrupted {where}: {info.name} has digest {found}, the sender's has {info.digest}"
+                    )
         self._buckets += 1
         self._received += len(bucket.tensors)
-
-    def _check_content(self, where: str, named: list[TensorInfo], tensors: Sequence[tuple[str, Tensor]]) -> None:
-        arrived = [TensorInfo(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-        if arrived != [info._replace(digest=None) for info in named]:
-            raise RefitError(f"corrupted {where}: the bucket holds other tensors than its header says")
-        digests = torch.stack([digest(tensor) for _, tensor in tensors]).tolist()  # one wait for the device
-        for info, found in zip(named, digests, strict=True):
-            if info.digest != found:
-                raise RefitError(f"corrupted {where}: {info.name} has digest {found}, the sender's has {info.digest}")

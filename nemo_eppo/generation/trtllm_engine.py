@@ -1,8 +1,8 @@
-"""Generation by TensorRT-LLM in processes of its own, on the GPUs of the actor, their weights refitted in memory.
+"""Generation by TensorRT-LLM in its own processes on the actor's GPUs; weights are passed to them in GPU memory.
 
-The ranks of a replica form as many engines as they can, of consecutive ranks each. All of them gather the weights
-(`export_tensors`) and share each bucket with the process of their engine, which the engine's first rank has started and
-talks to. The engines of a replica share its prompts. A failure on any rank is one on all.
+A replica's ranks form as many engines as they can, each of consecutive ranks. All ranks gather the weights
+(`export_tensors`) and share each bucket with their engine's process, which the engine's first rank starts and talks to.
+The engines of a replica share its prompts. A failure on one rank is raised on all.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.generation import ipc
-from nemo_eppo.generation.engine import check_limits, check_requests
+from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.refit import RefitError, pack
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
@@ -37,7 +37,7 @@ from nemo_eppo.rollout.sampling import SamplingParams
 ResultT = TypeVar("ResultT")
 
 _PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_eppo
-# of the launcher that started this rank: TensorRT-LLM or torch would take them for their own
+# variables of the launcher of this rank, which TensorRT-LLM or torch would take for their own launcher's
 _LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _LOG_TAIL = 3000
@@ -49,29 +49,29 @@ class EngineProcessError(RuntimeError):
 
 
 class TensorRTLLMConfig(Config):
-    """The TensorRT-LLM engine; used with engine: tensorrt_llm."""
+    """Settings of the TensorRT-LLM engine."""
 
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine, all of one machine; the actor's layout may be another. Its replicas of R ranks have
-    R / tensor_parallel_size engines each."""
+    """GPUs of one engine, all of one machine. It divides R, the ranks of a replica of the actor, which has
+    R / tensor_parallel_size engines."""
     free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of the GPU memory that is free after loading the engine which its KV cache takes."""
+    """Share of the GPU memory left after loading the engine that its KV cache takes."""
     max_num_tokens: int = Field(8192, ge=1)
     """Tokens that the engine computes at once."""
     bucket_megabytes: int = Field(512, ge=1)
-    """Weights are sent in buckets of this size: what a refit costs in memory, on each GPU."""
+    """Weights are sent in buckets of this many MiB, which a refit needs as extra memory on each GPU."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """For one request to the engine's process: its start, a bucket of weights, a rollout."""
+    """Minutes that the engine's process may take for its start, a bucket of weights, or a rollout."""
     python: Path | None = None
-    """Python that has tensorrt_llm, of another virtual environment; null for this one."""
+    """Python of an environment that has tensorrt_llm; null for the Python of this process."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables that the engine's process gets besides."""
+    """Environment variables to add for the engine's process."""
 
 
 def check_tensorrt_llm(
     config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "engine.tensorrt_llm"
 ) -> None:
-    """ConfigError if an engine with these settings could not start here; nothing is started but a look for it."""
+    """Raise ConfigError if an engine with these settings cannot start here; starts only Python, to find the package."""
     size, ranks, family = config.tensor_parallel_size, parallel.model_parallel_size, family_of(model)
     windowed = model.sliding_window is not None and model.sliding_window < model.max_sequence_length
     if not family.tensorrt_llm or windowed:
@@ -97,7 +97,7 @@ def check_tensorrt_llm(
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
         )
-    python = _python(config)
+    python = str(config.python or sys.executable)
     look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
     try:
         looked = subprocess.run(
@@ -119,15 +119,10 @@ class TensorRTLLMEngine:
     """An `Engine` whose every method is collective over all ranks of the job.
 
     Args:
-        model: the actor's.
-        dtype: of its weights.
-        config: settings of the engine.
+        model: the actor's model.
+        dtype: dtype of its weights.
         hf_directory: config.json and tokenizer of the model, without weights.
-        log: file for what an engine's process prints; the engine's first rank is put behind its name.
-        eos_id: the token that ends a response.
-        pad_id: fills batches.
-        max_batch_size: prompts that one engine answers at once.
-        max_sequence_length: longest prompt and response together.
+        log: file for the output of the engine's process, to whose name the engine's first rank is added.
 
     Raises:
         ConfigError: limits that no engine of this model can have.
@@ -139,36 +134,32 @@ class TensorRTLLMEngine:
         model: ModelConfig,
         dtype: torch.dtype,
         config: TensorRTLLMConfig,
+        limits: Limits,
         *,
         hf_directory: Path,
         log: Path,
-        eos_id: int,
-        pad_id: int,
-        max_batch_size: int,
-        max_sequence_length: int,
     ) -> None:
-        limits = {"max_batch_size": max_batch_size, "max_sequence_length": max_sequence_length}
-        check_limits(model, eos_id=eos_id, pad_id=pad_id, **limits)
+        limits.check(model)
         self._model, self._config = model, config
-        self._eos_id, self._max_sequence_length = eos_id, max_sequence_length
+        self._eos_id, self._max_sequence_length = limits.eos_id, limits.max_sequence_length
         self._replica = _replica()
         gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
         dist.all_gather_object(gathered, (device.uuid(), device.number()), group=self._replica)
         size, rank = config.tensor_parallel_size, self._replica.rank()
         self._mine = slice(rank - rank % size, rank - rank % size + size)
-        """Ranks of the replica that are this rank's engine."""
+        """The ranks, within the replica, of this rank's engine."""
         self._devices, numbers = map(list, zip(*gathered[self._mine], strict=True))
         self._process: _Process | None = None
         start = {
             "model": str(hf_directory),
             "devices": self._devices,
             "expected": [(name, shape, str(dtype)) for name, shape in hf_names(model)],
-            "eos_id": eos_id,
-            "pad_id": pad_id,
+            "eos_id": limits.eos_id,
+            "pad_id": limits.pad_id,
             "free_gpu_memory_fraction": config.free_gpu_memory_fraction,
             "arguments": {
-                "max_seq_len": max_sequence_length,
-                "max_batch_size": max_batch_size,
+                "max_seq_len": limits.max_sequence_length,
+                "max_batch_size": limits.max_batch_size,
                 "max_num_tokens": config.max_num_tokens,
             },
         }
@@ -196,7 +187,7 @@ class TensorRTLLMEngine:
             ]
             device.synchronize()  # the other process does not wait for what this one has queued
             named = [(name, tensor) for name, _, tensor in bucket]
-            # each can be opened once: one is for the check, one for AsyncLLM
+            # a handle can be opened once: one is for the check, one for AsyncLLM
             gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
             dist.all_gather_object(gathered, (ipc.handles(named), ipc.handles(named)), group=self._replica)
             to_check, to_load = (
@@ -206,7 +197,7 @@ class TensorRTLLMEngine:
         self._ask("finish", version=version)
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion for each prompt; see `Engine`. All ranks of a replica give the same prompts, maybe none.
+        """Return one completion for each prompt; see `Engine`. All ranks of a replica give the same prompts, or none.
 
         Raises:
             ConfigError: a prompt, seed or sampling parameter that cannot work.
@@ -228,7 +219,7 @@ class TensorRTLLMEngine:
         number = self._mine.start // size
         gathered: list[Any] = [None] * self._replica.size()
         dist.all_gather_object(gathered, self._ask("generate", requests=requests[number::engines]), self._replica)
-        answers = gathered[::size]  # of the ranks that have the processes
+        answers = gathered[::size]  # answers of the ranks that have a process
         completions = []
         for index, (_, params) in enumerate(requests):
             version, answered = answers[index % engines]
@@ -237,7 +228,7 @@ class TensorRTLLMEngine:
         return completions
 
     def _completion(self, tokens: list[int], logprobs: list[float], version: int, limit: int) -> Completion:
-        """Check that an answer ends as every engine's does."""
+        """Make a completion, after a check that the answer ends where it should."""
         if not torch.tensor(logprobs).isfinite().all():
             raise FloatingPointError(f"the model of weight version {version} gives NaN or infinite log-probs")
         stopped = tokens[-1:] == [self._eos_id]
@@ -253,7 +244,7 @@ class TensorRTLLMEngine:
         all_or_none(lambda: self._ask("release"))
 
     def wake(self) -> None:
-        """Take the memory again; the weights have to be sent anew."""
+        """Take the memory again; the weights have to be sent again."""
         all_or_none(lambda: self._ask("resume"))
 
     def close(self) -> None:
@@ -262,7 +253,10 @@ class TensorRTLLMEngine:
             self._process.close()
 
     def _ask(self, command: str, **arguments: Any) -> Any:
-        """What the process that this rank has started answers, else None; an error of one is one on its replica."""
+        """Ask the process that this rank has started, and return its answer; None if it has none.
+
+        An error is raised on all ranks of the replica.
+        """
 
         def ask() -> Any:
             return None if self._process is None else self._process.ask(command, arguments)
@@ -271,7 +265,7 @@ class TensorRTLLMEngine:
 
 
 def _replica() -> dist.ProcessGroup:
-    """The ranks of this replica, for objects alone: no rank waits on a GPU that an engine computes on."""
+    """Make a gloo group of this replica's ranks, so that none waits on a GPU on which an engine computes."""
     mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
     replicas: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(replicas, mine, group=control_group())
@@ -282,7 +276,7 @@ def _replica() -> dist.ProcessGroup:
 
 
 def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]:
-    """The ranks of each engine, in Megatron's order: tensor, then data, then pipeline parallelism."""
+    """Return the ranks of each engine; Megatron counts them over tensor, then data, then pipeline parallelism."""
     tensor, replicas = parallel.tensor_model_parallel_size, parallel.data_parallel_size(world)
     engines = []
     for replica in range(replicas):
@@ -293,22 +287,22 @@ def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]
 
 
 def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, Any]:
-    """Arguments of TensorRT-LLM's SamplingParams for one prompt.
+    """Return the arguments of TensorRT-LLM's SamplingParams for one prompt.
 
-    Its log-probs are after temperature, as ours; about filters its documentation is silent. The trainer's are after
-    them, so a difference would show as engine mismatch.
+    Like ours, its log-probs are those after temperature; whether they are also after filters, as the trainer's are, its
+    documentation does not say. A difference would show as engine mismatch.
 
     Args:
-        seed: any 64-bit integer; TensorRT-LLM counts them from 0.
-        room: tokens that the longest sequence leaves for the response.
+        seed: any 64-bit integer; TensorRT-LLM takes those from 0 to 2^64 - 1.
+        room: tokens left for the response in the longest sequence.
 
     Raises:
-        ConfigError: a setting without a counterpart, named.
+        ConfigError: a setting that TensorRT-LLM does not have, named.
     """
     mapping: dict[str, Callable[[], dict[str, Any]]] = {
         "max_new_tokens": lambda: {"max_tokens": min(sampling.max_new_tokens, room)},
         "temperature": lambda: {"temperature": sampling.temperature},
-        "top_k": lambda: {"top_k": 1 if sampling.greedy else sampling.top_k},  # 0: all, there as here
+        "top_k": lambda: {"top_k": 1 if sampling.greedy else sampling.top_k},  # 0 keeps all, in both
         "top_p": lambda: {"top_p": sampling.top_p},
         "greedy": dict,  # see top_k
     }
@@ -322,14 +316,14 @@ def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, An
 
 
 class _Process:
-    """The engine's process as its one client sees it."""
+    """Starts an engine's process and talks to it."""
 
     def __init__(self, config: TensorRTLLMConfig, gpus: list[str], log: Path) -> None:
         self._log, self._timeout = log, config.timeout_minutes * 60
         ours, theirs = socketpair()
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
-                [_python(config), "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
+                [config.python or sys.executable, "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=_environment(config, gpus),
                 stdin=subprocess.DEVNULL,
@@ -339,7 +333,7 @@ class _Process:
         self._connection = Connection(ours.detach())
 
     def ask(self, command: str, arguments: dict[str, Any]) -> Any:
-        """The answer to one request.
+        """Send one request and return the answer.
 
         Raises:
             RefitError: the process refused a refit.
@@ -366,17 +360,13 @@ class _Process:
         raise EngineProcessError(f"'{command}' failed: {kind}: {message}; log: {self._log}")
 
     def close(self) -> None:
-        """It ends by itself when nobody is there to ask; it is killed if that takes too long."""
+        """Close the connection, at which the process ends by itself; kill it if it does not in 30 s."""
         self._connection.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _python(config: TensorRTLLMConfig) -> str:
-    return str(config.python) if config.python is not None else sys.executable
 
 
 def _environment(config: TensorRTLLMConfig, gpus: list[str]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The process of a TensorRT-LLM engine: AsyncLLM behind a socket. `TensorRTLLMEngine` starts it and talks to it.
 
-Everything that names TensorRT-LLM's API is here. It is written after the documentation and sources of version 1.2 and
-has not been run against it: tests run it against a package of the same signatures (tests/generation/stand_in).
+All code that uses TensorRT-LLM's API is here. It follows the documentation and sources of version 1.2 and has not been
+run with it: tests run it with a package that has the same signatures (tests/generation/stand_in).
 
-Imports torch and the standard library only, and tensorrt_llm when it starts: it may run in an environment of its own.
+It imports only torch, the standard library and, when it starts, tensorrt_llm: it may run in an environment of its own.
 A request is (command, arguments), its answer ("done", result) or ("failed", kind of error, message).
 """
 
@@ -16,19 +16,19 @@ from typing import Any
 from nemo_eppo.generation.ipc import open_handles
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo
 
-_RELEASED = ["model", "kv_cache"]  # what makes room for training
+_RELEASED = ["model", "kv_cache"]  # memory given to training
 
 
 class EngineServer:
-    """Answers the requests of the ranks that the engine runs on.
+    """Answers the requests of the engine's ranks.
 
     Args:
-        model: Hugging Face directory; only its settings are read, the weights come with the first refit.
+        model: Hugging Face directory, of which only settings are read; the weights come with the first refit.
         devices: uuids of the engine's GPUs, in the order in which this process sees them.
-        expected: the tensors of every refit.
-        eos_id, pad_id: of the tokenizer.
-        arguments: of AsyncLLM, as they are.
-        free_gpu_memory_fraction: of the KV cache.
+        expected: name, shape and dtype of every tensor of a refit.
+        eos_id, pad_id: token ids of the tokenizer.
+        arguments: further arguments of AsyncLLM.
+        free_gpu_memory_fraction: share of the free GPU memory that the KV cache takes.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class EngineServer:
         await self._llm.setup_async()
 
     async def begin(self, version: int) -> None:
-        """A refit starts."""
+        """Start the refit to `version`."""
         self._receiver.begin(version)
 
     async def bucket(
         self, header: tuple[int, int, list[tuple[Any, ...]]], to_check: dict[str, str], to_load: dict[str, str]
     ) -> None:
-        """Check what lies in the shared buffers, of every device, and load it; two handles of the same memory."""
+        """Check the tensors in every device's shared buffer, and load them; either use needs its own handles."""
         version, number, tensors = header
         copies = [open_handles(text, index) for index, text in enumerate(to_check.values())]
         self._receiver.check(Bucket(version, number, [TensorInfo(*info) for info in tensors]), copies)
@@ -77,7 +77,7 @@ class EngineServer:
         await self._load(to_load)
 
     async def finish(self, version: int) -> None:
-        """All buckets were sent: finalise, which also drops the prefix cache."""
+        """End a refit after its last bucket; this also drops the prefix cache."""
         self._receiver.finish(version)
         await self._load(None)
 
@@ -91,7 +91,7 @@ class EngineServer:
     async def generate(
         self, requests: list[tuple[list[int], dict[str, Any]]]
     ) -> tuple[int, list[tuple[list[int], list[float]]]]:
-        """The version of the weights; tokens and their log-probs for each (prompt, sampling parameters)."""
+        """Return the version of the weights, and tokens and log-probs for each (prompt, sampling parameters)."""
         version = self._receiver.version
         if version is None:
             raise RefitError("the engine has no weights: the last refit failed, or there was none since it slept")
@@ -120,7 +120,7 @@ class EngineServer:
         await self._llm.release(_RELEASED)
 
     async def resume(self) -> None:
-        """Take that memory again; what was in it is gone."""
+        """Take that memory again; its content is lost."""
         await self._llm.resume(_RELEASED)
 
 
@@ -128,7 +128,7 @@ _COMMANDS = ("begin", "bucket", "finish", "generate", "release", "resume")
 
 
 async def serve(connection: Connection) -> None:
-    """Answer until the other side is gone. The first request is ("start", arguments of EngineServer)."""
+    """Answer requests until the other side closes; the first one is ("start", arguments of EngineServer)."""
     server: EngineServer | None = None
     loop = asyncio.get_running_loop()
     while True:

@@ -1,4 +1,4 @@
-"""A job's command line and environment: the same on one machine, under Slurm and in Kubernetes."""
+"""Builds a job's command line and environment, for one machine, Slurm and Kubernetes alike."""
 
 import re
 import sys
@@ -16,18 +16,18 @@ from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = PurePath("examples/nlp/gpt")
 TOKEN = "NEMO_EPPO_TOKEN"
-"""Environment variable that carries the servers' shared secret, which never stands on a command line."""
+"""Environment variable with the servers' shared secret, which is never put on a command line."""
 LOCAL_HOST = "127.0.0.1"
 CRITIC, REWARDS, HELD_OUT = "critic", "rewards", "held_out_reward"
-"""Settings in which an actor finds its servers."""
+"""Settings of an actor that hold the addresses of its servers."""
 FIRST_PORT = 5555
 MASTER_PORT = 29500
-THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # the second: Megatron's overlaps rely on it
+THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # Megatron's overlaps need the second
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and where others find it."""
+    """Where a server listens (host, port; 0 for any) and where clients find it (url)."""
 
     url: str
     host: str = LOCAL_HOST
@@ -39,24 +39,24 @@ class Address:
 
 
 def own_address(job: JobConfig) -> Address:
-    """Where its settings say that a server listens; port 0 for any."""
+    """Return the address at which a server listens by its settings; it has no url yet."""
     return Address("", str(job.setting("server.host") or LOCAL_HOST), int(job.setting("server.port") or 0))
 
 
 def served_at(launch: LaunchConfig, hosts: Mapping[str, str]) -> dict[str, Address]:
-    """Addresses of the servers on a cluster, where ports have to be known before: as set, else from FIRST_PORT on."""
+    """Return the servers' addresses on a cluster; ports that are not set are counted from FIRST_PORT."""
     ports = {name: own_address(launch.jobs[name]).port or FIRST_PORT + i for i, name in enumerate(launch.servers)}
     return {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports.items()}
 
 
 def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> list[str]:
-    """The `key=value` arguments of a job: its settings, and what only the launcher knows.
+    """Return the `key=value` arguments of a job: its settings, and those that the launcher fills in.
 
     Args:
-        addresses: of the job itself if it is a server, and of the servers it needs.
+        addresses: address of the job itself if it is a server, and of the servers that it needs.
 
     Raises:
-        ConfigError: the settings have a value that the launcher fills in, or `null` for a server that the job needs.
+        ConfigError: the settings have a value, or null, where the launcher fills one in.
     """
     job = launch.jobs[name]
     settings = dict(_flat(job.settings))
@@ -69,7 +69,7 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
             filled[f"{CRITIC}.server.url"] = addresses[critic].url
             filled |= _token(f"{CRITIC}.server.token", addresses[critic])
         if rewards := [_reward(launch, need, addresses) for need in launch.rewards(name)]:
-            own_rewards = settings.get(REWARDS)  # functions, and models on the actor's ranks, stand beside servers
+            own_rewards = settings.get(REWARDS)  # functions and models on the actor's ranks
             if isinstance(own_rewards, list) and all("server" not in reward for reward in own_rewards):
                 rewards = settings.pop(REWARDS) + rewards
             filled[REWARDS] = rewards
@@ -101,7 +101,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _hydra(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides, which reads it back as the same value."""
+    """Write a value in the grammar of Hydra's overrides, which reads it back as the same value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -113,39 +113,32 @@ def _hydra(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     text = str(value)
-    return text if _reads_as_itself(text) else "'" + re.sub(r"(\\*)('|$)", _escaped, text) + "'"
-
-
-def _reads_as_itself(text: str) -> bool:
     try:
-        found = OverridesParser.create().parse_override(f"key=[{text}]").value()
+        if OverridesParser.create().parse_override(f"key=[{text}]").value() == [text]:
+            return text
     except HydraException:
-        return False
-    return bool(found == [text])
-
-
-def _escaped(match: re.Match[str]) -> str:
-    backslashes, quote = match.groups()  # backslashes count double in front of a quote only
-    return backslashes * 2 + ("\\'" if quote else "")
+        pass
+    # in quotes; backslashes count double in front of a quote only
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def script(job: JobConfig, code: PurePath = REPOSITORY) -> str:
-    """The script's file, `code` being where the repository lies."""
+    """Return the path of the job's script; `code` is the path of the repository."""
     return str(code / SCRIPTS / f"{job.script}.py")
 
 
 def torchrun(job: JobConfig, rendezvous: Sequence[str] = ("--standalone",), python: str = sys.executable) -> list[str]:
-    """What starts a script's ranks on one machine."""
+    """Return the command, before the script, that starts its ranks on one machine."""
     if job.ranks == 1:
         return [python, "-u"]
     return [python, "-u", "-m", "torch.distributed.run", "--nproc_per_node", str(job.ranks_per_node), *rendezvous]
 
 
 def trainer(launch: LaunchConfig) -> str:
-    """The one job of a cluster's launch that is no server: its end is the end of all.
+    """Return the only job of a cluster's launch that is not a server; all jobs end with it.
 
     Raises:
-        ConfigError: there are several, or a job waits for it; a cluster starts all jobs of a launch at once.
+        ConfigError: there are several or none, or a job waits for it; a cluster starts all jobs at once.
     """
     trainers = [name for name in launch.jobs if name not in launch.servers]
     if len(trainers) != 1 or any(trainers[0] in job.needs for job in launch.jobs.values()):
@@ -157,5 +150,5 @@ def trainer(launch: LaunchConfig) -> str:
 
 
 def environment(launch: LaunchConfig, name: str) -> dict[str, str]:
-    """Environment variables of a job, the token not among them."""
+    """Return the environment variables of a job, without the token."""
     return THREADS | launch.environment | launch.jobs[name].environment

@@ -1,4 +1,4 @@
-"""`nemo-eppo doctor`: its arguments, the table a person reads, and the JSON a program reads."""
+"""`nemo-eppo doctor`: its arguments, its table for people and its JSON for programs."""
 
 import argparse
 import json
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Examine this machine, and the jobs of a launch file, before anything is started.
 
-The machine: Python, packages against the supported versions, GPUs, shared memory. The jobs: unknown keys, layouts,
-checkpoints, tokenizers that differ, data files row by row, windows, memory of a rank, disk, ports. Servers that run:
-whether they answer, their protocol and limits. No check hides another; exit status 1 if there is an error."""
+The machine: Python, package versions, GPUs, shared memory. The jobs: unknown keys, layouts, checkpoints, differing
+tokenizers, data files row by row, windows, memory per rank, disk, ports. Running servers: whether they answer, their
+protocol and limits. A failed check does not stop the others; the exit status is 1 if there is an error."""
 
 _EPILOG = """\
 examples:

@@ -1,7 +1,7 @@
-"""The examination of a launch file: what is wrong with its jobs is found here, before anything starts.
+"""Examines a launch file: finds errors of its jobs before anything starts.
 
-`nemo-eppo launch` refuses what has an error; `nemo-eppo doctor` prints all findings, and looks closer at the jobs whose
-settings are right (job_checks.py).
+`nemo-eppo launch` refuses a file with an error; `nemo-eppo doctor` prints all findings, and looks closer at jobs with
+valid settings (job_checks.py).
 """
 
 import socket
@@ -20,32 +20,32 @@ from nemo_eppo.training.kinds import JobKind
 if TYPE_CHECKING:
     from nemo_eppo.training.setup import Plan
 
-# Settings that name what a job reads.
+# Settings that name the files and models that a job reads.
 DATA = ("data.train", "data.validation")
 MODELS = ("model.restore_from_path", "model.tokenizer", "reward_model")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of the launch whose settings are right."""
+    """A job of the launch with valid settings."""
 
     name: str
     kind: JobKind
     ranks: int
     settings: Any
     plan: "Plan | None" = None
-    """None where the model is wrong, was not looked at, or is yet to be made by an earlier job."""
+    """Its model; None if that is wrong, was not examined, or will be made by an earlier job."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence the job works on; 0 if that is not known."""
+        """Tokens of the longest sequence that the job works on; 0 if unknown."""
         if self.kind.samples:
             return int(self.settings.longest)
         chosen = self.setting("data.max_sequence_length")
         return int(chosen or (self.plan.model.max_sequence_length if self.plan else 0))
 
     def setting(self, key: str) -> Any:
-        """The value of a dotted key; None if this kind of job has no such setting."""
+        """Return the value of a dotted key; None if this kind of job has no such setting."""
         value = self.settings
         for part in key.split("."):
             value = getattr(value, part, None)
@@ -68,11 +68,12 @@ def check_launch(launch: LaunchConfig, *, here: bool) -> None:
 
 
 def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Finding], list[Job]]:
-    """What is found about settings, layouts, files and models, and the jobs whose settings are right.
+    """Examine settings, layouts, files and models; return the findings, and the jobs with valid settings.
 
     Args:
         here: the jobs run on this machine, so that each has one node, and ports have to be free.
-        files: what the jobs read is on this machine, or is made by jobs that they need. Data rows are not read.
+        files: also check the files and models that jobs read (but no data rows): they are on this machine, or will be
+            made by an earlier job.
     """
     if not Path(script(next(iter(launch.jobs.values())))).exists():
         found = f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
@@ -86,8 +87,10 @@ def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Find
 
 
 def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Job]) -> Iterator[Finding]:
-    """Settings, servers, data files, layout, then checkpoint and tokenizer. Adds the job to `jobs` if its settings are
-    right, and once more in its place when its model is known."""
+    """Examine settings, servers, data files, layout, then checkpoint and tokenizer.
+
+    A job with valid settings is added to `jobs`, and replaced there when its model is known.
+    """
     config, kind = launch.jobs[name], launch.jobs[name].kind
     nowhere = dict.fromkeys(launch.servers, Address("http://127.0.0.1:1"))
     settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, name, nowhere))
@@ -126,9 +129,9 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
 
 
 def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
-    """The rule of which servers an actor needs: a critic and a reward model, where its settings ask for an address.
+    """Check that an actor has the servers it needs: a critic and a reward model, where its settings ask for an address.
 
-    An actor that has no critic, functions for rewards, or models on its own ranks, asks for none.
+    It needs none for a critic it does not have, for functions as rewards, and for models on its own ranks.
     """
 
     def served(setting: object) -> bool:
@@ -143,7 +146,7 @@ def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
 
 
 def _input(launch: LaunchConfig, job: Job, key: str) -> Iterator[Finding]:
-    """What the job reads is there, or is made by a job that comes first."""
+    """Check that a file or model that the job reads exists, or is made by an earlier job."""
     path: Path | None = job.setting(key)
     if path is None:
         return
@@ -157,13 +160,13 @@ def _input(launch: LaunchConfig, job: Job, key: str) -> Iterator[Finding]:
 
 
 def _maker(launch: LaunchConfig, path: Path | None) -> str | None:
-    """The job in whose run directory a path lies."""
+    """Return the job in whose run directory a path lies; None if there is none."""
     folders = {name: (launch.output / name).absolute() for name in launch.jobs}
     return next((name for name, folder in folders.items() if path and path.absolute().is_relative_to(folder)), None)
 
 
 def _ports(launch: LaunchConfig) -> Iterator[Finding]:
-    """The ports that the launch file itself chooses are different and free."""
+    """Check that the ports set in the launch file are different and free."""
     owners = dict[int, str]()
     for name in launch.servers:
         own = own_address(launch.jobs[name])

@@ -1,4 +1,4 @@
-"""What an examination finds, and how one check is kept from hiding the others."""
+"""The findings of an examination, and a guard so that a failed check does not stop the others."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,15 +14,17 @@ class Finding(Config):
     """One line of the report."""
 
     check: str
-    """What was looked at; for a job, `NAME: ...`."""
+    """What was examined; for a job, `NAME: ...`."""
     status: Status
+    """An error stops a launch, a warning does not."""
     found: str
+    """What was found."""
     mend: str = ""
-    """What was expected, or what to do."""
+    """What was expected, or what to do; empty if ok."""
 
     @property
     def fault(self) -> str:
-        """What was found, with the job that it is about in front."""
+        """What was found, after the name of the job."""
         job, about_a_job, _ = self.check.partition(": ")
         return f"jobs.{job}: {self.found}" if about_a_job else self.found
 
@@ -40,7 +42,7 @@ def error(check: str, found: str, mend: str) -> Finding:
 
 
 def guarded(check: str, examine: Callable[P, Iterator[Finding]]) -> Callable[P, list[Finding]]:
-    """`examine`, with whatever it raises as a finding under the name `check` after those it had made."""
+    """Wrap `examine` so that it returns a list, in which an exception is the last finding, an error of `check`."""
 
     @functools.wraps(examine)
     def run(*args: P.args, **kwargs: P.kwargs) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Which GPUs of this machine each job gets, so that jobs which run together do not share one."""
+"""Gives each job its own GPUs of this machine, so that jobs which run together do not share one."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Gpus:
-    """Hands out GPUs. Without any, or where the launch file sets CUDA_VISIBLE_DEVICES, jobs are left alone.
+    """Hands out GPUs; it does nothing if there are none, or for jobs with CUDA_VISIBLE_DEVICES in the launch file.
 
     Args:
         visible: identifiers of the machine's GPUs.
@@ -30,7 +30,7 @@ class Gpus:
         self._held: dict[str, list[str]] = {}
         servers = self._managed.intersection(launch.servers)
         for name in self._managed:
-            # servers start as soon as they can and stay: only those that need this job are surely not there yet
+            # servers start early and stay: all may run beside this job, except those that wait for it
             beside = {server for server in servers if name not in launch.before(server)} | {name}
             ranks = sum(launch.jobs[job].ranks for job in beside)
             if ranks > len(visible):
@@ -40,7 +40,7 @@ class Gpus:
                 )
 
     def take(self, name: str, job: JobConfig) -> dict[str, str] | None:
-        """Environment that gives a job its GPUs; None if they are not free yet."""
+        """Return environment variables that give a job its GPUs; None if too few are free yet."""
         if name not in self._managed:
             return {}
         if job.ranks > len(self._free):
@@ -49,12 +49,12 @@ class Gpus:
         return {VISIBLE: ",".join(self._held[name])}
 
     def give_back(self, name: str) -> None:
-        """A job has ended."""
+        """Take back the GPUs of a job that has ended."""
         self._free = self._free + self._held.pop(name, [])
 
 
 def visible_gpus() -> list[str]:
-    """This machine's GPUs, or those of them that the environment allows."""
+    """List this machine's GPUs, or those in CUDA_VISIBLE_DEVICES if that is set."""
     if VISIBLE in os.environ:
         return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu.strip()]
     if shutil.which("nvidia-smi") is None:

@@ -1,6 +1,6 @@
-"""A closer look at the jobs of a launch: data rows, tokenizers, windows, memory, GPUs, disk.
+"""Checks the jobs of a launch for `nemo-eppo doctor`: data rows, tokenizers, windows, memory, GPUs, disk.
 
-`nemo-eppo doctor` takes it; reading all rows takes longer than a launch should.
+`nemo-eppo launch` leaves them out, because reading all rows takes too long.
 """
 
 import time
@@ -17,15 +17,15 @@ from nemo_eppo.launch.machine_checks import disk
 from nemo_eppo.launch.memory import Memory, Workload, estimate
 from nemo_eppo.megatron import device
 
-_PROCESS = 600 * 2**20  # what a rank takes before there is a model
+_PROCESS = 600 * 2**20  # bytes that a rank takes without a model
 _SECONDS_PER_FILE = 4.0
 
 
 def examine_jobs(launch: LaunchConfig, jobs: Sequence[Job], *, here: bool) -> list[Finding]:
-    """What is found about jobs whose settings are right; no check hides another.
+    """Examine jobs with valid settings; a failed check does not stop the others.
 
     Args:
-        here: the jobs run on this machine, and need its GPUs.
+        here: the jobs run on this machine and need its GPUs.
     """
     findings = []
     for check, examine in (("data", _data), ("tokenizers", _tokenizers), ("windows", _windows), ("memory", _memory)):
@@ -36,7 +36,7 @@ def examine_jobs(launch: LaunchConfig, jobs: Sequence[Job], *, here: bool) -> li
 
 
 def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Every row of every file that is there has the fields that its job reads, as far as time allows."""
+    """Check, as far as time allows, that every row of the existing files has the fields that its job reads."""
     for job in jobs:
         for key in DATA:
             path: Path | None = job.setting(key)
@@ -59,7 +59,7 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Actor, critic and reward models read the same tokens in the same way."""
+    """Check that all models have the same tokenizer."""
     known = [(job.name, job.plan.tokenizer) for job in jobs if job.plan is not None]
     if len(known) < 2:
         return
@@ -90,7 +90,7 @@ def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def _windows(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """The longest rollout fits every server that reads it; the actor's own window is one of its settings' checks."""
+    """Check that the longest rollout fits every server; that it fits the actor is checked with its settings."""
     for actor in (job for job in jobs if job.kind.samples):
         for job in jobs:
             if job.plan is None or not job.kind.serves:
@@ -104,7 +104,7 @@ def _windows(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def memory_of(job: Job) -> Memory:
-    """Memory of the rank that needs most."""
+    """Estimate the memory of the job's rank that needs most."""
     assert job.plan is not None
     setup, optimizer = job.settings.model, job.setting("optimizer")
     sequences = setup.micro_batch_size * job.kind.sequences_per_row
@@ -128,7 +128,7 @@ def memory_of(job: Job) -> Memory:
 
 
 def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """What each rank will need, against what a GPU, or this machine, has."""
+    """Compare the memory that ranks need with the memory of a GPU and of this machine."""
     import psutil
 
     capacities, together = device.capacities(), 0
@@ -154,7 +154,7 @@ def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
-    """The jobs that run together have a GPU for each rank, if there are any."""
+    """Check that jobs which run together have a GPU for each rank, if there are GPUs."""
     gpus = visible_gpus()
     Gpus(launch, gpus)
     if gpus:
@@ -162,7 +162,7 @@ def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
 
 
 def _disk(launch: LaunchConfig, jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Room for the checkpoints that will be there at once: those kept, and the one being written."""
+    """Check the disk space for checkpoints: the ones kept, and one being written."""
     needed = 0
     for job in (job for job in jobs if job.plan is not None and job.setting("optimizer") is not None):
         memory, parallel = memory_of(job), job.settings.model.parallel

@@ -1,7 +1,7 @@
-"""A launch as Kubernetes manifests: one Indexed Job, whose pods are the nodes of all jobs, and a headless Service.
+"""Writes a launch as Kubernetes manifests: an Indexed Job, whose pods are the nodes of all jobs, and a Service.
 
-One Job and not several, because its success policy then ends the servers when the training has succeeded, and its
-failure ends them when it has not; nothing beside core Kubernetes (1.33) is needed for that.
+It is one Job, because its success policy then ends the servers when the training has succeeded, and its failure ends
+them otherwise; this needs only core Kubernetes (1.33).
 """
 
 import shlex
@@ -16,17 +16,17 @@ from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
 
 _HEAD = """\
 # {name}: made by `nemo-eppo launch --backend kubernetes`. Change the launch file rather than this one.
-# Output goes to {output}; deleted and applied again, the run goes on from its checkpoints there.
+# Output goes to {output}; deleted and applied again, the run resumes from its checkpoints there.
 """
 _SECRET = """\
 # The servers' shared secret has to be there:
 #   kubectl create secret generic {secret} --namespace {namespace} --from-literal=token="$(openssl rand -hex 32)"
 """
-GRACE_S = 120  # that a pod has to stop
+GRACE_S = 120  # seconds that a pod has to stop
 
 
 def manifests(launch: LaunchConfig) -> str:
-    """The YAML for kubectl apply. ConfigError if the launch does not suit a cluster."""
+    """Return the YAML for kubectl apply; ConfigError if the launch does not suit a cluster."""
     kubernetes = launch.kubernetes
     if kubernetes is None:
         raise ConfigError("kubernetes: required with --backend kubernetes, but not set")
@@ -61,7 +61,7 @@ def manifests(launch: LaunchConfig) -> str:
             "completionMode": "Indexed",
             "completions": pods,
             "parallelism": pods,
-            "backoffLimit": kubernetes.restarts * pods,  # when one fails, those that it worked with fail too
+            "backoffLimit": kubernetes.restarts * pods,  # when one pod fails, the pods that work with it fail too
             "successPolicy": {"rules": [{"succeededIndexes": f"{start}-{end}" if start < end else str(end)}]},
             "template": {
                 "metadata": {"labels": labels},
@@ -108,7 +108,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
 
 
 def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:
-    """A shell script in which the pod's index decides which job it runs."""
+    """Write the shell script of all pods; the pod's index decides which job it runs."""
     hosts = {name: f"{launch.name}-{index}.{launch.name}" for name, index in first.items()}
     addresses = served_at(launch, hosts)
     text = "set -euo pipefail\ncase $JOB_COMPLETION_INDEX in\n"
@@ -126,7 +126,7 @@ def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as block literals, and everything out where YAML would refer back."""
+    """Writes scripts as block literals, and repeated parts in full."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

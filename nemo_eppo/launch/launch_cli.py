@@ -1,4 +1,4 @@
-"""`nemo-eppo launch`: its arguments, and what its help says about launch files."""
+"""`nemo-eppo launch`: its arguments and its help."""
 
 import argparse
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 _DESCRIPTION = """\
 Run the jobs of a launch file, on this machine or on a cluster.
 
-A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and what each needs: a server has to
-be ready, any other job has to have ended. Addresses, ports, run directories and the servers' token are filled in.
-Everything is checked before anything starts. The same command again goes on where the run was.
+A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and the jobs that each needs: a server
+has to be ready, any other job to have ended. Addresses, ports, run directories and the servers' token are filled in.
+Everything is checked before anything starts. The same command resumes an interrupted run.
 
-  local        starts the jobs, one log each in <output>/logs, and shows how they are. Ctrl-C, or the first job that
+  local        starts the jobs, with a log each in <output>/logs, and shows their state. Ctrl-C, or the first job that
                fails, stops all of them; the exit status is that of the failed job.
   slurm        writes a batch script: a heterogeneous job with pyxis containers, requeued before its time is over.
   kubernetes   writes manifests: one Indexed Job and a headless Service."""

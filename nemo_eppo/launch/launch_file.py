@@ -1,4 +1,4 @@
-"""What a launch file says: the jobs of a run, their layouts, how they depend on each other, and where they run."""
+"""The schema of launch files: the jobs of a run, their ranks, how they depend on each other, and where they run."""
 
 import re
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from nemo_eppo.training.kinds import KINDS, JobKind
 
 
 class JobConfig(Config):
-    """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends, others to their end."""
+    """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends."""
 
     script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
-    """The script, without its ending."""
+    """Name of the script, without .py."""
     needs: tuple[str, ...] = ()
-    """Jobs that come first: a server has to be ready, any other has to have ended. The actor finds its critic and its
-    reward models, in this order, among the servers that it needs."""
+    """Jobs to wait for: a server has to be ready, any other to have ended. The servers among an actor's needs are its
+    critic and its reward models, in this order."""
     held_out: str | None = None
-    """Of the actor's needs, the reward server whose model is only reported (held_out_reward)."""
+    """One of the actor's needs: the server whose rewards are only reported (held_out_reward); null for none."""
     nodes: int = Field(1, ge=1)
-    """Machines."""
+    """Number of machines."""
     ranks_per_node: int = Field(1, ge=1)
-    """Processes, and GPUs where there are any, on each machine."""
+    """Processes on each machine, each with one GPU where there are GPUs."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of this job alone."""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """Options of sbatch for this job alone, such as `constraint: h100`; "" for one without a value."""
+    """Options of sbatch for this job alone, such as `constraint: h100`; "" for an option without a value."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and token are
     filled in."""
@@ -47,7 +47,7 @@ class JobConfig(Config):
 
     @property
     def serves_reward(self) -> bool:
-        """Whether it has a reward model: its own, or one beside the critic."""
+        """Whether it serves a reward model, alone or beside the critic."""
         return self.kind.serves == "reward" or self.setting("reward_model") is not None
 
     @property
@@ -55,7 +55,7 @@ class JobConfig(Config):
         return self.nodes * self.ranks_per_node
 
     def setting(self, path: str) -> Any:
-        """The value of a dotted key, None if it is not set."""
+        """Return the value of a dotted key; None if it is not set."""
         value: Any = self.settings
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -63,17 +63,17 @@ class JobConfig(Config):
 
 
 class ImageConfig(Config):
-    """The container image of a cluster's jobs; docker/Dockerfile makes one that the defaults fit."""
+    """The container image of a cluster's jobs; the defaults fit that of docker/Dockerfile."""
 
     image: str
-    """For Kubernetes as ever; for Slurm as pyxis wants it: registry#name:tag, or a .sqsh file."""
+    """Name of the image; pyxis (Slurm) takes registry#name:tag, or a .sqsh file."""
     code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Where it has this repository."""
+    """Path of this repository in the image."""
     server_python: str = "/opt/servers/bin/python"
-    """Its Python that has PyTriton, which runs the servers."""
+    """Path, in the image, of the Python that has PyTriton and runs the servers."""
 
     def python(self, job: JobConfig) -> str:
-        """What runs a job's script."""
+        """Return the Python that runs a job's script."""
         return self.server_python if job.serves else "python"
 
 
@@ -81,33 +81,33 @@ class SlurmConfig(ImageConfig):
     """How the run becomes a heterogeneous Slurm job with pyxis containers."""
 
     mounts: tuple[str, ...] = ()
-    """Directories of the cluster that the containers see, source:target."""
+    """Directories of the cluster to mount in the containers, source:target."""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for every component: account, partition, time, ..."""
     requeue_before_end: int = Field(300, ge=60)
-    """Seconds before the time limit at which the run is told to save after its step, end, and go back into the queue to
-    resume. Where a step and its checkpoint take longer, it is ended without and goes on from the checkpoint before."""
+    """Seconds before the time limit at which the run is told to save after its step, and is requeued to resume. If a
+    step and its checkpoint take longer, it is ended before and resumes from the previous checkpoint."""
 
 
 class KubernetesConfig(ImageConfig):
-    """How the run becomes an Indexed Job with a headless Service; its parts are told apart by the pod's index."""
+    """How the run becomes an Indexed Job with a headless Service; a pod's index decides which job it runs."""
 
     namespace: str = "default"
-    """Namespace of everything."""
+    """Namespace of the Job and the Service."""
     volumes: dict[str, PurePosixPath] = Field(min_length=1)
-    """PersistentVolumeClaims, shared by all pods, and where they are mounted; one of them holds `output`."""
+    """PersistentVolumeClaims, shared by all pods, and their mount paths; one of them holds `output`."""
     secret: str | None = None
-    """Secret whose key `token` holds the servers' shared secret; needed if there are servers."""
+    """Kubernetes Secret whose key `token` holds the servers' shared secret; null only without servers."""
     shared_memory: str = "64Gi"
     """Size of /dev/shm, which NCCL and PyTriton use."""
     memory: str | None = None
-    """Memory of a pod, requested and limited; null for no limit."""
+    """Memory request and limit of a pod, such as 512Gi; null for none."""
     cpus: int | None = Field(None, ge=1)
-    """CPUs that a pod requests."""
+    """CPUs that a pod requests; null for none."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes to use."""
     restarts: int = Field(3, ge=0)
-    """How often all pods may fail, and be replaced to resume, before the run is given up."""
+    """How often all pods may fail, and be replaced to resume, before the run fails."""
 
 
 class LaunchConfig(Config):
@@ -117,19 +117,19 @@ class LaunchConfig(Config):
     """Name of the run: lower case letters, digits and dashes."""
     output: Path
     """Directory of the run: <output>/<job> is a job's run directory, <output>/logs holds the logs. Launched again
-    with the same one, the jobs go on from their checkpoints."""
+    with the same directory, the jobs resume from their checkpoints."""
     variables: dict[str, Any] = Field(default_factory=dict)
-    """Anything that several settings share, as ${variables.NAME}."""
+    """Values that several settings use, as ${variables.NAME}."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of all jobs."""
     start_timeout: float = Field(1800.0, gt=0)
-    """Seconds that a server may take until it is ready."""
+    """Seconds that a server may take to get ready."""
     jobs: dict[str, JobConfig] = Field(min_length=1)
-    """By name."""
+    """Jobs by name."""
     slurm: SlurmConfig | None = None
-    """Needed for --backend slurm."""
+    """Settings of --backend slurm, which needs them."""
     kubernetes: KubernetesConfig | None = None
-    """Needed for --backend kubernetes."""
+    """Settings of --backend kubernetes, which needs them."""
 
     @model_validator(mode="after")
     def _jobs_fit_together(self) -> "LaunchConfig":
@@ -152,24 +152,24 @@ class LaunchConfig(Config):
 
     @property
     def servers(self) -> list[str]:
-        """The jobs that serve, as they stand in the file."""
+        """The jobs that are servers, in the order of the file."""
         return [name for name, job in self.jobs.items() if job.serves]
 
     def critics(self, actor: str) -> list[str]:
-        """The jobs among an actor's needs that serve a critic."""
+        """List the jobs among an actor's needs that serve a critic."""
         return [need for need in self.jobs[actor].needs if self.jobs[need].kind.serves == "critic"]
 
     def rewards(self, actor: str) -> list[str]:
-        """The jobs whose reward models an actor trains on; its critic may be one of them."""
+        """List the jobs whose rewards an actor is trained with; its critic may be one of them."""
         job = self.jobs[actor]
         return [need for need in job.needs if self.jobs[need].serves_reward and need != job.held_out]
 
     def order(self) -> list[str]:
-        """The jobs, each after those that it needs, else as they stand in the file. CycleError if that cannot be."""
+        """List the jobs, each after those that it needs, else in the order of the file; CycleError for a circle."""
         return list(TopologicalSorter({name: job.needs for name, job in self.jobs.items()}).static_order())
 
     def before(self, name: str) -> set[str]:
-        """All jobs that a job needs, directly or not."""
+        """Return all jobs that a job needs, directly or indirectly."""
         direct = set(self.jobs[name].needs)
         return direct.union(*(self.before(need) for need in direct))
 
@@ -202,7 +202,7 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as the nested mappings that they stand for, so that an override finds them."""
+    """Replace dotted keys by nested mappings, so that overrides find them."""
     result = OmegaConf.create({})
     for key, value in settings.items():
         OmegaConf.update(result, str(key), _nested(value) if isinstance(value, dict) else value, force_add=True)

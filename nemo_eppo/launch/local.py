@@ -1,4 +1,4 @@
-"""Runs a launch on this machine: starts its jobs in order, watches them, and leaves no process behind."""
+"""Runs a launch on this machine: starts its jobs in order, watches them, and ends every process."""
 
 import ctypes
 import fcntl
@@ -22,11 +22,11 @@ from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.status import Row, State, Status
 
-GRACE_S = 30.0  # how long a job may take to stop before it is killed
-POLL_S = 0.2
-TAIL_LINES = 25  # of a failed job's log
+GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
+POLL_S = 0.2  # seconds between looks at the jobs
+TAIL_LINES = 25  # lines shown of a failed job's log
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # options of prctl
 _libc = ctypes.CDLL(None)
 
 
@@ -36,15 +36,15 @@ class LaunchError(RuntimeError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-        """Exit status: the failed job's, 128 + N for signal N."""
+        """Exit status of the launch: that of the failed job, or 128 + N for signal N."""
 
 
 def run_local(launch: LaunchConfig) -> None:
-    """Run all jobs: until those that are no servers have ended, or for ever if there are only servers.
+    """Run all jobs until those that are not servers have ended, or for ever if there are only servers.
 
     Raises:
         ConfigError: a launch with the same output is running, or there are too few GPUs.
-        LaunchError: a job failed or a signal came. Everything has been stopped, whatever happened.
+        LaunchError: a job failed or a signal came. In any case all jobs have been stopped.
     """
     with _only_one(launch), _stop_signals():
         supervisor = Supervisor(launch, Gpus(launch, visible_gpus()))
@@ -54,13 +54,13 @@ def run_local(launch: LaunchConfig) -> None:
             finally:
                 _ignore_signals()
                 try:
-                    status.show()  # what has failed; stopping the others takes a while
+                    status.show()  # the failed job, before the others have stopped
                 finally:
                     supervisor.stop()
 
 
 def commands(launch: LaunchConfig) -> list[str]:
-    """The command of every job as a shell would run it; addresses that only a run knows are called after their job."""
+    """List the command of every job in shell syntax; a port that only a run knows stands as <port of JOB>."""
     own = {name: own_address(launch.jobs[name]) for name in launch.servers}
     addresses = {
         name: Address(f"http://{a.host}:{a.port or f'<port of {name}>'}", a.host, a.port) for name, a in own.items()
@@ -69,7 +69,7 @@ def commands(launch: LaunchConfig) -> list[str]:
 
 
 class Supervisor:
-    """The processes of a launch."""
+    """Starts, watches and ends the processes of a launch."""
 
     def __init__(self, launch: LaunchConfig, gpus: Gpus) -> None:
         self._launch, self._gpus = launch, gpus
@@ -79,17 +79,17 @@ class Supervisor:
         self._addresses = {name: own_address(launch.jobs[name]) for name in launch.servers}
         self._token = secrets.token_hex(32)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
-        # What a dead job leaves behind becomes a child of this process, so that `stop` finds it.
+        # Processes that outlive a job become children of this process, so that `stop` finds them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
         self._strangers = set(psutil.Process().children(recursive=True))
 
     @property
     def rows(self) -> list[Row]:
-        """How the jobs are."""
+        """The state of the jobs."""
         return list(self._rows.values())
 
     def run(self, status: Status) -> None:
-        """Until all jobs that are no servers have ended. Raises LaunchError."""
+        """Run until all jobs that are not servers have ended; LaunchError if a job fails."""
         while not self._finished():
             for name, row in self._rows.items():
                 if row.state is State.WAITING and self._may_start(name):
@@ -100,7 +100,7 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """End all jobs, those that use servers before the servers, and what they started: first asked, then killed."""
+        """End all jobs, servers last, and the processes they started; kill what does not end when asked."""
         for serves in (False, True):
             running = {
                 name: process
@@ -114,7 +114,7 @@ class Supervisor:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0, deadline - time.monotonic()))
                 self._rows[name].state, self._rows[name].ended = State.STOPPED, time.monotonic()
-        for _ in range(3):  # the dying may just have started others
+        for _ in range(3):  # processes may start others while they end
             left = [child for child in psutil.Process().children(recursive=True) if child not in self._strangers]
             for straggler in left:
                 with suppress(psutil.NoSuchProcess):
@@ -123,7 +123,7 @@ class Supervisor:
         if any(self._launch.jobs[name].serves and process.poll() for name, process in self._processes.items()):
             from nemo_eppo.servers.frontend import remove_leftovers
 
-            remove_leftovers()  # the shared memory of a server that was killed
+            remove_leftovers()  # shared memory of servers that were killed
         self._processes.clear()
 
     def _finished(self) -> bool:
@@ -152,7 +152,7 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment(self._launch, name), **gpus, **secret},
-                start_new_session=True,  # Ctrl-C reaches this process, which then ends the jobs in good order
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
                 preexec_fn=_end_with_parent,
             )
         row.state, row.started = State.STARTING if job.serves else State.RUNNING, time.monotonic()
@@ -177,8 +177,8 @@ class Supervisor:
     def _failure(self, name: str, what: str, status: int) -> LaunchError:
         self._rows[name].state = State.FAILED
         log = self._logs / f"{name}.log"
-        lines = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines(keepends=True)  # of this start
-        # Behind the first line of it, torchrun's report on failed ranks is long, and says nothing that a rank has not.
+        lines = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines(keepends=True)  # of the last start
+        # torchrun's report on failed ranks is long, and after its first line repeats what the ranks have printed.
         end = next((number for number, line in enumerate(lines, start=1) if "failed (exitcode: " in line), len(lines))
         tail = "".join(lines[:end][-TAIL_LINES:])
         return LaunchError(f"{tail}\nlaunch: {name} {what}; its log is {log}", status or 1)
@@ -193,7 +193,7 @@ def _argv(launch: LaunchConfig, name: str, addresses: dict[str, Address]) -> lis
 
 
 def _end_with_parent() -> None:
-    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # should the launcher itself be killed
+    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # when the launcher itself is killed
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def _ignore_signals() -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGINT too: a shell starts background processes with Ctrl-C ignored."""
+    """Raise LaunchError at a signal; SIGINT is set too, because shells ignore it for background processes."""
 
     def interrupted(number: int, _: FrameType | None) -> None:
         _ignore_signals()

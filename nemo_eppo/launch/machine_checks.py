@@ -1,4 +1,4 @@
-"""Whether this machine can run jobs: interpreter, packages, accelerators, shared memory, open files."""
+"""Checks whether this machine can run jobs: interpreter, packages, accelerators, shared memory, open files."""
 
 import ctypes
 import importlib.metadata
@@ -16,12 +16,12 @@ from packaging.specifiers import SpecifierSet
 
 from nemo_eppo.launch.findings import Finding, error, ok, warning
 
-_SHARED_MEMORY = 1 << 30  # PyTriton's and NCCL's blocks
-_OPEN_FILES = 4096
+_SHARED_MEMORY = 1 << 30  # bytes that PyTriton and NCCL need
+_OPEN_FILES = 4096  # files that a process should be able to open
 
 
 def packages() -> Iterator[Finding]:
-    """Python and every requirement of this package's metadata."""
+    """Check Python and every requirement in this package's metadata."""
     metadata = importlib.metadata.metadata("nemo_eppo")
     python, wanted = ".".join(map(str, sys.version_info[:3])), metadata["Requires-Python"]
     if SpecifierSet(wanted).contains(python):
@@ -49,7 +49,7 @@ def packages() -> Iterator[Finding]:
 
 
 def triton() -> Iterator[Finding]:
-    """The library that PyTriton's helpers load by its name."""
+    """Check that the library that PyTriton's helpers load by name is found."""
     name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
     for path in (f"{sysconfig.get_config_var('LIBDIR')}/{name}", name):
         try:
@@ -64,7 +64,7 @@ def triton() -> Iterator[Finding]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """GPUs as torch sees them."""
+    """List the GPUs that torch finds."""
     from nemo_eppo.megatron import device
 
     found = device.describe()
@@ -72,7 +72,7 @@ def accelerators() -> Iterator[Finding]:
 
 
 def resources() -> Iterator[Finding]:
-    """Shared memory and open files."""
+    """Check shared memory and the limit of open files."""
     shared = shutil.disk_usage("/dev/shm")
     text = f"{shared.free / 2**30:.1f} GiB free of {shared.total / 2**30:.1f} in /dev/shm"
     if shared.free < _SHARED_MEMORY:
@@ -89,7 +89,7 @@ def resources() -> Iterator[Finding]:
 
 
 def disk(check: str, directory: Path, needed: int) -> Finding:
-    """Whether a directory that will be made has room for `needed` bytes, and may be written to."""
+    """Check that a directory, which may not exist yet, can be written and has room for `needed` bytes."""
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -1,4 +1,4 @@
-"""Whether running critic and reward servers can be reached, and fit."""
+"""Checks that running critic and reward servers answer and fit the actor."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from nemo_eppo.servers.transport import ServerError
 
 
 def examine_server(url: str, actor: Job | None = None) -> Iterator[Finding]:
-    """A server's status, compared with what an actor will ask of it. The token is taken from NEMO_EPPO_TOKEN."""
+    """Compare a server's status with what the actor needs. The token is that of NEMO_EPPO_TOKEN."""
     check = f"server {url}"
     client = ServerClient("server", load_config(ClientConfig, {"url": url, "token": os.environ.get(TOKEN)}))
     try:

@@ -1,4 +1,4 @@
-"""A launch as a batch script: a heterogeneous Slurm job, one component for each job of the launch."""
+"""Writes a launch as a batch script: a heterogeneous Slurm job with one component for each job of the launch."""
 
 import shlex
 
@@ -6,12 +6,12 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, script, served_at, trainer
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
 
-_REQUEUE_S = 30  # for killing what is left, and going back into the queue
+_REQUEUE_S = 30  # seconds reserved to kill remaining processes and requeue
 
 _HEAD = """\
 #!/usr/bin/env bash
 # {name}: made by `nemo-eppo launch --backend slurm`. Change the launch file rather than this one.
-# Output goes to {output}; requeued or submitted again, the run goes on from its checkpoints there.
+# Output goes to {output}; requeued or submitted again, the run resumes from its checkpoints there.
 """
 
 _SETUP = """\
@@ -61,7 +61,7 @@ exit "$status"
 
 
 def batch_script(launch: LaunchConfig) -> str:
-    """The script for sbatch. ConfigError if the launch does not suit a cluster."""
+    """Return the script for sbatch; ConfigError if the launch does not suit a cluster."""
     slurm = launch.slurm
     if slurm is None:
         raise ConfigError("slurm: required with --backend slurm, but not set")
@@ -86,7 +86,7 @@ def batch_script(launch: LaunchConfig) -> str:
 
 
 def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
-    """#SBATCH lines; those of the whole job stand in the first component, where Slurm looks for them."""
+    """Return the #SBATCH lines; options of the whole job are in the first component, where Slurm reads them."""
     common: dict[str, str | int] = {
         "job-name": launch.name,
         "output": "%x-%j.log",

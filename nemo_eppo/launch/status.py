@@ -1,4 +1,4 @@
-"""What a launch shows while it runs: a live table on a terminal, else a line for whatever changes."""
+"""Shows the state of a running launch: a live table on a terminal, else a line for each change."""
 
 import json
 import sys
@@ -15,12 +15,12 @@ from rich.table import Table
 from nemo_eppo.observability.metrics import FILE_NAME
 from nemo_eppo.observability.progress import PPO_COLUMNS
 
-LINE_INTERVAL_S = 5.0  # without a terminal, a job's metrics are told at most this often
-_TAIL_BYTES = 65536  # more than the last row of metrics
+LINE_INTERVAL_S = 5.0  # seconds between lines with a job's metrics
+_TAIL_BYTES = 65536  # read from the end of the metrics, more than their last row
 
 
 class State(StrEnum):
-    """Where a job is."""
+    """The state of a job."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -36,7 +36,7 @@ _STYLES = {State.READY: "green", State.DONE: "green", State.RUNNING: "cyan", Sta
 
 @dataclass
 class Row:
-    """What is shown of one job."""
+    """One job as it is shown."""
 
     name: str
     ranks: int
@@ -44,8 +44,11 @@ class Row:
     """Its run directory, whose metrics are shown."""
     state: State = State.WAITING
     started: float = 0.0
+    """Monotonic time in seconds; 0 before the start."""
     ended: float = 0.0
+    """Monotonic time in seconds; 0 before the end."""
     url: str = ""
+    """Address of a server that is ready."""
 
     def uptime(self) -> str:
         if not self.started:
@@ -55,7 +58,7 @@ class Row:
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
     def metrics(self) -> str:
-        """The newest row of its metrics: step, then what matters of PPO, or the first two values of another job."""
+        """Return the newest row of its metrics: step and the columns of PPO, or the first two values of another job."""
         try:
             with (self.directory / FILE_NAME).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
@@ -69,7 +72,7 @@ class Row:
 
 
 class Status:
-    """Shows the jobs of a launch on standard output; use it as a context manager."""
+    """Shows the jobs on standard output; use it as a context manager."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows, self._start = rows, time.monotonic()
@@ -78,7 +81,7 @@ class Status:
         self._next_line = 0.0
 
     def show(self) -> None:
-        """Show what has changed."""
+        """Show all changes since the last call."""
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             return

@@ -1,14 +1,11 @@
-"""Weights and optimizer of a running job into a checkpoint and back, under any layout."""
+"""Saves weights and optimizer of a running job to a checkpoint and loads them, under any layout."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import lora
@@ -23,9 +20,9 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
     """Write a checkpoint and wait until it is complete; collective over all ranks.
 
     Args:
-        directory: where the checkpoint will be; an existing one is replaced once the new one is complete.
+        directory: path of the checkpoint; an existing one is replaced once the new one is complete.
         manifest: what to record; `files` and `lora` are filled in here. The optimizer is saved if `manifest.optimizer`.
-        tokenizer: a Hugging Face directory whose tokenizer to copy into the checkpoint.
+        tokenizer: Hugging Face directory whose tokenizer is copied into the checkpoint; None for none.
     """
     request, manifest, incomplete = begin(directory, runner, manifest)
     request.execute_sync()
@@ -36,8 +33,11 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
 
 
 def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[AsyncRequest, Manifest, Path]:
-    """What has to be done to write the weights, the manifest with `lora` filled in, and the temporary directory;
-    collective over all ranks."""
+    """Prepare a checkpoint; collective over all ranks.
+
+    Returns:
+        the request that writes the weights, the manifest with `lora` filled in, and the temporary directory.
+    """
     incomplete = on_rank0(lambda: start(directory))
     request = dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
@@ -47,37 +47,30 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
     return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)}), incomplete
 
 
-def mark_weights(weights: Path) -> None:
-    """Write beside the arrays what Megatron's reader has to know: their format, and that there is no other state."""
-    torch.save({}, weights / COMMON_STATE_FNAME)
-    save_config(CheckpointingConfig("torch_dist", 1), str(weights))
-
-
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
-    """Load weights, and the optimizer if asked for, under this job's layout; collective over all ranks.
-
-    Training goes on with the adapters it was saved with, and with this job's settings of optimizer and schedule. Who
-    reads the weights alone gets them with adapters merged.
+    """Load weights, and optionally the optimizer, under this job's layout; collective over all ranks.
 
     Args:
+        optimizer: resume training, with the saved adapters and this job's settings of optimizer and schedule. Without
+            it, adapters are merged into the weights.
         fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
 
     Raises:
-        ConfigError: see `read_manifest`; or the optimizer was asked for and not saved, or with other adapters or in
-            another precision.
+        ConfigError: see `read_manifest`; or training is to resume, but the optimizer was not saved, or was saved with
+            other adapters or in another precision.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
-        raise ConfigError(f"{directory} holds no optimizer state: training cannot go on from it")
+        raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
     if optimizer and manifest.lora != lora.attached(runner.chunks):
         raise ConfigError(
-            f"{directory} was saved with model.lora = {manifest.lora}; training cannot go on from it with "
+            f"{directory} was saved with model.lora = {manifest.lora}; training cannot resume from it with "
             f"{lora.attached(runner.chunks)}"
         )
     precision = "bf16" if runner.config.bf16 else "fp32"
     if optimizer and precision != (stored := stored_precision(directory)):
         raise ConfigError(
-            f"{directory} was saved with model.precision = {stored}; training cannot go on from it with {precision}"
+            f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
         )
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:

@@ -1,7 +1,7 @@
 """The weights of a checkpoint one tensor at a time, without building the model or starting any ranks.
 
-Megatron's distributed checkpoints are torch's: named arrays in pieces, of which a reader may ask for any part. Those of
-a decoder layer are stacked over all layers, and norms go by the name of the projection that follows them.
+Megatron's distributed checkpoints are torch's: named arrays in pieces, any part of which can be read. Arrays of decoder
+layers are stacked over all layers, and norms have the names of TransformerEngine's modules (see FUSED_NORMS).
 """
 
 import io
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -33,43 +35,34 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.hf_names import Entry, Shape, entries
 from nemo_eppo.models.model_config import ModelConfig
 
-_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+_NORMS = {name: fused for fused, name in FUSED_NORMS.items()}
 _LINEARS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def write_weights(
     directory: Path, model: ModelConfig, outputs: int | None, dtype: torch.dtype, source: Callable[[str], Tensor]
 ) -> None:
-    """Write the weights of a checkpoint into an existing directory; at most those of one layer are held.
+    """Write the weights of a checkpoint into an existing directory, holding at most one layer in memory.
 
     Args:
-        outputs: of a scalar head, which is stored in fp32; None for a language model.
-        source: gives the whole Hugging Face tensor of a name.
+        outputs: numbers per token of a scalar head, which is stored in fp32; None for a language model.
+        source: returns the whole Hugging Face tensor of a name.
     """
     layers: dict[int, list[WriteItem]] = {}
     makers: dict[MetadataIndex, Callable[[], Tensor]] = {}
     for name, entry in entries(model, outputs).items():
         (key, layer), shape = _key(name), entry.shape(model)
         stored = torch.float32 if name.startswith("head.") else dtype
-        stacked, offsets, sizes = shape, (0,) * len(shape), shape
-        if layer is not None:
-            stacked = (model.num_layers, *shape)
-            offsets, sizes = (layer, *(0 for _ in shape)), (1, *shape)
-        index = MetadataIndex(key, torch.Size(offsets))
-        data = TensorWriteData(
-            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
-            TensorProperties(dtype=stored),
-            torch.Size(stacked),
-        )
+        part = _part(layer, shape)
+        stacked = shape if layer is None else (model.num_layers, *shape)
+        index = MetadataIndex(key, part.offsets)
+        data = TensorWriteData(part, TensorProperties(dtype=stored), torch.Size(stacked))
 
-        def make(entry: Entry = entry, stored: torch.dtype = stored, sizes: Shape = sizes) -> Tensor:
+        def make(entry: Entry = entry, stored: torch.dtype = stored, sizes: Shape = part.sizes) -> Tensor:
             whole = [source(tensor).to(stored) for tensor in entry.tensors]
             return entry.shard(whole, model).reshape(sizes).contiguous()
 
@@ -77,7 +70,7 @@ def write_weights(
         layers.setdefault(-1 if layer is None else layer, []).append(
             WriteItem(index, WriteItemType.SHARD, tensor_data=data)
         )
-    for layer in range(model.num_layers):  # what Megatron's linears keep of quantised training: nothing here
+    for layer in range(model.num_layers):  # Megatron's linears expect a state of quantised training; it is empty
         for linear in _LINEARS:
             index = MetadataIndex(f"decoder.layers.{linear}._extra_state/shard_{layer}_{model.num_layers}")
             layers[layer].append(WriteItem(index, WriteItemType.BYTE_IO))
@@ -87,20 +80,22 @@ def write_weights(
     writer.set_up_storage_writer(is_coordinator=True)
     plans = writer.prepare_global_plan(plans)
     writer.finish(metadata, [writer.write_data(plan, _Makers(makers)).wait() for plan in plans])
-    checkpoint.mark_weights(directory)
+    # what Megatron's reader expects beside the arrays: that there is no other state, and their format
+    torch.save({}, directory / COMMON_STATE_FNAME)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 def read_weights(
     directory: Path, model: ModelConfig, outputs: int | None, adapters: float | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, whole, in the stored dtype; one Megatron tensor is held.
+    """Yield every whole tensor in its stored dtype under its Hugging Face name, holding one Megatron tensor at a time.
 
     Args:
-        outputs: of a scalar head; None for a language model.
-        adapters: the factor alpha / rank of LoRA adapters that are to be merged; None where there are none.
+        outputs: numbers per token of a scalar head; None for a language model.
+        adapters: factor alpha / rank of the LoRA adapters to merge; None where there are none.
 
     Raises:
-        ConfigError: the checkpoint does not hold what the model needs; all of it is listed.
+        ConfigError: the checkpoint lacks arrays that the model needs; all of them are listed.
     """
     reader = FileSystemReader(directory)
     metadata = reader.read_metadata()
@@ -112,12 +107,8 @@ def read_weights(
 
     def read(key: str, layer: int | None, shape: Shape) -> Tensor:
         found: TensorStorageMetadata = stored[key]  # type: ignore[assignment]
-        offsets, sizes = (0,) * len(shape), shape
-        if layer is not None:
-            offsets, sizes = (layer, *offsets), (1, *shape)
-        target = torch.empty(sizes, dtype=found.properties.dtype)
-        part = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-
+        part = _part(layer, shape)
+        target = torch.empty(part.sizes, dtype=found.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
         reader.read_data(plan, _Target(target)).wait()
         return target.reshape(shape)
@@ -137,7 +128,7 @@ def read_weights(
 
 
 class _Makers(DefaultSavePlanner):
-    """Makes each tensor when it is written."""
+    """Makes each tensor at the moment it is written."""
 
     def __init__(self, makers: dict[MetadataIndex, Callable[[], Tensor]]) -> None:
         super().__init__()
@@ -145,7 +136,8 @@ class _Makers(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
-            return _nothing()
+            torch.save([None], buffer := io.BytesIO())
+            return buffer
         return self._makers[MetadataIndex(write_item.index.fqn, write_item.index.offset)]()
 
 
@@ -161,14 +153,16 @@ class _Target(DefaultLoadPlanner):
 
 
 def _key(name: str) -> tuple[str, int | None]:
-    """A Megatron parameter's name in the checkpoint, and its place among the layers if it is of one."""
+    """Return a Megatron parameter's name in the checkpoint, and the layer (from 0) that it is of; None for no layer."""
     if not name.startswith("decoder.layers."):
         return name, None
     number, rest = name.removeprefix("decoder.layers.").split(".", 1)
     return f"decoder.layers.{_NORMS.get(rest, rest)}", int(number)
 
 
-def _nothing() -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer
+def _part(layer: int | None, shape: Shape) -> ChunkStorageMetadata:
+    """Where a whole array of this shape lies in what is stored: by itself, or as one layer of a stack."""
+    offsets, sizes = (0,) * len(shape), shape
+    if layer is not None:
+        offsets, sizes = (layer, *offsets), (1, *shape)
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

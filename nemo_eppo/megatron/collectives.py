@@ -1,9 +1,10 @@
-"""Work that one rank or one replica does for all: every rank leaves with the same result, or with the same error."""
+"""Work that one rank or one replica does for all: every rank gets the same result, or an error."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_eppo.megatron import runtime
 
@@ -11,14 +12,14 @@ ResultT = TypeVar("ResultT")
 
 
 class PeerError(RuntimeError):
-    """Another rank failed; its own message is in its log and here."""
+    """Another rank failed; this error carries its message."""
 
 
 def on_rank0(work: Callable[[], ResultT]) -> ResultT:
-    """Run `work` on global rank 0 and give its picklable result to every rank.
+    """Run `work` on global rank 0 and return its picklable result on every rank.
 
     Raises:
-        the error of `work` on rank 0, and PeerError with its message on all others: none is left waiting.
+        the error of `work` on rank 0, and PeerError with its message on all others, so that none is left waiting.
     """
     error: Exception | None = None
     outcome: list[Any] = [None, None]
@@ -36,7 +37,7 @@ def on_rank0(work: Callable[[], ResultT]) -> ResultT:
 
 
 def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
-    """Run `work` on every rank of `group` (None: of the job); if it fails on any, it fails on all.
+    """Run `work` on every rank of `group` (None for all of the job); if it fails on one, it fails on all.
 
     Raises:
         the error of `work` on the ranks where it failed, and PeerError with the first one's message on all others.
@@ -61,16 +62,16 @@ def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = N
 
 
 def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[ResultT]]) -> list[ResultT]:
-    """Deal items to the data-parallel replicas, largest first, and gather what each made of its own.
+    """Deal items to the data-parallel replicas, largest first, and gather the results.
 
     Args:
-        sizes: cost of each item.
+        sizes: cost of each item, in any unit.
         work: given the indices of this replica's items, returns one result for each; called on all ranks of a replica.
 
     Returns:
         one result per item, in order, the same on every rank.
     """
-    group = runtime.data_parallel_group()
+    group = parallel_state.get_data_parallel_group()
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     mine = order[group.rank() :: group.size()]
     made: list[Any] = [None] * group.size()

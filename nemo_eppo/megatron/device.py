@@ -1,4 +1,4 @@
-"""The one module that knows CPU from GPU.
+"""The only module that distinguishes CPU and GPU.
 
 On a GPU machine megatron-core runs untouched. On a CPU it runs with gloo, and `install()` redirects the places where
 megatron-core 0.16 names CUDA: it must be called before anything imports `megatron.core`, and raises when a newer
@@ -49,57 +49,57 @@ _REPLACEMENTS = {"cuda": "cpu", **{f"torch.cuda.{t}Tensor": f"torch.{t}Tensor" f
 
 
 def on_gpu() -> bool:
-    """True when this process computes on a GPU."""
+    """Tell whether this process computes on a GPU."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this rank: its own GPU, else the CPU."""
+    """Return the device of this rank: its own GPU, else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu() else CPU
 
 
 def distributed_backend() -> str:
-    """The torch.distributed backend that belongs to the device."""
+    """Return the torch.distributed backend of the device."""
     return "nccl" if on_gpu() else "gloo"
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a timer that is read next tells the truth."""
+    """Wait until the device has done all work, so that a timer read next is right."""
     if on_gpu():
         torch.cuda.synchronize()
 
 
 def uuid() -> str:
-    """The name of this rank's device that other processes know it by; on a CPU one for each rank of the machine."""
+    """Return the name by which other processes know this rank's device; on a CPU, one for each rank of the machine."""
     if on_gpu():
         return f"GPU-{torch.cuda.get_device_properties(device()).uuid}"
     return f"CPU-{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def number() -> str:
-    """How the environment calls this rank's GPU: its number on the machine, or as CUDA_VISIBLE_DEVICES has it."""
+    """Return this rank's entry of CUDA_VISIBLE_DEVICES or, where that is not set, its GPU's number on the machine."""
     visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","), int(os.environ.get("LOCAL_RANK", "0"))
     return visible[local_rank] if any(visible[local_rank : local_rank + 1]) else str(local_rank)
 
 
 def only_these(numbers: list[str]) -> dict[str, str]:
-    """Environment variables that show a process these GPUs and no others, in this order."""
+    """Return the environment variables that show a process these GPUs only, in this order; none on a CPU."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(numbers)} if on_gpu() else {}
 
 
 def capacities() -> list[int]:
-    """Memory in bytes of each GPU of this machine."""
+    """Return the memory of each GPU of this machine, in bytes."""
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
 
 
 def describe() -> list[str]:
-    """Each GPU of this machine: name and memory."""
+    """Return the name and memory of each GPU of this machine, for people."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return [f"{name} ({size / 2**30:.0f} GiB)" for name, size in zip(names, capacities(), strict=True)]
 
 
 def install() -> None:
-    """Make megatron-core usable on this rank's device. Does nothing on a GPU except selecting it.
+    """Make megatron-core usable on this rank's device; on a GPU that means to select it.
 
     Raises:
         RuntimeError: megatron.core was imported before, or a listed function no longer names a CUDA device.
@@ -107,7 +107,7 @@ def install() -> None:
     if on_gpu():
         torch.cuda.set_device(device())
         return
-    # advice for GPUs, on every rank, at every start
+    # their warnings advise users of GPUs, on every rank, at every start
     for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", module=module)
     if torch.cuda.Event is _CpuEvent:
@@ -124,7 +124,7 @@ def install() -> None:
             _rewrite_device_literals(module, function)
     _use_cpu_random_states()
     _fork_checkpoint_writers()
-    torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # last: it also marks a complete installation
+    torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
 
 def _megatron(name: str) -> Any:
@@ -132,7 +132,7 @@ def _megatron(name: str) -> Any:
 
 
 class _CpuEvent:
-    """Stands for torch.cuda.Event: CPU work is done when the call returns."""
+    """Replaces torch.cuda.Event; CPU work is done when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.time = 0.0
@@ -182,7 +182,7 @@ def _use_cpu_random_states() -> None:
     rng = _megatron("tensor_parallel.random")
 
     class CpuRNGStatesTracker(rng.CudaRNGStatesTracker):  # type: ignore[name-defined]
-        """megatron-core's named random states over the CPU generator."""
+        """Keeps megatron-core's named random states for the CPU generator."""
 
         def add(self, name: str, seed: int) -> None:
             self._is_initialized = True
@@ -199,7 +199,7 @@ def _use_cpu_random_states() -> None:
                 torch.set_rng_state(outer)
 
     rng._CUDA_RNG_STATE_TRACKER, rng._CUDA_RNG_STATE_TRACKER_INITIALIZED = CpuRNGStatesTracker(), True
-    # activation recomputation saves the CPU state itself; there is no second one to save
+    # activation recomputation saves the CPU state itself, and there is no other
     rng._get_cuda_rng_state = lambda *args, **kwargs: None
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
 

@@ -1,12 +1,13 @@
 """The energy probe: L1 norms of what enters and leaves chosen modules, read from forward passes that run anyway.
 
 The energy loss of a layer at one token is E(h_in) - E(h_out) with E the L1 norm (EPPO, arXiv 2501.19358, section 3).
-Hooks reduce each [tokens, width] tensor to one number per token on the rank that holds it. What the layout scatters is
-put together once per pass: widths summed over tensor-parallel ranks, sequences gathered, pipeline stages added.
+Hooks reduce each [tokens, width] tensor to one number per token on the rank that holds it. What the layout splits is
+put together: widths are summed over tensor-parallel ranks, sequences gathered, pipeline stages added once per pass.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import is_checkpointing
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import device
@@ -25,13 +26,13 @@ _ENERGIES: dict[str, int] = {"paper": 1, "mlp_block": 1, "mlp_linears": 3, "mlp_
 
 
 class EnergyProbeConfig(Config):
-    """Which modules' energies are read, METHODS of EPPO and its authors' code."""
+    """Which modules' energies are read: that of the paper, or one of those in its authors' code."""
 
     preset: Preset = "paper"
     """paper: the residual stream into and out of a decoder layer. mlp_block: its MLP. down_proj: the MLP's last
-    projection. mlp_linears: gate, up and down projection, one energy each. mlp_linears_out: as that, outputs only."""
+    projection. mlp_linears: gate, up and down projection, one energy each. mlp_linears_out: the same, outputs only."""
     layers: tuple[int, ...] = Field((-1,), min_length=1)
-    """Decoder layers, negative from the end; the paper's is the last."""
+    """Decoder layers, counted from 0, negative ones from the end; the paper uses the last."""
     norm: bool = True
     """Divide each L1 norm by the width of its tensor, so that numbers compare across model sizes."""
 
@@ -40,7 +41,7 @@ class EnergyProbeConfig(Config):
         return _ENERGIES[self.preset] * len(self.layers)
 
     def layer_indices(self, num_layers: int) -> list[int]:
-        """The layers as non-negative indices; ConfigError if one does not exist."""
+        """Return the layers as non-negative indices; ConfigError if one does not exist."""
         for layer in self.layers:
             if not -num_layers <= layer < num_layers:
                 raise ConfigError(f"energy.layers: {layer} is not a layer of a model with {num_layers} layers")
@@ -61,15 +62,19 @@ class EnergyProbe:
         per_layer = _ENERGIES[config.preset]
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
-                # on every rank, not only where the wanted layers are: none may go on and wait for the others
-                self._check_readable(layer)
+                # checked on every rank, so that all fail together and none is left waiting for the others
+                if hasattr(layer.mlp.linear_fc1, "layer_norm_weight") and config.preset not in ("paper", "down_proj"):
+                    raise ConfigError(
+                        f"energy.preset = {config.preset!r} reads the input of the MLP's first projection, which "
+                        "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
+                    )
                 for place, index in enumerate(wanted):
                     if layer.layer_number - 1 == index:
                         self._attach(layer, place * per_layer)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Read the energies of every micro-batch that passes; the rest of the time the hooks do nothing."""
+        """Read the energies of every micro-batch run inside the block; outside it the hooks do nothing."""
         self._passes = {column: [] for column in self._passes}
         self._recording = True
         try:
@@ -79,10 +84,10 @@ class EnergyProbe:
 
     @torch.no_grad()
     def collect(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Energies of the recorded pass, the same on every tensor- and pipeline-parallel rank.
+        """Return the energies of the recorded pass, the same on every tensor- and pipeline-parallel rank.
 
         Args:
-            shapes: (b, s) of each micro-batch, in the order they were run.
+            shapes: (b, s) of each micro-batch, in the order in which they were run.
 
         Returns:
             one [b, s, E] fp32 tensor per micro-batch; entry s is the token at that position.
@@ -100,70 +105,44 @@ class EnergyProbe:
         sizes = [b * s for b, s in shapes]
         return [e.view(b, s, -1) for e, (b, s) in zip(energies.split(sizes), shapes, strict=True)]
 
-    def _check_readable(self, layer: Any) -> None:
-        fused = hasattr(layer.mlp.linear_fc1, "layer_norm_weight")
-        if fused and self.config.preset not in ("paper", "down_proj"):
-            raise ConfigError(
-                f"energy.preset = {self.config.preset!r} reads the input of the MLP's first projection, which "
-                "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
-            )
-
     def _attach(self, layer: Any, column: int) -> None:
         self._passes[column] = []
         mlp, preset = layer.mlp, self.config.preset
-        if preset == "paper":
-            layer.register_forward_hook(self._layer_hook(column), with_kwargs=True)
-            return
-        if preset == "mlp_block":
-            mlp.register_forward_hook(self._mlp_hook(column))
+        if preset in ("paper", "mlp_block"):
+            block = layer if preset == "paper" else mlp
+            block.register_forward_hook(partial(self._read_block, column), with_kwargs=True)
             return
         if preset != "down_proj":
-            mlp.linear_fc1.register_forward_hook(self._gate_up_hook(column))
-        mlp.linear_fc2.register_forward_hook(self._down_hook(column))
+            mlp.linear_fc1.register_forward_hook(partial(self._read_gate_up, column))
+        mlp.linear_fc2.register_forward_hook(partial(self._read_down, column))
 
     def _listening(self) -> bool:
         # a checkpointed layer runs again with gradients during the backward: only its first run counts
         return self._recording and not (is_checkpointing() and torch.is_grad_enabled())
 
-    def _layer_hook(self, column: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._listening():
-                entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                self._passes[column].append(self._loss(self._l1(entered), self._l1(output[0])))
+    def _read_block(self, column: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._listening():
+            entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self._passes[column].append(self._l1(entered) - self._l1(output[0]))
 
-        return hook
+    def _read_gate_up(self, column: int, module: Any, args: Any, output: Any) -> None:
+        if self._listening():
+            gate, up = output[0].chunk(2, dim=-1)
+            left = torch.cat([self._l1_of_shards(gate), self._l1_of_shards(up)], dim=-1)
+            self._open[column] = self._loss(self._l1(args[0]), left)
 
-    def _mlp_hook(self, column: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._listening():
-                self._passes[column].append(self._loss(self._l1(args[0]), self._l1(output[0])))
-
-        return hook
-
-    def _gate_up_hook(self, column: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._listening():
-                gate, up = output[0].chunk(2, dim=-1)
-                left = torch.cat([self._l1_of_shards(gate), self._l1_of_shards(up)], dim=-1)
-                self._open[column] = self._loss(self._l1(args[0]), left)
-
-        return hook
-
-    def _down_hook(self, column: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._listening():
-                down = self._loss(self._l1_of_shards(args[0]), self._l1(output[0]))
-                gate_up = self._open.pop(column, None)
-                self._passes[column].append(down if gate_up is None else torch.cat([gate_up, down], dim=-1))
-
-        return hook
+    def _read_down(self, column: int, module: Any, args: Any, output: Any) -> None:
+        if self._listening():
+            down = self._loss(self._l1_of_shards(args[0]), self._l1(output[0]))
+            gate_up = self._open.pop(column, None)
+            self._passes[column].append(down if gate_up is None else torch.cat([gate_up, down], dim=-1))
 
     def _loss(self, entered: Tensor, left: Tensor) -> Tensor:
         return left if self.config.preset == "mlp_linears_out" else entered - left
 
     @torch.no_grad()
     def _l1(self, hidden: Tensor) -> Tensor:
-        """L1 norms [s, b, 1] of hidden states [s, b, H], or of this rank's part of the sequence."""
+        """L1 norms [s, b, 1] of hidden states [s, b, H], of which this rank may hold a part of the sequence."""
         norms = self._norms(hidden, hidden.size(-1))
         if not self.sequence_parallel:
             return norms

@@ -1,4 +1,4 @@
-"""A frozen copy of a model's weights that takes turns with the live ones in the same modules."""
+"""A frozen copy of a model's weights that can take the place of the live ones in the same modules."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from nemo_eppo.megatron.model import unwrap
 
 
 class FrozenWeights:
-    """One copy of this rank's weights in CPU memory, taken when it is made.
+    """Copies this rank's weights to CPU memory when it is created.
 
-    While `active()`, the modules hold the frozen weights and the live ones are put aside, so a reference policy costs
-    no second model on the device. On a GPU the copies are queued, and the host waits for none of them.
+    Inside `active()`, the modules hold the frozen weights and CPU memory the live ones, so that a reference policy
+    needs no second model on the device. On a GPU the copies are queued; the host does not wait for them.
     """
 
     def __init__(self, chunks: Sequence[Any]) -> None:
@@ -25,7 +25,7 @@ class FrozenWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the block with the frozen weights; no gradients, no optimizer step inside."""
+        """Run the block with the frozen weights; no gradients, no updates inside."""
         self._swap()
         try:
             yield

@@ -1,7 +1,7 @@
 """Heads on a decoder's final hidden states: values of a critic, scores of a reward model, latents of responses.
 
-All are computed in fp32. Under sequence parallelism each rank works on its own part of the sequence; only the results
-are gathered, and the weights' partial gradients are summed by Megatron like those of a norm.
+All are computed in fp32. Under sequence parallelism each rank computes its own part of the sequence; only the results
+are gathered, and Megatron sums the weights' partial gradients as it does for norms.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ ScalarHeads = Literal["scalar", "odin", "inform"]
 
 
 class _TokenHead(nn.Module):
-    """What all heads share: fp32 weights, and results [b, s, outputs] from hidden [s, b, H] or a part of it."""
+    """Base of all heads, with fp32 weights that are all marked for sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class _TokenHead(nn.Module):
         """hidden [s, b, H], or its sequence-parallel part -> [b, s, outputs] fp32.
 
         Args:
-            seeds: int64 [b, s], which a head that draws random numbers in training needs: each row's seed at all of
-                its tokens. None where nothing is drawn.
+            seeds: int64 [b, s], a row's seed at each of its tokens, for a head that draws random numbers in training;
+                None draws none.
         """
         results = self.per_token(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), seeds)
         if self.sequence_parallel:
@@ -63,7 +63,7 @@ class ScalarHead(_TokenHead):
 
 
 class OdinHead(_TokenHead):
-    """ODIN's two heads with rows of unit length: quality, length, and the cosine of the two rows, per token."""
+    """ODIN's two heads, whose rows have unit length: [quality, length, cosine of the two rows] per token."""
 
     rows: Tensor
 
@@ -77,10 +77,10 @@ class OdinHead(_TokenHead):
 
 
 class InformHead(_TokenHead):
-    """InfoRM's bottleneck: the score of a latent, and the latent's distribution: [score, mean (d), logvar (d)].
+    """InfoRM's bottleneck: a latent's score and distribution, [score, mean (d), logvar (d)] per token.
 
-    The latent is the mean, or with seeds a sample `mean + exp(logvar / 2) * eps`, whose noise depends on a row's seed
-    alone: not on the layout, the micro-batch or the padding.
+    The latent is the mean or, with seeds, a sample `mean + exp(logvar / 2) * eps`. The noise eps depends only on a
+    row's seed, not on the layout, the micro-batch or the padding.
     """
 
     encoder: Tensor
@@ -104,12 +104,12 @@ class InformHead(_TokenHead):
 
 
 def build_head(kind: ScalarHeads, config: TransformerConfig, latent_size: int) -> _TokenHead:
-    """A head with fresh weights; `latent_size` d is InfoRM's."""
+    """Build a head with fresh weights; `latent_size` is d of the head "inform"."""
     if kind == "odin":
         return OdinHead(config)
     return InformHead(config, latent_size) if kind == "inform" else ScalarHead(config)
 
 
 def outputs_per_token(kind: ScalarHeads, latent_size: int) -> int:
-    """Numbers per token that a head gives."""
+    """Return how many numbers per token a head gives; `latent_size` is d of the head "inform"."""
     return {"scalar": 1, "odin": 3, "inform": 1 + 2 * latent_size}[kind]

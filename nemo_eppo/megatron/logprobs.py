@@ -1,10 +1,10 @@
 """Log-probabilities and entropies of tokens, straight from hidden states and a vocabulary-parallel output projection.
 
-Neither the vocabulary is gathered nor are the logits of all tokens ever held: rows are projected in chunks, reduced to
-two numbers each, and projected once more in the backward pass. Rows that nobody asked for are not projected at all.
+The vocabulary is not gathered, and the logits of all tokens are never held at once: rows are projected in chunks,
+reduced to two numbers each, and projected once more in the backward pass. Rows without a target are not projected.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,11 @@ from torch import Tensor
 from nemo_eppo.algorithms.sampling import Distribution, keep_mask
 
 IGNORE = -100
-"""Target of a position whose log-probability is not wanted; its outputs are 0."""
+"""Target of a position whose log-probability is not computed; its outputs are 0."""
 
 _CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MB in fp32
-_CHUNK_ROWS = 1024  # but so many rows at least: with fewer a GPU spends its time on adding to the weight's gradient
-_MASKED = -1e30  # a logit of probability 0: finite, so that their product is 0
+_CHUNK_ROWS = 1024  # rows per chunk at least: with fewer, a GPU spends its time adding to the weight's gradient
+_MASKED = -1e30  # a logit of probability 0: finite, so that probability times logit is 0
 
 
 def token_logprobs(
@@ -45,7 +45,7 @@ def token_logprobs(
         vocab_size: rows of the projection that are real tokens; padding rows get probability 0.
         distribution: temperature and filters. With top-k or top-p the kept set follows the current logits, always
             includes the target, and costs a gather of one chunk's logits.
-        softcap: see `soft_capped`.
+        softcap: cap of the logits, see `soft_capped`; None for none.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
@@ -57,41 +57,42 @@ def token_logprobs(
     targets = targets.transpose(0, 1)
     rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
     wanted = hidden.flatten(0, 1).index_select(0, rows)
-    scores = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], group, vocab_size, distribution, softcap)
-    out = scores.new_zeros(targets.numel(), 2).index_copy(0, rows, scores)
+    projection = _Projection(group, vocab_size, distribution, softcap)
+    computed = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], projection)
+    out = computed.new_zeros(targets.numel(), 2).index_copy(0, rows, computed)
     return out.view(*targets.shape, 2).transpose(0, 1)
 
 
 def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """c * tanh(logits / c), so that none exceeds c in size (Gemma 2, arXiv 2408.00118, section 2); None leaves them."""
+    """Return c * tanh(logits / c), between -c and c (Gemma 2, arXiv 2408.00118, section 2); None leaves the logits."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Projection(NamedTuple):
+    """How logits follow from hidden states, beside the weight; see `token_logprobs`."""
+
+    group: dist.ProcessGroup
+    vocab_size: int
+    distribution: Distribution
+    softcap: float | None
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """[n, H] hidden rows, [V / tp, H] weight, [n] targets -> [n, 2]; keeps two numbers per row for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-        distribution: Distribution,
-        softcap: float | None,
-    ) -> Tensor:
-        ctx.layout = (group, vocab_size, distribution, softcap)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection) -> Tensor:
+        ctx.projection = projection
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
+            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], projection)
             peak = x.amax(-1)
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=projection.group)
             x.sub_(peak.unsqueeze(-1))
             target = x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             exp = x.exp()
             sums = torch.stack([exp.sum(-1), torch.where(own, target, 0), torch.linalg.vecdot(exp, x)], dim=-1)
-            dist.all_reduce(sums, group=group)
+            dist.all_reduce(sums, group=projection.group)
             log_z = sums[:, 0].log()
             logprob, entropy = sums[:, 1] - log_z, log_z - sums[:, 2] / sums[:, 0]
             parts.append(torch.stack([logprob, entropy, peak + log_z], dim=-1))
@@ -106,10 +107,10 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = None  # a frozen projection needs none
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
-        temperature, softcap = ctx.layout[2].temperature, ctx.layout[3]
+        temperature, softcap = ctx.projection.distribution.temperature, ctx.projection.softcap
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], *ctx.layout)
-            if softcap is not None:  # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2; what is masked has no gradient anyway
+            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], ctx.projection)
+            if softcap is not None:  # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2; masked logits have no gradient anyway
                 slope = 1 - (x * (temperature / softcap)).clamp_(-1, 1).square_()
             logp = x.sub_(result[rows, 2:3])
             p = logp.exp()
@@ -122,8 +123,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _compute_dtype(x: Tensor) -> Tensor:
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """Tokens whose logits are held at the same time, for this many logits each."""
+    """Return how many tokens' logits are held at the same time, with `vocabulary` logits per token."""
     return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocabulary)
 
 
@@ -141,15 +141,11 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    group: dist.ProcessGroup,
-    vocab_size: int,
-    distribution: Distribution,
-    softcap: float | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's logits [n, V / tp] of the sampling distribution, whether it owns each target [n], and where [n]."""
+    """Compute this rank's logits [n, V / tp] of the sampling distribution; and of each target, [n], whether this rank
+    owns it, and its row here (0 if not)."""
+    group, vocab_size, distribution, softcap = projection
     logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
     if distribution.temperature != 1.0:
         logits.div_(distribution.temperature)

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): low-rank adapters beside frozen linear layers, y = W x + (alpha / rank) B A x.
 
-An adapter lies next to its linear in the tree of modules and adds to what that returns, so that names and weights of
-the base model stay what they are. Where a linear splits its output over tensor-parallel ranks, so does B, and A is
-whole; where it splits its input, A does, and B is whole. Only rank-wide tensors are ever communicated.
+An adapter lies next to its linear in the tree of modules and adds to the linear's output, so that names and weights of
+the base model do not change. Where a linear splits its output over tensor-parallel ranks, B is split and A is whole;
+where it splits its input, A is split and B is whole. Only tensors as wide as the adapter's rank are communicated.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ from nemo_eppo.models.model_config import LoRAConfig, LoRATarget
 
 _SPLIT_OUTPUT = ("linear_qkv", "linear_fc1")
 SUFFIX = "_lora"
-"""Behind a linear's name: the name of its adapter, a module beside it."""
+"""A linear's name with this suffix is the name of its adapter, a module beside it."""
 
 
 class Adapter(nn.Module):
-    """A and B beside one linear of this rank, both zero until they are initialised or loaded."""
+    """Holds A and B beside one linear of this rank, both zero until they are initialised or loaded."""
 
     def __init__(self, linear: Any, target: LoRATarget, config: LoRAConfig, model_config: Any) -> None:
         super().__init__()
         self.enabled = True
-        self._linear = (linear,)  # a tuple, for it is no part of this module
+        self._linear = (linear,)  # a tuple, so that torch does not make it a part of this module
         self._target, self._scale = target, config.alpha / config.rank
         self._splits_output = target in _SPLIT_OUTPUT
         self._sequence_parallel, self._norm_epsilon = model_config.sequence_parallel, model_config.layernorm_epsilon
@@ -50,19 +50,19 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(linear.weight.new_zeros(outputs, config.rank))
         split, whole = (self.b, self.a) if self._splits_output else (self.a, self.b)
         set_tensor_model_parallel_attributes(split, True, 0 if self._splits_output else 1, 1)
-        # the whole factor meets one part of the sequence on each rank: Megatron sums its gradients
+        # each rank applies the whole factor to its part of the sequence only: Megatron sums its gradients
         whole.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
-        # first of the linear's hooks, so that an energy probe reads the sum
+        # the first of the linear's hooks, so that an energy probe reads the sum
         self.hook = linear.register_forward_hook(self._add, prepend=True)
 
     @property
     def weight(self) -> Tensor:
-        """The linear's own weight, this rank's shard."""
+        """Return the linear's own weight, this rank's shard."""
         weight: Tensor = self._linear[0].weight
         return weight
 
     def _add(self, linear: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
-        """The linear's output and bias, with the adapter's share added."""
+        """Return the linear's output, with the adapter's added, and its bias; None changes nothing."""
         if not self.enabled:
             return None
         x = args[0]
@@ -80,15 +80,15 @@ class Adapter(nn.Module):
         return output[0] + F.linear(low, self.b), output[1]
 
     def local(self, x: Tensor) -> Tensor:
-        """What this rank alone adds to its linear's output for normed inputs [..., in / tp or in], for generation.
+        """Return this rank's addition to its linear's output for normed inputs [..., in / tp or in], for generation.
 
-        Where the linear splits its input, it is to be summed over the ranks, together with the linear's own.
+        Where the linear splits its input, the caller sums it over the ranks, together with the linear's own output.
         """
         return F.linear(F.linear(x, self.a) * self._scale, self.b)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """A copy of the linear's weight with the adapter in it, added up in fp32; without it while not `enabled`."""
+        """Return a copy of the linear's weight plus, while `enabled`, the adapter's, added in fp32."""
         weight = self.weight.detach()
         if not self.enabled:
             return weight.clone()
@@ -96,7 +96,10 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, layer: int) -> None:
-        """A random, B zero: the model computes what it did. A depends on seed, layer and target, not on the layout."""
+        """Set B to zero, which leaves the model's outputs as they are, and A to random numbers.
+
+        They depend on seed, layer and target, not on the layout.
+        """
         digest = hashlib.sha256(f"{seed} {layer} {self._target}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         group = parallel_state.get_tensor_model_parallel_group()
@@ -109,7 +112,7 @@ class Adapter(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Any:
-        """How A and B lie over the ranks, so that a checkpoint can be loaded in another layout."""
+        """Describe how A and B lie over the ranks, so that a checkpoint can be loaded in another layout."""
         assert metadata is not None
         shards = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
@@ -125,7 +128,7 @@ class Adapter(nn.Module):
 
 
 def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
-    """Every linear that can have an adapter: the module it is in, its name there, and its layer, from 1."""
+    """Yield every linear that can have an adapter: its parent module, its name there, its layer counted from 1."""
     for chunk in chunks:
         for layer in unwrap(chunk).decoder.layers:
             for parent, targets in (
@@ -137,7 +140,7 @@ def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
 
 
 def adapters(chunks: Sequence[Any]) -> Iterator[Adapter]:
-    """This rank's adapters."""
+    """Yield this rank's adapters."""
     for parent, target, _ in _places(chunks):
         if hasattr(parent, target + SUFFIX):
             yield getattr(parent, target + SUFFIX)
@@ -155,13 +158,13 @@ def attach(chunks: Sequence[Any], config: LoRAConfig) -> None:
 
 
 def attached(chunks: Sequence[Any]) -> LoRAConfig | None:
-    """What adapters the model has."""
+    """Return the settings of the model's adapters; None if it has none."""
     return getattr(unwrap(chunks[0]), "lora", None)
 
 
 @torch.no_grad()
 def merge(chunks: Sequence[Any]) -> None:
-    """Add the adapters to the weights beside them and take them away."""
+    """Add the adapters to the weights beside them, and remove them."""
     for parent, target, _ in _places(chunks):
         adapter = getattr(parent, target + SUFFIX, None)
         if adapter is not None:
@@ -173,7 +176,7 @@ def merge(chunks: Sequence[Any]) -> None:
 
 
 def train_adapters(chunks: Sequence[Any], config: LoRAConfig) -> None:
-    """Attach fresh adapters and freeze all else but heads; collective, before DDP and the optimizer are made."""
+    """Attach fresh adapters and freeze everything else but heads; collective, before DDP and the optimizer exist."""
     seed = [torch.initial_seed()]
     dist.broadcast_object_list(seed)  # pipeline stages have seeds of their own
     attach(chunks, config)
@@ -189,12 +192,12 @@ def train_adapters(chunks: Sequence[Any], config: LoRAConfig) -> None:
 
 
 def _let_gradients_in(embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
-    # a recomputed layer whose input needs no gradient would give its adapters none
+    # activation recomputation gives a layer's adapters no gradients if the layer's input needs none
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 class AdaptersOff:
-    """The frozen reference of a policy with adapters: the same model without them. No second copy is kept."""
+    """The frozen reference of a policy with adapters: the same model without them, so that no copy is kept."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self._adapters = list(adapters(chunks))

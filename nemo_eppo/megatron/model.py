@@ -1,4 +1,4 @@
-"""Megatron models of all jobs: a policy that scores tokens, and models with a scalar head."""
+"""Megatron models of all jobs: a policy that gives log-probabilities, and models with a scalar head."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from nemo_eppo.models.model_config import Head, ModelConfig, Precision
 
 
 class _Decoder(GPTModel):
-    """What both kinds of model share: a GPTModel built from our settings."""
+    """Base of both kinds of model: a GPTModel built from our settings."""
 
     def __init__(
         self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None, tied: bool
@@ -39,7 +39,6 @@ class _Decoder(GPTModel):
             share_embeddings_and_output_weights=tied,
             vp_stage=vp_stage,
         )
-        self.real_vocab_size = model.vocab_size
         self.description = model
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -47,14 +46,14 @@ class _Decoder(GPTModel):
         return (hidden if hidden is None else self.scaled(hidden), *rest)
 
     def scaled(self, embeddings: Tensor) -> Tensor:
-        """Token embeddings [..., H] as the first layer gets them; the factor is rounded as the embeddings are."""
+        """Return token embeddings [..., H] as the first layer takes them; the factor is rounded to their dtype."""
         if not self.description.scale_embedding:
             return embeddings
         return embeddings * torch.tensor(self.description.hidden_size**0.5, dtype=embeddings.dtype)
 
 
 class PolicyModel(_Decoder):
-    """A language model whose forward pass with `labels` [b, s] gives [b, s, 2]: log-probability and entropy."""
+    """A language model; its forward pass with `labels` [b, s] gives log-probability and entropy, [b, s, 2]."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
@@ -70,20 +69,20 @@ class PolicyModel(_Decoder):
             self.projection_weight(),
             labels,
             parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.real_vocab_size,
+            vocab_size=self.description.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             distribution=self.distribution,
             softcap=softcap,
         )
 
     def projection_weight(self) -> Tensor:
-        """This rank's rows [V / tp, H] of the output projection, which may be the input embedding."""
+        """Return this rank's rows [V / tp, H] of the output projection, which may be the input embedding."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
 
 class ScalarModel(_Decoder):
-    """A decoder with a head of `heads.py` in place of the output projection."""
+    """A decoder with a head of `heads.py` instead of the output projection."""
 
     def __init__(
         self,
@@ -91,8 +90,8 @@ class ScalarModel(_Decoder):
         parallel: ParallelConfig,
         config: Any,
         vp_stage: int | None,
-        head: ScalarHeads = "scalar",
-        latent_size: int = 0,
+        head: ScalarHeads,
+        latent_size: int,
     ) -> None:
         super().__init__(model, parallel, config, vp_stage, tied=False)
         if self.post_process:
@@ -100,12 +99,12 @@ class ScalarModel(_Decoder):
             self.head = build_head(head, config, latent_size)
 
     def forward(self, *inputs: Any, seeds: Tensor | None = None, **rest: Any) -> Tensor:
-        """GPTModel's forward pass, which gives [b, s, outputs] in fp32 after the last stage.
+        """Run GPTModel's forward pass; after the last stage it gives [b, s, outputs] in fp32.
 
         Args:
-            seeds: int64 [b, s], see `heads.py`; None for a head that draws no random numbers.
+            seeds: int64 [b, s], see `heads.py`; None draws no random numbers.
         """
-        self._seeds = seeds  # GPTModel's own forward pass would not hand them on to the head
+        self._seeds = seeds  # GPTModel's own forward pass does not pass them to the head
         return super().forward(*inputs, **rest)
 
     def _postprocess(self, hidden_states: Tensor, **rest: Any) -> Tensor:
@@ -114,7 +113,7 @@ class ScalarModel(_Decoder):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Any:
-        """Shards of all weights; GPTModel's own method insists on an output projection."""
+        """Describe the shards of all weights; GPTModel's own method needs an output projection."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
@@ -128,17 +127,18 @@ def build_model(
     latent_size: int = 0,
     dropout: float = 0.0,
 ) -> list[nn.Module]:
-    """This rank's chunks of the model (one, or one per virtual pipeline stage), with fresh weights.
+    """Build this rank's chunks of the model (one, or one per virtual pipeline stage), with fresh weights.
 
-    The process must have been started with `runtime.initialize(parallel, ...)`. Under bf16 each chunk is wrapped in
-    Megatron's Float16Module, and heads stay fp32.
+    Call `runtime.initialize(parallel, ...)` first. In bf16 each chunk is wrapped in Megatron's Float16Module, and heads
+    stay in fp32.
 
     Args:
+        recompute: drop the activations of layers and recompute them in the backward pass.
         latent_size: d of the head "inform".
-        dropout: on the residual stream in training; what it drops depends on the layout.
+        dropout: share of the residual stream's additions dropped in training; which ones depends on the layout.
 
     Raises:
-        ConfigError: the layout cannot carry the model, or this machine's modules cannot compute it.
+        ConfigError: the layout does not fit the model, or this machine's modules cannot compute it.
     """
     check_layout(model, parallel)
     config = transformer_config(model, parallel, precision, recompute)
@@ -147,22 +147,19 @@ def build_model(
     chunks: list[nn.Module] = []
     for stage in range(stages or 1):
         vp_stage = stage if stages else None
-        chunk: Any
+        decoder: Any
         if head == "lm":
-            chunk = PolicyModel(model, parallel, config, vp_stage).to(device.device())
+            decoder = PolicyModel(model, parallel, config, vp_stage).to(device.device())
         else:
-            chunk = ScalarModel(model, parallel, config, vp_stage, head, latent_size).to(device.device())
-        if precision == "bf16":
-            wrapped = Float16Module(config, chunk)
-            if hasattr(chunk, "head"):
-                chunk.head.float()
-            chunk = wrapped
-        chunks.append(chunk)
+            decoder = ScalarModel(model, parallel, config, vp_stage, head, latent_size).to(device.device())
+        chunks.append(Float16Module(config, decoder) if precision == "bf16" else decoder)
+        if hasattr(decoder, "head"):
+            decoder.head.float()
     return chunks
 
 
 def unwrap(chunk: nn.Module) -> Any:
-    """The decoder inside Megatron's precision and data-parallel wrappers."""
+    """Return the decoder inside Megatron's precision and data-parallel wrappers."""
     while not isinstance(chunk, _Decoder):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

@@ -1,4 +1,4 @@
-"""RMSNorm as the model families have it, before a projection and after one."""
+"""RMSNorm of all model families, before a projection and after one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """RMSNorm over the last dimension of x [..., H] with weight [H]; `plus_one` scales by 1 + weight, in fp32."""
+    """RMSNorm over the last dimension of x [..., H] with weight [H]; `plus_one` scales by 1 + weight in fp32."""
     if not plus_one:
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -34,13 +34,13 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NormAndAdd(nn.Module):
-    """In place of Megatron's addition to the residual stream: the same with a norm before."""
+    """Replaces Megatron's addition to the residual stream: it norms what is added first (Gemma 2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """What Megatron calls with ([s, b, H], None), the residual stream [s, b, H] and a probability of dropout."""
+        """Return a function of ([s, b, H], None), the residual stream [s, b, H] and a dropout probability."""
         add = get_bias_dropout_add(training, fused)
         return lambda output, residual, dropout: add((self.norm(output[0]), None), residual, dropout)

@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from one small config."""
+"""Builds Megatron's data-parallel wrapper, optimizer and learning-rate schedule from one config."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,12 @@ from nemo_eppo.config import Config
 from nemo_eppo.megatron import device
 from nemo_eppo.models.model_config import DTYPES, Precision
 
-_SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight decay
+_SETTINGS = (
+    "max_lr",
+    "min_lr",
+    "betas",
+    "eps",
+)  # keys of a parameter group; lr and decay are the scheduler's
 
 
 class OptimizerConfig(Config):
@@ -32,14 +37,14 @@ class OptimizerConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     """Updates over which the learning rate rises linearly from 0."""
     decay_steps: int | None = Field(None, ge=1)
-    """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job, which
-    does not know how long the actor trains, needs it: PPO steps x epochs x mini-batches."""
+    """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job needs
+    a number, because it does not know how long the actor trains: PPO steps x epochs x mini-batches."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's first and second moment."""
+    """Decay rates of Adam's first and second moment, per update."""
     eps: float = Field(1e-8, gt=0)
-    """Adam's epsilon."""
+    """Number added to the denominator of Adam's updates."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of matrices; 0 for none."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     distributed: bool = False
@@ -57,7 +62,7 @@ class OptimizerConfig(Config):
 
 
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
-    """Megatron's DDP around every chunk: gradients are kept in fp32 and summed when the last micro-batch is done."""
+    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch."""
     config: Any = chunks[0].config
     wrapped = [
         DistributedDataParallel(
@@ -79,7 +84,7 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
 def build_optimizer(
     chunks: list[Any], config: OptimizerConfig, precision: Precision, total_steps: int
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """Megatron's optimizer over DDP-wrapped chunks, and the scheduler of its learning rate and weight decay.
+    """Build Megatron's optimizer over DDP-wrapped chunks, and the scheduler of its learning rate and weight decay.
 
     Args:
         total_steps: updates of the run, over which a decaying schedule reaches min_lr unless `decay_steps` is set.
@@ -125,7 +130,7 @@ def build_optimizer(
 def load_state(
     optimizer: Any, scheduler: OptimizerParamScheduler, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]
 ) -> None:
-    """Go on from a checkpoint's moments and number of steps under this job's settings, which may have changed."""
+    """Resume with a checkpoint's moments and number of updates, but this job's settings, which may have changed."""
     settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
     optimizer.load_state_dict(optimizer_state)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
@@ -134,8 +139,8 @@ def load_state(
 
 
 def _give_main_copies_to_heads(optimizer: Any) -> None:
-    # megatron-core's bf16 optimizer cannot checkpoint fp32 parameters (0.16: KeyError): let it see heads as the others,
-    # a model's parameter and the main copy that is updated. They are the last of their group, as the lists must be.
+    # megatron-core's bf16 optimizer cannot checkpoint fp32 parameters (0.16: KeyError): show it heads as others:
+    # a model's parameter and an updated main copy. They have to be the last of their group, as in its lists.
     for group, model, main, fp32 in zip(
         optimizer.param_groups,
         optimizer.float16_groups,

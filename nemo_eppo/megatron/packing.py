@@ -1,7 +1,7 @@
 """Sequence packing: rows of different lengths as one sequence without padding, in micro-batches of equal work.
 
-Attention and rotary positions begin anew with every row (Megatron's `thd` format), so that a packed row gives what it
-gives alone. Losses never see it: outputs are put back into padded rows before.
+Attention and rotary positions begin anew with every row (Megatron's `thd` format), so that a packed row gives the same
+outputs as alone. Losses do not see packs: outputs are put back into padded rows first.
 """
 
 from bisect import bisect_left
@@ -20,23 +20,23 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
     Args:
         lengths: tokens of each item. One longer than `budget` raises the budget to its own length.
         multiple: the number of packs is a multiple of this; some are empty where items are too few.
-        hidden_size: H of the model. An item of length l is l * (1 + l / 12H) work: the second part is attention's,
-            counting only products with weights and causal scores, for a layer of 12 H^2 weights.
+        hidden_size: H of the model. An item of length l costs l * (1 + l / 12H): the second part is attention's,
+            counting only products with weights and causal attention, for a layer of 12 H^2 weights.
 
     Returns:
-        the items of each pack: as many packs as this rule of dealing can fill, where it cannot fill `multiple` fewer.
-        For n items O(log n) numbers of packs are tried, each in O(n log n) steps.
+        the items of each pack, in a number of packs of which this rule cannot deal with `multiple` fewer. For n items
+        it tries O(log n) numbers, each in O(n log n) steps.
     """
     budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
 
     def deal(count: int) -> list[list[int]] | None:
-        """The items dealt to `count` packs; None if one finds no room."""
+        """Return the items dealt to `count` packs; None if one finds no room."""
         packs: list[list[int]] = [[] for _ in range(count)]
         tokens = [0] * count
         # Items come longest first: a pack with room for one has room for the next, unless it has just been filled up.
         roomy = [(0.0, pack) for pack in range(count)]  # a heap of (work, pack)
-        filled: list[tuple[int, float, int]] = []  # a heap of (tokens, work, pack), to be looked at again
+        filled: list[tuple[int, float, int]] = []  # a heap of (tokens, work, pack) that may have room again
         for item in order:
             length = lengths[item]
             while filled and filled[0][0] + length <= budget:
@@ -58,7 +58,7 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
 
 
 class Packing:
-    """Where the rows of a padded [b, s] micro-batch lie in its packed [1, n] form; n is a multiple of `multiple`."""
+    """Converts micro-batches between padded [b, s] and packed [1, n], where n is a multiple of `multiple`."""
 
     def __init__(self, lengths: Tensor, width: int, multiple: int) -> None:
         rows, columns = len(lengths), torch.arange(width, device=lengths.device)

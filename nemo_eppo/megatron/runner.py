@@ -1,9 +1,9 @@
 """Forward passes and updates of one model over all ranks of a job.
 
-Everything goes in and comes out as the *global* batch, the same on every rank: rows are dealt to data-parallel replicas
-by length, cut into micro-batches that are padded only to their own longest row, or packed without padding, run through
-Megatron's pipeline schedule, and put back in order. So neither layout nor micro-batch size nor padding nor packing can
-change a result beyond rounding.
+Inputs and outputs are the *global* batch, the same on every rank. Rows are dealt to data-parallel replicas by length,
+cut into micro-batches that are padded to their own longest row or packed without padding, run through Megatron's
+pipeline schedule, and put back in order. So layout, micro-batch size, padding and packing change no result beyond
+rounding.
 """
 
 import math
@@ -27,16 +27,16 @@ from nemo_eppo.megatron.packing import Packing, balanced_packs
 
 Rows = dict[str, Tensor]
 LossFunction = Callable[[Tensor, Rows], tuple[Tensor, dict[str, Tensor]]]
-"""(model output [b, s, C], rows of the micro-batch) -> (loss, sums to be reported).
+"""(model output [b, s, C], rows of the micro-batch) -> (loss, sums to report).
 
-The loss is already divided by the *global* denominator, so that losses of all micro-batches and ranks add up."""
+The loss is divided by the *global* denominator, so that the losses of all micro-batches and ranks add up."""
 RowReducer = Callable[[Tensor, Rows], Tensor]
-"""(outputs [b, S, C] as `infer` gives them, rows of the micro-batch) -> [b, k], what is kept of each row."""
+"""(outputs [b, S, C] as `infer` gives them, rows of the micro-batch) -> [b, k], the numbers kept of each row."""
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows of one forward pass: padded to the longest of them, as losses see them, and perhaps packed for the model."""
+    """Rows of one forward pass, padded to the longest of them for losses, and optionally packed for the model."""
 
     indices: Tensor
     rows: Rows
@@ -44,11 +44,11 @@ class _MicroBatch:
 
     @property
     def tokens(self) -> Tensor:
-        """[b, s], or packed [1, n]."""
+        """Token ids [b, s], or packed [1, n]."""
         return self._per_token(self.rows["tokens"], 0)
 
     def model_inputs(self) -> dict[str, Any]:
-        """What the model's forward pass takes beside tokens and positions."""
+        """Arguments of the model's forward pass beside tokens and positions."""
         inputs: dict[str, Any] = {"packed_seq_params": self.packing.params if self.packing else None}
         if "targets" in self.rows:
             inputs["labels"] = self._per_token(self.rows["targets"], IGNORE)
@@ -57,11 +57,11 @@ class _MicroBatch:
         return inputs
 
     def padded(self, output: Tensor) -> Tensor:
-        """The model's output as [b, s, C]."""
+        """Return the model's output as [b, s, C]."""
         return output if self.packing is None else self.packing.unpack(output)
 
     def as_given(self, output: Tensor, width: int) -> Tensor:
-        """The model's output as [b, width, C], 0 beyond each row's length."""
+        """Return the model's output as [b, width, C], 0 beyond each row's length."""
         output = self.padded(output)[:, :width]
         inside = torch.arange(output.size(1), device=output.device) < self.rows["lengths"].unsqueeze(1)
         return nn.functional.pad(torch.where(inside.unsqueeze(-1), output, 0), (0, 0, 0, width - output.size(1)))
@@ -76,8 +76,8 @@ class ModelRunner:
     Args:
         chunks: what `build_model` returned, wrapped by `wrap_data_parallel` if it is to be trained.
         micro_batch_size: rows per forward pass.
-        micro_batch_tokens: pack rows into micro-batches of at most so many tokens instead, without padding; a longer
-            row is still run. None for padded micro-batches.
+        micro_batch_tokens: pack rows without padding into micro-batches of at most this many tokens, or of one longer
+            row; None for padded micro-batches of `micro_batch_size`.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class ModelRunner:
     def infer(
         self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None, *, outputs: int, energies: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """One forward pass over the global batch.
+        """Run a forward pass over the global batch.
 
         Args:
             tokens: [N, S]; lengths: [N] real tokens per row; targets: [N, S] next tokens for a policy.
-            outputs: C, numbers per token the model gives.
+            outputs: C, how many numbers per token the model gives.
             energies: also read the energy probe.
 
         Returns:
@@ -136,14 +136,14 @@ class ModelRunner:
 
     @torch.no_grad()
     def infer_rows(self, rows: Mapping[str, Tensor], reduce: RowReducer, *, outputs: int) -> Tensor:
-        """One forward pass over the global batch that keeps a few numbers of each row.
+        """Run a forward pass over the global batch and keep a few numbers of each row.
 
-        No rank but those of the last pipeline stage ever holds what the model gives for every token.
+        Only the last pipeline stage ever holds the model's outputs of every token.
 
         Args:
             rows: as in `train_step`.
             reduce: see RowReducer; it runs on the last pipeline stage.
-            outputs: k, numbers per row that `reduce` gives.
+            outputs: k, how many numbers per row `reduce` gives.
 
         Returns:
             [N, k], fp32 in CPU memory, equal on every rank.
@@ -166,17 +166,17 @@ class ModelRunner:
     def train_step(
         self, rows: Mapping[str, Tensor], loss_function: LossFunction, *, group: int = 1
     ) -> dict[str, float]:
-        """One optimizer step on a global mini-batch.
+        """Make one optimizer update on a global mini-batch.
 
         Args:
             rows: tensors [N, ...]; "tokens" and "lengths" are required. Tensors whose second dimension is S or S - 1
                 are cut to the micro-batch's longest row. A policy reads "targets" [N, S], the next tokens, and a head
                 that draws random numbers "seeds" [N].
             loss_function: see LossFunction; it runs on the last pipeline stage.
-            group: so many consecutive rows are always in one micro-batch, whose `micro_batch_size` then counts groups.
+            group: number of consecutive rows that stay in one micro-batch; `micro_batch_size` then counts groups.
 
         Returns:
-            the reported sums over the whole mini-batch, plus "grad_norm" and "lr", the same on every rank.
+            the reported sums over the whole mini-batch, "loss", "grad_norm" and "lr", the same on every rank.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite; nothing was updated.
@@ -184,7 +184,7 @@ class ModelRunner:
         """
         self._check_tokens(rows["tokens"])
         shares = self._deal(rows["lengths"], group)
-        for share in shares:  # every rank looks at every replica's, so that all of them fail if one is too small
+        for share in shares:  # every rank checks every replica's, so that all fail if one is too small
             if len(share) % self._interleaved or not share:
                 raise ValueError(
                     f"tokens: {len(rows['tokens'])} rows cannot fill the micro-batches of {len(shares)} data-parallel "
@@ -203,7 +203,7 @@ class ModelRunner:
 
         reports = self._run(batches, lambda batch: partial(loss, batch), forward_only=False)
         sums = self._sum_reports(reports)
-        # Megatron's own step would apply a NaN before reporting it: look at the norm first
+        # Megatron's own step would apply a NaN before reporting it: check the norm first
         self.optimizer.prepare_grads()
         sums["grad_norm"] = float(self.optimizer.get_grad_norm())
         if not all(math.isfinite(value) for value in sums.values()):
@@ -214,7 +214,7 @@ class ModelRunner:
         return sums
 
     def _inference_batches(self, rows: Mapping[str, Tensor]) -> list[_MicroBatch]:
-        """This replica's micro-batches, the last one repeated until they fill all stages; none if rows are too few."""
+        """Cut this replica's micro-batches, repeating the last to fill all stages; none if rows are too few."""
         self._check_tokens(rows["tokens"])
         mine = self._deal(rows["lengths"])[self._replicas.rank()]
         mine = mine + mine[-1:] * (-len(mine) % self._interleaved)
@@ -227,7 +227,7 @@ class ModelRunner:
         shapes: Sequence[tuple[int, ...]],
         width: int,
     ) -> list[Tensor]:
-        """What `read` makes of each micro-batch's output on the last stage, [*shape, width] fp32, on all stages."""
+        """Run the model; return on all stages what `read` makes of each output on the last, [*shape, width] fp32."""
         if not batches:
             return []
         for chunk in self.chunks:
@@ -246,7 +246,7 @@ class ModelRunner:
         return [part.view(*shape, width) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
     def _over_replicas(self, result: Tensor) -> Tensor:
-        """A result in CPU memory of which every row is non-zero on one replica only, put together from all of them."""
+        """Add up the replicas' parts of a result, each zero in the others' rows; return it in CPU memory."""
         if self._replicas.size() > 1:
             dist.all_reduce(result, group=self._replicas)
         return result.cpu()
@@ -254,7 +254,7 @@ class ModelRunner:
     def _run(
         self, batches: list[_MicroBatch], make_loss: Callable[[_MicroBatch], Any], forward_only: bool
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; what the last stage's loss functions reported."""
+        """Run Megatron's schedule over the micro-batches; return what the last stage's loss functions reported."""
 
         def forward_step(batch_iterator: Iterator[_MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             batch = next(batch_iterator)
@@ -276,12 +276,14 @@ class ModelRunner:
 
     @property
     def _interleaved(self) -> int:
-        """What the number of micro-batches has to be a multiple of: the interleaved schedule fills all stages."""
+        """Divisor of the number of micro-batches: the interleaved schedule has to fill all stages."""
         return self._stages.size() if len(self.chunks) > 1 else 1
 
     def _deal(self, lengths: Tensor, group: int = 1) -> list[list[Tensor]]:
-        """Row indices of each micro-batch of each replica, so that replicas get equal work. Fewer groups than
-        replicas or micro-batches leave some out."""
+        """Return the row indices of each micro-batch of each replica, with equal work for replicas.
+
+        Where groups are fewer than replicas or micro-batches, some get none.
+        """
         replicas, sizes = self._replicas.size(), lengths.view(-1, group)
         rows = torch.arange(len(lengths)).view(-1, group)
         if self.micro_batch_tokens is not None:
@@ -296,14 +298,14 @@ class ModelRunner:
         return [self._split(order[replica::replicas]) for replica in range(replicas)]
 
     def _split(self, share: Tensor) -> list[Tensor]:
-        """A replica's row indices [groups, group] -> those of its micro-batches."""
+        """Split a replica's row indices [groups, group] into the indices of its micro-batches."""
         rounds = -(-len(share) // (self.micro_batch_size * self._interleaved))
         parts = share.tensor_split(rounds * self._interleaved) if rounds else ()
         return [part.flatten() for part in parts if len(part)]
 
     def _check_tokens(self, tokens: Tensor) -> None:
         # tensor-parallel embeddings give zeros, not an error, for an id outside the vocabulary
-        vocab_size, low, high = unwrap(self.chunks[0]).real_vocab_size, int(tokens.min()), int(tokens.max())
+        vocab_size, low, high = unwrap(self.chunks[0]).description.vocab_size, int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens: id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}")
 

@@ -1,4 +1,4 @@
-"""Process start of every job: torch.distributed, Megatron's parallel groups, seeds."""
+"""Starts and ends the distributed part of a process: torch.distributed, Megatron's parallel groups, seeds."""
 
 import datetime
 import os
@@ -16,12 +16,12 @@ from nemo_eppo.megatron import device
 from nemo_eppo.models.layout import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
-"""How long ranks wait for what one of them does for all: a server's answer, the digests of a large checkpoint."""
+"""How long ranks wait for work that one of them does for all: a server's answer, digests of a large checkpoint."""
 _control: dist.ProcessGroup | None = None
 
 
 def world_size() -> int:
-    """Ranks of this job as torchrun or srun set them; 1 for a plain `python script.py`."""
+    """Return the number of this job's ranks, which torchrun or srun set; 1 for a plain `python script.py`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -30,8 +30,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
 
     Args:
         parallel: the layout; checked against the world size before anything is joined.
-        seed: the same on every rank; a different one is derived for torch on each pipeline stage (whose layers would
-            else start as copies of each other's), and by Megatron on each tensor-parallel rank.
+        seed: the same on every rank. Each pipeline stage derives another for torch, or their layers would start as
+            copies of each other's, and Megatron another for each tensor-parallel rank.
         timeout_minutes: a collective that waits longer than this ends the job; see also PATIENCE.
     """
     global _control
@@ -55,7 +55,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
 
 
 def seed_all(seed: int, step: int = 0) -> None:
-    """Seed every generator anew, as described in `initialize`; another `step` gives other numbers."""
+    """Seed every generator anew, as `initialize` describes; each `step` gives other numbers."""
     seed = (seed + 1_000_003 * step) % 2**31
     random.seed(seed)
     np.random.seed(seed)
@@ -80,19 +80,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leave the groups, so that the job ends without warnings."""
+    """Destroy the process groups, so that the job ends without warnings."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def control_group() -> dist.ProcessGroup:
-    """All ranks, for objects and CPU tensors: no device waits with them, and for up to PATIENCE."""
+    """Return the gloo group of all ranks, for objects and CPU tensors; it waits for up to PATIENCE."""
     assert _control is not None, "initialize() comes first"
     return _control
-
-
-def data_parallel_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the model as this one, one per replica."""
-    group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-    return group

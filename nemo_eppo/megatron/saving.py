@@ -1,4 +1,4 @@
-"""When checkpoints of a run are written, which are kept, and writing them while training continues."""
+"""Writes the checkpoints of a run while training continues, and removes old ones."""
 
 import shutil
 from collections.abc import Callable
@@ -31,18 +31,18 @@ class SavingConfig(Config):
     """How checkpoints are written."""
 
     asynchronous: bool = True
-    """Train, or serve, while a checkpoint is written. It appears once it is complete."""
+    """Continue to train, or serve, while a checkpoint is written; it appears once it is complete."""
 
 
 class CheckpointConfig(SavingConfig):
-    """When a run is saved, and what is kept of it."""
+    """When a run is saved, and which of its checkpoints are kept."""
 
     interval: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 for only the last."""
+    """Steps between checkpoints; 0 saves only after the last step."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
     best: str | None = None
-    """A validation metric: the checkpoint with its best value is kept too, and linked as checkpoints/best."""
+    """A validation metric whose best checkpoint is kept too, and linked as checkpoints/best; null for none."""
     best_is: Literal["highest", "lowest"] = "highest"
     """Whether the highest or the lowest value of `best` is the best."""
 
@@ -61,11 +61,11 @@ class CheckpointConfig(SavingConfig):
 class CheckpointSaver:
     """Writes the checkpoints `step_*` of one run. All methods but `path` are collective over the ranks of the job.
 
-    Writing has two stages: a child process of every rank writes what the weights were at `save`; then a thread of rank
-    0 adds the manifest and renames the directory, and only then does the checkpoint exist.
+    Writing has two stages: a child process of every rank writes the weights as they were at `save`; then a thread of
+    rank 0 adds the manifest and renames the directory, and only then does the checkpoint exist.
 
     Args:
-        folder: where the checkpoints of the run are.
+        folder: the directory of the run's checkpoints.
         tokenizer: a directory whose tokenizer files each checkpoint gets; None for none.
         asynchronous: continue while a checkpoint is written.
     """
@@ -90,12 +90,12 @@ class CheckpointSaver:
         before: Callable[[], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Save the run as it is now, under the manifest's step.
+        """Save the run as it is now, as the checkpoint of the manifest's step.
 
         Args:
-            before: called by rank 0, in another thread, before the checkpoint comes into being. What it raises ends the
-                job at the next call.
-            after: likewise, afterwards.
+            before: called by rank 0, in another thread, before the checkpoint appears. An error in it is raised by the
+                next call.
+            after: likewise, after the checkpoint has appeared.
         """
         self.finish()
         directory = self.path(manifest.step)
@@ -118,7 +118,7 @@ class CheckpointSaver:
             self.finish()
 
     def poll(self) -> None:
-        """Let a checkpoint that is being written enter its next stage; to be called after each step."""
+        """Let a checkpoint that is being written enter its next stage; call it after each step."""
         self._writing.maybe_finalize_async_calls(blocking=False)
         if self._sealing is not None and self._sealing.done():
             self._sealing.result()

@@ -23,16 +23,23 @@ from nemo_eppo.megatron.norms import NormAndAdd, RMSNorm
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ACTIVATIONS, DTYPES, ModelConfig, Precision
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names of a layer's norms in TransformerEngine's modules, which fuse them into the projection that follows, and in
+others."""
+
 
 def has_transformer_engine() -> bool:
-    """TransformerEngine is used where it is installed and there is a GPU to run it on."""
+    """Tell whether TransformerEngine's modules are used: it is installed and this process computes on a GPU."""
     return device.on_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: bool = False
 ) -> TransformerConfig:
-    """Megatron's description of the model. `recompute` drops activations of every layer and recomputes them.
+    """Return Megatron's description of the model; `recompute` drops the activations of layers and recomputes them.
 
     Raises:
         ConfigError: TransformerEngine, which this process would use, lacks a feature of the model.
@@ -40,7 +47,7 @@ def transformer_config(
     gpu = device.on_gpu()
     if has_transformer_engine() and model.attention_softcap is not None:
         raise ConfigError(
-            f"model.attention_softcap = {model.attention_softcap}: TransformerEngine's attention cannot cap scores; "
+            f"model.attention_softcap = {model.attention_softcap}: TransformerEngine's attention cannot cap logits; "
             "expected null on a machine that has it"
         )
     pipelined = parallel.pipeline_model_parallel_size > 1
@@ -97,7 +104,7 @@ def transformer_config(
 
 
 def decoder_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
-    """Modules of this rank's (virtual) pipeline stage: TransformerEngine's where there is one, else torch's own."""
+    """Choose the modules of this rank's (virtual) pipeline stage: TransformerEngine's if it is used, else torch's."""
     if has_transformer_engine():
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:

@@ -1,4 +1,4 @@
-"""A model's weights as whole tensors under their Hugging Face names, out of and into every layout."""
+"""Reads and fills a running model's weights as whole tensors under their Hugging Face names, in any layout."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,21 +10,16 @@ from torch import Tensor, nn
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device, lora
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.hf_names import Shape, entries
 from nemo_eppo.models.model_config import ModelConfig
 
-# TransformerEngine fuses a norm into the projection that follows it
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-
 
 def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, whole, one at a time: a copy, the same on all ranks of a replica.
+    """Yield a copy of every whole tensor under its Hugging Face name, the same on all ranks of a replica.
 
-    Collective: all ranks iterate, to the end. A model with a scalar head gives `score.weight` and `score.bias` in place
-    of `lm_head.weight`. Adapters are merged into the tensors, and not into the model.
+    Collective: all ranks iterate to the end. A model with a scalar head gives `score.weight` and `score.bias` in place
+    of `lm_head.weight`. Adapters are merged into the copies; the model keeps them apart.
     """
     mine = _parameters(chunks)
     adapters = {id(adapter.weight): adapter for adapter in lora.adapters(chunks)}
@@ -57,12 +52,12 @@ def load_tensors(
     """Fill this rank's parameters from whole Hugging Face tensors, before an optimizer is built over them.
 
     Args:
-        source: gives the tensor of a name, KeyError if there is none; asked only for what this rank's stage holds. A
-            missing `score.bias` means zero.
-        fresh_head: leave a scalar head as it was initialised, for a checkpoint of a language model, which has none.
+        source: returns the tensor of a name, KeyError if there is none; called only for what this rank's stage holds.
+            A missing `score.bias` means zero.
+        fresh_head: leave a scalar head as it was initialised, because a language model's checkpoint has none.
 
     Raises:
-        ConfigError: tensors are missing or have the wrong shape, all of them listed; what was right has been loaded.
+        ConfigError: tensors are missing or have the wrong shape, all of them listed; the others have been loaded.
     """
     group = unwrap(chunks[0]).tp_group
     mine = _parameters(chunks)
@@ -94,7 +89,7 @@ def load_tensors(
 
 
 def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
-    """This rank's parameters, named as in `entries` whatever the pipeline stage and the layer spec; no adapters."""
+    """Return this rank's parameters but adapters, named as in `entries` whatever the stage and the layer spec."""
     found = {}
     for chunk in chunks:
         decoder = unwrap(chunk)
@@ -104,6 +99,6 @@ def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
             if name.startswith("decoder.layers."):
                 index, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 number = decoder.decoder.layers[int(index)].layer_number - 1
-                name = f"decoder.layers.{number}.{_FUSED_NORMS.get(rest, rest)}"
+                name = f"decoder.layers.{number}.{FUSED_NORMS.get(rest, rest)}"
             found[name] = parameter
     return found

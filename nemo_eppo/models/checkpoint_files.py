@@ -1,8 +1,8 @@
-"""What a checkpoint's directory holds, and that it is complete or does not exist.
+"""The files of a checkpoint's directory, which is complete or does not exist.
 
-`weights/` (megatron-core's distributed format: it loads under any layout), `tokenizer/`, `manifest.json`. It is written
-under a temporary name, flushed, and renamed; the manifest lists every file with its size and digest, so that a
-truncated or altered one is noticed and named before anything is loaded.
+It holds `weights/` (megatron-core's distributed format, which loads under any layout), `tokenizer/` and
+`manifest.json`. It is written under a temporary name, flushed, and renamed. The manifest lists every file with its size
+and digest, so that a truncated or altered file is named before anything is loaded.
 """
 
 import base64
@@ -36,34 +36,39 @@ class FileEntry(Config):
     """One file of a checkpoint."""
 
     size: int
+    """Size in bytes."""
     sha256: str
+    """SHA-256 of the content, in hexadecimal digits."""
 
 
 class Manifest(Config):
     """What a checkpoint holds: the model, the state of the run, and the digests of its files."""
 
     format: int = _FORMAT
+    """Version of this format."""
     head: Head
     """lm for a policy, scalar for a critic or plain reward model, odin or inform for a reward model of that kind."""
     step: int = Field(ge=0)
-    """Updates of the loop that saved it."""
+    """Steps of the training loop when it was saved."""
     model: ModelConfig
+    """The model's architecture."""
     lora: LoRAConfig | None = None
-    """Adapters beside the model's own weights; `save` fills it in."""
+    """Adapters beside the model's own weights, filled in by `save`; null for none."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """The validation metrics at this step."""
     optimizer: bool = False
-    """Whether the checkpoint holds optimizer and schedule, so that training can resume from it."""
+    """Whether it holds optimizer and schedule, so that training can resume from it."""
     state: dict[str, Any] = Field(default_factory=dict)
-    """State of the loop, and what belongs to the model: a reward model's mean and std."""
+    """State of the loop, and constants of the model: a reward model's mean and std."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
+    """All other files, by path within the checkpoint."""
 
 
 def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
     """Read the manifest of a checkpoint whose files are all there and unaltered in size.
 
     Args:
-        head: expect a language model (lm) or any model that gives numbers in place of words (scalar); None for either.
+        head: expect a language model (lm) or a model with any other head (scalar); None for either.
 
     Raises:
         ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
@@ -88,7 +93,7 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """Read the manifest as `read_manifest` does, and compare the digest of every file too."""
+    """Read the manifest as `read_manifest` does, and also compare the digest of every file."""
     manifest = read_manifest(directory)
     for name, digest in _digests(directory, list(manifest.files)).items():
         if digest != manifest.files[name].sha256:
@@ -166,8 +171,7 @@ def model_identity(directory: Path) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files of a Hugging Face directory, and the settings of generation, but not the model that
-    may lie beside them."""
+    """Copy tokenizer files and generation settings, and no others, from a Hugging Face directory."""
     target.mkdir(exist_ok=True)
     for pattern in _TOKENIZER_FILES.split():
         for file in source.glob(pattern):
@@ -176,14 +180,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def start(directory: Path) -> Path:
-    """Make a temporary directory, with an empty one for weights, for what will be the checkpoint `directory`."""
+    """Make the temporary directory, with an empty one for weights, of the future checkpoint `directory`."""
     incomplete = unused_name(directory)
     (incomplete / WEIGHTS).mkdir(parents=True)
     return incomplete
 
 
 def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
-    """Make a checkpoint of the weights that are written, on one rank, and give it its final name."""
+    """Seal a checkpoint whose weights are written, on one rank, and give it its final name."""
     seal(incomplete, manifest, tokenizer)
     fsync_tree(incomplete)
     if directory.exists():
@@ -192,7 +196,7 @@ def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: P
 
 
 def seal(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
-    """Add what belongs to a checkpoint beside its weights: the tokenizer, and the manifest with every digest."""
+    """Add to a checkpoint's weights the tokenizer, and the manifest with every digest."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory / TOKENIZER)
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
@@ -208,11 +212,11 @@ def _digests(directory: Path, names: list[str]) -> dict[str, str]:
 
 
 def pack_array(array: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """An fp32 array as plain containers for a manifest's state, a seventh of its numbers as text."""
+    """Pack an fp32 array for a manifest's state, in base64, a seventh of the size of its numbers as text."""
     return {"shape": list(array.shape), "fp32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
 
 
 def unpack_array(packed: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The array of `pack_array`; it may be written to."""
+    """Return the array that `pack_array` packed, as a writable copy."""
     numbers = np.frombuffer(base64.b64decode(packed["fp32"]), "<f4")
     return numbers.reshape(packed["shape"]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The supported model families. A new one is a description in this file; see `Family` for what it says."""
+"""The supported model families; to add one, describe it in this file as a `Family`."""
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.models.family import FIXED, KEYS, NAMES, Family, Key
@@ -69,11 +69,11 @@ PHI3 = Family(
     },
 )
 FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA2, PHI3)}
-"""By name. A model that names no family is of the first that has its features."""
+"""Families by name, in the order in which `family_of` tries them."""
 
 
 def family_of_architecture(architecture: str) -> Family:
-    """The family of an `architectures` entry of config.json; ConfigError, naming all, if there is none."""
+    """Return the family of an `architectures` entry of config.json; ConfigError, naming all, if there is none."""
     for family in FAMILIES.values():
         if architecture in [family.name + head for head in HEADS]:
             return family
@@ -82,7 +82,7 @@ def family_of_architecture(architecture: str) -> Family:
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family that the model names, or else the first that has its features.
+    """Return the family that the model names or, if it names none, the first that has its features.
 
     Raises:
         ConfigError: the name is unknown, its models have other features, or no family has these.

@@ -1,4 +1,4 @@
-"""What a model family is: the one description that config.json, tensor names, modules and estimates are read from."""
+"""Describes a model family: its keys of config.json, its tensor names and its features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.models.model_config import ModelConfig
 
 REQUIRED: Any = object()
-"""Default of a key that every config.json of the family has to have."""
+"""Marks a key that every config.json of the family has to have."""
 
 
 class Key(NamedTuple):
-    """Where a key of config.json goes."""
+    """Maps a key of config.json to a field of ModelConfig."""
 
     field: str
     """The field of ModelConfig that holds it."""
     default: Any = REQUIRED
-    """What transformers takes where config.json lacks the key; null in config.json is null."""
+    """Value that transformers assumes where config.json lacks the key; a null in config.json stays null."""
     switch: str | None = None
-    """A key of config.json that has to be true, or else the value counts as null."""
+    """A key of config.json that has to be true, or the value counts as null; None for no such key."""
 
 
 KEYS: Mapping[str, Key] = {
@@ -35,10 +35,10 @@ KEYS: Mapping[str, Key] = {
     "initializer_range": Key("init_std", 0.02),
     "tie_word_embeddings": Key("tie_embeddings", False),
 }
-"""Keys that all families have; rotary settings are read and written apart from them."""
+"""Keys that all families have. Rotary settings are not among them; hf_config.py converts these."""
 
 FIXED: Mapping[str, Any] = {"hidden_act": "silu"}
-"""Settings of config.json that most families have in common and cannot change."""
+"""Settings of config.json that have this one value in most families."""
 _ATTENTION, _MLP = "self_attention.", "mlp."
 NAMES: Mapping[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
@@ -54,8 +54,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
-"""Hugging Face tensors of each Megatron parameter, those of a layer without its prefix. One name for a parameter that
-others have in parts (query, key, value; gate, up) is of a tensor that stacks them in this order."""
+"""Hugging Face tensors of each Megatron parameter, without the prefix of its layer. A parameter with parts (query, key,
+value; gate, up) has a name for each, or one name for a tensor that stacks them in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,19 @@ class Family:
     """Models that transformers computes with the same classes."""
 
     name: str
-    """Architectures are this with ForCausalLM or ForSequenceClassification behind; in lower case it is model_type."""
+    """Architectures are this name + ForCausalLM or ForSequenceClassification; model_type is it in lower case."""
     features: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that have this value in all its models; those without a key have ModelConfig's default."""
+    """Fields of ModelConfig with the same value in all its models; fields without a key either have their default."""
     keys: Mapping[str, Key] = field(default_factory=lambda: KEYS)
+    """Keys of its config.json."""
     fixed: Mapping[str, Any] = field(default_factory=lambda: FIXED)
-    """Settings of config.json that have this value or are left out; they are written."""
+    """Settings of config.json that are always written, and have this value or are missing when read."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NAMES)
+    """Hugging Face tensors of each Megatron parameter, as in NAMES."""
     global_layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
-    """config.json -> its layers without a sliding window, where it has no layer_types; None where layers are alike."""
+    """config.json -> layers, from 0, without a sliding window, if it has no layer_types; None if layers are alike."""
     tensorrt_llm: bool = False
-    """Whether generation with TensorRT-LLM knows it."""
+    """Whether TensorRT-LLM is known to compute it as training does."""
 
     def check(self, model: ModelConfig, architecture: str) -> None:
         """Raise ConfigError if a model has a feature that the family lacks, or lacks one that it has."""

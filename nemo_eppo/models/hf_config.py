@@ -1,4 +1,4 @@
-"""Settings of a model between a Hugging Face `config.json` and a ModelConfig, as its family describes them."""
+"""Converts between a Hugging Face `config.json` and a ModelConfig, as the model's family describes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from nemo_eppo.models.model_config import ModelConfig
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants of megatron-core."""
+"""Constants of megatron-core's rotary scaling."""
 
 
 def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """The model that a `config.json` (as a dict) describes.
+    """Return the model that a `config.json` (as a dict) describes.
 
     Raises:
-        ConfigError: an architecture or a setting that Megatron's modules here do not compute exactly.
+        ConfigError: an architecture or a setting that our modules do not compute exactly.
     """
     architecture = (hf_config.get("architectures") or ["(none)"])[0]
     family = family_of_architecture(architecture)
@@ -39,7 +39,7 @@ def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
 
 
 def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The `config.json` of the model, so that transformers and inference engines build the same network.
+    """Return the model's `config.json`, from which transformers and inference engines build the same network.
 
     Raises:
         ConfigError: an unsupported architecture, or one that lacks a feature of the model.
@@ -62,7 +62,7 @@ def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def causal_architecture(model: ModelConfig) -> str:
-    """The *ForCausalLM of the model's family."""
+    """Return the *ForCausalLM architecture of the model's family."""
     return family_of(model).name + HEADS[0]
 
 
@@ -73,7 +73,7 @@ def _value(hf_config: Mapping[str, Any], name: str, key: Key) -> Any:
 
 
 def _windows(hf_config: Mapping[str, Any], family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers have the sliding window, in the fields of ModelConfig."""
+    """Return the fields of ModelConfig that say which layers have no sliding window."""
     if family.global_layers is None or values["sliding_window"] is None:
         return {}
     layers = range(values["num_layers"])
@@ -90,9 +90,9 @@ def _windows(hf_config: Mapping[str, Any], family: Family, values: Mapping[str, 
 
 
 def _rotary(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of ModelConfig; ConfigError for a kind of scaling that is not computed here."""
+    """Return the rotary fields of ModelConfig; ConfigError for an unsupported kind of scaling."""
     rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
-    rope |= hf_config.get("rope_parameters") or {}  # what transformers 5 writes
+    rope |= hf_config.get("rope_parameters") or {}  # transformers 5 writes these
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ConfigError(f"rope_scaling.rope_type = {kind!r} in config.json is not supported; expected null or llama3")

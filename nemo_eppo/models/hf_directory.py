@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config.json, tokenizer and safetensors shards, read and written by the tensor."""
+"""Reads and writes Hugging Face model directories: config.json, tokenizer, and safetensors shards tensor by tensor."""
 
 import json
 from collections.abc import Iterator
@@ -21,18 +21,18 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 REWARD_KEY = "nemo_eppo_reward"
 """Key of config.json that holds a reward model's RewardStatistics; transformers keeps it and ignores it."""
 _DTYPES = ("F32", "BF16", "F16")
-_LISTED = 8  # tensors that one error message lists
+_LISTED = 8  # most tensors that one error message lists
 
 
 class RewardStatistics(Config):
-    """How a reward model's scores are standardised: (score - mean) / std."""
+    """How a reward model's scores are standardised, (score - mean) / std."""
 
     score: Literal["last"] = "last"
-    """Sequence-classification models score a response at its last token."""
+    """The token at which a response is scored; sequence-classification models do so at the last."""
     mean: float
-    """Of the scores on validation data; 0 for raw scores."""
+    """Mean of the scores on validation data; 0 for raw scores."""
     std: float = Field(gt=0)
-    """Standard deviation of these; 1 for raw scores."""
+    """Standard deviation of the scores on validation data; 1 for raw scores."""
 
 
 class _Stored(NamedTuple):
@@ -42,7 +42,7 @@ class _Stored(NamedTuple):
 
 
 class HfDirectory:
-    """A model directory whose settings, files and tensor shapes were checked; tensors are read when they are asked for.
+    """A model directory whose settings, files and tensor shapes are checked on creation; tensors are read on request.
 
     Raises:
         ConfigError: an unsupported architecture or setting, missing or damaged files, and every tensor that is missing,
@@ -64,11 +64,11 @@ class HfDirectory:
 
     @staticmethod
     def at(path: Path) -> bool:
-        """Whether `path` is such a directory, and not one of our checkpoints."""
+        """Tell whether `path` is such a directory, and not one of our checkpoints."""
         return (path / CONFIG).is_file() and not (path / checkpoint_files.MANIFEST).is_file()
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor in its stored dtype, on the CPU; KeyError if there is none. One file is open at a time."""
+        """Read a whole tensor in its stored dtype, on the CPU; KeyError if there is none. Keeps one file open."""
         file = self._stored[name].file
         if self._open is None or self._open[0] != file:
             self._open = (file, safe_open(file, framework="pt"))
@@ -76,12 +76,12 @@ class HfDirectory:
 
     @property
     def precision(self) -> Precision:
-        """The narrowest of ours that holds every tensor exactly; fp16 needs fp32. Scalar heads are always fp32."""
+        """The narrowest precision that holds every tensor exactly: fp16 needs fp32. Scalar heads do not count."""
         narrow = all(found.dtype == "BF16" for name, found in self._stored.items() if not name.startswith("score."))
         return "bf16" if narrow else "fp32"
 
     def manifest(self) -> checkpoint_files.Manifest:
-        """What a checkpoint of this model would record; a reward model's statistics if config.json has them."""
+        """Return what a checkpoint of this model would record, with RewardStatistics if config.json has them."""
         state = {}
         if self.head == "scalar" and REWARD_KEY in self.config:
             state = load_config(RewardStatistics, self.config[REWARD_KEY]).model_dump()
@@ -95,7 +95,7 @@ class HfDirectory:
             expected["score.weight"] = (1, self.model.hidden_size)
             optional = {"score.bias"}
         elif self.model.tie_embeddings:
-            optional = {"lm_head.weight"}  # the embedding once more
+            optional = {"lm_head.weight"}  # a copy of the embedding
         problems = []
         for name, shape in expected.items():
             found = self._stored.get(name)
@@ -120,11 +120,11 @@ def write_hf_directory(
     """Write a model directory that is complete or does not exist.
 
     Args:
-        path: must not exist, or be an empty directory.
-        config: config.json; written last, so that `tensors` may still complete it.
-        tensors: whole tensors by name; only those of one file are held.
+        path: a directory that does not exist yet, or is empty.
+        config: content of config.json, written last, so that `tensors` may still complete it.
+        tensors: whole tensors by name; the tensors of one file are held in memory.
         tokenizer: directory whose tokenizer files are copied.
-        max_shard_bytes: size of one safetensors file, and so of what is held in memory; a larger tensor gets its own.
+        max_shard_bytes: largest size of a safetensors file, except that a larger tensor gets one of its own.
     """
     with directory_made_whole(path) as incomplete:
         shards = _Shards(incomplete, max_shard_bytes)
@@ -137,7 +137,7 @@ def write_hf_directory(
 
 
 def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
-    """Have the settings of generation, if there are any, end a response with the tokenizer's EOS too."""
+    """Make the settings of generation, if there are any, also end a response at the tokenizer's EOS."""
     if not generation.is_file():
         return
     settings = _read_json(generation)
@@ -148,7 +148,7 @@ def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
 
 
 class _Shards:
-    """Safetensors files that are written as soon as they are full; how many there are is known, and named, last."""
+    """Writes each safetensors file when it is full, and names all of them once their number is known."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory, self._max_bytes = directory, max_bytes
@@ -186,7 +186,7 @@ class _Shards:
 
 
 def _headers(path: Path) -> dict[str, _Stored]:
-    """Every tensor of the directory, from the headers of its files."""
+    """Read the headers of all files: every tensor's file, shape and dtype, by name."""
     if (path / INDEX).is_file():
         weight_map = _read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):

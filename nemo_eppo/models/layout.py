@@ -1,4 +1,4 @@
-"""How a model is laid out over a job's ranks, and whether it can be."""
+"""How a model is laid out over a job's ranks, and the checks of that."""
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,7 @@ from nemo_eppo.models.model_config import ModelConfig
 
 
 class ParallelConfig(Config):
-    """How one job's model is laid out; what is left of the world size is data parallelism."""
+    """How one job's model is laid out; data parallelism takes the rest of the world size."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
     """Ranks that share every weight matrix."""
@@ -33,7 +33,7 @@ class ParallelConfig(Config):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model in a job of `world_size` ranks; ConfigError if they do not fit."""
+        """Return the replicas of the model in a job of `world_size` ranks; ConfigError if they do not fill it."""
         if world_size % self.model_parallel_size:
             raise ConfigError(
                 f"world size {world_size} is not divisible by tensor_model_parallel_size "
@@ -42,7 +42,7 @@ class ParallelConfig(Config):
         return world_size // self.model_parallel_size
 
     def check_update(self, name: str, rows: int, world_size: int) -> None:
-        """ConfigError if updates with so many rows, the setting `name`, cannot be dealt to all replicas and stages."""
+        """Raise ConfigError if `rows` per update, the setting `name`, cannot fill all replicas and stages equally."""
         replicas, stages = self.data_parallel_size(world_size), self.pipeline_model_parallel_size
         if rows % replicas:
             raise ConfigError(f"{name} = {rows} is not divisible by {replicas} replicas")
@@ -54,7 +54,7 @@ class ParallelConfig(Config):
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "model") -> None:
-    """Raise ConfigError, before any model is built, for a model of no family, or naming all that does not divide."""
+    """Raise ConfigError, before any model is built, if it has no family or does not divide; names all such settings."""
     family_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)

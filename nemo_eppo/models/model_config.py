@@ -1,4 +1,4 @@
-"""What a model is: its architecture, head, adapters and numeric precision."""
+"""Settings of a model: architecture, head, adapters and numeric precision."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ class ModelConfig(Config):
     """A decoder with RMSNorm, rotary positions, grouped-query attention and a gated MLP; the defaults are Llama's."""
 
     family: str | None = None
-    """Which family of `families.py` names the tensors, e.g. Phi3; null for the first that has the model's features."""
+    """Family of `families.py` that names the tensors, e.g. Phi3; null for the first that has the model's features."""
     num_layers: int = Field(ge=1)
     """Decoder layers."""
     hidden_size: int = Field(ge=1)
@@ -35,7 +35,7 @@ class ModelConfig(Config):
     num_attention_heads: int = Field(ge=1)
     """Query heads."""
     num_query_groups: int | None = Field(None, ge=1)
-    """Key/value heads; null for as many as query heads."""
+    """Key/value heads; null for the number of query heads."""
     head_dim: int | None = Field(None, ge=2)
     """Width of one head; null for hidden_size / num_attention_heads."""
     vocab_size: int = Field(0, ge=0)
@@ -47,7 +47,7 @@ class ModelConfig(Config):
     rope_scaling_factor: float | None = Field(None, gt=0)
     """Llama-3.1 style rotary scaling factor; null for none."""
     norm_epsilon: float = Field(1e-5, gt=0)
-    """Epsilon inside RMSNorm."""
+    """Number added to the mean square in RMSNorm."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
@@ -55,23 +55,23 @@ class ModelConfig(Config):
     tie_embeddings: bool = False
     """Share input embedding and output projection."""
     activation: Activation = "silu"
-    """What the MLP's gate goes through; gelu_tanh is GELU in its tanh approximation (Gemma 2)."""
+    """Activation of the MLP's gate; gelu_tanh is GELU in its tanh approximation (Gemma 2)."""
     norm_plus_one: bool = False
     """RMSNorms scale by 1 + their weight (Gemma 2)."""
     post_norms: bool = False
-    """A further RMSNorm on what attention and MLP give, before it is added to the residual stream (Gemma 2)."""
+    """Also apply RMSNorm to the outputs of attention and MLP, before the residual stream (Gemma 2)."""
     scale_embedding: bool = False
     """Multiply token embeddings by the square root of hidden_size (Gemma 2)."""
     query_pre_attn_scalar: int | None = Field(None, ge=1)
-    """Attention scores are divided by the square root of this; null for the width of a head."""
+    """Attention logits are divided by the square root of this; null for the width of a head."""
     attention_softcap: float | None = Field(None, gt=0)
-    """Attention scores x become c * tanh(x / c) with this c (Gemma 2); null leaves them."""
+    """Cap c of attention logits x, which become c * tanh(x / c) (Gemma 2); null for none."""
     logit_softcap: float | None = Field(None, gt=0)
-    """The same for the logits of the next token, before any temperature."""
+    """The same for the logits of the next token, before temperature; null for none."""
     sliding_window: int | None = Field(None, ge=1)
-    """Tokens that a token attends to, itself among them; null for all before it."""
+    """Tokens that a token attends to, itself included; null for all up to itself."""
     global_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, whose tokens attend to all before them in spite of sliding_window."""
+    """Layers, counted from 0, to which sliding_window does not apply."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of freshly initialised weights."""
 
@@ -96,26 +96,26 @@ class ModelConfig(Config):
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_width(self) -> int:
-        """Channels of one attention head."""
+        """Width of one attention head, in channels."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+        """Return the vocabulary size, rounded up so that tensor-parallel ranks hold equal numbers of rows."""
         tp = tensor_model_parallel_size
         return (self.vocab_size + tp - 1) // tp * tp
 
 
 class LoRAConfig(Config):
-    """Adapters to train in place of the model, whose own weights stay as they are; heads are trained in full."""
+    """Adapters to train instead of the model, whose own weights do not change; heads are trained in full."""
 
     rank: int = Field(16, ge=1)
-    """Width of the adapters."""
+    """Rank r of the adapters' matrices A [r, in] and B [out, r]."""
     alpha: float = Field(32.0, gt=0)
     """Adapters are scaled by alpha / rank."""
     targets: tuple[LoRATarget, ...] = Field(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1)
-    """Which linears of every layer get one: query, key and value; attention output; MLP gate and up; MLP down."""
+    """Linears of every layer that get an adapter: query, key and value; attention output; MLP gate and up; down."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runtime import initialize, shutdown
@@ -59,11 +60,7 @@ def engines(case: str) -> tuple[Callable[[], int], Callable[[], int]]:
     eos = model.vocab_size - 1
     ours = MegatronEngine(
         build_model(model, ParallelConfig(), head="lm"),
-        model,
-        eos_id=eos,
-        pad_id=0,
-        max_batch_size=BATCH,
-        max_sequence_length=model.max_sequence_length,
+        Limits(eos_id=eos, pad_id=0, max_batch_size=BATCH, max_sequence_length=model.max_sequence_length),
     )
     theirs = LlamaForCausalLM(
         LlamaConfig(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from small_models import EOS, MODEL, PAD, build_engine
 
 from nemo_eppo.generation.build import write_hf_settings
-from nemo_eppo.generation.engine import Engine
+from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.model_config import ModelConfig
@@ -42,9 +42,9 @@ def trtllm_engine(
         model,
         dtype,
         config or stand_in(),
+        Limits(**(settings | limits)),
         hf_directory=directory / "hf",
         log=directory / "engine.log",
-        **(settings | limits),
     )
 
 

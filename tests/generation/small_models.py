@@ -7,7 +7,7 @@ import torch.distributed as dist
 from features import GEMMA2, MISTRAL, PHI3
 from torch import Tensor
 
-from nemo_eppo.generation.engine import Engine
+from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
@@ -68,7 +68,7 @@ def build_policy(layout: dict[str, Any], model: ModelConfig = MODEL, precision: 
 
 def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) -> Engine:
     settings = {"eos_id": EOS, "pad_id": PAD, "max_batch_size": 8, "max_sequence_length": model.max_sequence_length}
-    return MegatronEngine(chunks, model, **(settings | changes))
+    return MegatronEngine(chunks, Limits(**(settings | changes)))
 
 
 def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:

@@ -68,12 +68,12 @@ def reference(distribution: Distribution, dtype: torch.dtype, softcap: float | N
     logp = logits.masked_fill(~keep, -torch.inf).log_softmax(-1)
     chosen = logp.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     entropy = -(logp.exp() * logp.masked_fill(~keep, 0)).sum(-1)
-    scores = torch.stack([chosen, entropy], -1) * (targets != IGNORE).unsqueeze(-1)
-    (scores * given["grads"].double()).sum().backward()
-    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+    outputs = torch.stack([chosen, entropy], -1) * (targets != IGNORE).unsqueeze(-1)
+    (outputs * given["grads"].double()).sum().backward()
+    return {"outputs": outputs.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
-def score(
+def compute(
     distribution: Distribution,
     dtype: torch.dtype,
     tp: int,
@@ -91,14 +91,14 @@ def score(
     hidden = given["hidden"].chunk(tp)[dist.get_rank()] if sequence_parallel else given["hidden"]
     hidden = hidden.clone().requires_grad_()
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "distribution": distribution}
-    scores = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, **options)
-    (scores * given["grads"]).sum().backward()
-    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+    outputs = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, **options)
+    (outputs * given["grads"]).sum().backward()
+    return {"outputs": outputs.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
 def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], expected: Results, tol: float) -> None:
     for result in got:
-        close(f"{case}, scores", result["scores"], expected["scores"], tol)
+        close(f"{case}, outputs", result["outputs"], expected["outputs"], tol)
     weight = torch.cat([result["weight"] for result in got])
     close(f"{case}, gradient of the projection", weight[:VOCAB], expected["weight"], tol)
     assert not weight[VOCAB:].any(), "padding rows get no gradient"
@@ -113,8 +113,8 @@ def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], exp
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["TP1", "TP2", "TP2+SP"])
 def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel: bool, distribution: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = run_ranks(score, tp, DISTRIBUTIONS[distribution], dtype, tp, sequence_parallel, None)
-        assert got[0]["scores"].dtype == dtype
+        got = run_ranks(compute, tp, DISTRIBUTIONS[distribution], dtype, tp, sequence_parallel, None)
+        assert got[0]["outputs"].dtype == dtype
         expected = reference(DISTRIBUTIONS[distribution], dtype)
         compare(
             f"{distribution} TP{tp} SP={sequence_parallel} {dtype}", tp, sequence_parallel, got, expected, tolerance
@@ -125,22 +125,22 @@ def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel
 @pytest.mark.parametrize("softcap", [0.7, 4.0])
 def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: float, distribution: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = run_ranks(score, 2, DISTRIBUTIONS[distribution], dtype, 2, False, 1, softcap)
+        got = run_ranks(compute, 2, DISTRIBUTIONS[distribution], dtype, 2, False, 1, softcap)
         expected = reference(DISTRIBUTIONS[distribution], dtype, softcap)
         compare(f"{distribution} capped at {softcap} {dtype}", 2, False, got, expected, tolerance)
-    uncapped = reference(DISTRIBUTIONS[distribution], torch.float64)["scores"]
-    assert float((expected["scores"] - uncapped).abs().max()) > 0.1
+    uncapped = reference(DISTRIBUTIONS[distribution], torch.float64)["outputs"]
+    assert float((expected["outputs"] - uncapped).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("distribution", ["plain", "all"])
 def test_chunks_of_one_row_equal_one_chunk(distribution: str) -> None:
-    got = run_ranks(score, 2, DISTRIBUTIONS[distribution], torch.float64, 2, False, 1)
+    got = run_ranks(compute, 2, DISTRIBUTIONS[distribution], torch.float64, 2, False, 1)
     compare(f"{distribution}, chunked", 2, False, got, reference(DISTRIBUTIONS[distribution], torch.float64), 1e-12)
 
 
 def test_bf16_is_scored_in_fp32() -> None:
-    got = run_ranks(score, 1, DISTRIBUTIONS["plain"], torch.bfloat16, 1, False, None)
-    assert got[0]["scores"].dtype == torch.float32
+    got = run_ranks(compute, 1, DISTRIBUTIONS["plain"], torch.bfloat16, 1, False, None)
+    assert got[0]["outputs"].dtype == torch.float32
     compare("bf16", 1, False, got, reference(DISTRIBUTIONS["plain"], torch.bfloat16), 0.1)
 
 
@@ -150,9 +150,9 @@ def all_ignored() -> Results:
     hidden, weight = (given[name].requires_grad_() for name in ("hidden", "weight"))
     nothing = torch.full_like(given["targets"], IGNORE)
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": False, "distribution": UNCHANGED}
-    scores = token_logprobs(hidden, weight, nothing, tensor_ranks(), **options)
-    scores.sum().backward()
-    return {"scores": scores.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
+    outputs = token_logprobs(hidden, weight, nothing, tensor_ranks(), **options)
+    outputs.sum().backward()
+    return {"outputs": outputs.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
 def test_a_micro_batch_without_targets_scores_zero() -> None:

@@ -28,6 +28,7 @@ from tiny import (
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, lora
 from nemo_eppo.megatron.energy import EnergyProbeConfig
@@ -91,19 +92,18 @@ def local_adapters(runner: ModelRunner) -> dict[tuple[int, str], tuple[Tensor, T
     return {(i, target): (found[i, target, "a"], found[i, target, "b"]) for i, target, _ in found}
 
 
-def generated_against_scored(runner: ModelRunner) -> float:
+def generated_against_inferred(runner: ModelRunner) -> float:
     """Largest difference between log-probs of sampled tokens and those of the log-prob pass."""
-    engine = MegatronEngine(
-        runner.chunks, MODEL, eos_id=0, pad_id=1, max_batch_size=4, max_sequence_length=MODEL.max_sequence_length
-    )
+    limits = Limits(eos_id=0, pad_id=1, max_batch_size=4, max_sequence_length=MODEL.max_sequence_length)
+    engine = MegatronEngine(runner.chunks, limits)
     prompts = [[5, 6, 7], [8, 9]]
     completions = engine.generate(prompts, SamplingParams(max_new_tokens=9), [1, 2])
     worst = 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens = torch.tensor([prompt + completion.token_ids])
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
-        scored, _ = runner.infer(tokens, torch.tensor([tokens.size(1)]), targets, outputs=2)
-        difference = scored[0, len(prompt) - 1 : -1, 0] - torch.tensor(completion.logprobs)
+        inferred, _ = runner.infer(tokens, torch.tensor([tokens.size(1)]), targets, outputs=2)
+        difference = inferred[0, len(prompt) - 1 : -1, 0] - torch.tensor(completion.logprobs)
         worst = max(worst, float(difference.abs().max()))
     return worst
 
@@ -134,7 +134,7 @@ def everything(case: Case, directory: Path | None) -> dict[str, Any]:
     with reference.active():
         result["reference"] = same(infer(runner), base) or case.head == "scalar"  # whose head has learnt
         off = exported(runner, model)
-        unlike = generated_against_scored(runner) if case.head == "lm" else 0.0
+        unlike = generated_against_inferred(runner) if case.head == "lm" else 0.0
     result |= {
         "after": after[0][..., 0],
         "energies": after[1],
@@ -147,7 +147,7 @@ def everything(case: Case, directory: Path | None) -> dict[str, Any]:
         "gradients": sum(b.grad_data.numel() for chunk in runner.chunks for b in chunk.buffers),
         "states": sum(s["exp_avg"].numel() for part in states(runner) for s in part.values()),
         "all": sum(p.numel() for _, p in named_parameters(runner)),
-        "mismatch": max(unlike, generated_against_scored(runner)) if case.head == "lm" else 0.0,
+        "mismatch": max(unlike, generated_against_inferred(runner)) if case.head == "lm" else 0.0,
     }
     if directory is not None:
         manifest = checkpoint_files.Manifest(head=case.head, step=UPDATES, model=model, optimizer=True)
@@ -230,7 +230,7 @@ def test_the_base_is_frozen_and_is_the_reference(name: str, results: dict[str, A
         assert result["reference"]
         assert result["base is frozen"]
         assert all(torch.equal(weight, start[key]) for key, weight in result["off"].items() if "score" not in key)
-        assert result["mismatch"] < 1e-5, "generation is not the policy that is scored"
+        assert result["mismatch"] < 1e-5, "generation is not the policy that is trained"
 
 
 def test_only_adapters_have_gradients_and_optimizer_states(results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training that goes on from a checkpoint is the training that was never interrupted."""
+"""Training that resumes from a checkpoint equals the training that was never interrupted."""
 
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,11 @@ def refusal(precision: Any, directory: Path) -> str:
 def test_training_does_not_go_on_in_another_precision(saved: str, wanted: str, tmp_path: Path) -> None:
     run_ranks(interrupted, 1, {}, "lm", saved, tmp_path / "step_1")
     [said] = run_ranks(refusal, 1, wanted, tmp_path / "step_1")
-    assert said.endswith(f"model.precision = {saved}; training cannot go on from it with {wanted}")
+    assert said.endswith(f"model.precision = {saved}; training cannot resume from it with {wanted}")
 
 
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
-    """Save after one update and go on; whether the checkpoint was there at once and after a while, and both weights."""
+    """Save after one update and train on: whether it was there at once and after a while, and both weights."""
     runner = build_runner(layout, optimizer=OPTIMIZER)
     update(runner, "lm")
     then = {name: tensor.clone() for name, tensor in exported(runner).items()}

@@ -9,7 +9,7 @@ from nemo_eppo.megatron import specs
 from nemo_eppo.models.layout import ParallelConfig
 
 
-def test_transformer_engine_is_not_asked_to_cap_scores(
+def test_transformer_engine_is_not_asked_to_cap_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)  # which no CPU has

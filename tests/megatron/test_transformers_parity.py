@@ -46,16 +46,16 @@ def transformers_model(family: str, model: ModelConfig) -> Any:
 
 
 @torch.no_grad()
-def transformers_scores(network: Any) -> Tensor:
+def transformers_logprobs(network: Any) -> Tensor:
     """Log-prob and entropy [N, S, 2] of `random_batch`, 0 where there is no target."""
     batch = random_batch()
-    scores = torch.zeros(*batch["tokens"].shape, 2)
+    outputs = torch.zeros(*batch["tokens"].shape, 2)
     for row, length in enumerate(batch["lengths"].tolist()):
         tokens = batch["tokens"][row, :length]
         logp = network(tokens[None]).logits[0, :-1].log_softmax(-1)
-        scores[row, : length - 1, 0] = logp.gather(-1, tokens[1:, None])[:, 0]
-        scores[row, : length - 1, 1] = -(logp.exp() * logp).sum(-1)
-    return scores
+        outputs[row, : length - 1, 0] = logp.gather(-1, tokens[1:, None])[:, 0]
+        outputs[row, : length - 1, 1] = -(logp.exp() * logp).sum(-1)
+    return outputs
 
 
 def model_width(network: Any) -> int:
@@ -112,7 +112,7 @@ def expected_energies(norms: dict[Any, Any], config: EnergyProbeConfig) -> Tenso
     return torch.stack(columns, dim=-1)
 
 
-def megatron_scores(layout: Layout, model: ModelConfig, micro_batch_tokens: int | None) -> Tensor:
+def megatron_logprobs(layout: Layout, model: ModelConfig, micro_batch_tokens: int | None) -> Tensor:
     return build_runner(layout, model, micro_batch_tokens=micro_batch_tokens).infer(*inputs(), outputs=2)[0]
 
 
@@ -130,11 +130,11 @@ def megatron_energies(layout: Layout, model: ModelConfig, configs: list[EnergyPr
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_entropies_are_those_of_transformers(family: str) -> None:
     model = FAMILIES[family]
-    expected = transformers_scores(transformers_model(family, model))
+    expected = transformers_logprobs(transformers_model(family, model))
     for layout, ranks, packed in (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25)):
-        for scores in run_ranks(megatron_scores, ranks, layout, model, packed):
-            close(f"{family}, {layout}, packed {packed}, log-prob", scores[..., 0], expected[..., 0])
-            close(f"{family}, {layout}, packed {packed}, entropy", scores[..., 1], expected[..., 1])
+        for outputs in run_ranks(megatron_logprobs, ranks, layout, model, packed):
+            close(f"{family}, {layout}, packed {packed}, log-prob", outputs[..., 0], expected[..., 0])
+            close(f"{family}, {layout}, packed {packed}, entropy", outputs[..., 1], expected[..., 1])
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3"])
