@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -46,6 +48,8 @@ def _describe(schema: type[Config], issue: Any) -> str:
     if issue["type"] == "extra_forbidden":
         owner: Any = schema
         for part in issue["loc"][:-1]:
+            if isinstance(part, int):  # the place in a list of sections
+                continue
             field = getattr(owner, "model_fields", {}).get(part)
             owner = next((t for t in config_types(field.annotation)), None) if field else None
         known = list(getattr(owner, "model_fields", {}))
@@ -68,8 +72,14 @@ def config_types(annotation: Any) -> list[type[Config]]:
 
 
 def load_named(key: str, path: str, form: str) -> Any:
-    """Import the object "module:name"; ConfigError, with the config key and the expected form, if there is none."""
+    """Import the object "module:name", from the working directory too.
+
+    Raises:
+        ConfigError: there is none; the message has the config key and the expected form.
+    """
     module, _, name = path.partition(":")
+    if (here := os.getcwd()) not in sys.path:  # scripts have their own directory there instead
+        sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

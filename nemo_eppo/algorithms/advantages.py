@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.masking import last_action, whiten, zero_outside
 
-Needs = Literal["critic", "greedy", "nothing"]
+Needs = Literal["critic", "greedy", "group", "nothing"]
 
 
 class AdvantageEstimator(Protocol):
@@ -56,9 +56,9 @@ class GAE:
     """
 
     needs: ClassVar[Needs] = "critic"
-    gamma: float
+    gamma: float = 1.0
     """Discount for each token, from 0 to 1."""
-    lam: float
+    lam: float = 0.95
     """Weight of later deltas, from 0 (rely on the critic) to 1 (rely on the rewards)."""
     whiten: bool = True
     """Whether advantages are scaled to mean zero and unit variance over all response tokens of the batch."""
@@ -92,7 +92,7 @@ class GRPO:
     is the sample's (divided by n - 1), as in verl and TRL. A group of one response is a ValueError.
     """
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: ClassVar[Needs] = "group"
     normalize_std: bool = True
     """Whether to divide by the group's std; if not, this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)."""
 
@@ -114,7 +114,7 @@ class RLOO:
     A group of one response is a ValueError.
     """
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: ClassVar[Needs] = "group"
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor

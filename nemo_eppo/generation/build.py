@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from pydantic import Field
@@ -58,12 +58,14 @@ def build_engine(
     limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length)
     if config.name == "megatron":
         return MegatronEngine(chunks, limits)
-    dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
-    hf_directory = directory / "engine_model"
-    on_rank0(lambda: write_hf_settings(hf_directory, model, dtype, tokenizer_path))
-    return TensorRTLLMEngine(
-        model, dtype, config.tensorrt_llm, limits, hf_directory=hf_directory, log=directory / "engine.log"
-    )
+    if config.name == "tensorrt_llm":
+        dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
+        hf_directory = directory / "engine_model"
+        on_rank0(lambda: write_hf_settings(hf_directory, model, dtype, tokenizer_path))
+        return TensorRTLLMEngine(
+            model, dtype, config.tensorrt_llm, limits, hf_directory=hf_directory, log=directory / "engine.log"
+        )
+    assert_never(config.name)
 
 
 def write_hf_settings(path: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Path) -> None:

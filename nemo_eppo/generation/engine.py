@@ -16,6 +16,10 @@ class Engine(Protocol):
 
     A response depends on its seed, its prompt, the weights and the sampling settings: not on the other prompts, their
     order, the batch size or the parallel layout.
+
+    A step calls wake, refit, generate (any number of times) and sleep, in this order. All ranks of the job call each
+    method; `generate` gets the share of this rank's replica, the same on all ranks of the replica, which may be empty.
+    To add an engine, write its class in this room and enter it in `build.py`.
     """
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -33,7 +37,7 @@ class Engine(Protocol):
         temperature and filters. Each engine defines the log-probs of greedy responses.
 
         Raises:
-            ConfigError: an input that cannot work, named by its index; nothing was computed.
+            ConfigError: an input that cannot work, named by its index (`check_requests`); nothing was computed.
         """
 
     def sleep(self) -> None:

@@ -61,12 +61,13 @@ def _examine(arguments: argparse.Namespace) -> "list[Finding]":
     actor = None
     if arguments.file is not None:
         from nemo_eppo.config import ConfigError
+        from nemo_eppo.launch.colocation import colocated
         from nemo_eppo.launch.examination import examine
         from nemo_eppo.launch.job_checks import examine_jobs
         from nemo_eppo.launch.launch_file import read_launch
 
         try:
-            launch = read_launch(arguments.file, arguments.overrides)
+            launch = colocated(read_launch(arguments.file, arguments.overrides))
         except (ConfigError, OSError) as fault:
             findings.append(error("launch file", str(fault), "see nemo-eppo launch --help"))
         else:

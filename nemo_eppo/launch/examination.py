@@ -101,6 +101,8 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
         yield from missing_servers(launch, job)
     if here and config.nodes > 1:
         yield error(f"{name}: nodes", f"nodes = {config.nodes}: expected 1 on this machine", "use --backend")
+    if files and kind.samples:
+        yield from guarded(f"{name}: own functions and terms", _own_code)(settings)
     if files:
         for key in DATA:
             yield from guarded(f"{name}: {key}", _input)(launch, job, key)
@@ -126,6 +128,12 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
         settings.check_model(planned.model, config.ranks)
     elif kind.rows_per_step:
         parallel.check_update(kind.rows_per_step, job.setting(kind.rows_per_step), config.ranks)
+
+
+def _own_code(settings: Any) -> Iterator[Finding]:
+    """The functions and terms that the settings name can be loaded here."""
+    settings.check_own_code()
+    yield ok("own functions and terms", "all that the settings name can be loaded")
 
 
 def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ _EPILOG = """\
 examples:
   nemo-eppo launch examples/launch/quickstart.yaml --dry-run
   nemo-eppo launch run.yaml jobs.actor.settings.ppo.max_steps=200
+  nemo-eppo launch run.yaml jobs.actor.colocate=true            critic and reward models inside the actor, no servers
   nemo-eppo launch examples/launch/llama3_8b_2_nodes.yaml --backend slurm --output run.sbatch && sbatch run.sbatch"""
 
 
@@ -54,6 +55,10 @@ def _launch(arguments: argparse.Namespace) -> None:
     if local and arguments.output:
         raise ConfigError("--output: nothing is written with --backend local; `output` of the launch file is meant?")
     launch = read_launch(arguments.file, arguments.overrides)
+    if any(job.colocate for job in launch.jobs.values()):
+        from nemo_eppo.launch.colocation import colocated
+
+        launch = colocated(launch)
     from nemo_eppo.launch.examination import check_launch  # brings torch, which a fault of the file need not wait for
 
     check_launch(launch, here=local)

@@ -25,6 +25,9 @@ class JobConfig(Config):
     critic and its reward models, in this order."""
     held_out: str | None = None
     """One of the actor's needs: the server whose rewards are only reported (held_out_reward); null for none."""
+    colocate: bool = False
+    """Run the critic and the reward models that this actor needs in its own processes, without server jobs. Of their
+    settings, only the models and how the critic learns count then."""
     nodes: int = Field(1, ge=1)
     """Number of machines."""
     ranks_per_node: int = Field(1, ge=1)

@@ -36,7 +36,8 @@ class FunctionsConfig(Config):
 
 def check_function(key: str, name: str) -> None:
     """ConfigError, naming the setting `key`, if there is no function behind "module:function"."""
-    if not callable(load_named(key, name, "module:function")):
+    found = load_named(key, name, "module:function")
+    if isinstance(found, type) or not callable(found):
         raise ConfigError(f"{key} = {name!r} is not a function")
 
 

@@ -60,7 +60,9 @@ class RewardPipeline:
         for name, term in self.terms.items():
             if not term.is_active:
                 continue
-            shaped = term(inputs, reward)
+            shaped = term(inputs, reward.clone())  # a term may work in place
+            if shaped.shape != reward.shape:
+                raise ValueError(f"reward/{name}: shape {tuple(shaped.shape)}; expected {tuple(reward.shape)}")
             require_finite(f"reward/{name}", shaped)
             ledger.contributions[f"reward/{name}"] = shaped - reward
             reward = shaped

@@ -73,7 +73,8 @@ class ShapingConfig(Config):
         Raises:
             ConfigError: a user's term cannot be loaded, has a name that is taken, or follows one that does not exist.
         """
-        built = {name: _TERM_OF[type(value)](value) for name, value in self if type(value) in _TERM_OF}
+        sections = {name: value for name, value in self if isinstance(value, Config) and name != "kl"}
+        built = {name: _TERM_OF[type(value)](value) for name, value in sections.items()}
         order: list[str] = []
 
         def place(name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Generic
 
 from torch import Tensor
 
-from nemo_eppo.config import ConfigT
+from nemo_eppo.config import Config, ConfigT
 from nemo_eppo.rewards.inputs import RewardInputs
 
 
@@ -37,10 +37,14 @@ class RunningStatistics:
 
 
 class Term(Generic[ConfigT]):
-    """One term of the reward. Its `statistics` are saved and resumed with the run."""
+    """One term of the reward. Its `statistics` are saved and resumed with the run.
 
-    config_class: type[ConfigT]
-    """The class of the term's settings."""
+    A built-in term has a file of its own in this room and is entered in `shaping.py`; a user's own is named in
+    `shaping.terms` (see `user_terms.py`).
+    """
+
+    config_class: type[Any] = Config
+    """The class of the term's settings; Config itself has none."""
     needs: tuple[str, ...] = ()
     """Names of the optional fields of RewardInputs that the term reads if it is active."""
 

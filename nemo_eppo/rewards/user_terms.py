@@ -1,10 +1,12 @@
 """The user's own terms of the reward: a class named by its path, with its settings and its place in the order."""
 
+import dataclasses
 from typing import Any
 
 from pydantic import Field
 
 from nemo_eppo.config import Config, ConfigError, load_config, load_named
+from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
 
 
@@ -32,6 +34,9 @@ def load_term(config: UserTermConfig) -> Term[Any]:
     kind = load_named(f"{where}.term", config.term, "module:Class")
     if not (isinstance(kind, type) and issubclass(kind, Term)):
         raise ConfigError(f"{where}.term = {config.term!r} is no subclass of nemo_eppo.rewards.term.Term")
+    optional = [field.name for field in dataclasses.fields(RewardInputs) if field.default is None]
+    if unknown := [name for name in kind.needs if name not in optional]:
+        raise ConfigError(f"{where}.term = {config.term!r} needs {unknown[0]}: expected of {', '.join(optional)}")
     try:
         return kind(load_config(kind.config_class, config.settings))
     except ConfigError as error:

@@ -111,7 +111,7 @@ class PPO:
             batch = rollout.batch
             values = None
             if self.critic is not None:
-                values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated)
+                values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated is True)
             rewards, observed = self.ask(rollout)
         generated = time.perf_counter() - started
         with timers("logprobs"):

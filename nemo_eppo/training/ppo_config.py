@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,7 @@ from nemo_eppo.megatron.saving import CheckpointConfig
 from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.monitor.monitor import MonitorConfig
 from nemo_eppo.observability.run import ExpManagerConfig
-from nemo_eppo.rewards.functions import FunctionsConfig
+from nemo_eppo.rewards.functions import FunctionsConfig, check_function
 from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.critics import CriticSource
@@ -29,33 +29,37 @@ HERE = RewardSourceConfig(server=RewardAddress(url="http://127.0.0.1:5556"))
 
 
 class AdvantagesConfig(Config):
-    """How advantages come from rewards. A setting that the estimator does not have must not be set."""
+    """How advantages come from rewards. Settings that are null are the estimator's own defaults; those that it does not
+    have must stay null."""
 
     estimator: EstimatorName = "gae"
     """`gae` needs a critic; the others have none: `grpo` and `rloo` compare the responses to one prompt with each
     other, `reinforce_plus_plus` all of the step, `remax` each with the greedy one."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    """Discount; gae and reinforce_plus_plus."""
-    lam: float = Field(0.95, ge=0, le=1)
-    """Lambda of generalised advantage estimation; gae."""
-    whiten: bool = True
-    """Zero mean and unit variance over all response tokens of the step; gae."""
-    bootstrap_truncated: bool = False
-    """Continue a truncated response with the critic's value instead of 0; gae."""
-    normalize_std: bool = True
-    """Divide by the standard deviation of the group's rewards; grpo, which without it is Dr. GRPO."""
+    gamma: float | None = Field(None, ge=0, le=1)
+    """Discount per token, by default 1; gae and reinforce_plus_plus."""
+    lam: float | None = Field(None, ge=0, le=1)
+    """Lambda of generalised advantage estimation, by default 0.95; gae."""
+    whiten: bool | None = None
+    """Zero mean and unit variance over all response tokens of the step, by default true; gae."""
+    bootstrap_truncated: bool | None = None
+    """Continue a truncated response with the critic's value instead of 0, by default false; gae."""
+    normalize_std: bool | None = None
+    """Divide by the standard deviation of the group's rewards, by default true; grpo, which without it is Dr. GRPO."""
 
     @model_validator(mode="after")
     def _settings_are_the_estimators(self) -> "AdvantagesConfig":
         known = {field.name for field in dataclasses.fields(ESTIMATORS[self.estimator])}  # type: ignore[arg-type]
-        if foreign := sorted(self.model_fields_set - known - {"estimator"}):
+        if foreign := sorted(self._given.keys() - known):
             raise ValueError(f"estimator '{self.estimator}' has no {foreign[0]}")
         return self
 
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self if name != "estimator" and value is not None}
+
     def build(self) -> AdvantageEstimator:
         """The estimator with its settings."""
-        kind = ESTIMATORS[self.estimator]
-        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+        return ESTIMATORS[self.estimator](**self._given)
 
 
 class PPOSettings(Config):
@@ -66,7 +70,7 @@ class PPOSettings(Config):
     rollout_batch_size: int = Field(ge=1)
     """Prompts per step, over all ranks."""
     samples_per_prompt: int = Field(1, ge=1)
-    """Responses to each prompt; the estimators grpo and rloo need at least 2."""
+    """Responses to each prompt; an estimator that compares them with each other needs at least 2."""
     mini_batch_size: int = Field(ge=1)
     """Responses per optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
@@ -96,7 +100,7 @@ class PPOSettings(Config):
                 f"rollout_batch_size = {self.rollout_batch_size} x samples_per_prompt = {self.samples_per_prompt} is "
                 f"not divisible by mini_batch_size = {self.mini_batch_size}"
             )
-        if self.advantages.estimator in ("grpo", "rloo") and self.samples_per_prompt < 2:
+        if ESTIMATORS[self.advantages.estimator].needs == "group" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt = {self.samples_per_prompt}: advantages.estimator '{self.advantages.estimator}' "
                 "compares the responses to one prompt, expected at least 2"
@@ -197,6 +201,17 @@ class PPOConfig(Config):
             )
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
         self.energy.layer_indices(model.num_layers)
+
+    def check_own_code(self) -> None:
+        """ConfigError if a function or term of the user's cannot be loaded."""
+        functions = {f"rewards[{index}].function": source.function for index, source in enumerate(self.rewards)}
+        functions["gold_reward"] = self.gold_reward
+        if self.held_out_reward is not None:
+            functions["held_out_reward.function"] = self.held_out_reward.function
+        for key, function in functions.items():
+            if function is not None:
+                check_function(key, function)
+        self.shaping.build_terms()
 
     @property
     def longest(self) -> int:

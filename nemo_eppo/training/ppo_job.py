@@ -13,7 +13,7 @@ from nemo_eppo.megatron.model import set_distribution
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
-from nemo_eppo.rewards.functions import FunctionPool, check_function
+from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
@@ -45,12 +45,9 @@ class PPOJob:
         self._reward_models: dict[str, ColocatedReward] = {}
         for key, source in (self._rewards | self._held_out).items():
             kind = config.reward_kind if key in self._rewards else "any"
-            if source.function is not None:
-                check_function(f"{key}.function", source.function)
             if source.colocated is not None:
                 self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
-        if config.gold_reward is not None:
-            check_function("gold_reward", config.gold_reward)
+        config.check_own_code()
         self.pipeline = RewardPipeline(config.shaping)
         self.monitor = HackingMonitor(config.monitor)
         self.prompts = self._dataset(config.data.train)

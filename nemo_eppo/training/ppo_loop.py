@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.files import write_atomically
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
@@ -172,6 +173,11 @@ class PPOLoop:
         newest = on_rank0(lambda: checkpoint_files.verify_newest(self.checkpoints, "lm", self.plan.model, precision))
         state = checkpoint_files.read_manifest(newest).state if newest is not None else {}
         if newest is not None:
+            if ("critic_updates" in state) != (ppo.critic is not None):
+                had, has = ("a", "none") if ppo.critic is None else ("no", "one")
+                raise ConfigError(
+                    f"{newest} is of a run with {had} critic, and this one has {has}: choose another run directory"
+                )
             self.batches.load_state_dict(state["batches"])
         if ppo.critic is not None:
             ppo.critic.begin(on_rank0(self._run_id), state.get("critic_updates", 0))
@@ -196,6 +202,7 @@ def text_of(sample: Sample) -> dict[str, Any]:
         "prompt": sample.prompt,
         "response": sample.response,
         "finish_reason": "stop" if sample.finished else "length",
+        **({"fields": sample.fields} if sample.fields else {}),
     }
 
 

@@ -60,6 +60,14 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             settings("actor", **{"model.parallel.tensor_model_parallel_size": 1, "ppo.mini_batch_size": 1}),
             "jobs.actor: ppo.mini_batch_size = 1 is not divisible by 2 replicas",
         ),
+        (
+            settings("actor", gold_reward="nemo_eppo.tools.noun_task:gold"),
+            "gold_reward = 'nemo_eppo.tools.noun_task:gold': expected 'module:function'",
+        ),
+        (
+            settings("actor", **{"shaping.terms": [{"name": "mine", "term": "nowhere:Term"}]}),
+            "shaping.terms.mine.term = 'nowhere:Term': expected 'module:Class'",
+        ),
         (settings("critic", optimzer={"lr": 1}), "jobs.critic: invalid configuration:\n  - optimzer: unknown key"),
         (
             settings("reward", **{"model.restore_from_path": "/nowhere/rm"}),

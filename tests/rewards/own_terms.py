@@ -25,12 +25,28 @@ class Bonus(Term[BonusConfig]):
 class Drift(Term[Config]):
     """Less reward the further the policy is from its reference."""
 
-    config_class = Config
     needs = ("ref_logprobs",)
 
     def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
         assert inputs.ref_logprobs is not None
         return reward - (inputs.logprobs - inputs.ref_logprobs).where(inputs.mask, 0).double().sum(1)
+
+
+class InPlace(Term[Config]):
+    """Takes 1 off the very tensor that it was given."""
+
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        reward -= 1
+        return reward
+
+
+class WrongShape(Term[Config]):
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        return reward[:, None]
+
+
+class Needy(Term[Config]):
+    needs = ("logits",)
 
 
 class NoTerm:

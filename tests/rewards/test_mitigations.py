@@ -132,6 +132,10 @@ def test_no_term_reads_what_stands_at_masked_positions(term: str) -> None:
     [
         ({"terms": [{**OWN, "term": "own_terms:Missing"}]}, r"shaping\.terms\.bonus\.term = 'own_terms:Missing'"),
         ({"terms": [{**OWN, "term": "own_terms:NoTerm"}]}, "is no subclass of"),
+        (
+            {"terms": [{**OWN, "term": "own_terms:Needy"}]},
+            "needs logits: expected of ref_logprobs, ref_energies",
+        ),
         ({"terms": [{**OWN, "settings": {"bonus": -1}}]}, r"shaping\.terms\.bonus\.settings: .*\n.*bonus = -1"),
         ({"terms": [{**OWN, "settings": {}}]}, "bonus: required"),
         ({"terms": [OWN, OWN]}, "the name bonus is taken"),
@@ -177,3 +181,23 @@ def test_the_number_of_reward_models_has_to_fit(combine: str, models: int) -> No
 )
 def test_only_what_some_term_reads_is_computed(settings: dict[str, Any], needs: set[str]) -> None:
     assert pipeline(settings).needs == needs
+
+
+def test_a_term_that_works_in_place_has_its_own_row_and_one_of_another_shape_is_named() -> None:
+    own = {"name": "mine", "term": "own_terms:InPlace"}
+    inputs = make_inputs()
+    contributions = pipeline({"terms": [own]})(inputs).ledger.contributions
+    assert torch.equal(contributions["reward/proxy"], pipeline({})(inputs).ledger.contributions["reward/proxy"])
+    assert contributions["reward/mine"].tolist() == pytest.approx([-1.0] * B)
+    with pytest.raises(ValueError, match=r"reward/mine: shape \(6, 1\); expected \(6,\)"):
+        pipeline({"terms": [{**own, "term": "own_terms:WrongShape"}]})(inputs)
+
+
+def test_own_code_may_lie_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_alone.py").write_text("from own_terms import Bonus\n")
+    settings = {"terms": [{**OWN, "term": "mine_alone:Bonus"}]}
+    with pytest.raises(ConfigError, match="No module named 'mine_alone'"):
+        pipeline(settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert "bonus" in pipeline(settings).terms

@@ -1,6 +1,7 @@
 """Every estimator of advantages without a critic, in the real job and in every kind of layout: on functions alone,
 with no server and no other job; the same numbers as plain loops over the rewards; killed and resumed bit for bit."""
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job, Models
+
+from nemo_eppo.algorithms import advantages
+from nemo_eppo.config import load_config
+from nemo_eppo.training.ppo_config import AdvantagesConfig
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -157,3 +162,16 @@ def test_a_killed_run_without_critic_and_servers_resumes_bit_for_bit(models: Mod
     assert all(len(set(prompts[start : start + GROUP])) == 1 for start in range(0, len(prompts), GROUP))
     assert len(set(prompts)) == len(prompts) // GROUP
     assert len({row["response"] for row in rows}) > len(set(prompts)), "responses of a group differ"
+
+
+def test_the_settings_of_every_estimator_are_keys_with_its_own_defaults() -> None:
+    for name, kind in advantages.ESTIMATORS.items():
+        fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        assert fields <= AdvantagesConfig.model_fields.keys(), name
+        assert AdvantagesConfig(estimator=name).build() == kind()
+
+
+@pytest.mark.parametrize("name", advantages.ESTIMATORS)
+def test_the_settings_that_a_run_leaves_behind_start_it_again(name: advantages.EstimatorName) -> None:
+    config = AdvantagesConfig(estimator=name)
+    assert load_config(AdvantagesConfig, config.model_dump(mode="json")) == config
