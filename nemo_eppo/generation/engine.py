@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class Limits(NamedTuple):
-    """What an engine is made for, whatever computes the tokens."""
+    """Special tokens and sizes that every engine is built for."""
 
     eos_id: int
     """The token that ends a response."""

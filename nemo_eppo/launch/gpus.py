@@ -30,7 +30,7 @@ class Gpus:
         self._held: dict[str, list[str]] = {}
         servers = self._managed.intersection(launch.servers)
         for name in self._managed:
-            # servers start early and stay: all may run beside this job, except those that wait for it
+            # servers start early and stay: all but the servers that wait for this job may run beside it
             beside = {server for server in servers if name not in launch.before(server)} | {name}
             ranks = sum(launch.jobs[job].ranks for job in beside)
             if ranks > len(visible):

@@ -104,12 +104,8 @@ def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
             "exclusive": "",
         }
         options = (common if group == 0 else {}) | slurm.sbatch | size | job.sbatch
-        components.append(
-            f"# {name}\n"
-            + "".join(
-                f"#SBATCH --{key}={value}\n" if value != "" else f"#SBATCH --{key}\n" for key, value in options.items()
-            )
-        )
+        lines = [f"#SBATCH --{key}" + (f"={value}\n" if value != "" else "\n") for key, value in options.items()]
+        components.append(f"# {name}\n" + "".join(lines))
     return "#SBATCH hetjob\n".join(components)
 
 

@@ -63,7 +63,7 @@ class Row:
             with (self.directory / FILE_NAME).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
                 row = json.loads(file.read().splitlines()[-1])
-        except (OSError, IndexError, ValueError):  # there is none yet, or it is being written
+        except (OSError, IndexError, ValueError):  # there is no row yet, or it is being written
             return ""
         shown = {label: row[name] for label, name in PPO_COLUMNS.items() if name in row}
         others = [(name, value) for name, value in row.items() if name not in ("step", "time")]

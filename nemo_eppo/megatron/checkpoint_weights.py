@@ -1,4 +1,4 @@
-"""The weights of a checkpoint one tensor at a time, without building the model or starting any ranks.
+"""Reads and writes the weights of a checkpoint one tensor at a time, without building the model or starting any ranks.
 
 Megatron's distributed checkpoints are torch's: named arrays in pieces, any part of which can be read. Arrays of decoder
 layers are stacked over all layers, and norms have the names of TransformerEngine's modules (see FUSED_NORMS).
@@ -161,7 +161,7 @@ def _key(name: str) -> tuple[str, int | None]:
 
 
 def _part(layer: int | None, shape: Shape) -> ChunkStorageMetadata:
-    """Where a whole array of this shape lies in what is stored: by itself, or as one layer of a stack."""
+    """Locate an array of this shape in a stored one: it is all of that, or one layer of the stack."""
     offsets, sizes = (0,) * len(shape), shape
     if layer is not None:
         offsets, sizes = (layer, *offsets), (1, *shape)

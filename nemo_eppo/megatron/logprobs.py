@@ -69,7 +69,7 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 class _Projection(NamedTuple):
-    """How logits follow from hidden states, beside the weight; see `token_logprobs`."""
+    """Arguments of `token_logprobs` that determine logits, beside hidden states and weight."""
 
     group: dist.ProcessGroup
     vocab_size: int

@@ -17,12 +17,8 @@ from nemo_eppo.config import Config
 from nemo_eppo.megatron import device
 from nemo_eppo.models.model_config import DTYPES, Precision
 
-_SETTINGS = (
-    "max_lr",
-    "min_lr",
-    "betas",
-    "eps",
-)  # keys of a parameter group; lr and decay are the scheduler's
+# keys of a parameter group that come from the config; the scheduler sets lr and weight decay
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 class OptimizerConfig(Config):

@@ -7,7 +7,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -128,10 +128,8 @@ class ModelRunner:
         if probe and batches:
             parts = [torch.cat(pair, dim=-1) for pair in zip(parts, probe.collect(shapes), strict=True)]
         width = outputs + (probe.config.energies_per_token() if probe else 0)
-        result = torch.zeros(tokens.size(0), tokens.size(1), width, device=device.device())
-        for batch, part in zip(batches, parts, strict=True):
-            result[batch.indices.to(part.device)] = batch.as_given(part, tokens.size(1))
-        result = self._over_replicas(result)
+        rows_as_given = (batch.as_given(part, tokens.size(1)) for batch, part in zip(batches, parts, strict=True))
+        result = self._assemble(batches, rows_as_given, *tokens.shape, width)
         return result[..., :outputs], result[..., outputs:] if probe else None
 
     @torch.no_grad()
@@ -158,10 +156,7 @@ class ModelRunner:
             return reduce(batch.as_given(output.float(), width), batch.rows)
 
         parts = self._collect(batches, read, [(len(batch.indices),) for batch in batches], outputs)
-        result = torch.zeros(count, outputs, device=device.device())
-        for batch, part in zip(batches, parts, strict=True):
-            result[batch.indices.to(part.device)] = part
-        return self._over_replicas(result)
+        return self._assemble(batches, parts, count, outputs)
 
     def train_step(
         self, rows: Mapping[str, Tensor], loss_function: LossFunction, *, group: int = 1
@@ -245,8 +240,11 @@ class ModelRunner:
             dist.broadcast(flat, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._stages)
         return [part.view(*shape, width) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
-    def _over_replicas(self, result: Tensor) -> Tensor:
-        """Add up the replicas' parts of a result, each zero in the others' rows; return it in CPU memory."""
+    def _assemble(self, batches: list[_MicroBatch], parts: Iterable[Tensor], *shape: int) -> Tensor:
+        """Put the rows of all micro-batches of all replicas together, [*shape] fp32 in CPU memory."""
+        result = torch.zeros(shape, device=device.device())
+        for batch, part in zip(batches, parts, strict=True):
+            result[batch.indices.to(part.device)] = part
         if self._replicas.size() > 1:
             dist.all_reduce(result, group=self._replicas)
         return result.cpu()

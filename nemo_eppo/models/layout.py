@@ -1,4 +1,4 @@
-"""How a model is laid out over a job's ranks, and the checks of that."""
+"""The layout of a model over a job's ranks, and its checks."""
 
 from pydantic import Field, model_validator
 
