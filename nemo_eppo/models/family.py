@@ -56,11 +56,26 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Hugging Face tensors of each Megatron parameter, without the prefix of its layer. A parameter with parts (query, key,
 value; gate, up) has a name for each, or one name for a tensor that stacks them in this order."""
+_OPTIONAL = {
+    f"{_ATTENTION}linear_qkv.bias": "qkv_bias",
+    f"{_ATTENTION}q_layernorm.weight": "qk_norm",
+    f"{_ATTENTION}k_layernorm.weight": "qk_norm",
+    "self_attn_bda.norm.weight": "post_norms",
+    "mlp_bda.norm.weight": "post_norms",
+}
+"""Parameters that not all models have, and the field of ModelConfig that gives a model one."""
+_PARTS = {f"{_ATTENTION}linear_qkv.weight": 3, f"{_ATTENTION}linear_qkv.bias": 3, f"{_MLP}linear_fc1.weight": 2}
+"""Number of parts of the parameters that have more than one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models that transformers computes with the same classes."""
+    """Models that transformers computes with the same classes.
+
+    Raises:
+        ConfigError: `names` has a parameter that Megatron does not have, lacks one that the family's models have, or
+            gives one another number of tensors than it has parts; all of these are listed.
+    """
 
     name: str
     """Architectures are this name + ForCausalLM or ForSequenceClassification; model_type is it in lower case."""
@@ -72,10 +87,30 @@ class Family:
     """Settings of config.json that are always written, and have this value or are missing when read."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NAMES)
     """Hugging Face tensors of each Megatron parameter, as in NAMES."""
+    layer_prefix: str = "model.layers."
+    """Tensors of layer i, counted from 0, are called this + "i." + the name in `names`."""
     global_layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
     """config.json -> layers, from 0, without a sliding window, if it has no layer_types; None if layers are alike."""
     tensorrt_llm: bool = False
     """Whether TensorRT-LLM is known to compute it as training does."""
+
+    def __post_init__(self) -> None:
+        varying = {key.field for key in self.keys.values()} | {name for name, value in self.features.items() if value}
+        known = {**dict.fromkeys(NAMES), **_OPTIONAL}
+        problems = [
+            f"names lacks {name!r}"
+            for name, feature in known.items()
+            if name not in self.names and (feature is None or feature in varying)
+        ]
+        for name, tensors in self.names.items():
+            parts = _PARTS.get(name, 1)
+            if name not in known:
+                problems.append(f"names[{name!r}]: Megatron has no such parameter; expected {', '.join(known)}")
+            elif len(tensors) not in (1, parts):
+                expected = "1 tensor" if parts == 1 else f"1 or {parts} tensors"
+                problems.append(f"names[{name!r}] = {tensors!r}: expected {expected}, found {len(tensors)}")
+        if problems:
+            raise ConfigError(f"family {self.name}:" + "".join(f"\n  - {problem}" for problem in problems))
 
     def check(self, model: ModelConfig, architecture: str) -> None:
         """Raise ConfigError if a model has a feature that the family lacks, or lacks one that it has."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_config import model_config_from_hf
-from nemo_eppo.models.hf_names import Shape, hf_names
+from nemo_eppo.models.hf_names import Shape, entries
 from nemo_eppo.models.model_config import Head, Precision
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -88,14 +89,14 @@ class HfDirectory:
         return checkpoint_files.Manifest(head=self.head, step=0, model=self.model, state=state)
 
     def _check(self) -> None:
-        expected = dict(hf_names(self.model))
-        optional = set()
+        parameters = entries(self.model, None if self.head == "lm" else 1)
+        expected = {name: shape for entry in parameters.values() for name, shape in entry.tensors.items()}
+        optional: set[str] = set()
         if self.head == "scalar":
-            expected.pop("lm_head.weight", None)
-            expected["score.weight"] = (1, self.model.hidden_size)
+            del expected["score.bias"]
             optional = {"score.bias"}
         elif self.model.tie_embeddings:
-            optional = {"lm_head.weight"}  # a copy of the embedding
+            optional = set(family_of(self.model).names["output_layer.weight"])  # a copy of the embedding
         problems = []
         for name, shape in expected.items():
             found = self._stored.get(name)

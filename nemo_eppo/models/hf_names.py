@@ -75,7 +75,8 @@ def entries(model: ModelConfig, outputs: int | None = None) -> dict[str, Entry]:
     """
     hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, model.head_width
     query, kv = model.num_attention_heads * width, model.kv_heads * width
-    names = family_of(model).names
+    family = family_of(model)
+    names = family.names
 
     def entry(name: str, split: _Split, *parts: Shape, prefix: str = "") -> Entry:
         rows = tuple(part[0] for part in parts)
@@ -102,7 +103,7 @@ def entries(model: ModelConfig, outputs: int | None = None) -> dict[str, Entry]:
     found = {embedding: entry(embedding, "vocabulary", (model.vocab_size, hidden))}
     for i in range(model.num_layers):
         for name, (split, *parts) in layer.items():
-            found[f"decoder.layers.{i}.{name}"] = entry(name, split, *parts, prefix=f"model.layers.{i}.")
+            found[f"decoder.layers.{i}.{name}"] = entry(name, split, *parts, prefix=f"{family.layer_prefix}{i}.")
     found["decoder.final_layernorm.weight"] = entry("decoder.final_layernorm.weight", "whole", (hidden,))
     if outputs is not None:
         found["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)}, (outputs,))

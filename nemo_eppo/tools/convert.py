@@ -88,8 +88,8 @@ class MegatronToHf:
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
 
     Raises:
-        ConfigError: there is no such checkpoint, it is a critic or a reward model that does not score the last token,
-            or the architecture lacks a feature of the model.
+        ConfigError: there is no such checkpoint, it has no statistics of scores or does not score the last token, or
+            the architecture lacks a feature of the model.
     """
 
     def __init__(
@@ -119,7 +119,10 @@ class MegatronToHf:
         if head == "scalar":
             state = self.manifest.state
             if "mean" not in state or "std" not in state:
-                raise ConfigError(f"{self.source} has no mean, std: it is a critic, not a trained reward model")
+                raise ConfigError(
+                    f"{self.source} has no mean, std: it is a critic, or a sequence classifier without {REWARD_KEY} in "
+                    "its config.json"
+                )
             if state["score"] != "last":
                 raise ConfigError(
                     f"{self.source} scores the {state['score']} over tokens; sequence-classification models score the "

@@ -13,8 +13,9 @@ def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "convert",
         help="turn Hugging Face directories into Megatron checkpoints and back, or translate NeMo-Aligner's settings",
         description="""\
-Convert models (Llama, Mistral, Qwen, Gemma 2, Phi-3), weights bit by bit, with config and tokenizer. Weights are
-streamed: a model needs the memory of one of its files and one of its layers, whatever its size.
+Convert models, weights bit by bit, with config and tokenizer. An architecture that is not supported is refused with a
+list of those that are. Weights are streamed: a model needs the memory of one of its files and one of its layers,
+whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",

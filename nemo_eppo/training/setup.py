@@ -27,7 +27,7 @@ class ModelSetup(Config):
 
     restore_from_path: Path | None = None
     """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken; or a Hugging Face
-    directory (config.json, tokenizer, safetensors) of a supported family, e.g. Llama, Qwen3, Gemma 2 or Phi-3."""
+    directory (config.json, tokenizer, safetensors) of a family in nemo_eppo/models/families.py."""
     architecture: ModelConfig | None = None
     """A model with fresh weights instead; its vocab_size may be left out for the tokenizer's."""
     tokenizer: Path | None = None

@@ -268,6 +268,9 @@ def test_a_reward_directory_without_statistics_is_no_reward_model(tmp_path: Path
         RewardModel(ModelSetup(restore_from_path=directory))
     with pytest.raises(ConfigError, match="holds a LlamaForSequenceClassification, expected head 'lm'"):
         plan(ModelSetup(restore_from_path=directory), head="lm")
+    HfToMegatron(directory, tmp_path / "megatron").run()
+    with pytest.raises(ConfigError, match=r"no mean, std: .*, or a sequence classifier without nemo_eppo_reward"):
+        MegatronToHf(tmp_path / "megatron", tmp_path / "back", "scalar")
     edit_config(directory, nemo_eppo_reward={"mean": 0.0, "std": 0.0})
     with pytest.raises(ConfigError, match="std = 0"):
         RewardModel(ModelSetup(restore_from_path=directory))
