@@ -153,4 +153,4 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
         load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
     with pytest.raises(ConfigError, match=r"distributed = true needs GPUs"):
-        load_config(OptimizerConfig, {"distributed": True})
+        load_config(OptimizerConfig, {"lr": 0.01, "distributed": True})
