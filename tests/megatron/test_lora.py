@@ -212,8 +212,11 @@ def test_three_updates_are_those_of_plain_lora(name: str, results: dict[str, Any
         close(f"{name}, B of {key}", b[key], expected["b"][key])
         assert float((a[key] - initial[key]).abs().max()) > 1e-4
         assert float(b[key].abs().max()) > 1e-3
+    # fp32 rounds a critic's values, which may be large, in proportion; log-probs and entropies are of the order of 1
+    scale = max(1.0, float(expected["after"].abs().max()))
     for result in ranks:
-        close(f"{name}, outputs", result["after"], torch.where(result["after"] != 0, expected["after"], 0))
+        computed = torch.where(result["after"] != 0, expected["after"], 0)
+        close(f"{name}, outputs of up to {scale:.1f}", result["after"] / scale, computed / scale)
         relative = result["norms"] / expected["norms"]
         close(f"{name}, gradient norms (relative)", relative, torch.ones(UPDATES))
         close(f"{name}, merged weights", result["merged"], expected["merged"])
