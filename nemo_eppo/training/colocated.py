@@ -1,8 +1,8 @@
 """A critic and reward models in the actor's own processes: no server, no second job, the same numbers.
 
-What a client would send is encoded, checked, cast and put through the step rules exactly as on its way through a
-server, and then given to the same endpoint functions on the actor's ranks. So all results are those of a server in the
-actor's layout, bit for bit, as long as that server takes the rollout in one request (server.max_batch_size).
+A request is encoded, checked, cast and put through the step rules exactly as on its way through a server, and then
+given to the same endpoint functions on the actor's ranks. The results therefore equal those of a server in the actor's
+layout bit for bit, as long as that server takes the rollout in one request (server.max_batch_size).
 """
 
 import sys
@@ -29,14 +29,14 @@ from nemo_eppo.training.setup import Plan
 
 
 class _Local:
-    """Calls a service's endpoint functions, collectively; on a GPU its model is on the device only meanwhile.
+    """Calls a service's endpoint functions on all ranks; on a GPU the model is on the device only during a call.
 
     Args:
         where: the config key of the service, for error messages.
         longest: tokens of the longest prompt and response together.
 
     Raises:
-        ConfigError: the service's model has another tokenizer than the policy, or a shorter window than `longest`.
+        ConfigError: the service's model has another tokenizer than the policy, or its window is below `longest`.
     """
 
     def __init__(self, service: CriticModel | RewardModel, where: str, actor: Plan, longest: int) -> None:
@@ -65,16 +65,16 @@ class _Local:
 
 
 class ColocatedCritic:
-    """A critic in the actor's processes, see `Critic`. Files and settings are checked when it is made; `build` comes
+    """A critic in the actor's processes, see `Critic`. The constructor checks files and settings; `build` is called
     once the ranks have joined. Nothing is computed before the functions that its methods return are called.
 
     Args:
-        actor: the policy's plan, whose layout, precision and micro-batches the critic has too.
+        actor: the policy's plan; the critic shares its layout, precision and micro-batches.
         longest: tokens of the longest prompt and response together.
-        updates: how many the whole run makes; a decaying learning rate falls over them unless decay_steps is set.
+        updates: number of updates in the whole run, over which the learning rate decays unless decay_steps is set.
 
     Raises:
-        ConfigError: for a checkpoint that does not fit.
+        ConfigError: the checkpoint does not fit.
     """
 
     def __init__(self, config: ColocatedCriticConfig, actor: Plan, longest: int, updates: int) -> None:
@@ -112,12 +112,12 @@ class ColocatedCritic:
         )
 
     def begin(self, run: int, updates: int) -> None:
-        """See Critic. Raises ServiceError if the critic belongs to another run, or has no checkpoint to go back to."""
+        """See `Critic`. Raises ServiceError if the critic belongs to another run or has no checkpoint of `updates`."""
         self.updates = self._call("critic_begin", run=torch.tensor([run]), step=torch.tensor([updates]))
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
-        """See Critic. It is complete when this returns: megatron-core collects what all writers of a process have
-        written in one queue, so that the actor's must not begin before the critic's has ended."""
+        """See `Critic`. The checkpoint is complete when this returns: megatron-core has one result queue for all
+        writers of a process, so the actor's writers must not start before the critic's have ended."""
         path = self._call("critic_save", keep=torch.tensor([0, *keep]), step=torch.tensor([self.updates]))
         return path, lambda: path
 
@@ -126,16 +126,16 @@ class ColocatedCritic:
 
 
 class ColocatedReward:
-    """A reward model in the actor's processes, see `RewardSource`. Files and settings are checked when it is made;
-    `build` comes once the ranks have joined.
+    """A reward model in the actor's processes, see `RewardSource`. The constructor checks files and settings; `build`
+    is called once the ranks have joined.
 
     Args:
         key: the config key of the source, for error messages.
-        actor: the policy's plan, whose layout, precision and micro-batches the model has too.
+        actor: the policy's plan; the model shares its layout, precision and micro-batches.
         longest: tokens of the longest prompt and response together.
 
     Raises:
-        ConfigError: a checkpoint that does not fit, or a reward model that is not of the expected kind.
+        ConfigError: the checkpoint does not fit, or the reward model is not of the expected kind.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ColocatedReward:
             self._model.build()
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
-        """See RewardSource; the function that is returned computes the rewards."""
+        """See `RewardSource`; the returned function computes the rewards."""
 
         def compute() -> Rewards:
             found = self._call(

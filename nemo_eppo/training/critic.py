@@ -1,4 +1,4 @@
-"""The critic job: a value model that serves values and learns from what the actor sends; a reward model if asked to."""
+"""The critic job: serves a value model, trains it on what the actor sends, and can serve a reward model as well."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
 SEED = 1234
-"""Decides fresh weights unless a critic job sets another."""
+"""Seed of fresh weights unless a critic job sets another."""
 
 
 class CriticConfig(Config):
@@ -40,10 +40,10 @@ class CriticConfig(Config):
     reward_model: Path | None = None
     """A reward model that this job serves as well, in the critic's layout and precision."""
     value_clip: float | None = Field(0.2, gt=0)
-    """Values are clipped to within this of those of the rollout; null for no clipping."""
+    """Largest distance of a new value from the rollout's before the loss clips it; null for no clipping."""
     optimizer: OptimizerConfig
     checkpoint: SavingConfig = SavingConfig()
-    """How checkpoints are written. The actor decides when, and which are kept."""
+    """How checkpoints are written; the actor decides when they are written and which are kept."""
     server: ServerConfig = ServerConfig()
 
     @model_validator(mode="after")
@@ -54,13 +54,14 @@ class CriticConfig(Config):
 
 
 class CriticModel:
-    """Values and updates of a critic on this job's ranks: checked when it is made, built once the ranks have joined.
+    """A critic on this job's ranks, which computes values and makes updates; a `Service` that knows no server.
 
-    It is a `Service` that knows no server. One mini-batch is one update; `step` counts them.
+    The constructor checks files and settings; `build` is called once the ranks have joined. Each mini-batch is one
+    update; `step` counts updates.
 
     Args:
-        value_clip: see CriticConfig.
-        seed: decides fresh weights.
+        value_clip: see `CriticConfig`.
+        seed: seed of fresh weights.
         where: the config key of `setup`, for error messages.
     """
 
@@ -78,7 +79,7 @@ class CriticModel:
         self._optimizer, self._value_clip, self._seed = optimizer, value_clip, seed
         self.plan = plan(setup, where)
         self.vocab_size = self.plan.model.vocab_size
-        # one more than the model's window: the value after the last token of the longest response can be asked for
+        # one more than the model's window, so that the value after the last token of the longest response can be read
         self.max_sequence_length = self.plan.model.max_sequence_length + 1
         self.endpoints: dict[str, Callable[[Tensors], Any]] = {
             "critic_begin": self._begin,
@@ -89,10 +90,10 @@ class CriticModel:
         }
 
     def build(self, directory: Path, asynchronous: bool) -> None:
-        """Load the newest checkpoint of the run directory `directory`, or begin afresh; collective.
+        """Load the newest checkpoint in the run directory `directory`, or start afresh if it has none; collective.
 
         Args:
-            asynchronous: return from `critic_save` while a checkpoint is written.
+            asynchronous: whether `critic_save` returns while the checkpoint is still being written.
         """
         self._folder = directory / CHECKPOINTS
         self._saver = CheckpointSaver(self._folder, self.plan.tokenizer_path, asynchronous)
@@ -102,19 +103,19 @@ class CriticModel:
 
     @property
     def step(self) -> int:
-        """Updates made so far."""
+        """Number of updates made so far."""
         return self._step
 
     def status(self) -> dict[str, Any]:
-        """Give the tokenizer's digest."""
+        """Return the tokenizer's digest for the status reply."""
         return {"tokenizer": self.plan.tokenizer.digest()}
 
     def close(self) -> None:
-        """Wait until what is being saved is complete."""
+        """Wait until a checkpoint that is being written is complete."""
         self._saver.finish()
 
     def _build(self, resume: Path | None) -> None:
-        """The model and its optimizer as in a checkpoint of this run, or as they were at its very start."""
+        """Build model and optimizer as the checkpoint `resume` has them; None for those of the run's start."""
         with runtime.seeded(self._seed):
             self.runner = build(self.plan, "scalar", optimizer=self._optimizer, total_steps=1, resume=resume)
         manifest = checkpoint_files.read_manifest(resume) if resume else None
@@ -125,8 +126,8 @@ class CriticModel:
         step, run = int(request["step"]), int(request["run"])
         if (step or self._step) and self._run not in (None, run):
             raise ServiceError(
-                f"the critic has made {self._step} updates of another run: start it afresh with another run "
-                f"directory, or resume the actor from that run's"
+                f"the critic has made {self._step} updates of another run: start the critic with a new run directory, "
+                "or resume the actor from that run's directory"
             )
         if step != self._step:
             self._saver.finish()
@@ -183,7 +184,7 @@ class CriticModel:
 
 
 class CriticService(CriticModel):
-    """The critic as a job of its own, perhaps with a reward model beside it."""
+    """The critic as a job of its own; it serves a reward model too if the settings name one."""
 
     def __init__(self, config: CriticConfig, directory: Path) -> None:
         super().__init__(config.model, config.optimizer, config.value_clip, config.seed)
@@ -199,7 +200,7 @@ class CriticService(CriticModel):
             self._reward.build()
 
     def status(self) -> dict[str, Any]:
-        """The tokenizer, and the reward model's statistics if there is one."""
+        """Return the tokenizer's digest and, if there is a reward model, its statistics."""
         return super().status() | (self._reward.status() if self._reward else {})
 
 

@@ -23,11 +23,11 @@ class ColocatedCriticConfig(Config):
     """A critic in the actor's own processes; layout, precision and micro-batches are those of `model`."""
 
     restore_from_path: Path
-    """As model.restore_from_path; usually the reward model. A language model gets a fresh value head."""
+    """Checkpoint, read like model.restore_from_path; usually the reward model. A language model gets a fresh head."""
     value_clip: float | None = Field(0.2, gt=0)
-    """Values are clipped to within this of those of the rollout; null for no clipping."""
+    """Largest distance of a new value from the rollout's before the loss clips it; null for no clipping."""
     optimizer: OptimizerConfig
-    """The critic's optimizer, which need not be told decay_steps: they are all updates of the run."""
+    """The critic's optimizer; decay_steps may be null for all updates of the run."""
     lora: LoRAConfig | None = None
     """Train adapters beside the critic's frozen weights; null to train all of them."""
 
@@ -54,24 +54,24 @@ class CriticSource(Config):
 
 
 class Critic(Protocol):
-    """Values of a rollout, and updates on it. All methods are collective over the actor's ranks, and so is every
-    function that they return, which waits for the answer or computes it. These are called in the order they came in."""
+    """Gives values of a rollout and is updated on it. All methods are collective over the actor's ranks, and so are the
+    functions that they return, which wait for or compute the answer and are called in the order they were returned."""
 
     updates: int
-    """Updates that the critic has been asked to make so far."""
+    """Number of updates that the critic has been asked to make so far."""
 
     def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
         """Start to compute values [B, T] of the states in which the actions were taken; [B, T + 1] with `after_last`,
         which adds the value after the last token."""
 
     def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
-        """Start the next update, on a mini-batch; gives its metrics."""
+        """Start the next update on a mini-batch; the returned function gives its metrics."""
 
     def begin(self, run: int, updates: int) -> None:
-        """Stand where the run with the id `run` begins or resumes: after `updates` updates."""
+        """Load the state after `updates` updates of the run with the id `run`; 0 is the state at its start."""
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
-        """Start to save the critic, and drop its checkpoints but those of the updates `keep`.
+        """Start to save the critic, and delete its checkpoints except those of the updates `keep`.
 
         Returns:
             where the checkpoint will be, and a function, for rank 0 alone and from any thread, that waits until it is
@@ -79,18 +79,18 @@ class Critic(Protocol):
         """
 
     def close(self) -> None:
-        """End what the critic holds on this rank."""
+        """Release what the critic holds on this rank."""
 
 
 class RemoteCritic:
-    """A critic job behind its server: rank 0 asks, every rank hears the answer.
+    """A critic job behind its server: rank 0 sends the requests, every rank gets the answers.
 
     Args:
         expect: status entries that the server must agree with (tokenizer digest, sequence limit).
-        mini_batch_size: responses of an update, which the server takes whole.
+        mini_batch_size: responses per update, which the server has to take in one request.
 
     Raises:
-        ServerError: the server is not reachable or does not fit; on every rank, the message names it.
+        ServerError: the server is not reachable or does not fit; raised on every rank, and names the server.
     """
 
     def __init__(self, config: ClientConfig, expect: Mapping[str, Any], mini_batch_size: int) -> None:
@@ -108,7 +108,7 @@ class RemoteCritic:
         return asked(lambda: self._client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
 
     def begin(self, run: int, updates: int) -> None:
-        """See Critic. Raises ServerError if the critic belongs to another run, or has no checkpoint to go back to."""
+        """See `Critic`. Raises ServerError if the critic belongs to another run or has no checkpoint of `updates`."""
         self.updates = on_rank0(lambda: self._client.begin(run, updates).result())
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
@@ -121,7 +121,7 @@ class RemoteCritic:
 
 
 def asked(ask: "Callable[[], Future[ValueT]]") -> Callable[[], ValueT]:
-    """Send a request from rank 0 now; the function that is returned gives the answer to every rank."""
+    """Send a request from rank 0 now; the returned function gives the answer to every rank."""
     future = ask() if dist.get_rank() == 0 else None
 
     def wait() -> ValueT:

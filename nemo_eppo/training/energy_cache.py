@@ -1,8 +1,8 @@
-"""Answers and energy losses of the reference, kept on disk: deterministic, so each prompt is answered once and for all.
+"""A cache on disk of the reference's answers and energy losses, which are deterministic: each prompt is answered once.
 
-A directory per key (model, tokenizer, generation and energy settings: whatever changes, changes the directory) holds
-`key.json` and files of JSON lines. A process appends only to a file of its own, so runs can share the cache, and what a
-crash tears is at most the last line of a file, which is not read: those prompts are answered again.
+Each key (model, tokenizer, generation and energy settings) has a directory of its own with `key.json` and files of JSON
+lines. A process appends only to its own file, so runs can share the cache. A crash damages at most the last line of a
+file, which is then not read: its prompt is answered again.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ class EnergyCache:
     """Mean energy losses [E] of the reference's own answers, by prompt. Used by one process, rank 0.
 
     Args:
-        directory: holds all caches.
-        key: all that an answer and its energies depend on beside the prompt, as plain containers.
+        directory: folder of the caches of all keys.
+        key: everything but the prompt that an answer and its energies depend on, as plain containers.
     """
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
@@ -31,10 +31,10 @@ class EnergyCache:
         self._file: Path | None = None
 
     def load(self) -> dict[bytes, list[float]]:
-        """Read everything that is known, as {digest of the prompt: energies}.
+        """Read all entries as {digest of the prompt: energies}.
 
         Raises:
-            ConfigError: a line other than the last of a file is damaged; names it.
+            ConfigError: a line other than the last of a file is damaged; the message names it.
         """
         known: dict[bytes, list[float]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
@@ -49,10 +49,10 @@ class EnergyCache:
         return known
 
     def append(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
-        """Write `(prompt, answer, energies)` of new prompts; on disk when this returns."""
+        """Write `(prompt, answer, energies)` of new prompts; they are on disk when this returns."""
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.directory / "key.json", self._key)  # for people; the same from every process
+            write_atomically(self.directory / "key.json", self._key)  # for people; every process writes the same
             self._file = self.directory / f"{uuid.uuid4().hex}.jsonl"
         with self._file.open("a", encoding="utf-8") as file:
             for prompt, answer, energies in rows:
@@ -63,5 +63,5 @@ class EnergyCache:
 
 
 def prompt_digest(prompt: list[int]) -> bytes:
-    """Name a prompt by a digest of its token ids."""
+    """Return a digest of a prompt's token ids."""
     return hashlib.sha256(repr(prompt).encode()).digest()

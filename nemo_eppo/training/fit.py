@@ -25,33 +25,33 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import RunStopped, StopWatch
 
-VALIDATION_ROWS = 256  # per forward pass over all ranks; bounds memory, changes nothing
+VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and has no effect on results
 
 
 class FitSettings(Config):
-    """How long to train, and when to look."""
+    """How long to train and how often to validate; each step is one update."""
 
     epochs: int = Field(1, ge=1)
     """Passes over the training data."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after so many updates; null for all epochs."""
+    """Number of steps after which training stops; null for all epochs."""
     global_batch_size: int = Field(ge=1)
-    """Examples (pairs for a reward model) per update, over all ranks."""
+    """Examples (pairs for a reward model) per step, over all ranks."""
     validation_interval: int = Field(0, ge=0)
-    """Updates between validations; 0 for only those that are saved."""
+    """Steps between validations; 0 to validate only at steps that are saved."""
 
 
 class TextDataConfig(Config):
     """Training and validation data of SFT and reward models."""
 
     train: Path
-    """JSON lines; .gz is read too."""
+    """Training examples as JSON lines; .gz is read too."""
     validation: Path
-    """Held-out examples."""
+    """Held-out examples in the same format."""
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt + response in tokens; null for the model's window."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a longer example."""
+    """Whether a longer example is an error or is dropped."""
 
     @model_validator(mode="after")
     def _held_out(self) -> "TextDataConfig":
@@ -61,42 +61,42 @@ class TextDataConfig(Config):
 
 
 class Task(Protocol):
-    """What is being learnt."""
+    """What `Fit` trains: data, loss and validation."""
 
     title: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
-    """Progress-bar labels -> metric names."""
+    """Metric names by their progress-bar labels."""
     validated: ClassVar[tuple[str, ...]]
-    """Names of the metrics that `validate` gives."""
+    """Names of the metrics that `validate` returns."""
     group: ClassVar[int]
     """Rows per example: 1, or 2 for a pair."""
 
     @property
     def head(self) -> Head:
-        """What the model has to have."""
+        """Kind of output layer that the model has."""
 
     @property
     def latent_size(self) -> int:
-        """d of the head "inform"."""
+        """Size d of the latents of the head "inform"; 0 for other heads."""
 
     @property
     def train(self) -> Examples[Any]:
         """Training examples."""
 
     def rows(self, indices: list[int]) -> Rows:
-        """The tensors of a global batch of examples, `group` rows each."""
+        """Return the tensors of a global batch of examples, `group` rows each."""
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        """`rows` with all that the loss needs to know of the whole batch; collective."""
+        """Add to `rows` what the loss needs to know about the whole global batch; collective."""
 
     def loss_function(self, rows: Rows) -> LossFunction:
-        """The loss of a global batch; see ModelRunner.train_step."""
+        """Return the loss of a global batch; see `ModelRunner.train_step`."""
 
     def validate(self, runner: ModelRunner) -> dict[str, float]:
-        """Metrics on the validation data, collective; their names start with "validation/"."""
+        """Return metrics on the validation data, whose names start with "validation/"; collective."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to record beside the weights, after `validate`."""
+        """Return what a checkpoint records beside the weights; called after `validate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,9 @@ class Fit:
     """Seed of the order of examples, of fresh weights and of dropout."""
     run: Run
     dropout: float = 0.0
-    """Probability with which numbers of the residual stream are dropped."""
+    """Probability with which an element of the residual stream is dropped; 0 for no dropout."""
     head_only: bool = False
-    """Leave the decoder as it is and train its head. Such a run cannot be resumed: it saves no optimizer state."""
+    """Train the head alone on a frozen decoder. Such a run cannot be resumed, since it saves no optimizer state."""
 
     def train(self) -> Path:
         """Train to the end, or resume from the run's newest checkpoint.
@@ -123,7 +123,7 @@ class Fit:
             the checkpoint of the last step, `<run directory>/checkpoints/step_N`.
 
         Raises:
-            RunStopped: the run was told to end before, and is saved.
+            RunStopped: the run was told to end before its last step; its checkpoint is saved.
         """
         task, plan, settings, saving, run = self.task, self.plan, self.settings, self.saving, self.run
         saving.check_best(task.validated)
@@ -140,7 +140,7 @@ class Fit:
             done = manifest.step
             if done >= last:
                 run.logger.info(
-                    "%s has %d steps, the settings ask for %d: there is nothing left to do", resume, done, last
+                    "%s has made %d steps, the settings ask for %d: nothing is left to do", resume, done, last
                 )
                 return resume
             batches.load_state_dict(manifest.state["batches"])
@@ -164,7 +164,7 @@ class Fit:
             for step in range(done + 1, last + 1):
                 started = time.perf_counter()
                 if self.dropout:
-                    runtime.seed_all(self.seed, step)  # what is dropped follows from the step, also after a resume
+                    runtime.seed_all(self.seed, step)  # dropout depends on the step alone, also after a resume
                 rows = task.prepare(task.rows(next(batches)), runner, step)
                 update = runner.train_step(rows, task.loss_function(rows), group=task.group)
                 row = {f"train/{name}": value for name, value in update.items()}
@@ -198,8 +198,8 @@ class Fit:
 
 
 def train_head_only(runner: ModelRunner) -> None:
-    """Take all but the head out of the optimizer: a linear probe. Gradients still flow everywhere, so that every
-    layout works as in full training, but only the head's are clipped and applied."""
+    """Remove all parameters but the head's from the optimizer, which makes training a linear probe. Gradients are still
+    computed everywhere, so every layout works as in full training; only the head's are clipped and applied."""
     heads = set()
     for chunk in runner.chunks:
         for name, parameter in unwrap(chunk).named_parameters():

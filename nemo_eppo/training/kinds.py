@@ -1,6 +1,6 @@
-"""The table of job kinds: all that is known of a script of examples/nlp/gpt elsewhere. A new script is one new entry.
+"""The table of job kinds: what other rooms know about the scripts in examples/nlp/gpt. A new script is one new entry.
 
-It stands in this room because its entries name this room's settings, and both `launch` and `tools` may read it. Nothing
+It is in this room because its entries name this room's settings, and `launch` and `tools` may both import it. Nothing
 heavy is imported until a schema is asked for.
 """
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobKind:
-    """One script."""
+    """What is known about one job script."""
 
     config_name: str
-    """Its YAML file in conf/, without the ending."""
+    """Name of its YAML file in conf/, without the ending."""
     schema_name: str
-    """The class of its settings, "module:Class"."""
+    """Class of its settings as "module:Class"."""
     head: "Head"
-    """Output layer of the model that it runs: "lm" gives logits, "scalar" stands for any head of a reward or critic."""
+    """Output layer of its model: "lm" gives logits, "scalar" stands for any head of a reward model or critic."""
     starts_from: "Head | None" = None
-    """Head that its checkpoint must have; None if a language model may get a fresh one."""
+    """Head that its checkpoint must have; None if a language model gets a fresh head."""
     serves: Literal["critic", "reward"] | None = None
-    """What it serves, until it is stopped; None for a job that ends."""
+    """What it serves until it is stopped; None for a job that ends by itself."""
     samples: bool = False
-    """It samples rollouts, which it sends to critic and reward servers, and keeps a frozen copy of its model."""
+    """Whether it samples rollouts, sends them to critic and reward servers, and keeps a frozen copy of its model."""
     row_fields: tuple[str, ...] = ()
-    """Text fields of its data rows, the prompt first; empty if it reads no data."""
+    """Names of the text fields of its data rows, the prompt first; empty if it reads no data."""
     rows_per_step: str | None = None
-    """Key of the setting that says how many rows a step takes."""
+    """Key of the setting that says how many rows a step takes; None if it reads no data."""
 
     @property
     def schema(self) -> type[Config]:
-        """The class of its settings; brings torch when it is first asked for."""
+        """The class of its settings; the first access imports torch."""
         schema: type[Config] = resolve_name(self.schema_name)
         return schema
 
     @property
     def sequences_per_row(self) -> int:
-        """Sequences that one row puts into a forward pass: a preference pair has two."""
+        """Number of sequences that one row adds to a forward pass: two for a preference pair, otherwise one."""
         return max(1, len(self.row_fields) - 1)
 
 
@@ -83,4 +83,4 @@ KINDS = {
         rows_per_step="ppo.rollout_batch_size",
     ),
 }
-"""By the script's name without its ending."""
+"""Job kinds by the name of their script, without its ending."""

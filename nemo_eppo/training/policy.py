@@ -23,41 +23,41 @@ from nemo_eppo.training.ppo_config import EnergyConfig
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What one forward pass says about a rollout batch."""
+    """Results of one forward pass over a rollout batch."""
 
     logprobs: Tensor
-    """[B, T] of the tokens, 0 outside the response."""
+    """Log-probs [B, T] of the response tokens, 0 outside the response."""
     entropies: Tensor
-    """[B, T] of the distributions they came from, 0 outside the response."""
+    """Entropies [B, T] in nats of the distributions at the response tokens, 0 outside the response."""
     energies: Tensor
-    """[B, E] mean energy loss of each response; [B, 0] if it was not read."""
+    """Mean energy losses [B, E] of each response; [B, 0] if they were not read."""
 
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """What the reference says; None for what the run does not need."""
+    """Results of the reference; None for what the run does not need."""
 
     logprobs: Tensor | None
-    """[B, T] of the responses' tokens, 0 outside the response."""
+    """Log-probs [B, T] of the policy's response tokens, 0 outside the response."""
     energies: Tensor | None
-    """[B, E] mean energy loss, on its own answers or on the same responses."""
+    """Mean energy losses [B, E] of the reference on its own answers or on the policy's responses."""
 
 
 def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:
-    """[B, S]: the token that follows each position where it is a response token, else IGNORE."""
+    """Return [B, S]: at each position the token that follows if it is a response token, else IGNORE."""
     targets = torch.full_like(tokens, IGNORE)
     targets[:, :-1] = torch.where(mask, tokens[:, 1:], IGNORE)
     return targets
 
 
 class Policy:
-    """Everything a PPO step asks of the policy and of the reference; in and out go global batches, on every rank.
+    """What a PPO step asks of the policy and of the reference; methods take and return global batches on every rank.
 
     Args:
         model: the policy's architecture.
-        energy: which energies are read, and what the reference's are read on.
-        own_answers: how the reference answers a prompt whose energy loss the policy's is compared with.
-        cache: keeps the energies of these answers; None forgets them with the process.
+        energy: which energies are read, and on which responses the reference's are read.
+        own_answers: sampling parameters of the reference's own answers.
+        cache: keeps the energies of these answers on disk; None keeps them only as long as the process runs.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Policy:
     ) -> None:
         self.runner, self.model, self.reference, self.engine, self.energy = runner, model, reference, engine, energy
         self.weight_version = 0
-        """Counts the refits of this process, the reference's included."""
+        """Number of refits in this process, those with the reference's weights included."""
         self._own_answers, self._cache = own_answers, cache
         self._own_energies: dict[bytes, list[float]] = on_rank0(cache.load) if cache else {}
 
@@ -83,10 +83,10 @@ class Policy:
         self.engine.refit(export_tensors(self.runner.chunks, self.model), self.weight_version)
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: Tensor) -> list[Completion]:
-        """One completion per prompt, the replicas sharing the work.
+        """Generate one completion per prompt; the replicas share the work.
 
         Raises:
-            RefitError: a completion was made by other weights than the last refit's.
+            RefitError: a completion was made with other weights than those of the last refit.
         """
 
         def replica(mine: list[int]) -> list[Completion]:
@@ -94,11 +94,11 @@ class Policy:
 
         completions = over_replicas([len(prompt) for prompt in prompts], replica)
         if stale := {completion.weight_version for completion in completions} - {self.weight_version}:
-            raise RefitError(f"stale completions: of weight versions {stale}, expected {self.weight_version}")
+            raise RefitError(f"completions have the weight versions {stale}, expected {self.weight_version}")
         return completions
 
     def infer(self, batch: RolloutBatch, energies: bool = True) -> PolicyOutputs:
-        """Log-probs, entropies and energies of the responses under the weights that the modules hold now."""
+        """Compute log-probs, entropies and energies of the responses under the weights that the modules hold now."""
         targets = next_token_targets(batch.tokens, batch.mask)
         out, read = self.runner.infer(batch.tokens, batch.lengths, targets, outputs=2, energies=energies)
         losses = torch.zeros(batch.batch_size, 0)
@@ -109,9 +109,9 @@ class Policy:
     def infer_reference(
         self, batch: RolloutBatch, prompts: list[list[int]], *, logprobs: bool, energies: bool
     ) -> ReferenceOutputs:
-        """What the reference says, as far as it is needed; energies also where they cost nothing.
+        """Compute what is needed from the reference; energies are also returned where they cost no extra pass.
 
-        Leaves the engine asleep, maybe with the reference's weights: `refit` comes before the policy generates again.
+        The engine is left asleep and may hold the reference's weights: call `refit` before the policy generates again.
 
         Args:
             prompts: token ids of the batch's prompts.
@@ -133,7 +133,7 @@ class Policy:
         return ReferenceOutputs(outputs.logprobs, outputs.energies if same else own)
 
     def _own_response_energies(self, prompts: list[list[int]], pad_id: int) -> Tensor:
-        """[B, E] energy losses of the reference's own answers; each prompt is answered once."""
+        """Return energy losses [B, E] of the reference's own answers; each prompt is answered only once."""
         keys = [prompt_digest(prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
         if new:

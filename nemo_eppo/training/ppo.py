@@ -1,7 +1,7 @@
 """PPO with the energy-loss penalty, the actor's side: one step from prompts to updated policy and critic.
 
-Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (nemo_eppo/README.md): all
-that is decided per step, from rewards to advantages to the order of mini-batches, is computed by every rank alike.
+Per-token tensors are [B, T] over the *global* rollout batch and equal on every rank (nemo_eppo/README.md). Every rank
+computes the same rewards, advantages and order of mini-batches.
 """
 
 import time
@@ -34,21 +34,21 @@ from nemo_eppo.training.reward_sources import RawRewards, RewardSources
 
 
 class EngineMismatchError(RuntimeError):
-    """The engine's log-probs are not the trainer's: it samples from another distribution than is trained."""
+    """The engine's log-probs differ from the trainer's: it samples from another distribution than is trained."""
 
 
 class Rollout(NamedTuple):
-    """Responses to prompts, as tensors and as text; the same on every rank."""
+    """Responses to prompts as tensors and as text; the same on every rank."""
 
     prompts: list[list[int]]
-    """Token ids of the prompt of each response."""
+    """Token ids of each response's prompt."""
     batch: RolloutBatch
     samples: list[Sample]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """All that one PPO step made; the same on every rank."""
+    """Everything that one PPO step produced; the same on every rank."""
 
     metrics: dict[str, float]
     batch: RolloutBatch
@@ -56,16 +56,16 @@ class StepResult:
     experience: Experience
     ledger: Ledger
     latents: Tensor | None
-    """[B, D] of the reward models."""
+    """Latents [B, D] from the reward models; None if no model has any."""
 
 
 class PPO:
-    """The algorithm over a policy, a critic and sources of reward. Its state is the reward pipeline's.
+    """The algorithm over a policy, a critic and sources of reward. It has no state but the reward pipeline's.
 
     Args:
-        critic: None for an estimator of advantages that needs no values.
-        sources: give the rewards that are trained on.
-        observed: rewards by name that are only reported, standardised, as reward/<name>.
+        critic: gives values; None for an estimator of advantages that needs none.
+        sources: sources of the rewards that are trained on.
+        observed: sources by name whose standardised rewards are only reported, as reward/<name>.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class PPO:
         self.timers = Timers(device.synchronize)
 
     def step(self, step: int, prompts: Sequence[PromptItem]) -> StepResult:
-        """Roll out, judge, shape, and update policy and critic.
+        """Generate responses, collect and shape their rewards, and update policy and critic.
 
         Args:
-            step: 1 for the first; decides the random numbers.
-            prompts: those of the global batch; each gets `samples_per_prompt` responses, in neighbouring rows.
+            step: number of the step, counted from 1; the random numbers depend on it.
+            prompts: prompts of the global batch; each gets `samples_per_prompt` responses in neighbouring rows.
 
         Raises:
-            ServerError: a server failed; nothing of this step is lost but the step itself.
-            ServiceError: likewise a colocated critic.
-            RewardFunctionError: likewise a function.
-            EngineMismatchError: nothing was trained on.
-            RefitError: the engine did not get the new weights whole.
-            FloatingPointError, ValueError: a loss, reward or value that is not finite, named.
+            ServerError: a server failed; only this step is lost.
+            ServiceError: a colocated critic failed; only this step is lost.
+            RewardFunctionError: a reward function failed; only this step is lost.
+            EngineMismatchError: the engine's log-probs differ too much; the rollout was not trained on.
+            RefitError: the engine did not receive all of the new weights.
+            FloatingPointError, ValueError: a loss, reward or value is not finite; the message names it.
         """
         started = time.perf_counter()
         timers, settings = self.timers, self.settings
@@ -142,7 +142,7 @@ class PPO:
         return StepResult(metrics, batch, rollout.samples, experience, ledger, raw.latents)
 
     def roll_out(self, prompts: Sequence[PromptItem], sampling: SamplingParams, seed: int) -> Rollout:
-        """One response for each prompt; row i is sampled with seed number i of `seed`."""
+        """Generate one response for each prompt; row i is sampled with seed number i derived from `seed`."""
         ids = [prompt.token_ids.tolist() for prompt in prompts]
         completions = self.policy.generate(ids, sampling, seeds_for(seed, torch.arange(len(ids))))
         texts = self.tokenizer.decode_batch([completion.token_ids for completion in completions])
@@ -159,8 +159,8 @@ class PPO:
         return Rollout(ids, RolloutBatch.from_completions(ids, completions, self.tokenizer.pad_id), samples)
 
     def ask(self, rollout: Rollout) -> tuple[Callable[[], RawRewards], dict[str, Callable[[], Tensor]]]:
-        """Ask all sources of reward at once; functions that wait for their answers, collectively: the raw rewards, and
-        [B] standardised for each of the observed ones."""
+        """Ask all sources of reward at once. The returned functions are collective and wait for the answers: one gives
+        the raw rewards, and one for each observed name gives standardised rewards [B]."""
 
         def standardised(sources: RewardSources) -> Callable[[], Tensor]:
             wait = sources.ask(rollout.batch, rollout.samples)
@@ -171,7 +171,7 @@ class PPO:
         return rewards, {name: standardised(sources) for name, sources in self.observed.items()}
 
     def _greedy_baselines(self, prompts: Sequence[PromptItem]) -> Callable[[], Tensor] | None:
-        """For an estimator that needs them: proxy rewards [B] of the greedy responses to the same prompts."""
+        """Return a function that gives the proxy rewards [B] of greedy responses to the prompts; None if not needed."""
         if self.estimator.needs != "greedy":
             return None
         distinct = {prompt.index: prompt for prompt in prompts}
@@ -190,7 +190,7 @@ class PPO:
         raw: RawRewards,
         values: Tensor | None,
     ) -> tuple[Experience, Ledger]:
-        """Rewards and advantages. `values` are what the estimator needs: [B, T or T + 1] of the critic, [B] greedy."""
+        """Compute rewards and advantages. `values` are the critic's [B, T or T + 1] or the greedy baselines [B]."""
         settings, batch = self.settings, rollout.batch
         mask = batch.mask
         shaped = self.pipeline(
@@ -230,7 +230,7 @@ class PPO:
         return experience, shaped.ledger
 
     def _train(self, step: int, batch: RolloutBatch, experience: Experience) -> dict[str, float]:
-        """All updates of a step. The critic's run where it is, one after the other, while the policy's run here."""
+        """Make all updates of a step. A critic server makes its updates in order while the policy makes its own."""
         settings = self.settings
         reports: list[dict[str, float]] = []
         pending = []
@@ -291,10 +291,10 @@ class PPO:
         return self.policy.runner.train_step(rows, loss_function)
 
     def _divergence_weight(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> float:
-        """The weight of each response's divergence in the loss, the same in every micro-batch; 0 if it has none.
+        """Return the weight of a response's divergence in the loss, equal in all micro-batches; 0 if the loss has none.
 
-        sqrt_chi2 needs chi2 of the whole mini-batch under the weights that are about to be updated: known in the first
-        update of a step, else one more forward pass.
+        sqrt_chi2 needs chi2 of the whole mini-batch under the weights that are about to be updated. It is known at the
+        first update of a step; every later update needs one more forward pass.
         """
         config = self.pipeline.config.divergence
         if not config.in_loss:
@@ -322,11 +322,11 @@ class PPO:
 
 
 def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) -> dict[str, float]:
-    """Metrics of |logp_engine - logp_trainer| over the response tokens: mean, maximum and quantiles.
+    """Return mean, maximum and quantiles of |logp_engine - logp_trainer| over the response tokens, in nats.
 
     Args:
-        logprobs: [B, T], the trainer's, under the same weights.
-        limit: largest mean; None for no limit.
+        logprobs: [B, T] log-probs of the trainer under the same weights.
+        limit: largest mean that is allowed; None for no limit.
 
     Raises:
         EngineMismatchError: the mean is above the limit.

@@ -25,26 +25,26 @@ from nemo_eppo.training.reward_sources import RewardAddress, RewardKind, RewardS
 from nemo_eppo.training.setup import ModelSetup
 
 HERE = RewardSourceConfig(server=RewardAddress(url="http://127.0.0.1:5556"))
-"""The reward job on this machine, where conf/serve_reward_model.yaml has it listen."""
+"""The reward job on this machine, at the address that conf/serve_reward_model.yaml sets."""
 
 
 class AdvantagesConfig(Config):
-    """How advantages come from rewards. Settings that are null are the estimator's own defaults; those that it does not
-    have must stay null."""
+    """How advantages are computed from rewards. A setting that is null takes the estimator's own default; one that the
+    estimator does not have must stay null."""
 
     estimator: EstimatorName = "gae"
-    """`gae` needs a critic; the others have none: `grpo` and `rloo` compare the responses to one prompt with each
-    other, `reinforce_plus_plus` all of the step, `remax` each with the greedy one."""
+    """`gae` needs a critic, the others have none: `grpo` and `rloo` compare the responses to one prompt with each
+    other, `reinforce_plus_plus` all responses of a step, `remax` each response with the greedy one."""
     gamma: float | None = Field(None, ge=0, le=1)
-    """Discount per token, by default 1; gae and reinforce_plus_plus."""
+    """Discount per token for gae and reinforce_plus_plus; null for 1."""
     lam: float | None = Field(None, ge=0, le=1)
-    """Lambda of generalised advantage estimation, by default 0.95; gae."""
+    """Lambda of generalised advantage estimation for gae; null for 0.95."""
     whiten: bool | None = None
-    """Zero mean and unit variance over all response tokens of the step, by default true; gae."""
+    """Give advantages zero mean and unit variance over all response tokens of a step, for gae; null for true."""
     bootstrap_truncated: bool | None = None
-    """Continue a truncated response with the critic's value instead of 0, by default false; gae."""
+    """Use the critic's value instead of 0 after a truncated response, for gae; null for false."""
     normalize_std: bool | None = None
-    """Divide by the standard deviation of the group's rewards, by default true; grpo, which without it is Dr. GRPO."""
+    """Divide by the standard deviation of a group's rewards, for grpo; null for true, false gives Dr. GRPO."""
 
     @model_validator(mode="after")
     def _settings_are_the_estimators(self) -> "AdvantagesConfig":
@@ -58,40 +58,40 @@ class AdvantagesConfig(Config):
         return {name: value for name, value in self if name != "estimator" and value is not None}
 
     def build(self) -> AdvantageEstimator:
-        """The estimator with its settings."""
+        """Return the estimator with its settings."""
         return ESTIMATORS[self.estimator](**self._given)
 
 
 class PPOSettings(Config):
-    """The loop and the policy's loss."""
+    """Settings of the PPO loop and of the policy's loss."""
 
     max_steps: int = Field(ge=1)
-    """PPO steps: rollout, then epochs x mini-batches of updates."""
+    """Number of PPO steps; each is a rollout, then one update per mini-batch and epoch."""
     rollout_batch_size: int = Field(ge=1)
-    """Prompts per step, over all ranks."""
+    """Prompts per step over all ranks."""
     samples_per_prompt: int = Field(1, ge=1)
-    """Responses to each prompt; an estimator that compares them with each other needs at least 2."""
+    """Responses to each prompt; at least 2 for an estimator that compares them with each other."""
     mini_batch_size: int = Field(ge=1)
-    """Responses per optimizer step, over all ranks."""
+    """Responses per update over all ranks."""
     epochs: int = Field(1, ge=1)
-    """Passes over each rollout."""
+    """Passes of updates over each rollout."""
     advantages: AdvantagesConfig = AdvantagesConfig()
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """The probability ratio is clipped below 1 - clip_low ..."""
+    """The loss clips probability ratios below 1 - clip_low ..."""
     clip_high: float = Field(0.2, gt=0)
     """... and above 1 + clip_high."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound of the loss for negative advantages; null for none."""
+    """Probability ratio at which the loss of negative advantages is bounded; null for no bound."""
     aggregation: Aggregation = "token"
-    """`token`: mean over all response tokens of a mini-batch; `sequence`: mean of the means of responses; `fixed`: sum
-    over tokens over what all responses could have been long (Dr. GRPO)."""
+    """`token`: mean over all response tokens of a mini-batch; `sequence`: mean over responses of their mean over
+    tokens; `fixed`: sum over tokens divided by responses x generation.max_new_tokens (Dr. GRPO)."""
     entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus."""
+    """Weight of an entropy bonus in the loss; 0 for none."""
     importance_cap: float | None = Field(None, gt=0)
-    """Weight tokens by min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
+    """Cap of the token weights min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
     mismatch_limit: float | None = Field(0.5, gt=0)
-    """A mean |logp_engine - logp_trainer| above this ends the run before the rollout is trained on; null for no limit.
-    The same weights in bf16 differ by about 0.01 on the mean, other weights by more than 1."""
+    """Mean |logp_engine - logp_trainer| in nats above which the run ends before it trains on the rollout; null for no
+    limit. The same weights in bf16 differ by about 0.01 on average, other weights by more than 1."""
 
     @model_validator(mode="after")
     def _groups_and_batches(self) -> "PPOSettings":
@@ -109,52 +109,52 @@ class PPOSettings(Config):
 
     @property
     def responses(self) -> int:
-        """Responses per step."""
+        """Number of responses per step."""
         return self.rollout_batch_size * self.samples_per_prompt
 
     @property
     def updates(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of updates in the whole run."""
         return self.max_steps * self.epochs * self.responses // self.mini_batch_size
 
 
 class EnergyConfig(EnergyProbeConfig):
-    """How energy loss is read, and what the policy's is compared with; shaping.energy_penalty weighs the difference."""
+    """How energy loss is read and what the policy's is compared with; shaping.energy_penalty weighs the difference."""
 
     reference: Literal["own_response", "same_response"] = "own_response"
-    """What the SFT model's energy loss is read on: its own greedy answer to the prompt (paper; computed once per
-    prompt), or the policy's answer (no generation; rides on the reference's log-prob pass)."""
+    """Response on which the SFT model's energy loss is read: its own greedy answer to the prompt (paper; computed once
+    per prompt), or the policy's response (no generation; uses the reference's log-prob pass)."""
     window: EnergyWindow = "response"
-    """Which hidden states count: at the response tokens, or (generating) one position earlier."""
+    """Which hidden states count: those at the response tokens, or (generating) those one position earlier."""
     cache: Path | None = None
     """Directory of the SFT model's answers and energies, which runs can share; null for <run directory>/energy_cache.
-    A change of model, tokenizer, generation or energy settings never finds old entries."""
+    Entries of another model, tokenizer, generation or energy settings are never used."""
     max_tokens: int | None = Field(None, ge=1)
-    """Only the first response tokens count, up to this number (authors: 1024); null for all."""
+    """Number of response tokens that count, from the first (authors: 1024); null for all."""
 
 
 class PromptsConfig(Config):
-    """The prompts."""
+    """Files of prompts, and which prompts are too long."""
 
     train: Path
-    """JSON lines with {"prompt": text}; .gz is read too. Other fields of a row are given to reward functions."""
+    """JSON lines {"prompt": text}; .gz is read too. Reward functions get the other fields of a row."""
     validation: Path | None = None
-    """Prompts for validation rollouts; null for none."""
+    """File of prompts for validation rollouts; null for no validation."""
     max_prompt_length: int = Field(ge=1)
     """Longest prompt in tokens."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a longer one."""
+    """Whether a longer prompt is an error or is dropped."""
 
 
 class ValidationConfig(Config):
-    """Rollouts on fixed prompts, before the first and after the last step and in between."""
+    """Rollouts on fixed prompts before the first step, after the last and in between."""
 
     interval: int = Field(0, ge=0)
-    """Steps between validations; 0 for only the first and the last."""
+    """Steps between validations; 0 for only the first and the last validation."""
     max_prompts: int = Field(64, ge=1)
-    """How many prompts of the validation file are used, from its beginning."""
+    """Number of prompts that are used, from the beginning of the validation file."""
     greedy: bool = False
-    """Greedy responses instead of sampled ones."""
+    """Whether validation responses are greedy instead of sampled."""
 
 
 class PPOConfig(Config):
@@ -171,28 +171,28 @@ class PPOConfig(Config):
     ppo: PPOSettings
     energy: EnergyConfig = EnergyConfig()
     rewards: tuple[RewardSourceConfig, ...] = Field((HERE,), min_length=1)
-    """Where the reward comes from: reward models and functions."""
+    """Reward models and functions that the reward is made of."""
     shaping: ShapingConfig = ShapingConfig()
     reward_kind: RewardKind = "any"
-    """What all reward models of `rewards` have to be; anything else is an error."""
+    """Kind that all reward models of `rewards` must have; another kind is an error."""
     reward_functions: FunctionsConfig = FunctionsConfig()
     critic: CriticSource | None = CriticSource()
-    """Where the critic runs; null for an estimator of advantages that needs none."""
+    """Where the critic runs; null for an estimator of advantages that needs no critic."""
     optimizer: OptimizerConfig
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints of the actor; the critic is saved with it."""
+    """When the actor is saved and what is kept; the critic is saved with it."""
     monitor: MonitorConfig = MonitorConfig()
-    """Signs of reward hacking, and what is to happen when they show."""
+    """Signs of reward hacking, and what happens when they appear."""
     gold_reward: str | None = None
-    """Function that is only reported, as reward/gold: "module:function", like those of `rewards`."""
+    """Reward function "module:name" that is only reported, as reward/gold; null for none."""
     held_out_reward: RewardSourceConfig | None = None
-    """A reward model that training never sees; reported, standardised, as reward/held_out."""
+    """Source of reward that is not trained on, reported standardised as reward/held_out; null for none."""
     record_rollouts: int | None = Field(None, ge=0)
-    """Rows of each step's rollout that are written to rollouts/; null for all."""
+    """Number of rows of each step's rollout that are written to rollouts/; null for all."""
 
     def check_model(self, model: ModelConfig, ranks: int) -> None:
-        """ConfigError if the model's window or layers, or this number of ranks, do not allow these settings."""
+        """Raise ConfigError if the model's window or layers or the number of ranks do not allow these settings."""
         window, new = model.max_sequence_length, self.generation.max_new_tokens
         if self.longest > window:
             raise ConfigError(
@@ -203,7 +203,7 @@ class PPOConfig(Config):
         self.energy.layer_indices(model.num_layers)
 
     def check_own_code(self) -> None:
-        """ConfigError if a function or term of the user's cannot be loaded."""
+        """Raise ConfigError if one of the user's functions or shaping terms cannot be loaded."""
         functions = {f"rewards[{index}].function": source.function for index, source in enumerate(self.rewards)}
         functions["gold_reward"] = self.gold_reward
         if self.held_out_reward is not None:
@@ -215,7 +215,7 @@ class PPOConfig(Config):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and response together."""
+        """Number of tokens of the longest prompt and response together."""
         return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @model_validator(mode="after")

@@ -27,10 +27,10 @@ from nemo_eppo.training.setup import Plan, build, plan
 
 
 class PPOJob:
-    """The actor job on all of its ranks. Files and settings are checked when it is made; `build` builds the models.
+    """The actor job on all of its ranks. The constructor checks files and settings; `build` builds the models.
 
     Raises:
-        ConfigError: for whatever cannot work.
+        ConfigError: a file or a setting does not fit.
     """
 
     def __init__(self, config: PPOConfig, run: Run) -> None:
@@ -65,11 +65,11 @@ class PPOJob:
         )
 
     def build(self, stack: ExitStack) -> PPO:
-        """Join the ranks, build policy and reference, build or connect to critic and rewards. What they hold is
-        released when `stack` closes."""
+        """Join the ranks, build policy and reference, and build or connect to critic and reward models. They are
+        closed when `stack` closes."""
         config, tokenizer = self.config, self.plan.tokenizer
         runtime.initialize(config.model.parallel, config.seed)
-        if self._critic is not None:  # before the policy, which stays on the device
+        if self._critic is not None:  # built before the policy, which stays on the device
             self._critic.build(self.run_files.directory / "critic")
         for model in self._reward_models.values():
             model.build()
@@ -121,7 +121,7 @@ class PPOJob:
         return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, sampling, tokenizer, config.seed)
 
     def _energy_cache(self, own_answers: SamplingParams) -> EnergyCache | None:
-        """The cache on disk; a model with fresh weights has none, for nothing identifies it."""
+        """Return the cache on disk; None if it is not needed, or for fresh weights, which nothing identifies."""
         config, source = self.config, self.plan.source
         if source is None or "ref_energies" not in self.pipeline.needs or config.energy.reference == "same_response":
             return None

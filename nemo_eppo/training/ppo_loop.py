@@ -1,4 +1,4 @@
-"""The PPO steps of a run and what goes with them: validation, metrics, rollout files, checkpoints, resume."""
+"""The loop over PPO steps with validation, metrics, rollout files, checkpoints and resume."""
 
 import secrets
 import time
@@ -28,14 +28,14 @@ from nemo_eppo.training.stopping import StopWatch
 
 
 def train_ppo(config: PPOConfig, run: Run) -> None:
-    """The actor job."""
+    """Run the actor job."""
     job = PPOJob(config, run)
     with ExitStack() as stack:
         PPOLoop(job, job.build(stack)).run()
 
 
 class PPOLoop:
-    """One run on all ranks. Where the run directory holds a checkpoint, making it resumes the run from there."""
+    """One run on all ranks. If the run directory holds a checkpoint, the constructor resumes the run from it."""
 
     def __init__(self, job: PPOJob, ppo: PPO) -> None:
         self.config, self.run_files, self.plan = job.config, job.run_files, job.plan
@@ -50,9 +50,7 @@ class PPOLoop:
         """Train to the last step."""
         config, ppo, last = self.config, self.ppo, self.config.ppo.max_steps
         if self.done >= last:
-            self.run_files.logger.info(
-                "%d steps are done of ppo.max_steps = %d: nothing is left to do", self.done, last
-            )
+            self.run_files.logger.info("%d steps are done, ppo.max_steps = %d: nothing is left to do", self.done, last)
         with ExitStack() as stack:
             watch = stack.enter_context(StopWatch(self.run_files))
             metrics, recorder = self._open_files(stack)
@@ -63,7 +61,7 @@ class PPOLoop:
                 before = self._validate(0)
                 if metrics is not None and before:
                     metrics.log(0, before)
-                if before and not config.validation.greedy:  # the energies of greedy responses are others
+                if before and not config.validation.greedy:  # greedy responses have other energies than sampled ones
                     self.monitor.observe_sft(before["validation/energy_loss"])
             for step in range(self.done + 1, last + 1):
                 result = ppo.step(step, [self.prompts[index] for index in next(self.batches)])
@@ -97,7 +95,7 @@ class PPOLoop:
         return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Rollouts on the validation prompts; rows to validation/, means as metrics."""
+        """Roll out on the validation prompts, write rows to validation/ and return means as metrics."""
         if not self.validation_prompts:
             return {}
         ppo, sampling = self.ppo, self.config.generation
@@ -121,7 +119,7 @@ class PPOLoop:
         return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
 
     def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:
-        """Show a step's metrics to the hacking monitor and add its own to them; whether it wants the run to stop."""
+        """Give a step's metrics `row` to the hacking monitor, add its own, and return whether it stops the run."""
         watched = on_rank0(lambda: self.monitor.observe(step, row, latents))  # one verdict for all ranks
         row |= watched.metrics
         actions = [alarm.action for alarm in watched.alarms]
@@ -134,8 +132,8 @@ class PPOLoop:
         return "stop" in actions
 
     def _save(self, step: int, validation: dict[str, float]) -> None:
-        """Save actor and critic. The actor's checkpoint comes into being after the critic's, so that every actor that
-        can be resumed finds its critic; each drops a checkpoint only when the other no longer needs it."""
+        """Save actor and critic. The actor's checkpoint appears after the critic's, so that every actor that can be
+        resumed finds its critic; each deletes a checkpoint only when the other no longer needs it."""
         self.saver.finish()
         ppo, state, critic_saved = self.ppo, {}, None
         if ppo.critic is not None:
@@ -162,13 +160,13 @@ class PPOLoop:
         )
 
     def _critics_needed(self) -> list[int]:
-        """The critic's updates that this run's checkpoints go with."""
+        """Return the numbers of critic updates that this run's checkpoints were saved with."""
         saved = checkpoint_files.complete_in(self.checkpoints)
         return [checkpoint_files.read_manifest(path).state["critic_updates"] for path in saved]
 
     def _resume(self) -> int:
-        """Load the newest checkpoint of this run, if there is one, and have the critic go back to the same step; the
-        step it was made at."""
+        """Load the newest checkpoint of this run, if there is one, and make the critic go back to its state then.
+        Return the number of steps done."""
         ppo, precision = self.ppo, self.plan.setup.precision
         newest = on_rank0(lambda: checkpoint_files.verify_newest(self.checkpoints, "lm", self.plan.model, precision))
         state = checkpoint_files.read_manifest(newest).state if newest is not None else {}
@@ -176,7 +174,7 @@ class PPOLoop:
             if ("critic_updates" in state) != (ppo.critic is not None):
                 had, has = ("a", "none") if ppo.critic is None else ("no", "one")
                 raise ConfigError(
-                    f"{newest} is of a run with {had} critic, and this one has {has}: choose another run directory"
+                    f"{newest} was saved by a run with {had} critic, this run has {has}: choose another run directory"
                 )
             self.batches.load_state_dict(state["batches"])
         if ppo.critic is not None:
@@ -189,7 +187,7 @@ class PPOLoop:
         return manifest.step
 
     def _run_id(self) -> int:
-        """A number by which the critic knows this run again."""
+        """Return the random number by which the critic recognises this run."""
         path = self.run_files.directory / "run_id"
         if not path.exists():
             write_atomically(path, f"{secrets.randbits(62)}\n")
@@ -197,7 +195,7 @@ class PPOLoop:
 
 
 def text_of(sample: Sample) -> dict[str, Any]:
-    """What rollout files say of each response: its text, and how it ended."""
+    """Return a response's fields in rollout files: its text, and how it ended."""
     return {
         "prompt": sample.prompt,
         "response": sample.response,
@@ -207,7 +205,7 @@ def text_of(sample: Sample) -> dict[str, Any]:
 
 
 def rollout_rows(result: StepResult) -> list[dict[str, Any]]:
-    """A step's responses with everything that their rewards were made of."""
+    """Return one row per response of a step, with everything that its reward was made of."""
     return [
         {**text_of(sample), "response_length": len(sample.token_ids), **ledger}
         for sample, ledger in zip(result.samples, result.ledger.rows(), strict=True)

@@ -1,4 +1,4 @@
-"""Several reward models from one command: the members of an ensemble, or of WARM, whose weights are then averaged."""
+"""Trains several reward models with one command: members of an ensemble, or of WARM, which averages their weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +19,30 @@ from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
 
 
 class EnsembleConfig(Config):
-    """Reward models that differ in the order of pairs and, without a linear probe, in their fresh heads. Member i is
+    """Reward models that differ in the order of pairs and, without a linear probe, in their fresh heads. Member i is in
     <run directory>/member_i."""
 
     members: int = Field(1, ge=1)
-    """Reward models to train, one after another; 1: <run directory>/checkpoints, as without an ensemble."""
+    """Number of reward models, trained one after another; 1 for a single one in <run directory>/checkpoints."""
     linear_probe_steps: int = Field(0, ge=0)
-    """Updates of a fresh head alone, on frozen features, before the members, which then all start with it (WARM)."""
+    """Steps that train a fresh head on a frozen decoder, from which all members then start (WARM); 0 for none."""
     lrs: tuple[float, ...] = ()
-    """Learning rates; member i takes number i, over and over. Empty: optimizer.lr for all."""
+    """Learning rates, given to the members in turn; empty for optimizer.lr in all."""
     dropouts: tuple[float, ...] = (0.0,)
-    """Dropout on the residual stream, likewise."""
+    """Probabilities of dropout in the residual stream, given to the members in turn."""
     average: bool = False
     """WARM (arXiv 2401.12187): average the members' weights, head included, into <run directory>/average."""
     keep_best: int | None = Field(None, ge=2)
-    """Only the so many members of highest validation accuracy are averaged; null for all."""
+    """Number of members that are averaged, those of highest validation accuracy; null for all."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "EnsembleConfig":
         if self.average and self.members < 2:
             raise ValueError(f"average = true needs at least 2 members, got {self.members}")
         if self.keep_best is not None and (not self.average or self.keep_best > self.members):
-            raise ValueError(f"keep_best = {self.keep_best} needs average = true and as many of {self.members} members")
+            raise ValueError(
+                f"keep_best = {self.keep_best} needs average = true and members >= keep_best, got {self.members}"
+            )
         if wrong := [lr for lr in self.lrs if lr <= 0]:
             raise ValueError(f"lrs: {wrong[0]}; expected numbers above 0")
         if wrong := [dropout for dropout in self.dropouts if not 0 <= dropout < 1]:
@@ -51,7 +53,7 @@ class EnsembleConfig(Config):
 
 
 def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: OptimizerConfig) -> None:
-    """ConfigError for an ensemble that cannot be trained from this model, before anything is built."""
+    """Raise ConfigError if the ensemble cannot be trained from this model, before anything is built."""
     has_head = model.manifest is not None and model.manifest.head == head
     if config.average and not has_head and config.linear_probe_steps == 0:
         raise ConfigError(
@@ -65,10 +67,10 @@ def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: O
 
 
 def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
-    """Train whatever is not trained yet of the probe and the members; the last checkpoint of each member.
+    """Train those of the probe and the members that are not trained yet; return the last checkpoint of each member.
 
     Args:
-        fit: what a single reward model would be trained by.
+        fit: the training run of a single reward model.
     """
     if config.members == 1 and not config.linear_probe_steps:
         return [replace(fit, dropout=config.dropouts[0]).train()]
@@ -98,7 +100,7 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
 
 
 def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> dict[str, float]:
-    """Write the mean of the best members' weights to <run directory>/average; its metrics on the validation data."""
+    """Write the mean of the best members' weights to <run directory>/average; return its validation metrics."""
     task, model, run = fit.task, fit.plan, fit.run
     accuracies = {path: checkpoint_files.read_manifest(path).metrics["validation/accuracy"] for path in members}
     best = sorted(members, key=lambda path: -accuracies[path])[: config.keep_best]
@@ -121,7 +123,7 @@ def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> di
     manifest = checkpoint_files.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
     checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
     run.logger.info(
-        "averaged %d of %d members (validation accuracy %s): %.4f",
+        "averaged %d of %d members of validation accuracy %s; the average has %.4f",
         len(best),
         len(members),
         ", ".join(f"{accuracies[path]:.4f}" for path in best),
@@ -131,7 +133,7 @@ def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> di
 
 
 def _part(run: Run, name: str) -> Run:
-    """A run of its own in a directory of this one."""
+    """Return a run of its own in the subdirectory `name` of this run's directory."""
     directory = run.directory / name
     if run.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +141,7 @@ def _part(run: Run, name: str) -> Run:
 
 
 def _plan_from(source: Path, model: Plan, **changes: Any) -> Plan:
-    """The plan of the same model with the weights of a checkpoint, and changed settings."""
+    """Return the plan of the same model with the weights of the checkpoint `source` and changed settings."""
     setup: ModelSetup = model.setup.model_copy(
         update={"restore_from_path": source, "architecture": None, "tokenizer": None, **changes}
     )

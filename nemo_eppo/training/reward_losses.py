@@ -1,7 +1,7 @@
 """The losses of a reward model: Bradley-Terry alone, with ODIN's length head, or with InfoRM's bottleneck.
 
-Row 2i is the chosen response of pair i, row 2i + 1 the rejected one. All losses are sums over the rows of a micro-batch
-that add up to the loss of the global batch.
+Row 2i is the chosen response of pair i, row 2i + 1 the rejected one. The loss of a micro-batch is a sum over its rows;
+these sums add up to the loss of the global batch.
 """
 
 from pathlib import Path
@@ -24,38 +24,38 @@ class OdinConfig(Config):
     """Disentangling reward from length (ODIN, arXiv 2402.07319)."""
 
     length_weight: float = Field(1.0, ge=0)
-    """Of |rho(quality, length)| - rho(length head, length), rho Pearson's correlation over the global batch."""
+    """Weight of |rho(quality, length)| - rho(length head, length); rho: Pearson correlation over the global batch."""
     orthogonality_weight: float = Field(1.0, ge=0)
-    """Of the cosine of the two heads' weights."""
+    """Weight of the absolute cosine of the two heads' weights."""
 
 
 class InformConfig(Config):
     """The information bottleneck (InfoRM, arXiv 2402.09345)."""
 
     latent_size: int = Field(128, ge=1)
-    """d; the authors' scripts: 512."""
+    """Size d of the latents; the authors' scripts have 512."""
     beta: float = Field(0.1, ge=0)
     """Weight of the latents' KL divergence, summed over both sides of a pair."""
     kl: KLMode = "paper_sum"
-    """`paper_sum`: summed over d; `official_mean_first`, the authors' code: of averages over d, and so far smaller."""
+    """`paper_sum` sums over d; `official_mean_first` (the authors' code) averages over d first and is far smaller."""
     sft_responses: Path | None = None
-    """Rows {"prompt", "response"} of the SFT model (or its training data): where their latents lie is stored with the
-    model. The first 2048 are used."""
+    """File of rows {"prompt", "response"} of the SFT model (or its training data), of which the first 2048 are used. A
+    Gaussian of their latents is stored with the model. Kind `inform` needs it; null for other kinds."""
 
 
 class RewardLossConfig(Config):
-    """The loss and the score."""
+    """The loss, and how a response gets its score."""
 
     kind: Literal["bradley_terry", "odin", "inform"] = "bradley_terry"
-    """`odin` adds a head that takes on length, `inform` an information bottleneck that gives latents."""
+    """`odin` adds a head that learns length, `inform` an information bottleneck that gives latents."""
     score: ScoreReduction = "last"
-    """A response's score: the head's output at its last token, or the sum or mean over its tokens."""
+    """Which of the head's outputs is a response's score: that at its last token, or the sum or mean over its tokens."""
     margin: float = Field(0.0, ge=0)
-    """By how much the chosen response should lead."""
+    """Margin by which the chosen response's score should exceed the rejected one's; 0 for none."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a label is wrong."""
+    """Assumed probability that a label is wrong; 0 for no smoothing."""
     l2: float = Field(0.0, ge=0)
-    """Weight of the squared scores, which keeps them near zero."""
+    """Weight of the squared scores, which keeps scores near zero; 0 for none."""
     odin: OdinConfig = OdinConfig()
     inform: InformConfig = InformConfig()
 
@@ -67,7 +67,7 @@ class RewardLossConfig(Config):
 
 
 class BradleyTerry:
-    """`-log sigmoid(r_w - r_l - margin)`."""
+    """The loss `-log sigmoid(r_w - r_l - margin)` of the chosen response's score r_w and the rejected one's r_l."""
 
     head: ScalarHeads = "scalar"
     latent_size = 0
@@ -77,29 +77,29 @@ class BradleyTerry:
 
     @property
     def outputs(self) -> int:
-        """Numbers per token that the model gives."""
+        """Number of values per token that the model gives."""
         return outputs_per_token(self.head, self.latent_size)
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        """Add to the global batch's rows what the loss needs to know of the whole of it."""
+        """Add to the rows of the global batch what the loss needs to know about the whole batch."""
         return rows
 
     def __call__(self, output: Tensor, rows: Rows, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and what is reported of a micro-batch.
+        """Return the loss of a micro-batch and its metrics.
 
         Args:
-            output: [b, s, outputs].
-            pairs: of the global batch.
+            output: [b, s, outputs] output of the heads.
+            pairs: number of pairs in the global batch.
         """
         scores = self.score(output[..., 0], rows)
         return self.bradley_terry(scores, pairs), {"accuracy": (scores[0::2] > scores[1::2]).sum() / pairs}
 
     def score(self, token_scores: Tensor, rows: Rows) -> Tensor:
-        """[b] from [b, s]."""
+        """Reduce token scores [b, s] to scores [b] of responses."""
         return sequence_score(token_scores, rows["prompt_lengths"], rows["lengths"], self.config.score)
 
     def bradley_terry(self, scores: Tensor, pairs: float) -> Tensor:
-        """The loss of the scores [2n] of n pairs."""
+        """Return the loss of n pairs with the scores [2n]."""
         config = self.config
         return bradley_terry_loss(
             scores[0::2],
@@ -112,10 +112,10 @@ class BradleyTerry:
 
 
 class Odin(BradleyTerry):
-    """Bradley-Terry of quality + length score, plus ODIN's length and orthogonality losses.
+    """Bradley-Terry loss of quality + length score, plus ODIN's length and orthogonality losses.
 
-    Correlations over the global batch come from one more forward pass, before the update: it gives all scores, and
-    from them each row's slope, exactly (`algorithms/odin.py`; dropout is off in it, so with dropout nearly).
+    Correlations over the global batch need one more forward pass before the update. It gives all scores, and from them
+    each row's slope (`algorithms/odin.py`): exact without dropout, which this pass leaves out, else approximate.
     """
 
     head: ScalarHeads = "odin"
@@ -131,7 +131,7 @@ class Odin(BradleyTerry):
     def __call__(self, output: Tensor, rows: Rows, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
         quality, length_scores = (self.score(output[..., head], rows) for head in (0, 1))
         length = (rows["quality_slopes"] * quality + rows["length_slopes"] * length_scores).sum()
-        # the cosine of the heads stands at every token of every row: one each, so that the rows' mean is it
+        # every token of every row holds the heads' cosine: one token per row is taken, so that the mean is the cosine
         orthogonality = output[:, 0, 2].abs().sum() / (2 * pairs)
         loss = self.bradley_terry(quality + length_scores, pairs)
         loss = loss + self.config.odin.length_weight * length + self.config.odin.orthogonality_weight * orthogonality
@@ -142,7 +142,7 @@ class Odin(BradleyTerry):
 
 
 class Inform(BradleyTerry):
-    """Bradley-Terry of a sampled latent's score, plus `beta` times the latents' KL divergence from N(0, I)."""
+    """Bradley-Terry loss of a sampled latent's score, plus `beta` times the latents' KL divergence from N(0, I)."""
 
     head: ScalarHeads = "inform"
 

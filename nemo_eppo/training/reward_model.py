@@ -38,17 +38,17 @@ class RewardTrainingConfig(Config):
     model: ModelSetup
     """Usually the SFT model; it gets a fresh head."""
     data: TextDataConfig
-    """Rows {"prompt", "chosen", "rejected"}."""
+    """Files of rows {"prompt", "chosen", "rejected"}."""
     reward: RewardLossConfig = RewardLossConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
-    """Several reward models by one command."""
+    """Several reward models, trained with one command."""
     fit: FitSettings
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
 
 
 class RewardTask:
-    """Row 2i is the chosen response of pair i, row 2i + 1 the rejected one."""
+    """Training on pairs; row 2i is the chosen response of pair i, row 2i + 1 the rejected one."""
 
     title: ClassVar[str] = "Reward model"
     group: ClassVar[int] = 2
@@ -111,15 +111,15 @@ class RewardTask:
         return {f"validation/{name}": value for name, value in metrics.items()}
 
     def _infer(self, runner: ModelRunner, sides: list[tuple[TokenIds, TokenIds]]) -> Iterator[tuple[Rows, Tensor]]:
-        """Rows of a few sides at a time, and their scores and latents [n, 1 + d]."""
+        """Yield rows of up to VALIDATION_ROWS sides, with their scores and latents [n, 1 + d]."""
         read = partial(score_and_latents, how=self.config.score, latent_size=self.latent_size)
         for start in range(0, len(sides), VALIDATION_ROWS):
             rows = self._rows(sides[start : start + VALIDATION_ROWS])
             yield rows, runner.infer_rows(rows, read, outputs=1 + self.latent_size)
 
     def state(self) -> dict[str, object]:
-        """How the score is read, its mean and standard deviation over both sides of the validation pairs, and where
-        the latents of SFT responses lie."""
+        """Return how the score is read, its mean and standard deviation over both sides of the validation pairs, and
+        the Gaussian of the SFT responses' latents if there is one."""
         state: dict[str, object] = {
             "kind": self.config.kind,
             "score": self.config.score,
@@ -136,7 +136,7 @@ def _sides(items: list[PreferenceItem]) -> list[tuple[TokenIds, TokenIds]]:
 
 
 def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
-    """The reward-model training job."""
+    """Run the reward-model training job."""
     model = plan(config.model)
     task = RewardTask(config.data, config.reward, model, config.seed)
     check_ensemble(config.ensemble, model, task.head, config.optimizer)

@@ -1,4 +1,4 @@
-"""The reward job: a trained reward model behind a server, with the statistics that standardise its scores."""
+"""The reward job: serves a trained reward model and the statistics that standardise its scores."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,7 +27,7 @@ class RewardModelConfig(Config):
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0)
-    """Has no effect on a trained model."""
+    """Seed of the process; it has no effect on a trained model."""
     model: ModelSetup
     """A checkpoint of train_reward_model.py, or a Hugging Face *ForSequenceClassification directory with one output and
     with "nemo_eppo_reward": {"mean", "std"} in its config.json."""
@@ -35,9 +35,9 @@ class RewardModelConfig(Config):
 
 
 class RewardModel:
-    """A reward model on this job's ranks: checked when it is made, built once the ranks have joined.
+    """A reward model on this job's ranks; a `Service` that knows no server.
 
-    It is a `Service` that knows no server.
+    The constructor checks files and settings; `build` is called once the ranks have joined.
     """
 
     name = "reward"
@@ -70,15 +70,15 @@ class RewardModel:
 
     def build(self) -> None:
         """Load the weights; collective."""
-        with runtime.seeded(0):  # all weights are loaded, and a model beside it must not see what was drawn for them
+        with runtime.seeded(0):  # all weights are loaded; the draws before must not affect a model beside it
             self.runner = build(self.plan, self.head, latent_size=self.latent_size)
 
     def status(self) -> dict[str, Any]:
-        """The tokenizer and the statistics."""
+        """Return the tokenizer's digest and the statistics."""
         return {"tokenizer": self.tokenizer_digest, "reward": self.statistics()}
 
     def statistics(self) -> dict[str, Any]:
-        """For the status reply: k, mean and std of each of the k models on its validation data; kind and latents."""
+        """Return for the status reply: k, mean and std of each of k models on validation data, kind, latent size."""
         return {
             "k": 1,
             "mean": [self.mean],
@@ -88,10 +88,10 @@ class RewardModel:
         }
 
     def infer(self, request: Tensors) -> Tensors:
-        """tokens [B, S], prompt_lengths [B], lengths [B] -> raw rewards [B, 1], and latents [B, d] if it has them.
+        """Map tokens [B, S], prompt_lengths [B], lengths [B] to raw rewards [B, 1] and latents [B, d], if it has any.
 
-        Latents are given in coordinates in which those of SFT responses have mean 0 and covariance I: a latent's norm
-        is its Mahalanobis distance.
+        In the coordinates of the latents, those of SFT responses have mean 0 and covariance I: a latent's norm is its
+        Mahalanobis distance.
         """
         rows = {name: request[name] for name in ("tokens", "prompt_lengths", "lengths")}
         read = partial(score_and_latents, how=self.score, latent_size=self.latent_size)
@@ -105,10 +105,10 @@ class RewardModel:
 
 
 def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_size: int) -> Tensor:
-    """What a reward model says about each response: its score, and the latents (means) of its last token.
+    """Return each response's score and the latents (means) at its last token.
 
     Args:
-        output: [b, S, C], a head's outputs per token; the first is the score, the next `latent_size` are the latents.
+        output: [b, S, C] a head's outputs per token: first the score, then `latent_size` latents.
         rows: "prompt_lengths" and "lengths" [b].
         how: see `sequence_score`.
 
@@ -121,12 +121,12 @@ def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_si
 
 
 def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
-    """A Gaussian over latents for a manifest, in fp32."""
+    """Convert a Gaussian over latents to what a manifest stores, in fp32."""
     return {"mean": pack_array(gaussian.mean.cpu().numpy()), "factor": pack_array(gaussian.factor.cpu().numpy())}
 
 
 def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
-    """What `store_gaussian` wrote, fp64."""
+    """Read what `store_gaussian` wrote, as fp64."""
     mean, factor = (torch.from_numpy(unpack_array(stored[name])).double() for name in ("mean", "factor"))
     return Gaussian(mean, factor)
 

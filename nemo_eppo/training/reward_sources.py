@@ -1,4 +1,4 @@
-"""Where raw rewards come from: reward models, behind servers or in the actor's processes, and Python functions."""
+"""Sources of raw rewards: reward models, behind servers or in the actor's processes, and Python functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,34 +21,34 @@ RewardKind = Literal["any", "bradley_terry", "odin", "inform", "warm"]
 
 
 class RewardAddress(ClientConfig):
-    """Where a reward server is found."""
+    """Address of a reward server."""
 
     job: Literal["reward", "critic"] = "reward"
-    """The kind of job that serves it: its own, or the critic's."""
+    """Kind of job that serves it: a reward job, or the critic's."""
 
 
 class ColocatedRewardConfig(Config):
     """A reward model in the actor's own processes; layout, precision and micro-batches are those of `model`."""
 
     restore_from_path: Path
-    """As model.restore_from_path of a reward job."""
+    """Reward model, read like model.restore_from_path of a reward job."""
 
 
 class RewardSourceConfig(Config):
     """One source of reward: exactly one of `server`, `colocated` and `function`."""
 
     server: RewardAddress | None = None
-    """A reward model behind a server."""
+    """A reward model behind a server; null for another source."""
     colocated: ColocatedRewardConfig | None = None
-    """A reward model in the actor's own processes."""
+    """A reward model in the actor's own processes; null for another source."""
     function: str | None = None
-    """A function "module:name" that takes a nemo_eppo.rewards.sample.Sample and gives a number."""
+    """Function "module:name" that takes a nemo_eppo.rewards.sample.Sample and returns a number; null for none."""
     weight: float = 1.0
-    """Factor of the standardised reward."""
+    """Weight of the standardised reward."""
     mean: float | None = None
-    """Subtracted from the reward; null for the reward model's own mean on its validation data, 0 for a function."""
+    """Number subtracted from the reward; null for a reward model's mean on its validation data, 0 for a function."""
     std: float | None = Field(None, gt=0)
-    """The reward is divided by it; null for the reward model's own standard deviation, 1 for a function."""
+    """Number the reward is divided by; null for a reward model's standard deviation there, 1 for a function."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RewardSourceConfig":
@@ -62,20 +62,20 @@ class RewardSource(Protocol):
 
     columns: list[Column]
     latent_size: int
-    """D of the latents that come with the rewards; 0 for none."""
+    """Size D of the latents that come with the rewards; 0 for none."""
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
-        """Start to compute the rewards of a batch; the function that is returned waits for them, collectively."""
+        """Start to compute the rewards of a batch; the returned function waits for them and is collective."""
 
     def close(self) -> None:
-        """End what the source holds on this rank."""
+        """Release what the source holds on this rank."""
 
 
 class ServerSource:
     """The reward models of one server.
 
     Raises:
-        ServerError: the server is not reachable or does not fit; on every rank, the message names it.
+        ServerError: the server is not reachable or does not fit; raised on every rank, and names the server.
         ConfigError: a reward model is not of the expected kind.
     """
 
@@ -97,10 +97,10 @@ class ServerSource:
 def model_columns(
     config: RewardSourceConfig, where: str, statistics: Mapping[str, Any], kind: RewardKind
 ) -> list[Column]:
-    """The columns of the reward models that a status reply describes by its `statistics`.
+    """Return the columns of the reward models that the `statistics` of a status reply describe.
 
     Raises:
-        ConfigError: they are not of the expected kind; the message names `where` they are.
+        ConfigError: they are not of the expected kind; the message says `where` they are.
     """
     if kind not in ("any", statistics.get("kind")):
         raise ConfigError(f"reward_kind = '{kind}', but {where} has a reward model of kind '{statistics.get('kind')}'")
@@ -116,7 +116,7 @@ def model_columns(
 
 
 class FunctionSource:
-    """A function of the user, called on rank 0 in the pool's processes."""
+    """A user's reward function, which rank 0 has the pool's processes call."""
 
     latent_size = 0
 
@@ -131,20 +131,20 @@ class FunctionSource:
         return lambda: Rewards(torch.tensor(wait()).unsqueeze(1), torch.zeros(len(samples), 0))
 
     def close(self) -> None:
-        """The pool is closed by who made it."""
+        """Nothing is held; whoever made the pool closes it."""
 
 
 class RawRewards(NamedTuple):
-    """What all sources say about B responses."""
+    """Answers of all sources for B responses."""
 
     scores: Tensor
-    """fp32 [B, k], one column per reward model or function."""
+    """Raw rewards fp32 [B, k], one column per reward model or function."""
     latents: Tensor | None
-    """fp32 [B, D], those of several models side by side; None if no model has any."""
+    """Latents fp32 [B, D], those of several models side by side; None if no model has any."""
 
 
 class RewardSources:
-    """All sources of a run, asked together."""
+    """Several sources that are asked together."""
 
     def __init__(self, sources: Sequence[RewardSource]) -> None:
         self._sources = sources
@@ -152,7 +152,7 @@ class RewardSources:
         self.latent_size = sum(source.latent_size for source in sources)
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], RawRewards]:
-        """Start to compute the rewards of a batch; the function that is returned waits for them, collectively."""
+        """Start to compute the rewards of a batch; the returned function waits for them and is collective."""
         pending = [source.ask(batch, samples) for source in self._sources]
 
         def wait() -> RawRewards:
@@ -165,7 +165,7 @@ class RewardSources:
         return wait
 
     def close(self) -> None:
-        """End what the sources hold on this rank."""
+        """Release what the sources hold on this rank."""
         for source in self._sources:
             source.close()
 
@@ -173,7 +173,7 @@ class RewardSources:
 def build_source(
     config: RewardSourceConfig, expect: Mapping[str, Any], kind: RewardKind, pool: FunctionPool
 ) -> RewardSource:
-    """The source that the settings name, unless it is colocated; collective."""
+    """Connect to the server or wrap the function that the settings name; collective. Not for a colocated source."""
     if config.server is not None:
         return ServerSource(config, config.server, expect, kind)
     assert config.function is not None

@@ -1,4 +1,4 @@
-"""From settings to a model on all ranks: what is checked before anything expensive starts, and what is then built."""
+"""From settings to a model on all ranks: `plan` checks before anything expensive starts, `build` builds."""
 
 import gc
 from dataclasses import dataclass
@@ -29,22 +29,22 @@ class ModelSetup(Config):
     """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken; or a Hugging Face
     directory (config.json, tokenizer, safetensors) of a family in nemo_eppo/models/families.py."""
     architecture: ModelConfig | None = None
-    """A model with fresh weights instead; its vocab_size may be left out for the tokenizer's."""
+    """Architecture of a model with fresh weights instead; without vocab_size it takes the tokenizer's."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer directory; null for the one that comes with the model."""
     precision: Precision = "fp32"
-    """Of weights and activations; heads, optimizer and losses are always fp32."""
+    """Precision of weights and activations; heads, optimizer and losses are always fp32."""
     recompute: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass, which takes less memory and a third more time."""
     lora: LoRAConfig | None = None
     """Train adapters beside the model's frozen weights; null to train all of them."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout over the job's ranks."""
+    """How the model is laid out over the job's ranks."""
     micro_batch_size: int = Field(4, ge=1)
     """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Sequence packing: rows are put together without padding, up to so many tokens per forward pass, and balanced over
-    micro-batches and replicas. A longer row gets a pass of its own length. Replaces micro_batch_size; null pads."""
+    """Most tokens per forward pass with sequence packing, which puts rows together without padding and balances them
+    over micro-batches and replicas; a longer row gets its own pass. Replaces micro_batch_size; null pads instead."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSetup":
@@ -53,7 +53,9 @@ class ModelSetup(Config):
         if self.architecture is not None and self.tokenizer is None:
             raise ValueError("tokenizer has to be set for a model with a fresh architecture")
         if self.architecture is not None and self.lora is not None:
-            raise ValueError("lora leaves the model as it is, which needs restore_from_path, not a fresh architecture")
+            raise ValueError(
+                "lora trains adapters beside given weights, which needs restore_from_path, not a fresh architecture"
+            )
         return self
 
     def beside(self, restore_from_path: Path, lora: LoRAConfig | None = None) -> "ModelSetup":
@@ -64,14 +66,14 @@ class ModelSetup(Config):
 
 @dataclass(frozen=True)
 class Plan:
-    """A model whose files, tokenizer and layout were checked, not yet built."""
+    """A model whose files, tokenizer and layout have been checked, but which is not built yet."""
 
     setup: ModelSetup
     model: ModelConfig
     tokenizer: Tokenizer
     tokenizer_path: Path
     source: Path | HfDirectory | None
-    """Checkpoint directory or Hugging Face directory, if the model is not fresh."""
+    """Checkpoint directory or Hugging Face directory; None for fresh weights."""
     manifest: checkpoint_files.Manifest | None
 
 
@@ -79,13 +81,13 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     """Read and check everything the model needs, without building it.
 
     Args:
-        where: the config key, for error messages.
-        head: the kind of checkpoint that is expected; None for either.
-        ranks: that the layout is for; None for those of this job.
+        where: the config key of `setup`, for error messages.
+        head: the head that the checkpoint must have; None for any.
+        ranks: number of ranks that the layout is for; None for those of this job.
 
     Raises:
-        ConfigError: a missing, damaged or wrong checkpoint or tokenizer, a vocabulary that does not fit, or a layout
-            that the model or the number of ranks does not allow.
+        ConfigError: checkpoint or tokenizer is missing, damaged or wrong, the vocabulary does not fit, or the model or
+            the number of ranks does not allow the layout.
     """
     source: Path | HfDirectory | None = None
     manifest, model, tokenizer_path = None, setup.architecture, setup.tokenizer
@@ -129,22 +131,23 @@ def build(
     probe: EnergyProbeConfig | None = None,
     resume: Path | None = None,
 ) -> ModelRunner:
-    """Build the planned model on every rank, load its weights, and make it trainable if there is an optimizer.
+    """Build the planned model on every rank, load its weights, and prepare it for training if there is an optimizer.
 
     Args:
-        head: what the model is to have; fresh where the checkpoint's model has another kind.
-        latent_size: d of the head "inform".
-        dropout: while training.
+        head: head of the model; its weights are fresh if the checkpoint has another head.
+        latent_size: size d of the latents of the head "inform".
+        dropout: probability of dropout in the residual stream during training.
         total_steps: updates over which the learning rate decays.
-        resume: a checkpoint of this very job: weights, optimizer and schedule come from it instead.
+        probe: which energies the model can read; None for none.
+        resume: a checkpoint of this very job, from which weights, optimizer and schedule are loaded instead.
 
     Raises:
-        ConfigError: model.lora without an optimizer, or of another kind than what `resume` was saved with.
+        ConfigError: model.lora is set without an optimizer, or is another than `resume` was saved with.
     """
     setup = plan.setup
     if setup.lora is not None and optimizer is None:
         raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
-    gc.collect()  # a model of before, its optimizer included, is held by cycles, and would be there beside the new one
+    gc.collect()  # reference cycles hold an earlier model and its optimizer, which would stay beside the new one
     chunks: list[Any] = build_model(
         plan.model,
         setup.parallel,

@@ -31,14 +31,14 @@ class SFTConfig(Config):
     """Seed of fresh weights and of the order of examples."""
     model: ModelSetup
     data: TextDataConfig
-    """Rows {"prompt", "response"}."""
+    """Files of rows {"prompt", "response"}."""
     fit: FitSettings
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
 
 
 class SFTTask:
-    """Cross-entropy per response token; the prompt is read, not learnt."""
+    """Minimizes the cross-entropy of response tokens; prompt tokens have no loss."""
 
     title: ClassVar[str] = "SFT"
     head: ClassVar[Head] = "lm"
@@ -93,7 +93,7 @@ class SFTTask:
 
 
 def train_sft(config: SFTConfig, run: Run) -> None:
-    """The SFT job."""
+    """Run the SFT job."""
     model = plan(config.model, head="lm")
     task = SFTTask(config.data, model)
     with suppress(RunStopped):

@@ -1,4 +1,4 @@
-"""Ending a run between two steps, with a checkpoint, before it is done: on a signal, or when its time is up."""
+"""Ends a run early, between two steps and with a checkpoint: on a signal, or when its time is up."""
 
 import signal
 import time
@@ -11,19 +11,19 @@ import torch.distributed as dist
 from nemo_eppo.megatron import device
 from nemo_eppo.observability.run import Run
 
-# srun hands SIGUSR1 on to the ranks that it has started; at SIGTERM it kills them.
+# srun forwards SIGUSR1 to the ranks that it has started; at SIGTERM it kills them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RunStopped(Exception):
-    """The run ended early and on purpose; it can be gone on with."""
+    """The run ended early on purpose, and can be resumed."""
 
 
 class StopWatch:
-    """Tells after each step whether the run is to end there. While it is entered, neither SIGTERM nor SIGUSR1 nor the
-    first Ctrl-C ends the process; a second Ctrl-C does, at once.
+    """Tells after each step whether the run should end there. Inside its `with` block SIGTERM, SIGUSR1 and the first
+    Ctrl-C do not end the process; a second Ctrl-C ends it at once.
 
-    Time is up when another step as long as the longest so far would go beyond `exp_manager.max_time_per_run`.
+    Time is up when another step as long as the longest so far would exceed `exp_manager.max_time_per_run`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -51,7 +51,7 @@ class StopWatch:
             signal.signal(number, self._previous[signal.SIGINT])
 
     def due(self) -> bool:
-        """Whether to save and end now; to be called after each step, on all ranks, which get the same answer."""
+        """Return whether to save and end now. Call it after each step on all ranks, which get the same answer."""
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         late = self._limit is not None and now - self._run.started + self._longest > self._limit
@@ -61,5 +61,5 @@ class StopWatch:
         if number or late:
             limit = f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
             why = signal.Signals(number).name if number else limit
-            self._run.logger.info("%s: saving, then ending. The same command goes on from here.", why)
+            self._run.logger.info("%s: saving, then ending. The same command resumes from here.", why)
         return bool(number or late)
