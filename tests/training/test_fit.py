@@ -1,4 +1,4 @@
-"""SFT and reward-model training: what is learnt, what is stored, and how an interrupted run goes on."""
+"""SFT and reward-model training: what is learnt, what is stored, and how an interrupted run resumes."""
 
 import json
 import logging
