@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from operator import itemgetter
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import free_port
 
 from nemo_eppo.servers.protocol import Array, Arrays, Endpoint, Limits, RequestError, StepRule
 from nemo_eppo.servers.server import serve
@@ -80,8 +82,8 @@ def ask(ready: Path, found: list[Any]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def served(ready: Path) -> list[Any]:
-    dist.init_process_group("gloo")
+def served(ready: Path, port: int) -> list[Any]:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     found: list[Any] = []
     threading.Thread(target=ask, args=(ready, found)).start()
     serve(Scales(), TABLE, ServerConfig(max_batch_size=2, ready_file=ready), group=dist.new_group())
@@ -89,7 +91,18 @@ def served(ready: Path) -> list[Any]:
 
 
 def test_endpoints_of_any_table_are_served_checked_and_asked(tmp_path: Path) -> None:
-    [[shares, totals, *wrong]] = run_ranks(served, 1, tmp_path / "ready.json")
+    # a process of its own: PyTriton's threads do not survive a fork of one in which other tests have used it
+    command = [sys.executable, __file__, str(tmp_path), str(free_port())]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shares, totals, *wrong = json.loads((tmp_path / "found.json").read_text())
     np.testing.assert_array_equal(shares, [[1, 0], [0, 2], [0, 0], [4, 0], [0, 5]])
     assert totals == [7, 7]
     assert wrong == ["weights", "step"]
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    shares, *rest = served(directory / "ready.json", int(sys.argv[2]))
+    (directory / "found.json").write_text(json.dumps([shares.tolist(), *rest]))
