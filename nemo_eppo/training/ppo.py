@@ -178,7 +178,8 @@ class PPO:
         greedy = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, greedy=True)
         rollout = self.roll_out(list(distinct.values()), greedy, 0)
         answer = self.sources.ask(rollout.batch, rollout.samples)
-        rows = torch.tensor([list(distinct).index(prompt.index) for prompt in prompts])
+        row_of = {index: row for row, index in enumerate(distinct)}
+        rows = torch.tensor([row_of[prompt.index] for prompt in prompts])
         return lambda: self.pipeline.combine(answer().scores, self.sources.columns)[rows]
 
     def _shape(
