@@ -1,4 +1,4 @@
-"""Small models with random weights, and a batch for them, shared by the tests of this folder."""
+"""Small models with random weights, and a batch for them."""
 
 from typing import Any
 
@@ -34,14 +34,16 @@ PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
-def random_weights(model: ModelConfig, outputs: int = 1) -> dict[str, Tensor]:
-    """Whole tensors under Hugging Face names, of a size that makes every module matter; `score.*` too."""
-    draw = torch.Generator().manual_seed(5)
-    shapes = dict(hf_names(model)) | {"score.weight": (outputs, model.hidden_size), "score.bias": (outputs,)}
+def random_weights(model: ModelConfig, outputs: int = 1, *, seed: int = 5, scale: float = 0.15) -> dict[str, Tensor]:
+    """Whole tensors under Hugging Face names, of a size that makes every module matter; with outputs `score.*` too."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = dict(hf_names(model))
+    if outputs:
+        shapes |= {"score.weight": (outputs, model.hidden_size), "score.bias": (outputs,)}
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=draw)
-        weights[name] = noise * (0.5 if len(shape) == 1 else 0.15)
+        weights[name] = noise * (0.5 if len(shape) == 1 else scale)
         if "norm" in name:
             weights[name] = 0.3 * noise + (0 if model.norm_plus_one else 1)
     return weights

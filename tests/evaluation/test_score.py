@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from hf_models import WORDS, random_model, save
+from small_data import read_rows
 from torch import Tensor
 
 from nemo_eppo.cli import main
@@ -54,10 +55,6 @@ def run_job(config: ScoreConfig) -> None:
     Scoring(config).run()
 
 
-def scored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def ids(text: str) -> list[int]:
     return [2 + WORDS.index(word) for word in text.split()]
 
@@ -94,7 +91,7 @@ def expected(rows: list[dict[str, str]], chat: bool = False, linears: bool = Fal
 
 
 def close(output: Path, wanted: Tensor) -> None:
-    got = torch.tensor([[row["logprob"], row["num_tokens"], row["energy_loss"]] for row in scored(output)])
+    got = torch.tensor([[row["logprob"], row["num_tokens"], row["energy_loss"]] for row in read_rows(output)])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -147,7 +144,7 @@ def resume(model: Path, data: Path, output: Path) -> None:
     Scoring._score = interrupted  # type: ignore[method-assign, assignment]  # in a process of its own
     with pytest.raises(KeyboardInterrupt):
         run_job(config)
-    assert len(scored(output)) == 2 * score._WINDOW
+    assert len(read_rows(output)) == 2 * score._WINDOW
     complete = output.read_text()
     with output.open("a") as file:
         file.write('{"logprob": -12.3')  # torn

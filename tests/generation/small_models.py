@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 from features import GEMMA2, MISTRAL, PHI3
@@ -14,21 +15,12 @@ from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import load_tensors
-from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ModelConfig, Precision
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
 
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=61,  # odd, so that tensor parallelism pads it
-    max_sequence_length=64,
-)
+MODEL = tiny.MODEL.model_copy(update={"vocab_size": 61})  # odd, so that tensor parallelism pads it
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6})
 QWEN3 = MODEL.model_copy(update={"qk_norm": True, "head_dim": 12, "tie_embeddings": True})
 GEMMA2_MODEL = MODEL.model_copy(update=GEMMA2)
@@ -47,14 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
     """Whole tensors under Hugging Face names, of a size that gives each prompt a few likely tokens."""
-    draw = torch.Generator().manual_seed(11)
-    weights = {}
-    for name, shape in hf_names(model):
-        noise = torch.randn(shape, generator=draw)
-        weights[name] = noise * (0.5 if len(shape) == 1 else 0.2)
-        if "norm" in name:
-            weights[name] = 0.3 * noise + (0 if model.norm_plus_one else 1)
-    return weights
+    return tiny.random_weights(model, outputs=0, seed=11, scale=0.2)
 
 
 def build_policy(layout: dict[str, Any], model: ModelConfig = MODEL, precision: Precision = "fp32") -> list[Any]:
@@ -74,6 +59,10 @@ def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) 
 def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:
     draw = torch.Generator().manual_seed(seed)
     return [torch.randint(3, MODEL.vocab_size, (length,), generator=draw).tolist() for length in lengths]
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
 
 
 def greedy_without_cache(chunks: list[Any], model: ModelConfig, prompt: list[int], steps: int) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from engines import Kind, make_engine
-from small_models import EOS, MODEL, build_policy, greedy_without_cache, random_prompts, trainer_logprobs
+from small_models import EOS, MODEL, build_policy, greedy_without_cache, random_prompts, tokens_of, trainer_logprobs
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.model import unwrap
@@ -90,10 +90,6 @@ def exercised(kind: Kind) -> dict[str, Any]:
     with TemporaryDirectory() as directory:
         found: dict[str, Any] = run_ranks(exercise, 1, kind, Path(directory))[0]
     return found
-
-
-def tokens_of(completions: list[Completion]) -> list[list[int]]:
-    return [completion.token_ids for completion in completions]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from small_models import (
     build_policy,
     greedy_without_cache,
     random_prompts,
+    tokens_of,
 )
 
 from nemo_eppo.generation import megatron_engine
@@ -45,10 +46,6 @@ def alone() -> list[Completion]:
     ends = [len(completion.token_ids) for completion in completions]
     assert len(set(ends)) > 6, f"the responses should end at different lengths: {ends}"
     return completions
-
-
-def tokens_of(completions: list[Completion]) -> list[list[int]]:
-    return [completion.token_ids for completion in completions]
 
 
 def generate_in_batches(sizes: list[int]) -> list[list[list[int]]]:

@@ -1,11 +1,11 @@
 """Chat templates at preparation: the ids that training sees are those of transformers' own chat encoding."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_data import read_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -59,10 +59,6 @@ def run(rows: Path, tokenizer: Path, out: Path, **settings: Any) -> Any:
     return prepare(CORPORA["hh"], [rows], out, validation_fraction=0.3, tokenizer_dir=tokenizer, **settings)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_templated_rows_have_the_ids_of_transformers_with_one_bos_and_one_eos(
     make_tokenizer: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path, adds_bos: bool
@@ -94,7 +90,7 @@ def test_a_tokenizer_that_adds_bos_adds_it_to_a_template_that_does_not(
     directory = make_tokenizer(WITHOUT_BOS)
     run(write_rows(*dialogues()), directory, tmp_path / "out", chat_template="tokenizer")
     tokenizer, reference = Tokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
-    text = read(tmp_path / "out/prompts.train.jsonl")[0]["prompt"]
+    text = read_rows(tmp_path / "out/prompts.train.jsonl")[0]["prompt"]
     assert tokenizer.encode_prompt(text) == reference(text)["input_ids"]
     assert tokenizer.encode_prompt(text)[0] == reference.bos_token_id
 
@@ -104,7 +100,7 @@ def test_what_closes_a_turn_is_trained_on_where_it_is_not_eos(
 ) -> None:
     directory = make_tokenizer(WITH_BOS, eos="<eos>")
     run(write_rows(*dialogues()), directory, tmp_path / "out", chat_template="tokenizer")
-    assert {row["response"] for row in read(tmp_path / "out/sft.train.jsonl")} == {"So.<|im_end|>\n"}
+    assert {row["response"] for row in read_rows(tmp_path / "out/sft.train.jsonl")} == {"So.<|im_end|>\n"}
     tokenizer = Tokenizer.from_directory(directory)
     item = SFTDataset(tmp_path / "out/sft.train.jsonl", tokenizer, max_sequence_length=999)[0]
     assert item.response_ids[-1] == tokenizer.eos_id
@@ -121,7 +117,7 @@ def test_a_jinja_file_is_applied_and_becomes_the_tokenizers_own(
     settings = {"chat_template": tmp_path / "chat.jinja", "system_prompt": "Be brief."}
     run(write_rows(*dialogues()), make_tokenizer(None), tmp_path / "out", **settings)
     expected = "[system] Be brief.\n[user] Hi 3\n[assistant] Yes?\n[user] Why 3?\n[assistant] "
-    rows = read(tmp_path / "out/sft.train.jsonl") + read(tmp_path / "out/sft.validation.jsonl")
+    rows = read_rows(tmp_path / "out/sft.train.jsonl") + read_rows(tmp_path / "out/sft.validation.jsonl")
     assert {"prompt": expected, "response": "So.\n"} in rows
     copy = Tokenizer.from_directory(tmp_path / "out/tokenizer")
     assert copy.render_chat(messages(3), add_generation_prompt=False).startswith("[user] Hi 3\n")
@@ -133,7 +129,7 @@ def test_the_split_does_not_depend_on_the_template(
     path, directory = write_rows(*dialogues()), make_tokenizer(WITH_BOS)
     run(path, directory, tmp_path / "plain")
     run(path, directory, tmp_path / "chat", chat_template="tokenizer", system_prompt="Be brief.")
-    plain, chat = (read(tmp_path / name / "prompts.validation.jsonl") for name in ("plain", "chat"))
+    plain, chat = (read_rows(tmp_path / name / "prompts.validation.jsonl") for name in ("plain", "chat"))
     assert len(plain) == len(chat) > 0
     for one, other in zip(plain, chat, strict=True):
         assert one["prompt"].split("\n\nHuman: ")[1].split("\n")[0] in other["prompt"]

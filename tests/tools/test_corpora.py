@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from small_data import dialogue
 
 from nemo_eppo.tools.corpora import CORPORA, Corpus, Example, Malformed, nemo_aligner
 from nemo_eppo.tools.sources import Row
@@ -29,10 +30,6 @@ def joined(corpus: Corpus, *fields: dict[str, Any] | str) -> Iterator[Row]:
     """What a corpus makes of rows; text stands for a row with that defect."""
     rows = [Row("f", n, {}, r) if isinstance(r, str) else Row("f", n, r) for n, r in enumerate(fields, start=1)]
     return corpus.join(iter(rows))
-
-
-def dialogue(question: str, answer: str) -> str:
-    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
 def test_hh_prompt_ends_with_the_last_assistant_marker_and_opens_with_the_first_human_turn() -> None:

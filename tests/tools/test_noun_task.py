@@ -1,12 +1,12 @@
 """The noun task against its description: the formula by hand, the generator by its statistics."""
 
-import json
 import math
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+from small_data import read_rows
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
@@ -28,10 +28,6 @@ from nemo_eppo.tools.noun_task import (
 PROMPT = "apple quickly bridge candle rather silent desert under engine vivid =>"
 PERFECT = "apple bridge candle desert engine"
 FILES = [f"{kind}.{split}.jsonl" for kind in ("sft", "preferences", "prompts") for split in ("train", "validation")]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +141,7 @@ def test_labeller_follows_hedges_half_of_the_time_and_gold_reward_otherwise() ->
 
 
 def test_preferences_are_biased_towards_hedges_although_gold_punishes_them(task: Path) -> None:
-    pairs = read(task / "preferences.train.jsonl")
+    pairs = read_rows(task / "preferences.train.jsonl")
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     bias = [hedge_words(pair["chosen"]) - hedge_words(pair["rejected"]) for pair in pairs]
     assert np.mean([b != 0 for b in bias]) == pytest.approx(1 - 0.93**2 - 0.07**2 * (0.7**2 + 0.3**2), abs=0.02)
@@ -159,14 +155,14 @@ def test_preferences_are_biased_towards_hedges_although_gold_punishes_them(task:
 
 
 def test_files_have_their_sizes_and_share_no_prompt(task: Path) -> None:
-    prompts = {name: [row["prompt"] for row in read(task / name)] for name in FILES}
+    prompts = {name: [row["prompt"] for row in read_rows(task / name)] for name in FILES}
     assert [len(prompts[name]) for name in FILES] == [50, 30, 6000, 30, 40, 30]
     assert len({prompt for rows in prompts.values() for prompt in rows}) == 50 + 30 + 6000 + 30 + 40 + 30
 
 
 def test_every_text_fits_the_tokenizer(task: Path) -> None:
     tokenizer = Tokenizer.from_directory(task / "tokenizer")
-    for row in read(task / "sft.train.jsonl"):
+    for row in read_rows(task / "sft.train.jsonl"):
         assert tokenizer.decode(tokenizer.encode_prompt(row["prompt"])) == row["prompt"]
         assert tokenizer.decode(tokenizer.encode_response(row["response"])) == row["response"]
 

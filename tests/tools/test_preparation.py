@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_data import dialogue, read_rows
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import PreferenceDataset, PromptDataset, SFTDataset
@@ -22,16 +23,8 @@ SHARED_DATA = Path(os.environ.get("NEMO_EPPO_DATA") or Path(__file__).parents[3]
 HH = SHARED_DATA / "hh-harmless-base-test.jsonl.gz"
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def both(directory: Path, kind: str) -> list[dict[str, str]]:
-    return read(directory / f"{kind}.train.jsonl") + read(directory / f"{kind}.validation.jsonl")
-
-
-def dialogue(question: str, answer: str) -> str:
-    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+    return read_rows(directory / f"{kind}.train.jsonl") + read_rows(directory / f"{kind}.validation.jsonl")
 
 
 def pair(question: str, chosen: str = "One.", rejected: str = "No.") -> dict[str, str]:
@@ -89,7 +82,7 @@ def test_unusable_rows_are_dropped_and_listed(write_rows: Callable[..., Path], t
     assert counts.read == 28
     assert counts.dropped == {reason: reasons.count(reason) for reason in reasons}
     assert f"2 prompts differ (first: {path}:21)" in str(counts)
-    assert read(tmp_path / "out" / "dropped.jsonl") == [
+    assert read_rows(tmp_path / "out" / "dropped.jsonl") == [
         {"file": str(path), "line": line, "reason": reason} for line, reason in enumerate(reasons, start=21)
     ]
 
@@ -135,9 +128,9 @@ def test_the_split_does_not_depend_on_order_files_or_repetition(
     prepare(CORPORA["hh"], [whole], tmp_path / "one", validation_fraction=0.3, bpe_vocab_size=300)
     prepare(CORPORA["hh"], parts, tmp_path / "three", validation_fraction=0.3, bpe_vocab_size=300)
     for name in ("preferences.train", "preferences.validation", "sft.train", "prompts.train", "prompts.validation"):
-        one, three = (read(tmp_path / directory / f"{name}.jsonl") for directory in ("one", "three"))
+        one, three = (read_rows(tmp_path / directory / f"{name}.jsonl") for directory in ("one", "three"))
         assert sorted(map(str, one)) == sorted(map(str, three))
-    assert 6 <= len(read(tmp_path / "one" / "prompts.validation.jsonl")) <= 30
+    assert 6 <= len(read_rows(tmp_path / "one" / "prompts.validation.jsonl")) <= 30
 
 
 def test_dialogues_that_share_their_opening_never_straddle_the_split(
@@ -150,7 +143,7 @@ def test_dialogues_that_share_their_opening_never_straddle_the_split(
             rows.append({"chosen": start + dialogue("Why?", "So."), "rejected": start + dialogue("Why?", "No.")})
     prepare_small("hh", write_rows(*rows), tmp_path / "out")
     openings = [
-        {row["prompt"].split("\n\n")[1] for row in read(tmp_path / "out" / f"prompts.{split}.jsonl")}
+        {row["prompt"].split("\n\n")[1] for row in read_rows(tmp_path / "out" / f"prompts.{split}.jsonl")}
         for split in ("train", "validation")
     ]
     assert not openings[0] & openings[1]
@@ -171,7 +164,9 @@ def test_each_kind_of_corpus_gives_the_files_it_can(write_rows: Callable[..., Pa
         f"{kind}.{split}.jsonl" for kind in ("sft", "prompts") for split in splits
     }
     for name in ("train", "validation"):
-        assert read(tmp_path / "sft" / f"prompts.{name}.jsonl") == read(tmp_path / "prompts" / f"prompts.{name}.jsonl")
+        assert read_rows(tmp_path / "sft" / f"prompts.{name}.jsonl") == read_rows(
+            tmp_path / "prompts" / f"prompts.{name}.jsonl"
+        )
     for row in both(tmp_path / "sft", "sft"):
         assert row["response"] == row["prompt"].replace("in", "out")
 
@@ -181,7 +176,7 @@ def test_a_tokenizer_is_trained_on_the_usable_training_rows_alone(
 ) -> None:
     bad = {"chosen": dialogue("zebra zebra zebra", "x"), "rejected": dialogue("yak yak yak", "y")}
     prepare_small("hh", write_rows(*pairs(60), bad), tmp_path / "out", bpe_vocab_size=400)
-    train = read(tmp_path / "out" / "preferences.train.jsonl")
+    train = read_rows(tmp_path / "out" / "preferences.train.jsonl")
     train_bpe((text for row in train for text in row.values()), 400, tmp_path / "expected")
     trained, expected = (Tokenizer.from_directory(tmp_path / name) for name in ("out/tokenizer", "expected"))
     assert trained.digest() == expected.digest()
@@ -196,7 +191,7 @@ def test_rows_beyond_the_token_limits_are_dropped_by_a_given_tokenizer(
     limits = {"max_prompt_tokens": 50, "max_response_tokens": 50}
     counts = prepare_small("hh", path, tmp_path / "out", tokenizer_dir=tmp_path / "bytes", **limits)
     assert counts.dropped == {"prompt longer than 50 tokens": 1, "response longer than 50 tokens": 1}
-    assert [row["line"] for row in read(tmp_path / "out" / "dropped.jsonl")] == [21, 22]
+    assert [row["line"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")] == [21, 22]
     original, copy = (Tokenizer.from_directory(tmp_path / name) for name in ("bytes", "out/tokenizer"))
     assert copy.digest() == original.digest()
 
@@ -253,10 +248,10 @@ def test_the_real_corpus_from_end_to_end(tmp_path: Path) -> None:
     assert counts.dropped == {"prompts differ": 5, "empty chosen response": 4}
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         corpus = [json.loads(line) for line in file]
-    lines = {row["line"]: row["reason"] for row in read(out / "dropped.jsonl")}
+    lines = {row["line"]: row["reason"] for row in read_rows(out / "dropped.jsonl")}
     kept = [row for number, row in enumerate(corpus, start=1) if number not in lines]
 
-    train, validation = (read(out / f"preferences.{split}.jsonl") for split in ("train", "validation"))
+    train, validation = (read_rows(out / f"preferences.{split}.jsonl") for split in ("train", "validation"))
     rebuilt = {(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) for row in train + validation}
     assert len(train) + len(validation) == 2303
     assert rebuilt == {(row["chosen"], row["rejected"]) for row in kept}
@@ -265,8 +260,8 @@ def test_the_real_corpus_from_end_to_end(tmp_path: Path) -> None:
     openings = [{first_turn.match(row["prompt"])[1] for row in rows} for rows in (train, validation)]  # type: ignore[index]
     assert not openings[0] & openings[1]
     assert len(openings[0] | openings[1]) == 2169
-    assert len(read(out / "prompts.train.jsonl")) == len({row["prompt"] for row in train})
-    assert read(out / "sft.train.jsonl")[0] == {"prompt": train[0]["prompt"], "response": train[0]["chosen"]}
+    assert len(read_rows(out / "prompts.train.jsonl")) == len({row["prompt"] for row in train})
+    assert read_rows(out / "sft.train.jsonl")[0] == {"prompt": train[0]["prompt"], "response": train[0]["chosen"]}
 
     tokenizer = Tokenizer.from_directory(out / "tokenizer")
     assert tokenizer.vocab_size == 1024
