@@ -22,6 +22,9 @@ setup(
         "megatron-core>=0.16,<0.17",
         "psutil",  # megatron.core.dist_checkpointing needs it and does not declare it
         "nvidia-pytriton>=0.7,<0.8",
+        "tritonclient",
+        "grpcio",
+        "cryptography>=42",
         "numpy>=1.26,<2",  # PyTriton 0.7 servers break on numpy 2
         "nemo_toolkit[lightning,common-only]>=2.7,<2.8",
         "hydra-core>=1.3,<1.4",

@@ -4,7 +4,7 @@
 # NPROC_PER_NODE  ranks, "gpu" for one per GPU (default)
 # RUN_DIRECTORY   where the job writes (/runs/actor, /runs/critic, /runs/reward)
 # PORT            of a server (critic 5555, reward 5556)
-# NEMO_EPPO_TOKEN shared secret of servers and actor: it makes a server listen beyond this container
+# NEMO_EPPO_CERTIFICATES folder of the run's certificates: a server that has them listens beyond this container
 # NEMO_EPPO_STATE what health.py has to know (/tmp/nemo_eppo)
 # More arguments for torchrun, for several nodes: TORCHRUN_ARGUMENTS="--nnodes 2 --node_rank 0 --rdzv_endpoint host:29500"
 set -euo pipefail
@@ -13,7 +13,6 @@ servers=${SERVERS:-/opt/servers}
 state=${NEMO_EPPO_STATE:-/tmp/nemo_eppo}
 run=${RUN_DIRECTORY:-/runs/$job}
 
-# ${oc.env:...}: the job reads the token from its environment, so that it never shows in the list of processes
 case $job in
 actor)
     python=${PYTHON:-python} script=train_gpt_ppo_actor.py settings=()
@@ -26,9 +25,8 @@ critic | reward)
         script=serve_reward_model.py port=${PORT:-5556}
     fi
     settings=("server.port=$port" "server.ready_file=$state/ready.json")
-    if [[ ${NEMO_EPPO_TOKEN:-} ]]; then
-        # shellcheck disable=SC2016
-        settings+=(server.host=0.0.0.0 'server.token=${oc.env:NEMO_EPPO_TOKEN}')
+    if [[ ${NEMO_EPPO_CERTIFICATES:-} ]]; then
+        settings+=(server.host=0.0.0.0 "server.certificates=$NEMO_EPPO_CERTIFICATES")
     fi
     ;;
 *)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.servers.transport import ServerError, Transport
 
 _TIMEOUT = 10.0  # seconds for a status request
@@ -50,15 +51,13 @@ def _actor(run: Path) -> str:
 
 
 def _server(job: str, ready: Path) -> str:
-    def give_up() -> None:
-        raise RuntimeError(f"{job}: no answer within {_TIMEOUT:.0f} s")
-
     if not ready.exists():
         raise RuntimeError(f"{job}: not serving yet")
-    transport = Transport(json.loads(ready.read_text())["url"], os.environ.get("NEMO_EPPO_TOKEN", ""), _TIMEOUT)
+    certificates = os.environ.get("NEMO_EPPO_CERTIFICATES")
     try:
-        status = transport.request("status", {}, interval=_TIMEOUT, while_waiting=give_up)["status"]
-    except (ServerError, ConnectionError) as error:
+        transport = Transport(json.loads(ready.read_text())["url"], Path(certificates) if certificates else None)
+        status = transport.request("status", {}, timeout=_TIMEOUT)["status"]
+    except (ServerError, ConnectionError, ConfigError) as error:
         raise RuntimeError(f"{job}: {error}") from None
     return f"{job}: serving, {status['step']} updates"
 

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 # Built together in NVIDIA's images, for their CUDA and drivers: installing another version would break them.
 FROM_IMAGE = {"torch", "megatron-core", "nemo-toolkit"}
-# Only the PyTriton servers need these. The actor speaks HTTP to them and runs with numpy 2 as well.
+# Only the PyTriton servers need these. The actor speaks gRPC to them and runs with numpy 2 as well.
 SERVERS_ONLY = {"numpy", "nvidia-pytriton"}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.score_cli import add_score
+from nemo_eppo.launch.certificates_cli import add_certificates
 from nemo_eppo.launch.doctor_cli import add_doctor
 from nemo_eppo.launch.launch_cli import add_launch
 from nemo_eppo.tools.convert_cli import add_convert
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add_score(commands)
     add_launch(commands)
     add_doctor(commands)
+    add_certificates(commands)
     return parser
 
 

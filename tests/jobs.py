@@ -197,5 +197,5 @@ def reward_url(models: Models) -> Iterator[str]:
     job = Job(
         "reward", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, models.root / "reward"
     )
-    yield f"http://127.0.0.1:{port}"
+    yield f"grpc://127.0.0.1:{port}"
     job.stop()

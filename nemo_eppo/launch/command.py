@@ -15,8 +15,6 @@ from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = PurePath("examples/nlp/gpt")
-TOKEN = "NEMO_EPPO_TOKEN"
-"""Environment variable with the servers' shared secret, which is never put on a command line."""
 LOCAL_HOST = "127.0.0.1"
 CRITIC, REWARDS, HELD_OUT = "critic", "rewards", "held_out_reward"
 """Settings of an actor that hold the addresses of its servers."""
@@ -32,21 +30,23 @@ class Address:
     url: str
     host: str = LOCAL_HOST
     port: int = 0
-
-    @property
-    def open_to_network(self) -> bool:
-        return not self.host.startswith("127.")
+    certificates: PurePath | None = None
+    """Folder with the run's certificates, where the jobs run."""
 
 
-def own_address(job: JobConfig) -> Address:
-    """Return the address at which a server listens by its settings; it has no url yet."""
-    return Address("", str(job.setting("server.host") or LOCAL_HOST), int(job.setting("server.port") or 0))
+def own_address(launch: LaunchConfig, name: str) -> Address:
+    """Return the address at which a server listens by its settings, on this machine; it has no url yet."""
+    job = launch.jobs[name]
+    host, port = str(job.setting("server.host") or LOCAL_HOST), int(job.setting("server.port") or 0)
+    return Address("", host, port, launch.certificates_folder.absolute())
 
 
-def served_at(launch: LaunchConfig, hosts: Mapping[str, str]) -> dict[str, Address]:
+def served_at(launch: LaunchConfig, hosts: Mapping[str, str], certificates: PurePath) -> dict[str, Address]:
     """Return the servers' addresses on a cluster; ports that are not set are counted from FIRST_PORT."""
-    ports = {name: own_address(launch.jobs[name]).port or FIRST_PORT + i for i, name in enumerate(launch.servers)}
-    return {name: Address(f"http://{hosts[name]}:{port}", "0.0.0.0", port) for name, port in ports.items()}
+    ports = {name: own_address(launch, name).port or FIRST_PORT + i for i, name in enumerate(launch.servers)}
+    return {
+        name: Address(f"grpc://{hosts[name]}:{port}", "0.0.0.0", port, certificates) for name, port in ports.items()
+    }
 
 
 def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> list[str]:
@@ -63,11 +63,11 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
     filled: dict[str, Any] = {"exp_manager.explicit_log_dir": str(launch.output / name)}
     if job.serves:
         own = addresses[name]
-        filled |= {"server.host": own.host, "server.port": own.port} | _token("server.token", own)
+        filled |= {"server.host": own.host, "server.port": own.port} | _certificates("server.certificates", own)
     if job.kind.samples:
         for critic in launch.critics(name):
             filled[f"{CRITIC}.server.url"] = addresses[critic].url
-            filled |= _token(f"{CRITIC}.server.token", addresses[critic])
+            filled |= _certificates(f"{CRITIC}.server.certificates", addresses[critic])
         if rewards := [_reward(launch, need, addresses) for need in launch.rewards(name)]:
             own_rewards = settings.get(REWARDS)  # functions and models on the actor's ranks
             if isinstance(own_rewards, list) and all("server" not in reward for reward in own_rewards):
@@ -85,11 +85,11 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
 
 def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:
     kind = {"job": "critic"} if launch.jobs[name].kind.serves == "critic" else {}
-    return {"server": {"url": addresses[name].url, **kind, **_token("token", addresses[name])}}
+    return {"server": {"url": addresses[name].url, **kind, **_certificates("certificates", addresses[name])}}
 
 
-def _token(key: str, address: Address) -> dict[str, str]:
-    return {key: f"${{oc.env:{TOKEN}}}"} if address.open_to_network else {}
+def _certificates(key: str, address: Address) -> dict[str, str]:
+    return {key: str(address.certificates)} if address.certificates else {}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -150,5 +150,5 @@ def trainer(launch: LaunchConfig) -> str:
 
 
 def environment(launch: LaunchConfig, name: str) -> dict[str, str]:
-    """Return the environment variables of a job, without the token."""
+    """Return the environment variables of a job."""
     return THREADS | launch.environment | launch.jobs[name].environment

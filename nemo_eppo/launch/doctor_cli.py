@@ -20,7 +20,7 @@ _EPILOG = """\
 examples:
   nemo-eppo doctor
   nemo-eppo doctor run.yaml jobs.actor.settings.model.micro_batch_size=8
-  nemo-eppo doctor run.yaml --server http://node7:5555 --server http://node7:5556
+  nemo-eppo doctor run.yaml --server grpc://node7:5555 --certificates runs/eppo/certificates
   nemo-eppo doctor run.yaml --json | jq '.findings[] | select(.status == "error")'"""
 
 
@@ -34,6 +34,7 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="launch file; left out: the machine alone")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the launch file, dotted keys")
     parser.add_argument("--server", action="append", default=[], metavar="URL", help="a server that should be running")
+    parser.add_argument("--certificates", type=Path, metavar="FOLDER", help="certificates of the --server's run")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object: findings (check, status, found, mend), errors"
     )
@@ -79,7 +80,7 @@ def _examine(arguments: argparse.Namespace) -> "list[Finding]":
         from nemo_eppo.launch.server_checks import examine_server
 
         for url in arguments.server:
-            findings += guarded(f"server {url}", examine_server)(url, actor)
+            findings += guarded(f"server {url}", examine_server)(url, arguments.certificates, actor)
     return findings
 
 

@@ -92,7 +92,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
     A job with valid settings is added to `jobs`, and replaced there when its model is known.
     """
     config, kind = launch.jobs[name], launch.jobs[name].kind
-    nowhere = dict.fromkeys(launch.servers, Address("http://127.0.0.1:1"))
+    nowhere = dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
     settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, name, nowhere))
     job = Job(name, kind, config.ranks, settings)
     jobs.append(job)
@@ -177,7 +177,7 @@ def _ports(launch: LaunchConfig) -> Iterator[Finding]:
     """Check that the ports set in the launch file are different and free."""
     owners = dict[int, str]()
     for name in launch.servers:
-        own = own_address(launch.jobs[name])
+        own = own_address(launch, name)
         where, mend = f"jobs.{name}.settings.server.port = {own.port}", "choose another, or 0 for any"
         if own.port in owners:
             yield error("ports", f"{where}: the job {owners[own.port]} has it already", mend)

@@ -6,12 +6,13 @@ them otherwise; this needs only core Kubernetes (1.33).
 
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import MASTER_PORT, TOKEN, environment, overrides, script, served_at, torchrun, trainer
+from nemo_eppo.launch.command import MASTER_PORT, environment, overrides, script, served_at, torchrun, trainer
 from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
 
 _HEAD = """\
@@ -19,9 +20,14 @@ _HEAD = """\
 # Output goes to {output}; deleted and applied again, the run resumes from its checkpoints there.
 """
 _SECRET = """\
-# The servers' shared secret has to be there:
-#   kubectl create secret generic {secret} --namespace {namespace} --from-literal=token="$(openssl rand -hex 32)"
+# The run's certificates have to be there, without which nobody can speak to its servers:
+#   nemo-eppo certificates certificates
+#   kubectl create secret generic {secret} --namespace {namespace} --from-file=certificates
 """
+_SECRET_MOUNT = PurePosixPath("/etc/nemo_eppo/certificates")
+_CERTIFICATES = PurePosixPath("/tmp/nemo_eppo_certificates")
+# A Secret's files belong to root; the container's user needs its own, that nobody else can read.
+_COPY = f"install -d -m 700 {_CERTIFICATES}\ninstall -m 600 {_SECRET_MOUNT}/*.pem {_CERTIFICATES}\n"
 GRACE_S = 120  # seconds that a pod has to stop
 
 
@@ -81,9 +87,12 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
     memory = {"memory": kubernetes.memory} if kubernetes.memory else {}
     cpus = {"cpu": str(kubernetes.cpus)} if kubernetes.cpus else {}
     limits = {"nvidia.com/gpu": str(gpus), **memory}
-    token = {"name": TOKEN, "valueFrom": {"secretKeyRef": {"name": kubernetes.secret, "key": "token"}}}
-    secrets = {"env": [token]} if launch.servers else {}
-    mounts = [{"name": claim, "mountPath": str(path)} for claim, path in kubernetes.volumes.items()]
+    volumes = kubernetes.volumes.items()
+    mounts: list[dict[str, Any]] = [{"name": claim, "mountPath": str(path)} for claim, path in volumes]
+    secrets = []
+    if launch.servers:
+        mounts.append({"name": "certificates", "mountPath": str(_SECRET_MOUNT), "readOnly": True})
+        secrets.append({"name": "certificates", "secret": {"secretName": kubernetes.secret}})
     shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}}
     return {
         "subdomain": launch.name,  # with the Service: pods are called NAME-INDEX.NAME
@@ -95,14 +104,14 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
                 "name": "ranks",
                 "image": kubernetes.image,
                 "command": ["bash", "-c", commands],
-                **secrets,
                 "resources": {"limits": limits, "requests": limits | cpus},
                 "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts],
             }
         ],
         "volumes": [
             {"name": "shared-memory", **shared_memory},
-            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in kubernetes.volumes),
+            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim, _ in volumes),
+            *secrets,
         ],
     }
 
@@ -110,8 +119,8 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
 def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:
     """Write the shell script of all pods; the pod's index decides which job it runs."""
     hosts = {name: f"{launch.name}-{index}.{launch.name}" for name, index in first.items()}
-    addresses = served_at(launch, hosts)
-    text = "set -euo pipefail\ncase $JOB_COMPLETION_INDEX in\n"
+    addresses = served_at(launch, hosts, _CERTIFICATES)
+    text = f"set -euo pipefail\n{_COPY if launch.servers else ''}case $JOB_COMPLETION_INDEX in\n"
     for name, index in first.items():
         job = launch.jobs[name]
         exports = " ".join(shlex.quote(f"{key}={value}") for key, value in environment(launch, name).items())

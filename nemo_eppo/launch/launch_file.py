@@ -37,8 +37,8 @@ class JobConfig(Config):
     sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for this job alone, such as `constraint: h100`; "" for an option without a value."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and token are
-    filled in."""
+    """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and certificates
+    are filled in."""
 
     @property
     def kind(self) -> JobKind:
@@ -100,7 +100,7 @@ class KubernetesConfig(ImageConfig):
     volumes: dict[str, PurePosixPath] = Field(min_length=1)
     """PersistentVolumeClaims, shared by all pods, and their mount paths; one of them holds `output`."""
     secret: str | None = None
-    """Kubernetes Secret whose key `token` holds the servers' shared secret; null only without servers."""
+    """Kubernetes Secret with the files that `nemo-eppo certificates` makes; null only without servers."""
     shared_memory: str = "64Gi"
     """Size of /dev/shm, which NCCL and PyTriton use."""
     memory: str | None = None
@@ -125,6 +125,9 @@ class LaunchConfig(Config):
     """Values that several settings use, as ${variables.NAME}."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of all jobs."""
+    certificates: Path | None = None
+    """Folder with the ca.pem, cert.pem and key.pem of all jobs; null for <output>/certificates, which is made with new
+    ones. Only who has them can speak to the servers."""
     start_timeout: float = Field(1800.0, gt=0)
     """Seconds that a server may take to get ready."""
     jobs: dict[str, JobConfig] = Field(min_length=1)
@@ -152,6 +155,11 @@ class LaunchConfig(Config):
         except CycleError as error:
             raise ValueError(f"jobs need each other in a circle: {' -> '.join(error.args[1])}") from None
         return self
+
+    @property
+    def certificates_folder(self) -> Path:
+        """Folder with the certificates, on this machine and under Slurm."""
+        return self.certificates or self.output / "certificates"
 
     @property
     def servers(self) -> list[str]:

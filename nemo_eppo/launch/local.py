@@ -4,23 +4,24 @@ import ctypes
 import fcntl
 import json
 import os
-import secrets
 import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import TOKEN, Address, environment, overrides, own_address, script, torchrun
+from nemo_eppo.launch.command import Address, environment, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.status import Row, State, Status
+from nemo_eppo.servers import certificates
 
 GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
 POLL_S = 0.2  # seconds between looks at the jobs
@@ -61,10 +62,8 @@ def run_local(launch: LaunchConfig) -> None:
 
 def commands(launch: LaunchConfig) -> list[str]:
     """List the command of every job in shell syntax; a port that only a run knows stands as <port of JOB>."""
-    own = {name: own_address(launch.jobs[name]) for name in launch.servers}
-    addresses = {
-        name: Address(f"http://{a.host}:{a.port or f'<port of {name}>'}", a.host, a.port) for name, a in own.items()
-    }
+    own = {name: own_address(launch, name) for name in launch.servers}
+    addresses = {name: replace(a, url=f"grpc://{a.host}:{a.port or f'<port of {name}>'}") for name, a in own.items()}
     return [shlex.join(_argv(launch, name, addresses)) for name in launch.order()]
 
 
@@ -76,8 +75,9 @@ class Supervisor:
         self._rows = {name: Row(name, launch.jobs[name].ranks, launch.output / name) for name in launch.order()}
         self._logs = launch.output / "logs"
         self._logs.mkdir(exist_ok=True)
-        self._addresses = {name: own_address(launch.jobs[name]) for name in launch.servers}
-        self._token = secrets.token_hex(32)
+        self._addresses = {name: own_address(launch, name) for name in launch.servers}
+        if launch.servers:
+            certificates.create(launch.certificates_folder)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
         # Processes that outlive a job become children of this process, so that `stop` finds them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
@@ -143,7 +143,6 @@ class Supervisor:
             ready = self._ready_file(name)
             ready.unlink(missing_ok=True)
             argv.append(f"server.ready_file={ready}")
-        secret = {TOKEN: self._token} if any(address.open_to_network for address in self._addresses.values()) else {}
         with (self._logs / f"{name}.log").open("a") as log:
             print(f"\n$ {shlex.join(argv)}", file=log, flush=True)
             self._processes[name] = subprocess.Popen(
@@ -151,7 +150,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment(self._launch, name), **gpus, **secret},
+                env={**os.environ, **environment(self._launch, name), **gpus},
                 start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
                 preexec_fn=_end_with_parent,
             )
@@ -169,7 +168,7 @@ class Supervisor:
         elif row.state is State.STARTING:
             if self._ready_file(name).exists():
                 row.url = json.loads(self._ready_file(name).read_text())["url"]
-                self._addresses[name] = Address(row.url, self._addresses[name].host)
+                self._addresses[name] = replace(self._addresses[name], url=row.url)
                 row.state = State.READY
             elif time.monotonic() - row.started > self._launch.start_timeout:
                 raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)

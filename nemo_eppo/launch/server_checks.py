@@ -1,10 +1,9 @@
 """Checks that running critic and reward servers answer and fit the actor."""
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from nemo_eppo.config import load_config
-from nemo_eppo.launch.command import TOKEN
 from nemo_eppo.launch.examination import Job
 from nemo_eppo.launch.findings import Finding, error, ok
 from nemo_eppo.servers.client import ClientConfig, ServerClient
@@ -12,14 +11,14 @@ from nemo_eppo.servers.protocol import PROTOCOL_VERSION
 from nemo_eppo.servers.transport import ServerError
 
 
-def examine_server(url: str, actor: Job | None = None) -> Iterator[Finding]:
-    """Compare a server's status with what the actor needs. The token is that of NEMO_EPPO_TOKEN."""
+def examine_server(url: str, certificates: Path | None, actor: Job | None = None) -> Iterator[Finding]:
+    """Compare a server's status with what the actor needs."""
     check = f"server {url}"
-    client = ServerClient("server", load_config(ClientConfig, {"url": url, "token": os.environ.get(TOKEN)}))
+    client = ServerClient("server", load_config(ClientConfig, {"url": url, "certificates": certificates}))
     try:
         status = client.status()
     except ServerError as fault:
-        yield error(check, str(fault), f"start it, or give its token as {TOKEN}")
+        yield error(check, str(fault), "start it, or give the folder of its certificates: --certificates FOLDER")
         return
     finally:
         client.close()

@@ -3,7 +3,7 @@
 import shlex
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import MASTER_PORT, TOKEN, Address, environment, overrides, script, served_at, trainer
+from nemo_eppo.launch.command import MASTER_PORT, Address, environment, overrides, script, served_at, trainer
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
 
 _REQUEUE_S = 30  # seconds reserved to kill remaining processes and requeue
@@ -21,18 +21,21 @@ logs={logs}
 mkdir -p "$logs"
 first_node() {{ scontrol show hostnames "$1" | sed -n 1p; }}
 {hosts}
-{secret}container=({container})
-# torch.distributed's names for what srun tells each process
+container=({container})
+{certificates}# torch.distributed's names for what srun tells each process
 # shellcheck disable=SC2016
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 steps=()
 """
 
-_SECRET = f"""\
-# The servers' shared secret, new at every start. It goes by the environment, never by a command line.
-{TOKEN}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
-export {TOKEN}
+_CERTIFICATES = """\
+# The run's certificates: only its jobs can speak to its servers, and what they send is encrypted.
+certificates={folder}
+if [[ ! -d $certificates ]]; then
+    {srun} "${{container[@]}}" {python} -m nemo_eppo.cli certificates "$certificates"
+fi
+
 """
 
 _END = """
@@ -69,14 +72,15 @@ def batch_script(launch: LaunchConfig) -> str:
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():
         raise ConfigError(f"output = {launch.output}: expected an absolute path that all nodes see")
-    addresses = served_at(launch, {name: f"${{oc.env:{_host(name)}}}" for name in names})
+    hosts = {name: f"${{oc.env:{_host(name)}}}" for name in names}
+    addresses = served_at(launch, hosts, launch.certificates_folder)
     parts = [_HEAD.format(name=launch.name, output=launch.output), _options(launch, slurm, names), "\n"]
     mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
     parts.append(
         _SETUP.format(
             logs=shlex.quote(str(launch.output / "logs")),
             hosts="\n".join(_find_host(name, group, len(names)) for group, name in enumerate(names)),
-            secret=_SECRET if launch.servers else "",
+            certificates=_make_certificates(launch, slurm, len(names)),
             container=shlex.join([f"--container-image={slurm.image}", *mounts]),
         )
     )
@@ -107,6 +111,15 @@ def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
         lines = [f"#SBATCH --{key}" + (f"={value}\n" if value != "" else "\n") for key, value in options.items()]
         components.append(f"# {name}\n" + "".join(lines))
     return "#SBATCH hetjob\n".join(components)
+
+
+def _make_certificates(launch: LaunchConfig, slurm: SlurmConfig, groups: int) -> str:
+    if not launch.servers:
+        return ""
+    srun = ["srun", *(["--het-group=0"] if groups > 1 else []), "--nodes=1", "--ntasks=1"]
+    return _CERTIFICATES.format(
+        folder=shlex.quote(str(launch.certificates_folder)), srun=shlex.join(srun), python=slurm.server_python
+    )
 
 
 def _host(name: str) -> str:

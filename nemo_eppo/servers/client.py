@@ -1,6 +1,7 @@
 """Clients of the critic and reward servers. Every call returns a future, so requests overlap with other work."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import torch
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server_client import ClientConfig, ServerClient, ServerUnavailable
 from nemo_eppo.servers.transport import ServerError
+
+# The largest absolute value in an answer: larger ones overflow fp32 when they are standardised, squared or summed.
+LARGEST = 1e15
 
 __all__ = ["ClientConfig", "CriticClient", "RewardClient", "Rewards", "ServerClient", "ServerUnavailable"]
 
@@ -29,7 +33,7 @@ class CriticClient(ServerClient):
         def check(outputs: dict[str, Any]) -> torch.Tensor:
             values = torch.from_numpy(outputs["values"])
             real = torch.arange(values.shape[1]) < lengths.cpu()[:, None]  # the last token's value may be asked for too
-            _refuse_non_finite(self, "values", values, real)
+            _refuse_numbers(self, "values", values, real)
             return values
 
         return self.call("critic_infer", check, tokens=tokens, lengths=lengths)
@@ -49,9 +53,17 @@ class CriticClient(ServerClient):
             values: values at the time of the rollout, which clipping refers to.
             mask: bool, True where action t produced a response token.
         """
+
+        def check(outputs: dict[str, Any]) -> dict[str, float]:
+            metrics: dict[str, Any] = outputs["metrics"]
+            for key, value in metrics.items():
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise _wrong(self, f"metrics[{key!r}]", value, "a finite number")
+            return metrics
+
         return self.call(
             "critic_train",
-            itemgetter("metrics"),
+            check,
             tokens=tokens,
             lengths=lengths,
             returns=returns,
@@ -62,7 +74,13 @@ class CriticClient(ServerClient):
 
     def begin(self, run: int, step: int) -> "Future[int]":
         """Begin or resume the run with id `run` after update `step`; a critic that has made more goes back to it."""
-        return self.call("critic_begin", itemgetter("step"), run=torch.tensor([run]), step=torch.tensor([step]))
+
+        def check(outputs: dict[str, Any]) -> int:
+            if outputs["step"] != step:
+                raise _wrong(self, "step", outputs["step"], f"{step}, which critic_begin asked for")
+            return step
+
+        return self.call("critic_begin", check, run=torch.tensor([run]), step=torch.tensor([step]))
 
     def save(self, step: int, keep: Sequence[int]) -> "Future[str]":
         """Start to save the critic, whose last update must be `step`; the future gives the path on the server.
@@ -95,25 +113,46 @@ class RewardClient(ServerClient):
     def __init__(self, config: ClientConfig, name: str = "reward") -> None:
         super().__init__(name, config)
 
+    def connect(self, expect: Mapping[str, Any]) -> dict[str, Any]:
+        """See `ServerClient.connect`. Also raises ServerError if the description of the reward models is not one."""
+        status = super().connect(expect)
+        model = status.get("reward")
+        try:
+            count, latents = model["k"], model["latent_size"]  # type: ignore[index]
+            numbers = [*model["mean"], *model["std"]]  # type: ignore[index]
+            fits = count >= 1 and latents >= 0 and len(model["mean"]) == len(model["std"]) == count  # type: ignore[index]
+            fits = fits and all(map(math.isfinite, numbers)) and min(model["std"]) > 0  # type: ignore[index]
+        except (TypeError, KeyError):
+            fits = False
+        if not fits:
+            expected = "k, latent_size, and k finite numbers as mean and as std, these above 0"
+            raise _wrong(self, "status.reward", model, expected)
+        self._sizes = {"K": count, "D": latents}
+        return status
+
     def infer(self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> "Future[Rewards]":
         """Return the rewards of responses: tokens int [B, S], prompt_lengths, lengths (prompt and response) int [B]."""
 
         def check(outputs: dict[str, Any]) -> Rewards:
             rewards = torch.from_numpy(outputs["rewards"])
             latents = torch.from_numpy(outputs.get("latents", np.zeros((len(rewards), 0), np.float32)))
-            _refuse_non_finite(self, "rewards", rewards)
-            _refuse_non_finite(self, "latents", latents)
+            if latents.shape[1] != self._sizes["D"]:
+                raise _wrong(self, "latents", "none", f"{self._sizes['D']} numbers a response")
+            _refuse_numbers(self, "rewards", rewards)
+            _refuse_numbers(self, "latents", latents)
             return Rewards(rewards, latents)
 
         return self.call("reward_infer", check, tokens=tokens, prompt_lengths=prompt_lengths, lengths=lengths)
 
 
-def _refuse_non_finite(
-    client: ServerClient, name: str, values: torch.Tensor, where: torch.Tensor | bool = True
-) -> None:
-    if values.sum().isfinite():  # the usual case, in one pass
-        return
-    rows = (~values.isfinite() & where).any(1).nonzero().flatten().tolist()
-    if rows:
-        message = f"{client.name} server at {client.config.url} gave a non-finite number in row {rows[0]} of {name}"
-        raise ServerError(message, f"{name}[{rows[0]}]", "nan or inf", "finite numbers")
+def _refuse_numbers(client: ServerClient, name: str, values: torch.Tensor, where: torch.Tensor | bool = True) -> None:
+    """Refuse what is not finite, and what would soon not be, where `where`."""
+    wrong = ~(values.abs() <= LARGEST) & where
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise _wrong(client, f"{name}[{row}, {column}]", values[row, column].item(), f"a number within {LARGEST:g}")
+
+
+def _wrong(client: ServerClient, field: str, value: object, expected: str) -> ServerError:
+    message = f"{client.name} server at {client.config.url} answered {field} = {value}, expected {expected}"
+    return ServerError(message, field, str(value), expected)

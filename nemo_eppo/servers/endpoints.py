@@ -60,11 +60,15 @@ ENDPOINTS = {
         check=_check_update,
     ),
     # Begins or resumes the run `run` after update `step`; a critic that has made more goes back to it.
-    "critic_begin": Endpoint({"run": Array(np.int64, ("1",), torch.int64)}, reply="step", step=StepRule.SET),
+    "critic_begin": Endpoint(
+        {"run": Array(np.int64, ("1",), torch.int64)}, reply="step", reply_type=int, step=StepRule.SET
+    ),
     # Starts to save update `step`, and removes all earlier checkpoints except of the updates `keep` (0: the start).
-    "critic_save": Endpoint({"keep": Array(np.int64, ("K",), torch.int64)}, reply="path", step=StepRule.CURRENT),
+    "critic_save": Endpoint(
+        {"keep": Array(np.int64, ("K",), torch.int64)}, reply="path", reply_type=str, step=StepRule.CURRENT
+    ),
     # Answers when the checkpoint that `critic_save` started is complete.
-    "critic_saved": Endpoint({}, reply="path", step=StepRule.ANY),
+    "critic_saved": Endpoint({}, reply="path", reply_type=str, step=StepRule.ANY),
     "reward_infer": Endpoint(
         {"tokens": _TOKENS, "prompt_lengths": _PER_SEQUENCE, "lengths": _PER_SEQUENCE},
         {"rewards": Array(np.float32, ("B", "K")), "latents": Array(np.float32, ("B", "D"), optional=True)},

@@ -1,4 +1,4 @@
-"""The HTTP side of a server: one Triton process on rank 0 whose endpoints call Python handlers through PyTriton."""
+"""The gRPC side of a server: one Triton process on rank 0 whose endpoints call Python handlers through PyTriton."""
 
 import fcntl
 import logging
@@ -16,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from pytriton.model_config import ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.servers.protocol import Array, Endpoint
+from nemo_eppo.servers.transport import Transport
 
 Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 # Seconds that Triton waits for requests in flight when it is told to end, or when rank 0 has died.
 EXIT_TIMEOUT_S = 5
+START_TIMEOUT_S = 120.0
+# A Triton that ends this often within this time is not started again.
+MOST_RESTARTS, RESTART_PERIOD_S = 3, 600.0
 FREE_PORTS = (20000, 32000)
 _PREFIX = "nemo_eppo_triton_"
 
@@ -33,12 +39,28 @@ logger = logging.getLogger(__name__)
 
 
 class _Triton(Triton):
-    """PyTriton with three settings that its public configuration lacks."""
+    """PyTriton, whose Triton loads the endpoints from files when it starts and can be told nothing afterwards.
+
+    `ready` tells whether the server at our address is up; PyTriton's own clients know no certificates.
+    """
+
+    def __init__(self, config: TritonConfig, workspace: Path, ready: Callable[[], bool]) -> None:
+        self._ready = ready
+        super().__init__(
+            config=config,
+            workspace=workspace,
+            triton_lifecycle_policy=TritonLifecyclePolicy(local_model_store=True),
+            security_config=TritonSecurityConfig(restricted_endpoints=[]),  # a token would stand in Triton's argv
+        )
 
     def _prepare_triton_config(self, workspace: Any) -> None:
         super()._prepare_triton_config(workspace)
+        config = self._triton_server_config
+        # "explicit" lets whoever reaches Triton load a model, which is code
+        config["model_control_mode"] = "none"
+        config["load-model"] = None
         # Our model configurations are complete; letting Triton complete them costs 1.3 s an endpoint.
-        self._triton_server_config["strict-model-config"] = "true"
+        config["strict-model-config"] = "true"
 
     def _initialize_server(self) -> None:
         super()._initialize_server()
@@ -48,31 +70,55 @@ class _Triton(Triton):
         # answers have left. Triton still ends with this process (PyTriton sets its parent-death signal).
         server._server_path = Path(f"{shutil.which('setsid')} {server._server_path}")
 
+    def _wait_for_server(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._ready():
+            if not self._triton_server.is_alive():
+                raise RuntimeError("it ended while it started")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not ready after {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.05)
+
+    def _wait_for_models(self) -> None:
+        """Nothing is left to wait for: the server is ready when all its models are."""
+
     @property
     def shared_memory_prefix(self) -> str:
         return str(self._python_backend_config["shm-region-prefix-name"])
 
+    def processes(self) -> list[psutil.Process]:
+        """Return Triton and its helpers, one or more for each endpoint."""
+        triton = psutil.Process(self._triton_server._tritonserver_running_cmd.pid)
+        return [triton, *triton.children(recursive=True)]
+
 
 class Frontend:
-    """Serves endpoints over HTTP: every request becomes one call of `handler(name, arrays)`.
+    """Serves endpoints over gRPC: every request becomes one call of `handler(name, arrays)`.
 
     Calls for different endpoints come from different threads; those for one endpoint come one after the other.
     PyTriton fails on an array without elements and answers with a traceback, so the clients refuse to send one.
+
+    Args:
+        port: where to listen on `host`; 0 for any free port.
+        certificates: folder of the run's certificates: only clients that have them are heard; None to hear everybody.
     """
 
-    def __init__(self, endpoints: Mapping[str, Endpoint], handler: Handler, host: str, port: int) -> None:
+    def __init__(
+        self, endpoints: Mapping[str, Endpoint], handler: Handler, host: str, port: int, certificates: Path | None
+    ) -> None:
         self._endpoints, self._handler = endpoints, handler
         self.host, self.port = host, port
+        self._certificates = certificates
+        self._running = ExitStack()
+        self._restarts: list[float] = []  # when
+        self._processes: list[psutil.Process] = []
 
     @contextmanager
     def running(self) -> Iterator[str]:
         """Start Triton, give its URL, stop it at the end.
 
-        On a busy machine Triton's Python backend sometimes waits for ever for the process of its first endpoint, so a
-        start that takes too long is tried once more, with a warning.
-
         Raises:
-            ConfigError: the port is taken or the host is not an address of this machine.
+            ConfigError: the port is taken, the host is not an address of this machine, or certificates are unusable.
             RuntimeError: Triton did not start; the message has the last lines of its log.
             TimeoutError: Triton hung twice.
         """
@@ -81,14 +127,40 @@ class Frontend:
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
         remove_leftovers()
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self._process())
-            except TimeoutError as error:
-                logger.warning("%s\nstarting it once more", error)
-                stack.enter_context(self._process())
+        self.start()
+        with self._running:
             shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
-            yield f"http://{shown}:{self.port}"
+            yield f"grpc://{shown}:{self.port}"
+
+    def start(self) -> None:
+        """Start Triton, at the same address as before; raises as `running` does.
+
+        On a busy machine Triton's Python backend sometimes waits for ever for the process of its first endpoint, so a
+        start that takes too long is tried once more, with a warning."""
+        try:
+            self._running.enter_context(self._process())
+        except TimeoutError as error:
+            logger.warning("%s\nstarting it once more", error)
+            self._running.enter_context(self._process())
+        self._processes = self._triton.processes()
+
+    def end(self) -> None:
+        """Kill a Triton that is not `alive` any more, so that it gives no answers, not even errors.
+
+        Raises:
+            RuntimeError: this happened too often; the message has the last lines of Triton's log.
+        """
+        why = f"Triton or a helper of it has ended:\n{self.failures()}"
+        self.kill()
+        now = time.monotonic()
+        self._restarts = [*(then for then in self._restarts if now - then < RESTART_PERIOD_S), now]
+        if len(self._restarts) > MOST_RESTARTS:
+            raise RuntimeError(f"{why}\nthe {len(self._restarts)}th time within {RESTART_PERIOD_S:.0f} s")
+        logger.warning("%s\nstarting it anew", why)
+
+    def stop(self) -> None:
+        """Clear away a Triton that was ended. All requests have to be answered, or are within a moment."""
+        self._running.close()
 
     @contextmanager
     def _process(self) -> Iterator[None]:
@@ -97,7 +169,8 @@ class Frontend:
         self._log = folder / "triton.log"
         with open(folder / "owner", "w") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)  # held until this process ends, however it ends
-            self._triton = self._create(folder)
+            client = Transport(f"grpc://{self.host}:{self.port}", self._certificates)
+            self._triton = self._create(folder, lambda: client.server_ready(timeout=1.0))
             owner.write(self._triton.shared_memory_prefix)
             owner.flush()
             try:
@@ -106,30 +179,39 @@ class Frontend:
                 except Exception as error:
                     kind = TimeoutError if isinstance(error, TimeoutError) else RuntimeError
                     message = f"Triton did not start on {self.host}:{self.port}: {error}\n{self.failures()}"
-                    self._kill()
+                    self.kill()
                     raise kind(message) from error
+                finally:
+                    client.close()
                 yield
             finally:
                 self._triton.stop()
                 _remove(folder, self._triton.shared_memory_prefix)
 
-    def _create(self, folder: Path) -> _Triton:
+    def _create(self, folder: Path, ready: Callable[[], bool]) -> _Triton:
+        tls: dict[str, Any] = {}
+        if self._certificates is not None:
+            # copies, because PyTriton splits Triton's command line at blanks, which the original path may have
+            files = Certificates(*(Path(shutil.copy(file, folder)) for file in Certificates.of(self._certificates)))
+            tls = {"grpc_use_ssl_mutual": True, "grpc_root_cert": files.ca}
+            tls |= {"grpc_server_cert": files.cert, "grpc_server_key": files.key}
         config = TritonConfig(
-            http_address=self.host,
-            http_port=self.port,
-            allow_grpc=False,
+            allow_http=False,
+            grpc_address=self.host,
+            grpc_port=self.port,
             allow_metrics=False,
             exit_timeout_secs=EXIT_TIMEOUT_S,
             log_file=self._log,
+            **tls,
         )
-        triton = _Triton(config=config, workspace=folder / "workspace")
+        triton = _Triton(config, folder / "workspace", ready)
         for name, endpoint in self._endpoints.items():
             reply = {endpoint.reply: Array(np.object_, ("1",))} if endpoint.reply else {}
-            secret, error = {"token": Array(np.object_, ("1",))}, {"error": Array(np.object_, ("1",))}
+            error = {"error": Array(np.object_, ("1",))}
             triton.bind(
                 model_name=name,
                 infer_func=self._infer(name),
-                inputs=_tensors(endpoint.inputs | secret),
+                inputs=_tensors(endpoint.inputs),
                 outputs=_tensors(endpoint.outputs | reply | error),
                 config=ModelConfig(batching=False),  # Triton neither joins nor delays requests, and B is checked by us
             )
@@ -141,7 +223,7 @@ class Frontend:
 
         return infer
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """Kill a Triton that hangs, and its helpers; if it were only asked to end, it would wait for them."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
@@ -151,7 +233,9 @@ class Frontend:
                 time.sleep(0.01)
 
     def alive(self) -> bool:
-        return bool(self._triton.is_alive())
+        """Return whether Triton and all its helpers are alive; without one of these, an endpoint fails for ever."""
+        alive = all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self._processes)
+        return bool(alive and self._triton.is_alive())
 
     def failures(self) -> str:
         """Return the last error lines of Triton's log and output, for a person who has to find out why it ended."""

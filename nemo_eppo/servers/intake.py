@@ -1,10 +1,10 @@
 """The queue of requests on rank 0: Triton's threads check them and wait until the main thread has the answer."""
 
-import hmac
 import json
 import logging
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -51,11 +51,11 @@ class Intake:
 
     def __init__(self, service: Service, endpoints: Mapping[str, Endpoint], config: ServerConfig) -> None:
         self._service, self._config, self._steps = service, config, Steps(service)
-        self._secret = config.token.get_secret_value().encode() if config.token else b""
+        self._instance = secrets.token_hex(8)
         self._limits = Limits(service.vocab_size, service.max_sequence_length, config.max_batch_size)
         # `status` comes last: once it answers, so do the others.
         self._endpoints = {name: endpoints[name] for name in service.endpoints} | {"status": STATUS}
-        self._frontend = Frontend(self._endpoints, self._answer, config.host, config.port)
+        self._frontend = Frontend(self._endpoints, self._answer, config.host, config.port, config.certificates)
         self._waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._current: Request | None = None
         self._closed = threading.Event()
@@ -80,20 +80,30 @@ class Intake:
                 self._close()
 
     def _close(self) -> None:
-        """Answer all open requests with an error, because Triton ends only after them."""
         self._closed.set()
         if self._current and not self._current.result.done():
             self._current.result.set_exception(ServiceError(f"{self._current.endpoint} ended the server; see its log"))
+        self._turn_away("the server is stopping")
+
+    def _restart(self) -> None:
+        """Start Triton anew. Nothing that waits is executed: its clients get no answer and ask again."""
+        self._frontend.end()
+        self._closed.set()
+        self._turn_away("Triton has ended")
+        self._frontend.stop()
+        self._turn_away("Triton has ended")  # what came between
+        self._closed.clear()
+        self._frontend.start()
+
+    def _turn_away(self, why: str) -> None:
+        """Answer all waiting requests with an error, because Triton ends only after them."""
         while not self._waiting.empty():
-            self._waiting.get().result.set_exception(ServiceError("the server is stopping"))
+            self._waiting.get().result.set_exception(ServiceError(why))
 
     def _answer(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return a request's outputs, or `error`. Every endpoint calls it in a thread of its own."""
         endpoint = self._endpoints[name]
         try:
-            token = bytes(arrays.pop("token")[0])
-            if self._secret and not hmac.compare_digest(token, self._secret):
-                raise RequestError("token", "(not shown)", "the server's token")
             if endpoint is STATUS:
                 return endpoint.answer(self._status())
             endpoint.validate(arrays, self._limits)
@@ -113,6 +123,7 @@ class Intake:
         return {
             "protocol": PROTOCOL_VERSION,
             "job": self._service.name,
+            "instance": self._instance,
             "step": self._service.step,
             "healthy": not self._closed.is_set(),
             "busy": current.endpoint if current else "",
@@ -128,11 +139,13 @@ class Intake:
 
         A request that its step rule refuses, or that was answered before, is answered here.
 
+        A Triton that has ended is started anew; its clients send their requests again.
+
         Raises:
-            RuntimeError: Triton has ended.
+            RuntimeError: Triton has ended and cannot be started anew.
         """
         if not self._frontend.alive():
-            raise RuntimeError(f"Triton has ended:\n{self._frontend.failures()}")
+            self._restart()
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
             try:

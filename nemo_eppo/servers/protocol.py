@@ -1,8 +1,8 @@
 """The wire protocol between an actor and its servers: what an endpoint is, and how its tensors travel as arrays.
 
-Every endpoint takes, beside its own arrays, `token` (bytes [1], the shared secret or empty) and gives either its
-outputs or `error` (bytes [1], a JSON object with field, value, expected and message). The only endpoint here is
-`STATUS`, which every server has; those of the critic and reward servers are in `endpoints.py`.
+Every endpoint gives either its outputs or `error` (bytes [1], a JSON object with field, value, expected and message).
+The only endpoint here is `STATUS`, which every server has; those of the critic and reward servers are in
+`endpoints.py`. Requests are checked by the server, and answers by the client, against the same tables.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -99,6 +99,8 @@ class Endpoint:
     outputs: dict[str, Array] = field(default_factory=dict)
     reply: str = ""
     """Name of the JSON output that replaces `outputs`; empty: none."""
+    reply_type: type = dict
+    """Type of the reply's value."""
     step: StepRule | None = None
     """Adds the input `step`, int64 [1], with this meaning; None: no such input."""
     check: Callable[[Arrays, Limits], None] | None = None
@@ -144,13 +146,30 @@ class Endpoint:
             raise TypeError(f"the service's own output does not fit: {error}") from None
         return arrays
 
+    def check_answer(self, answer: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        """Check what a server answered to a request whose arrays have these `sizes`, see `check_arrays`.
+
+        Raises:
+            RequestError: an output is missing, unknown, of another type or shape than asked for.
+        """
+        if not self.reply:
+            check_arrays(self.outputs, answer, sizes)
+            return
+        value = answer.get(self.reply)
+        if len(answer) != 1 or type(value) is not self.reply_type:
+            found = {name: type(item).__name__ for name, item in answer.items()}
+            raise RequestError(self.reply, found, f"one JSON value of type {self.reply_type.__name__}")
+
 
 STATUS = Endpoint({}, reply="status")
 """Asks whether a server is healthy and what it serves; see `Intake`."""
 
 
-def check_arrays(spec: Mapping[str, Array], arrays: Arrays) -> dict[str, int]:
+def check_arrays(spec: Mapping[str, Array], arrays: Arrays, known: Mapping[str, int] | None = None) -> dict[str, int]:
     """Check names, dtypes and shapes of `arrays` against `spec`, but not their values.
+
+    Args:
+        known: sizes that are known before, such as those of the request that `arrays` answer.
 
     Returns:
         The size of every symbol, with S in place of T.
@@ -159,7 +178,7 @@ def check_arrays(spec: Mapping[str, Array], arrays: Arrays) -> dict[str, int]:
         RequestError: an array is missing, unknown, empty, of another dtype or rank, or does not fit the others.
     """
     _refuse_unknown(spec, arrays)
-    sizes: dict[str, int] = {}
+    sizes = dict(known or {})
     for name, wanted in spec.items():
         array = arrays.get(name)
         if array is None:
@@ -173,8 +192,8 @@ def check_arrays(spec: Mapping[str, Array], arrays: Arrays) -> dict[str, int]:
                 raise RequestError(name, f"shape {list(array.shape)}", f"{wanted}, nothing empty")
             key, length = ("S", size + 1) if symbol == "T" else (symbol, size)
             if length != sizes.setdefault(key, 1 if symbol == "1" else length):
-                known = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
-                raise RequestError(name, f"shape {list(array.shape)}", f"{wanted} with {known}")
+                fixed = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
+                raise RequestError(name, f"shape {list(array.shape)}", f"{wanted} with {fixed}")
     return sizes
 
 

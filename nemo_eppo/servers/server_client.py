@@ -5,14 +5,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from nemo_eppo.config import Config
-from nemo_eppo.servers.protocol import PROTOCOL_VERSION, Arrays, Endpoint, check_arrays
+from nemo_eppo.servers.protocol import PROTOCOL_VERSION, STATUS, Arrays, Endpoint, RequestError, check_arrays
 from nemo_eppo.servers.transport import ServerError, Transport
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,9 @@ logger = logging.getLogger(__name__)
 # is lost, so a lost server is reported after at most 2 * (4 + 8) s.
 HEALTH_INTERVAL_S = 4.0
 HEALTH_TIMEOUT_S = 8.0
-# A broken connection is tried again after these pauses; for updates too, because the server recognises a repeated one.
-RETRY_PAUSES_S = (0.5, 2.0)
-NETWORK_TIMEOUT_S = 20.0
+# A request whose connection broke is sent again for so long, within which a server starts its Triton anew; one for an
+# update too, because the server recognises a repeated one.
+RETRY_S, RETRY_PAUSE_S = 20.0, 1.0
 PARALLEL_REQUESTS = 4
 
 ResultT = TypeVar("ResultT")
@@ -36,10 +37,10 @@ class ServerUnavailable(ServerError):
 class ClientConfig(Config):
     """Where a server is found."""
 
-    url: str = Field(pattern=r"^http://[^/:]+:\d+$")
-    """Address of the server, http://host:port."""
-    token: SecretStr | None = None
-    """The server's shared secret; null if it has none."""
+    url: str = Field(pattern=r"^grpc://[^/:]+:\d+$")
+    """Address of the server, grpc://host:port."""
+    certificates: Path | None = None
+    """Folder with the run's ca.pem, cert.pem and key.pem, as the server has it; null if the server has none."""
     connect_timeout: float = Field(default=1800.0, gt=0)
     """Seconds to wait for the server at the start, while it may load a large model."""
     request_timeout: float = Field(default=3600.0, gt=0)
@@ -53,14 +54,13 @@ class ServerClient:
     """The endpoints that `call` may ask; subclasses set them."""
 
     def __init__(self, name: str, config: ClientConfig) -> None:
-        token = config.token.get_secret_value() if config.token else ""
         self.name, self.config = name, config
-        self._transport = Transport(config.url, token, NETWORK_TIMEOUT_S)
-        self._health = Transport(config.url, token, HEALTH_TIMEOUT_S)
+        self._transport = Transport(config.url, config.certificates)
         self._parallel = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix=f"{name}-client")
         # Requests that carry a step leave one by one, in the order of the calls.
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-client-steps")
         self._max_batch_size = 0
+        self._sizes: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -72,25 +72,23 @@ class ServerClient:
         """Drop requests that are not sent yet, and wait for the others."""
         self._parallel.shutdown(cancel_futures=True)
         self._in_order.shutdown(cancel_futures=True)
+        self._transport.close()
 
     def status(self) -> dict[str, Any]:
         """Return the server's status, see `Intake`.
 
         Raises:
             ServerUnavailable: there was no answer within HEALTH_TIMEOUT_S.
-            ServerError: the server refused the token.
+            ServerError: what answered is not such a server.
         """
-
-        def give_up() -> None:
-            raise TimeoutError(f"no answer within {HEALTH_TIMEOUT_S:.0f} s")
-
         try:
-            reply = self._health.request("status", {}, interval=HEALTH_TIMEOUT_S, while_waiting=give_up)
+            answer = self._transport.request("status", {}, timeout=HEALTH_TIMEOUT_S)
+            STATUS.check_answer(answer, {})
         except ConnectionError as error:
             raise self._unavailable("status", error) from error
-        except ServerError as error:
+        except (ServerError, RequestError) as error:
             raise self._failed("status", error) from None
-        status: dict[str, Any] = reply["status"]
+        status: dict[str, Any] = answer["status"]
         return status
 
     def connect(self, expect: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +103,7 @@ class ServerClient:
 
         Raises:
             ServerUnavailable: it did not answer within `connect_timeout`.
-            ServerError: it refused the token, or its status differs; the message lists all differences.
+            ServerError: its status differs; the message lists all differences.
         """
         start, told = time.monotonic(), 0.0
         while True:
@@ -121,10 +119,11 @@ class ServerClient:
                     told = waited + 30
                 time.sleep(0.5)
         differences = []
-        for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, **expect}.items():
+        for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, "max_batch_size": 1, **expect}.items():
             found = status.get(key)
             least = "at least " if key.startswith("max_") else ""
-            if found is None or (found < wanted if least else found != wanted):
+            fits = type(found) is type(wanted) and (found >= wanted if least and found is not None else found == wanted)
+            if not fits:
                 differences.append(f"{key} is {found!r}, expected {least}{wanted!r}")
         if differences:
             raise ServerError(f"the server at {self.config.url} does not fit: " + "; ".join(differences))
@@ -149,32 +148,36 @@ class ServerClient:
         sizes = check_arrays(endpoint.inputs, arrays)
         if endpoint.step:
             what = f"{name} (step {arrays['step'][0]})"
-            futures = [self._in_order.submit(self._ask, name, arrays, what)]
+            futures = [self._in_order.submit(self._ask, name, arrays, what, sizes)]
         else:
             size, futures = self._max_batch_size, []
             for start in range(0, sizes["B"], size):
                 part = {key: array[start : start + size] for key, array in arrays.items()}
-                what = f"{name} (rows from {start})" if start else name
-                futures.append(self._parallel.submit(self._ask, name, part, what))
+                what, rows = f"{name} (rows from {start})" if start else name, min(size, sizes["B"] - start)
+                futures.append(self._parallel.submit(self._ask, name, part, what, {**sizes, "B": rows}))
 
         return _joined(futures, finish)
 
-    def _ask(self, endpoint: str, arrays: Arrays, what: str) -> dict[str, Any]:
-        """Send one request, again if the connection breaks; runs in a thread of the pools."""
-        pauses = iter(RETRY_PAUSES_S)
+    def _ask(self, name: str, arrays: Arrays, what: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Send one request, again if the connection breaks, and check the answer; runs in a thread of the pools."""
+        lost = None
         while True:
             try:
                 watch = self._watch(what)
-                return self._transport.request(endpoint, arrays, interval=HEALTH_INTERVAL_S, while_waiting=watch)
+                answer = self._transport.request(name, arrays, interval=HEALTH_INTERVAL_S, while_waiting=watch)
+                self.endpoints[name].check_answer(answer, {**sizes, **self._sizes})
+                return answer
             except ConnectionError as error:
-                pause = next(pauses, None)
-                if pause is None:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > RETRY_S:
                     raise self._unavailable(what, error) from error
-                time.sleep(pause)
+                time.sleep(RETRY_PAUSE_S)
             except ServerUnavailable:
                 raise
             except ServerError as error:
                 raise self._failed(what, error) from None
+            except RequestError as error:
+                raise self._failed(f"the answer of {what}", error) from None
 
     def _watch(self, what: str) -> Callable[[], None]:
         """Return a function to call while a request waits; it raises if the server is lost or the time is up."""
@@ -198,7 +201,7 @@ class ServerClient:
     def _unavailable(self, what: str, cause: BaseException) -> ServerUnavailable:
         return ServerUnavailable(f"{self.name} server at {self.config.url} unavailable for {what}: {cause}")
 
-    def _failed(self, what: str, error: ServerError) -> ServerError:
+    def _failed(self, what: str, error: ServerError | RequestError) -> ServerError:
         message = f"{self.name} server at {self.config.url}, {what}: {error}"
         return ServerError(message, error.field, error.value, error.expected)
 

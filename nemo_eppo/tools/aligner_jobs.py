@@ -76,8 +76,8 @@ def _servers(c: Conversion) -> None:
         host = c.source[f"remote_critic_rm.{server}.ip"]
         c.require(f"remote_critic_rm.{server}.ip", bool(host), "expected a host name or an address")
         if host not in ("localhost", "127.0.0.1"):
-            c.todo.append(f"servers: {host} demands a token: the same for its server.token and the actor's")
-        return f"http://{host}:{c.source[f'remote_critic_rm.{server}.port']}"
+            c.todo.append(f"servers: {host} and the actor need certificates: `nemo-eppo certificates FOLDER`")
+        return f"grpc://{host}:{c.source[f'remote_critic_rm.{server}.port']}"
 
     raw, note = {"mean": 0.0, "std": 1.0}, "null for both standardises by the reward model's own mean and deviation"
     critic = url("critic")
@@ -272,7 +272,7 @@ def _file(c: Conversion, target: str, key: str, value: Any, command: str, files:
 
 
 def _host(c: Conversion) -> None:
-    c.put("server.host", "127.0.0.1", "0.0.0.0, as there, demands server.token, which the actor has to have, too")
+    c.put("server.host", "127.0.0.1", "0.0.0.0, as there, demands server.certificates, which the actor needs, too")
 
 
 def _regression(c: Conversion) -> None:

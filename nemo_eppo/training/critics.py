@@ -35,7 +35,7 @@ class ColocatedCriticConfig(Config):
 class CriticSource(Config):
     """Where the critic runs: exactly one of `server` and `colocated`; a server on this machine if neither is set."""
 
-    server: ClientConfig | None = ClientConfig(url="http://127.0.0.1:5555")
+    server: ClientConfig | None = ClientConfig(url="grpc://127.0.0.1:5555")
     """A critic job behind a server; null for a colocated one."""
     colocated: ColocatedCriticConfig | None = None
     """A critic in the actor's own processes."""

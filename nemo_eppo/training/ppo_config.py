@@ -24,7 +24,7 @@ from nemo_eppo.training.critics import CriticSource
 from nemo_eppo.training.reward_sources import RewardAddress, RewardKind, RewardSourceConfig
 from nemo_eppo.training.setup import ModelSetup
 
-HERE = RewardSourceConfig(server=RewardAddress(url="http://127.0.0.1:5556"))
+HERE = RewardSourceConfig(server=RewardAddress(url="grpc://127.0.0.1:5556"))
 """The reward job on this machine, at the address that conf/serve_reward_model.yaml sets."""
 
 

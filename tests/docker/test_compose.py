@@ -15,7 +15,6 @@ import yaml
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
-TOKEN = "shared-secret"
 
 
 def test_it_follows_the_compose_specification() -> None:
@@ -36,8 +35,8 @@ def test_the_actor_waits_for_healthy_servers_and_all_jobs_have_a_gpu_of_their_ow
         assert service["healthcheck"]["test"][-1] == "/opt/nemo_eppo/docker/health.py"
 
 
-def test_without_a_token_nothing_starts() -> None:
-    assert SERVICES["actor"]["environment"]["NEMO_EPPO_TOKEN"].startswith("${NEMO_EPPO_TOKEN:?")
+def test_without_certificates_nothing_starts() -> None:
+    assert any(volume.startswith("${CERTIFICATES:?") for volume in SERVICES["actor"]["volumes"])
 
 
 @pytest.mark.parametrize("name", ["actor", "critic", "reward"])
@@ -53,36 +52,22 @@ def test_the_settings_of_each_job_load(name: str, tmp_path: Path) -> None:
             "PYTHON": sys.executable,
             "SERVERS": sys.prefix,
             "PYTHONPATH": str(ROOT),
-            "NEMO_EPPO_TOKEN": TOKEN,
+            "NEMO_EPPO_CERTIFICATES": "/certificates",
             "NEMO_EPPO_STATE": str(tmp_path),
         },
     )
     assert shown.returncode == 0, shown.stderr
     settings = yaml.safe_load(shown.stdout)
     mounts = {volume.partition("}:")[2].removesuffix(":ro") for volume in SERVICES[name]["volumes"]}
-    paths = re.findall(r"(?<=[ '\"])(/(?:models|data|runs)\S*)", shown.stdout)
+    paths = re.findall(r"(?<=[ '\"])(/(?:models|data|runs|certificates)\S*)", shown.stdout)
     assert paths
     assert all("/" + path.split("/")[1] in mounts for path in paths)
     if name == "actor":
         addresses = [settings["critic"]["server"]["url"], *(reward["server"]["url"] for reward in settings["rewards"])]
-        assert addresses == ["http://critic:5555", "http://reward:5556"]
+        assert addresses == ["grpc://critic:5555", "grpc://reward:5556"]
+        assert settings["critic"]["server"]["certificates"] == "/certificates"
+        assert settings["rewards"][0]["server"]["certificates"] == "/certificates"
     else:
         assert settings["server"]["host"] == "0.0.0.0"
         assert settings["server"]["port"] == {"critic": 5555, "reward": 5556}[name]
-        assert TOKEN not in shown.stdout
-
-
-def test_the_token_reaches_the_actor(tmp_path: Path) -> None:
-    overrides = [argument.replace("$$", "$") for argument in SERVICES["actor"]["command"] if "oc.env" in argument]
-    assert len(overrides) == 2
-    code = f"""
-import os
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-os.environ["NEMO_EPPO_TOKEN"] = {TOKEN!r}
-with initialize_config_dir({str(ROOT / "conf")!r}, version_base="1.3"):
-    settings = compose("gpt_ppo_actor", {["++" + override for override in overrides]!r})
-print(settings.critic.server.token, settings.rewards[0].server.token)
-"""
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert told.stdout.split() == [TOKEN, TOKEN], told.stderr
+        assert settings["server"]["certificates"] == "/certificates"

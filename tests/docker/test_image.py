@@ -4,7 +4,6 @@ the tests run with, but with numpy 2, as NVIDIA's newer images have, and without
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,8 @@ import pytest
 from distributed import free_port
 from jobs import Models
 from packaging.requirements import Requirement
+
+from nemo_eppo.servers.certificates import create
 
 ROOT = Path(__file__).parents[2]
 NOT_IN_BASE = ("nemo_eppo", "numpy", "jinja2", "pytriton", "nvidia_pytriton", "__editable__")
@@ -171,8 +172,9 @@ def test_an_image_of_another_release_is_refused(image_has: dict[str, str], compl
 
 def test_a_server_in_the_image_is_healthy_until_it_dies(image: Image, models: Models, tmp_path: Path) -> None:
     state, log = tmp_path / "state", tmp_path / "log.txt"
-    token = secrets.token_hex(16)
-    here: dict[str, object] = {"NEMO_EPPO_STATE": state, "NEMO_EPPO_TOKEN": token, "PORT": free_port()}
+    create(tmp_path / "certificates")
+    here: dict[str, object] = {"NEMO_EPPO_STATE": state, "PORT": free_port()}
+    here["NEMO_EPPO_CERTIFICATES"] = tmp_path / "certificates"
 
     def health(**more: object) -> subprocess.CompletedProcess[str]:
         return image.run(image.python, "docker/health.py", check=False, **{**here, **more})
@@ -187,8 +189,8 @@ def test_a_server_in_the_image_is_healthy_until_it_dies(image: Image, models: Mo
     assert json.loads((state / "job.json").read_text()) == {"job": "reward", "pid": server.pid, "run": str(run)}
     serving = health()
     assert (serving.returncode, serving.stdout) == (0, "reward: serving, 0 updates\n"), serving.stderr
-    assert "token" in health(NEMO_EPPO_TOKEN="wrong").stderr
-    assert token not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    create(tmp_path / "others")
+    assert "reward: failed to connect" in health(NEMO_EPPO_CERTIFICATES=tmp_path / "others").stderr
     os.kill(json.loads((state / "ready.json").read_text())["pid"], signal.SIGKILL)
     lost = health()
     assert lost.returncode == 1

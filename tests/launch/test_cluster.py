@@ -18,7 +18,7 @@ from launched import eppo, processes_of, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, TOKEN
+from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.slurm import batch_script
@@ -213,7 +213,7 @@ def test_an_actor_without_servers_is_a_plain_batch_job(models: Models, tmp_path:
     script = batch_script(read_launch(file, ["jobs.actor.ranks_per_node=1"]))
     shellcheck(script)
     assert "het" not in script.replace("method", "")
-    assert TOKEN not in script
+    assert "certificates" not in script
     environment = {**commands_in(tmp_path, '((!FAILING)) || exit 3; echo "$@"'), "SLURM_JOB_NODELIST": "node[1-2]"}
     for failing, status in (("0", 0), ("1", 3)):
         environment["FAILING"] = failing
@@ -229,7 +229,7 @@ def test_an_actor_without_servers_is_a_plain_batch_job(models: Models, tmp_path:
 def test_an_actor_without_servers_is_an_indexed_job_of_its_own_nodes(models: Models, tmp_path: Path) -> None:
     file = actor_alone(models, tmp_path, Path("/data/out"))
     text = manifests(read_launch(file, ["jobs.actor.nodes=2", "kubernetes.server_python=python"]))
-    assert TOKEN not in text
+    assert "certificates" not in text
     assert "secret" not in text
     service, job = yaml.safe_load_all(text)
     for manifest in (service, job):
@@ -249,7 +249,7 @@ def test_an_actor_without_servers_is_an_indexed_job_of_its_own_nodes(models: Mod
 
 def test_what_does_not_suit_a_cluster_is_named(models: Models, tmp_path: Path) -> None:
     values = cluster_run(models, tmp_path)
-    values["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}, "secret": "token"}
+    values["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}, "secret": "certificates"}
     launch = read_launch(write(values, tmp_path / "launch.yaml"))
     with pytest.raises(ConfigError, match=r"ranks_per_node: .* \{'critic': 1, 'actor': 2\}"):
         manifests(launch)

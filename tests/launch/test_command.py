@@ -1,7 +1,7 @@
 """A job's command line says what its settings say, and no secret."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
     "looks_like_null": "null",
     "empty": "",
     "function": "nemo_eppo.tools.noun_task:gold_reward",
-    "list": [1, "x'y", {"url": "http://10.0.0.1:5555"}],
+    "list": [1, "x'y", {"url": "grpc://10.0.0.1:5555"}],
     "nothing": {},
 }
 
@@ -48,31 +48,28 @@ def test_every_value_reaches_the_script_as_it_is(models: Models, tmp_path: Path)
     assert read_back(arguments, tmp_path)["deep"]["er"] == VALUES
 
 
-def test_the_actor_finds_its_servers_and_no_command_line_holds_the_token(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_actor_finds_its_servers_and_their_certificates(models: Models, tmp_path: Path) -> None:
     values = eppo(models, tmp_path / "out")
     values["jobs"]["gold"] = values["jobs"]["reward"]
     values["jobs"]["critic"]["settings"]["reward_model"] = str(models.rm)
     values["jobs"]["actor"].update(needs=["critic", "reward", "gold"], held_out="gold")
     launch = read_launch(write(values, tmp_path / "launch.yaml"))
-    monkeypatch.setenv("NEMO_EPPO_TOKEN", "s3cret")
+    certificates = PurePath("/out/certificates")
     addresses = {
-        "critic": Address("http://10.0.0.1:5555", "0.0.0.0", 5555),
-        "reward": Address("http://10.0.0.2:5556", "0.0.0.0", 5556),
-        "gold": Address("http://127.0.0.1:5557"),
+        "critic": Address("grpc://10.0.0.1:5555", "0.0.0.0", 5555, certificates),
+        "reward": Address("grpc://10.0.0.2:5556", "0.0.0.0", 5556, certificates),
+        "gold": Address("grpc://127.0.0.1:5557"),
     }
     arguments = overrides(launch, "actor", addresses)
-    assert "s3cret" not in " ".join(arguments)
     found = read_back(arguments, tmp_path)
-    assert found["critic"] == {"server": {"url": "http://10.0.0.1:5555", "token": "s3cret"}}
+    assert found["critic"] == {"server": {"url": "grpc://10.0.0.1:5555", "certificates": "/out/certificates"}}
     assert found["rewards"] == [
-        {"server": {"url": "http://10.0.0.1:5555", "job": "critic", "token": "s3cret"}},
-        {"server": {"url": "http://10.0.0.2:5556", "token": "s3cret"}},
+        {"server": {"url": "grpc://10.0.0.1:5555", "job": "critic", "certificates": "/out/certificates"}},
+        {"server": {"url": "grpc://10.0.0.2:5556", "certificates": "/out/certificates"}},
     ]
-    assert found["held_out_reward"] == {"server": {"url": "http://127.0.0.1:5557"}}
+    assert found["held_out_reward"] == {"server": {"url": "grpc://127.0.0.1:5557"}}
     server = read_back(overrides(launch, "reward", addresses), tmp_path)["server"]
-    assert server == {"host": "0.0.0.0", "port": 5556, "token": "s3cret"}
+    assert server == {"host": "0.0.0.0", "port": 5556, "certificates": "/out/certificates"}
 
 
 def test_rewards_that_need_no_server_stand_beside_those_that_do(models: Models, tmp_path: Path) -> None:
@@ -81,11 +78,11 @@ def test_rewards_that_need_no_server_stand_beside_those_that_do(models: Models, 
     values["jobs"]["actor"].update(needs=["reward"])
     values["jobs"]["actor"]["settings"] |= {CRITIC: None, REWARDS: [function]}
     launch = read_launch(write(values, tmp_path / "launch.yaml"))
-    addresses = {"reward": Address("http://127.0.0.1:5556"), "critic": Address("http://127.0.0.1:5555")}
+    addresses = {"reward": Address("grpc://127.0.0.1:5556"), "critic": Address("grpc://127.0.0.1:5555")}
     found = read_back(overrides(launch, "actor", addresses), tmp_path)
     assert OmegaConf.select(OmegaConf.create(found), REWARDS) == [
         function,
-        {"server": {"url": "http://127.0.0.1:5556"}},
+        {"server": {"url": "grpc://127.0.0.1:5556"}},
     ]
     assert OmegaConf.select(OmegaConf.create(found), CRITIC) is None
 
@@ -107,4 +104,4 @@ def test_what_the_launcher_sets_is_not_set_as_well(
     values["jobs"]["actor"]["settings"] |= settings
     launch = read_launch(write(values, tmp_path / "launch.yaml"))
     with pytest.raises(ConfigError, match=re.escape(words)):
-        overrides(launch, "actor", dict.fromkeys(launch.servers, Address("http://127.0.0.1:1")))
+        overrides(launch, "actor", dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1")))

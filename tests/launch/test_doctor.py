@@ -168,7 +168,7 @@ def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> N
 
 
 def test_a_dead_server_and_one_that_does_not_fit(launch: Path, doctor: Any, reward_server: str) -> None:
-    dead = f"http://127.0.0.1:{free_port()}"
+    dead = f"grpc://127.0.0.1:{free_port()}"
     report = doctor(launch, "--server", reward_server, "--server", dead)
     assert "unavailable for status" in only_error(report, f"server {dead}")
     alive = report[1][f"server {reward_server}"]["found"]

@@ -52,8 +52,8 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "jobs.actor: world size 3 is not divisible by tensor_model_parallel_size 2",
         ),
         (
-            settings("actor", **{"critic.server.url": "http://127.0.0.1:5555"}),
-            "jobs.actor: critic.server.url = 'http://127.0.0.1:5555': expected no value here, the launcher sets it",
+            settings("actor", **{"critic.server.url": "grpc://127.0.0.1:5555"}),
+            "jobs.actor: critic.server.url = 'grpc://127.0.0.1:5555': expected no value here, the launcher sets it",
         ),
         (settings("actor", **{"data.max_prompt_length": 40}), "jobs.actor: data.max_prompt_length 40 + "),
         (
@@ -139,7 +139,7 @@ def actor(critic: object, rewards: tuple[object, ...]) -> Job:
     return Job("actor", KINDS["train_gpt_ppo_actor"], 1, settings)
 
 
-SERVED = CriticSource(server=ClientConfig(url="http://127.0.0.1:1"))
+SERVED = CriticSource(server=ClientConfig(url="grpc://127.0.0.1:1"))
 HERE = SimpleNamespace(colocated=object())
 FUNCTION = RewardSourceConfig(function="rewards:length")
 

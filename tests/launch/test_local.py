@@ -72,11 +72,11 @@ def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: 
         os.kill(json.loads((output / "logs" / "reward.ready.json").read_text())["pid"], signal.SIGKILL)
         _, error = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGKILL, error
-    assert "reward server listens on http://127.0.0.1:" in error  # in its log
+    assert "reward server listens on grpc://127.0.0.1:" in error  # in its log
     assert error.endswith(f"launch: reward ended with exit status -9; its log is {output}/logs/reward.log\n")
     assert processes_of(output) == []
     assert [block for block in blocks if block.exists()] == []
-    for word in ("address", "http://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
+    for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
 
 

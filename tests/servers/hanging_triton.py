@@ -2,14 +2,13 @@
 
 import logging
 import sys
-import urllib.request
 from pathlib import Path
 
-import pytriton.client.client
 import pytriton.triton
 
-from nemo_eppo.servers.frontend import Frontend
+from nemo_eppo.servers import frontend
 from nemo_eppo.servers.protocol import STATUS
+from nemo_eppo.servers.transport import Transport
 
 
 def main(folder: Path) -> None:
@@ -21,13 +20,10 @@ def main(folder: Path) -> None:
     )
     script.chmod(0o755)
     pytriton.triton.get_stub_path = lambda version: script
-    pytriton.client.client.DEFAULT_INFERENCE_TIMEOUT_S = 15.0  # the time that an endpoint has to be loaded; else 60 s
+    frontend.START_TIMEOUT_S = 20.0
     logging.basicConfig(format="%(name)s: %(message)s")
-    with (
-        Frontend({"status": STATUS}, lambda name, arrays: {}, "127.0.0.1", 0).running() as url,
-        urllib.request.urlopen(f"{url}/v2/health/ready", timeout=30) as ready,
-    ):
-        print(ready.status)
+    with frontend.Frontend({"status": STATUS}, lambda name, arrays: {}, "127.0.0.1", 0, None).running() as url:
+        print(Transport(url, None).server_ready(timeout=30))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import psutil
 from distributed import free_port
-from pydantic import SecretStr
 
+from nemo_eppo.servers.certificates import create
 from nemo_eppo.servers.client import ClientConfig
 from nemo_eppo.servers.frontend import remove_leftovers
 
 ROOT = Path(__file__).parents[2]
-TOKEN = "open-sesame-4711"
 
 
 @dataclass
@@ -27,10 +26,11 @@ class Server:
     url: str
     ready_file: Path
     output: Path
+    certificates: Path
 
     @property
     def client_config(self) -> ClientConfig:
-        return ClientConfig(url=self.url, token=SecretStr(TOKEN), connect_timeout=60)
+        return ClientConfig(url=self.url, certificates=self.certificates, connect_timeout=60)
 
     def processes(self) -> list[psutil.Process]:
         """torchrun, the ranks, Triton and its stubs."""
@@ -41,11 +41,16 @@ class Server:
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
     ready, output = folder / "ready.json", folder / "output.txt"
+    certificates = folder / "certificates of a run"  # a path with blanks
+    create(certificates)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TINY_TOKEN": TOKEN}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(output, "wb") as log:
         torchrun = subprocess.Popen(
-            [*command, str(ROOT / "tests/servers/tiny_server.py"), str(ready)], env=environment, stdout=log, stderr=log
+            [*command, str(ROOT / "tests/servers/tiny_server.py"), str(ready), str(certificates)],
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
     started: list[psutil.Process] = []
     try:
@@ -54,7 +59,7 @@ def running_server(folder: Path) -> Iterator[Server]:
             assert torchrun.poll() is None, output.read_text()
             assert time.monotonic() < deadline, f"not ready after 120 s:\n{output.read_text()}"
             time.sleep(0.05)
-        server = Server(torchrun, json.loads(ready.read_text())["url"], ready, output)
+        server = Server(torchrun, json.loads(ready.read_text())["url"], ready, output, certificates)
         started = server.processes()
         yield server
     finally:

@@ -34,7 +34,7 @@ TABLE = {
         {"shares": Array(np.float32, ("B", "N"))},
         check=positive,
     ),
-    "count": Endpoint({"by": Array(np.int64, ("1",), torch.int64)}, reply="total", step=StepRule.NEXT),
+    "count": Endpoint({"by": Array(np.int64, ("1",), torch.int64)}, reply="total", reply_type=int, step=StepRule.NEXT),
 }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import SecretStr
 
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import ServiceError
@@ -84,7 +83,7 @@ class TinyService:
     def status(self) -> dict[str, Any]:
         return {
             "tokenizer": "tiny",
-            "reward": {"k": 2, "mean": 0.0, "std": 1.0},
+            "reward": {"k": 2, "mean": [0.0, 0.0], "std": [1.0, 1.0], "latent_size": 0},
             "pids": self.pids,
             "calls": self.calls,
             "bias": self.bias,
@@ -94,8 +93,6 @@ class TinyService:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = ServerConfig(
-        token=SecretStr(os.environ["TINY_TOKEN"]), max_batch_size=MAX_BATCH, ready_file=Path(sys.argv[1])
-    )
+    config = ServerConfig(certificates=Path(sys.argv[2]), max_batch_size=MAX_BATCH, ready_file=Path(sys.argv[1]))
     serve(TinyService(), ENDPOINTS, config, group=dist.new_group(backend="gloo"))
     dist.destroy_process_group()

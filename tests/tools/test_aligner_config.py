@@ -240,8 +240,8 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "seed": 99,
         "exp_manager.explicit_log_dir": "/results/actor",
         "exp_manager.wandb_logger_kwargs": {"project": "p", "name": "n"},
-        "critic.server.url": "http://localhost:5601",
-        "rewards": [{"server": {"url": "http://node7:5600"}, "mean": 0.0, "std": 1.0}],
+        "critic.server.url": "grpc://localhost:5601",
+        "rewards": [{"server": {"url": "grpc://node7:5600"}, "mean": 0.0, "std": 1.0}],
     }.items() <= ours.items()
     assert status(result, "model.ppo.sampling_params.repetition_penalty") == "lost"
     assert status(result, "trainer.ppo.trt_llm.enable") == "dropped"
@@ -259,7 +259,7 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
 
 def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -> None:
     actor = converted(ACTOR, tmp_path, remote_critic_rm__combine_rm_and_critic_server=True)
-    assert actor.values["rewards"][0]["server"] == {"url": "http://localhost:5601", "job": "critic"}
+    assert actor.values["rewards"][0]["server"] == {"url": "grpc://localhost:5601", "job": "critic"}
     critic = converted(CRITIC, tmp_path)
     assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_hf"
     assert {"server.port": 5601, "optimizer.decay_steps": 600, "value_clip": 0.3}.items() <= critic.values.items()

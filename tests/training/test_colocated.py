@@ -81,7 +81,7 @@ def test_three_steps_are_those_over_the_wire(
         },
         tmp_path / "server",
     )
-    url = f"http://127.0.0.1:{port}"
+    url = f"grpc://127.0.0.1:{port}"
     try:
         served = run("served", {"server": {"url": url}}, {"server": {"url": url, "job": "critic"}})
     finally:

@@ -38,7 +38,7 @@ def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFact
             "energy": {},
             "shaping": {"energy_penalty": {"eta": 1.0}},
             "optimizer": {"lr": 1e-6},
-            "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+            "critic": {"server": {"url": f"grpc://127.0.0.1:{port}"}},
             "rewards": [{"server": {"url": reward_url}}],
         }
 

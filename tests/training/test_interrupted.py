@@ -60,7 +60,7 @@ class Runs:
             },
             "optimizer": {"lr": 1e-3},
             "checkpoint": {"interval": 1, "best": "validation/proxy_reward"},
-            "critic": {"server": {"url": f"http://127.0.0.1:{port}", "connect_timeout": 60}},
+            "critic": {"server": {"url": f"grpc://127.0.0.1:{port}", "connect_timeout": 60}},
             "rewards": [{"server": {"url": self.reward_url}}],
             **extra,
         }
@@ -128,7 +128,7 @@ def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_p
         critic = runs.critic(port, kill={"phase": "critic", "call": 2})  # and now the critic, between two updates
         actor = runs.actor(port)
         assert actor.wait(100) == 1, log(actor)
-        assert f"critic server at http://127.0.0.1:{port} unavailable for critic_train" in log(actor)
+        assert f"critic server at grpc://127.0.0.1:{port} unavailable for critic_train" in log(actor)
         critic.stop()
         critic = runs.critic(port)
         actor = runs.actor(port)

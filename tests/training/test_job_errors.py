@@ -74,7 +74,7 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rewards": [{"colocated": {}}]}, r"rewards\.0\.colocated\.restore_from_path: required"),
         ({"held_out_reward": {"weight": 2.0}}, r"held_out_reward: expected exactly one of server, colocated and"),
         (
-            {"critic": {"server": {"url": "http://x:1"}, "colocated": COLOCATED_CRITIC}},
+            {"critic": {"server": {"url": "grpc://x:1"}, "colocated": COLOCATED_CRITIC}},
             r"critic: expected exactly one of server and colocated",
         ),
         ({"critic": {"server": None}}, r"critic: expected exactly one of server and colocated"),

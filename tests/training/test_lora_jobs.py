@@ -48,7 +48,7 @@ def ppo(models: Models, reward_url: str, work: Path) -> list[dict[str, float]]:
         "shaping": {"kl": {"coefficient": 0.1}, "energy_penalty": {"eta": 2.0}},
         "checkpoint": {"interval": SAVED},
         "optimizer": optimizer,
-        "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+        "critic": {"server": {"url": f"grpc://127.0.0.1:{port}"}},
         "rewards": [{"server": {"url": reward_url}}],
     }
     critic = Job("critic", 1, critic_settings, work / "critic_job", work / "critic")

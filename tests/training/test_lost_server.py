@@ -33,8 +33,8 @@ def test_a_killed_reward_server_fails_the_actor_within_30_seconds(models: Models
             "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
             "generation": {"max_new_tokens": 20},
             "ppo": {"max_steps": 10_000, "rollout_batch_size": 8, "mini_batch_size": 8},
-            "critic": {"server": {"url": f"http://127.0.0.1:{critic_port}"}},
-            "rewards": [{"server": {"url": f"http://127.0.0.1:{reward_port}"}}],
+            "critic": {"server": {"url": f"grpc://127.0.0.1:{critic_port}"}},
+            "rewards": [{"server": {"url": f"grpc://127.0.0.1:{reward_port}"}}],
             "optimizer": {"lr": 1e-6},
         },
         tmp_path / "actor",
@@ -51,5 +51,5 @@ def test_a_killed_reward_server_fails_the_actor_within_30_seconds(models: Models
             job.stop()
     log = actor.log.read_text()
     assert "ServerUnavailable" in log
-    assert f"http://127.0.0.1:{reward_port}" in log
+    assert f"grpc://127.0.0.1:{reward_port}" in log
     assert "reward" in log

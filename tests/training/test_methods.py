@@ -57,7 +57,7 @@ def steps(
     for kind, source in trained.items():
         settings: dict[str, Any] = {"model": {"restore_from_path": source}, "server": {"port": free_port()}}
         servers.append(Job("reward", 1, settings, root / kind))
-        urls[kind] = f"http://127.0.0.1:{settings['server']['port']}"
+        urls[kind] = f"grpc://127.0.0.1:{settings['server']['port']}"
     serving = {"port": port, "max_batch_size": 6}
     critic_settings = {"model": {"restore_from_path": models.rm}, "server": serving, "optimizer": {"lr": 1e-6}}
     critic = Job("critic", 1, critic_settings, root / "critic")
@@ -92,7 +92,7 @@ def steps(
     runs["two models"] = composed("method=eppo", *common, rewards(2))
     for settings in runs.values():
         if "critic" not in settings:  # an estimator without one has `critic: null`
-            settings["critic"] = {"server": {"url": f"http://127.0.0.1:{port}"}}
+            settings["critic"] = {"server": {"url": f"grpc://127.0.0.1:{port}"}}
     try:
         actor = Job("methods", 1, runs, root / "actor")
         assert actor.wait(400) == 0, actor.log.read_text()[-6000:]
@@ -125,7 +125,7 @@ def test_a_preset_makes_a_step_and_its_ledger_adds_up(name: str, steps: dict[str
         ),
         ("watched without latents", "monitor.outliers.action = 'log' needs latents"),
         ("warm on a plain model", "has a reward model of kind 'bradley_terry'"),
-        ("odin on a plain model", "reward_kind = 'odin', but the server at http://127.0.0.1"),
+        ("odin on a plain model", "reward_kind = 'odin', but the server at grpc://127.0.0.1"),
         ("inform on an odin model", "has a reward model of kind 'odin'"),
         ("mini-batches beyond the critic's", "max_batch_size is 6, expected at least 8"),
         ("two models", "rewards, shaping.combine: scores: 2 reward models, but combine is 'single'"),

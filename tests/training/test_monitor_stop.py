@@ -54,7 +54,7 @@ def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, t
             (1, {"action": "raise_kl", "patience": 1}, 4),
             (2, {"action": "stop", "patience": 2}, 1000),  # one verdict for all ranks, or they wait for each other
         ):
-            values = settings(models, reward_url, f"http://127.0.0.1:{port}", ranks, length, max_steps)
+            values = settings(models, reward_url, f"grpc://127.0.0.1:{port}", ranks, length, max_steps)
             jobs.append(Job("actor", ranks, values, tmp_path / str(length["action"]), run))
             assert jobs[-1].wait(240) == 0, jobs[-1].log.read_text()[-4000:]
     finally:

@@ -60,7 +60,7 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
                     "missing_eos": {"penalty": reference.missing_eos},
                 },
                 "optimizer": {"lr": reference.actor_lr, **adam},
-                "critic": {"server": {"url": f"http://127.0.0.1:{port}"}},
+                "critic": {"server": {"url": f"grpc://127.0.0.1:{port}"}},
                 "rewards": [{"server": {"url": reward_url}}],
             },
             tmp_path / "actor",
