@@ -24,6 +24,7 @@ from nemo_eppo.launch.status import Row, State, Status
 from nemo_eppo.servers import certificates
 
 GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
+MOST_RESTARTS = 3  # of each server that had been ready; the actor waits for it, and resumes
 POLL_S = 0.2  # seconds between looks at the jobs
 TAIL_LINES = 25  # lines shown of a failed job's log
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -78,6 +79,7 @@ class Supervisor:
         self._addresses = {name: own_address(launch, name) for name in launch.servers}
         if launch.servers:
             certificates.create(launch.certificates_folder)
+        self._restarts = dict.fromkeys(launch.servers, 0)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
         # Processes that outlive a job become children of this process, so that `stop` finds them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
@@ -162,13 +164,19 @@ class Supervisor:
         if code is not None:
             row.ended = time.monotonic()
             self._gpus.give_back(name)
-            if job.serves or code:
+            if job.serves and row.url and self._restarts[name] < MOST_RESTARTS:
+                self._restarts[name] += 1
+                self._start(name)
+            elif job.serves or code:
                 raise self._failure(name, f"ended with exit status {code}", code if code >= 0 else 128 - code)
-            row.state = State.DONE
+            else:
+                row.state = State.DONE
         elif row.state is State.STARTING:
             if self._ready_file(name).exists():
                 row.url = json.loads(self._ready_file(name).read_text())["url"]
-                self._addresses[name] = replace(self._addresses[name], url=row.url)
+                self._addresses[name] = replace(
+                    self._addresses[name], url=row.url, port=int(row.url.rpartition(":")[2])
+                )
                 row.state = State.READY
             elif time.monotonic() - row.started > self._launch.start_timeout:
                 raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)

@@ -37,7 +37,7 @@ class SavingConfig(Config):
 class CheckpointConfig(SavingConfig):
     """When a run is saved, and which of its checkpoints are kept."""
 
-    interval: int = Field(0, ge=0)
+    interval: int = Field(100, ge=0)
     """Steps between checkpoints; 0 saves only after the last step."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
@@ -73,7 +73,8 @@ class CheckpointSaver:
     def __init__(self, folder: Path, tokenizer: Path | None, asynchronous: bool) -> None:
         self._folder, self._tokenizer, self._asynchronous = folder, tokenizer, asynchronous
         self._writing = AsyncCallsQueue()
-        self._sealing: Future[None] | None = None
+        self._pending = False  # whether a checkpoint may not be complete yet; the same on all ranks
+        self._sealing: Future[None] | None = None  # of rank 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if dist.get_rank() == 0:
             remove_incomplete(folder, "step_*")
@@ -114,20 +115,21 @@ class CheckpointSaver:
 
         request.add_finalize_fn(hand_over)
         self._writing.schedule_async_request(request)
+        self._pending = True
         if not self._asynchronous:
             self.finish()
 
     def poll(self) -> None:
         """Let a checkpoint that is being written enter its next stage; call it after each step."""
-        self._writing.maybe_finalize_async_calls(blocking=False)
-        if self._sealing is not None and self._sealing.done():
-            self._sealing.result()
+        if self._pending:
+            self._writing.maybe_finalize_async_calls(blocking=False)
+            on_rank0(lambda: self._sealing.result() if self._sealing and self._sealing.done() else None)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete."""
         self._writing.maybe_finalize_async_calls(blocking=True)
-        on_rank0(lambda: self._sealing.result() if self._sealing else None)
-        self._sealing = None
+        sealing, self._sealing, self._pending = self._sealing, None, False  # an error in it is raised once
+        on_rank0(lambda: sealing.result() if sealing else None)
 
 
 def tidy(folder: Path, config: CheckpointConfig) -> None:

@@ -66,6 +66,10 @@ class Timers:
             "seconds/attributed_fraction": min(attributed / total, 1.0) if total > 0 else 1.0,
         }
 
+    def discard(self) -> None:
+        """Forget the phases of a step that failed."""
+        self._seconds = {}
+
     def close(self) -> None:
         """End the measurement after the last step; RuntimeError if some phases were never collected."""
         if self._seconds:

@@ -175,6 +175,8 @@ class ServerClient:
             except ServerUnavailable:
                 raise
             except ServerError as error:
+                if error.field == "step":  # it has been started anew, and its last updates are lost
+                    raise self._unavailable(what, error) from None
                 raise self._failed(what, error) from None
             except RequestError as error:
                 raise self._failed(f"the answer of {what}", error) from None

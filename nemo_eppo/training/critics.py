@@ -94,30 +94,35 @@ class RemoteCritic:
     """
 
     def __init__(self, config: ClientConfig, expect: Mapping[str, Any], mini_batch_size: int) -> None:
-        self._client = CriticClient(config)
-        status = on_rank0(lambda: self._client.connect({**expect, "max_batch_size": mini_batch_size}))
-        self.updates = int(status["step"])
+        self.client = CriticClient(config)
+        self._expect = {**expect, "max_batch_size": mini_batch_size}
+        self.updates = 0
+        self.connect()
+
+    def connect(self) -> None:
+        """Wait until the server answers, and check that it fits; collective."""
+        self.updates = int(on_rank0(lambda: self.client.connect(self._expect))["step"])
 
     def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
         padded = batch.with_padding(batch.sequence_length + 1) if after_last else batch
-        return asked(lambda: self._client.infer(padded.tokens, padded.lengths))
+        return asked(lambda: self.client.infer(padded.tokens, padded.lengths))
 
     def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
         self.updates += 1
         step = self.updates
-        return asked(lambda: self._client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
+        return asked(lambda: self.client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
 
     def begin(self, run: int, updates: int) -> None:
         """See `Critic`. Raises ServerError if the critic belongs to another run or has no checkpoint of `updates`."""
-        self.updates = on_rank0(lambda: self._client.begin(run, updates).result())
+        self.updates = on_rank0(lambda: self.client.begin(run, updates).result())
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
         step = self.updates
-        path = on_rank0(lambda: self._client.save(step, keep).result())
-        return path, lambda: self._client.saved(step).result()
+        path = on_rank0(lambda: self.client.save(step, keep).result())
+        return path, lambda: self.client.saved(step).result()
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
 
 def asked(ask: "Callable[[], Future[ValueT]]") -> Callable[[], ValueT]:

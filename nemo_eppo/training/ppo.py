@@ -85,6 +85,8 @@ class PPO:
         self.sampling, self.tokenizer, self.seed = sampling, tokenizer, seed
         self.estimator = settings.advantages.build()
         self.timers = Timers(device.synchronize)
+        self.updating = False
+        """Whether policy and critic may be between two steps."""
 
     def step(self, step: int, prompts: Sequence[PromptItem]) -> StepResult:
         """Generate responses, collect and shape their rewards, and update policy and critic.
@@ -103,6 +105,7 @@ class PPO:
         """
         started = time.perf_counter()
         timers, settings = self.timers, self.settings
+        self.updating = False
         prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         with timers("generate"):
             rollout = self.roll_out(prompts, self.sampling, step_seed(self.seed, step))
@@ -232,7 +235,7 @@ class PPO:
 
     def _train(self, step: int, batch: RolloutBatch, experience: Experience) -> dict[str, float]:
         """Make all updates of a step. A critic server makes its updates in order while the policy makes its own."""
-        settings = self.settings
+        settings, self.updating = self.settings, True
         reports: list[dict[str, float]] = []
         pending = []
         for epoch in range(settings.epochs):

@@ -21,6 +21,7 @@ from nemo_eppo.rewards.functions import FunctionsConfig, check_function
 from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.critics import CriticSource
+from nemo_eppo.training.recovery import ServersConfig
 from nemo_eppo.training.reward_sources import RewardAddress, RewardKind, RewardSourceConfig
 from nemo_eppo.training.setup import ModelSetup
 
@@ -178,9 +179,10 @@ class PPOConfig(Config):
     reward_functions: FunctionsConfig = FunctionsConfig()
     critic: CriticSource | None = CriticSource()
     """Where the critic runs; null for an estimator of advantages that needs no critic."""
+    servers: ServersConfig = ServersConfig()
     optimizer: OptimizerConfig
     validation: ValidationConfig = ValidationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(interval=10)
     """When the actor is saved and what is kept; the critic is saved with it."""
     monitor: MonitorConfig = MonitorConfig()
     """Signs of reward hacking, and what happens when they appear."""

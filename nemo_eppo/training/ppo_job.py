@@ -22,6 +22,7 @@ from nemo_eppo.training.energy_cache import EnergyCache
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.recovery import Remote
 from nemo_eppo.training.reward_sources import RewardKind, RewardSourceConfig, RewardSources, build_source
 from nemo_eppo.training.setup import Plan, build, plan
 
@@ -54,6 +55,7 @@ class PPOJob:
         self.batches = GlobalBatches(
             len(self.prompts), config.ppo.rollout_batch_size, seed=config.seed, digest=self.prompts.digest
         )
+        self.remotes: list[Remote] = []
         self.validation_prompts: list[PromptItem] = []
         if config.data.validation is not None:
             self.validation_prompts = self._dataset(config.data.validation).items[: config.validation.max_prompts]
@@ -94,7 +96,8 @@ class PPOJob:
         expect = {"tokenizer": tokenizer.digest(), "max_sequence_length": config.longest}
         critic: Critic | None = self._critic
         if config.critic is not None and config.critic.server is not None:
-            critic = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)
+            critic = remote = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)
+            self.remotes.append(remote)
         if critic is not None:
             stack.callback(critic.close)
         pool = FunctionPool(config.reward_functions)
@@ -108,6 +111,7 @@ class PPOJob:
                 ]
             )
             stack.callback(made.close)
+            self.remotes += made.remotes
             return made
 
         rewards = sources(self._rewards, config.reward_kind)

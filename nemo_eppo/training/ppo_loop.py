@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_eppo.config import ConfigError
 from nemo_eppo.files import write_atomically
 from nemo_eppo.megatron import checkpoint
-from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.metrics import MetricsLogger
@@ -21,9 +21,11 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.servers.client import ServerUnavailable
 from nemo_eppo.training.ppo import PPO, StepResult
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
+from nemo_eppo.training.recovery import Recovery
 from nemo_eppo.training.stopping import StopWatch
 
 
@@ -31,7 +33,17 @@ def train_ppo(config: PPOConfig, run: Run) -> None:
     """Run the actor job."""
     job = PPOJob(config, run)
     with ExitStack() as stack:
-        PPOLoop(job, job.build(stack)).run()
+        ppo = job.build(stack)
+        recovery = Recovery(job.remotes, config.servers, run.logger)
+        loop = PPOLoop(job, ppo)
+        while True:
+            try:
+                loop.run()
+                return
+            except (ServerUnavailable, PeerError) as error:
+                recovery.recover(error, loop.done, loop.save_lost)
+                ppo.timers.discard()
+                loop = PPOLoop(job, ppo)
 
 
 class PPOLoop:
@@ -43,7 +55,8 @@ class PPOLoop:
         self.validation_prompts = job.validation_prompts
         self.checkpoints = self.run_files.directory / CHECKPOINTS
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
-        self.done = self._resume()
+        self.done = self.saved = self._resume()
+        self._state = self._state_now()
         ppo.policy.refit()
 
     def run(self) -> None:
@@ -68,6 +81,7 @@ class PPOLoop:
                 started = time.perf_counter()
                 row = result.metrics
                 is_last = self._watch(step, row, result.latents) or step == last
+                self._state = self._state_now()
                 stop = watch.due()
                 save = stop or is_last or due(step, config.checkpoint.interval)
                 if recorder is not None:
@@ -82,6 +96,7 @@ class PPOLoop:
                 row["seconds/after_step"] = time.perf_counter() - started
                 if metrics is not None:
                     metrics.log(step, row)
+                self.done = step
                 progress.update(step, row)
                 if is_last or stop:
                     break
@@ -131,6 +146,27 @@ class PPOLoop:
                 self.run_files.logger.warning("%s", alarm)
         return "stop" in actions
 
+    def save_lost(self) -> bool:
+        """Save the steps done, after another one was lost; return whether there is a checkpoint to resume from.
+
+        There is none of these steps if the lost one had begun to change weights, or if the critic is lost, too.
+        """
+        with suppress(ServerUnavailable, PeerError):  # its critic's checkpoint may be lost, and so is this one
+            self.saver.finish()
+        if self.done > self.saved and not self.ppo.updating:
+            with suppress(ServerUnavailable, PeerError):
+                self._save(self.done, {})
+                self.saver.finish()
+        return bool(on_rank0(lambda: checkpoint_files.complete_in(self.checkpoints)))
+
+    def _state_now(self) -> dict[str, Any]:
+        """Return the state of everything but weights, optimizers and critic, as a checkpoint keeps it."""
+        return {
+            "batches": self.batches.state_dict(),
+            "pipeline": self.ppo.pipeline.state_dict(),
+            "monitor": self.monitor.state_dict(),
+        }
+
     def _save(self, step: int, validation: dict[str, float]) -> None:
         """Save actor and critic. The actor's checkpoint appears after the critic's, so that every actor that can be
         resumed finds its critic; each deletes a checkpoint only when the other no longer needs it."""
@@ -145,12 +181,7 @@ class PPOLoop:
             model=self.plan.model,
             metrics=validation,
             optimizer=True,
-            state={
-                "batches": self.batches.state_dict(),
-                "pipeline": ppo.pipeline.state_dict(),
-                "monitor": self.monitor.state_dict(),
-                **state,
-            },
+            state=self._state | state,
         )
         self.saver.save(
             ppo.policy.runner,
@@ -158,6 +189,7 @@ class PPOLoop:
             before=critic_saved,
             after=lambda: tidy(self.checkpoints, self.config.checkpoint),
         )
+        self.saved = step
 
     def _critics_needed(self) -> list[int]:
         """Return the numbers of critic updates that this run's checkpoints were saved with."""

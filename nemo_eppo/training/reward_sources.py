@@ -82,16 +82,23 @@ class ServerSource:
     def __init__(
         self, config: RewardSourceConfig, address: RewardAddress, expect: Mapping[str, Any], kind: RewardKind
     ) -> None:
-        self._client = RewardClient(address, address.job)
-        model = on_rank0(lambda: self._client.connect(expect)["reward"])
+        self.client = RewardClient(address, address.job)
+        self._expect: dict[str, Any] = dict(expect)
+        model = self.connect()
+        self._expect["reward"] = model  # after a reconnection it has to be the same model
         self.columns = model_columns(config, f"the server at {address.url}", model, kind)
-        self.latent_size = int(model.get("latent_size", 0))
+        self.latent_size = int(model["latent_size"])
+
+    def connect(self) -> dict[str, Any]:
+        """Wait until the server answers, check that it fits and return what it says of its models; collective."""
+        model: dict[str, Any] = on_rank0(lambda: self.client.connect(self._expect)["reward"])
+        return model
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
-        return asked(lambda: self._client.infer(batch.tokens, batch.prompt_lengths, batch.lengths))
+        return asked(lambda: self.client.infer(batch.tokens, batch.prompt_lengths, batch.lengths))
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
 
 def model_columns(
@@ -148,6 +155,7 @@ class RewardSources:
 
     def __init__(self, sources: Sequence[RewardSource]) -> None:
         self._sources = sources
+        self.remotes = [source for source in sources if isinstance(source, ServerSource)]
         self.columns = [column for source in sources for column in source.columns]
         self.latent_size = sum(source.latent_size for source in sources)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from jobs import Models
 from launched import eppo, processes_of, shared_memory_of, write
@@ -59,8 +60,9 @@ def terminal() -> Iterator[tuple[int, bytearray]]:
         os.close(outer)
 
 
-def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: Models, tmp_path: Path) -> None:
+def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(models: Models, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    metrics = output / "actor" / "metrics.jsonl"
     file = write(eppo(models, output, steps=10_000), tmp_path / "launch.yaml")
     with terminal() as (stdout, shown):
         process = start(file, stdout)
@@ -69,11 +71,20 @@ def test_a_killed_server_stops_all_jobs_and_the_end_of_its_log_is_shown(models: 
             run_local(read_launch(file))
         blocks = shared_memory_of(process.pid)
         assert blocks
-        os.kill(json.loads((output / "logs" / "reward.ready.json").read_text())["pid"], signal.SIGKILL)
+        ready = output / "logs" / "reward.ready.json"
+        killed = json.loads(ready.read_text())
+        os.kill(killed["pid"], signal.SIGKILL)
+        wait_for(lambda: ready.exists() and json.loads(ready.read_text())["pid"] != killed["pid"], process)
+        assert json.loads(ready.read_text())["url"] == killed["url"]
+        steps = len(metrics.read_text().splitlines())
+        wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 2, process)
+        [actor] = [p for p in psutil.Process(process.pid).children() if "train_gpt_ppo_actor" in " ".join(p.cmdline())]
+        actor.kill()
         _, error = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGKILL, error
-    assert "reward server listens on grpc://127.0.0.1:" in error  # in its log
-    assert error.endswith(f"launch: reward ended with exit status -9; its log is {output}/logs/reward.log\n")
+    assert error.endswith(f"launch: actor ended with exit status -9; its log is {output}/logs/actor.log\n")
+    assert "unavailable for reward_infer" in error  # in the actor's log
+    assert [row["step"] for row in map(json.loads, metrics.read_text().splitlines())] == [*range(1, steps + 1)]
     assert processes_of(output) == []
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):

@@ -127,12 +127,11 @@ def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_p
         critic.stop(signal.SIGKILL)
         critic = runs.critic(port, kill={"phase": "critic", "call": 2})  # and now the critic, between two updates
         actor = runs.actor(port)
-        assert actor.wait(100) == 1, log(actor)
+        critic.wait(100)
+        critic = runs.critic(port)  # for which the same actor has waited
+        assert actor.wait(200) == 0, log(actor)
         assert f"critic server at grpc://127.0.0.1:{port} unavailable for critic_train" in log(actor)
-        critic.stop()
-        critic = runs.critic(port)
-        actor = runs.actor(port)
-        assert actor.wait(100) == 0, log(actor)
+        assert "all servers answer again" in log(actor)
     finally:
         critic.stop()
     assert runs.trajectory() == whole.trajectory()
