@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from nemo_eppo.servers.endpoints import ENDPOINTS
-from nemo_eppo.servers.server_client import ClientConfig, ServerClient, ServerUnavailable
+from nemo_eppo.servers.server_client import URL, ClientConfig, ServerClient, ServerUnavailable
 from nemo_eppo.servers.transport import ServerError
 
 # The largest absolute value in an answer: larger ones overflow fp32 when they are standardised, squared or summed.
 LARGEST = 1e15
 
-__all__ = ["ClientConfig", "CriticClient", "RewardClient", "Rewards", "ServerClient", "ServerUnavailable"]
+__all__ = ["URL", "ClientConfig", "CriticClient", "RewardClient", "Rewards", "ServerClient", "ServerUnavailable"]
 
 
 class CriticClient(ServerClient):
@@ -110,8 +110,8 @@ class RewardClient(ServerClient):
 
     endpoints = ENDPOINTS
 
-    def __init__(self, config: ClientConfig, name: str = "reward") -> None:
-        super().__init__(name, config)
+    def __init__(self, config: ClientConfig, name: str = "reward", others: Sequence[str] = ()) -> None:
+        super().__init__(name, config, others)
 
     def connect(self, expect: Mapping[str, Any]) -> dict[str, Any]:
         """See `ServerClient.connect`. Also raises ServerError if the description of the reward models is not one."""
@@ -150,7 +150,9 @@ def _refuse_numbers(client: ServerClient, name: str, values: torch.Tensor, where
     wrong = ~(values.abs() <= LARGEST) & where
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
-        raise _wrong(client, f"{name}[{row}, {column}]", values[row, column].item(), f"a number within {LARGEST:g}")
+        raise _wrong(
+            client, f"{name}[{row}, {column}]", f"{values[row, column].item():g}", f"a number within {LARGEST:g}"
+        )
 
 
 def _wrong(client: ServerClient, field: str, value: object, expected: str) -> ServerError:

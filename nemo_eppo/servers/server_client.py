@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -30,6 +31,9 @@ PARALLEL_REQUESTS = 4
 ResultT = TypeVar("ResultT")
 
 
+URL = r"^grpc://[^/:]+:\d+$"
+
+
 class ServerUnavailable(ServerError):
     """A server does not answer, or no longer."""
 
@@ -37,7 +41,7 @@ class ServerUnavailable(ServerError):
 class ClientConfig(Config):
     """Where a server is found."""
 
-    url: str = Field(pattern=r"^grpc://[^/:]+:\d+$")
+    url: str = Field(pattern=URL)
     """Address of the server, grpc://host:port."""
     certificates: Path | None = None
     """Folder with the run's ca.pem, cert.pem and key.pem, as the server has it; null if the server has none."""
@@ -48,14 +52,19 @@ class ClientConfig(Config):
 
 
 class ServerClient:
-    """Sends requests to one server. `name` is the kind of job expected there; every message has it."""
+    """Sends requests to one server, or shares them among several that serve the same model.
+
+    Args:
+        name: the kind of job expected there; every message has it.
+        others: addresses of further servers, which also answer for one that is lost; none for a service with steps.
+    """
 
     endpoints: ClassVar[Mapping[str, Endpoint]] = {}
     """The endpoints that `call` may ask; subclasses set them."""
 
-    def __init__(self, name: str, config: ClientConfig) -> None:
+    def __init__(self, name: str, config: ClientConfig, others: Sequence[str] = ()) -> None:
         self.name, self.config = name, config
-        self._transport = Transport(config.url, config.certificates)
+        self._transports = [Transport(url, config.certificates) for url in (config.url, *others)]
         self._parallel = ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix=f"{name}-client")
         # Requests that carry a step leave one by one, in the order of the calls.
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-client-steps")
@@ -72,17 +81,31 @@ class ServerClient:
         """Drop requests that are not sent yet, and wait for the others."""
         self._parallel.shutdown(cancel_futures=True)
         self._in_order.shutdown(cancel_futures=True)
-        self._transport.close()
+        for transport in self._transports:
+            transport.close()
 
     def status(self) -> dict[str, Any]:
-        """Return the server's status, see `Intake`.
+        """Return the status, see `Intake`, of the first server that answers.
+
+        Raises:
+            ServerUnavailable: there was no answer within HEALTH_TIMEOUT_S.
+            ServerError: what answered is not such a server.
+        """
+        *others, last = self._transports
+        for transport in others:
+            with suppress(ServerUnavailable):
+                return self._status(transport)
+        return self._status(last)
+
+    def _status(self, transport: Transport) -> dict[str, Any]:
+        """Return the status of one server; raises as `status` does.
 
         Raises:
             ServerUnavailable: there was no answer within HEALTH_TIMEOUT_S.
             ServerError: what answered is not such a server.
         """
         try:
-            answer = self._transport.request("status", {}, timeout=HEALTH_TIMEOUT_S)
+            answer = transport.request("status", {}, timeout=HEALTH_TIMEOUT_S)
             STATUS.check_answer(answer, {})
         except ConnectionError as error:
             raise self._unavailable("status", error) from error
@@ -92,30 +115,39 @@ class ServerClient:
         return status
 
     def connect(self, expect: Mapping[str, Any]) -> dict[str, Any]:
-        """Wait until the server answers, then compare its status with `expect`.
+        """Wait until all servers answer, then compare their status with `expect`, and with each other.
 
         Args:
             expect: status entries that must be equal (`vocab_size`, `tokenizer`, `step`, ...) or, if called `max_*`, at
                 least as large. Protocol and kind of job are always compared.
 
         Returns:
-            The server's status.
+            The first server's status.
 
         Raises:
-            ServerUnavailable: it did not answer within `connect_timeout`.
-            ServerError: its status differs; the message lists all differences.
+            ServerUnavailable: one did not answer within `connect_timeout`.
+            ServerError: a status differs; the message lists all differences.
         """
+        first, *others = self._transports
+        status = self._connect(first, expect)
+        alike = {key: status[key] for key in ("tokenizer", "reward") if key in status}
+        for transport in others:
+            self._connect(transport, {**expect, **alike, "max_batch_size": status["max_batch_size"]})
+        self._max_batch_size = status["max_batch_size"]
+        return status
+
+    def _connect(self, transport: Transport, expect: Mapping[str, Any]) -> dict[str, Any]:
         start, told = time.monotonic(), 0.0
         while True:
             try:
-                status = self.status()
+                status = self._status(transport)
                 break
             except ServerUnavailable as error:
                 waited = time.monotonic() - start
                 if waited > self.config.connect_timeout:
                     raise ServerUnavailable(f"{error} (waited {waited:.0f} s)") from None
                 if waited >= told:
-                    logger.info("waiting for the %s server at %s (%.0f s)", self.name, self.config.url, waited)
+                    logger.info("waiting for the %s server at %s (%.0f s)", self.name, transport.url, waited)
                     told = waited + 30
                 time.sleep(0.5)
         differences = []
@@ -126,8 +158,7 @@ class ServerClient:
             if not fits:
                 differences.append(f"{key} is {found!r}, expected {least}{wanted!r}")
         if differences:
-            raise ServerError(f"the server at {self.config.url} does not fit: " + "; ".join(differences))
-        self._max_batch_size = status["max_batch_size"]
+            raise ServerError(f"the server at {transport.url} does not fit: " + "; ".join(differences))
         return status
 
     def call(
@@ -148,30 +179,37 @@ class ServerClient:
         sizes = check_arrays(endpoint.inputs, arrays)
         if endpoint.step:
             what = f"{name} (step {arrays['step'][0]})"
-            futures = [self._in_order.submit(self._ask, name, arrays, what, sizes)]
+            futures = [self._in_order.submit(self._ask, name, arrays, what, sizes, 0)]
         else:
-            size, futures = self._max_batch_size, []
-            for start in range(0, sizes["B"], size):
+            servers, futures = len(self._transports), []
+            size = min(self._max_batch_size, -(-sizes["B"] // servers))
+            for number, start in enumerate(range(0, sizes["B"], size)):
                 part = {key: array[start : start + size] for key, array in arrays.items()}
                 what, rows = f"{name} (rows from {start})" if start else name, min(size, sizes["B"] - start)
-                futures.append(self._parallel.submit(self._ask, name, part, what, {**sizes, "B": rows}))
+                futures.append(self._parallel.submit(self._ask, name, part, what, {**sizes, "B": rows}, number))
 
         return _joined(futures, finish)
 
-    def _ask(self, name: str, arrays: Arrays, what: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Send one request, again if the connection breaks, and check the answer; runs in a thread of the pools."""
-        lost = None
+    def _ask(self, name: str, arrays: Arrays, what: str, sizes: Mapping[str, int], number: int) -> dict[str, Any]:
+        """Send one request and check the answer; runs in a thread of the pools.
+
+        It goes to server `number` modulo their number, to the next one if that is lost, and to all of them again.
+        """
+        lost, turn = None, 0
         while True:
+            transport = self._transports[(number + turn) % len(self._transports)]
             try:
-                watch = self._watch(what)
-                answer = self._transport.request(name, arrays, interval=HEALTH_INTERVAL_S, while_waiting=watch)
+                watch = self._watch(what, transport)
+                answer = transport.request(name, arrays, interval=HEALTH_INTERVAL_S, while_waiting=watch)
                 self.endpoints[name].check_answer(answer, {**sizes, **self._sizes})
                 return answer
             except ConnectionError as error:
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > RETRY_S:
                     raise self._unavailable(what, error) from error
-                time.sleep(RETRY_PAUSE_S)
+                turn += 1
+                if turn % len(self._transports) == 0:
+                    time.sleep(RETRY_PAUSE_S)
             except ServerUnavailable:
                 raise
             except ServerError as error:
@@ -181,7 +219,7 @@ class ServerClient:
             except RequestError as error:
                 raise self._failed(f"the answer of {what}", error) from None
 
-    def _watch(self, what: str) -> Callable[[], None]:
+    def _watch(self, what: str, transport: Transport) -> Callable[[], None]:
         """Return a function to call while a request waits; it raises if the server is lost or the time is up."""
         deadline = time.monotonic() + self.config.request_timeout
         failures = 0
@@ -189,12 +227,13 @@ class ServerClient:
         def watch() -> None:
             nonlocal failures
             try:
-                self.status()
+                self._status(transport)
                 failures = 0
             except ServerUnavailable as error:
                 failures += 1
                 if failures == 2:
-                    raise self._unavailable(what, error) from error
+                    others = len(self._transports) > 1
+                    raise ConnectionError(str(error)) if others else self._unavailable(what, error) from error
             if time.monotonic() > deadline:
                 raise self._unavailable(what, TimeoutError(f"no answer within {self.config.request_timeout:.0f} s"))
 

@@ -51,7 +51,7 @@ class Transport:
     """
 
     def __init__(self, url: str, certificates: Path | None) -> None:
-        target = url.removeprefix("grpc://")
+        self.url, target = url, url.removeprefix("grpc://")
         if certificates is None:
             self._channel = grpc.insecure_channel(target, _OPTIONS)
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.inputs import Column
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
-from nemo_eppo.servers.client import ClientConfig, RewardClient, Rewards
+from nemo_eppo.servers.client import URL, ClientConfig, RewardClient, Rewards
 from nemo_eppo.training.critics import asked
 
 RewardKind = Literal["any", "bradley_terry", "odin", "inform", "warm"]
@@ -25,6 +25,8 @@ class RewardAddress(ClientConfig):
 
     job: Literal["reward", "critic"] = "reward"
     """Kind of job that serves it: a reward job, or the critic's."""
+    others: tuple[Annotated[str, Field(pattern=URL)], ...] = ()
+    """Addresses of further servers of the same model: requests are shared, and a lost server's go to the others."""
 
 
 class ColocatedRewardConfig(Config):
@@ -82,7 +84,7 @@ class ServerSource:
     def __init__(
         self, config: RewardSourceConfig, address: RewardAddress, expect: Mapping[str, Any], kind: RewardKind
     ) -> None:
-        self.client = RewardClient(address, address.job)
+        self.client = RewardClient(address, address.job, address.others)
         self._expect: dict[str, Any] = dict(expect)
         model = self.connect()
         self._expect["reward"] = model  # after a reconnection it has to be the same model

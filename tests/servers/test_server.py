@@ -199,7 +199,7 @@ def test_updates_arrive_in_the_order_of_the_calls(critic: CriticClient) -> None:
 def test_update_whose_answer_is_lost_is_sent_again_and_applied_once(
     critic: CriticClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, answers = critic._transport.request, []
+    real, answers = critic._transports[0].request, []
 
     def lossy(*args: Any, **options: Any) -> dict[str, Any]:
         answers.append(real(*args, **options))
@@ -208,7 +208,7 @@ def test_update_whose_answer_is_lost_is_sent_again_and_applied_once(
         return answers[-1]
 
     step = critic.status()["step"]
-    monkeypatch.setattr(critic._transport, "request", lossy)
+    monkeypatch.setattr(critic._transports[0], "request", lossy)
     metrics = update(critic, step + 1)
     assert answers == [{"metrics": metrics}] * 2
     assert critic.status()["step"] == step + 1
