@@ -130,7 +130,7 @@ class ServerClient:
         """
         first, *others = self._transports
         status = self._connect(first, expect)
-        alike = {key: status[key] for key in ("tokenizer", "reward") if key in status}
+        alike: dict[str, Any] = {key: status[key] for key in ("tokenizer", "reward") if key in status}
         for transport in others:
             self._connect(transport, {**expect, **alike, "max_batch_size": status["max_batch_size"]})
         self._max_batch_size = status["max_batch_size"]
