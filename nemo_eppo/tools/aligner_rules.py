@@ -118,11 +118,6 @@ def steps(value: Any) -> int:
     return int(value)
 
 
-def limit(value: Any) -> int | None:
-    """Translate a number of steps, of which -1 and None mean that there is no limit."""
-    return None if value is None or int(value) < 0 else int(value)
-
-
 def clip_norm(value: Any) -> float:
     """Translate the largest norm of gradients; 0 and None mean no clipping."""
     return 0.0 if value is None else float(value)

@@ -77,7 +77,7 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
     if config.linear_probe_steps:
         probe = replace(
             fit,
-            settings=fit.settings.model_copy(update={"max_steps": config.linear_probe_steps}),
+            settings=fit.settings.model_copy(update={"epochs": None, "max_steps": config.linear_probe_steps}),
             saving=fit.saving.model_copy(update={"interval": 0}),
             run=_part(fit.run, "linear_probe"),
             head_only=True,

@@ -276,7 +276,6 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
     training = converted(REWARD_TRAINING, tmp_path).values
     assert {
         "fit.epochs": 2,
-        "fit.max_steps": None,
         "fit.validation_interval": 50,
         "checkpoint.interval": 200,
         "fit.global_batch_size": 32,
@@ -293,6 +292,10 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
         "checkpoint.best_is": "lowest",
         "optimizer.lr": 3e-5,
     }.items() <= sft.values.items()
+    assert "fit.max_steps" not in training
+    assert "fit.epochs" not in sft.values, "max_steps alone decides, where that project takes the smaller of both"
+    assert "ends after 1 epochs already" in sft.notes["fit.max_steps"]
+    assert status(converted(SFT, tmp_path, trainer__sft__max_epochs=3), "trainer.sft.max_epochs") == "changed"
     assert sft.values["checkpoint.best"] in SFTTask.validated
     assert training["checkpoint.best"] in RewardTask.validated
     assert status(sft, "model.hidden_dropout") == "lost"

@@ -21,11 +21,12 @@ from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.training.fit import FitSettings
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
 
-def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any]:
+def settings(models: Models, kind: str, steps: int | None, **fit: Any) -> dict[str, Any]:
     name = "sft" if kind == "sft" else "preferences"
     return {
         "model": {"restore_from_path": models.sft, "micro_batch_size": 3},
@@ -33,7 +34,7 @@ def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any
             "train": models.data / f"{name}.train.jsonl",
             "validation": models.data / f"{name}.validation.jsonl",
         },
-        "fit": {"epochs": 20, "max_steps": steps, "global_batch_size": 8, **fit},
+        "fit": {"max_steps": steps, "global_batch_size": 8, **fit},
         "optimizer": {"lr": 3e-3, "schedule": "cosine", "eps": 1e-4},
     }
 
@@ -65,8 +66,14 @@ def test_packed_training_is_padded_training(kind: str, models: Models, tmp_path:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+def test_epochs_and_max_steps_are_alternatives() -> None:
+    with pytest.raises(ConfigError, match=r"epochs = 2 and max_steps = 3: expected only one of them"):
+        load_config(FitSettings, {"epochs": 2, "max_steps": 3, "global_batch_size": 8})
+
+
 def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
-    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", 1))
+    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", None))
+    assert len(rows) == 2, "one epoch, unless told otherwise"
     tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
     data = SFTDataset(models.data / "sft.train.jsonl", tokenizer, max_sequence_length=48)
     seed = SFTConfig.model_fields["seed"].default
@@ -177,7 +184,7 @@ def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> None:
-    values = settings(models, "sft", 500, epochs=1000)
+    values = settings(models, "sft", 500)
     [rows] = run_ranks(interrupted, 1, tmp_path, values)
     last = checkpoint_files.latest(tmp_path / "checkpoints")
     assert len(rows) < 500
@@ -188,7 +195,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, tmp_path: Path) -> None:
     one = run_ranks(train, 1, kind, tmp_path / "one", settings(models, kind, 4))[0]
-    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, 4))[0]
+    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, None, epochs=2))[0]  # two steps each
     for a, b in zip(learning(one), learning(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
 
