@@ -242,7 +242,10 @@ class GlobalBatches(Iterator[list[int]]):
         for name, value in self._settings.items():
             if state[name] != value:
                 what = "the digest of the training data" if name == "digest" else name
-                raise ConfigError(f"cannot resume the data order: {what} was {state[name]}, and is now {value}")
+                raise ConfigError(
+                    f"cannot resume the data order: {what} was {state[name]}, and is now {value}; "
+                    "choose another run directory for these data"
+                )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
 

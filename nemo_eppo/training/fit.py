@@ -143,12 +143,12 @@ class Fit:
         if resume is not None:
             manifest = checkpoint_files.read_manifest(resume)
             done = manifest.step
+            batches.load_state_dict(manifest.state["batches"])  # a run that is finished says so of its own data only
             if done >= last:
                 run.logger.info(
                     "%s has made %d steps, the settings ask for %d: nothing is left to do", resume, done, last
                 )
                 return resume
-            batches.load_state_dict(manifest.state["batches"])
         runner = build(
             plan,
             task.head,
