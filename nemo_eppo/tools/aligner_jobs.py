@@ -45,6 +45,7 @@ def ppo_actor(c: Conversion) -> None:
     if most is None:
         c.put("ppo.max_steps", REQUIRED)
         c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); that project counts the prompts")
+    _constant_steps(c, None if most is None else most * rollout // mini_batch)
     c.put("ppo.epochs", 1, "each rollout is used once, as there")
 
     interval = get("trainer.ppo.save_interval")
@@ -76,6 +77,23 @@ def _fit_length(c: Conversion, section: str) -> None:
     epochs, steps = _length(c, section, "fit.max_steps")
     if steps is None:
         c.put("fit.epochs", epochs)
+    _constant_steps(c, steps)
+
+
+def _constant_steps(c: Conversion, updates: int | None) -> None:
+    """Translate the updates at min_lr that end the schedule of a run of so many updates, None if that is not known."""
+    key = "model.optim.sched.constant_steps"
+    constant = int(c.source.get(key) or 0)
+    if not constant:
+        return
+    if c.values["optimizer.schedule"] == "constant":
+        _mark(c, key, "dropped", "the learning rate is constant")
+        return
+    note = "with more of them than the run has updates, that project is at min_lr right after the warm-up"
+    if updates is not None and (most := max(updates - c.values["optimizer.warmup_steps"] - 1, 0)) < constant:
+        c.conflict(key, f"leaves no update to decay in: at min_lr right after the warm-up, as there, with {most}")
+        constant = most
+    c.put("optimizer.constant_steps", constant, note)
 
 
 def _kl(c: Conversion) -> None:
@@ -125,6 +143,7 @@ def ppo_critic(c: Conversion) -> None:
         c.todo.append("optimizer.decay_steps: PPO steps x mini-batches per step, over which the learning rate falls")
     else:
         c.put("optimizer.decay_steps", updates)
+    _constant_steps(c, updates if updates > 0 else None)
     _regression(c)
     _standardization(c)
     _host(c)

@@ -3,6 +3,7 @@ the rule for it. A name that ends in ".*" stands for all keys below it."""
 
 from nemo_eppo.tools.aligner_rules import (
     Rule,
+    answer_only,
     clip_norm,
     dropped,
     joint,
@@ -108,7 +109,7 @@ def _optimizer(lr: float, min_lr: float, weight_decay: float = 0.1) -> Rules:
         "model.optim.grad_sync_dtype": lost("gradients are summed in fp32", None, "fp32"),
         "model.optim.sched.name": to("optimizer.schedule", "CosineAnnealing", schedule),
         "model.optim.sched.warmup_steps": to("optimizer.warmup_steps", 10),
-        "model.optim.sched.constant_steps": lost("min_lr is reached at the last update, not before it", 0, None),
+        "model.optim.sched.constant_steps": joint("optimizer.constant_steps"),
         "model.optim.sched.min_lr": to("optimizer.min_lr", min_lr, float),
         "model.optim.sched.max_steps": dropped(_COPY),
         "model.seed": to("seed", 1234),
@@ -302,7 +303,7 @@ SFT: Rules = {
     "model.resume_from_checkpoint": lost("a run resumes from its own newest checkpoint", None),
     "model.save_nemo_on_validation_end": dropped("no .nemo files: nemo-eppo convert"),
     "model.sync_batch_comm": dropped(_SPEED),
-    "model.answer_only_loss": lost("only responses are learnt", True, None),
+    "model.answer_only_loss": to("answer_only_loss", True, answer_only),
     "model.gradient_as_bucket_view": dropped(_SPEED),
     "model.seq_len_interpolation_factor": lost("the model's positions are left as they are", None),
     "model.hidden_dropout": lost("there is no dropout in SFT", 0, None),

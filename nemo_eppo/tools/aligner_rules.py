@@ -139,6 +139,15 @@ def schedule(value: Any) -> str:
     raise Changed("constant", f"{value}: there are constant, linear and cosine")
 
 
+def answer_only(value: Any) -> bool:
+    """Translate which tokens SFT learns; that project's scripts learn responses only, whatever the file says."""
+    if value is False:
+        raise Changed(
+            True, "that project does not use the key and always learns responses only; false learns prompts too"
+        )
+    return True
+
+
 def pooling(value: Any) -> str:
     """Translate `use_avg_pool`: how a score is read from a response."""
     if value:

@@ -135,6 +135,7 @@ class Fit:
         saving.check_best(task.validated)
         batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
         last = settings.max_steps or len(task.train) // settings.global_batch_size * (settings.epochs or 1)
+        self.optimizer.arrival(last)
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
         folder = run.directory / CHECKPOINTS

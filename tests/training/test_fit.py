@@ -71,8 +71,10 @@ def test_epochs_and_max_steps_are_alternatives() -> None:
         load_config(FitSettings, {"epochs": 2, "max_steps": 3, "global_batch_size": 8})
 
 
-def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
-    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", None))
+@pytest.mark.parametrize("answer_only", [True, False])
+def test_the_first_sft_loss_is_the_references(answer_only: bool, models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", None) | {"answer_only_loss": answer_only}
+    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", values)
     assert len(rows) == 2, "one epoch, unless told otherwise"
     tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
     data = SFTDataset(models.data / "sft.train.jsonl", tokenizer, max_sequence_length=48)
@@ -81,7 +83,8 @@ def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) ->
     tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in batch], tokenizer.pad_id)
     logprobs, _, _ = policy_pass(load_weights(models.policy, False), tokens, models.reference)
     predicted = torch.arange(1, tokens.size(1))
-    mask = (predicted >= prompts[:, None]) & (predicted < lengths[:, None])
+    first = prompts[:, None] if answer_only else 1
+    mask = (predicted >= first) & (predicted < lengths[:, None])
     assert rows[0]["train/loss"] == pytest.approx(-float(logprobs[mask].mean()), abs=1e-5)
 
 
