@@ -112,7 +112,8 @@ class PromptDataset(Examples[PromptItem]):
 class SFTDataset(Examples[SequenceItem]):
     """Demonstrations with the fields "prompt" and "response".
 
-    `max_sequence_length` is in tokens: BOS, prompt, response and EOS. Otherwise like `PromptDataset`.
+    `max_sequence_length` is in tokens: BOS, prompt, response and EOS. A response without text, whitespace alone
+    included, is an error. Otherwise like `PromptDataset`.
     """
 
     def __init__(
@@ -124,7 +125,8 @@ class SFTDataset(Examples[SequenceItem]):
 
 
 class PreferenceDataset(Examples[PreferenceItem]):
-    """Preference pairs with the fields "prompt", "chosen" and "rejected"; the limit holds for the longer response."""
+    """Preference pairs with the fields "prompt", "chosen" and "rejected". The limit holds for the longer response; one
+    of them may be empty."""
 
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
@@ -159,6 +161,10 @@ def _tokenised_rows(
         prompt, *answers = encoded
         if not prompt:
             raise ConfigError(f"{path}:{line}: field 'prompt' is empty: a response must follow at least one token")
+        # one side of a pair may be empty: that silence was preferred, or not, can be learnt
+        if responses and not any(row[field].removesuffix(tokenizer.eos_text).strip() for field in responses):
+            names = ", ".join(f"'{field}'" for field in responses)
+            raise ConfigError(f"{path}:{line}: field {names} is empty: there is no text to learn")
         length = len(prompt) + max(map(len, answers), default=0)
         if length <= limit:
             kept += 1
@@ -236,7 +242,10 @@ class GlobalBatches(Iterator[list[int]]):
         for name, value in self._settings.items():
             if state[name] != value:
                 what = "the digest of the training data" if name == "digest" else name
-                raise ConfigError(f"cannot resume the data order: {what} was {state[name]}, and is now {value}")
+                raise ConfigError(
+                    f"cannot resume the data order: {what} was {state[name]}, and is now {value}; "
+                    "choose another run directory for these data"
+                )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
 

@@ -21,6 +21,7 @@ from typing import cast
 from omegaconf import DictConfig
 
 from nemo_eppo.config import Config, ConfigError, ConfigT
+from nemo_eppo.entry.changes import changes
 from nemo_eppo.entry.settings import Source, as_yaml, check, plain
 from nemo_eppo.entry.settings_help import settings_help
 from nemo_eppo.files import write_atomically
@@ -68,6 +69,7 @@ def job(
                     print(as_yaml(config), end="")
                 elif rank == 0:
                     _refuse_foreign_run(_settings(config), script.name)
+                    changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
                     _run_through_nemo(schema, main, source, script.name)
                 else:
                     main(config, _open_run(config, rank, script.name))
@@ -153,11 +155,16 @@ def _refuse_foreign_run(settings: ExpManagerConfig, script: str) -> None:
 def _open_run(config: Config, rank: int, script: str) -> Run:
     settings = _settings(config)
     directory, wandb = settings.directory, None
+    changed: list[str] = []
     if rank == 0:
+        changed = changes(config, settings)
         directory.mkdir(parents=True, exist_ok=True)
         wandb = _start_exp_manager(settings)
         write_atomically(directory / "config.yaml", f"{_HEADER.format(script)}\n{as_yaml(config)}")
-    return Run(directory, rank, _logger(directory, rank), settings, wandb)
+    logger = _logger(directory, rank)
+    for change in changed:
+        logger.info("changed since the last start: %s", change)
+    return Run(directory, rank, logger, settings, wandb)
 
 
 def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import TokenIds, collate
-from nemo_eppo.data.jsonl import json_line, read_jsonl
+from nemo_eppo.data.jsonl import json_line, read_objects, text_fields
 from nemo_eppo.data.tokenizer import encode_in_blocks
 from nemo_eppo.files import complete_lines, sha256, write_atomically
 from nemo_eppo.megatron import runtime
@@ -28,6 +28,7 @@ from nemo_eppo.models.model_config import Precision
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
 
+_TEXTS, _IDS = ("prompt", "response"), ("prompt_ids", "response_ids")
 _WINDOW = 16  # micro-batches whose rows are sorted by length, and written, together
 
 
@@ -37,7 +38,8 @@ class ScoreConfig(Config):
     model: Path
     """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
     data: Path
-    """File of rows {"prompt", "response"}, .jsonl or .jsonl.gz."""
+    """File of rows {"prompt", "response"}, .jsonl or .jsonl.gz. `prompt_ids` and `response_ids`, as rollout files have
+    them, are taken as they are; a response that is only there as text gets EOS if its row says that it finished."""
     output: Path
     """File for rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
     preset: Preset = "paper"
@@ -54,6 +56,17 @@ class ScoreConfig(Config):
     """How the model is laid out over the job's ranks."""
 
 
+class _Given(NamedTuple):
+    """What a line of the data says."""
+
+    line: int
+    text: tuple[str, ...]
+    """Prompt and response; empty where the row has nothing but token ids."""
+    ids: tuple[list[int], ...]
+    """Token ids of prompt and response; empty where the row has none."""
+    finished: bool
+
+
 class _Row(NamedTuple):
     prompt: TokenIds
     response: TokenIds
@@ -63,8 +76,9 @@ class Scoring:
     """Computes log-probability and energy loss of the responses in one file.
 
     Creating it checks the model, every row, and the output of an interrupted run. `logprob` is the sum over the
-    response's tokens. `energy_loss` is the mean energy loss at these tokens' positions (window `response`), each energy
-    divided by its tensor's width as in training; presets with several modules add theirs up, as the penalty does.
+    response's tokens, at temperature 1 over the whole vocabulary. `energy_loss` is the mean energy loss at these
+    tokens' positions (window `response`), each energy divided by its tensor's width as in training; presets with
+    several modules add theirs up, as the penalty does.
 
     Raises:
         ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
@@ -132,29 +146,64 @@ class Scoring:
 
     def _read_rows(self) -> list[_Row]:
         path, longest = self.config.data, self._plan.model.max_sequence_length
-        fields = ("prompt", "response")
         rows = []
-        for (line, _), encoded in encode_in_blocks(read_jsonl(path, fields), self._encode):
+        for given, encoded in encode_in_blocks(self._read_data(), self._encode):
+            where = f"{path}:{given.line}"
             if isinstance(encoded, ConfigError):
-                raise ConfigError(f"{path}:{line}: {encoded}")
-            for field, ids in zip(fields, encoded, strict=True):
+                raise ConfigError(f"{where}: {encoded}")
+            for field, ids in zip(_IDS if given.ids else _TEXTS, encoded, strict=True):
                 if not ids:
-                    raise ConfigError(f"{path}:{line}: field '{field}' has no tokens; expected at least one")
+                    raise ConfigError(f"{where}: field '{field}' has no tokens; expected at least one")
             if sum(map(len, encoded)) > longest:
                 sizes = " + ".join(str(len(ids)) for ids in encoded)
-                raise ConfigError(f"{path}:{line}: {sizes} tokens are more than the model's window of {longest}")
+                raise ConfigError(f"{where}: {sizes} tokens are more than the model's window of {longest}")
             rows.append(_Row(*(np.array(ids, dtype=np.int32) for ids in encoded)))
         if not rows:
             raise ConfigError(f"{path}: no rows")
         return rows
 
-    def _encode(self, lines: list[tuple[int, tuple[str, ...]]]) -> list[tuple[list[int], list[int]]]:
+    def _read_data(self) -> Iterator[_Given]:
+        for line, row in read_objects(self.config.data):
+            where = f"{self.config.data}:{line}"
+            has_ids = any(field in row for field in _IDS)
+            ids = tuple(self._token_ids(row, field, where) for field in _IDS) if has_ids else ()
+            text = () if has_ids and "response" not in row else text_fields(row, _TEXTS, where)
+            finished = row.get("finished", row.get("finish_reason") == "stop")
+            if not isinstance(finished, bool):
+                raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")
+            yield _Given(line, text, ids, finished)
+
+    def _token_ids(self, row: dict[str, Any], field: str, where: str) -> list[int]:
+        ids, size = row.get(field), self._plan.model.vocab_size
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < size for token in ids):
+            raise ConfigError(f"{where}: field '{field}' = {ids!r:.80}: expected a list of token ids below {size}")
+        if self.config.chat_template:
+            raise ConfigError(f"{where}: field '{field}' cannot be rendered with --chat-template")
+        return ids
+
+    def _encode(self, block: list[_Given]) -> list[tuple[list[int], ...]]:
+        """Return the token ids of every prompt and response."""
         tokenizer = self._plan.tokenizer
-        prompts, responses = zip(*(texts for _, texts in lines), strict=True)
+        texts = [given.text for given in block if not given.ids]
+        prompts, responses = zip(*texts, strict=True) if texts else ((), ())
         if self.config.chat_template:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
-        return list(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
+        encoded = iter(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
+        found: list[tuple[list[int], ...]] = []
+        for given in block:
+            if given.ids:
+                if given.text and (read := tokenizer.decode(given.ids[1])) != given.text[1]:
+                    raise ConfigError(
+                        f"field 'response_ids' are {read!r:.80} to this model's tokenizer, but field 'response' is "
+                        f"{given.text[1]!r:.80}: expected token ids of the same tokenizer"
+                    )
+                found.append(given.ids)
+            else:
+                prompt, response = next(encoded)
+                ends = given.finished and response[-1:] != [tokenizer.eos_id]
+                found.append((prompt, [*response, tokenizer.eos_id] if ends else response))
+        return found
 
     def _read_output(self) -> tuple[int, int]:
         """Count the complete rows, and their bytes, in the output of an interrupted run."""

@@ -13,14 +13,19 @@ def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "score",
         help="compute log-probability and energy loss of given responses under a model",
         description="""\
-Compute log-probability and energy loss of {"prompt", "response"} rows under a Hugging Face directory or a checkpoint.
+Compute log-probability and energy loss of given responses under a Hugging Face directory or a checkpoint.
 
 For each row one {"logprob", "num_tokens", "energy_loss"} is written, in order: the log-probability summed over the
-response's tokens, their number, and their mean energy loss. Prompt and response are tokenised separately, without
-special tokens, and concatenated. The same command resumes an interrupted run.""",
+response's tokens (at temperature 1, over the whole vocabulary), their number, and their mean energy loss.
+
+Which tokens count: of rows with "prompt_ids" and "response_ids", as in rollouts/step_*.jsonl of a run, exactly these;
+they end with the end-of-sequence token (EOS) where the response finished. Of other rows "prompt" and "response" are
+tokenised separately, without special tokens, and concatenated; EOS follows and counts where the row has
+"finished": true or "finish_reason": "stop", and nowhere else. The same command resumes an interrupted run.""",
         epilog="""\
 example:
-  nemo-eppo score --model models/Qwen3-8B --data answers.jsonl --output scores.jsonl --tp 2""",
+  nemo-eppo score --model models/Qwen3-8B --data answers.jsonl --output scores.jsonl --tp 2
+  nemo-eppo score --model models/sft --data runs/eppo/actor/rollouts/step_000100.jsonl --output scores.jsonl""",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or checkpoint")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows to read, .jsonl or .jsonl.gz")

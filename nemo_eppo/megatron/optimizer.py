@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import Field, model_validator
 from torch import nn
 
-from nemo_eppo.config import Config
+from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.models.model_config import DTYPES, Precision
 
@@ -35,6 +35,9 @@ class OptimizerConfig(Config):
     decay_steps: int | None = Field(None, ge=1)
     """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job needs
     a number, because it does not know how long the actor trains: PPO steps x epochs x mini-batches."""
+    constant_steps: int = Field(0, ge=0)
+    """Last of these updates that a decaying learning rate stays at min_lr, where it arrives so many updates earlier
+    (as in NeMo's CosineAnnealing)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's first and second moment, per update."""
     eps: float = Field(1e-8, gt=0)
@@ -50,11 +53,29 @@ class OptimizerConfig(Config):
     def _consistent(self) -> "OptimizerConfig":
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if self.constant_steps and self.schedule == "constant":
+            raise ValueError(f"constant_steps = {self.constant_steps} needs a schedule that decays, linear or cosine")
+        if self.decay_steps is not None:
+            self.arrival(self.decay_steps)
         if self.distributed and not device.on_gpu():
             raise ValueError(
                 "distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
             )
         return self
+
+    def arrival(self, updates: int) -> int:
+        """Return the update at which a decaying learning rate arrives at min_lr in a run of `updates` updates.
+
+        Raises:
+            ConfigError: warmup_steps and constant_steps leave no update to decay in.
+        """
+        total = self.decay_steps or updates
+        if self.constant_steps and total - self.constant_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"optimizer: warmup_steps = {self.warmup_steps} and constant_steps = {self.constant_steps} leave no "
+                f"update to decay in, expected less than {total} together (decay_steps, or all updates of the run)"
+            )
+        return max(total - self.constant_steps, self.warmup_steps + 1)
 
 
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
@@ -84,6 +105,9 @@ def build_optimizer(
 
     Args:
         total_steps: updates of the run, over which a decaying schedule reaches min_lr unless `decay_steps` is set.
+
+    Raises:
+        ConfigError: see `OptimizerConfig.arrival`.
     """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -111,7 +135,7 @@ def build_optimizer(
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(config.decay_steps or total_steps, config.warmup_steps + 1),
+        lr_decay_steps=config.arrival(total_steps),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,  # the scheduler is what applies the multipliers that spare norms and biases
         end_wd=config.weight_decay,

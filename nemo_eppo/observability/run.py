@@ -26,6 +26,9 @@ class ExpManagerConfig(Config):
     """Name of this run, if the experiment has several."""
     resume_if_exists: bool = True
     """Whether to resume the run that the directory holds. If false, a directory that holds a run is an error."""
+    may_change: tuple[str, ...] = ()
+    """Settings that a resumed run may have otherwise than it was started with, although they make another run out of
+    it: keys, or patterns such as data.*. How long it runs, optimizer, layout and addresses may always change."""
     max_time_per_run: str | None = None
     """DD:HH:MM:SS after which the job saves and ends; the same command resumes it later. null sets no limit."""
     create_tensorboard_logger: bool = True

@@ -88,7 +88,7 @@ def check(result: "Conversion") -> Config:
 
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
-        key: 1 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
+        key: 10**6 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }
     try:
         return load_config(KINDS[_SCRIPTS[result.kind]].schema, nested(result.values | stand_ins))

@@ -37,16 +37,15 @@ def ppo_actor(c: Conversion) -> None:
     c.require("model.ppo.sampling_params.use_greedy", not get("model.ppo.sampling_params.use_greedy"), "PPO samples")
     c.put("generation.greedy", False)
 
-    epochs, most = get("trainer.ppo.max_epochs") or 1, get("trainer.ppo.max_steps")
     rollout, mini_batch = c.values["ppo.rollout_batch_size"], c.values["ppo.mini_batch_size"]
     c.require(
         "model.ppo.num_rollout_samples", rollout % mini_batch == 0, f"not divisible by global_batch_size {mini_batch}"
     )
-    if most is None or most < 0:
+    epochs, most = _length(c, "ppo", "ppo.max_steps")
+    if most is None:
         c.put("ppo.max_steps", REQUIRED)
         c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); that project counts the prompts")
-    else:
-        c.put("ppo.max_steps", int(most))
+    _constant_steps(c, None if most is None else most * rollout // mini_batch)
     c.put("ppo.epochs", 1, "each rollout is used once, as there")
 
     interval = get("trainer.ppo.save_interval")
@@ -60,6 +59,41 @@ def ppo_actor(c: Conversion) -> None:
     _kl(c)
     c.put("shaping.clip.range", None, "that project does not clip rewards")
     _servers(c)
+
+
+def _length(c: Conversion, section: str, target: str) -> tuple[int, int | None]:
+    """Translate after how many steps a run ends, if the file says so; return its epochs and steps."""
+    name = f"trainer.{section}"
+    epochs, steps = int(c.source.get(f"{name}.max_epochs") or 1), c.source.get(f"{name}.max_steps")
+    if steps is None or int(steps) < 0:  # that project's mark for no limit
+        return epochs, None
+    note = f"that project ends after {epochs} epochs already, if they have fewer steps; set fewer steps then"
+    c.put(target, int(steps), note)
+    _mark(c, f"{name}.max_epochs", "changed", note)
+    return epochs, int(steps)
+
+
+def _fit_length(c: Conversion, section: str) -> None:
+    epochs, steps = _length(c, section, "fit.max_steps")
+    if steps is None:
+        c.put("fit.epochs", epochs)
+    _constant_steps(c, steps)
+
+
+def _constant_steps(c: Conversion, updates: int | None) -> None:
+    """Translate the updates at min_lr that end the schedule of a run of so many updates, None if that is not known."""
+    key = "model.optim.sched.constant_steps"
+    constant = int(c.source.get(key) or 0)
+    if not constant:
+        return
+    if c.values["optimizer.schedule"] == "constant":
+        _mark(c, key, "dropped", "the learning rate is constant")
+        return
+    note = "with more of them than the run has updates, that project is at min_lr right after the warm-up"
+    if updates is not None and (most := max(updates - c.values["optimizer.warmup_steps"] - 1, 0)) < constant:
+        c.conflict(key, f"leaves no update to decay in: at min_lr right after the warm-up, as there, with {most}")
+        constant = most
+    c.put("optimizer.constant_steps", constant, note)
 
 
 def _kl(c: Conversion) -> None:
@@ -109,6 +143,7 @@ def ppo_critic(c: Conversion) -> None:
         c.todo.append("optimizer.decay_steps: PPO steps x mini-batches per step, over which the learning rate falls")
     else:
         c.put("optimizer.decay_steps", updates)
+    _constant_steps(c, updates if updates > 0 else None)
     _regression(c)
     _standardization(c)
     _host(c)
@@ -133,6 +168,7 @@ def reward_training(c: Conversion) -> None:
     _data(c, "nemo-eppo prepare nemo_aligner", "preferences", validation_required=True)
     c.put("data.max_sequence_length", int(get("model.data.seq_length") or c.source["model.encoder_seq_length"]))
     c.put("data.too_long", "drop")
+    _fit_length(c, "rm")
     _best(c, {"val_loss": "accuracy", "val_acc": "accuracy", "val_accuracy": "accuracy"})
     _regression(c)
 
@@ -147,6 +183,7 @@ def sft(c: Conversion) -> None:
             key = f"model.data.{theirs}.file_names"
         _file(c, f"data.{ours}", key, c.source.get(key), "nemo-eppo prepare nemo_aligner", "sft")
     c.put("data.too_long", "drop")
+    _fit_length(c, "sft")
     _best(c, {"val_loss": "loss"})
 
 

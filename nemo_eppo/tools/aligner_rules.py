@@ -118,11 +118,6 @@ def steps(value: Any) -> int:
     return int(value)
 
 
-def limit(value: Any) -> int | None:
-    """Translate a number of steps, of which -1 and None mean that there is no limit."""
-    return None if value is None or int(value) < 0 else int(value)
-
-
 def clip_norm(value: Any) -> float:
     """Translate the largest norm of gradients; 0 and None mean no clipping."""
     return 0.0 if value is None else float(value)
@@ -142,6 +137,15 @@ def schedule(value: Any) -> str:
     if value in (None, "CosineAnnealing"):
         return "cosine" if value else "constant"
     raise Changed("constant", f"{value}: there are constant, linear and cosine")
+
+
+def answer_only(value: Any) -> bool:
+    """Translate which tokens SFT learns; that project's scripts learn responses only, whatever the file says."""
+    if value is False:
+        raise Changed(
+            True, "that project does not use the key and always learns responses only; false learns prompts too"
+        )
+    return True
 
 
 def pooling(value: Any) -> str:

@@ -31,14 +31,20 @@ VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and
 class FitSettings(Config):
     """How long to train and how often to validate; each step is one update."""
 
-    epochs: int = Field(1, ge=1)
-    """Passes over the training data."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the training data; null for one, or for as many as max_steps takes."""
     max_steps: int | None = Field(None, ge=1)
-    """Number of steps after which training stops; null for all epochs."""
+    """Number of steps, which take as many passes over the training data as they need; null for whole epochs."""
     global_batch_size: int = Field(ge=1)
     """Examples (pairs for a reward model) per step, over all ranks."""
     validation_interval: int = Field(0, ge=0)
     """Steps between validations; 0 to validate only at steps that are saved."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "FitSettings":
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(f"epochs = {self.epochs} and max_steps = {self.max_steps}: expected only one of them")
+        return self
 
 
 class TextDataConfig(Config):
@@ -128,8 +134,8 @@ class Fit:
         task, plan, settings, saving, run = self.task, self.plan, self.settings, self.saving, self.run
         saving.check_best(task.validated)
         batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
-        last = len(task.train) // settings.global_batch_size * settings.epochs
-        last = min(last, settings.max_steps or last)
+        last = settings.max_steps or len(task.train) // settings.global_batch_size * (settings.epochs or 1)
+        self.optimizer.arrival(last)
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
         folder = run.directory / CHECKPOINTS
@@ -138,12 +144,12 @@ class Fit:
         if resume is not None:
             manifest = checkpoint_files.read_manifest(resume)
             done = manifest.step
+            batches.load_state_dict(manifest.state["batches"])  # a run that is finished says so of its own data only
             if done >= last:
                 run.logger.info(
                     "%s has made %d steps, the settings ask for %d: nothing is left to do", resume, done, last
                 )
                 return resume
-            batches.load_state_dict(manifest.state["batches"])
         runner = build(
             plan,
             task.head,

@@ -227,6 +227,13 @@ class PPOConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _learning_rates_decay(self) -> "PPOConfig":
+        self.optimizer.arrival(self.ppo.updates)
+        if self.critic is not None and self.critic.colocated is not None:
+            self.critic.colocated.optimizer.arrival(self.ppo.updates)
+        return self
+
+    @model_validator(mode="after")
     def _critic_is_needed(self) -> "PPOConfig":
         estimator = self.ppo.advantages.estimator
         needs_critic = ESTIMATORS[estimator].needs == "critic"

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -19,10 +20,10 @@ from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
 from nemo_eppo.observability.recorder import RolloutRecorder
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rollout.batch import step_seed
+from nemo_eppo.rollout.batch import RolloutBatch, step_seed
 from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.servers.client import ServerUnavailable
-from nemo_eppo.training.ppo import PPO, StepResult
+from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.recovery import Recovery
@@ -85,7 +86,7 @@ class PPOLoop:
                 stop = watch.due()
                 save = stop or is_last or due(step, config.checkpoint.interval)
                 if recorder is not None:
-                    recorder.record(step, rollout_rows(result))
+                    recorder.record(step, rollout_rows(result.batch, result.samples, result.ledger.rows()))
                 validation = {}
                 if is_last or due(step, config.validation.interval) or (save and config.checkpoint.best):
                     validation = self._validate(step)
@@ -122,14 +123,12 @@ class PPOLoop:
         columns = {
             "proxy_reward": ppo.pipeline.combine(rewards().scores, ppo.sources.columns).tolist(),
             "energy_loss": energies.mean(1).tolist(),
-            "response_length": [float(len(sample.token_ids)) for sample in rollout.samples],
+            "response_length": [len(sample.token_ids) for sample in rollout.samples],
             **{f"{name}_reward": answer().tolist() for name, answer in observed.items()},
         }
         if dist.get_rank() == 0:
-            rows = [
-                {**text_of(sample), **{name: column[index] for name, column in columns.items()}}
-                for index, sample in enumerate(rollout.samples)
-            ]
+            measured = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            rows = rollout_rows(rollout.batch, rollout.samples, measured)
             RolloutRecorder(self.run_files.directory / "validation").record(step, rows)
         return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
 
@@ -226,19 +225,24 @@ class PPOLoop:
         return int(path.read_text())
 
 
-def text_of(sample: Sample) -> dict[str, Any]:
-    """Return a response's fields in rollout files: its text, and how it ended."""
-    return {
-        "prompt": sample.prompt,
-        "response": sample.response,
-        "finish_reason": "stop" if sample.finished else "length",
-        **({"fields": sample.fields} if sample.fields else {}),
-    }
-
-
-def rollout_rows(result: StepResult) -> list[dict[str, Any]]:
-    """Return one row per response of a step, with everything that its reward was made of."""
+def rollout_rows(
+    batch: RolloutBatch, samples: Sequence[Sample], measured: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Return one row per response for rollout files: its text and token ids (EOS included where it finished), how it
+    ended, and what was measured of it."""
     return [
-        {**text_of(sample), "response_length": len(sample.token_ids), **ledger}
-        for sample, ledger in zip(result.samples, result.ledger.rows(), strict=True)
+        {
+            "prompt": sample.prompt,
+            "response": sample.response,
+            "prompt_ids": tokens[:prompt_length].tolist(),
+            "response_ids": list(sample.token_ids),
+            "finished": sample.finished,
+            "finish_reason": "stop" if sample.finished else "length",
+            **({"fields": sample.fields} if sample.fields else {}),
+            "response_length": len(sample.token_ids),
+            **numbers,
+        }
+        for tokens, prompt_length, sample, numbers in zip(
+            batch.tokens, batch.prompt_lengths, samples, measured, strict=True
+        )
     ]

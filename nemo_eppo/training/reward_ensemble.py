@@ -77,7 +77,8 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
     if config.linear_probe_steps:
         probe = replace(
             fit,
-            settings=fit.settings.model_copy(update={"max_steps": config.linear_probe_steps}),
+            settings=fit.settings.model_copy(update={"epochs": None, "max_steps": config.linear_probe_steps}),
+            optimizer=fit.optimizer.model_copy(update={"constant_steps": 0}),  # they are the members' last updates
             saving=fit.saving.model_copy(update={"interval": 0}),
             run=_part(fit.run, "linear_probe"),
             head_only=True,

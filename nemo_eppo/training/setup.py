@@ -32,6 +32,8 @@ class ModelSetup(Config):
     """Architecture of a model with fresh weights instead; without vocab_size it takes the tokenizer's."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer directory; null for the one that comes with the model."""
+    allow_other_tokenizer: bool = False
+    """Allow a tokenizer with other token ids than the one that comes with the model."""
     precision: Precision = "fp32"
     """Precision of weights and activations; heads, optimizer and losses are always fp32."""
     recompute: bool = False
@@ -86,29 +88,33 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
         ranks: number of ranks that the layout is for; None for those of this job.
 
     Raises:
-        ConfigError: checkpoint or tokenizer is missing, damaged or wrong, the vocabulary does not fit, or the model or
-            the number of ranks does not allow the layout.
+        ConfigError: checkpoint or tokenizer is missing, damaged or wrong, the vocabulary does not fit, the tokenizer
+            is not the model's own, or the model or the number of ranks does not allow the layout.
     """
     source: Path | HfDirectory | None = None
-    manifest, model, tokenizer_path = None, setup.architecture, setup.tokenizer
+    own_tokenizer: Path | None = None
+    manifest, model = None, setup.architecture
     if setup.restore_from_path is not None:
         if HfDirectory.at(setup.restore_from_path):
             source = HfDirectory(setup.restore_from_path)
             manifest = source.manifest()
             if head not in (None, source.head):
                 raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
-            tokenizer_path = tokenizer_path or source.path
+            own_tokenizer = source.path
         else:
             source = checkpoint_files.find(setup.restore_from_path, f"{where}.restore_from_path")
             try:
                 manifest = checkpoint_files.read_manifest(source, head)
             except ConfigError as error:
                 raise ConfigError(f"{where}.restore_from_path: {error}") from None
-            tokenizer_path = tokenizer_path or source / checkpoint_files.TOKENIZER
+            own_tokenizer = source / checkpoint_files.TOKENIZER
         model = manifest.model
     assert model is not None
+    tokenizer_path = setup.tokenizer or own_tokenizer
     assert tokenizer_path is not None
     tokenizer = Tokenizer.from_directory(tokenizer_path)
+    if own_tokenizer is not None and setup.tokenizer is not None and not setup.allow_other_tokenizer:
+        _check_same_tokenizer(tokenizer, tokenizer_path, own_tokenizer, where)
     if not model.vocab_size:
         model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     if tokenizer.vocab_size > model.vocab_size:
@@ -118,6 +124,21 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     check_layout(model, setup.parallel, f"{where}.architecture")
     setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
+
+
+def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: str) -> None:
+    if not any(own.glob("tokenizer*")):  # a model that comes without one
+        return
+    try:
+        if Tokenizer.from_directory(own).digest() == tokenizer.digest():
+            return
+        difference = "which has another vocabulary or other special tokens"
+    except ConfigError as error:
+        difference = str(error)
+    raise ConfigError(
+        f"{where}.tokenizer = {path}: expected the tokenizer that comes with the model, {own} ({difference}); null "
+        f"takes that one, {where}.allow_other_tokenizer = true forces this one"
+    )
 
 
 def build(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -32,13 +33,15 @@ class SFTConfig(Config):
     model: ModelSetup
     data: TextDataConfig
     """Files of rows {"prompt", "response"}."""
+    answer_only_loss: bool = True
+    """Learn the responses only; false learns the prompts as well, all tokens but the first."""
     fit: FitSettings
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
 
 
 class SFTTask:
-    """Minimizes the cross-entropy of response tokens; prompt tokens have no loss."""
+    """Minimizes the cross-entropy of response tokens, or of all tokens that another one precedes."""
 
     title: ClassVar[str] = "SFT"
     head: ClassVar[Head] = "lm"
@@ -51,9 +54,9 @@ class SFTTask:
     }
     validated: ClassVar[tuple[str, ...]] = ("validation/loss", "validation/perplexity")
 
-    def __init__(self, data: TextDataConfig, plan: Plan) -> None:
+    def __init__(self, data: TextDataConfig, plan: Plan, *, answer_only_loss: bool) -> None:
         longest = data.max_sequence_length or plan.model.max_sequence_length
-        self.pad_id = plan.tokenizer.pad_id
+        self.pad_id, self.answer_only_loss = plan.tokenizer.pad_id, answer_only_loss
         self.train, self.validation = (
             SFTDataset(path, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long)
             for path in (data.train, data.validation)
@@ -67,7 +70,8 @@ class SFTTask:
 
     def _rows(self, items: list[SequenceItem]) -> Rows:
         tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in items], self.pad_id)
-        mask = response_mask(prompts, lengths, tokens.size(1))
+        learnt_from = prompts if self.answer_only_loss else torch.ones_like(prompts)
+        mask = response_mask(learnt_from, lengths, tokens.size(1))
         return {"tokens": tokens, "lengths": lengths, "mask": mask, "targets": next_token_targets(tokens, mask)}
 
     def loss_function(self, rows: Rows) -> LossFunction:
@@ -95,7 +99,7 @@ class SFTTask:
 def train_sft(config: SFTConfig, run: Run) -> None:
     """Run the SFT job."""
     model = plan(config.model, head="lm")
-    task = SFTTask(config.data, model)
+    task = SFTTask(config.data, model, answer_only_loss=config.answer_only_loss)
     with suppress(RunStopped):
         Fit(
             task=task,

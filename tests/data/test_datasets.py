@@ -85,7 +85,7 @@ def test_gzipped_rows(tmp_path: Path, words: Tokenizer) -> None:
 def test_rows_keep_their_order_across_tokenised_chunks(
     write_rows: Callable[..., Path], words: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"prompt": "red " * (1 + n % 3), "response": "one " * (n % 5)} for n in range(10)]
+    rows = [{"prompt": "red " * (1 + n % 3), "response": "one " * (1 + n % 5)} for n in range(10)]
     path = write_rows(*rows)
     whole = SFTDataset(path, words, max_sequence_length=9)
     monkeypatch.setattr(tokenizer, "_TOKENISED_AT_ONCE", 3)
@@ -93,7 +93,7 @@ def test_rows_keep_their_order_across_tokenised_chunks(
         assert first.index == second.index
         assert np.array_equal(first.prompt_ids, second.prompt_ids)
         assert np.array_equal(first.response_ids, second.response_ids)
-    assert [len(item.response_ids) for item in whole.items] == [1 + n % 5 for n in range(10)]
+    assert [len(item.response_ids) for item in whole.items] == [2 + n % 5 for n in range(10)]
 
 
 def test_a_prompt_beyond_the_window_is_named(write_rows: Callable[..., Path], words: Tokenizer) -> None:
@@ -140,6 +140,21 @@ def test_defects_name_file_line_and_field(write_rows: Callable[..., Path], words
     path = write_rows({"prompt": "red", "response": "one"}, {"prompt": "red", "response": "one <eos> two"})
     with pytest.raises(ConfigError, match=r"rows\.jsonl:2: response contains the end-of-sequence token"):
         SFTDataset(path, words, max_sequence_length=9)
+
+
+@pytest.mark.parametrize("response", ["", " \n", "<eos>"])
+def test_a_response_without_text_is_an_error_in_sft_but_may_lose_a_comparison(
+    response: str, write_rows: Callable[..., Path], words: Tokenizer
+) -> None:
+    path = write_rows({"prompt": "red", "response": "one"}, {"prompt": "red", "response": response})
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: field 'response' is empty: there is no text to learn"):
+        SFTDataset(path, words, max_sequence_length=9)
+    pair = write_rows({"prompt": "red", "chosen": "one", "rejected": response})
+    assert PreferenceDataset(pair, words, max_sequence_length=9)[0].rejected_ids.tolist() == [EOS]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: field 'chosen', 'rejected' is empty"):
+        PreferenceDataset(
+            write_rows({"prompt": "red", "chosen": response, "rejected": response}), words, max_sequence_length=9
+        )
 
 
 def test_collate_pads_on_the_right() -> None:

@@ -294,8 +294,10 @@ def runs(script: Path) -> dict[str, dict[str, Any]]:
     for name, rank, steps in (("first", "0", "5"), ("resumed", "0", "6"), ("other", "1", "6")):
         facts = script.parent / f"{name}.json"
         environment = {**slurm, "RANK": rank, "LOCAL_RANK": rank, "FACTS": str(facts), "WIDTH": "48"}
-        status, output = _run(script, "--config-dir=settings", "model.path=x", f"steps={steps}", **environment)
+        arguments = ["model.path=x", f"steps={steps}", "exp_manager.may_change=[steps]"]
+        status, output = _run(script, "--config-dir=settings", *arguments, **environment)
         assert status == 0, output
+        (script.parent / "run" / "checkpoints" / "step_000005").mkdir(parents=True, exist_ok=True)
         left[name] = {**json.loads(facts.read_text()), "output": output}
     return left
 
@@ -334,6 +336,23 @@ def test_a_restart_keeps_the_run_and_nemo_s_logs_of_both_starts(runs: dict[str, 
         command = (logs / "cmd-args.log").read_text()
         assert "model.path=x" in command
         assert command.startswith("count.py --config-dir=settings model.path=x steps=")  # as it was typed
+
+
+def test_a_setting_that_makes_another_run_is_refused_and_any_other_change_is_told(
+    runs: dict[str, dict[str, Any]], script: Path
+) -> None:
+    assert "changed since the last start" not in runs["first"]["output"]
+    assert "changed since the last start: steps was 5, now 6" in runs["resumed"]["output"]
+    status, output = _run(script, "--config-dir=settings", "model.path=y", "steps=6", "mode=up", WIDTH="48")
+    assert status == 2
+    assert output.splitlines() == [
+        f"{script.parent / 'run'} holds a run that was started with other settings:",
+        "  - mode was 'down', now 'up'",
+        "  - model.path was 'x', now 'y'",
+        "They would make another run out of it: set them back, choose another exp_manager.explicit_log_dir, name or "
+        "version, or accept them with 'exp_manager.may_change=[mode,model.path]'",
+        "heavy imports: []",
+    ]
 
 
 def test_a_run_is_not_overwritten_unless_it_is_resumed(runs: dict[str, dict[str, Any]], script: Path) -> None:

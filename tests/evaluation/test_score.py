@@ -20,6 +20,7 @@ from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron
 
+EOS = 0
 TEMPLATE = "{% for m in messages %}w0 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
 
 
@@ -79,7 +80,7 @@ def expected(rows: list[dict[str, str]], chat: bool = False, linears: bool = Fal
     results = []
     for row in rows:
         prompt = ids(f"w0 {row['prompt']} w1") if chat else ids(row["prompt"])
-        response = ids(row["response"])
+        response = ids(row["response"]) + ([EOS] if row.get("finished") else [])
         logprobs = network(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         at = torch.arange(len(prompt), len(prompt) + len(response))
         logprob = logprobs[at - 1, torch.tensor(response)].sum()
@@ -129,6 +130,23 @@ def test_layers_presets_chat_templates_and_checkpoints(
     close(tmp_path / "linears", expected(rows, linears=True))
     close(tmp_path / "chat", expected(rows, chat=True))
     close(tmp_path / "checkpoint", expected(rows))
+
+
+def test_what_counts_are_the_rows_token_ids_or_its_text_with_eos_where_it_finished(
+    model: Path, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    words: list[Any] = [row | {"finished": index % 2 == 0} for index, row in enumerate(rows[:12])]
+    given: list[dict[str, Any]] = []
+    for index, row in enumerate(words):
+        end = [EOS] if row["finished"] else []
+        with_ids = row | {"prompt_ids": ids(row["prompt"]), "response_ids": ids(row["response"]) + end}
+        old = {name: row[name] for name in ("prompt", "response")} | {"finish_reason": "stop" if end else "length"}
+        only_ids = {name: with_ids[name] for name in ("prompt_ids", "response_ids")}
+        given.append((row, with_ids, old, only_ids)[index % 4])
+    data = tmp_path / "in.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in given))
+    run_ranks(run_job, 1, ScoreConfig(model=model, data=data, output=tmp_path / "out.jsonl"))
+    close(tmp_path / "out.jsonl", expected(words))
 
 
 def resume(model: Path, data: Path, output: Path) -> None:
@@ -206,6 +224,14 @@ def test_an_output_of_something_else_is_never_continued(model: Path, data: Path,
         ('{"prompt": "", "response": "w1"}', ":2: field 'prompt' has no tokens"),
         ('{"prompt": "w1", "response": " "}', ":2: field 'response' has no tokens"),
         ('{"prompt": "w1", "response": "strange"}', ":2: cannot be tokenised"),
+        ('{"prompt": "w1", "response": "w2", "finished": 1}', ":2: field 'finished' = 1: expected true or false"),
+        ('{"prompt_ids": [2]}', ":2: field 'response_ids' = None: expected a list of token ids below"),
+        ('{"prompt_ids": [2], "response_ids": [2, -1]}', ":2: field 'response_ids' = [2, -1]: expected a list of"),
+        ('{"prompt_ids": [2], "response_ids": []}', ":2: field 'response_ids' has no tokens"),
+        (
+            '{"prompt": "w1", "response": "w2", "prompt_ids": [3], "response_ids": [5, 0]}',
+            ":2: field 'response_ids' are 'w3' to this model's tokenizer, but field 'response' is 'w2'",
+        ),
         (
             json.dumps({"prompt": "w1 " * 60, "response": "w2 " * 5}),
             ":2: 60 + 5 tokens are more than the model's window",

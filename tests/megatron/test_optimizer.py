@@ -149,7 +149,36 @@ def test_learning_rate_follows_its_schedule(schedule: Any, expected: list[float]
     assert run_ranks(learning_rates, 1, config)[0] == pytest.approx([1e-3 * share for share in expected])
 
 
+def test_constant_steps_end_a_cosine_at_min_lr_as_in_torch() -> None:
+    config = OptimizerConfig(lr=1e-3, min_lr=2e-4, warmup_steps=2, schedule="cosine", constant_steps=4)
+    [found] = run_ranks(learning_rates, 1, config)  # of 10 updates and two more: 2 + 4 + 4
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        sgd,
+        [
+            torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: step / 2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=4, eta_min=config.min_lr),
+            torch.optim.lr_scheduler.ConstantLR(sgd, factor=config.min_lr / config.lr, total_iters=100),
+        ],
+        milestones=[2, 6],
+    )
+    expected = []
+    for _ in found:
+        expected.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        schedule.step()
+    assert found == pytest.approx(expected)
+    assert found[6:] == pytest.approx([config.min_lr] * 6)
+
+
 def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="constant_steps = 1 needs a schedule that decays"):
+        load_config(OptimizerConfig, {"lr": 0.01, "constant_steps": 1})
+    decaying = {"lr": 0.01, "schedule": "cosine", "warmup_steps": 2, "constant_steps": 8}
+    with pytest.raises(ConfigError, match="warmup_steps = 2 and constant_steps = 8 leave no update to decay in"):
+        load_config(OptimizerConfig, decaying | {"decay_steps": 10})
+    with pytest.raises(ConfigError, match="expected less than 9 together"):
+        load_config(OptimizerConfig, decaying).arrival(9)
     with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
         load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
     with pytest.raises(ConfigError, match=r"distributed = true needs GPUs"):

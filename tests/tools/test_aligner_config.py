@@ -276,7 +276,6 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
     training = converted(REWARD_TRAINING, tmp_path).values
     assert {
         "fit.epochs": 2,
-        "fit.max_steps": None,
         "fit.validation_interval": 50,
         "checkpoint.interval": 200,
         "fit.global_batch_size": 32,
@@ -293,10 +292,49 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
         "checkpoint.best_is": "lowest",
         "optimizer.lr": 3e-5,
     }.items() <= sft.values.items()
+    assert "fit.max_steps" not in training
+    assert "fit.epochs" not in sft.values, "max_steps alone decides, where that project takes the smaller of both"
+    assert "ends after 1 epochs already" in sft.notes["fit.max_steps"]
+    assert status(converted(SFT, tmp_path, trainer__sft__max_epochs=3), "trainer.sft.max_epochs") == "changed"
     assert sft.values["checkpoint.best"] in SFTTask.validated
     assert training["checkpoint.best"] in RewardTask.validated
     assert status(sft, "model.hidden_dropout") == "lost"
     assert status(sft, "trainer.sft.val_check_interval") == "changed", "a share of an epoch is no number of steps"
+
+
+@pytest.mark.parametrize(
+    ("steps", "ours", "conflict"),
+    [(-1, 100, False), (500, 100, False), (112, 100, False), (111, 100, False), (110, 99, True), (5, 0, True)],
+)
+def test_constant_steps_end_the_schedule_as_there(steps: int, ours: int, conflict: bool, tmp_path: Path) -> None:
+    result = converted(SFT, tmp_path, trainer__sft__max_steps=steps, model__optim__sched__constant_steps=100)
+    assert result.values["optimizer.constant_steps"] == ours
+    key = "model.optim.sched.constant_steps"
+    assert any(row.status == "conflict" for row in result.rows if row.key == key) == conflict
+    check(result)
+    constant = converted(SFT, tmp_path, model__optim__sched={"name": None, "constant_steps": 100})
+    assert status(constant, key) == "dropped"
+    assert "optimizer.constant_steps" not in constant.values
+
+
+def test_constant_steps_count_the_updates_of_each_job(tmp_path: Path) -> None:
+    sched = {"name": "CosineAnnealing", "warmup_steps": 10, "constant_steps": 1000, "min_lr": 1e-9}
+    actor = converted(ACTOR, tmp_path, model__optim__sched=sched)  # 300 steps of two updates
+    assert actor.values["optimizer.constant_steps"] == 300 * 2 - 10 - 1
+    critic = converted(CRITIC, tmp_path, model__optim__sched=sched)
+    assert critic.values["optimizer.constant_steps"] == 600 - 10 - 1
+    for endless in (
+        converted(ACTOR, tmp_path, model__optim__sched=sched, trainer__ppo__max_steps=-1),
+        converted(CRITIC, tmp_path, model__optim__sched=sched, trainer__ppo__max_steps=-1),
+    ):
+        assert endless.values["optimizer.constant_steps"] == 1000
+        check(endless)
+
+
+def test_sft_learns_the_responses_alone_whatever_the_file_says_as_there(tmp_path: Path) -> None:
+    for value, said in ((True, "mapped"), (False, "changed")):
+        result = converted(SFT, tmp_path, model__answer_only_loss=value)
+        assert (result.values["answer_only_loss"], status(result, "model.answer_only_loss")) == (True, said)
 
 
 def test_a_layout_that_comes_with_the_checkpoint_has_to_be_given(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.training.fit import FitSettings
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
 from nemo_eppo.training.sft import SFTConfig, train_sft
 
 
-def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any]:
+def settings(models: Models, kind: str, steps: int | None, **fit: Any) -> dict[str, Any]:
     name = "sft" if kind == "sft" else "preferences"
     return {
         "model": {"restore_from_path": models.sft, "micro_batch_size": 3},
@@ -33,7 +34,7 @@ def settings(models: Models, kind: str, steps: int, **fit: Any) -> dict[str, Any
             "train": models.data / f"{name}.train.jsonl",
             "validation": models.data / f"{name}.validation.jsonl",
         },
-        "fit": {"epochs": 20, "max_steps": steps, "global_batch_size": 8, **fit},
+        "fit": {"max_steps": steps, "global_batch_size": 8, **fit},
         "optimizer": {"lr": 3e-3, "schedule": "cosine", "eps": 1e-4},
     }
 
@@ -65,8 +66,16 @@ def test_packed_training_is_padded_training(kind: str, models: Models, tmp_path:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) -> None:
-    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", settings(models, "sft", 1))
+def test_epochs_and_max_steps_are_alternatives() -> None:
+    with pytest.raises(ConfigError, match=r"epochs = 2 and max_steps = 3: expected only one of them"):
+        load_config(FitSettings, {"epochs": 2, "max_steps": 3, "global_batch_size": 8})
+
+
+@pytest.mark.parametrize("answer_only", [True, False])
+def test_the_first_sft_loss_is_the_references(answer_only: bool, models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", None) | {"answer_only_loss": answer_only}
+    [rows] = run_ranks(train, 1, "sft", tmp_path / "run", values)
+    assert len(rows) == 2, "one epoch, unless told otherwise"
     tokenizer = Tokenizer.from_directory(models.data / "tokenizer")
     data = SFTDataset(models.data / "sft.train.jsonl", tokenizer, max_sequence_length=48)
     seed = SFTConfig.model_fields["seed"].default
@@ -74,7 +83,8 @@ def test_the_first_sft_loss_is_the_references(models: Models, tmp_path: Path) ->
     tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in batch], tokenizer.pad_id)
     logprobs, _, _ = policy_pass(load_weights(models.policy, False), tokens, models.reference)
     predicted = torch.arange(1, tokens.size(1))
-    mask = (predicted >= prompts[:, None]) & (predicted < lengths[:, None])
+    first = prompts[:, None] if answer_only else 1
+    mask = (predicted >= first) & (predicted < lengths[:, None])
     assert rows[0]["train/loss"] == pytest.approx(-float(logprobs[mask].mean()), abs=1e-5)
 
 
@@ -108,8 +118,8 @@ def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Pa
 
 
 def messages(directory: Path, models: Models) -> dict[str, str]:
-    """What a finished run of one step says when it is started again: with other models, as another kind,
-    for one step more on other data."""
+    """What a finished run of one step says when it is started again: with other models, as another kind, on other
+    data."""
     values, found = settings(models, "sft", 1), {}
     train("sft", directory, values)
     fresh = {"architecture": models.config.model_dump() | {"rotary_base": 5e5}, "tokenizer": models.data / "tokenizer"}
@@ -120,10 +130,9 @@ def messages(directory: Path, models: Models) -> dict[str, str]:
     reordered = directory / "reordered.jsonl"
     lines = values["data"]["train"].read_text().splitlines(keepends=True)
     reordered.write_text("".join(reversed(lines)))
-    more = settings(models, "sft", 2)
     for name, kind, other in (
         ("reward model", "rm", settings(models, "rm", 1)),
-        ("data", "sft", more | {"data": more["data"] | {"train": reordered}}),
+        ("data", "sft", values | {"data": values["data"] | {"train": reordered}}),
     ):
         with pytest.raises(ConfigError) as error:
             train(kind, directory, other)
@@ -136,7 +145,7 @@ def test_a_run_that_goes_on_with_another_model_or_other_data_is_refused(models: 
     assert "(precision = 'fp32', now 'bf16')" in said["bf16"]
     assert "(rotary_base = 10000.0, now 500000.0)" in said["another base"]
     assert "(head = 'lm', now 'scalar')" in said["reward model"]
-    assert "the digest of the training data was" in said.pop("data")
+    assert "the digest of the training data was" in said["data"]
     assert all("choose another run directory" in message for message in said.values())
 
 
@@ -177,7 +186,7 @@ def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> None:
-    values = settings(models, "sft", 500, epochs=1000)
+    values = settings(models, "sft", 500)
     [rows] = run_ranks(interrupted, 1, tmp_path, values)
     last = checkpoint_files.latest(tmp_path / "checkpoints")
     assert len(rows) < 500
@@ -188,7 +197,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, tmp_path: Path) -> None:
     one = run_ranks(train, 1, kind, tmp_path / "one", settings(models, kind, 4))[0]
-    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, 4))[0]
+    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, None, epochs=2))[0]  # two steps each
     for a, b in zip(learning(one), learning(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from distributed import free_port, run_ranks
 from jobs import Job, Models, read_weights
+from small_data import read_rows
 
+from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.model_config import Head
 
@@ -150,6 +152,25 @@ def test_the_newest_and_the_best_checkpoint_stay_with_their_critics(whole: Runs)
     manifest = checkpoint_files.verify(whole.root / "actor" / "checkpoints" / "best")
     assert (manifest.step, manifest.metrics["validation/proxy_reward"]) == (best, rewards[best])
     assert {f"step_{2 * step:06d}" for step in kept} <= set(whole.saved("critic"))
+
+
+def score(model: Path, data: Path, output: Path) -> list[dict[str, Any]]:
+    """The scores of `data` under `model`; for `run_ranks`."""
+    Scoring(ScoreConfig(model=model, data=data, output=output)).run()
+    return read_rows(output)
+
+
+def test_scores_of_a_rollout_file_are_what_the_run_recorded(whole: Runs, tmp_path: Path) -> None:
+    rollouts = whole.root / "actor" / "rollouts" / "step_000005.jsonl"
+    policy = whole.root / "actor" / "checkpoints" / "step_000004"  # what sampled them
+    [scored] = run_ranks(score, 1, policy, rollouts, tmp_path / "policy.jsonl")
+    [reference] = run_ranks(score, 1, whole.models.sft, rollouts, tmp_path / "reference.jsonl")
+    recorded = read_rows(rollouts)
+    assert {row["finished"] for row in recorded} == {True, False}
+    for row, found, under_reference in zip(recorded, scored, reference, strict=True):
+        assert found["num_tokens"] == row["response_length"] == len(row["response_ids"])
+        assert found["energy_loss"] == pytest.approx(row["energy/policy"], abs=1e-6)
+        assert found["logprob"] - under_reference["logprob"] == pytest.approx(row["kl/policy_reference"], abs=1e-4)
 
 
 def test_a_run_goes_on_in_another_layout(whole: Runs, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""The settings of a run between its starts: which of them may change, and which would make another run out of it."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.entry.settings import as_yaml
+from nemo_eppo.observability.run import ExpManagerConfig
+
+_FREE = (
+    # how long it trains, and what it saves, shows and warns of
+    "exp_manager.*",
+    "checkpoint.*",
+    "fit.epochs",
+    "fit.max_steps",
+    "fit.validation_interval",
+    "ppo.max_steps",
+    "validation.interval",
+    "monitor.*",
+    "gold_reward",
+    "held_out_reward.*",
+    "record_rollouts",
+    # what is turned while a run goes on; the moments are kept
+    "optimizer.*",
+    "critic.colocated.optimizer.*",
+    # where and how it computes: the results are the same but for rounding
+    "model.parallel.*",
+    "model.micro_batch_*",
+    "model.recompute",
+    "model.allow_other_tokenizer",
+    "engine.*",
+    "energy.cache",
+    "reward_functions.*",
+    "server.*",
+    "servers.*",
+    "critic.server.*",
+    "rewards.*.server.*",
+)
+"""Patterns of keys that may change when a run is resumed; a change of any other key is refused. Precision is one of
+those others, because a checkpoint holds its weights in the run's precision."""
+
+
+def changes(config: Config, settings: ExpManagerConfig) -> list[str]:
+    """Describe what has changed since the last start of the run that a job with these settings resumes; nothing if its
+    directory holds no checkpoint, from which anything could be resumed.
+
+    Raises:
+        ConfigError: a change would make another run out of it, and exp_manager.may_change does not name it.
+    """
+    directory = settings.directory
+    file = directory / "config.yaml"
+    if not file.exists() or not _has_checkpoint(directory):
+        return []
+    was = dict(_leaves(yaml.safe_load(file.read_text())))
+    now = dict(_leaves(yaml.safe_load(as_yaml(config))))
+    # a key that the file lacks is new in this version, and its default is what the run was started with
+    chosen = dict(_leaves(config.model_dump(mode="json", exclude_defaults=True)))
+    told, refused = [], []
+    for key in dict.fromkeys([*was, *now]):
+        old, new = was.get(key), now.get(key)
+        if old == new or not (key in was or key in chosen):
+            continue
+        text = f"{key} was {old!r}, now {new!r}"
+        told.append(text)
+        if not any(fnmatchcase(key, pattern) for pattern in (*_FREE, *settings.may_change)):
+            refused.append((key, text))
+    if refused:
+        lines = "".join(f"\n  - {text}" for _, text in refused)
+        keys = ",".join(key for key, _ in refused)
+        raise ConfigError(
+            f"{directory} holds a run that was started with other settings:{lines}\n"
+            "They would make another run out of it: set them back, choose another exp_manager.explicit_log_dir, name "
+            f"or version, or accept them with 'exp_manager.may_change=[{keys}]'"
+        )
+    return told
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    """Whether a job or a part of it, such as a member of an ensemble, has saved what a start would resume from."""
+    return any(any(directory.glob(f"{part}checkpoints/step_*")) for part in ("", "*/"))
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value below sections and lists of sections with its dotted key, and the length of such lists."""
+    if isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        yield path, f"a list of {len(node)}"
+        node = dict(enumerate(node))
+    if isinstance(node, Mapping) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, node
