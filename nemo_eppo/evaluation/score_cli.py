@@ -54,7 +54,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # the same command once more, in as many processes
         threads = max(1, (os.cpu_count() or 1) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        torchrun = ["-m", "nemo_eppo.entry.torchrun", "--nproc_per_node", str(ranks)]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", "nemo_eppo.cli", *arguments.command_line])
     from nemo_eppo.megatron import runtime
