@@ -56,9 +56,7 @@ def main() -> None:
 
         def __init__(self, parameters: RendezvousParameters) -> None:
             if parameters.max_nodes != 1:
-                sys.exit(
-                    f"--nnodes = {parameters.max_nodes}: expected ranks of one machine; for several use torchrun"
-                )
+                sys.exit(f"--nnodes = {parameters.max_nodes}: expected ranks of one machine; for several use torchrun")
             listener = socket.create_server((HOST, 0), backlog=1024)
             super().__init__(HOST, listener.getsockname()[1], 0, 1, parameters.run_id, _PATIENCE_S)
             patience = datetime.timedelta(seconds=_PATIENCE_S)
