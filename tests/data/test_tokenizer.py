@@ -35,7 +35,7 @@ def with_bos(bpe_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-def edited_copy(source: Path, target: Path, **settings: str | None) -> Path:
+def edited_copy(source: Path, target: Path, **settings: Any) -> Path:
     """Copy of a tokenizer directory with entries of tokenizer_config.json replaced, or removed (None)."""
     target.mkdir()
     (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
