@@ -45,8 +45,10 @@ example:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.entry.torchrun import end_with_torchrun
     from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 
+    end_with_torchrun()
     names = ("model", "data", "output", "preset", "layer", "chat_template", "precision", "batch_size")
     layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
     job = Scoring(load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout}))
