@@ -44,7 +44,11 @@ done
 mkdir -p "$state"
 rm -f "$state/ready.json"
 printf '{"job": "%s", "pid": %d, "run": "%s"}\n' "$job" $$ "$run" >"$state/job.json"
+launcher=nemo_eppo.entry.torchrun  # it listens inside this container only
+if [[ ${TORCHRUN_ARGUMENTS:-} ]]; then
+    launcher=torch.distributed.run
+fi
 # exec: the job keeps this process's number, and Docker's signals reach it
 # shellcheck disable=SC2086
-exec "$python" -m torch.distributed.run --nproc_per_node "${NPROC_PER_NODE:-gpu}" ${TORCHRUN_ARGUMENTS:---standalone} \
+exec "$python" -m "$launcher" --nproc_per_node "${NPROC_PER_NODE:-gpu}" ${TORCHRUN_ARGUMENTS:-} \
     "$script" "exp_manager.explicit_log_dir=$run" "${settings[@]}" "$@"

@@ -100,6 +100,19 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def inside(directory: Path, name: str, source: Path, *others: Path) -> Path:
+    """Return the path of the file `name` of a directory.
+
+    Raises:
+        ConfigError: it, or what it links to, lies neither in `directory` nor in one of the `others`; the message says
+            that the file `source` names it.
+    """
+    path = directory / name
+    if not any(path.resolve().is_relative_to(root.resolve()) for root in (directory, *others)):
+        raise ConfigError(f"{source} names {name!r}, which lies, or links to a file, outside {directory}: refused")
+    return path
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

@@ -24,9 +24,10 @@ from nemo_eppo.config import Config, ConfigError, ConfigT
 from nemo_eppo.entry.changes import changes
 from nemo_eppo.entry.settings import Source, as_yaml, check, plain
 from nemo_eppo.entry.settings_help import settings_help
+from nemo_eppo.entry.torchrun import end_with_torchrun
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
 _PATIENCE = 5.0  # seconds that other ranks hold their message back: the launcher ends them when rank 0 has ended
@@ -55,6 +56,7 @@ def job(
 
         @functools.wraps(main)
         def entry() -> None:
+            end_with_torchrun()
             rank = int(os.environ.get("RANK", "0"))
             with _config_errors_end_the_job(rank):
                 source, arguments = _parse(script, config_name, config_path)
@@ -68,6 +70,7 @@ def job(
                 if arguments.cfg:
                     print(as_yaml(config), end="")
                 elif rank == 0:
+                    hold(_settings(config).directory)
                     _refuse_foreign_run(_settings(config), script.name)
                     changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
                     _run_through_nemo(schema, main, source, script.name)

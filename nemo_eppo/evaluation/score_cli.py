@@ -50,8 +50,10 @@ example:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.entry.torchrun import end_with_torchrun
     from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 
+    end_with_torchrun()
     names = ("model", "data", "output", "preset", "layer", "chat_template", "precision", "batch_size")
     layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
     job = Scoring(load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout}))
@@ -59,7 +61,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # the same command once more, in as many processes
         threads = max(1, (os.cpu_count() or 1) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        torchrun = ["-m", "nemo_eppo.entry.torchrun", "--nproc_per_node", str(ranks)]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", "nemo_eppo.cli", *arguments.command_line])
     from nemo_eppo.megatron import runtime

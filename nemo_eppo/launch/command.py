@@ -127,11 +127,12 @@ def script(job: JobConfig, code: PurePath = REPOSITORY) -> str:
     return str(code / SCRIPTS / f"{job.script}.py")
 
 
-def torchrun(job: JobConfig, rendezvous: Sequence[str] = ("--standalone",), python: str = sys.executable) -> list[str]:
+def torchrun(job: JobConfig, rendezvous: Sequence[str] = (), python: str = sys.executable) -> list[str]:
     """Return the command, before the script, that starts its ranks on one machine."""
     if job.ranks == 1:
         return [python, "-u"]
-    return [python, "-u", "-m", "torch.distributed.run", "--nproc_per_node", str(job.ranks_per_node), *rendezvous]
+    module = "torch.distributed.run" if job.nodes > 1 else "nemo_eppo.entry.torchrun"
+    return [python, "-u", "-m", module, "--nproc_per_node", str(job.ranks_per_node), *rendezvous]
 
 
 def trainer(launch: LaunchConfig) -> str:

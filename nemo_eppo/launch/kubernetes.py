@@ -125,8 +125,8 @@ def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping
         job = launch.jobs[name]
         exports = " ".join(shlex.quote(f"{key}={value}") for key, value in environment(launch, name).items())
         rendezvous = ["--nnodes", str(job.nodes), "--master_addr", hosts[name], "--master_port", str(MASTER_PORT)]
-        start = shlex.join(torchrun(job, rendezvous, kubernetes.python(job)))
-        if job.ranks > 1:
+        start = shlex.join(torchrun(job, rendezvous if job.nodes > 1 else (), kubernetes.python(job)))
+        if job.nodes > 1:
             start += f' \\\n    --node_rank "$((JOB_COMPLETION_INDEX - {index}))"'
         arguments = [shlex.quote(override) for override in overrides(launch, name, addresses)]
         text += f"{'|'.join(str(index + node) for node in range(job.nodes))}) # {name}\n  export {exports}\n  exec "

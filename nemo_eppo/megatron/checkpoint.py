@@ -14,6 +14,9 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.optimizer import load_state
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models.checkpoint_files import WEIGHTS, Manifest, complete, read_manifest, start, stored_precision
+from nemo_eppo.models.stored_pickles import refusals, refuse_code
+
+_QUANTISED = "_extra_state"  # of quantised training, which there is none of; TransformerEngine would unpickle it
 
 
 def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None) -> Path:
@@ -56,8 +59,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
         fresh_head: leave the scalar head as it was initialised (a reward model that starts from a language model).
 
     Raises:
-        ConfigError: see `read_manifest`; or training is to resume, but the optimizer was not saved, or was saved with
-            other adapters or in another precision.
+        ConfigError: see `read_manifest`; something in it would run code (the message names it); or training is to
+            resume, but the optimizer was not saved, or was saved with other adapters or in another precision.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
@@ -79,10 +82,12 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if fresh_head:
         for name in [name for name in state if name.startswith("chunk")]:
             state[name] = {key: value for key, value in state[name].items() if not key.startswith("head.")}
-    loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
+    refuse_code(directory / WEIGHTS)
+    with refusals(directory / WEIGHTS):
+        loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
     for index, chunk in enumerate(runner.chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"chunk{index}"], strict=False)
-        wrong = [key for key in missing if not key.endswith("_extra_state") and not (fresh_head and "head." in key)]
+        wrong = [key for key in missing if not key.endswith(_QUANTISED) and not (fresh_head and "head." in key)]
         if wrong or unexpected:
             raise ConfigError(f"{directory} does not fit the model: missing {wrong}, unexpected {unexpected}")
     if to_merge is not None:
@@ -96,10 +101,10 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
 
 def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {
-        f"chunk{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(runner.chunks)
-    }
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(runner.chunks):
+        entries = unwrap(chunk).sharded_state_dict(metadata=metadata).items()
+        state[f"chunk{index}"] = {key: value for key, value in entries if not key.endswith(_QUANTISED)}
     if optimizer:
         state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         state["scheduler"] = runner.scheduler.state_dict()

@@ -4,7 +4,6 @@ Megatron's distributed checkpoints are torch's: named arrays in pieces, any part
 layers are stacked over all layers, and norms have the names of TransformerEngine's modules (see FUSED_NORMS).
 """
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,9 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.hf_names import Entry, Shape, entries
 from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.models.stored_pickles import read_metadata, refusals
 
 _NORMS = {name: fused for fused, name in FUSED_NORMS.items()}
-_LINEARS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def write_weights(
@@ -70,11 +69,6 @@ def write_weights(
         layers.setdefault(-1 if layer is None else layer, []).append(
             WriteItem(index, WriteItemType.SHARD, tensor_data=data)
         )
-    for layer in range(model.num_layers):  # Megatron's linears expect a state of quantised training; it is empty
-        for linear in _LINEARS:
-            index = MetadataIndex(f"decoder.layers.{linear}._extra_state/shard_{layer}_{model.num_layers}")
-            layers[layer].append(WriteItem(index, WriteItemType.BYTE_IO))
-
     plans, metadata = create_default_global_save_plan([SavePlan(items) for items in layers.values()])
     writer = FileSystemWriter(directory, sync_files=False)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -95,10 +89,10 @@ def read_weights(
         adapters: factor alpha / rank of the LoRA adapters to merge; None where there are none.
 
     Raises:
-        ConfigError: the checkpoint lacks arrays that the model needs; all of them are listed.
+        ConfigError: the checkpoint lacks arrays that the model needs, all of which are listed; or see `read_metadata`.
     """
     reader = FileSystemReader(directory)
-    metadata = reader.read_metadata()
+    metadata = read_metadata(directory)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     stored = {key: found for key, found in metadata.state_dict_metadata.items() if hasattr(found, "chunks")}
     wanted = entries(model, outputs)
@@ -110,7 +104,8 @@ def read_weights(
         part = _part(layer, shape)
         target = torch.empty(part.sizes, dtype=found.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
-        reader.read_data(plan, _Target(target)).wait()
+        with refusals(directory):
+            reader.read_data(plan, _Target(target)).wait()
         return target.reshape(shape)
 
     for name, entry in wanted.items():
@@ -135,9 +130,6 @@ class _Makers(DefaultSavePlanner):
         self._makers = makers
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        if write_item.type == WriteItemType.BYTE_IO:
-            torch.save([None], buffer := io.BytesIO())
-            return buffer
         return self._makers[MetadataIndex(write_item.index.fqn, write_item.index.offset)]()
 
 

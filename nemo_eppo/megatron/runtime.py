@@ -1,8 +1,10 @@
 """Starts and ends the distributed part of a process: torch.distributed, Megatron's parallel groups, seeds."""
 
 import datetime
+import ipaddress
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.models.layout import ParallelConfig
 
@@ -23,6 +27,11 @@ _control: dist.ProcessGroup | None = None
 def world_size() -> int:
     """Return the number of this job's ranks, which torchrun or srun set; 1 for a plain `python script.py`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_one_machine() -> bool:
+    """Tell whether all ranks of the job run on this machine, as far as its environment says."""
+    return world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.0) -> None:
@@ -37,11 +46,16 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     global _control
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-            os.environ.setdefault(name, value)
+        if on_one_machine():
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")  # they would listen on an outer interface
+        timeout = datetime.timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             device.distributed_backend(),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            store=_store(timeout),
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=world_size(),
+            timeout=timeout,
             device_id=device.device() if device.on_gpu() else None,
         )
         _control = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -52,6 +66,35 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         )
     seed_all(seed)
+
+
+def _store(timeout: datetime.timedelta) -> Store:
+    """Make the store by which the ranks find each other; what torch makes itself listens on all interfaces.
+
+    It is torchrun's, or that of rank 0 at MASTER_ADDR and MASTER_PORT, or of a single rank that needs no port.
+    """
+    if world_size() == 1:
+        return HashStore()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listener = _listen(host, port) if serves else None
+    return TCPStore(host, port, world_size(), serves, timeout, master_listen_fd=listener)
+
+
+def _listen(host: str, port: int) -> int | None:
+    """Listen at this address alone and return the socket's descriptor.
+
+    None if other machines cannot reach the address: some have a line `127.0.1.1 <own name>` in /etc/hosts.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(address[0]).is_loopback and not on_one_machine():
+            return None
+        return socket.create_server(address, family=family, backlog=1024).detach()
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR = {host}, MASTER_PORT = {port}: expected a free port of the machine of rank 0 ({error})"
+        ) from None
 
 
 def seed_all(seed: int, step: int = 0) -> None:

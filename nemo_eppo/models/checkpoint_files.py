@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field, ValidationError
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.files import fsync_tree, put_in_place, sha256, unused_name
+from nemo_eppo.files import fsync_tree, inside, put_in_place, sha256, unused_name
 from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
+from nemo_eppo.models.stored_pickles import read_metadata
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
 _FORMAT = 1
@@ -71,7 +72,8 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
         head: expect a language model (lm) or a model with any other head (scalar); None for either.
 
     Raises:
-        ConfigError: no checkpoint, another kind of model than `head`, or a file that is missing or truncated (named).
+        ConfigError: no checkpoint, another kind of model than `head`, or a file (named) that is missing, truncated, or
+            outside the checkpoint.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -85,7 +87,7 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
     if head is not None and (manifest.head == "lm") != (head == "lm"):
         raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
     for name, entry in manifest.files.items():
-        file = directory / name
+        file = inside(directory, name, path)
         found = file.stat().st_size if file.is_file() else None
         if found != entry.size:
             raise ConfigError(f"{directory} is damaged: {name} has {found} bytes, its manifest says {entry.size}")
@@ -152,9 +154,11 @@ def find(path: Path, where: str) -> Path:
 
 def stored_precision(directory: Path) -> Precision:
     """Read the precision of the weights in a checkpoint."""
-    stored: Any = FileSystemReader(directory / WEIGHTS).read_metadata().state_dict_metadata
-    dtype = stored["embedding.word_embeddings.weight"].properties.dtype
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+    name = "embedding.word_embeddings.weight"
+    stored = read_metadata(directory / WEIGHTS).state_dict_metadata.get(name)
+    if not isinstance(stored, TensorStorageMetadata):
+        raise ConfigError(f"{directory / WEIGHTS} holds no tensor {name}: expected the weights of a model")
+    return "bf16" if stored.properties.dtype == torch.bfloat16 else "fp32"
 
 
 def model_identity(directory: Path) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import directory_made_whole
+from nemo_eppo.files import directory_made_whole, inside
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_config import model_config_from_hf
@@ -190,11 +190,13 @@ def _headers(path: Path) -> dict[str, _Stored]:
     """Read the headers of all files: every tensor's file, shape and dtype, by name."""
     if (path / INDEX).is_file():
         weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ConfigError(f"{path / INDEX} has no weight_map")
-        files = [path / name for name in sorted(set(weight_map.values()))]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConfigError(f"{path / INDEX}: expected a weight_map of file names")
+        names = sorted(set(weight_map.values()))
     else:
-        files = [path / WEIGHTS]
+        names = [WEIGHTS]
+    blobs = path.resolve().parent.parent / "blobs"  # in the hub's cache, which a snapshot's files link to
+    files = [inside(path, name, path / INDEX, blobs) for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ConfigError(f"{path} lacks {', '.join(missing)} (expected {WEIGHTS}, or {INDEX} and the files it lists)")
     stored = {}

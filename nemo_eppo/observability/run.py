@@ -1,7 +1,12 @@
 """The run directory of a job: the settings that choose it, and what the job knows while it runs."""
 
+import errno
+import fcntl
 import logging
+import os
 import re
+import socket
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +14,11 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from nemo_eppo.config import Config
+from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
+
+LOCK = "run.lock"
+"""File of a run directory that its job locks; it names the job that locked it last."""
 
 
 class ExpManagerConfig(Config):
@@ -64,6 +72,34 @@ class ExpManagerConfig(Config):
         """The run directory as an absolute path. It is the same on every rank and for every restart."""
         chosen = self.explicit_log_dir or self.exp_dir / self.name / (self.version or "")
         return chosen.expanduser().absolute()
+
+
+def hold(directory: Path) -> None:
+    """Make this process the only one that runs a job in `directory`, which is made, until it ends, however it ends.
+
+    It is a record lock, which is the process's own: its forked children do not hold it when it is gone. Other machines
+    see it on NFS version 4, and on Lustre that is mounted with `flock`; a file system without locks gets a warning.
+
+    Raises:
+        ConfigError: another process holds it; the message names that.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # not closed: that would give the lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            unseen = "a second job in it will not be noticed"
+            print(f"warning: {directory} cannot be locked ({error.strerror}): {unseen}", file=sys.stderr, flush=True)
+            return
+        holder = os.pread(file, 1000, 0).decode(errors="replace") or "that has just started"
+        os.close(file)
+        raise ConfigError(
+            f"{directory} is in use by another job ({holder}): wait for it, end it, or choose another run directory"
+        ) from None
+    os.ftruncate(file, 0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    os.pwrite(file, f"host {socket.gethostname()}, process {os.getpid()}, started {started}".encode(), 0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -34,7 +35,7 @@ def with_bos(bpe_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-def edited_copy(source: Path, target: Path, **settings: str | None) -> Path:
+def edited_copy(source: Path, target: Path, **settings: Any) -> Path:
     """Copy of a tokenizer directory with entries of tokenizer_config.json replaced, or removed (None)."""
     target.mkdir()
     (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
@@ -153,6 +154,19 @@ def test_missing_directory_and_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match=tmp_path.name):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_tokenizer_that_is_code_is_refused_without_a_question(
+    bpe_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    its_own = {"AutoTokenizer": [None, "its_own.Theirs"]}
+    directory = edited_copy(bpe_directory, tmp_path / "theirs", auto_map=its_own, tokenizer_class="Theirs")
+    code = f"from transformers import PreTrainedTokenizerFast as Theirs\nopen({str(tmp_path / 'marker')!r}, 'w')\n"
+    (directory / "its_own.py").write_text(code)
+    with pytest.raises(ConfigError, match=r"theirs' cannot be loaded: it needs Python code of its own .*never run"):
+        Tokenizer.from_directory(directory)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_digest_survives_saving_and_sees_every_difference(

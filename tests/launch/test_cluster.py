@@ -97,8 +97,9 @@ def test_servers_run_in_the_environment_that_the_image_has_for_them(name: str) -
     assert f" {servers}/bin/python -u /opt/nemo_eppo/examples/nlp/gpt/serve_ppo_critic.py " in slurm
     assert " python -u /opt/nemo_eppo/examples/nlp/gpt/train_gpt_ppo_actor.py " in slurm
     critic, actor = pod_script((EXAMPLES / "kubernetes" / f"{name}.yaml").read_text()).split("# actor")
-    assert f"exec {servers}/bin/python -u -m torch.distributed.run " in critic
-    assert "exec python -u -m torch.distributed.run " in actor
+    module = "nemo_eppo.entry.torchrun" if name == "llama3_8b_2_nodes" else "torch.distributed.run"  # one node a job
+    assert f"exec {servers}/bin/python -u -m {module} --nproc_per_node 8 " in critic
+    assert f"exec python -u -m {module} --nproc_per_node 8 " in actor
 
 
 def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:

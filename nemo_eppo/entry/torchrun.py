@@ -1,0 +1,79 @@
+"""Ranks end with their torchrun; and a torchrun for the ranks of one machine, whose store no other machine reaches.
+
+`python -m nemo_eppo.entry.torchrun` takes torchrun's arguments. By the store of a torchrun the ranks find each other;
+that of torch's own listens on all interfaces, and whoever reaches it can change what it holds.
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+import socket
+import sys
+
+HOST = "127.0.0.1"
+"""The only address at which anything of a job on one machine listens."""
+_BACKEND = "loopback"
+_PATIENCE_S = 600  # as in torchrun's own static rendezvous
+_PROBE_S = 30.0  # seconds in which torchrun's store has to take a connection
+_SET_PARENT_DEATH_SIGNAL = 1  # option of prctl
+
+
+def end_with_torchrun() -> None:
+    """Let the kernel kill this rank as soon as its torchrun is gone, even if that was killed; without one do nothing.
+
+    A signal that can be handled would not do: a rank that saves waits for others, which may be gone already. A script
+    between torchrun and its rank has to `exec` the rank.
+
+    Raises:
+        SystemExit: torchrun was gone before.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun of the first machine holds the store
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, _PROBE_S).close()
+        except OSError as error:
+            sys.exit(f"torchrun has ended: its store at {address[0]}:{address[1]} does not answer ({error})")
+
+
+def main() -> None:
+    """Run torchrun with a store at a free port of the loopback interface."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousParameters,
+        RendezvousStoreInfo,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+    from torch.distributed.run import main as torchrun
+
+    class OneMachine(StaticTCPRendezvous):
+        """Meets nobody else, and gives its ranks a store."""
+
+        def __init__(self, parameters: RendezvousParameters) -> None:
+            if parameters.max_nodes != 1:
+                sys.exit(f"--nnodes = {parameters.max_nodes}: expected ranks of one machine; for several use torchrun")
+            listener = socket.create_server((HOST, 0), backlog=1024)
+            super().__init__(HOST, listener.getsockname()[1], 0, 1, parameters.run_id, _PATIENCE_S)
+            patience = datetime.timedelta(seconds=_PATIENCE_S)
+            store = TCPStore(HOST, self.master_port, 1, True, patience, master_listen_fd=listener.detach())
+            self._found = RendezvousInfo(
+                PrefixStore(self.run_id, store), 0, 1, RendezvousStoreInfo(HOST, self.master_port)
+            )
+
+        def get_backend(self) -> str:
+            return _BACKEND
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return self._found
+
+    rendezvous_handler_registry.register(_BACKEND, OneMachine)
+    torchrun([f"--rdzv-backend={_BACKEND}", f"--rdzv-endpoint={HOST}", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
