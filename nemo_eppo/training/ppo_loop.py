@@ -20,7 +20,6 @@ from nemo_eppo.observability.recorder import RolloutRecorder
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import step_seed
-from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.ppo import PPO, StepResult
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
@@ -100,7 +99,7 @@ class PPOLoop:
             return {}
         ppo, sampling = self.ppo, self.config.generation
         if self.config.validation.greedy:
-            sampling = SamplingParams(max_new_tokens=sampling.max_new_tokens, greedy=True)
+            sampling = sampling.as_greedy
         rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
         rewards, observed = ppo.ask(rollout)
         energies = ppo.policy.infer(rollout.batch).energies
