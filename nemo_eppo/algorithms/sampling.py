@@ -20,10 +20,30 @@ class Distribution(NamedTuple):
     """Only the k likeliest tokens are kept; 0 keeps all."""
     top_p: float
     """Of these, the likeliest that hold this share of the probability; 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """First of all, logits of the tokens of the prompt and of the response so far are penalised by it; 1: none are."""
+    min_new_tokens: int = 0
+    """None of so many first tokens of a response is one of `ending`."""
+    ending: tuple[int, ...] = ()
+    """Token ids that end a response."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it depends on the tokens before, and not on the logits alone."""
+        return self.repetition_penalty != 1.0 or self.min_new_tokens > 0
 
 
 UNCHANGED = Distribution(temperature=1.0, top_k=0, top_p=1.0)
 """The model's own distribution."""
+
+
+def repetition_slopes(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return what a repetition penalty multiplies `logits` [..., V] by, of the same shape.
+
+    Where `seen`, bool [..., V], is true, positive logits are divided by the penalty and negative ones multiplied (CTRL,
+    arXiv 1909.05858, section 4.1, with the sign that transformers gave it).
+    """
+    return torch.where(seen, torch.where(logits < 0, logits.new_full((), penalty), 1 / penalty), 1.0)
 
 
 def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -151,13 +151,20 @@ class Tokenizer:
         """Encode one response as `encode_responses` does."""
         return self.encode_responses([text], end)[0]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Turn `ids` into text without the special tokens (EOS, padding, BOS)."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Turn `ids` into text, with or without the special tokens (EOS, padding, BOS)."""
+        skip = not special_tokens
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Decode many sequences at once, as `decode` does."""
         return self._tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Map the text of each special token, which `decode` leaves out, to its id."""
+        added = self._tokenizer.added_tokens_decoder
+        return {token.content: index for index, token in added.items() if token.special}
 
     def digest(self) -> str:
         """Return the SHA-256 of vocabulary and special ids: with the same digest, all token ids mean the same."""

@@ -11,7 +11,7 @@ from nemo_eppo.config import Config
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm, map_sampling
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files
@@ -19,6 +19,7 @@ from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import CONFIG
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.rollout.sampling import SamplingParams
 
 
 class EngineConfig(Config):
@@ -32,9 +33,10 @@ class EngineConfig(Config):
     """Settings of TensorRT-LLM; read only if it is the engine."""
 
 
-def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raise ConfigError, before anything is started, if the engine cannot work here."""
+def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig, sampling: SamplingParams) -> None:
+    """Raise ConfigError, before anything is started, if the engine cannot work here or sample in this way."""
     if config.name == "tensorrt_llm":
+        map_sampling(sampling, 0, 1, ())
         check_tensorrt_llm(config.tensorrt_llm, model, parallel)
 
 
@@ -55,7 +57,7 @@ def build_engine(
         max_sequence_length: longest prompt and response together, in tokens.
         directory: the run directory, where an engine in a process of its own leaves its log and the model's settings.
     """
-    limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length)
+    limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
     if config.name == "megatron":
         return MegatronEngine(chunks, limits)
     if config.name == "tensorrt_llm":

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.rollout.sampling import SamplingParams
@@ -34,7 +35,8 @@ class Engine(Protocol):
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Return one completion for each prompt, in order, with log-probs under the distribution sampled from, after
-        temperature and filters. Each engine defines the log-probs of greedy responses.
+        penalty, temperature and filters. A response ends where `Stops` says. Each engine defines the log-probs of
+        greedy responses.
 
         Raises:
             ConfigError: an input that cannot work, named by its index (`check_requests`); nothing was computed.
@@ -61,6 +63,8 @@ class Limits(NamedTuple):
     """Sequences decoded at once; where one has ended, the next prompt joins."""
     max_sequence_length: int
     """Longest prompt and response together, in tokens."""
+    tokenizer: Tokenizer | None = None
+    """Finds stop strings; may be None where there are none."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError if no engine of this model can have these limits."""

@@ -8,7 +8,7 @@ The engines of a replica share its prompts. A failure on one rank is raised on a
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
@@ -24,6 +24,7 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.refit import RefitError, pack
+from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
 from nemo_eppo.megatron.runtime import PATIENCE, control_group, world_size
@@ -140,8 +141,7 @@ class TensorRTLLMEngine:
         log: Path,
     ) -> None:
         limits.check(model)
-        self._model, self._config = model, config
-        self._eos_id, self._max_sequence_length = limits.eos_id, limits.max_sequence_length
+        self._model, self._config, self._limits = model, config, limits
         self._replica = _replica()
         gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
         dist.all_gather_object(gathered, (device.uuid(), device.number()), group=self._replica)
@@ -154,7 +154,6 @@ class TensorRTLLMEngine:
             "model": str(hf_directory),
             "devices": self._devices,
             "expected": [(name, shape, str(dtype)) for name, shape in hf_names(model)],
-            "eos_id": limits.eos_id,
             "pad_id": limits.pad_id,
             "free_gpu_memory_fraction": config.free_gpu_memory_fraction,
             "arguments": {
@@ -207,9 +206,11 @@ class TensorRTLLMEngine:
         return all_or_none(lambda: self._generate(prompt_ids, sampling, seeds))
 
     def _generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        check_requests(prompts, seeds, self._model.vocab_size, self._max_sequence_length)
+        longest = self._limits.max_sequence_length
+        check_requests(prompts, seeds, self._model.vocab_size, longest)
+        stops = Stops(sampling.stop_strings, self._limits.eos_id, self._limits.tokenizer)
         requests = [
-            (prompt, map_sampling(sampling, seed, self._max_sequence_length - len(prompt)))
+            (prompt, map_sampling(sampling, seed, longest - len(prompt), stops.ids))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         if not requests:
@@ -224,20 +225,8 @@ class TensorRTLLMEngine:
         for index, (_, params) in enumerate(requests):
             version, answered = answers[index % engines]
             tokens, logprobs = answered[index // engines]
-            completions.append(self._completion(tokens, logprobs, version, params["max_tokens"]))
+            completions.append(_completion(tokens, logprobs, version, params["max_tokens"], stops))
         return completions
-
-    def _completion(self, tokens: list[int], logprobs: list[float], version: int, limit: int) -> Completion:
-        """Make a completion, after a check that the answer ends where it should."""
-        if not torch.tensor(logprobs).isfinite().all():
-            raise FloatingPointError(f"the model of weight version {version} gives NaN or infinite log-probs")
-        stopped = tokens[-1:] == [self._eos_id]
-        if self._eos_id in tokens[:-1] or not (stopped or len(tokens) == limit) or len(tokens) > limit:
-            raise EngineProcessError(
-                f"the engine answered with {len(tokens)} tokens, the last being {tokens[-1:]}: expected to end at the "
-                f"first {self._eos_id} (EOS), which belongs to the answer, or after {limit} tokens"
-            )
-        return Completion(tokens, logprobs, FinishReason.STOP if stopped else FinishReason.LENGTH, version)
 
     def sleep(self) -> None:
         """Free the engine's weights and cache, to give training their memory."""
@@ -286,15 +275,36 @@ def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]
     return engines
 
 
-def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, Any]:
+def _completion(tokens: list[int], logprobs: list[float], version: int, limit: int, stops: Stops) -> Completion:
+    """Make a completion, after a check that the answer ends where it should.
+
+    TensorRT-LLM 1.2 knows a stop string only as one sequence of tokens, and would miss it in all others. So it does not
+    get those that are no token of their own, and the answer is cut here: what comes before does not depend on the rest.
+    """
+    if not torch.tensor(logprobs).isfinite().all():
+        raise FloatingPointError(f"the model of weight version {version} gives NaN or infinite log-probs")
+    stopped = tokens[-1:] and tokens[-1] in stops.ids
+    if set(tokens[:-1]) & set(stops.ids) or not (stopped or len(tokens) == limit) or len(tokens) > limit:
+        raise EngineProcessError(
+            f"the engine answered with {len(tokens)} tokens, the last being {tokens[-1:]}: expected to end at the "
+            f"first of {', '.join(map(str, stops.ids))} (EOS, stop strings), which belongs to the answer, or after "
+            f"{limit} tokens"
+        )
+    end = stops.end(tokens)
+    reason = FinishReason.LENGTH if end is None else FinishReason.STOP
+    return Completion(tokens[:end], logprobs[:end], reason, version)
+
+
+def map_sampling(sampling: SamplingParams, seed: int, room: int, stop_ids: Sequence[int]) -> dict[str, Any]:
     """Return the arguments of TensorRT-LLM's SamplingParams for one prompt.
 
-    Like ours, its log-probs are those after temperature; whether they are also after filters, as the trainer's are, its
-    documentation does not say. A difference would show as engine mismatch.
+    Like ours, its log-probs are those after penalty and temperature; whether they are also after filters, as the
+    trainer's are, its documentation does not say. A difference would show as engine mismatch.
 
     Args:
         seed: any 64-bit integer; TensorRT-LLM takes those from 0 to 2^64 - 1.
         room: tokens left for the response in the longest sequence.
+        stop_ids: tokens that end a response, see `Stops`.
 
     Raises:
         ConfigError: a setting that TensorRT-LLM does not have, named.
@@ -305,12 +315,18 @@ def map_sampling(sampling: SamplingParams, seed: int, room: int) -> dict[str, An
         "top_k": lambda: {"top_k": 1 if sampling.greedy else sampling.top_k},  # 0 keeps all, in both
         "top_p": lambda: {"top_p": sampling.top_p},
         "greedy": dict,  # see top_k
+        "repetition_penalty": lambda: {"repetition_penalty": sampling.repetition_penalty},
+        "stop_strings": lambda: {"stop_token_ids": list(stop_ids)},  # for the others see _completion
     }
+    if not sampling.min_new_tokens:  # its min_tokens holds for end_id alone, which is left out of answers
+        mapping["min_new_tokens"] = dict
     arguments: dict[str, Any] = {"seed": seed % 2**64}
-    for name in type(sampling).model_fields:
+    for name, value in sampling:
         if name not in mapping:
-            value = getattr(sampling, name)
-            raise ConfigError(f"generation.{name} = {value!r}: TensorRT-LLM has no counterpart for this setting")
+            raise ConfigError(
+                f"generation.{name} = {value!r}: TensorRT-LLM has no counterpart for this setting; expected "
+                f"{type(sampling).model_fields[name].default!r}, or engine.name = 'megatron'"
+            )
         arguments |= mapping[name]()
     return arguments
 

@@ -26,7 +26,7 @@ class EngineServer:
         model: Hugging Face directory, of which only settings are read; the weights come with the first refit.
         devices: uuids of the engine's GPUs, in the order in which this process sees them.
         expected: name, shape and dtype of every tensor of a refit.
-        eos_id, pad_id: token ids of the tokenizer.
+        pad_id: token id of the tokenizer.
         arguments: further arguments of AsyncLLM.
         free_gpu_memory_fraction: share of the free GPU memory that the KV cache takes.
     """
@@ -36,7 +36,6 @@ class EngineServer:
         model: str,
         devices: list[str],
         expected: list[tuple[str, tuple[int, ...], str]],
-        eos_id: int,
         pad_id: int,
         arguments: dict[str, Any],
         free_gpu_memory_fraction: float,
@@ -45,7 +44,7 @@ class EngineServer:
         from tensorrt_llm.llmapi import KvCacheConfig
 
         self._sampling_params = SamplingParams
-        self._devices, self._eos_id, self._pad_id = devices, eos_id, pad_id
+        self._devices, self._pad_id = devices, pad_id
         self._receiver = Receiver([TensorInfo(*info) for info in expected])
         self._llm = AsyncLLM(
             model=model,
@@ -103,7 +102,6 @@ class EngineServer:
             **sampling,
             end_id=-1,
             pad_id=self._pad_id,
-            stop_token_ids=[self._eos_id],
             include_stop_str_in_output=True,
             detokenize=False,
             logprobs=1,

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from nemo_eppo.algorithms.sampling import Distribution, keep_mask
+from nemo_eppo.algorithms.sampling import Distribution, keep_mask, repetition_slopes
 
 IGNORE = -100
 """Target of a position whose log-probability is not computed; its outputs are 0."""
@@ -34,6 +34,7 @@ def token_logprobs(
     sequence_parallel: bool,
     distribution: Distribution,
     softcap: float | None = None,
+    history: "History | None" = None,
 ) -> Tensor:
     """Log-probability of each target token and entropy of the distribution it came from.
 
@@ -43,9 +44,10 @@ def token_logprobs(
         targets: [b, s] the token that follows each position; IGNORE where none is wanted.
         group: tensor-parallel ranks.
         vocab_size: rows of the projection that are real tokens; padding rows get probability 0.
-        distribution: temperature and filters. With top-k or top-p the kept set follows the current logits, always
-            includes the target, and costs a gather of one chunk's logits.
+        distribution: penalty, temperature and filters. With top-k or top-p the kept set follows the current logits,
+            always includes the target, and costs a gather of one chunk's logits.
         softcap: cap of the logits, see `soft_capped`; None for none.
+        history: what a distribution that looks back needs; None for one that does not.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
@@ -57,7 +59,9 @@ def token_logprobs(
     targets = targets.transpose(0, 1)
     rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
     wanted = hidden.flatten(0, 1).index_select(0, rows)
-    projection = _Projection(group, vocab_size, distribution, softcap)
+    assert history is not None or not distribution.looks_back
+    before = None if history is None else _before(rows, history, group.rank() * weight.size(0), weight.size(0))
+    projection = _Projection(group, vocab_size, distribution, softcap, before)
     computed = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], projection)
     out = computed.new_zeros(targets.numel(), 2).index_copy(0, rows, computed)
     return out.view(*targets.shape, 2).transpose(0, 1)
@@ -68,6 +72,41 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+class History(NamedTuple):
+    """The tokens of a micro-batch, in which the first target of every sequence is that of its response."""
+
+    tokens: Tensor
+    """int64 [b, s] token at each position."""
+    sequences: Tensor
+    """int64 [b, s] number, from 0, of the sequence that each position belongs to."""
+
+
+class _Before(NamedTuple):
+    """What comes before the target of each of n rows."""
+
+    sequence: Tensor
+    """int64 [n] number of the row's sequence."""
+    place: Tensor
+    """int32 [n] column of the row's position."""
+    drawn: Tensor
+    """int32 [n] tokens of the response before the target."""
+    first: Tensor
+    """int32 [sequences, V / tp] column in which a sequence has each of this rank's tokens for the first time."""
+
+
+def _before(rows: Tensor, history: History, first_token: int, size: int) -> _Before:
+    """Look up what comes before rows [n], numbers of positions [s, b]; this rank has `size` ids from `first_token`."""
+    tokens, sequences = history
+    never, count = tokens.size(1), int(sequences.max()) + 1
+    columns = torch.arange(never, dtype=torch.int32, device=tokens.device).expand_as(tokens)
+    sequence, place = sequences.T.reshape(-1)[rows], columns.T.reshape(-1)[rows]
+    start = place.new_full((count,), never).scatter_reduce_(0, sequence, place, "amin")
+    own = (tokens >= first_token) & (tokens < first_token + size)
+    index = (sequences * size + tokens - first_token)[own]
+    first = place.new_full((count * size,), never).scatter_reduce_(0, index, columns[own], "amin")
+    return _Before(sequence, place, place - start[sequence], first.view(count, size))
+
+
 class _Projection(NamedTuple):
     """Arguments of `token_logprobs` that determine logits, beside hidden states and weight."""
 
@@ -75,6 +114,7 @@ class _Projection(NamedTuple):
     vocab_size: int
     distribution: Distribution
     softcap: float | None
+    before: _Before | None
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -85,7 +125,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.projection = projection
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], projection)
+            x, own, index, _ = _chunk_logits(hidden[rows], weight, targets[rows], projection, rows)
             peak = x.amax(-1)
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=projection.group)
             x.sub_(peak.unsqueeze(-1))
@@ -109,15 +149,18 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
         temperature, softcap = ctx.projection.distribution.temperature, ctx.projection.softcap
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            x, own, index = _chunk_logits(hidden[rows], weight, targets[rows], ctx.projection)
+            x, own, index, penalties = _chunk_logits(hidden[rows], weight, targets[rows], ctx.projection, rows)
+            slope = penalties
             if softcap is not None:  # d(c tanh(x / c)) / dx = 1 - tanh(x / c)^2; masked logits have no gradient anyway
-                slope = 1 - (x * (temperature / softcap)).clamp_(-1, 1).square_()
+                ratio = x * (temperature / softcap) if penalties is None else x * (temperature / softcap) / penalties
+                slope = 1 - ratio.clamp_(-1, 1).square_()
+                slope = slope if penalties is None else slope.mul_(penalties)
             logp = x.sub_(result[rows, 2:3])
             p = logp.exp()
             grad_logprob, grad_entropy = (grads[0][rows] / temperature).split(1, -1)
             grad = logp.add_(result[rows, 1:2]).mul_(-grad_entropy).sub_(grad_logprob).mul_(p)
             grad.scatter_add_(-1, index.unsqueeze(-1), torch.where(own.unsqueeze(-1), grad_logprob, 0))
-            if softcap is not None:
+            if slope is not None:
                 grad.mul_(slope)
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
@@ -141,16 +184,24 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute this rank's logits [n, V / tp] of the sampling distribution; and of each target, [n], whether this rank
-    owns it, and its row here (0 if not)."""
-    group, vocab_size, distribution, softcap = projection
+    hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection, rows: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute this rank's logits [n, V / tp] of the sampling distribution; of each target, [n], whether this rank owns
+    it, and its row here (0 if not); and what the logits were multiplied by as a penalty, None without one."""
+    group, vocab_size, distribution, softcap, before = projection
     logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
+    size = weight.size(0)
+    first, penalties = group.rank() * size, None
+    if before is not None and distribution.repetition_penalty != 1.0:
+        seen = before.first[before.sequence[rows]] <= before.place[rows].unsqueeze(-1)
+        penalties = repetition_slopes(logits, seen, distribution.repetition_penalty)
+        logits.mul_(penalties)
     if distribution.temperature != 1.0:
         logits.div_(distribution.temperature)
-    size = weight.size(0)
-    first = group.rank() * size
+    if before is not None and distribution.min_new_tokens:
+        barred = [token - first for token in distribution.ending if first <= token < first + size]
+        early = before.drawn[rows] < distribution.min_new_tokens
+        logits[:, barred] = torch.where(early.unsqueeze(-1), _MASKED, logits[:, barred])
     if first + size > vocab_size:
         logits[:, max(0, vocab_size - first) :] = _MASKED
     own = (targets >= first) & (targets < first + size)
@@ -161,4 +212,4 @@ def _chunk_logits(
         keep = keep_mask(torch.cat(shards, -1), distribution.top_k, distribution.top_p)
         keep.scatter_(-1, targets.unsqueeze(-1), True)
         logits.masked_fill_(~keep[:, first : first + size], _MASKED)
-    return logits, own, index
+    return logits, own, index, penalties

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.heads import ScalarHeads, build_head
-from nemo_eppo.megatron.logprobs import soft_capped, token_logprobs
+from nemo_eppo.megatron.logprobs import History, soft_capped, token_logprobs
+from nemo_eppo.megatron.packing import sequence_numbers
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
 from nemo_eppo.models.layout import ParallelConfig, check_layout
 from nemo_eppo.models.model_config import Head, ModelConfig, Precision
@@ -59,11 +60,16 @@ class PolicyModel(_Decoder):
         super().__init__(model, parallel, config, vp_stage, tied=model.tie_embeddings)
         self.distribution = UNCHANGED
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Tensor, labels: Tensor | None = None, **rest: Any
+    ) -> Tensor:
         softcap = self.description.logit_softcap
         if labels is None or not self.post_process:
-            out = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+            out = super()._postprocess(hidden_states=hidden_states, input_ids=input_ids, labels=labels, **rest)
             return soft_capped(out, softcap) if self.post_process else out
+        history = None
+        if self.distribution.looks_back:
+            history = History(input_ids, sequence_numbers(input_ids, rest["packed_seq_params"]))
         return token_logprobs(
             hidden_states,
             self.projection_weight(),
@@ -73,6 +79,7 @@ class PolicyModel(_Decoder):
             sequence_parallel=self.config.sequence_parallel,
             distribution=self.distribution,
             softcap=softcap,
+            history=history,
         )
 
     def projection_weight(self) -> Tensor:

@@ -57,6 +57,14 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
     return packs
 
 
+def sequence_numbers(tokens: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    """Return [b, s], the number of the sequence at each position of `tokens`: a row's own, or that within a pack."""
+    if packed is None:
+        return torch.arange(tokens.size(0), device=tokens.device).unsqueeze(1).expand_as(tokens)
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    return torch.searchsorted(packed.cu_seqlens_q[1:].long(), positions, right=True)
+
+
 class Packing:
     """Converts micro-batches between padded [b, s] and packed [1, n], where n is a multiple of `multiple`."""
 

@@ -42,7 +42,7 @@ class RewardInputs:
     mask: Tensor
     """bool [B, T], T = S - 1: True where action `t` produced a response token."""
     truncated: Tensor
-    """bool [B]: True if the response ended without EOS."""
+    """bool [B]: True if the response was cut off: it ended without EOS or a stop string."""
     logprobs: Tensor
     """[B, T] log-probs of the actions under the policy, in nats."""
     energies: Tensor

@@ -13,11 +13,11 @@ class MissingEosConfig(Config):
     """Penalty for a response that was cut off."""
 
     penalty: float = Field(default=0.0, ge=0)
-    """Reward that a response without EOS loses; 0: no penalty."""
+    """Reward that a response without EOS or a stop string loses; 0: no penalty."""
 
 
 class MissingEos(Term[MissingEosConfig]):
-    """Subtracts the penalty from responses that ended without EOS."""
+    """Subtracts the penalty from responses that ended without EOS or a stop string."""
 
     config_class = MissingEosConfig
 

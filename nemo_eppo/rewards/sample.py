@@ -13,8 +13,8 @@ class Sample:
     response: str
     """Text of the response, without special tokens."""
     token_ids: tuple[int, ...]
-    """Token ids of the response, EOS included if the policy produced it."""
+    """Token ids of the response, with EOS or the stop string that ended it; no EOS follows a stop string."""
     finished: bool
-    """Whether the response ended with EOS; a truncated one did not."""
+    """Whether the response ended with EOS or a stop string; a truncated one did not."""
     fields: dict[str, Any] = field(default_factory=dict)
     """The other fields of the prompt's row in the data file, such as a reference answer."""

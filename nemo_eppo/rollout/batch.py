@@ -18,9 +18,9 @@ class FinishReason(StrEnum):
     """Why a response ended."""
 
     STOP = "stop"
-    """The policy produced EOS, which is the last token."""
+    """The policy produced EOS or a stop string, with whose last token the response ends."""
     LENGTH = "length"
-    """It reached its longest length without EOS: it is truncated."""
+    """It reached its longest length without either: it is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class RolloutBatch:
     lengths: Tensor
     """int64 [B] tokens of prompt and response together."""
     truncated: Tensor
-    """bool [B]: True if the response ended without EOS."""
+    """bool [B]: True if the response was cut off at its longest length."""
     engine_logprobs: Tensor
     """fp32 [B, T] log-probs that the engine reported, in nats; zero outside the mask."""
     pad_id: int

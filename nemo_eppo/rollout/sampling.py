@@ -1,6 +1,9 @@
 """The settings by which responses are sampled."""
 
-from pydantic import Field, model_validator
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, model_validator
 
 from nemo_eppo.algorithms.sampling import Distribution
 from nemo_eppo.config import Config
@@ -10,7 +13,18 @@ class SamplingParams(Config):
     """How the engine samples responses; the trainer computes log-probs under the same distribution."""
 
     max_new_tokens: int = Field(gt=0)
-    """Most tokens of a response, EOS included; a response that reaches it without EOS is truncated."""
+    """Most tokens of a response, EOS included; one that reaches it without EOS or a stop string is truncated."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Fewest tokens of a response: before, neither EOS nor a special token of `stop_strings` can be sampled, and the
+    trainer gives them probability 0, too. Stop strings of ordinary tokens end a response at any length."""
+    stop_strings: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
+    """Texts that end a response, as EOS does. The text of a special token stands for this token. Others are looked for
+    in the response's text, over token borders: the token that completes one is the last, nothing is cut off it, and no
+    EOS is added. Reward models and functions get these tokens and this text; the response counts as finished."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Logits of tokens that are in the prompt or in the response so far are divided by this if positive, multiplied if
+    negative; 1 for no penalty. PPO trains the penalised distribution, from which responses are sampled: log-probs of
+    policy and reference, ratios, KL and entropy are its own, as with temperature, top_k and top_p."""
     temperature: float = Field(default=1.0, gt=0)
     """The logits are divided by this."""
     top_k: int = Field(default=0, ge=0)
@@ -20,10 +34,24 @@ class SamplingParams(Config):
     greedy: bool = False
     """Whether the likeliest token is always taken, instead of sampling."""
 
+    def distribution(self, ending: Sequence[int]) -> Distribution:
+        """Return what a response's tokens are sampled from, unless it is greedy; the token ids in `ending` end one."""
+        return Distribution(
+            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.min_new_tokens, tuple(ending)
+        )
+
     @property
-    def distribution(self) -> Distribution:
-        """What a response's tokens are sampled from, unless it is greedy."""
-        return Distribution(self.temperature, self.top_k, self.top_p)
+    def as_greedy(self) -> "SamplingParams":
+        """The settings of greedy responses that begin and end as these do."""
+        return self.model_copy(update={"greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
+
+    @model_validator(mode="after")
+    def _shortest_is_not_longest(self) -> "SamplingParams":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens = {self.min_new_tokens} is more than max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _greedy_samples_nothing(self) -> "SamplingParams":

@@ -13,6 +13,7 @@ from nemo_eppo.tools.aligner_rules import (
     recompute,
     schedule,
     steps,
+    texts,
     to,
 )
 
@@ -161,7 +162,7 @@ _STANDARDIZATION: Rules = {
     "model.reward_standardization.std": joint(""),
 }
 
-_TRT = "set engine.name=tensorrt_llm and engine.tensorrt_llm.* by hand"
+_TRT = "set engine.name=tensorrt_llm, engine.tensorrt_llm.* and generation.min_new_tokens=0 by hand"
 
 ACTOR: Rules = {
     **COMMON,
@@ -209,17 +210,21 @@ ACTOR: Rules = {
     "model.ppo.sampling_params.temperature": to("generation.temperature", 1.0, float),
     "model.ppo.sampling_params.top_k": to("generation.top_k", 0),
     "model.ppo.sampling_params.top_p": to("generation.top_p", 1.0, lambda value: float(value or 1)),
-    "model.ppo.sampling_params.repetition_penalty": lost("samples come from the policy itself", 1, None),
+    "model.ppo.sampling_params.repetition_penalty": to(
+        "generation.repetition_penalty", 1.0, float, "unless it is 1, PPO trains the penalised distribution here"
+    ),
     "model.ppo.sampling_params.add_BOS": lost("prompts are tokenised as `nemo-eppo prepare` wrote them", False, None),
     "model.ppo.sampling_params.all_probs": dropped("of NeMo's generation, where it only changes what is returned"),
     "model.ppo.sampling_params.compute_logprob": dropped("log-probs are always taken by the trainer"),
-    "model.ppo.sampling_params.end_strings": lost(
-        "a response ends at the tokenizer's EOS token only; that project learns nothing from one that was cut off, "
-        "here ppo.missing_eos.penalty can punish it",
-        None,
+    "model.ppo.sampling_params.end_strings": to(
+        "generation.stop_strings",
+        ["<|endoftext|>", "<extra_id_1>"],
+        texts,
+        "EOS ends a response as well; that project learns nothing from one that was cut off, here "
+        "shaping.missing_eos.penalty can punish it",
     ),
     "model.ppo.length_params.max_length": joint("generation.max_new_tokens"),
-    "model.ppo.length_params.min_length": lost("EOS may be the first token", 0, 1, None),
+    "model.ppo.length_params.min_length": to("generation.min_new_tokens", 1, lambda value: int(value or 0)),
     "model.micro_batch_size": to("model.micro_batch_size", 1),
     "model.global_batch_size": to("ppo.mini_batch_size", 64),
     "model.encoder_seq_length": joint("data.max_prompt_length", 4096),

@@ -148,6 +148,13 @@ def answer_only(value: Any) -> bool:
     return True
 
 
+def texts(value: Any) -> list[str]:
+    """Translate a list of texts; None means none."""
+    if not isinstance(value, list | None) or not all(isinstance(text, str) for text in value or []):
+        raise ValueError("expected a list of texts")
+    return [text for text in value or [] if text]
+
+
 def pooling(value: Any) -> str:
     """Translate `use_avg_pool`: how a score is read from a response."""
     if value:

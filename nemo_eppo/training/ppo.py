@@ -178,8 +178,7 @@ class PPO:
         if self.estimator.needs != "greedy":
             return None
         distinct = {prompt.index: prompt for prompt in prompts}
-        greedy = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, greedy=True)
-        rollout = self.roll_out(list(distinct.values()), greedy, 0)
+        rollout = self.roll_out(list(distinct.values()), self.sampling.as_greedy, 0)
         answer = self.sources.ask(rollout.batch, rollout.samples)
         row_of = {index: row for row, index in enumerate(distinct)}
         rows = torch.tensor([row_of[prompt.index] for prompt in prompts])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset, PromptItem
 from nemo_eppo.generation.build import build_engine, check_engine
+from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.lora import AdaptersOff
@@ -38,7 +39,7 @@ class PPOJob:
         self.config, self.run_files = config, run
         self.plan: Plan = plan(config.model, head="lm")
         config.check_model(self.plan.model, runtime.world_size())
-        check_engine(config.engine, self.plan.model, config.model.parallel)
+        check_engine(config.engine, self.plan.model, config.model.parallel, config.generation)
         longest, colocated = config.longest, config.critic.colocated if config.critic else None
         self._critic = ColocatedCritic(colocated, self.plan, longest, config.ppo.updates) if colocated else None
         self._rewards = {f"rewards[{index}]": source for index, source in enumerate(config.rewards)}
@@ -77,7 +78,8 @@ class PPOJob:
             model.build()
         runner = build(self.plan, "lm", optimizer=config.optimizer, total_steps=config.ppo.updates, probe=config.energy)
         sampling = config.generation
-        set_distribution(runner.chunks, sampling.distribution)
+        ending = Stops(sampling.stop_strings, tokenizer.eos_id, tokenizer).ids
+        set_distribution(runner.chunks, sampling.distribution(ending))
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
         engine = build_engine(
             config.engine,
@@ -89,7 +91,7 @@ class PPOJob:
             self.run_files.directory,
         )
         stack.callback(engine.close)
-        own_answers = SamplingParams(max_new_tokens=sampling.max_new_tokens, greedy=True)
+        own_answers = sampling.as_greedy
         policy = Policy(
             runner, self.plan.model, reference, engine, config.energy, own_answers, self._energy_cache(own_answers)
         )

@@ -21,7 +21,6 @@ from nemo_eppo.observability.recorder import RolloutRecorder
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch, step_seed
-from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.servers.client import ServerUnavailable
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
@@ -116,7 +115,7 @@ class PPOLoop:
             return {}
         ppo, sampling = self.ppo, self.config.generation
         if self.config.validation.greedy:
-            sampling = SamplingParams(max_new_tokens=sampling.max_new_tokens, greedy=True)
+            sampling = sampling.as_greedy
         rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
         rewards, observed = ppo.ask(rollout)
         energies = ppo.policy.infer(rollout.batch).energies

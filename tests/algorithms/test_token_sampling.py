@@ -3,9 +3,17 @@
 import pytest
 import torch
 from scipy import stats
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from nemo_eppo.algorithms import sampling
-from nemo_eppo.algorithms.sampling import counter_hash, counter_uniform, filter_logits, keep_mask, sample_tokens
+from nemo_eppo.algorithms.sampling import (
+    counter_hash,
+    counter_uniform,
+    filter_logits,
+    keep_mask,
+    repetition_slopes,
+    sample_tokens,
+)
 
 
 def splitmix64(seed: int, counter: int) -> int:
@@ -126,3 +134,12 @@ def test_filtered_logits_are_minus_infinity_and_the_others_untouched() -> None:
     assert (kept.sum(-1) == 4).all()
     assert torch.equal(filtered[kept], logits[kept])
     assert torch.equal(filter_logits(logits, 0, 1.0), logits)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.8])
+def test_a_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    logits, ids = torch.randn(4, 30, generator=draw, dtype=torch.float64), torch.randint(0, 30, (4, 12), generator=draw)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    torch.testing.assert_close(logits * repetition_slopes(logits, seen, penalty), expected)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from small_models import EOS, MODEL, PAD, build_engine
+from small_models import EOS, MODEL, PAD, build_engine, tokenizer
 
 from nemo_eppo.generation.build import write_hf_settings
 from nemo_eppo.generation.engine import Engine, Limits
@@ -42,7 +42,7 @@ def trtllm_engine(
         model,
         dtype,
         config or stand_in(),
-        Limits(**(settings | limits)),
+        Limits(**(settings | {"tokenizer": tokenizer()} | limits)),
         hf_directory=directory / "hf",
         log=directory / "engine.log",
     )

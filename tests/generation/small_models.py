@@ -1,15 +1,20 @@
 """Small policies with the same weights in every layout, and slow but obvious ways to decode and to score with them."""
 
+from functools import cache
 from typing import Any
 
 import tiny
+import tokenizers
 import torch
 import torch.distributed as dist
 from features import GEMMA2, MISTRAL, PHI3
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
@@ -26,7 +31,7 @@ QWEN3 = MODEL.model_copy(update={"qk_norm": True, "head_dim": 12, "tie_embedding
 GEMMA2_MODEL = MODEL.model_copy(update=GEMMA2)
 PHI3_MODEL = MODEL.model_copy(update=PHI3)
 MISTRAL_MODEL = MODEL.model_copy(update=MISTRAL)
-EOS, PAD = 2, 0
+EOS, PAD, END = 2, 0, 1
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "TP 2": {"tensor_model_parallel_size": 2},
@@ -35,6 +40,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "virtual PP 2x2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "TP 2 PP 2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
+
+
+@cache
+def hf_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each id of MODEL, most of them short texts, so that a stop string can have many tokenisations."""
+    syllables = [consonant + rest for consonant in "bcdfgkl" for rest in ("", "a", "ab", "e", "i", " o", "u")]
+    texts = ["<pad>", "<end>", "<eos>", *syllables, "a", "e", "m", "ma", "n", "no", "p", " ", "z"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({text: index for index, text in enumerate(texts)}, []))
+    backend.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<end>"]
+    )
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer(hf_tokenizer(), "small_models")
 
 
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
@@ -53,7 +75,7 @@ def build_policy(layout: dict[str, Any], model: ModelConfig = MODEL, precision: 
 
 def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) -> Engine:
     settings = {"eos_id": EOS, "pad_id": PAD, "max_batch_size": 8, "max_sequence_length": model.max_sequence_length}
-    return MegatronEngine(chunks, Limits(**(settings | changes)))
+    return MegatronEngine(chunks, Limits(**(settings | {"tokenizer": tokenizer()} | changes)))
 
 
 def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:
@@ -82,15 +104,20 @@ def greedy_without_cache(chunks: list[Any], model: ModelConfig, prompt: list[int
 
 
 def trainer_logprobs(
-    chunks: list[Any], prompts: list[list[int]], completions: list[Completion], sampling: SamplingParams
+    chunks: list[Any],
+    prompts: list[list[int]],
+    completions: list[Completion],
+    sampling: SamplingParams,
+    micro_batch_tokens: int | None = None,
 ) -> list[Tensor]:
-    """Log-probs of the response tokens as the trainer computes them."""
+    """Log-probs of the response tokens as the trainer computes them, from padded or from packed rows."""
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.tensor([row + [PAD] * (int(lengths.max()) - len(row)) for row in rows])
     targets = torch.full_like(tokens, IGNORE)
     for row, prompt, length in zip(range(len(rows)), prompts, lengths.tolist(), strict=True):
         targets[row, len(prompt) - 1 : length - 1] = tokens[row, len(prompt) : length]
-    set_distribution(chunks, sampling.distribution)
-    logprobs = ModelRunner(chunks, micro_batch_size=2).infer(tokens, lengths, targets, outputs=2)[0][..., 0]
+    set_distribution(chunks, sampling.distribution(Stops(sampling.stop_strings, EOS, tokenizer()).ids))
+    runner = ModelRunner(chunks, micro_batch_size=2, micro_batch_tokens=micro_batch_tokens)
+    logprobs = runner.infer(tokens, lengths, targets, outputs=2)[0][..., 0]
     return [logprobs[row][targets[row] != IGNORE] for row in range(len(rows))]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from small_models import (
+    END,
     EOS,
     GEMMA2_MODEL,
     LAYOUTS,
@@ -19,6 +20,7 @@ from small_models import (
     build_engine,
     build_policy,
     greedy_without_cache,
+    hf_tokenizer,
     random_prompts,
     random_weights,
     trainer_logprobs,
@@ -39,7 +41,15 @@ SAMPLINGS = {
     "top-p": SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.8),
     "top-k and top-p": SamplingParams(max_new_tokens=12, temperature=1.5, top_k=9, top_p=0.9),
     "greedy": SamplingParams(max_new_tokens=12, greedy=True),
+    "penalty": SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.9, repetition_penalty=1.5),
+    "shortest": SamplingParams(max_new_tokens=12, temperature=4.0, min_new_tokens=7, stop_strings=("<end>",)),
+    "stop strings": SamplingParams(max_new_tokens=12, temperature=2.0, stop_strings=("<end>", "ab", "ob", "u")),
+    "greedy, penalised": SamplingParams(max_new_tokens=12, greedy=True, repetition_penalty=1.5),
+    "greedy, all": SamplingParams(
+        max_new_tokens=24, greedy=True, repetition_penalty=1.3, min_new_tokens=9, stop_strings=("<end>", "ka", "ok")
+    ),
 }
+OF_ALL_FAMILIES = ("greedy", "top-p", "greedy, penalised", "greedy, all", "penalty")
 MODELS = {
     "Llama": ("LlamaForCausalLM", MODEL),
     "Llama 3.1": (
@@ -79,10 +89,13 @@ def decode(layout: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if model == MODEL:  # the other families are compared with transformers
         found["whole passes"] = [greedy_without_cache(chunks, model, prompt, 12) for prompt in PROMPTS[:3]]
-    for name in SAMPLINGS if model == MODEL else ("greedy", "top-p"):
+    for name in SAMPLINGS if model == MODEL else OF_ALL_FAMILIES:
         sampling = SAMPLINGS[name]
         completions = engine.generate(PROMPTS, sampling, list(range(len(PROMPTS))))
         found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
+        if name in ("penalty", "shortest"):
+            packed = trainer_logprobs(chunks, PROMPTS, completions, sampling, micro_batch_tokens=60)
+            found[f"{name}, packed"] = (completions, packed)
     return found
 
 
@@ -102,7 +115,7 @@ def test_greedy_with_a_cache_is_greedy_by_whole_forward_passes(layout: str) -> N
         assert [completion.token_ids for completion in rank["greedy"][0][: len(expected)]] == expected
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "penalty, packed", "shortest, packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprobs_are_the_trainers(layout: str, sampling: str) -> None:
     completions, expected = decoded(layout)[0][sampling]
@@ -123,7 +136,7 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
 
 
 @torch.no_grad()
-def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]]:
+def transformers_greedy(architecture: str, model: ModelConfig, sampling: SamplingParams) -> list[list[int]]:
     config = AutoConfig.for_model(**hf_config(model, architecture) | {"pad_token_id": PAD})
     network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
@@ -131,22 +144,35 @@ def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]
     responses = []
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
-        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
-        output = network.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+        output = network.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_strings=[text for text in sampling.stop_strings if text != "<end>"] or None,
+            tokenizer=hf_tokenizer(),
+            eos_token_id=[EOS, END] if "<end>" in sampling.stop_strings else EOS,
+            pad_token_id=PAD,
+        )
         responses.append(output[0, len(prompt) :].tolist())
     return responses
 
 
+@pytest.mark.parametrize("sampling", ["greedy", "greedy, penalised", "greedy, all"])
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
-def test_greedy_is_that_of_transformers(name: str, layout: str) -> None:
+def test_greedy_is_that_of_transformers(name: str, layout: str, sampling: str) -> None:
     architecture, model = MODELS[name]
-    greedy = decoded(layout, model)[0]["greedy"][0]
-    assert [completion.token_ids for completion in greedy] == transformers_greedy(architecture, model)
+    greedy = decoded(layout, model)[0][sampling][0]
+    expected = transformers_greedy(architecture, model, SAMPLINGS[sampling])
+    assert [completion.token_ids for completion in greedy] == expected
 
 
+@pytest.mark.parametrize("sampling", ["top-p", "penalty"])
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
-def test_logprobs_of_all_families_are_the_trainers(name: str, layout: str) -> None:
-    completions, expected = decoded(layout, MODELS[name][1])[0]["top-p"]
+def test_logprobs_of_all_families_are_the_trainers(name: str, layout: str, sampling: str) -> None:
+    completions, expected = decoded(layout, MODELS[name][1])[0][sampling]
     for completion, logprobs in zip(completions, expected, strict=True):
         torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 from distributed import run_ranks
 from engines import Kind, make_engine
-from small_models import EOS, MODEL, build_policy, greedy_without_cache, random_prompts, tokens_of, trainer_logprobs
+from small_models import (
+    EOS,
+    MODEL,
+    build_policy,
+    greedy_without_cache,
+    random_prompts,
+    tokenizer,
+    tokens_of,
+    trainer_logprobs,
+)
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.model import unwrap
@@ -26,7 +35,12 @@ SAMPLINGS = {
     "hot": SamplingParams(max_new_tokens=30, temperature=2.0),  # hot enough that EOS comes soon
     "top-k": SamplingParams(max_new_tokens=12, temperature=0.7, top_k=5),
     "top-p": SamplingParams(max_new_tokens=12, temperature=1.3, top_p=0.8),
+    "penalty": SamplingParams(max_new_tokens=12, temperature=1.3, repetition_penalty=1.6),
+    "stop strings": SamplingParams(max_new_tokens=30, temperature=2.0, stop_strings=("<end>", "u", "ob")),
     "greedy": SamplingParams(max_new_tokens=30, greedy=True),
+    "greedy, all": SamplingParams(
+        max_new_tokens=30, greedy=True, repetition_penalty=1.2, stop_strings=("<end>", "ka", "ob")
+    ),
 }
 
 
@@ -102,7 +116,7 @@ def test_a_response_depends_on_its_own_prompt_and_seed_alone(kind: Kind) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if name != "greedy"])
+@pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if "greedy" not in name])
 def test_logprobs_are_those_of_the_distribution_sampled_from(kind: Kind, sampling: str) -> None:
     completions, expected = exercised(kind)[sampling]
     for completion, logprobs in zip(completions, expected, strict=True):
@@ -126,9 +140,23 @@ def test_a_response_ends_with_its_first_eos_or_at_its_limit(kind: Kind) -> None:
     assert len(limits) > 1 or kind == "tensorrt_llm", "both limits should have been met"
 
 
-def test_greedy_responses_are_the_same_of_every_engine() -> None:
-    greedy = [tokens_of(exercised(kind)["greedy"][0]) for kind in KINDS]
-    assert greedy[0] == greedy[1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(kind: Kind) -> None:
+    texts, reasons = ("<end>", "u", "ob"), set()
+    for completion in exercised(kind)["stop strings"][0]:
+        before, whole = (tokenizer().decode(completion.token_ids[:end], special_tokens=True) for end in (-1, None))
+        assert not any(text in before for text in texts)
+        stopped = any(text in whole for text in (*texts, "<eos>"))
+        assert stopped == (completion.finish_reason == FinishReason.STOP)
+        reasons.add(next((text for text in texts if text in whole), None))
+    assert {"u", "ob"} < reasons
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "greedy, all"])
+def test_greedy_responses_are_the_same_of_every_engine(sampling: str) -> None:
+    ours, theirs = (exercised(kind)[sampling][0] for kind in KINDS)
+    assert tokens_of(ours) == tokens_of(theirs)
+    assert [completion.finish_reason for completion in ours] == [completion.finish_reason for completion in theirs]
 
 
 @pytest.mark.parametrize("kind", KINDS)

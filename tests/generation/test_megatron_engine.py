@@ -15,6 +15,7 @@ from small_models import (
     build_policy,
     greedy_without_cache,
     random_prompts,
+    tokenizer,
     tokens_of,
 )
 
@@ -214,6 +215,30 @@ def generate_in_blocks_of(sizes: list[int]) -> list[list[list[int]]]:
 def test_how_often_ended_rows_are_dropped_changes_nothing() -> None:
     for batch in on_one_rank(generate_in_blocks_of, [1, 3, 100]):
         assert batch == tokens_of(alone())
+
+
+STOPPING = HOT.model_copy(update={"stop_strings": ("ob", "kab", "e<pad>", "<end>")})
+
+
+def generate_with_stop_strings(sizes: list[tuple[int, int]]) -> list[list[Completion]]:
+    chunks, batches = build_policy({}), []
+    for megatron_engine._BLOCK, size in sizes:
+        batches.append(build_engine(chunks, max_batch_size=size).generate(PROMPTS, STOPPING, SEEDS))
+    return batches
+
+
+def test_stop_strings_end_responses_and_change_nothing_before() -> None:
+    reasons = []
+    for batch in on_one_rank(generate_with_stop_strings, [(1, 16), (3, 5), (8, 1), (100, 8)]):
+        for whole, completion in zip(alone(), batch, strict=True):
+            texts = [tokenizer().decode(whole.token_ids[: n + 1], True) for n in range(len(whole.token_ids))]
+            ends = [n + 1 for n, text in enumerate(texts) if any(stop in text for stop in STOPPING.stop_strings)]
+            length = ends[0] if ends else len(whole.token_ids)
+            assert completion.token_ids == whole.token_ids[:length]
+            assert completion.logprobs == pytest.approx(whole.logprobs[:length], abs=1e-4)
+            assert completion.finish_reason == (FinishReason.STOP if ends else whole.finish_reason)
+            reasons.append((completion.finish_reason, bool(ends)))
+    assert len(set(reasons)) == 3, "EOS, a stop string and the longest length should all have ended some"
 
 
 def look_around_generate() -> dict[str, bool]:

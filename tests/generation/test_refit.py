@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
+from nemo_eppo.generation.build import EngineConfig, check_engine
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, digest, pack
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, check_tensorrt_llm, map_sampling
 from nemo_eppo.megatron import lora
@@ -327,13 +328,22 @@ class Extended(SamplingParams):
 
 
 def test_sampling_parameters_are_mapped_one_by_one() -> None:
-    sampling = SamplingParams(max_new_tokens=9, temperature=0.7, top_k=5, top_p=0.9)
-    expected = {"seed": 2**64 - 1, "max_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    assert map_sampling(sampling, -1, room=20) == expected
-    greedy = map_sampling(GREEDY, 3, room=4)
-    assert greedy == {"seed": 3, "max_tokens": 4, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
+    sampling = SamplingParams(max_new_tokens=9, stop_strings=("<end>", "text"), **settings)
+    expected = {"seed": 2**64 - 1, "max_tokens": 9, "stop_token_ids": [2, 1], **settings}
+    assert map_sampling(sampling, -1, room=20, stop_ids=(2, 1)) == expected
+    greedy = map_sampling(GREEDY, 3, room=4, stop_ids=(2,))
+    plain = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
+    assert greedy == {"seed": 3, "max_tokens": 4, "stop_token_ids": [2], **plain}
     with pytest.raises(ConfigError, match=r"generation.min_p = 0.1: TensorRT-LLM has no counterpart"):
-        map_sampling(Extended(max_new_tokens=3), 0, room=9)
+        map_sampling(Extended(max_new_tokens=3), 0, room=9, stop_ids=(2,))
+
+
+def test_a_shortest_length_is_refused_before_tensorrt_llm_is_looked_for() -> None:
+    sampling = SamplingParams(max_new_tokens=3, min_new_tokens=2)
+    with pytest.raises(ConfigError, match=r"generation.min_new_tokens = 2: .*expected 0, or engine.name = 'megatron'"):
+        check_engine(EngineConfig(name="tensorrt_llm"), MODEL, ParallelConfig(), sampling)
+    check_engine(EngineConfig(), MODEL, ParallelConfig(), sampling)
 
 
 @pytest.mark.parametrize(

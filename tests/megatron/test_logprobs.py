@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import logprobs
-from nemo_eppo.megatron.logprobs import IGNORE, token_logprobs
+from nemo_eppo.megatron.logprobs import IGNORE, History, token_logprobs
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.rollout.sampling import SamplingParams
@@ -26,6 +26,9 @@ DISTRIBUTIONS = {
     "top-k": UNCHANGED._replace(top_k=5),
     "top-p": UNCHANGED._replace(top_p=0.8),
     "all": Distribution(temperature=1.3, top_k=20, top_p=0.7),
+    "penalty": UNCHANGED._replace(repetition_penalty=1.6),
+    "shortest": UNCHANGED._replace(min_new_tokens=2, ending=(7, 100)),
+    "all, looking back": Distribution(1.3, 40, 0.9, repetition_penalty=1.6, min_new_tokens=2, ending=(7, 100)),
 }
 Results = dict[str, Tensor]
 
@@ -36,7 +39,10 @@ def tensor_ranks() -> Any:
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Hidden states [s, b, H], projection [V, H], targets [b, s] and gradients [b, s, 2] that flow back."""
+    """Hidden states [s, b, H], projection [V, H], targets, tokens and sequences [b, s], gradients [b, s, 2] of outputs.
+
+    The last row is a pack of two sequences.
+    """
     draw = torch.Generator().manual_seed(3)
     values = {
         "hidden": torch.randn(SEQUENCE, BATCH, HIDDEN, generator=draw, dtype=torch.float64),
@@ -44,19 +50,32 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
         "grads": torch.randn(BATCH, SEQUENCE, 2, generator=draw, dtype=torch.float64),
     }
     targets = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=draw)
-    targets[0, :2] = targets[1, 3:] = IGNORE
-    return {name: value.to(dtype) for name, value in values.items()} | {"targets": targets}
+    targets[targets == 7] = 8
+    targets[0, :2] = targets[1, 3:] = targets[2, 3] = IGNORE
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=draw)
+    tokens[:, -2:] = tokens[:, :1]  # a token twice
+    sequences = torch.tensor([[0] * SEQUENCE, [1] * SEQUENCE, [2, 2, 2, 3, 3, 3]])
+    whole = {"targets": targets, "tokens": tokens, "sequences": sequences}
+    return {name: value.to(dtype) for name, value in values.items()} | whole
 
 
 def reference(distribution: Distribution, dtype: torch.dtype, softcap: float | None = None) -> Results:
-    """The definition, in fp64: cap all logits, filter them, but never the target; then log_softmax."""
+    """The definition, in fp64: cap all logits, penalise and filter them, but never the target; then log_softmax."""
     given = inputs(dtype)
     hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
     logits = (hidden @ weight.T).transpose(0, 1)
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    logits = logits / distribution.temperature
-    targets = given["targets"]
+    targets, tokens, sequences = (given[name] for name in ("targets", "tokens", "sequences"))
+    slopes, barred = torch.ones_like(logits), torch.zeros_like(logits, dtype=torch.bool)
+    for row, column in itertools.product(range(BATCH), range(SEQUENCE)):
+        earlier = [p for p in range(column + 1) if sequences[row, p] == sequences[row, column]]
+        drawn = sum(int(targets[row, p] != IGNORE) for p in earlier[:-1])
+        barred[row, column, list(distribution.ending)] = drawn < distribution.min_new_tokens
+        for token in {int(tokens[row, p]) for p in earlier}:
+            negative, penalty = logits[row, column, token] < 0, distribution.repetition_penalty
+            slopes[row, column, token] = penalty if negative else 1 / penalty
+    logits = (logits * slopes / distribution.temperature).masked_fill(barred, -torch.inf)
     keep = torch.zeros_like(logits, dtype=torch.bool)
     for place in itertools.product(range(BATCH), range(SEQUENCE)):
         likeliest = sorted(range(VOCAB), key=lambda token: -float(logits[place][token]))
@@ -65,6 +84,7 @@ def reference(distribution: Distribution, dtype: torch.dtype, softcap: float | N
         before = mass.cumsum(0) - mass
         keep[place][[t for t, m in zip(likeliest, before.tolist(), strict=True) if m < distribution.top_p]] = True
     keep.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), True)
+    keep &= ~barred
     logp = logits.masked_fill(~keep, -torch.inf).log_softmax(-1)
     chosen = logp.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     entropy = -(logp.exp() * logp.masked_fill(~keep, 0)).sum(-1)
@@ -91,7 +111,10 @@ def compute(
     hidden = given["hidden"].chunk(tp)[dist.get_rank()] if sequence_parallel else given["hidden"]
     hidden = hidden.clone().requires_grad_()
     options: Any = {"vocab_size": VOCAB, "sequence_parallel": sequence_parallel, "distribution": distribution}
-    outputs = token_logprobs(hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, **options)
+    history = History(given["tokens"], given["sequences"]) if distribution.looks_back else None
+    outputs = token_logprobs(
+        hidden, weight, given["targets"], tensor_ranks(), softcap=softcap, history=history, **options
+    )
     (outputs * given["grads"]).sum().backward()
     return {"outputs": outputs.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
@@ -132,7 +155,7 @@ def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: f
     assert float((expected["outputs"] - uncapped).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("distribution", ["plain", "all"])
+@pytest.mark.parametrize("distribution", ["plain", "all", "all, looking back"])
 def test_chunks_of_one_row_equal_one_chunk(distribution: str) -> None:
     got = run_ranks(compute, 2, DISTRIBUTIONS[distribution], torch.float64, 2, False, 1)
     compare(f"{distribution}, chunked", 2, False, got, reference(DISTRIBUTIONS[distribution], torch.float64), 1e-12)
@@ -204,6 +227,18 @@ def test_logits_of_all_rows_are_never_held() -> None:
 
 
 def test_impossible_distributions_are_refused() -> None:
-    for settings in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
+    impossible: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.2},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 2},
+        {"stop_strings": ["###", ""]},
+        {"stop_strings": "###"},
+    ]
+    for settings in impossible:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             load_config(SamplingParams, {"max_new_tokens": 1, **settings})

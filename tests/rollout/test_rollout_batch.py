@@ -158,3 +158,14 @@ def test_sampling_params_refuse_what_cannot_be_sampled() -> None:
             load_config(SamplingParams, settings)
     with pytest.raises(ConfigError, match="greedy"):
         load_config(SamplingParams, {"max_new_tokens": 1, "greedy": True, "top_k": 5})
+
+
+def test_greedy_responses_begin_and_end_as_sampled_ones() -> None:
+    ends: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "min_new_tokens": 2,
+        "stop_strings": ("###",),
+        "repetition_penalty": 1.2,
+    }
+    sampled = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, **ends)
+    assert sampled.as_greedy == SamplingParams(greedy=True, **ends)

@@ -74,8 +74,14 @@ ACTOR: dict[str, Any] = {
             "num_val_samples": "${.num_rollout_samples}",
             "entropy_bonus": 0.01,
             "ratio_eps": 0.15,
-            "sampling_params": {"temperature": 0.8, "top_k": 50, "top_p": 0.0, "repetition_penalty": 1.2},
-            "length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 4}", "min_length": 1},
+            "sampling_params": {
+                "temperature": 0.8,
+                "top_k": 50,
+                "top_p": 0.0,
+                "repetition_penalty": 1.2,
+                "end_strings": ["<|endoftext|>", "\nUser:"],
+            },
+            "length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 4}", "min_length": 5},
         },
         "micro_batch_size": 3,
         "global_batch_size": 48,
@@ -216,6 +222,9 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "generation.temperature": 0.8,
         "generation.top_k": 50,
         "generation.top_p": 1.0,
+        "generation.repetition_penalty": 1.2,
+        "generation.stop_strings": ["<|endoftext|>", "\nUser:"],
+        "generation.min_new_tokens": 5,
         "data.max_prompt_length": 1536,
         "data.train": "/d/train.jsonl",
         "model.restore_from_path": "/models/sft_hf",
@@ -243,7 +252,6 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "critic.server.url": "grpc://localhost:5601",
         "rewards": [{"server": {"url": "grpc://node7:5600"}, "mean": 0.0, "std": 1.0}],
     }.items() <= ours.items()
-    assert status(result, "model.ppo.sampling_params.repetition_penalty") == "lost"
     assert status(result, "trainer.ppo.trt_llm.enable") == "dropped"
     assert status(result, "exp_manager.checkpoint_callback_params.save_top_k") == "changed"
     assert status(result, "model.optim.name") == "changed"
@@ -376,6 +384,11 @@ def test_contradictions_are_reported(tmp_path: Path) -> None:
         ("model__ppo__num_rollout_samples", 100, "model.ppo.num_rollout_samples = 100: not divisible"),
         ("model__ppo__sampling_params__use_greedy", True, "model.ppo.sampling_params.use_greedy = True: PPO samples"),
         ("model__ppo__length_params__max_length", 4096, "leaves no room for a prompt in a window of 2048"),
+        (
+            "model__ppo__sampling_params__end_strings",
+            "x",
+            "model.ppo.sampling_params.end_strings = 'x': expected",
+        ),
         ("model__optim__name", "sgd", "model.optim.name = 'sgd': the optimizer is AdamW"),
         ("model__optim__sched__min_lr", 1.0, "model.optim.sched.min_lr = 1.0: above model.optim.lr"),
         ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),

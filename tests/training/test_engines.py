@@ -10,9 +10,13 @@ from distributed import free_port
 from jobs import Job, Models
 
 from nemo_eppo.algorithms.policy import truncated_importance_weights
+from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
+from nemo_eppo.tools.noun_task import NOUNS
 from nemo_eppo.training.ppo import EngineMismatchError, engine_mismatch
 
+PENALTY = 0.25
+STOPPING: dict[str, Any] = {"stop_strings": [*NOUNS[:5], f"{NOUNS[6]} "], "repetition_penalty": 1.4}
 STAND_IN = Path(__file__).parents[1] / "generation" / "stand_in"
 
 
@@ -27,16 +31,16 @@ def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFact
     serving = {"model": {"restore_from_path": models.rm}, "server": {"port": port}, "optimizer": {"lr": 1e-6}}
     critic = Job("critic", 1, serving, root / "critic")
 
-    def run(engine: dict[str, Any], **ppo: Any) -> dict[str, Any]:
+    def run(engine: dict[str, Any], generation: dict[str, Any] = {}, **ppo: Any) -> dict[str, Any]:  # noqa: B006
         sizes = {"max_steps": 1, "rollout_batch_size": 8, "mini_batch_size": 8}
         return {
             "model": {"restore_from_path": models.sft},
             "data": {"train": models.data / "prompts.train.jsonl", "max_prompt_length": 16},
-            "generation": {"max_new_tokens": 20},
+            "generation": {"max_new_tokens": 20, **generation},
             "engine": engine,
             "ppo": {**sizes, **ppo},
             "energy": {},
-            "shaping": {"energy_penalty": {"eta": 1.0}},
+            "shaping": {"energy_penalty": {"eta": 1.0}, "missing_eos": {"penalty": PENALTY}},
             "optimizer": {"lr": 1e-6},
             "critic": {"server": {"url": f"grpc://127.0.0.1:{port}"}},
             "rewards": [{"server": {"url": reward_url}}],
@@ -48,15 +52,20 @@ def steps(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFact
         "other weights": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=0.01),
         "corrected": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=None, importance_cap=1.0),
         "uncorrected": run(trtllm(STAND_IN_PERTURB="0.9"), mismatch_limit=None),
+        "stop strings": run({}, {**STOPPING, "min_new_tokens": 4}),
+        "stop strings, tensorrt_llm": run(trtllm(), STOPPING),
+        "refused": run(trtllm(), {"min_new_tokens": 4}),
     }
     for name, values in runs.items():
         values["energy"]["cache"] = root / name
     try:
         actor = Job("methods", 1, json.loads(json.dumps(runs, default=str)), root / "actor")
-        assert actor.wait(150) == 0, actor.log.read_text()[-6000:]
+        assert actor.wait(240) == 0, actor.log.read_text()[-6000:]
     finally:
         critic.stop()
     found: dict[str, Any] = json.loads((root / "actor" / "methods.json").read_text())
+    for name, tensors in torch.load(root / "actor" / "methods.pt", weights_only=False).items():
+        found[name] |= tensors
     return found
 
 
@@ -80,6 +89,34 @@ def test_truncated_importance_sampling_changes_what_is_trained_on_such_an_engine
     assert 0 < sizes[0] < sizes[1] <= sizes[2] <= sizes[3]
     assert corrected["rollout/engine_mismatch_mean"] == pytest.approx(uncorrected["rollout/engine_mismatch_mean"])
     assert abs(corrected["actor/grad_norm"] / uncorrected["actor/grad_norm"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["stop strings", "stop strings, tensorrt_llm"])
+def test_a_response_that_a_stop_string_ends_is_trained_on_as_finished(
+    steps: dict[str, Any], engine: str, models: Models
+) -> None:
+    step, tokenizer = steps[engine], Tokenizer.from_directory(models.data / "tokenizer")
+    batch, strings, stopped = step["batch"], STOPPING["stop_strings"], 0
+    assert step["metrics"]["rollout/engine_mismatch_max"] < 1e-4, "the penalised distribution, without EOS at first"
+    for row, truncated in enumerate(batch.truncated.tolist()):
+        response = batch.tokens[row, batch.prompt_lengths[row] : batch.lengths[row]].tolist()
+        before, text = tokenizer.decode(response[:-1]), tokenizer.decode(response)
+        assert not any(string in before for string in strings), "it ends with the first stop string"
+        assert tokenizer.eos_id not in response[:-1]
+        by_string = any(string in text for string in strings)
+        assert truncated == (not by_string and response[-1] != tokenizer.eos_id)
+        assert int(batch.mask[row].sum()) == len(response), "the stop string counts, and no EOS is added"
+        assert step["rows"][row]["reward/missing_eos"] == (-PENALTY if truncated else 0)
+        if by_string:
+            stopped += 1
+            assert step["experience"].rewards[row, batch.lengths[row] - 2] != 0, "its last token has the reward"
+    assert stopped >= 3
+    assert step["metrics"]["rollout/truncated_fraction"] == batch.truncated.float().mean().item()
+    assert step["metrics"]["actor/grad_norm"] > 0
+
+
+def test_an_engine_refuses_what_it_cannot_do_by_name(steps: dict[str, Any]) -> None:
+    assert steps["refused"]["error"].startswith("generation.min_new_tokens = 4: TensorRT-LLM has no counterpart")
 
 
 def test_mismatch_and_weights_are_those_of_the_tokens_that_were_sampled() -> None:

@@ -33,6 +33,7 @@ class SamplingParams:
         temperature: float,
         top_p: float,
         top_k: int,
+        repetition_penalty: float,
         seed: int,
         end_id: int,
         pad_id: int,
@@ -45,7 +46,7 @@ class SamplingParams:
             raise ValueError(f"seed {seed}: expected an unsigned 64-bit integer")
         self.max_tokens, self.temperature, self.top_p, self.top_k = max_tokens, temperature, top_p, top_k
         self.seed, self.stop_token_ids, self.include_stop = seed, stop_token_ids, include_stop_str_in_output
-        self.logprobs = logprobs
+        self.logprobs, self.repetition_penalty = logprobs, repetition_penalty
 
 
 class AsyncLLM:
@@ -138,7 +139,10 @@ class AsyncLLM:
             logits = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1].float()
             if not tokens and self._reuses:
                 self._prefixes[tuple(prompt)] = copy.deepcopy(cache)
-            scores = _filtered(logits / params.temperature, params).log_softmax(-1)
+            penalised, seen = logits.clone(), [*prompt, *tokens]
+            positive = logits[seen] > 0
+            penalised[seen] *= torch.where(positive, 1 / params.repetition_penalty, params.repetition_penalty)
+            scores = _filtered(penalised / params.temperature, params).log_softmax(-1)
             token = int(scores.exp().nan_to_num(1).multinomial(1, generator=draw))
             tokens.append(token)
             logprobs.append({token: SimpleNamespace(logprob=float(scores[token]))})
