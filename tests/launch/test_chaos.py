@@ -1,0 +1,110 @@
+"""A launch whose processes are killed one after another is the launch that was left alone, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from jobs import Models
+from launched import eppo, processes_of, write
+
+STEPS = 24
+
+
+@dataclass
+class Launched:
+    """A launch of critic, reward server and an actor on two ranks, which saves every third step."""
+
+    file: Path
+    output: Path
+
+    @classmethod
+    def of(cls, models: Models, output: Path) -> "Launched":
+        launch = eppo(models, output, steps=STEPS)
+        actor = launch["jobs"]["actor"]["settings"]
+        actor |= {"checkpoint.interval": 3, "shaping.energy_penalty": {"eta": 2.0, "standardize": True}}
+        actor |= {"optimizer.lr": 1e-3, "ppo": {**actor["ppo"], "mini_batch_size": 4}}
+        launch["jobs"]["critic"]["settings"]["optimizer.lr"] = 1e-3
+        return cls(write(launch, output.with_suffix(".yaml")), output)
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(self.file)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        file = self.output / "actor" / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
+
+    def rollouts(self) -> dict[str, str]:
+        return {file.name: file.read_text() for file in (self.output / "actor" / "rollouts").iterdir()}
+
+
+def of_job(launch: psutil.Process, script: str, name: str) -> psutil.Process:
+    """The first process called `name` of the job with this script."""
+    for child in launch.children():
+        if script in " ".join(child.cmdline()):
+            found = [p for p in [child, *child.children(recursive=True)] if name in " ".join([p.name(), *p.cmdline()])]
+            return found[-1]
+    raise AssertionError(f"{script} is not running")
+
+
+# What is killed, and whether the launch goes on; else it ends with this cause and is started again.
+CHAOS: dict[str, tuple[str, str, str]] = {
+    "reward rank": ("serve_reward_model", "serve_reward_model", ""),
+    "Triton of the reward server": ("serve_reward_model", "tritonserver", ""),
+    "a helper of the critic's Triton": ("serve_ppo_critic", "python_backend_stub", ""),
+    "critic rank": ("serve_ppo_critic", "serve_ppo_critic", ""),
+    "a rank of the actor": ("train_gpt_ppo_actor", "examples/nlp/gpt/train_gpt_ppo_actor.py", "actor ended with"),
+    "torchrun of the actor": ("train_gpt_ppo_actor", "nemo_eppo.entry.torchrun", "actor ended with"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_launch_with_killed_processes_is_the_launch_left_alone(models: Models, tmp_path: Path) -> None:
+    whole = Launched.of(models, tmp_path / "whole")
+    calm = whole.start()
+    assert calm.wait(900) == 0, calm.communicate()[1]
+
+    run = Launched.of(models, tmp_path / "chaos")
+    process, table = run.start(), list[str]()
+
+    def until(condition: Callable[[], bool], seconds: float = 300) -> float:
+        started = time.monotonic()
+        while not condition():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() - started < seconds
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    for name, (script, victim, cause) in CHAOS.items():
+        steps = len(run.rows())
+        until(lambda steps=steps: len(run.rows()) >= steps + 2)  # type: ignore[misc]
+        steps = len(run.rows())
+        killed = of_job(psutil.Process(process.pid), script, victim)
+        os.kill(killed.pid, signal.SIGKILL)
+        if cause:
+            started = time.monotonic()
+            _, error = process.communicate(timeout=60)
+            assert cause in error
+            table.append(f"{name}: ended after {time.monotonic() - started:.1f} s")
+            assert processes_of(run.output) == []
+            process = run.start()
+        else:
+            seconds = until(lambda steps=steps: len(run.rows()) != steps)  # type: ignore[misc]
+            table.append(f"{name}: went on after {seconds:.1f} s, {max(0, steps - len(run.rows()))} steps again")
+    assert process.wait(900) == 0, process.communicate()[1]
+    print("\n".join(table))
+    assert [row["step"] for row in run.rows()] == [*range(1, STEPS + 1)]
+    assert run.rows() == whole.rows()
+    assert run.rollouts() == whole.rollouts()
