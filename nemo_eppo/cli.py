@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.evaluation.score_cli import add_score
+from nemo_eppo.files import disk_trouble
 from nemo_eppo.launch.doctor_cli import add_doctor
 from nemo_eppo.launch.launch_cli import add_launch
 from nemo_eppo.tools.convert_cli import add_convert
@@ -23,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
-    except (ConfigError, OSError) as error:
-        print(f"nemo-eppo: error: {error}", file=sys.stderr)
+    except (ConfigError, RunError, OSError) as error:
+        trouble = disk_trouble(error, getattr(arguments, "output", None)) if isinstance(error, OSError) else None
+        print(f"nemo-eppo: error: {trouble or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nemo-eppo: interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.files import remove_incomplete, replacing
+from nemo_eppo.files import disk_errors_name, remove_incomplete, replacing
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
@@ -99,7 +99,8 @@ class CheckpointSaver:
         """
         self.finish()
         directory = self.path(manifest.step)
-        request, complete_manifest, incomplete = checkpoint.begin(directory, runner, manifest)
+        with disk_errors_name(self._folder):
+            request, complete_manifest, incomplete = checkpoint.begin(directory, runner, manifest)
 
         def seal() -> None:
             if before is not None:
@@ -119,14 +120,16 @@ class CheckpointSaver:
 
     def poll(self) -> None:
         """Let a checkpoint that is being written enter its next stage; call it after each step."""
-        self._writing.maybe_finalize_async_calls(blocking=False)
-        if self._sealing is not None and self._sealing.done():
-            self._sealing.result()
+        with disk_errors_name(self._folder):
+            self._writing.maybe_finalize_async_calls(blocking=False)
+            if self._sealing is not None and self._sealing.done():
+                self._sealing.result()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete."""
-        self._writing.maybe_finalize_async_calls(blocking=True)
-        on_rank0(lambda: self._sealing.result() if self._sealing else None)
+        with disk_errors_name(self._folder):
+            self._writing.maybe_finalize_async_calls(blocking=True)
+            on_rank0(lambda: self._sealing.result() if self._sealing else None)
         self._sealing = None
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from nemo_eppo.config import RunError
 from nemo_eppo.servers.protocol import Arrays
 
 _DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8, "BYTES": np.object_}
@@ -22,7 +23,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _PIECE = 1 << 22
 
 
-class ServerError(RuntimeError):
+class ServerError(RunError):
     """A server refused a request or failed on it. If a field was wrong, `field`, `value` and `expected` are set."""
 
     def __init__(self, message: str, field: str = "", value: str = "", expected: str = "") -> None:

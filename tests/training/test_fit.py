@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from reference_eppo import load_weights, policy_pass, scalars
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.files import disk_trouble
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
@@ -160,6 +162,25 @@ def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models,
         RuntimeError, match=r"checkpoint\.best = 'validation/accuracy': expected one of validation/loss"
     ):
         run_ranks(train, 1, "sft", tmp_path / "wrong", values)
+
+
+def refused(directory: Path, values: dict[str, Any]) -> str | None:
+    """What is told of a run whose checkpoint is larger than files may be."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        train("sft", directory, values)
+    except OSError as error:
+        return disk_trouble(error, None)
+    return None
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_checkpoint_that_the_disk_refuses_names_its_directory(
+    asynchronous: bool, models: Models, tmp_path: Path
+) -> None:
+    values = settings(models, "sft", 1) | {"checkpoint": {"asynchronous": asynchronous}}
+    told = run_ranks(refused, 2, tmp_path / "run", values)
+    assert all(text.startswith(f"{tmp_path / 'run' / 'checkpoints'}: File too large; raise") for text in told)
 
 
 def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:

@@ -50,6 +50,7 @@ def test_a_killed_reward_server_fails_the_actor_within_30_seconds(models: Models
         for job in (actor, critic, reward):
             job.stop()
     log = actor.log.read_text()
-    assert "ServerUnavailable" in log
-    assert f"http://127.0.0.1:{reward_port}" in log
-    assert "reward" in log
+    own, _, launchers = log.partition("failed (exitcode: 1)")
+    assert launchers  # torchrun says so
+    assert own.count(f"reward server at http://127.0.0.1:{reward_port} unavailable") == 1  # from one of two ranks
+    assert "Traceback" not in own
