@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from nemo_eppo.tools.prepare_cli import add_prepare
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # other packages log warnings only
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that `score` starts
+    logging.getLogger("nemo_eppo").setLevel(logging.INFO if first else logging.WARNING)  # others log warnings only
     arguments = _parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -174,17 +174,14 @@ def refused(directory: Path, values: dict[str, Any]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_checkpoint_that_the_disk_refuses_names_its_directory(
-    asynchronous: bool, models: Models, tmp_path: Path
-) -> None:
-    values = settings(models, "sft", 1) | {"checkpoint": {"asynchronous": asynchronous}}
-    told = run_ranks(refused, 2, tmp_path / "run", values)
+def test_a_checkpoint_that_the_disk_refuses_names_its_directory(models: Models, tmp_path: Path) -> None:
+    told = run_ranks(refused, 2, tmp_path / "run", settings(models, "sft", 1))
     assert all(text.startswith(f"{tmp_path / 'run' / 'checkpoints'}: File too large; raise") for text in told)
 
 
 def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
-    """A run during which somebody presses Ctrl-C."""
+    """A run with a log during which somebody presses Ctrl-C."""
+    logging.basicConfig(filename=directory / "log.txt", format="%(message)s", level=logging.INFO, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press() -> None:
@@ -204,6 +201,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> Non
     assert len(rows) < 500
     assert last is not None
     assert checkpoint_files.verify(last).step == rows[-1]["step"]
+    end = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert end == f"SFT ended after step {rows[-1]['step']} of 500; its checkpoint is {last}"
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
