@@ -2,13 +2,15 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.evaluation.score_cli import add_score
+from nemo_eppo.files import disk_trouble
 from nemo_eppo.launch.certificates_cli import add_certificates
 from nemo_eppo.launch.doctor_cli import add_doctor
 from nemo_eppo.launch.launch_cli import add_launch
@@ -19,13 +21,15 @@ from nemo_eppo.tools.prepare_cli import add_prepare
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # other packages log warnings only
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that `score` starts
+    logging.getLogger("nemo_eppo").setLevel(logging.INFO if first else logging.WARNING)  # others log warnings only
     arguments = _parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
-    except (ConfigError, OSError) as error:
-        print(f"nemo-eppo: error: {error}", file=sys.stderr)
+    except (ConfigError, RunError, OSError) as error:
+        trouble = disk_trouble(error, getattr(arguments, "output", None)) if isinstance(error, OSError) else None
+        print(f"nemo-eppo: error: {trouble or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nemo-eppo: interrupted", file=sys.stderr)

@@ -14,6 +14,13 @@ class ConfigError(ValueError):
     """A setting, file or combination of settings that cannot work; the message says which, and what was expected."""
 
 
+class RunError(RuntimeError):
+    """Something that a run needs failed while it ran, a server for instance; the message alone says what, and where."""
+
+    elsewhere = False
+    """Whether it failed on another rank, which says so too."""
+
+
 class Config(BaseModel):
     """Base of all settings. A field's meaning is the docstring below it; unknown keys are errors."""
 

@@ -1,10 +1,13 @@
 """Files and directories that are either complete or absent, and JSON rows of which a crash tears only the last."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,65 @@ from typing import Any
 from nemo_eppo.config import ConfigError
 
 _INCOMPLETE = "incomplete"
+_NO_ROOM = "free some space there, or choose another directory"
+_NOT_ALLOWED = "give this user access to it, or choose another place"
+_IN_THE_WAY = "a file is in the way; choose another name"
+_ADVICE = {
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose a directory of another file system",
+    errno.EROFS: "choose a directory that can be written",
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+}
+_PROBE_BYTES = 1 << 16  # more than a full disk has left after a failed write
+
+
+def disk_trouble(error: OSError, directory: Path | None) -> str | None:
+    """Say in one sentence which file or directory cannot be written, why, and what to do.
+
+    Args:
+        directory: named if the error names no file, as that of a `write` to a full disk.
+
+    Returns:
+        None if it is another kind of error.
+    """
+    advice = _ADVICE.get(error.errno or 0)
+    where = error.filename or directory
+    return f"{where}: {os.strerror(error.errno)}; {advice}" if error.errno and advice and where else None
+
+
+@contextmanager
+def disk_errors_name(path: Path) -> Iterator[None]:
+    """Make the disk's errors in a block that writes `path`, or files below it, OSErrors that name it.
+
+    Writing to a full disk names no file, and torch and safetensors have errors of their own: with the number of the
+    system's error in their text, or with none, and then a few bytes are written beside `path` to see what that gives.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or f".{_INCOMPLETE}-" in str(error.filename):
+            error.filename = str(path)
+        raise
+    except BaseException as error:  # CheckpointException of torch is no Exception
+        number = _system_error(error, path.parent)
+        if number in _ADVICE:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _system_error(error: BaseException, directory: Path) -> int:
+    if told := re.search(r"(?:Errno|os error) (\d+)", str(error)):
+        return int(told[1])
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as fault:
+        return fault.errno or 0
+    return 0
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -55,8 +117,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = unused_name(path)
     try:
-        yield temporary
-        put_in_place(temporary, path)
+        with disk_errors_name(path):
+            yield temporary
+            put_in_place(temporary, path)
     except BaseException:
         if temporary.is_dir() and not temporary.is_symlink():
             shutil.rmtree(temporary)

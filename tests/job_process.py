@@ -16,6 +16,7 @@ import torch.distributed as dist
 from kill_switch import arm
 
 from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.entry.job import errors_end_the_job
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.weights import export_tensors
@@ -89,10 +90,8 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
     elif kind == "reward":
         serve_reward_model(load_config(RewardModelConfig, values), run)
     elif kind == "actor":
-        try:
+        with errors_end_the_job(run.rank, directory):
             train_ppo(load_config(PPOConfig, values), run)
-        except ConfigError as error:
-            sys.exit(print(error) or 2)
         runtime.shutdown()
     elif kind == "methods":
         run_methods(values, run)

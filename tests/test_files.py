@@ -1,18 +1,26 @@
 """Files and directories appear whole or not at all, whatever ends the process that writes them."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.files import (
     NotAnObject,
     complete_lines,
     directory_made_whole,
+    disk_trouble,
     json_object,
     replacing,
     write_atomically,
@@ -166,3 +174,52 @@ def test_an_object_is_what_it_says() -> None:
         "a": {"x": [1.5, None]},
         "b": {"x": "ü"},
     }
+
+
+@contextmanager
+def files_stay_below(size: int) -> Iterator[None]:
+    """Refuse to let a file grow beyond `size` bytes; to Python that is what a full disk is, and needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(100_000)),
+        lambda path: torch.save(torch.zeros(100_000), path),
+        lambda path: save_file({"a": torch.zeros(100_000)}, path),
+    ],
+    ids=["Python", "torch", "safetensors"],
+)
+def test_a_write_that_the_disk_refuses_names_the_file_whoever_writes(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    with pytest.raises(OSError) as caught, files_stay_below(10_000), replacing(tmp_path / "new") as temporary:
+        write(temporary)
+    assert caught.value.errno == errno.EFBIG
+    told = disk_trouble(caught.value, None)
+    assert told is not None
+    assert told.startswith(f"{tmp_path / 'new'}: File too large; raise the limit on the size of files (ulimit -f)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_that_are_not_the_disk_s_stay_as_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("wrong"), FileNotFoundError(errno.ENOENT, "none", "input.jsonl")):
+        with pytest.raises(type(error)) as caught, replacing(tmp_path / "new"):
+            raise error
+        assert caught.value is error
+    assert disk_trouble(FileNotFoundError(errno.ENOENT, "none", "input.jsonl"), tmp_path) is None
+    assert disk_trouble(OSError(errno.ENOSPC, "full"), None) is None
+
+
+def test_a_command_names_the_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "data"
+    with files_stay_below(1_000):
+        assert main(["prepare", "noun-task", "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith(f"nemo-eppo: error: {output}: File too large; raise the limit")
+    assert list(tmp_path.iterdir()) == []

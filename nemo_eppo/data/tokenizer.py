@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,7 @@ _BYTES = 256  # byte-level BPE starts from one token per byte
 _TOKENISED_AT_ONCE = 2048  # texts: enough to keep the tokenizer's threads busy
 
 logger = logging.getLogger(__name__)
+_tell_once = cache(logger.info)  # INFO: other ranks than 0 show warnings only
 
 
 class Tokenizer:
@@ -34,7 +35,7 @@ class Tokenizer:
     eos_text: str
     """EOS as text."""
     pad_id: int
-    """Id of the padding at the right of batches: the tokenizer's pad token or, with a warning, EOS if it has none."""
+    """Id of the padding at the right of batches: the tokenizer's pad token or, with a notice, EOS if it has none."""
     bos_id: int | None
     """Id of BOS, which begins a prompt; None if the tokenizer has none."""
     vocab_size: int
@@ -47,7 +48,7 @@ class Tokenizer:
         self.eos_id, self.eos_text = tokenizer.eos_token_id, tokenizer.eos_token
         self.vocab_size = len(tokenizer)
         if tokenizer.pad_token_id is None:
-            logger.warning("tokenizer '%s' has no pad_token: padding with its EOS, id %d", source, self.eos_id)
+            _tell_once(f"tokenizer '{source}' has no pad_token: padding with its EOS, id {self.eos_id}")
             self.pad_id = self.eos_id
         else:
             self.pad_id = tokenizer.pad_token_id

@@ -20,12 +20,12 @@ from typing import cast
 
 from omegaconf import DictConfig
 
-from nemo_eppo.config import Config, ConfigError, ConfigT
+from nemo_eppo.config import Config, ConfigError, ConfigT, RunError
 from nemo_eppo.entry.changes import changes
 from nemo_eppo.entry.settings import Source, as_yaml, check, plain
 from nemo_eppo.entry.settings_help import settings_help
 from nemo_eppo.entry.torchrun import end_with_torchrun
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import disk_trouble, write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
 
@@ -38,7 +38,7 @@ def job(
 ) -> Callable[[Callable[[ConfigT, Run], None]], Callable[[], None]]:
     """Turn `main(config, run)` of a script into its command line.
 
-    A ConfigError, here or anywhere in `main`, ends the process with its message alone and exit status 2.
+    Errors that are expected end the process with their message alone, see `errors_end_the_job`.
 
     Args:
         schema: every key that the job has; one of them is `exp_manager: ExpManagerConfig`.
@@ -58,7 +58,7 @@ def job(
         def entry() -> None:
             end_with_torchrun()
             rank = int(os.environ.get("RANK", "0"))
-            with _config_errors_end_the_job(rank):
+            with errors_end_the_job(rank):
                 source, arguments = _parse(script, config_name, config_path)
                 composed = source.compose()
                 if arguments.help:  # Hydra's own help would show the values without their meaning
@@ -69,13 +69,15 @@ def job(
                 config = check(schema, composed)
                 if arguments.cfg:
                     print(as_yaml(config), end="")
-                elif rank == 0:
-                    hold(_settings(config).directory)
-                    _refuse_foreign_run(_settings(config), script.name)
-                    changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
-                    _run_through_nemo(schema, main, source, script.name)
-                else:
-                    main(config, _open_run(config, rank, script.name))
+                    return
+                with errors_end_the_job(rank, _settings(config).directory):
+                    if rank == 0:
+                        hold(_settings(config).directory)
+                        _refuse_foreign_run(_settings(config), script.name)
+                        changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
+                        _run_through_nemo(schema, main, source, script.name)
+                    else:
+                        main(config, _open_run(config, rank, script.name))
 
         return entry
 
@@ -83,16 +85,31 @@ def job(
 
 
 @contextlib.contextmanager
-def _config_errors_end_the_job(rank: int) -> Iterator[None]:
+def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[None]:
+    """End the process with one message when a block fails as is to be expected: with exit status 2 at a ConfigError,
+    and 1 at a RunError or when a file cannot be written, when the same command may succeed later.
+
+    Other errors keep their stack. Most errors are the same on every rank, or follow from one rank's, and one message
+    is enough: rank 0 tells at once, other ranks wait until the launcher should have ended them, and ranks that only
+    know of another rank's failure wait longer.
+
+    Args:
+        rank: global rank of this process.
+        directory: the run directory, for errors of files that do not say which.
+    """
     try:
         yield
-    except ConfigError as error:
-        if rank:  # most errors are the same on every rank, and one message is enough
-            time.sleep(_PATIENCE)
-        print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        message = disk_trouble(error, directory) if isinstance(error, OSError) else str(error)
+        lost_peer = "gloo/transport" in str(error)  # how a collective fails when another rank has ended
+        elsewhere = lost_peer or (isinstance(error, RunError) and error.elsewhere)
+        time.sleep(_PATIENCE * (2 if elsewhere else min(rank, 1)))
+        if message is None or not isinstance(error, ConfigError | RunError | OSError):
+            raise
+        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
 def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, argparse.Namespace]:
@@ -116,12 +133,16 @@ def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, ar
 
 
 def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None], source: Source, script: str) -> None:
+    failures: list[BaseException] = []
+
     def start(composed: DictConfig) -> None:
         sys.argv = command  # exp_manager writes it down
         logging.getLogger().handlers.clear()  # Hydra's, which would print every library's INFO lines
-        with _config_errors_end_the_job(rank=0):  # here, because Hydra would print a stack trace
+        try:
             config = check(schema, composed)
             main(config, _open_run(config, 0, script))
+        except BaseException as error:  # Hydra would print a shortened stack, the arguments and advice of its own
+            failures.append(error)
 
     from nemo_eppo.megatron import device
 
@@ -134,6 +155,8 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
     where = ["--config-path", str(source.directories[0]), "--config-name", source.name]
     sys.argv = [command[0], *where, *source.hydra_overrides()]  # the only thing that hydra_runner reads
     hydra_runner()(start)()
+    if failures:
+        raise failures[0]
 
 
 def _settings(config: Config) -> ExpManagerConfig:
@@ -209,6 +232,8 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _logger(directory: Path, rank: int) -> logging.Logger:
+    logging.raiseExceptions = False  # a full disk would print a stack for every line of every log file
+    logging.getLogger("megatron").addHandler(logging.NullHandler())  # what it reports, it raises too
     logger = logging.getLogger("nemo_eppo")
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -58,7 +58,7 @@ def run_local(launch: LaunchConfig) -> None:
                 try:
                     status.show()  # the failed job, before the others have stopped
                 finally:
-                    supervisor.stop()
+                    supervisor.stop(status)
 
 
 def commands(launch: LaunchConfig) -> list[str]:
@@ -101,21 +101,10 @@ class Supervisor:
             status.show()
             time.sleep(POLL_S)
 
-    def stop(self) -> None:
+    def stop(self, status: Status) -> None:
         """End all jobs, servers last, and the processes they started; kill what does not end when asked."""
-        for serves in (False, True):
-            running = {
-                name: process
-                for name, process in self._processes.items()
-                if self._launch.jobs[name].serves is serves and process.poll() is None
-            }
-            for process in running.values():
-                process.terminate()
-            deadline = time.monotonic() + GRACE_S
-            for name, process in running.items():
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0, deadline - time.monotonic()))
-                self._rows[name].state, self._rows[name].ended = State.STOPPED, time.monotonic()
+        self._end(False, State.SAVING, status)
+        self._end(True, State.STOPPING, status)
         for _ in range(3):  # processes may start others while they end
             left = [child for child in psutil.Process().children(recursive=True) if child not in self._strangers]
             for straggler in left:
@@ -127,6 +116,33 @@ class Supervisor:
 
             remove_leftovers()  # shared memory of servers that were killed
         self._processes.clear()
+
+    def _end(self, serves: bool, state: State, status: Status) -> None:
+        """Ask the jobs that serve, or the others, to end, and show how they do until the time is up."""
+        deadline = time.monotonic() + GRACE_S
+        running = [
+            (self._rows[name], process)
+            for name, process in self._processes.items()
+            if self._launch.jobs[name].serves is serves and process.poll() is None
+        ]
+        for row, process in running:
+            process.terminate()
+            row.state, row.deadline = state, deadline
+        if running:
+            what = "servers end" if serves else "trainings save after the step at hand, then end"
+            limit = f"what takes longer than {GRACE_S:.0f} s is killed. Ctrl-C has no effect meanwhile."
+            with suppress(OSError):  # nobody reads standard output any more, which must not keep jobs alive
+                status.say(f"{what} ({', '.join(row.name for row, _ in running)}); {limit}")
+        while running:
+            for row, process in running:
+                if process.poll() is not None:
+                    row.state, row.ended = State.STOPPED, time.monotonic()
+                elif time.monotonic() > deadline:
+                    row.state, row.ended = State.KILLED, time.monotonic()  # by `stop`, with all that it has started
+            running = [(row, process) for row, process in running if row.is_ending]
+            with suppress(OSError):
+                status.show()
+            time.sleep(POLL_S if running else 0)
 
     def _finished(self) -> bool:
         tasks = [row for name, row in self._rows.items() if not self._launch.jobs[name].serves]
@@ -225,7 +241,9 @@ def _stop_signals() -> Iterator[None]:
 
     def interrupted(number: int, _: FrameType | None) -> None:
         _ignore_signals()
-        raise LaunchError(f"launch: {signal.Signals(number).name}, all jobs were stopped", 128 + number)
+        raise LaunchError(
+            f"launch: {signal.Signals(number).name}, all jobs were stopped; the same command resumes them", 128 + number
+        )
 
     previous = {number: signal.signal(number, interrupted) for number in STOP_SIGNALS}
     try:

@@ -28,10 +28,18 @@ class State(StrEnum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+    SAVING = "saving"
+    """Told to end: a training finishes its step and saves."""
+    STOPPING = "stopping"
+    """Told to end: a server."""
     STOPPED = "stopped"
+    KILLED = "killed"
+    """It did not end in time when it was told to."""
 
 
 _STYLES = {State.READY: "green", State.DONE: "green", State.RUNNING: "cyan", State.FAILED: "bold red"}
+_STYLES |= {State.SAVING: "yellow", State.STOPPING: "yellow", State.KILLED: "bold red"}
+_ENDED = (State.DONE, State.FAILED, State.STOPPED, State.KILLED)
 
 
 @dataclass
@@ -49,6 +57,16 @@ class Row:
     """Monotonic time in seconds; 0 before the end."""
     url: str = ""
     """Address of a server that is ready."""
+    deadline: float = 0.0
+    """Monotonic time in seconds at which a job that was told to end is killed."""
+
+    @property
+    def is_ending(self) -> bool:
+        return self.state in (State.SAVING, State.STOPPING)
+
+    def state_text(self) -> str:
+        left = f", at most {max(0.0, self.deadline - time.monotonic()):.0f} s more" if self.is_ending else ""
+        return f"{self.state}{left}"
 
     def uptime(self) -> str:
         if not self.started:
@@ -91,9 +109,9 @@ class Status:
         for row in self._rows:
             state, metrics = self._told.get(row.name, (State.WAITING, ""))
             changed = row.state is not state
-            if changed:
-                self._line(row, f"{row.state} {row.url}".rstrip())
-            ended = changed and row.state in (State.DONE, State.FAILED, State.STOPPED)
+            if changed or (with_metrics and row.is_ending):
+                self._line(row, f"{row.state_text()} {row.url if row.state is State.READY else ''}".rstrip())
+            ended = changed and row.state in _ENDED
             if (with_metrics and row.state is State.RUNNING) or ended:
                 newest = row.metrics()
                 if newest != metrics:
@@ -101,14 +119,21 @@ class Status:
                 metrics = newest
             self._told[row.name] = row.state, metrics
 
+    def say(self, text: str) -> None:
+        """Show a sentence above the table, or on a line of its own."""
+        if self._live is not None:
+            self._live.console.print(text)
+        else:
+            print(f"[{time.monotonic() - self._start:4.0f} s] {text}", flush=True)
+
     def _line(self, row: Row, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:4.0f} s] {row.name}: {text}", flush=True)
+        self.say(f"{row.name}: {text}")
 
     def _table(self) -> Table:
         table = Table("job", "state", "ranks", "address", "up", "metrics")
         for row in self._rows:
             style = _STYLES.get(row.state, "dim")
-            state = f"[{style}]{row.state}[/]"
+            state = f"[{style}]{row.state_text()}[/]"
             table.add_row(row.name, state, str(row.ranks), row.url, row.uptime(), row.metrics())
         return table
 

@@ -6,13 +6,16 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_eppo.config import RunError
 from nemo_eppo.megatron import runtime
 
 ResultT = TypeVar("ResultT")
 
 
-class PeerError(RuntimeError):
+class PeerError(RunError):
     """Another rank failed; this error carries its message."""
+
+    elsewhere = True
 
 
 def on_rank0(work: Callable[[], ResultT]) -> ResultT:

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.files import remove_incomplete, replacing
+from nemo_eppo.files import disk_errors_name, remove_incomplete, replacing
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
@@ -100,7 +100,8 @@ class CheckpointSaver:
         """
         self.finish()
         directory = self.path(manifest.step)
-        request, complete_manifest, incomplete = checkpoint.begin(directory, runner, manifest)
+        with disk_errors_name(self._folder):
+            request, complete_manifest, incomplete = checkpoint.begin(directory, runner, manifest)
 
         def seal() -> None:
             if before is not None:
@@ -122,14 +123,16 @@ class CheckpointSaver:
     def poll(self) -> None:
         """Let a checkpoint that is being written enter its next stage; call it after each step."""
         if self._pending:
-            self._writing.maybe_finalize_async_calls(blocking=False)
-            on_rank0(lambda: self._sealing.result() if self._sealing and self._sealing.done() else None)
+            with disk_errors_name(self._folder):
+                self._writing.maybe_finalize_async_calls(blocking=False)
+                on_rank0(lambda: self._sealing.result() if self._sealing and self._sealing.done() else None)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete."""
-        self._writing.maybe_finalize_async_calls(blocking=True)
-        sealing, self._sealing, self._pending = self._sealing, None, False  # an error in it is raised once
-        on_rank0(lambda: sealing.result() if sealing else None)
+        with disk_errors_name(self._folder):
+            self._writing.maybe_finalize_async_calls(blocking=True)
+            sealing, self._sealing, self._pending = self._sealing, None, False  # an error in it is raised once
+            on_rank0(lambda: sealing.result() if sealing else None)
 
 
 def tidy(folder: Path, config: CheckpointConfig) -> None:

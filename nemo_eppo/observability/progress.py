@@ -1,8 +1,10 @@
-"""Shows the progress of a training loop: as a live bar on a terminal, as plain lines in a log file."""
+"""Shows the progress of a training loop: as a live bar on a terminal, as plain lines in a log file, where no half
+minute is without one."""
 
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -17,6 +19,7 @@ PPO_COLUMNS = {
     "tokens/s": "rollout/tokens_per_second",
 }
 _EVERY = 10  # without a terminal, every tenth step gets a line, and the last one
+_QUIET_S = 30.0  # seconds without a line after which one says what is being done
 
 
 class Progress:
@@ -28,6 +31,7 @@ class Progress:
         columns: the metrics to show, as labels and names. A metric that a step does not have is left out.
         done: number of steps that were done before a resumed job started.
         disable: whether to show nothing, as on ranks other than 0.
+        phase: tells from any thread which phase of a step is running, and for how many seconds; None: not known.
     """
 
     def __init__(
@@ -37,10 +41,14 @@ class Progress:
         columns: Mapping[str, str],
         done: int = 0,
         disable: bool = False,
+        phase: Callable[[], tuple[str, float] | None] = lambda: None,
     ) -> None:
         self._title, self._total, self._columns = title, total, columns
-        self._done, self._disable = done, disable
-        self._start = time.perf_counter()
+        self._done, self._disable, self._phase = done, disable, phase
+        self._start = self._told = self._step_start = time.perf_counter()
+        self._step = done
+        self._ended = threading.Event()
+        self._reminder: threading.Thread | None = None
         self._live: RichProgress | None = None
         if sys.stdout.isatty() and not disable:
             self._live = RichProgress(
@@ -59,22 +67,43 @@ class Progress:
         """Show that `step` is done, with its metrics."""
         shown = {label: metrics[name] for label, name in self._columns.items() if name in metrics}
         text = "  ".join(f"{label} {_short(value)}" for label, value in shown.items())
+        self._step, self._step_start = step, time.perf_counter()
         if self._live is not None:
             self._live.update(self._task, completed=step, metrics=text)
         elif not self._disable and (step % _EVERY == 0 or step == self._total):
             seconds = (time.perf_counter() - self._start) / max(step - self._done, 1)
             left = _clock(seconds * (self._total - step))
-            print(f"{self._title} {step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left", flush=True)
+            self._tell(f"{step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left")
+
+    def _tell(self, text: str) -> None:
+        self._told = time.perf_counter()
+        print(f"{self._title} {text}", flush=True)
+
+    def _remind(self) -> None:
+        """Print a line whenever there was none for a while; runs in a thread of its own."""
+        while not self._ended.wait(self._told + _QUIET_S - time.perf_counter()):
+            now = time.perf_counter()
+            if now - self._told >= _QUIET_S:
+                phase = self._phase()
+                at = f", {phase[0]} for {phase[1]:.0f} s" if phase else ""
+                what = f"step {self._step + 1}/{self._total}" if self._step < self._total else "is saving"
+                self._tell(f"{what}: {now - self._step_start:.0f} s so far{at}")
 
     def __enter__(self) -> "Progress":
-        self._start = time.perf_counter()
+        self._start = self._told = self._step_start = time.perf_counter()
         if self._live is not None:
             self._live.start()
+        elif not self._disable:
+            self._reminder = threading.Thread(target=self._remind, name="progress", daemon=True)
+            self._reminder.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
+        if self._reminder is not None:
+            self._ended.set()
+            self._reminder.join()
 
 
 def _short(value: float) -> str:

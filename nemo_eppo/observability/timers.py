@@ -18,7 +18,7 @@ class Timers:
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self._synchronize = synchronize
         self._seconds: dict[str, float] = {}
-        self._running: str | None = None
+        self._running: tuple[str, float] | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -28,8 +28,8 @@ class Timers:
             RuntimeError: another phase is running; these seconds would count twice.
         """
         if self._running is not None:
-            raise RuntimeError(f"phase {phase!r} starts inside phase {self._running!r}; phases must not overlap")
-        self._running = phase
+            raise RuntimeError(f"phase {phase!r} starts inside phase {self._running[0]!r}; phases must not overlap")
+        self._running = phase, time.perf_counter()
         try:
             self._synchronize()
             start = time.perf_counter()
@@ -38,6 +38,11 @@ class Timers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
         finally:
             self._running = None
+
+    def running(self) -> tuple[str, float] | None:
+        """Return the phase that is running, from any thread, and its seconds so far; None between phases."""
+        running = self._running
+        return (running[0], time.perf_counter() - running[1]) if running else None
 
     def collect(self, total: float) -> dict[str, float]:
         """Return the phases of a step that took `total` seconds, and start the next step with none.
@@ -51,7 +56,7 @@ class Timers:
                 an earlier step were not collected, or `total` leaves out a part of this step.
         """
         if self._running is not None:
-            raise RuntimeError(f"phase {self._running!r} is still running")
+            raise RuntimeError(f"phase {self._running[0]!r} is still running")
         attributed = sum(self._seconds.values())
         if attributed > total + _CLOCK_TOLERANCE:
             phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self._seconds.items())

@@ -17,11 +17,11 @@ from multiprocessing.connection import wait
 
 from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError, load_named
+from nemo_eppo.config import Config, ConfigError, RunError, load_named
 from nemo_eppo.rewards.sample import Sample
 
 
-class RewardFunctionError(RuntimeError):
+class RewardFunctionError(RunError):
     """A reward function raised, gave no finite number, or took too long; the message names the function and the row."""
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_eppo.config import RunError
+
 PROTOCOL_VERSION = 2
 
 Arrays = Mapping[str, np.ndarray]
 
 
-class ServiceError(RuntimeError):
+class ServiceError(RunError):
     """A request failed on all ranks alike and did not change the service; the client gets the message."""
 
     field = value = expected = ""

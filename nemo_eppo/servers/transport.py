@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from nemo_eppo.config import RunError
 from nemo_eppo.servers.certificates import NAME, Certificates
 from nemo_eppo.servers.protocol import Arrays
 
@@ -32,7 +33,7 @@ _LOST = {
 }
 
 
-class ServerError(RuntimeError):
+class ServerError(RunError):
     """A server refused a request or failed on it. If a field was wrong, `field`, `value` and `expected` are set."""
 
     def __init__(self, message: str, field: str = "", value: str = "", expected: str = "") -> None:

@@ -107,8 +107,9 @@ def _header(result: "Conversion", source: Path) -> list[str]:
 
 
 def render_report(result: "Conversion", source: Path) -> str:
-    """Return the text that says what became of every key, the worst first, and what is left to do."""
+    """Return the text that says what is left to do, and what became of every key, the worst first."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
+    lines += ["", "to do by hand:", *(f"  - {line}" for line in result.todo)] if result.todo else []
     for status in _ORDER:
         rows = [row for row in result.rows if row.status == status]
         if rows:
@@ -117,7 +118,6 @@ def render_report(result: "Conversion", source: Path) -> str:
             arrow = f" -> {row.target}" if row.target else ""
             note = f": {row.note}" if row.note and row.status != "default" else ""
             lines.append(f"  {row.key} = {_shown(row.value)}{arrow}{note}")
-    lines += ["", "to do by hand:", *(f"  - {line}" for line in result.todo)] if result.todo else []
     return "\n".join(lines) + "\n"
 
 

@@ -112,12 +112,12 @@ def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
         return "ppo-actor"
     if has("trainer.ppo."):
         return "ppo-critic"
-    if has("rm_model_file", "inference."):
-        return "reward-server"
     if has("trainer.rm."):
         return "reward-training"
     if has("trainer.sft."):
         return "sft"
+    if has("rm_model_file", "inference."):
+        return "reward-server"
     other = next((f"it looks like one for {name}" for name in _OTHERS if has(f"trainer.{name}.")), "")
     raise ConfigError(
         f"{path}: not recognised as a file of NeMo-Aligner's PPO actor, PPO critic, reward server, reward-model "

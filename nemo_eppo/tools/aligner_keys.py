@@ -26,6 +26,10 @@ _MODEL = "comes with the model"
 _LIGHTNING = "of Lightning's own loop, which is not used"
 _LORA = "adapters come with the checkpoint of the run that they were trained in"
 _FORMAT = "data are JSON lines (nemo-eppo prepare)"
+_STRICT = "every weight has to be in the checkpoint"
+_REGRESSION = "regression models are not supported"
+_STEERLM = "SteerLM is not supported"
+_SAME_SIZE = "model.micro_batch_size holds for inference, too"
 _NO_BEST = "the critic is saved with the actor, whose checkpoint.* say when, and what is kept"
 
 COMMON: Rules = {
@@ -37,6 +41,9 @@ COMMON: Rules = {
     "trainer.logger": dropped(_LIGHTNING),
     "trainer.enable_checkpointing": dropped(_LIGHTNING),
     "trainer.use_distributed_sampler": dropped(_LIGHTNING),
+    "trainer.gradient_clip_val": dropped(_LIGHTNING),
+    "trainer.skip_validation": dropped(_LIGHTNING),
+    "trainer.load_strict": lost(_STRICT, True, None),
     "model.precision": dropped("a copy of trainer.precision"),
     "model.mcore_gpt": lost("models are always Megatron-core's", True, None),
     "model.transformer_engine": dropped("used where it is installed"),
@@ -65,6 +72,7 @@ COMMON: Rules = {
     "model.encoder_seq_length": dropped(_MODEL),
     "model.max_position_embeddings": dropped(_MODEL),
     "model.share_embeddings_and_output_weights": dropped(_MODEL),
+    "model.rotary_base": lost(_MODEL, None),
     "model.overwrite_base_config.*": dropped("there is no configuration inside of checkpoints to merge with"),
 }
 
@@ -136,6 +144,8 @@ _MEGATRON_DATA: Rules = {
     "model.data.data_prefix.test": dropped("not used there either"),
 }
 
+_OTHER_PEFT = "of another model.peft.peft_scheme than lora and none, which is refused"
+
 _PEFT: Rules = {
     "model.peft.peft_scheme": joint("model.lora", "none"),
     "model.peft.restore_from_path": lost(_LORA, None),
@@ -146,6 +156,9 @@ _PEFT: Rules = {
     "model.peft.lora_tuning.adapter_dropout": lost("adapters have no dropout", 0, None),
     "model.peft.lora_tuning.layer_selection": lost("every layer has adapters", None),
     "model.peft.lora_tuning.*": dropped("of an adapter A starts random and B zero"),
+    "model.peft.adapter_tuning.*": dropped(_OTHER_PEFT),
+    "model.peft.ia3_tuning.*": dropped(_OTHER_PEFT),
+    "model.peft.p_tuning.*": dropped(_OTHER_PEFT),
 }
 
 _REWARD_HEAD: Rules = {
@@ -153,7 +166,14 @@ _REWARD_HEAD: Rules = {
     "model.use_avg_pool": dropped("how a score is read is stored with the reward model"),
     "model.force_head_dtype": lost("heads are fp32", "float32", "fp32", None),
     "model.reward_model_type": joint("", note="always binary_ranking: anything else is refused"),
-    "model.regression.*": dropped("regression models are not supported"),
+    "model.regression.*": dropped(_REGRESSION),
+    "model.categorical.*": dropped(_REGRESSION),
+    "model.num_attributes": dropped(_REGRESSION),
+    "model.merge_attributes": dropped(_REGRESSION),
+    "model.attribute_weights": dropped(_REGRESSION),
+    "model.head_type": dropped(_REGRESSION),
+    "model.loss_mask_val": dropped(_REGRESSION),
+    "model.forward_mbs": dropped(_SAME_SIZE),
 }
 
 _STANDARDIZATION: Rules = {
@@ -163,6 +183,8 @@ _STANDARDIZATION: Rules = {
 }
 
 _TRT = "set engine.name=tensorrt_llm, engine.tensorrt_llm.* and generation.min_new_tokens=0 by hand"
+
+_RUN_DIRECTORY = "all files of a run go to its directory (exp_manager.*)"
 
 ACTOR: Rules = {
     **COMMON,
@@ -185,7 +207,18 @@ ACTOR: Rules = {
     "trainer.ppo.model_gbs": dropped(_COPY),
     "trainer.ppo.model_mbs": dropped(_COPY),
     "trainer.ppo.rollout_batch_seq_length": dropped("padding; changes speed and memory only"),
+    "trainer.ppo.num_responses_per_prompt": lost("one response to each prompt; see ppo.samples_per_prompt", 1, None),
+    "trainer.ppo.rollout_micro_batch_size": dropped(_COPY),
+    "trainer.ppo.train_seq_length": dropped("padding; changes speed and memory only"),
+    "trainer.ppo.batch_critic_send": dropped(_SPEED),
+    "trainer.ppo.output_dir": dropped(_RUN_DIRECTORY),
+    "trainer.ppo.log_dir": dropped(_RUN_DIRECTORY),
+    "trainer.ppo.export_rollouts_jsonl": dropped("record_rollouts says how many responses of a step are written"),
+    "trainer.ppo.trt_model_dir": dropped("no TensorRT-LLM engines are written to disk"),
     "trainer.ppo.trt_llm.*": dropped(_TRT),
+    "trainer.ppo.flask_server.*": dropped(_SPEED),
+    "trainer.ppo.host": dropped(_SPEED),
+    "trainer.ppo.port": dropped(_SPEED),
     "trainer.ppo.batch_iterator.*": dropped(_SPEED),
     "remote_critic_rm.pad_to_length": dropped("padding; changes speed and memory only"),
     "remote_critic_rm.combine_rm_and_critic_server": joint("rewards", True),
@@ -223,6 +256,9 @@ ACTOR: Rules = {
         "EOS ends a response as well; that project learns nothing from one that was cut off, here "
         "shaping.missing_eos.penalty can punish it",
     ),
+    "model.ppo.sampling_params.apply_to_logprobs.*": lost(
+        "log-probs are always of the distribution that is sampled from", False, None
+    ),
     "model.ppo.length_params.max_length": joint("generation.max_new_tokens"),
     "model.ppo.length_params.min_length": to("generation.min_new_tokens", 1, lambda value: int(value or 0)),
     "model.micro_batch_size": to("model.micro_batch_size", 1),
@@ -245,12 +281,15 @@ CRITIC: Rules = {
     "trainer.ppo.max_steps": joint("optimizer.decay_steps", 10000),
     "trainer.ppo.gradient_clip_val": to("optimizer.clip_grad", 1.0, clip_norm),
     "trainer.ppo.inference_micro_batch_size": dropped("requests are cut to server.max_batch_size"),
+    "trainer.ppo.gbs": dropped(_COPY),
+    "trainer.ppo.forward_mbs": dropped(_COPY),
+    "trainer.ppo.load_strict": lost(_STRICT, True, None),
     "trainer.ppo.pad_sequence_length_to_multiple": dropped(_SPEED),
     "trainer.ppo.strip_sequence_length_to_multiple": dropped(_SPEED),
     "trainer.ppo.max_queue_delay_microseconds": dropped(_SPEED),
     "model.loss_clip_val": to("value_clip", 0.2, lambda value: float(value) if value else None),
     "model.offload_adam_states": dropped(_SPEED),
-    "model.forward_micro_batch_size": dropped("model.micro_batch_size holds for inference, too"),
+    "model.forward_micro_batch_size": dropped(_SAME_SIZE),
     "model.micro_batch_size": to("model.micro_batch_size", 1),
     "model.global_batch_size": dropped("the actor's ppo.mini_batch_size, which sends the mini-batches"),
 }
@@ -260,12 +299,16 @@ REWARD_SERVER: Rules = {
     **_REWARD_HEAD,
     **_STANDARDIZATION,
     "rm_model_file": joint("model.restore_from_path"),
+    "dataset_path": dropped("not used there either"),
+    "inference.model_name": dropped("endpoints have fixed names"),
+    "inference.forward_mbs": dropped(_COPY),
     "inference.port": to("server.port", 5555),
     "inference.micro_batch_size": joint("model.micro_batch_size"),
     "inference.inference_micro_batch_size": joint("model.micro_batch_size"),
     "inference.strip_sequence_length_to_multiple": dropped(_SPEED),
     "inference.max_queue_delay_microseconds": dropped(_SPEED),
     "model.forward_micro_batch_size": joint("model.micro_batch_size"),
+    "model.global_batch_size": dropped("a server of rewards makes no updates"),
 }
 
 
@@ -291,7 +334,10 @@ REWARD_TRAINING: Rules = {
     **_MEGATRON_DATA,
     "model.data.seq_length": joint("data.max_sequence_length"),
     "model.encoder_seq_length": joint("data.max_sequence_length", 4096),
+    "trainer.rm.train_random_sampler": lost("examples are always shuffled", True, None),
+    "trainer.rm.val_random_sampler": dropped("the order of validation data changes nothing"),
     "model.use_avg_pool": to("reward.score", False, pooling),
+    "model.forward_micro_batch_size": dropped(_SAME_SIZE),
     "model.micro_batch_size": to("model.micro_batch_size", 1),
     "model.global_batch_size": to("fit.global_batch_size", 64),
 }
@@ -304,6 +350,10 @@ SFT: Rules = {
     **_PEFT,
     "name": dropped("exp_manager.name holds it"),
     "trainer.sft.inference_metrics.*": dropped("the validation metric is the loss"),
+    "trainer.sft.skip_validation": lost("checkpoints are always validated", False, None),
+    "inference.*": dropped("the validation metric is the loss"),
+    "model.micro_batch_size": dropped(_COPY),
+    "model.global_batch_size": dropped(_COPY),
     "model.restore_from_path": joint("model.restore_from_path"),
     "model.resume_from_checkpoint": lost("a run resumes from its own newest checkpoint", None),
     "model.save_nemo_on_validation_end": dropped("no .nemo files: nemo-eppo convert"),
@@ -314,14 +364,20 @@ SFT: Rules = {
     "model.hidden_dropout": lost("there is no dropout in SFT", 0, None),
     "model.attention_dropout": lost("there is no dropout in SFT", 0, None),
     "model.ffn_dropout": lost("there is no dropout in SFT", 0, None),
-    "model.steerlm": dropped("SteerLM is not supported"),
-    "model.steerable_attributes.*": dropped("SteerLM is not supported"),
+    "model.steerlm": dropped(_STEERLM),
+    "model.steerlm2.*": dropped(_STEERLM),
+    "model.steerable_attributes.*": dropped(_STEERLM),
+    "model.data.steerlm2_micro_batch_size": dropped(_STEERLM),
+    "model.data.steerlm2_weight_micro_batch_size": dropped(_STEERLM),
     "model.inference.*": dropped("the validation metric is the loss"),
     "model.data.chat": lost("conversations become rows: nemo-eppo prepare nemo_aligner --chat-template", False, None),
     "model.data.chat_prompt_tokens.*": dropped("the tokenizer's chat template is used"),
     "model.data.sample": lost("every example is used once per epoch", False, None),
     "model.data.num_workers": dropped(_SPEED),
+    "model.data.memmap_workers": dropped(_SPEED),
+    "model.data.index_mapping_dir": dropped(_FORMAT),
     "model.data.dataloader_type": dropped("examples come in a random order that the seed decides"),
+    "model.data.test_ds.*": dropped("not used there either"),
     "model.data.train_ds.file_path": joint("data.train"),
     "model.data.train_ds.file_names": joint("data.train"),
     "model.data.train_ds.concat_sampling_probabilities": lost("all examples count alike", None),

@@ -209,4 +209,6 @@ def serve_critic(config: CriticConfig, run: Run) -> None:
     service = CriticService(config, run.directory)
     serve(service, ENDPOINTS, config.server, group=runtime.control_group())
     service.close()
+    saved = checkpoint_files.latest(run.directory / CHECKPOINTS)
+    run.logger.info("the critic ended after update %d; its newest checkpoint is %s", service.step, saved or "not there")
     runtime.shutdown()

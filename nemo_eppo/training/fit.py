@@ -23,7 +23,7 @@ from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.observability.run import Run
 from nemo_eppo.training.setup import Plan, build
-from nemo_eppo.training.stopping import RunStopped, StopWatch
+from nemo_eppo.training.stopping import SAVED, RunStopped, StopWatch
 
 VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and has no effect on results
 
@@ -196,10 +196,12 @@ class Fit:
                 if metrics is not None:
                     metrics.log(step, row)
                 progress.update(step, row)
-                if stop and step < last:
-                    saver.finish()
-                    raise RunStopped(f"saved after step {step} of {last}")
+                if stop:
+                    break
             saver.finish()
+        run.logger.info(SAVED, task.title, step, last, saver.path(step))
+        if step < last:
+            raise RunStopped(f"saved after step {step} of {last}")
         return saver.path(last)
 
 

@@ -16,6 +16,7 @@ from nemo_eppo.algorithms.divergences import divergence_slope, sequence_divergen
 from nemo_eppo.algorithms.masking import masked_mean
 from nemo_eppo.algorithms.objective import PolicyObjective
 from nemo_eppo.algorithms.policy import explained_variance, truncated_importance_weights
+from nemo_eppo.config import RunError
 from nemo_eppo.data.datasets import PromptItem
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import device
@@ -33,7 +34,7 @@ from nemo_eppo.training.ppo_config import PPOSettings
 from nemo_eppo.training.reward_sources import RawRewards, RewardSources
 
 
-class EngineMismatchError(RuntimeError):
+class EngineMismatchError(RunError):
     """The engine's log-probs differ from the trainer's: it samples from another distribution than is trained."""
 
 

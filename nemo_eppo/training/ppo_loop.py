@@ -26,7 +26,7 @@ from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.recovery import Recovery
-from nemo_eppo.training.stopping import StopWatch
+from nemo_eppo.training.stopping import SAVED, StopWatch
 
 
 def train_ppo(config: PPOConfig, run: Run) -> None:
@@ -61,14 +61,16 @@ class PPOLoop:
 
     def run(self) -> None:
         """Train to the last step."""
-        config, ppo, last = self.config, self.ppo, self.config.ppo.max_steps
+        config, ppo, last, step = self.config, self.ppo, self.config.ppo.max_steps, self.done
         if self.done >= last:
             self.run_files.logger.info("%d steps are done, ppo.max_steps = %d: nothing is left to do", self.done, last)
         with ExitStack() as stack:
             watch = stack.enter_context(StopWatch(self.run_files))
             metrics, recorder = self._open_files(stack)
             progress = stack.enter_context(
-                Progress("PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0)
+                Progress(
+                    "PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0, phase=ppo.timers.running
+                )
             )
             if self.done == 0:
                 before = self._validate(0)
@@ -102,6 +104,7 @@ class PPOLoop:
                     break
             self.saver.finish()
             ppo.timers.close()
+        self.run_files.logger.info(SAVED, "PPO", step, last, self.saver.path(step))
 
     def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
         if dist.get_rank():

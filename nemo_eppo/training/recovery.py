@@ -54,9 +54,11 @@ class Recovery:
         """
         if not on_rank0(lambda: isinstance(error, ServerUnavailable)):
             raise error
-        self._logger.warning("%s", error)
         self._losses[step] = self._losses.get(step, 0) + 1
-        if not save() or self._losses[step] > _MOST_LOSSES or not on_rank0(self._wait):
+        if not save() or self._losses[step] > _MOST_LOSSES or not self._patience:
+            raise error
+        self._logger.warning("%s", error)
+        if not on_rank0(self._wait):
             raise error
         for remote in self._remotes:
             remote.connect()
@@ -73,7 +75,7 @@ class Recovery:
                 names = " and ".join(f"the {client.name} server at {client.config.url}" for client in lost)
                 self._logger.warning("waiting for %s (%.0f of %.0f s)", names, waited, self._patience)
                 told = waited + _TELL_S
-            time.sleep(min(1.0, self._patience))
+            time.sleep(1.0)
         return True
 
 

@@ -124,11 +124,12 @@ def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> di
     manifest = checkpoint_files.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
     checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
     run.logger.info(
-        "averaged %d of %d members of validation accuracy %s; the average has %.4f",
+        "averaged %d of %d members of validation accuracy %s; the average has %.4f, and its checkpoint is %s",
         len(best),
         len(members),
         ", ".join(f"{accuracies[path]:.4f}" for path in best),
         validation["validation/accuracy"],
+        run.directory / "average",
     )
     return validation
 

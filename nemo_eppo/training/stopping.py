@@ -14,6 +14,9 @@ from nemo_eppo.observability.run import Run
 # srun forwards SIGUSR1 to the ranks that it has started; at SIGTERM it kills them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+SAVED = "%s ended after step %d of %d; its checkpoint is %s"
+"""What the log of a training ends with."""
+
 
 class RunStopped(Exception):
     """The run ended early on purpose, and can be resumed."""

@@ -1,5 +1,6 @@
 """The entry of job scripts: command line, errors, run directory; NeMo itself on rank 0."""
 
+import errno
 import json
 import os
 import runpy
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_eppo.config import Config, load_config
-from nemo_eppo.entry.job import job
+from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.entry.job import errors_end_the_job, job
+from nemo_eppo.megatron.collectives import PeerError
 from nemo_eppo.observability.run import ExpManagerConfig
+from nemo_eppo.rewards.functions import RewardFunctionError
+from nemo_eppo.servers.client import ServerUnavailable
+from nemo_eppo.servers.protocol import ServiceError
 
 _SCRIPT = '''
 """Counts to a number.
@@ -59,6 +64,8 @@ class CountConfig(Config):
 def main(config: CountConfig, run: Run) -> None:
     if config.steps == 13:
         raise ConfigError("steps = 13: an unlucky number")
+    if config.steps == 14:
+        raise KeyError("a mistake in the code")
     run.logger.info("counting")
     if run.rank == 0:
         with run.open_metrics(resume_step=config.steps - 1) as metrics:
@@ -256,6 +263,50 @@ def test_what_cannot_work_is_said_in_one_message(
     assert "Traceback" not in errors
 
 
+FULL = "/runs/a: No space left on device; free some space there, or choose another directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("steps: wrong"), 2, "steps: wrong"),
+        (ServerUnavailable("reward server at http://x:1 unavailable"), 1, "reward server at http://x:1 unavailable"),
+        (ServiceError("the critic cannot go back"), 1, "the critic cannot go back"),
+        (RewardFunctionError("reward function a:b gave nan"), 1, "reward function a:b gave nan"),
+        (PeerError("rank 0 failed: KeyError: 'x'"), 1, "rank 0 failed: KeyError: 'x'"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, FULL),
+        (PermissionError(errno.EACCES, "", "/x"), 1, "/x: Permission denied; give this user access to it, or"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), None, ""),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer"), None, ""),
+        (KeyError("a mistake"), None, ""),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_first_cause_is_told_once_and_a_mistake_keeps_its_stack(
+    rank: int,
+    error: Exception,
+    status: int | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("nemo_eppo.entry.job.time.sleep", waited.append)
+    with pytest.raises(BaseException) as caught, errors_end_the_job(rank, Path("/runs/a")):
+        raise error
+    told = capsys.readouterr().err
+    if status is None:
+        assert caught.value is error
+        assert told == ""
+    else:
+        assert isinstance(caught.value, SystemExit)
+        assert caught.value.code == status
+        assert told.startswith(f"rank 3: {message}" if rank else message)
+        assert len(told.splitlines()) == 1
+    follows = isinstance(error, PeerError) or "gloo" in str(error)  # from the failure of another rank
+    assert waited == [10.0 if follows else 5.0 if rank else 0.0]
+
+
 @pytest.mark.parametrize(
     ("settings", "directory"),
     [
@@ -353,6 +404,16 @@ def test_a_setting_that_makes_another_run_is_refused_and_any_other_change_is_tol
         "version, or accept them with 'exp_manager.may_change=[mode,model.path]'",
         "heavy imports: []",
     ]
+
+
+def test_a_mistake_in_the_code_keeps_its_stack_and_hydra_adds_nothing(script: Path) -> None:
+    status, output = _run(script, "model.path=x", "steps=14", "exp_manager.explicit_log_dir=mistake")
+    assert status == 1
+    frames = [line.rpartition(", in ")[2] for line in output.splitlines() if ", in " in line]
+    assert frames == ["<module>", "entry", "_run_through_nemo", "start", "main"]
+    assert "KeyError: 'a mistake in the code'" in output
+    assert "hydra" not in output.lower().replace("hydra_runner", "")
+    assert "overrides" not in output
 
 
 def test_a_run_is_not_overwritten_unless_it_is_resumed(runs: dict[str, dict[str, Any]], script: Path) -> None:

@@ -21,8 +21,10 @@ from launched import eppo, processes_of, shared_memory_of, write
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.examination import check_launch
+from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import read_launch
-from nemo_eppo.launch.local import LaunchError, run_local
+from nemo_eppo.launch.local import LaunchError, Supervisor, run_local
+from nemo_eppo.launch.status import Status
 from nemo_eppo.observability.metrics import read_metrics
 
 
@@ -89,6 +91,36 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
+    assert "trainings save after the step at hand, then end (actor); what takes longer than 30 s" in shown.decode()
+    assert "saving, at most " in shown.decode()
+
+
+def test_jobs_that_are_told_to_end_show_how_long_they_may_take(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nemo_eppo.launch.local.GRACE_S", 1.5)
+    monkeypatch.setattr("nemo_eppo.launch.status.LINE_INTERVAL_S", 0.4)
+    launch = read_launch(write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml"))
+    launch.output.mkdir()
+    supervisor = Supervisor(launch, Gpus(launch, []))
+    for name, at_signal in (("actor", "lambda *_: (time.sleep(0.6), sys.exit())"), ("reward", "signal.SIG_IGN")):
+        code = f"import signal, sys, time; signal.signal(15, {at_signal}); print(flush=True); time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()  # it is ready for the signal
+        supervisor._processes[name] = process
+    with Status(supervisor.rows) as status:
+        supervisor.stop(status)
+    assert not psutil.pid_exists(process.pid)
+    told = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
+    limit = "what takes longer than 2 s is killed. Ctrl-C has no effect meanwhile."
+    servers = told.index(f"servers end (reward); {limit}")
+    assert told[0] == f"trainings save after the step at hand, then end (actor); {limit}"
+    assert {line[:23] for line in told[1 : servers - 1]} == {"actor: saving, at most "}
+    assert told[servers - 1] == "actor: stopped"
+    assert len(told[servers + 1 : -1]) >= 2
+    assert {line[:26] for line in told[servers + 1 : -1]} == {"reward: stopping, at most "}
+    assert told[-1] == "reward: killed"
 
 
 def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(models: Models, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
+from nemo_eppo.observability.timers import Timers
 
 _LOOP = """
 from nemo_eppo.observability.progress import Progress
@@ -26,6 +28,27 @@ def test_a_log_file_gets_one_line_per_n_steps_and_the_last(capsys: pytest.Captur
     assert [line.split("  ")[0] for line in lines] == ["PPO 10/25", "PPO 20/25", "PPO 25/25"]
     assert "  reward 0.500  tokens/s 12,346  " in lines[0]
     assert lines[-1].endswith("  0:00 left")
+
+
+def test_a_log_file_gets_a_line_while_a_step_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_eppo.observability.progress._QUIET_S", 0.2)
+    timers = Timers()
+    with Progress("PPO", total=3, columns={}, done=1, phase=timers.running) as progress:
+        with timers("generate"):
+            time.sleep(0.7)
+        time.sleep(0.3)
+        progress.update(3, {})
+        time.sleep(0.3)
+    with Progress("PPO", total=3, columns={}, disable=True):
+        time.sleep(0.3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "PPO step 2/3: 0 s so far, generate for 0 s"
+    assert lines[1].startswith("PPO step 2/3: ")
+    assert "PPO step 2/3: 1 s so far" in lines
+    assert lines[-2].startswith("PPO 3/3")
+    assert lines[-1] == "PPO is saving: 0 s so far"
 
 
 def test_time_left_counts_the_steps_of_this_run_only(

@@ -1,4 +1,4 @@
-"""Names of the keys in NeMo-Aligner's YAML files, of all versions up to 0.5. `a.{b,c}` stands for `a.b` and `a.c`."""
+"""Names of the keys in NeMo-Aligner's YAML files, of all its versions. `a.{b,c}` stands for `a.b` and `a.c`."""
 
 _TRAINER = "trainer.{num_nodes,devices,accelerator,precision,logger,enable_checkpointing,use_distributed_sampler}"
 _EXP_MANAGER = """
@@ -30,6 +30,10 @@ _PEFT = """
 model.peft.{peft_scheme,restore_from_path}
 model.peft.lora_tuning.{target_modules,adapter_dim,alpha,adapter_dropout,column_init_method,row_init_method,layer_selection}
 model.peft.lora_tuning.{weight_tying,position_embedding_strategy}
+model.peft.adapter_tuning.{adapter_dim,adapter_dropout,column_init_method,layer_selection,norm_position}
+model.peft.adapter_tuning.{norm_type,position_embedding_strategy,row_init_method,type,weight_tying}
+model.peft.ia3_tuning.layer_selection
+model.peft.p_tuning.{bottleneck_dim,embedding_dim,init_std,virtual_tokens}
 """
 _STANDARDIZATION = "model.reward_standardization.{enable,mean,std}"
 
@@ -52,6 +56,14 @@ model.ppo.sampling_params.{{use_greedy,temperature,top_k,top_p,repetition_penalt
 model.ppo.sampling_params.end_strings
 model.ppo.length_params.{{max_length,min_length}}
 model.{{mcore_gpt,sequence_parallel}}
+model.optim.overlap_param_sync
+model.peft.restore_from_ckpt.{{checkpoint_dir,checkpoint_name}}
+model.ppo.sampling_params.apply_to_logprobs.{{kl_penalty_actor,kl_penalty_ref,loss}}
+trainer.gradient_clip_val
+trainer.ppo.{{batch_critic_send,export_rollouts_jsonl,host,log_dir,num_responses_per_prompt,output_dir,port}}
+trainer.ppo.{{rollout_micro_batch_size,train_seq_length,trt_model_dir}}
+trainer.ppo.flask_server.{{enable,host,port}}
+trainer.ppo.trt_llm.{{max_context_len,max_input_tokens}}
 """
 _CRITIC = f"""
 defaults
@@ -60,6 +72,11 @@ trainer.ppo.{{port,combine_rm_and_critic_server,max_steps,gradient_clip_val,pad_
 trainer.ppo.{{max_queue_delay_microseconds,inference_micro_batch_size}}
 pretrained_checkpoint.restore_from_path
 model.{{loss_clip_val,offload_adam_states,forward_micro_batch_size}}
+model.{{attribute_weights,forward_mbs,merge_attributes}}
+model.optim.overlap_param_sync
+model.overwrite_base_config.data.data_prefix
+trainer.{{gradient_clip_val,load_strict}}
+trainer.ppo.{{forward_mbs,gbs,load_strict,strip_sequence_length_to_multiple}}
 """
 _REWARD_SERVER = f"""
 trainer.{{num_nodes,devices,accelerator,logger,precision}} {_STANDARDIZATION}
@@ -68,6 +85,11 @@ rm_model_file
 model.{{sequence_parallel,activations_checkpoint_granularity,activations_checkpoint_method,precision}}
 model.{{forward_micro_batch_size}}
 model.regression.{{merge_attributes,attribute_weights}}
+dataset_path
+inference.{{forward_mbs,max_queue_delay_microseconds,model_name,strip_sequence_length_to_multiple}}
+model.{{attribute_weights,forward_mbs,global_batch_size,merge_attributes}}
+model.overwrite_base_config.data.data_prefix
+model.regression.head_type
 """
 _REWARD_TRAINING = f"""
 defaults
@@ -76,6 +98,13 @@ trainer.rm.{{max_epochs,max_steps,val_check_interval,save_interval,limit_val_bat
 pretrained_checkpoint.restore_from_path
 model.{{mcore_gpt,share_embeddings_and_output_weights}}
 model.regression.loss_mask_val
+model.{{attribute_weights,forward_mbs,forward_micro_batch_size,head_type,loss_mask_val,merge_attributes}}
+model.num_attributes
+model.categorical.num_category
+model.optim.overlap_param_sync
+model.regression.{{head_type,load_rm_head_weights,loss_func}}
+trainer.gradient_clip_val
+trainer.rm.{{limit_train_batches,train_random_sampler,val_random_sampler}}
 """
 _DATASET = (
     """global_batch_size,micro_batch_size,shuffle,memmap_workers,max_seq_length,min_seq_length,drop_last,label_key"""
@@ -95,6 +124,21 @@ model.data.{{chat,sample,num_workers,dataloader_type}}
 model.data.chat_prompt_tokens.{{system_turn_start,turn_start,label_start,end_of_turn,end_of_name}}
 model.data.train_ds.{{{_DATASET}}}
 model.data.validation_ds.{{{_DATASET},output_original_text}}
+inference.{{all_probs,compute_attention_mask,compute_logprob,greedy,min_tokens_to_generate,repetition_penalty}}
+inference.{{temperature,top_k,top_p}}
+model.{{context_parallel_size,global_batch_size,micro_batch_size,rotary_base,steerlm,transformer_engine}}
+model.data.{{index_mapping_dir,memmap_workers,steerlm2_micro_batch_size,steerlm2_weight_micro_batch_size}}
+model.data.test_ds.prompt_template
+model.data.train_ds.concat_sampling_probabilities
+model.data.validation_ds.{{include_text,names,output_file_path_prefix,tokens_to_generate}}
+model.data.validation_ds.write_predictions_to_file
+model.data.validation_ds.metric.{{average,name,num_classes}}
+model.overwrite_base_config.data.data_prefix
+model.steerable_attributes.{{coherence,complexity,correctness,creativity,helpfulness,humor,quality,toxicity}}
+model.steerable_attributes.verbosity
+model.steerlm2.{{forward_micro_batch_size,micro_batch_size}}
+trainer.{{gradient_clip_val,skip_validation}}
+trainer.sft.{{limit_train_batches,skip_validation}}
 """
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import Config, ConfigError, config_types, load_config
-from nemo_eppo.tools.aligner_cli import check
+from nemo_eppo.tools.aligner_cli import check, render_report
 from nemo_eppo.tools.aligner_config import convert
 from nemo_eppo.tools.aligner_keys import KINDS
 from nemo_eppo.tools.aligner_rules import Conversion
@@ -416,6 +416,17 @@ def test_unknown_keys_are_listed_and_strict_refuses_them(tmp_path: Path, capsys:
     assert (
         "unknown (no keys of that project): 1\n  trainer.ppo.gae_lamda = 0.5" in (tmp_path / "report.txt").read_text()
     )
+
+
+def test_what_is_left_to_do_comes_first(tmp_path: Path) -> None:
+    report = render_report(converted(SFT, tmp_path), Path("theirs.yaml"))
+    headings = [line.partition(" (")[0] for line in report.splitlines()[1:] if line and not line.startswith(" ")]
+    assert headings == ["to do by hand:", "lost", "changed", "dropped", "default", "mapped"]
+    assert report.splitlines()[3].startswith("  - make the Hugging Face directory /models/base_hf")
+
+
+def test_an_sft_file_with_settings_of_generation_is_no_server_s(tmp_path: Path) -> None:
+    assert converted(SFT | {"inference": {"greedy": True}}, tmp_path).kind == "sft"
 
 
 def test_files_of_other_algorithms_are_not_guessed_at(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from reference_eppo import load_weights, policy_pass, scalars
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.files import disk_trouble
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import FitSettings
@@ -171,8 +173,24 @@ def test_a_run_whose_time_is_up_is_saved_and_keeps_its_best_step(models: Models,
         run_ranks(train, 1, "sft", tmp_path / "wrong", values)
 
 
+def refused(directory: Path, values: dict[str, Any]) -> str | None:
+    """What is told of a run whose checkpoint is larger than files may be."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        train("sft", directory, values)
+    except OSError as error:
+        return disk_trouble(error, None)
+    return None
+
+
+def test_a_checkpoint_that_the_disk_refuses_names_its_directory(models: Models, tmp_path: Path) -> None:
+    told = run_ranks(refused, 2, tmp_path / "run", settings(models, "sft", 1))
+    assert all(text.startswith(f"{tmp_path / 'run' / 'checkpoints'}: File too large; raise") for text in told)
+
+
 def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
-    """A run during which somebody presses Ctrl-C."""
+    """A run with a log during which somebody presses Ctrl-C."""
+    logging.basicConfig(filename=directory / "log.txt", format="%(message)s", level=logging.INFO, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press() -> None:
@@ -192,6 +210,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> Non
     assert len(rows) < 500
     assert last is not None
     assert checkpoint_files.verify(last).step == rows[-1]["step"]
+    end = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert end == f"SFT ended after step {rows[-1]['step']} of 500; its checkpoint is {last}"
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])

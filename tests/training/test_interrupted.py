@@ -196,6 +196,8 @@ def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp
         late = runs.actor(port, exp_manager={"max_time_per_run": "00:00:00:01"}, **rarely)
         assert late.wait(100) == 0, log(late)
         assert "max_time_per_run = 00:00:00:01: saving, then ending" in log(late)
+        saved = tmp_path / "actor" / "checkpoints" / "step_000001"
+        assert f"PPO ended after step 1 of {STEPS}; its checkpoint is {saved}" in log(late).splitlines()[-1]
         assert runs.saved("actor") == ["best", "step_000001"]
         told = runs.actor(port, **rarely)
         told.wait_for(lambda: [row["step"] for row in runs.trajectory()][-1] >= 2)
@@ -209,6 +211,9 @@ def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp
         assert last.wait(100) == 0, log(last)
     finally:
         critic.stop()
+    updates = 2 * STEPS
+    saved = tmp_path / "critic" / "checkpoints" / f"step_{updates:06d}"
+    assert f"the critic ended after update {updates}; its newest checkpoint is {saved}" in log(critic)
     found, expected = (
         [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in of.trajectory()]
         for of in (runs, whole)
