@@ -13,8 +13,9 @@ from launched import eppo, write
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.command import CRITIC, REWARDS
-from nemo_eppo.launch.examination import Job, check_launch, missing_servers
+from nemo_eppo.launch.examination import check_launch, missing_servers
 from nemo_eppo.launch.gpus import Gpus
+from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.servers.client import ClientConfig
 from nemo_eppo.training.critics import CriticSource
