@@ -19,7 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("nemo_eppo").setLevel(logging.INFO)  # other packages log warnings only
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse itself takes no KEY=VALUE after an option
+        arguments.overrides += rest
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
