@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that `score` starts
     logging.getLogger("nemo_eppo").setLevel(logging.INFO if first else logging.WARNING)  # others log warnings only
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse itself takes no KEY=VALUE after an option
+        arguments.overrides += rest
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)

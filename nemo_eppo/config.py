@@ -5,8 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
@@ -78,6 +80,21 @@ def config_types(annotation: Any) -> list[type[Config]]:
     return [t for arg in getattr(annotation, "__args__", ()) for t in config_types(arg)]
 
 
+def yaml_fault(error: yaml.YAMLError | UnicodeDecodeError, file: Path) -> str:
+    """Return one line that says what is wrong with a YAML file: its name, the line's number and text, and the fault.
+
+    Args:
+        file: the file that was asked for; the fault may be in another that it names.
+    """
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is not None and Path(mark.name).is_file():
+        lines = Path(mark.name).read_text(encoding="utf-8").splitlines()[: mark.line + 1]
+        while lines and not lines[-1].strip():  # the end of the file says nothing
+            lines.pop()
+        return f"{mark.name}:{len(lines)}: {getattr(error, 'problem', error)}: {''.join(lines[-1:])!r}"
+    return f"{file}: {' '.join(str(error).split())}"
+
+
 def load_named(key: str, path: str, form: str) -> Any:
     """Import the object "module:name", from the working directory too.
 
@@ -89,5 +106,8 @@ def load_named(key: str, path: str, form: str) -> Any:
         sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"{key} = {path!r}: expected '{form}' ({error})") from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{key} = {path!r}: {module} cannot be imported ({what})") from None

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def write_atomically(path: Path, text: str) -> None:
 def directory_made_whole(path: Path) -> Iterator[Path]:
     """Give a new directory to fill, which becomes `path` when the block succeeds; until then `path` is not touched.
 
-    If the block fails, what it has written is removed; what killed processes left behind earlier is removed as well.
+    If the block fails, what it has written is removed, new parent directories included; what killed processes left
+    behind earlier is removed as well.
 
     Raises:
         ConfigError: `path` exists and is not an empty directory, or it is a mount point, which cannot be replaced.
@@ -101,12 +102,19 @@ def directory_made_whole(path: Path) -> Iterator[Path]:
         raise ConfigError(f"output directory '{path}' is a mount point; choose a new directory inside it")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ConfigError(f"output directory '{path}' already exists and is not empty; choose another or remove it")
+    new = [parent for parent in final.parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_incomplete(final.parent, glob.escape(final.name))
-    with replacing(final) as incomplete:
-        incomplete.mkdir()
-        yield incomplete
-        fsync_tree(incomplete)
+    try:
+        with replacing(final) as incomplete:
+            incomplete.mkdir()
+            yield incomplete
+            fsync_tree(incomplete)
+    except BaseException:
+        with suppress(OSError):  # another process has written there
+            for parent in new:
+                parent.rmdir()
+        raise
 
 
 @contextmanager

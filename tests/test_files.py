@@ -40,8 +40,8 @@ def test_a_directory_gets_everything_or_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         write("half", RuntimeError("stop"))
-    assert list(target.parent.iterdir()) == []
-    target.mkdir()  # an empty directory of that name is as good as none
+    assert list(tmp_path.iterdir()) == [], "the parents that were made for it"
+    target.mkdir(parents=True)  # an empty directory of that name is as good as none
     with pytest.raises(KeyboardInterrupt):
         write("half", KeyboardInterrupt())
     assert list(target.iterdir()) == []

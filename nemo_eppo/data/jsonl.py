@@ -83,7 +83,7 @@ def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable
         ConfigError: there is no such file.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: {'a directory, expected a file' if path.is_dir() else 'no such file'}")
     hidden = None if progress else True  # None: tqdm itself hides the bar when stderr is not a terminal
     with (
         path.open("rb") as stored,

@@ -16,7 +16,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_eppo.config import Config, ConfigError, ConfigT, load_config
+from nemo_eppo.config import Config, ConfigError, ConfigT, load_config, yaml_fault
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Source:
         try:
             with initialize_config_dir(str(first), version_base="1.3"):
                 return compose(self.name, self.hydra_overrides())
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
             files = [directory / f"{self.name}.yaml" for directory in self.directories]
             file = next(filter(Path.exists, files), files[0])
+            if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+                raise ConfigError(yaml_fault(error, file)) from None
             cause = f": {error.__cause__}" if error.__cause__ else ""
             raise ConfigError(f"cannot read the settings {file}: {error}{cause}") from None
 
@@ -60,7 +62,17 @@ class Source:
         """
         first: dict[str, str] = {}
         forced = []
-        for override in OverridesParser.create().parse_overrides(list(self.overrides)):
+        parser = OverridesParser.create()
+        for given in self.overrides:
+            if "=" not in given and not given.startswith("~"):
+                raise ConfigError(f"{given}: expected KEY=VALUE")
+            try:
+                override = parser.parse_override(given)
+            except HydraException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"{given}: expected KEY=VALUE, see --help for how to quote a value ({reason})"
+                ) from None
             text, key = str(override.input_line), override.key_or_group
             if (earlier := first.setdefault(f"{key}@{override.package}", text)) is not text:
                 raise ConfigError(f"{key} is given twice on the command line: {earlier} and {text}")

@@ -5,8 +5,9 @@ valid settings (job_checks.py).
 """
 
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,42 +15,17 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, Address, overrides, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
+from nemo_eppo.launch.job import DATA, Job
 from nemo_eppo.launch.launch_file import LaunchConfig
-from nemo_eppo.training.kinds import JobKind
+from nemo_eppo.launch.products import maker, product, stand_in
+from nemo_eppo.launch.together import examine_together
 
 if TYPE_CHECKING:
+    from nemo_eppo.models.model_config import Head
     from nemo_eppo.training.setup import Plan
 
-# Settings that name the files and models that a job reads.
-DATA = ("data.train", "data.validation")
-MODELS = ("model.restore_from_path", "model.tokenizer", "reward_model")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job of the launch with valid settings."""
-
-    name: str
-    kind: JobKind
-    ranks: int
-    settings: Any
-    plan: "Plan | None" = None
-    """Its model; None if that is wrong, was not examined, or will be made by an earlier job."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that the job works on; 0 if unknown."""
-        if self.kind.samples:
-            return int(self.settings.longest)
-        chosen = self.setting("data.max_sequence_length")
-        return int(chosen or (self.plan.model.max_sequence_length if self.plan else 0))
-
-    def setting(self, key: str) -> Any:
-        """Return the value of a dotted key; None if this kind of job has no such setting."""
-        value = self.settings
-        for part in key.split("."):
-            value = getattr(value, part, None)
-        return value
+FILES = (*DATA, "reward.inform.sft_responses")
+"""Settings that name files."""
 
 
 def check_launch(launch: LaunchConfig, *, here: bool) -> None:
@@ -79,17 +55,33 @@ def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Find
         found = f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
         return [error("repository", found, "see the message")], []
     findings, jobs = list[Finding](), list[Job]()
-    for name in launch.jobs:
-        findings += guarded(f"{name}: settings and model", _job)(launch, name, here, files, jobs)
+    findings += guarded("output", _output)(launch)
+    with tempfile.TemporaryDirectory() as root:
+        for name in launch.order():  # a job that makes a model comes before those that start from it
+            check = guarded(f"{name}: settings and model", _job)
+            findings += check(launch, name, here, Path(root) if files else None, jobs)
+        findings += guarded("jobs together", examine_together)(launch, jobs, files=files)
     if here:
         findings += guarded("ports", _ports)(launch)
-    return findings, jobs
+    return [finding.model_copy(update={"found": finding.found.replace(root, "")}) for finding in findings], jobs
 
 
-def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Job]) -> Iterator[Finding]:
-    """Examine settings, servers, data files, layout, then checkpoint and tokenizer.
+def _output(launch: LaunchConfig) -> Iterator[Finding]:
+    """Check that the directories of the run are, or can become, directories."""
+    for directory in (launch.output, *(launch.output / name for name in (*launch.jobs, "logs"))):
+        exists = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        if not exists.is_dir():
+            raise ConfigError(f"output = {launch.output}: {exists} is a file, expected a directory or a free name")
+    yield ok("output", f"{launch.output}")
 
-    A job with valid settings is added to `jobs`, and replaced there when its model is known.
+
+def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: list[Job]) -> Iterator[Finding]:
+    """Examine settings, servers, data files, then the models and their layout.
+
+    A job with valid settings is added to `jobs`, and replaced there when its models are known.
+
+    Args:
+        root: a directory for what stands in for checkpoints that earlier jobs will make; None if no file is looked at.
     """
     config, kind = launch.jobs[name], launch.jobs[name].kind
     nowhere = dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
@@ -101,23 +93,17 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
         yield from missing_servers(launch, job)
     if here and config.nodes > 1:
         yield error(f"{name}: nodes", f"nodes = {config.nodes}: expected 1 on this machine", "use --backend")
-    if files and kind.samples:
+    if job.setting("optimizer") is None and settings.model.lora is not None:
+        raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
+    if root is not None and kind.samples:
         yield from guarded(f"{name}: own functions and terms", _own_code)(settings)
-    if files:
-        for key in DATA:
-            yield from guarded(f"{name}: {key}", _input)(launch, job, key)
+    for key in FILES:
+        yield from guarded(f"{name}: {key}", _file)(launch, job, key, look=root is not None)
     parallel = settings.model.parallel
     replicas = parallel.data_parallel_size(config.ranks)
-    if not files:
+    yield from _models(launch, job, root, jobs)
+    if (planned := jobs[-1].plan) is None:
         return
-    for key in MODELS:
-        yield from _input(launch, job, key)
-    if any(_maker(launch, job.setting(key)) for key in ("model.restore_from_path", "model.tokenizer")):
-        return
-    from nemo_eppo.training.setup import plan
-
-    planned = plan(settings.model, head=kind.starts_from, ranks=config.ranks)
-    jobs[-1] = replace(job, plan=planned)
     yield ok(
         f"{name}: layout",
         f"{config.ranks} ranks = TP {parallel.tensor_model_parallel_size} x "
@@ -128,6 +114,44 @@ def _job(launch: LaunchConfig, name: str, here: bool, files: bool, jobs: list[Jo
         settings.check_model(planned.model, config.ranks)
     elif kind.rows_per_step:
         parallel.check_update(kind.rows_per_step, job.setting(kind.rows_per_step), config.ranks)
+    if (ensemble := job.setting("ensemble")) is not None:
+        from nemo_eppo.training.reward_ensemble import check_ensemble
+        from nemo_eppo.training.reward_losses import LOSSES
+
+        check_ensemble(ensemble, planned, LOSSES[settings.reward.kind].head, settings.optimizer)
+
+
+def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) -> Iterator[Finding]:
+    """Plan the models of a job, and replace the newest of `jobs` by one that has them; see `_job` for `root`."""
+    from nemo_eppo.training.reward_service import read_statistics, statistics_of
+    from nemo_eppo.training.setup import plan
+
+    plans: dict[str, Plan] = {}
+    rewards: dict[str, Mapping[str, Any]] = {}
+    for key, setup in job.models.items():
+        head: Head | None = {"model": job.kind.starts_from, "critic.colocated": None}.get(key, "scalar")
+        source, name = setup.restore_from_path, key if key == "reward_model" else f"{key}.restore_from_path"
+        for setting, path in ((name, source), (f"{key}.tokenizer", setup.tokenizer)):
+            yield from _exists(launch, job, setting, path, look=root is not None)
+        if source is not None and maker(launch, source):
+            by = next((other for other in jobs if other.name == maker(launch, source)), None)
+            if by is None:  # whose own fault is told
+                continue
+            try:
+                made = product(launch, by, source, head)
+            except ConfigError as fault:
+                raise ConfigError(f"{name} = {fault}") from None
+            if head == "scalar":
+                rewards[key] = statistics_of(made.state)
+            if by.plan is None or root is None:
+                continue
+            setup = setup.model_copy(update={"restore_from_path": stand_in(made, by.plan, source, root)})
+        if root is None or (setup.tokenizer and maker(launch, setup.tokenizer)):
+            continue
+        plans[key] = plan(setup, key, head, job.ranks)
+        if head == "scalar":
+            rewards[key] = read_statistics(plans[key], key)
+    jobs[-1] = replace(job, plans=plans, rewards=rewards)
 
 
 def _own_code(settings: Any) -> Iterator[Finding]:
@@ -153,24 +177,25 @@ def missing_servers(launch: LaunchConfig, actor: Job) -> Iterator[Finding]:
         yield error("servers", found, mend)
 
 
-def _input(launch: LaunchConfig, job: Job, key: str) -> Iterator[Finding]:
-    """Check that a file or model that the job reads exists, or is made by an earlier job."""
+def _file(launch: LaunchConfig, job: Job, key: str, *, look: bool) -> Iterator[Finding]:
+    """Check that a file which a job reads exists, or is made by an earlier job."""
     path: Path | None = job.setting(key)
+    if look and path is not None and path.is_dir():
+        raise ConfigError(f"{key} = {path} is a directory, expected a file")
+    yield from _exists(launch, job, key, path, look=look)
+
+
+def _exists(launch: LaunchConfig, job: Job, key: str, path: Path | None, *, look: bool) -> Iterator[Finding]:
+    """Check that what a job reads is made by an earlier job or, with `look`, exists."""
     if path is None:
         return
-    by = _maker(launch, path)
-    if by is None and not path.exists():
+    by = maker(launch, path)
+    if by is None and look and not path.exists():
         raise ConfigError(f"{key} = {path} does not exist")
     if by is not None and by not in launch.before(job.name):
         raise ConfigError(f"{key} = {path} is made by the job {by}, which is not among its needs")
     if by is not None:
-        yield ok(f"{job.name}: {key}", f"{path} will be made by the job {by}; examine again when it is there")
-
-
-def _maker(launch: LaunchConfig, path: Path | None) -> str | None:
-    """Return the job in whose run directory a path lies; None if there is none."""
-    folders = {name: (launch.output / name).absolute() for name in launch.jobs}
-    return next((name for name, folder in folders.items() if path and path.absolute().is_relative_to(folder)), None)
+        yield ok(f"{job.name}: {key}", f"{path} will be made by the job {by}")
 
 
 def _ports(launch: LaunchConfig) -> Iterator[Finding]:

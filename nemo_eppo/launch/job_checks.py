@@ -1,4 +1,4 @@
-"""Checks the jobs of a launch for `nemo-eppo doctor`: data rows, tokenizers, windows, memory, GPUs, disk.
+"""Checks the jobs of a launch for `nemo-eppo doctor` alone: data rows, memory, GPUs, disk.
 
 `nemo-eppo launch` leaves them out, because reading all rows takes too long.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import read_jsonl
-from nemo_eppo.launch.examination import DATA, Job
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
 from nemo_eppo.launch.gpus import Gpus, visible_gpus
+from nemo_eppo.launch.job import DATA, Job
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.machine_checks import disk
 from nemo_eppo.launch.memory import Memory, Workload, estimate
@@ -28,7 +28,7 @@ def examine_jobs(launch: LaunchConfig, jobs: Sequence[Job], *, here: bool) -> li
         here: the jobs run on this machine and need its GPUs.
     """
     findings = []
-    for check, examine in (("data", _data), ("tokenizers", _tokenizers), ("windows", _windows), ("memory", _memory)):
+    for check, examine in (("data", _data), ("memory", _memory)):
         findings += guarded(check, examine)(jobs)
     if here:
         findings += guarded("GPUs of the jobs", _gpus)(launch)
@@ -56,51 +56,6 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
                 yield error(check, f"{path}: {rows} rows", f"expected {batch} or more ({job.kind.rows_per_step})")
             else:
                 yield ok(check, f"{path}: {rows} rows{'' if whole else ' and more'}")
-
-
-def _tokenizers(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Check that all models have the same tokenizer."""
-    known = [(job.name, job.plan.tokenizer) for job in jobs if job.plan is not None]
-    if len(known) < 2:
-        return
-    (first, expected), *others = known
-    for name, tokenizer in others:
-        differences = [
-            f"{what} {theirs!r}, {first} has {ours!r}"
-            for what, theirs, ours in (
-                ("vocabulary of", tokenizer.vocab_size, expected.vocab_size),
-                ("EOS", tokenizer.eos_id, expected.eos_id),
-            )
-            if theirs != ours
-        ]
-        if not differences and tokenizer.digest() != expected.digest():
-            differences = [f"other tokens than {first}'s under the same numbers"]
-        if differences:
-            yield error(
-                f"{name}: tokenizer", "; ".join(differences), f"models of one run need one tokenizer: {first}'s"
-            )
-        elif tokenizer.chat_template != expected.chat_template:
-            yield warning(
-                f"{name}: tokenizer",
-                f"another chat template than {first}'s",
-                "no job uses it, but the data have to be prepared with the one that both models were trained with",
-            )
-        else:
-            yield ok(f"{name}: tokenizer", f"as {first}'s: {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_id}")
-
-
-def _windows(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Check that the longest rollout fits every server; that it fits the actor is checked with its settings."""
-    for actor in (job for job in jobs if job.kind.samples):
-        for job in jobs:
-            if job.plan is None or not job.kind.serves:
-                continue
-            window = job.plan.model.max_sequence_length
-            text = f"{actor.longest} tokens of prompt and response, a window of {window}"
-            if actor.longest > window:
-                yield error(f"{job.name}: window", text, "lower data.max_prompt_length or generation.max_new_tokens")
-            else:
-                yield ok(f"{job.name}: window", text)
 
 
 def memory_of(job: Job) -> Memory:

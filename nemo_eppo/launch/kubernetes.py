@@ -35,7 +35,10 @@ def manifests(launch: LaunchConfig) -> str:
     """Return the YAML for kubectl apply; ConfigError if the launch does not suit a cluster."""
     kubernetes = launch.kubernetes
     if kubernetes is None:
-        raise ConfigError("kubernetes: required with --backend kubernetes, but not set")
+        raise ConfigError(
+            "kubernetes: required with --backend kubernetes, but not set; expected the container image, the shared "
+            "volumes and, with servers, a Secret: kubernetes: {image: NAME, volumes: {CLAIM: /shared}, secret: NAME}"
+        )
     if launch.servers and kubernetes.secret is None:
         raise ConfigError(f"kubernetes.secret: required for the servers {', '.join(launch.servers)}, but not set")
     last = trainer(launch)

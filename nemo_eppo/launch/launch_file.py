@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
 from nemo_eppo.training.kinds import KINDS, JobKind
 
 
@@ -191,9 +191,9 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or wrong (named).
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: expected key=value")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a directory, expected a launch file")
+    changes = _parsed(overrides)
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))
         if not isinstance(loaded, dict):
@@ -202,14 +202,33 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
         for job in jobs.values() if isinstance(jobs, dict) else ():
             if isinstance(job, dict) and isinstance(job.get("settings"), dict):
                 job["settings"] = _nested(job["settings"])
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(loaded, changes)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ConfigError(f"{file}: required, but not set (???): {', '.join(sorted(missing))}")
         values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(yaml_fault(error, file)) from None
+    except OmegaConfBaseException as error:
+        where = f"{file}: {error.full_key}" if error.full_key else str(file)
+        raise ConfigError(f"{where}: {str(error.msg).splitlines()[0]}") from None
     return load_config(LaunchConfig, values)
+
+
+def _parsed(overrides: Sequence[str]) -> Any:
+    """Parse `key=value` arguments; ConfigError, which names the argument, if one is none or a key is given twice."""
+    first: dict[str, str] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override}: expected KEY=VALUE")
+        if (earlier := first.setdefault(key, override)) is not override:
+            raise ConfigError(f"{key} is given twice on the command line: {earlier} and {override}")
+        try:
+            OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{override}: expected KEY=VALUE ({' '.join(str(error).split())})") from None
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

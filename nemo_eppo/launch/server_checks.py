@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_eppo.config import load_config
-from nemo_eppo.launch.examination import Job
 from nemo_eppo.launch.findings import Finding, error, ok
+from nemo_eppo.launch.job import Job
 from nemo_eppo.servers.client import ClientConfig, ServerClient
 from nemo_eppo.servers.protocol import PROTOCOL_VERSION
 from nemo_eppo.servers.transport import ServerError

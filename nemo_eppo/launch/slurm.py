@@ -67,7 +67,10 @@ def batch_script(launch: LaunchConfig) -> str:
     """Return the script for sbatch; ConfigError if the launch does not suit a cluster."""
     slurm = launch.slurm
     if slurm is None:
-        raise ConfigError("slurm: required with --backend slurm, but not set")
+        raise ConfigError(
+            "slurm: required with --backend slurm, but not set; expected the container image and options of sbatch: "
+            "slurm: {image: registry#name:tag, sbatch: {account: NAME, partition: NAME, time: 12:00:00}}"
+        )
     last = trainer(launch)
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, yaml_fault
 from nemo_eppo.tools.aligner_jobs import JOBS
 from nemo_eppo.tools.aligner_keys import KINDS, Rules
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
@@ -76,7 +76,9 @@ def read(path: Path) -> dict[str, Any]:
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
         loaded = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(yaml_fault(error, path)) from None
+    except (OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, found a list")

@@ -122,7 +122,8 @@ def prepare(
         kinds = {name.partition(".")[0] for name in counts.written} or {"prompts"}
         for name in (f"{kind}.{split}.jsonl" for kind in sorted(kinds) for split in SPLITS):
             if not counts.written[name]:
-                raise ConfigError(f"nothing is left for {name} (validation_fraction = {validation_fraction})\n{counts}")
+                found = replace(counts, written=Counter())  # the files go with the directory
+                raise ConfigError(f"nothing is left for {name} (validation_fraction = {validation_fraction})\n{found}")
     return counts
 
 
@@ -133,7 +134,8 @@ def _use_template(tokenizer: Tokenizer | None, chat_template: Path | Literal["to
         raise ConfigError("a chat template needs tokenizer_dir: it spells that tokenizer's special tokens")
     if isinstance(chat_template, Path):
         if not chat_template.is_file():
-            raise ConfigError(f"{chat_template}: no such file")
+            found = "a directory, expected a file" if chat_template.is_dir() else "no such file"
+            raise ConfigError(f"{chat_template}: {found}")
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     elif tokenizer.chat_template is None:
         raise ConfigError("chat_template = 'tokenizer': the tokenizer has no chat template of its own; give a file")

@@ -19,7 +19,7 @@ from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
 
 
 class RewardModelConfig(Config):
@@ -46,23 +46,11 @@ class RewardModel:
 
     def __init__(self, setup: ModelSetup, where: str = "model") -> None:
         self.plan = plan(setup, where, head="scalar")
+        self._statistics = read_statistics(self.plan, where)
         assert self.plan.manifest is not None
         state = self.plan.manifest.state
-        missing = [name for name in ("score", "mean", "std") if name not in state]
-        if missing:
-            if isinstance(self.plan.source, HfDirectory):
-                raise ConfigError(
-                    f"{where}: {self.plan.source.path}/config.json has no {REWARD_KEY}, which standardises scores: add "
-                    f'"{REWARD_KEY}": {{"mean": ..., "std": ...}} of its scores on held-out pairs, or 0 and 1 for raw '
-                    "scores"
-                )
-            raise ConfigError(
-                f"{where}: {self.plan.source} has no {', '.join(missing)}: it is a critic, not a trained reward model"
-            )
-        self.score, self.mean, self.std = state["score"], float(state["mean"]), float(state["std"])
-        self.head = self.plan.manifest.head
-        self.kind: str = state.get("kind", "bradley_terry")
-        self.latent_size = int(state.get("latent_size", 0))
+        self.score, self.head = state["score"], self.plan.manifest.head
+        self.latent_size: int = self._statistics["latent_size"]
         self._gaussian = read_gaussian(state["sft_latents"]) if self.latent_size else None
         self.tokenizer_digest = self.plan.tokenizer.digest()
         self.vocab_size, self.max_sequence_length = self.plan.model.vocab_size, self.plan.model.max_sequence_length
@@ -79,13 +67,7 @@ class RewardModel:
 
     def statistics(self) -> dict[str, Any]:
         """Return for the status reply: k, mean and std of each of k models on validation data, kind, latent size."""
-        return {
-            "k": 1,
-            "mean": [self.mean],
-            "std": [self.std],
-            "kind": self.kind,
-            "latent_size": self.latent_size,
-        }
+        return self._statistics
 
     def infer(self, request: Tensors) -> Tensors:
         """Map tokens [B, S], prompt_lengths [B], lengths [B] to raw rewards [B, 1] and latents [B, d], if it has any.
@@ -102,6 +84,38 @@ class RewardModel:
             whitened = torch.linalg.solve_triangular(self._gaussian.factor, centred.T, upper=False).T
             result["latents"] = whitened.float().contiguous()
         return result
+
+
+def read_statistics(plan: Plan, where: str = "model") -> dict[str, Any]:
+    """Return a planned reward model's statistics for the status reply, see `RewardModel.statistics`.
+
+    Raises:
+        ConfigError: the checkpoint is no trained reward model's; the message begins with the config key `where`.
+    """
+    assert plan.manifest is not None
+    state = plan.manifest.state
+    if missing := [name for name in ("score", "mean", "std") if name not in state]:
+        if isinstance(plan.source, HfDirectory):
+            raise ConfigError(
+                f"{where}: {plan.source.path}/config.json has no {REWARD_KEY}, which standardises scores: add "
+                f'"{REWARD_KEY}": {{"mean": ..., "std": ...}} of its scores on held-out pairs, or 0 and 1 for raw '
+                "scores"
+            )
+        raise ConfigError(
+            f"{where}: {plan.source} has no {', '.join(missing)}: it is a critic, not a trained reward model"
+        )
+    return statistics_of(state)
+
+
+def statistics_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the statistics that the state in a reward model's manifest gives, see `RewardModel.statistics`."""
+    return {
+        "k": 1,
+        "mean": [float(state["mean"])],
+        "std": [float(state["std"])],
+        "kind": state.get("kind", "bradley_terry"),
+        "latent_size": int(state.get("latent_size", 0)),
+    }
 
 
 def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_size: int) -> Tensor:

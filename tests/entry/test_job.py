@@ -240,7 +240,8 @@ def test_a_copy_of_the_actor_s_settings_finds_the_methods_of_the_package(
         ([], "required, but not set (??? in the YAML file): model.path"),
         (["model.path=x", "model.hidden_size=0"], "model.hidden_size = 0: Input should be greater than 0"),
         (["model.path=${nowhere}"], "model.path: Interpolation key 'nowhere' not found"),
-        (["model.path"], "Error parsing override 'model.path'"),
+        (["model.path"], "model.path: expected KEY=VALUE"),
+        (["model.path=[1,"], "model.path=[1,: expected KEY=VALUE, see --help"),
         (["~nothing"], "'nothing' does not exist"),
         (["--config-name", "other"], "conf/other.yaml: Cannot find primary config 'other'"),
         (["--config-path", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
@@ -305,6 +306,31 @@ def test_the_first_cause_is_told_once_and_a_mistake_keeps_its_stack(
         assert len(told.splitlines()) == 1
     follows = isinstance(error, PeerError) or "gloo" in str(error)  # from the failure of another rank
     assert waited == [10.0 if follows else 5.0 if rank else 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("steps: 1\nmodel: {path: p}\nsteps: 2\n", "mine.yaml:3: found duplicate key steps: 'steps: 2'"),
+        ("model:\n\tpath: p\n", "mine.yaml:2: found character '\\t' that cannot start any token: '\\tpath: p'"),
+        ("steps: 1\nmodel: {path: [\n", "mine.yaml:2: "),
+        ("defaults: [model: broken]\n", "model/broken.yaml:2: found duplicate key path: 'path: q'"),
+        (b"\xff", "mine.yaml: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_broken_yaml_file_is_named_with_line_and_key(
+    script: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str | bytes,
+    fault: str,
+) -> None:
+    (tmp_path / "mine.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "broken.yaml").write_text("path: p\npath: q\n")
+    assert _as_rank_1(script, monkeypatch, "--config-dir", str(tmp_path), "--config-name", "mine") == 2
+    assert f"rank 1: {tmp_path}/{fault}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

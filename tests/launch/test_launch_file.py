@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,12 @@ from launched import eppo, write
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.command import CRITIC, REWARDS
-from nemo_eppo.launch.examination import Job, check_launch, missing_servers
+from nemo_eppo.launch.examination import check_launch, missing_servers
 from nemo_eppo.launch.gpus import Gpus
+from nemo_eppo.launch.job import Job
+from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
+from nemo_eppo.launch.slurm import batch_script
 from nemo_eppo.servers.client import ClientConfig
 from nemo_eppo.training.critics import CriticSource
 from nemo_eppo.training.kinds import KINDS
@@ -180,6 +184,54 @@ def test_an_override_changes_what_the_file_says_in_either_spelling(models: Model
         "epochs": 3,
     }
     assert changed.jobs["reward"].setting("model") == {"restore_from_path": str(models.rm), "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "fault"),
+    [
+        ("name: x\noutput: o\nname: y\n", [], "FILE:3: found duplicate key name: 'name: y'"),
+        ("name: x\njobs:\n\tactor: {}\n", [], "FILE:3: found character '\\t' that cannot start any token: '\\tactor"),
+        ("name: x\njobs: {actor: [\n", [], "FILE:2: expected the node content, but found '<stream end>': 'jobs: {ac"),
+        ("name: ${nothing}\noutput: o\njobs: {}\n", [], "FILE: name: Interpolation key 'nothing' not found"),
+        ("- name\n", [], "FILE: expected a mapping with name, output and jobs"),
+        ("name: x\n", ["jobs.actor"], "jobs.actor: expected KEY=VALUE"),
+        ("name: x\n", ["--dry-run", "jobs.actor"], "jobs.actor: expected KEY=VALUE"),
+        ("name: x\n", ["=3"], "=3: expected KEY=VALUE"),
+        ("name: x\n", ["a=[1,"], "a=[1,: expected KEY=VALUE ("),
+        ("name: x\n", ["a.b=1", "--dry-run", "a.b=2"], "a.b is given twice on the command line: a.b=1 and a.b=2"),
+        (None, [], "FILE is a directory, expected a launch file"),
+    ],
+)
+def test_a_file_or_argument_that_cannot_be_read_is_named(
+    text: str | None, arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "launch.yaml"
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_text(text)
+    assert main(["launch", str(file), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"nemo-eppo: error: {fault.replace('FILE', str(file))}")
+
+
+def test_changes_may_follow_an_option(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml"))
+    for command in (["launch", file, "--dry-run"], ["doctor", file, "jobs.actor.ranks_per_node=2", "--json"]):
+        change = "jobs.critic.settings.optimzer.lr=1"
+        with suppress(SystemExit):
+            main([*command, change])
+        assert "optimzer: unknown key" in "".join(capsys.readouterr())
+        with pytest.raises(SystemExit):
+            main([*command, change, "--wrong"])
+        assert "unrecognized arguments: jobs.critic.settings.optimzer.lr=1 --wrong" in capsys.readouterr().err
+
+
+def test_what_a_backend_needs_is_said_with_an_example(models: Models, tmp_path: Path) -> None:
+    launch = read_launch(write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml"))
+    with pytest.raises(ConfigError, match=r"slurm: required .*: slurm: \{image: .*, sbatch: \{account: NAME, "):
+        batch_script(launch)
+    with pytest.raises(ConfigError, match=r"kubernetes: required .*: kubernetes: \{image: NAME, volumes: \{CLAIM: "):
+        manifests(launch)
 
 
 def stages(server_needs: list[str]) -> LaunchConfig:

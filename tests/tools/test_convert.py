@@ -239,7 +239,8 @@ def reward_round_trip(root: Path) -> list[Tensor]:
         served.build()
         tokens, lengths = batch()
         raw = served.infer({"tokens": tokens, "lengths": lengths, "prompt_lengths": torch.ones(4, dtype=torch.long)})
-        scores += [raw["rewards"][:, 0], (raw["rewards"][:, 0] - served.mean) / served.std]
+        [mean], [std] = (served.statistics()[name] for name in ("mean", "std"))
+        scores += [raw["rewards"][:, 0], (raw["rewards"][:, 0] - mean) / std]
     return scores
 
 

@@ -61,6 +61,29 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith("nemo-eppo: error: ")
 
 
+def test_a_failure_leaves_nothing_behind_and_claims_nothing(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{number}"} for number in range(4)]
+    output, size = tmp_path / "new" / "deep" / "out", ["--vocab-size", "300"]
+    for arguments, message in (
+        (
+            [str(write_rows(*rows)), "--validation-fraction", "0.000001", *size],
+            "nothing is left for prompts.validation.jsonl",
+        ),
+        ([str(tmp_path)], f"{tmp_path}: "),
+        ([str(tmp_path / "rows.jsonl"), "--tokenizer", "nowhere"], "tokenizer directory 'nowhere' does not exist"),
+    ):
+        assert main(["prepare", "prompts", "--output", str(output), "--input", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "wrote" not in error
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "folder.jsonl").mkdir()
+    assert main(["prepare", "prompts", "--output", str(output), "--input", str(tmp_path / "folder.jsonl")]) == 2
+    assert "folder.jsonl: a directory, expected a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -163,4 +163,4 @@ def test_every_kind_trains_and_averages_in_bf16(kind: str, models: Models, tmp_p
     made = run_ranks(train_bf16, 1, models, kind, tmp_path / kind)[0]
     assert made == ["average", "linear_probe", "member_0", "member_1"]
     model = RewardModel(ModelSetup(restore_from_path=tmp_path / kind / "average"))
-    assert (model.head, model.kind, model.std > 0) == (kind, kind, True)
+    assert (model.head, model.statistics()["kind"], model.statistics()["std"][0] > 0) == (kind, kind, True)

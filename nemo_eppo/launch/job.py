@@ -1,0 +1,62 @@
+"""A job of a launch file whose settings are valid, as its examination sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nemo_eppo.training.kinds import JobKind
+
+if TYPE_CHECKING:
+    from nemo_eppo.training.setup import ModelSetup, Plan
+
+DATA = ("data.train", "data.validation")
+"""Settings that name the files of rows that a job reads."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the launch with valid settings."""
+
+    name: str
+    kind: JobKind
+    ranks: int
+    settings: Any
+    plans: "Mapping[str, Plan]" = field(default_factory=dict)
+    """Its models by the key of their settings; those that are wrong or were not examined are missing."""
+    rewards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Statistics of the reward models among them, as a status reply has them; those that are unknown are missing."""
+
+    @property
+    def plan(self) -> "Plan | None":
+        """The model that it trains or serves; None if that is wrong or was not examined."""
+        return self.plans.get("model")
+
+    @property
+    def models(self) -> "dict[str, ModelSetup]":
+        """All models that the job will run, by the key of their settings."""
+        model = self.settings.model
+        found: dict[str, ModelSetup] = {"model": model}
+        if path := self.setting("reward_model"):
+            found["reward_model"] = model.beside(path)
+        if critic := self.setting("critic.colocated"):
+            found["critic.colocated"] = model.beside(critic.restore_from_path, critic.lora)
+        sources = {f"rewards[{index}]": source for index, source in enumerate(self.setting("rewards") or ())}
+        for key, source in (sources | {"held_out_reward": self.setting("held_out_reward")}).items():
+            if source is not None and source.colocated is not None:
+                found[f"{key}.colocated"] = model.beside(source.colocated.restore_from_path)
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the job works on; 0 if unknown."""
+        if self.kind.samples:
+            return int(self.settings.longest)
+        chosen = self.setting("data.max_sequence_length")
+        return int(chosen or (self.plan.model.max_sequence_length if self.plan else 0))
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a dotted key; None if this kind of job has no such setting."""
+        value = self.settings
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        return value
