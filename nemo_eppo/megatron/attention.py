@@ -24,7 +24,7 @@ def attend(
     """Softmax attention of query [b, heads, l, D] to key and value [b, groups, s, D] -> [b, heads, l, D].
 
     Args:
-        visible: broadcasts to [b, heads, l, s]; bool, True where a query sees a key, or fp32, added to the logits.
+        visible: broadcasts to [b, heads, l, s]; bool, True where a query sees a key, or added to the logits.
         causal: replaces `visible` where l = s: query i sees keys up to i.
         window: with `causal`, query i sees only this many keys, up to i; None for all.
         scale: factor of the logits; None for D ** -0.5.

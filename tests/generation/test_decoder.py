@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from features import LLAMA3
 from small_models import (
     EOS,
     GEMMA2_MODEL,
@@ -23,6 +24,7 @@ from small_models import (
     random_weights,
     trainer_logprobs,
 )
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.generation import decoder
@@ -42,10 +44,7 @@ SAMPLINGS = {
 }
 MODELS = {
     "Llama": ("LlamaForCausalLM", MODEL),
-    "Llama 3.1": (
-        "LlamaForCausalLM",
-        MODEL.model_copy(update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}),
-    ),
+    "Llama 3.1": ("LlamaForCausalLM", MODEL.model_copy(update={"rope_scaling": LLAMA3})),
     "Qwen2": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3": ("Qwen3ForCausalLM", QWEN3),
     "Gemma2": ("Gemma2ForCausalLM", GEMMA2_MODEL),
@@ -63,6 +62,7 @@ FAMILY_LAYOUTS = [
     ("Phi3", "TP 2"),
     ("Phi3", "PP 2"),
     ("Mistral", "one rank"),
+    ("Mistral", "TP 2 PP 2"),
 ]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
 
@@ -123,7 +123,8 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
 
 
 @torch.no_grad()
-def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]]:
+def transformers_greedy(architecture: str, model: ModelConfig) -> list[tuple[list[int], Tensor]]:
+    """Tokens of each response, and their log-probs."""
     config = AutoConfig.for_model(**hf_config(model, architecture) | {"pad_token_id": PAD})
     network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
@@ -132,16 +133,21 @@ def transformers_greedy(architecture: str, model: ModelConfig) -> list[list[int]
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
+        settings |= {"return_dict_in_generate": True, "output_logits": True}
         output = network.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
-        responses.append(output[0, len(prompt) :].tolist())
+        response, logits = output.sequences[0, len(prompt) :], torch.cat(output.logits)
+        responses.append((response.tolist(), logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]))
     return responses
 
 
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
-def test_greedy_is_that_of_transformers(name: str, layout: str) -> None:
+def test_greedy_is_that_of_transformers_far_past_the_window(name: str, layout: str) -> None:
     architecture, model = MODELS[name]
+    assert max(len(prompt) for prompt in PROMPTS) > 2 * (model.sliding_window or 0)
     greedy = decoded(layout, model)[0]["greedy"][0]
-    assert [completion.token_ids for completion in greedy] == transformers_greedy(architecture, model)
+    for completion, (tokens, logprobs) in zip(greedy, transformers_greedy(architecture, model), strict=True):
+        assert completion.token_ids == tokens
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
