@@ -38,23 +38,19 @@ _SETTINGS: dict[str, Any] = {
     "attn_implementation": "eager",
     "tie_word_embeddings": False,
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 0.1, "high_freq_factor": 2.0, **_STRETCHED}
+YARN = {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 0.05, **_STRETCHED}
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 FAMILIES: dict[str, Any] = {
     "Llama": LlamaConfig(**_SETTINGS),
     "DeepSeek": LlamaConfig(**_SETTINGS | {"num_key_value_heads": 4, "rope_theta": 5e4}),  # no grouped queries
-    "Llama3.1": LlamaConfig(
-        **_SETTINGS | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 131072}
-    ),
+    "Llama3.1": LlamaConfig(**_SETTINGS | {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     "Mistral": MistralConfig(**_SETTINGS | {"sliding_window": None}),
-    "Mistral7B": MistralConfig(**_SETTINGS | {"sliding_window": 4}),
+    "Mistral7B": MistralConfig(**_SETTINGS | {"sliding_window": 4, "rope_scaling": LINEAR}),
     "Qwen2": Qwen2Config(**_SETTINGS | {"tie_word_embeddings": True}),
-    "Qwen3": Qwen3Config(**_SETTINGS | {"head_dim": 12}),
+    "Qwen3": Qwen3Config(**_SETTINGS | {"head_dim": 12, "rope_scaling": YARN, **WINDOWS}),
     "Gemma2": Gemma2Config(
         **_SETTINGS
         | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "tie_word_embeddings": True}

@@ -154,9 +154,10 @@ class Decoder:
         if int(self._lengths.min()) < longest or (window is not None and window < longest):
             columns, places = self._columns[:longest], positions[:, None]
             seen = columns <= places
-            visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+            # in the queries' dtype, which torch's memory-efficient attention wants
+            visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(self._dtype)
             if window is not None:
-                in_window = torch.where(seen & (columns > places - window), 0.0, -torch.inf)[:, None, None]
+                in_window = visible.masked_fill((columns <= places - window)[:, None, None], -torch.inf)
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = _Newest(rows, positions, longest, visible, in_window)
         cache = self._cache[:, : len(tokens)]

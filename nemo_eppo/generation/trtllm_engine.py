@@ -74,11 +74,15 @@ def check_tensorrt_llm(
 ) -> None:
     """Raise ConfigError if an engine with these settings cannot start here; starts only Python, to find the package."""
     size, ranks, family = config.tensor_parallel_size, parallel.model_parallel_size, family_of(model)
-    windowed = model.sliding_window is not None and model.sliding_window < model.max_sequence_length
-    if not family.tensorrt_llm or windowed:
-        why = f"model.sliding_window = {model.sliding_window}" if windowed else f"{family.name} models"
+    unknown = [] if family.tensorrt_llm else [f"{family.name} models"]
+    if model.sliding_window is not None and model.sliding_window < model.max_sequence_length:
+        unknown.append(f"model.sliding_window = {model.sliding_window}")
+    if model.rope_scaling is not None and model.rope_scaling.rope_type != "llama3":
+        unknown.append(f"model.rope_scaling.rope_type = {model.rope_scaling.rope_type!r}")
+    if unknown:
         raise ConfigError(
-            f"engine.name = 'tensorrt_llm' is not known to compute {why} as training does; expected 'megatron'"
+            f"engine.name = 'tensorrt_llm' is not known to compute {', '.join(unknown)} as training does; "
+            "expected 'megatron'"
         )
     if ranks % size:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Attention in plain torch, with an optional sliding window and an optional cap on its logits."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def attend(
     """Softmax attention of query [b, heads, l, D] to key and value [b, groups, s, D] -> [b, heads, l, D].
 
     Args:
-        visible: broadcasts to [b, heads, l, s]; bool, True where a query sees a key, or fp32, added to the logits.
+        visible: broadcasts to [b, heads, l, s]; bool, True where a query sees a key, or added to the logits.
         causal: replaces `visible` where l = s: query i sees keys up to i.
         window: with `causal`, query i sees only this many keys, up to i; None for all.
         scale: factor of the logits; None for D ** -0.5.
@@ -33,7 +34,8 @@ def attend(
     """
     size = query.size(2)
     if causal and (softcap is not None or (window is not None and window < size)):
-        visible = torch.ones(size, size, dtype=torch.bool, device=query.device).tril().triu(1 - (window or size))
+        whole = -(-size // 512) * 512
+        visible = _band(whole, window or whole, query.dtype, query.device)[:size, :size]
         causal = False
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -52,6 +54,17 @@ def attend(
         logits = logits.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else logits + visible
     weights = logits.softmax(-1).to(value.dtype).unflatten(1, (key.size(1), -1))
     return (weights @ value.unsqueeze(2)).flatten(1, 2)
+
+
+@lru_cache(maxsize=4)
+def _band(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return [size, size]: 0 where a query sees a key, up to itself and in its window, else -inf.
+
+    Torch keeps it for the backward pass of each layer, so all layers and shorter rows share one.
+    """
+    with torch.inference_mode(False):  # training may use it after generation
+        seen = torch.ones(size, size, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+        return torch.zeros(size, size, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:

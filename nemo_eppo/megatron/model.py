@@ -34,12 +34,11 @@ class _Decoder(GPTModel):
             pre_process=first,
             post_process=last,
             position_embedding_type="rope",
-            rotary_base=model.rotary_base,
-            rope_scaling=model.rope_scaling_factor is not None,
-            rope_scaling_factor=model.rope_scaling_factor or 1.0,
             share_embeddings_and_output_weights=tied,
             vp_stage=vp_stage,
         )
+        # megatron-core scales by constants of its own
+        self.rotary_pos_emb.inv_freq = model.inverse_frequencies().to(self.rotary_pos_emb.inv_freq.device)
         self.description = model
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

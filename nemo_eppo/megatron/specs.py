@@ -67,7 +67,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        softmax_scale=None if model.query_pre_attn_scalar is None else model.query_pre_attn_scalar**-0.5,
+        softmax_scale=model.attention_scale,
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
         window_attn_skip_freq=[int(layer not in model.global_layers) for layer in range(model.num_layers)],
         init_method_std=model.init_std,

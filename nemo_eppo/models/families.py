@@ -18,6 +18,7 @@ QWEN2 = Family(
     features={"qkv_bias": True, "head_dim": None},
     keys=_QWEN_KEYS,
     global_layers=lambda config: range(config.get("max_window_layers", 28)),
+    first_window="max_window_layers",
     tensorrt_llm=True,
 )
 QWEN3 = Family(
@@ -25,6 +26,7 @@ QWEN3 = Family(
     features={"qk_norm": True},
     keys={**_QWEN_KEYS, "head_dim": Key("head_dim")},
     global_layers=QWEN2.global_layers,
+    first_window=QWEN2.first_window,
     tensorrt_llm=True,
 )
 MISTRAL = Family(
@@ -55,7 +57,7 @@ GEMMA2 = Family(
 )
 PHI3 = Family(
     name="Phi3",
-    features={"head_dim": None, "rope_scaling_factor": None},
+    features={"head_dim": None, "rope_scaling": None},
     keys={
         **KEYS,
         "num_key_value_heads": Key("num_query_groups", None),

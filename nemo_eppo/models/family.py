@@ -91,6 +91,8 @@ class Family:
     """Tensors of layer i, counted from 0, are called this + "i." + the name in `names`."""
     global_layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
     """config.json -> layers, from 0, without a sliding window, if it has no layer_types; None if layers are alike."""
+    first_window: str | None = None
+    """Key of config.json that holds the first layer, from 0, with a sliding window, for readers without layer_types."""
     tensorrt_llm: bool = False
     """Whether TensorRT-LLM is known to compute it as training does."""
 
@@ -114,7 +116,7 @@ class Family:
 
     def check(self, model: ModelConfig, architecture: str) -> None:
         """Raise ConfigError if a model has a feature that the family lacks, or lacks one that it has."""
-        free = {key.field for key in self.keys.values()} | {"family", "rotary_base", "rope_scaling_factor"}
+        free = {key.field for key in self.keys.values()} | {"family", "rotary_base", "rope_scaling"}
         free |= {"global_layers"} if self.global_layers else set()
         for name, declared in ModelConfig.model_fields.items():
             if name in free and name not in self.features:

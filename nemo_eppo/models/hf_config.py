@@ -1,17 +1,16 @@
 """Converts between a Hugging Face `config.json` and a ModelConfig, as the model's family describes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.models.families import HEADS, family_of, family_of_architecture
 from nemo_eppo.models.family import REQUIRED, Family, Key
 from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.models.rope import RopeType
 
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants of megatron-core's rotary scaling."""
 
 
 def model_config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -55,9 +54,11 @@ def hf_config(model: ModelConfig, architecture: str) -> dict[str, Any]:
     if family.global_layers is not None:
         everywhere = range(model.num_layers) if model.sliding_window is None else model.global_layers
         config["layer_types"] = [_LAYER_TYPES[layer in everywhere] for layer in range(model.num_layers)]
+        if family.first_window and model.sliding_window and set(everywhere) == set(range(len(everywhere))):
+            config[family.first_window] = len(everywhere)
     config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
-    if model.rope_scaling_factor is not None:
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3}
+    if model.rope_scaling is not None:
+        config["rope_scaling"] = model.rope_scaling.model_dump(exclude_none=True)
     return config
 
 
@@ -91,14 +92,25 @@ def _windows(hf_config: Mapping[str, Any], family: Family, values: Mapping[str, 
 
 def _rotary(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary fields of ModelConfig; ConfigError for an unsupported kind of scaling."""
-    rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
+    defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    rope = {key: hf_config.get(key, default) for key, default in defaults.items()}
+    rope |= hf_config.get("rope_scaling") or {}
     rope |= hf_config.get("rope_parameters") or {}  # transformers 5 writes these
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"rope_scaling.rope_type = {kind!r} in config.json is not supported; expected null or llama3")
-    if kind == "llama3":
-        _expect(rope, _LLAMA3)
-    return {"rotary_base": rope["rope_theta"], "rope_scaling_factor": rope["factor"] if kind == "llama3" else None}
+    older = rope.pop("type", "default")
+    kind, base = rope.pop("rope_type", older), rope.pop("rope_theta")
+    if kind != "default" and kind not in get_args(RopeType):
+        raise ConfigError(
+            f"rope_scaling.rope_type = {kind!r} in config.json is not supported; expected null, "
+            f"{' or '.join(get_args(RopeType))}"
+        )
+    _expect(rope, {"partial_rotary_factor": 1.0})
+    del rope["partial_rotary_factor"]
+    if kind == "default":
+        _expect(rope, dict.fromkeys(rope))
+        return {"rotary_base": base}
+    if kind == "yarn" and rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = hf_config["max_position_embeddings"]  # as transformers assumes
+    return {"rotary_base": base, "rope_scaling": {"rope_type": kind, **rope}}
 
 
 def _expect(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

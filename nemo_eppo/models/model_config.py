@@ -1,14 +1,15 @@
 """Settings of a model: architecture, head, adapters and numeric precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nemo_eppo.config import Config
+from nemo_eppo.models.rope import RopeScaling, inverse_frequencies
 
 Head = Literal["lm", "scalar", "odin", "inform"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -42,10 +43,10 @@ class ModelConfig(Config):
     """Tokens of the model, 0 for the tokenizer's; padding for tensor parallelism is added and masked internally."""
     max_sequence_length: int = Field(ge=2)
     """Longest prompt + response, in tokens."""
-    rotary_base: float = Field(10000.0, gt=0)
+    rotary_base: float = Field(10000.0, gt=1)
     """Base of the rotary position embedding."""
-    rope_scaling_factor: float | None = Field(None, gt=0)
-    """Llama-3.1 style rotary scaling factor; null for none."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary positions are stretched; null for not at all."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """Number added to the mean square in RMSNorm."""
     qkv_bias: bool = False
@@ -75,6 +76,17 @@ class ModelConfig(Config):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of freshly initialised weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_older_key(cls, values: Any) -> Any:
+        """Read `rope_scaling_factor`, which older checkpoints have in place of `rope_scaling`: Llama 3.1's factor."""
+        if not isinstance(values, Mapping) or "rope_scaling_factor" not in values:
+            return values
+        factor = values["rope_scaling_factor"]
+        constants = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        scaling = None if factor is None else {"rope_type": "llama3", "factor": factor, **constants}
+        return {**{k: v for k, v in values.items() if k != "rope_scaling_factor"}, "rope_scaling": scaling}
+
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -92,6 +104,14 @@ class ModelConfig(Config):
             raise ValueError(f"global_layers = {list(self.global_layers)} needs a sliding_window")
         if unknown := [layer for layer in self.global_layers if not 0 <= layer < self.num_layers]:
             raise ValueError(f"global_layers: {unknown} are no layers; expected 0 to {self.num_layers - 1}")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            original, longest = self.rope_scaling.original_max_position_embeddings, self.max_sequence_length
+            if original is not None and original < longest:
+                raise ValueError(
+                    f"rope_scaling.rope_type = 'dynamic': tokens beyond original_max_position_embeddings = {original} "
+                    "would change the positions of their whole batch; expected max_sequence_length "
+                    f"(max_position_embeddings in config.json) up to that, not {longest}"
+                )
         return self
 
     @property
@@ -103,6 +123,16 @@ class ModelConfig(Config):
     def head_width(self) -> int:
         """Width of one attention head, in channels."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of attention logits. It includes what YaRN multiplies queries and keys by."""
+        magnitude = self.rope_scaling.magnitude if self.rope_scaling else 1.0
+        return float((self.query_pre_attn_scalar or self.head_width) ** -0.5 * magnitude**2)
+
+    def inverse_frequencies(self) -> Tensor:
+        """Return the angle [head_width / 2], fp32, in radians, by which channels turn from token to token."""
+        return inverse_frequencies(self.head_width, self.rotary_base, self.rope_scaling)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Return the vocabulary size, rounded up so that tensor-parallel ranks hold equal numbers of rows."""

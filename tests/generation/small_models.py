@@ -3,11 +3,11 @@
 from functools import cache
 from typing import Any
 
+import features
 import tiny
 import tokenizers
 import torch
 import torch.distributed as dist
-from features import GEMMA2, MISTRAL, PHI3
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -27,10 +27,10 @@ from nemo_eppo.rollout.sampling import SamplingParams
 
 MODEL = tiny.MODEL.model_copy(update={"vocab_size": 61})  # odd, so that tensor parallelism pads it
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6})
-QWEN3 = MODEL.model_copy(update={"qk_norm": True, "head_dim": 12, "tie_embeddings": True})
-GEMMA2_MODEL = MODEL.model_copy(update=GEMMA2)
-PHI3_MODEL = MODEL.model_copy(update=PHI3)
-MISTRAL_MODEL = MODEL.model_copy(update=MISTRAL)
+QWEN3 = MODEL.model_copy(update={**features.QWEN3, "head_dim": 12, "tie_embeddings": True})
+GEMMA2_MODEL = MODEL.model_copy(update=features.GEMMA2)
+PHI3_MODEL = MODEL.model_copy(update=features.PHI3)
+MISTRAL_MODEL = MODEL.model_copy(update=features.MISTRAL)
 EOS, PAD, END = 2, 0, 1
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},

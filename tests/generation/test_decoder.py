@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from features import LLAMA3
 from small_models import (
     END,
     EOS,
@@ -25,6 +26,7 @@ from small_models import (
     random_weights,
     trainer_logprobs,
 )
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.generation import decoder
@@ -52,10 +54,7 @@ SAMPLINGS = {
 OF_ALL_FAMILIES = ("greedy", "top-p", "greedy, penalised", "greedy, all", "penalty")
 MODELS = {
     "Llama": ("LlamaForCausalLM", MODEL),
-    "Llama 3.1": (
-        "LlamaForCausalLM",
-        MODEL.model_copy(update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}),
-    ),
+    "Llama 3.1": ("LlamaForCausalLM", MODEL.model_copy(update={"rope_scaling": LLAMA3})),
     "Qwen2": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3": ("Qwen3ForCausalLM", QWEN3),
     "Gemma2": ("Gemma2ForCausalLM", GEMMA2_MODEL),
@@ -73,6 +72,7 @@ FAMILY_LAYOUTS = [
     ("Phi3", "TP 2"),
     ("Phi3", "PP 2"),
     ("Mistral", "one rank"),
+    ("Mistral", "TP 2 PP 2"),
 ]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
 
@@ -136,7 +136,10 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
 
 
 @torch.no_grad()
-def transformers_greedy(architecture: str, model: ModelConfig, sampling: SamplingParams) -> list[list[int]]:
+def transformers_greedy(
+    architecture: str, model: ModelConfig, sampling: SamplingParams
+) -> list[tuple[list[int], Tensor]]:
+    """Tokens of each response, and their log-probs."""
     config = AutoConfig.for_model(**hf_config(model, architecture) | {"pad_token_id": PAD})
     network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(random_weights(model), strict=not model.tie_embeddings)
@@ -155,18 +158,24 @@ def transformers_greedy(architecture: str, model: ModelConfig, sampling: Samplin
             tokenizer=hf_tokenizer(),
             eos_token_id=[EOS, END] if "<end>" in sampling.stop_strings else EOS,
             pad_token_id=PAD,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
-        responses.append(output[0, len(prompt) :].tolist())
+        response, scores = output.sequences[0, len(prompt) :], torch.cat(output.scores)
+        responses.append((response.tolist(), scores.log_softmax(-1).gather(-1, response[:, None])[:, 0]))
     return responses
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "greedy, penalised", "greedy, all"])
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
-def test_greedy_is_that_of_transformers(name: str, layout: str, sampling: str) -> None:
+def test_greedy_is_that_of_transformers_far_past_the_window(name: str, layout: str, sampling: str) -> None:
     architecture, model = MODELS[name]
+    assert max(len(prompt) for prompt in PROMPTS) > 2 * (model.sliding_window or 0)
     greedy = decoded(layout, model)[0][sampling][0]
     expected = transformers_greedy(architecture, model, SAMPLINGS[sampling])
-    assert [completion.token_ids for completion in greedy] == expected
+    for completion, (tokens, logprobs) in zip(greedy, expected, strict=True):
+        assert completion.token_ids == tokens
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sampling", ["top-p", "penalty"])

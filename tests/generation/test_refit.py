@@ -377,7 +377,7 @@ def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     ("model", "what"),
     [
         (GEMMA2_MODEL.model_copy(update={"sliding_window": 64}), "Gemma2 models"),
-        (MISTRAL_MODEL, "model.sliding_window = 3"),
+        (MISTRAL_MODEL, "model.sliding_window = 3, model.rope_scaling.rope_type = 'linear'"),
     ],
 )
 def test_models_that_tensorrt_llm_is_not_known_to_compute_are_refused(model: ModelConfig, what: str) -> None:

@@ -1,7 +1,9 @@
 """What this machine's modules cannot compute is refused by name."""
 
+import math
+
 import pytest
-from features import GEMMA2, MISTRAL
+from features import GEMMA2, MISTRAL, YARN
 from tiny import MODEL
 
 from nemo_eppo.config import ConfigError
@@ -25,4 +27,6 @@ def test_features_are_told_to_megatron_in_its_own_words() -> None:
     mistral = specs.transformer_config(MODEL.model_copy(update=MISTRAL), ParallelConfig(), "fp32")
     assert (mistral.window_size, mistral.window_attn_skip_freq) == ((2, 0), [1, 1, 1, 1])
     llama = specs.transformer_config(MODEL, ParallelConfig(), "fp32")
-    assert (llama.window_size, llama.softmax_scale, llama.layernorm_zero_centered_gamma) == (None, None, False)
+    assert (llama.window_size, llama.softmax_scale, llama.layernorm_zero_centered_gamma) == (None, 8**-0.5, False)
+    yarn = specs.transformer_config(MODEL.model_copy(update={"rope_scaling": YARN}), ParallelConfig(), "fp32")
+    assert yarn.softmax_scale == pytest.approx(8**-0.5 * (1 + 0.1 * math.log(4)) ** 2)

@@ -5,12 +5,28 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from features import GEMMA2, MISTRAL, PHI3
-from tiny import MODEL, PP2, PRESETS, TP2, Layout, build_runner, close, inputs, random_batch, random_weights
+from features import DYNAMIC, GEMMA2, LLAMA3, MISTRAL, PHI3, QWEN3, YARN
+from tiny import (
+    MODEL,
+    PP2,
+    PRESETS,
+    SP2,
+    TP2,
+    Layout,
+    build_runner,
+    close,
+    exported,
+    inputs,
+    random_batch,
+    random_weights,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import hf_config, model_config_from_hf
 from nemo_eppo.models.model_config import ModelConfig
 
@@ -18,16 +34,16 @@ LAYERS = (-1, 1)
 FAMILIES = {
     "Llama": MODEL,
     "Llama tied": MODEL.model_copy(update={"tie_embeddings": True}),
-    "Llama 3.1": MODEL.model_copy(
-        update={"rotary_base": 5e5, "rope_scaling_factor": 8.0, "max_sequence_length": 16384}
+    "Llama 3.1": MODEL.model_copy(update={"rope_scaling": LLAMA3}),
+    "Mistral": MODEL.model_copy(
+        update={"family": "Mistral", "num_query_groups": None, "norm_epsilon": 1e-6, "rope_scaling": DYNAMIC}
     ),
-    "Mistral": MODEL.model_copy(update={"family": "Mistral", "num_query_groups": None, "norm_epsilon": 1e-6}),
     "Mistral windowed": MODEL.model_copy(update=MISTRAL),
-    "Qwen2": MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6}),
+    "Qwen2": MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6, "rope_scaling": YARN}),
     "Qwen2 tied": MODEL.model_copy(update={"qkv_bias": True, "tie_embeddings": True}),
     "Qwen3": MODEL.model_copy(update={"qk_norm": True, "head_dim": 12}),
     "Qwen3 tied": MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True}),
-    "Qwen3 windowed": MODEL.model_copy(update={"qk_norm": True, "sliding_window": 4, "global_layers": (0, 1)}),
+    "Qwen3 windowed": MODEL.model_copy(update=QWEN3),
     "Gemma2": MODEL.model_copy(update=GEMMA2),
     "Phi3": MODEL.model_copy(update=PHI3),
 }
@@ -45,7 +61,6 @@ def transformers_model(family: str, model: ModelConfig) -> Any:
     return network
 
 
-@torch.no_grad()
 def transformers_logprobs(network: Any) -> Tensor:
     """Log-prob and entropy [N, S, 2] of `random_batch`, 0 where there is no target."""
     batch = random_batch()
@@ -130,14 +145,58 @@ def megatron_energies(layout: Layout, model: ModelConfig, configs: list[EnergyPr
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_entropies_are_those_of_transformers(family: str) -> None:
     model = FAMILIES[family]
-    expected = transformers_logprobs(transformers_model(family, model))
+    expected = transformers_logprobs(transformers_model(family, model)).detach()
     for layout, ranks, packed in (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25)):
         for outputs in run_ranks(megatron_logprobs, ranks, layout, model, packed):
             close(f"{family}, {layout}, packed {packed}, log-prob", outputs[..., 0], expected[..., 0])
             close(f"{family}, {layout}, packed {packed}, entropy", outputs[..., 1], expected[..., 1])
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3"])
+def weighted_batch() -> Rows:
+    """`random_batch`, with a weight of its own for every log-prob and every entropy: 0 where there is no target."""
+    rows = random_batch()
+    targets = rows["targets"].unsqueeze(-1).expand(-1, -1, 2)
+    weights = torch.linspace(0.05, 0.15, targets.numel()).view(targets.shape)
+    return rows | {"weights": torch.where(targets == IGNORE, 0, weights)}
+
+
+def weighted_sum(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    return (rows["weights"] * output).sum(), {}
+
+
+def megatron_gradients(layout: Layout, families: list[str], micro_batch_tokens: int | None) -> list[dict[str, Tensor]]:
+    """Gradients of `weighted_sum`, as whole tensors under their Hugging Face names."""
+    gradients = []
+    for family in families:
+        model = FAMILIES[family]
+        optimizer = OptimizerConfig(lr=0.1, clip_grad=0.0)
+        runner = build_runner(layout, model, optimizer=optimizer, micro_batch_tokens=micro_batch_tokens)
+        runner.train_step(weighted_batch(), weighted_sum)
+        for chunk in runner.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.main_grad)
+        gradients.append(exported(runner, model))
+    return gradients
+
+
+def transformers_gradients(family: str, model: ModelConfig) -> dict[str, Tensor]:
+    network = transformers_model(family, model)
+    outputs = transformers_logprobs(network)
+    weighted_sum(outputs, weighted_batch())[0].backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize(("layout", "ranks", "packed"), [({}, 1, 25), (SP2, 2, None), (PP2, 2, 25)])
+def test_gradients_are_those_of_transformers(layout: Layout, ranks: int, packed: int | None) -> None:
+    families = ["Llama 3.1", "Mistral windowed", "Qwen3 windowed", "Gemma2"]
+    for gradients in run_ranks(megatron_gradients, ranks, layout, families, packed):
+        for family, got in zip(families, gradients, strict=True):
+            expected = transformers_gradients(family, FAMILIES[family])
+            assert min(float(tensor.abs().max()) for tensor in expected.values()) > 1e-3
+            close(f"{family}, {layout}, gradient", got, expected)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3", "Mistral windowed"])
 def test_energies_are_those_of_hooks_on_transformers(family: str) -> None:
     model = FAMILIES[family]
     configs = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from features import GEMMA2, PHI3
+from features import DYNAMIC, GEMMA2, LINEAR, LLAMA3, PHI3, YARN
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +27,7 @@ from nemo_eppo.models.hf_config import causal_architecture, hf_config, model_con
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.models.rope import RopeScaling
 
 LLAMA = ModelConfig(
     num_layers=4,
@@ -275,12 +276,12 @@ def test_settings_are_read_from_configs_of_transformers(kind: Any) -> None:
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_settings_survive_the_way_there_and_back(architecture: str) -> None:
-    changes: list[dict[str, Any]] = [{}]
-    changes += [{"rope_scaling_factor": 32.0, "rotary_base": 5e5, "max_sequence_length": 131072}]
-    for change in changes:
-        if architecture == "Phi3ForCausalLM":
-            change.pop("rope_scaling_factor", None)  # transformers has none of that kind
-        model = FAMILIES[architecture].model_copy(update=change)
+    for scaling in (None, LLAMA3, LINEAR, DYNAMIC, YARN):
+        model = FAMILIES[architecture].model_copy(update={"rope_scaling": scaling, "rotary_base": 5e5})
+        if scaling is not None and architecture == "Phi3ForCausalLM":  # transformers has none of these for it
+            with pytest.raises(ConfigError, match=r"Phi3ForCausalLM cannot have model\.rope_scaling = rope_type="):
+                hf_config(model, architecture)
+            continue
         assert model_config_from_hf(hf_config(model, architecture)) == model
 
 
@@ -320,7 +321,10 @@ def test_rotary_settings_of_transformers_5_are_read() -> None:
     settings = config_json(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}, max_position_embeddings=131072)
     del settings["rope_theta"], settings["rope_scaling"]
     model = model_config_from_hf(settings)
-    assert (model.rotary_base, model.rope_scaling_factor) == (5e5, 8.0)
+    assert (model.rotary_base, model.rope_scaling) == (5e5, RopeScaling(**LLAMA3_ROPE))
+    settings["rope_parameters"]["partial_rotary_factor"] = 0.5
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor = 0\.5"):
+        model_config_from_hf(settings)
 
 
 PHI3_JSON = {"architectures": ["Phi3ForCausalLM"]}
@@ -335,13 +339,19 @@ PHI3_JSON = {"architectures": ["Phi3ForCausalLM"]}
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' in config.json is not supported; expected 'silu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type = 'ntk' in config.json is not supported; expec"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"factor": 2.0}}, "factor = 2.0 in config.json is not supported"),
+        ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4}}, "low_freq_factor = 4: expected less than high_freq"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}},
+            "beyond original_max_position_embeddings = 32 would change the positions of their whole batch",
+        ),
         ({**PHI3_JSON, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rope_type = 'longrope'"),
         ({**PHI3_JSON, "partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75"),
         ({**PHI3_JSON, "head_dim": 8}, "Phi3ForCausalLM cannot have model.head_dim = 8"),
         ({**QWEN2_WINDOWS, "layer_types": ["chunked_attention"] * 4}, "layer_types = ['chunked_attention'"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "config.json of Gemma2ForCausalLM lacks query_pre_attn_scalar"),
-        ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 2}}, "low_freq_factor = 2"),
         ({"vocab_size": None, "rms_norm_eps": None}, "config.json of LlamaForCausalLM lacks vocab_size, rms_norm_eps"),
         ({"intermediate_size": 0}, "ffn_hidden_size = 0"),
     ],

@@ -1,0 +1,52 @@
+"""A windowed query sees itself and the window - 1 keys before it, as plain loops compute it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_eppo.megatron.attention import attend
+
+
+def inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query with 4 heads; key and value with 2 groups."""
+    draw = torch.Generator().manual_seed(size)
+    query, key, value = (torch.randn(1, n, size, 8, generator=draw, dtype=torch.float64) for n in (4, 2, 2))
+    return query, key, value
+
+
+def by_loops(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> Tensor:
+    out = torch.zeros_like(query)
+    for head in range(query.size(1)):
+        group = head // (query.size(1) // key.size(1))
+        for i in range(query.size(2)):
+            seen = slice(max(0, i + 1 - (window or i + 1)), i + 1)
+            logits = key[0, group, seen] @ query[0, head, i] * 8**-0.5
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            out[0, head, i] = logits.softmax(0) @ value[0, group, seen]
+    return out
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize(("size", "window"), [(1, 1), (9, 1), (9, 4), (9, 8), (9, 9), (9, 20), (9, None), (514, 40)])
+def test_a_query_sees_its_window(size: int, window: int | None, softcap: float | None) -> None:
+    given = inputs(size)
+    got = attend(*given, causal=True, window=window, softcap=softcap)
+    torch.testing.assert_close(got, by_loops(*given, window, softcap), rtol=0, atol=1e-12)
+
+
+def test_layers_and_rows_share_one_mask_after_generation_too() -> None:
+    with torch.inference_mode():
+        attend(*inputs(300), causal=True, window=30)
+    masks = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1] == tensor.shape[-2]:
+            masks.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        rows = [[tensor.requires_grad_() for tensor in inputs(size)] for size in (300, 90, 300)]
+        outputs = [attend(query, key, value, causal=True, window=30) for query, key, value in rows]
+    torch.stack([output.sum() for output in outputs]).sum().backward()
+    assert len(masks) == 3
+    assert len(set(masks)) == 1
