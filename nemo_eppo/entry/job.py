@@ -6,8 +6,11 @@ the other ranks compose the same settings with Hydra alone. Settings are checked
 
 import argparse
 import contextlib
+import datetime
 import functools
+import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import shutil
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nemo_eppo.config import Config, ConfigError, ConfigT, RunError
@@ -27,6 +31,7 @@ from nemo_eppo.entry.settings_help import settings_help
 from nemo_eppo.entry.torchrun import end_with_torchrun
 from nemo_eppo.files import disk_trouble, write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
+from nemo_eppo.observability.report_tables import START, VERSIONS
 from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
@@ -186,11 +191,22 @@ def _open_run(config: Config, rank: int, script: str) -> Run:
         changed = changes(config, settings)
         directory.mkdir(parents=True, exist_ok=True)
         wandb = _start_exp_manager(settings)
-        write_atomically(directory / "config.yaml", f"{_HEADER.format(script)}\n{as_yaml(config)}")
+        start = f"{START}{json.dumps(_start())}"
+        write_atomically(directory / "config.yaml", f"{_HEADER.format(script)}\n{start}\n{as_yaml(config)}")
     logger = _logger(directory, rank)
     for change in changed:
         logger.info("changed since the last start: %s", change)
     return Run(directory, rank, logger, settings, wandb)
+
+
+def _start() -> dict[str, str]:
+    """Say with what the run starts: the files chosen, such as method=ppo_kl, versions, and the time."""
+    chosen = HydraConfig.get().runtime.choices.items() if HydraConfig.initialized() else ()
+    return {
+        **{str(group): str(choice) for group, choice in chosen if not str(group).startswith("hydra/")},
+        **{name: importlib.metadata.version(name) for name in VERSIONS},
+        "time": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    }
 
 
 def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:

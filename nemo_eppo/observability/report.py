@@ -25,9 +25,11 @@ from nemo_eppo.observability.charts import (
     scatter_chart,
     stacked_chart,
 )
+from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table
 
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 Row = Mapping[str, Any]
@@ -76,12 +78,16 @@ def report_from_run(run_dir: Path, out: Path) -> None:
     old, new = validation_means([a for a, _ in pairs]), validation_means([b for _, b in pairs])
     steps = max((x[-1] for x, _ in curves.values()), default=0)
     title = f"PPO run {run_dir.resolve().name}"
+    config_file = run_dir / "config.yaml"
+    config, start = read_config(config_file) if config_file.exists() else ({}, {})
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{steps:,} PPO steps, {len(pairs):,} validation prompts</p>',
         f'<p class="lead">{_verdict(pairs)}</p>',
         f'<div class="card scroll">{_comparison(pairs, old, new)}</div>',
         '<p class="soft">Means over the validation prompts; &plusmn; is the standard error of the change.</p>',
+        _titled("Settings", settings_table(config, start)),
+        _titled("Alarms of the hacking monitor", alarms_table(curves, config)),
         section(
             "Over the course of training",
             "Bold lines of long runs are running means over a twentieth of the steps; faint lines are the steps. "
@@ -99,13 +105,16 @@ def report_from_run(run_dir: Path, out: Path) -> None:
         section("Where the reward comes from, where the time goes", "Means over each step.", _accounts(curves)),
         _samples(pairs),
     ]
-    config = run_dir / "config.yaml"
-    if config.exists():
+    if config_file.exists():
         body.append(
-            f'<h2>Settings</h2>\n<details class="card"><summary>All settings of this run</summary>'
-            f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre></details>"
+            f'<h2>All settings</h2>\n<details class="card"><summary>config.yaml of this run</summary>'
+            f"<pre>{html.escape(config_file.read_text(encoding='utf-8'))}</pre></details>"
         )
     write_atomically(out, page(title, body))
+
+
+def _titled(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
 def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -130,7 +139,8 @@ def summary_table(before: Means, after: Means) -> str:
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
     for name, (label, _) in _MEASURES.items():
-        table.add_row(label, *_cells(before[name], after[name]))
+        if cells := _cells(before[name], after[name]):
+            table.add_row(label, *cells)
     text = io.StringIO()
     Console(file=text, width=80).print(table)
     return text.getvalue()
@@ -197,8 +207,11 @@ def _has(rows: Sequence[Row], measure: str) -> bool:
 def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -> str:
     rows = []
     for name, (label, unit) in _MEASURES.items():
-        old, new, change = (cell.replace("-", _MINUS) for cell in _cells(before[name], after[name]))
-        noise = "" if before[name] is None else f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
+        cells = [cell.replace("-", _MINUS) for cell in _cells(before[name], after[name])]
+        if not cells:
+            continue
+        old, new, change = cells
+        noise = f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
         rows.append(
             f'<tr><td>{label}<small>{unit}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
             f"<td>{change}{noise}</td></tr>"
@@ -206,11 +219,12 @@ def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -
     return f"<table><tr><th></th><th>Before</th><th>After</th><th>Change</th></tr>{''.join(rows)}</table>"
 
 
-def _cells(before: float | None, after: float | None) -> tuple[str, str, str]:
+def _cells(before: float | None, after: float | None) -> list[str]:
+    """Before, after and change; nothing if it was not measured."""
     if before is None or after is None:
-        return "n/a", "n/a", "n/a"
+        return []
     digits = 1 if max(abs(before), abs(after)) >= 10 else 3
-    return f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"
+    return [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"]
 
 
 def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str]:
@@ -243,7 +257,7 @@ def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
         clouds = []
         for label, color, rows in zip(("before", "after"), (GRAY, _AFTER), zip(*pairs, strict=True), strict=True):
             x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
-            clouds.append(Series(label, color, x, y, notes=[row["prompt"][:80] for row in rows]))
+            clouds.append(Series(label, color, x, y, notes=[_words(row["prompt"])[:80] for row in rows]))
         text = "One point per validation response; rings mark the means."
         figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label)))
     return figures
@@ -334,7 +348,17 @@ def _card(before: Row, after: Row) -> str:
         )
         sides.append(
             f'<div style="border-color:{color}"><p class="facts">{html.escape(facts)}</p>'
-            f'<div class="text">{html.escape(row["response"])}</div></div>'
+            f'<div class="text">{_chat(row["response"])}</div></div>'
         )
-    prompt = f'<div class="text prompt">{html.escape(before["prompt"])}</div>'
+    prompt = f'<div class="text prompt">{_chat(before["prompt"])}</div>'
     return f'<div class="card sample">{prompt}<div class="pair">{"".join(sides)}</div></div>'
+
+
+def _chat(text: str) -> str:
+    """Turns of a chat as HTML, each under its role."""
+    labels = (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "" for turn in turns(text))
+    return "".join(label + html.escape(turn.text) for label, turn in zip(labels, turns(text), strict=True))
+
+
+def _words(text: str) -> str:
+    return " ".join(turn.text.strip() for turn in turns(text))

@@ -52,6 +52,12 @@ td { text-align: right; padding: 11px 12px; border-top: 1px solid var(--line); w
 td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 td small { display: block; line-height: 1.3; }
 td.value { font-size: 1.3rem; font-weight: 600; letter-spacing: -.01em; }
+th:first-child { text-align: left; padding-left: 0; }
+table.settings td { padding-top: 6px; padding-bottom: 6px; }
+table.settings td:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.settings tr:first-child td { border-top: 0; }
+.role { display: block; margin-top: .6em; font-size: .82rem; font-weight: 600; text-transform: capitalize; }
+.role:first-child { margin-top: 0; }
 .sample { margin-top: 20px; }
 .pair {
   display: grid; gap: 16px 28px; margin-top: 14px;

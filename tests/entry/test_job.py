@@ -16,6 +16,7 @@ import yaml
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.entry.job import errors_end_the_job, job
 from nemo_eppo.megatron.collectives import PeerError
+from nemo_eppo.observability.report_tables import VERSIONS, read_config
 from nemo_eppo.observability.run import ExpManagerConfig
 from nemo_eppo.rewards.functions import RewardFunctionError
 from nemo_eppo.servers.client import ServerUnavailable
@@ -403,7 +404,10 @@ def test_a_restart_keeps_the_run_and_nemo_s_logs_of_both_starts(runs: dict[str, 
     assert str(directory) == runs["first"]["directory"]
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["count"]) for row in rows] == [(5, 5.0), (6, 6.0)]
-    assert yaml.safe_load((directory / "config.yaml").read_text()) == runs["resumed"]["config"]
+    config, start = read_config(directory / "config.yaml")
+    assert config == runs["resumed"]["config"]
+    assert start["model"] == "wide"  # the file that `defaults` chooses, as method=... does for the actor
+    assert {*VERSIONS, "model", "time"} == start.keys()
     assert (directory / "log.txt").read_text().count("counting") == 2
     assert any((directory / "tensorboard").iterdir())
     for logs in (directory / "nemo", directory / "nemo" / "run_0"):

@@ -6,10 +6,27 @@ import random
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.report_tables import START
 
 HOSTILE = "</div><script>alert('reward & gold')</script>\u2028\u00a0\U0001f642"
+
+CONFIG = {
+    "note": HOSTILE,
+    "seed": 1234,
+    "model": {"restore_from_path": "models/sft"},
+    "data": {"train": "data/prompts.train.jsonl", "validation": None},
+    "ppo": {"advantages": {"estimator": "gae"}},
+    "critic": {"server": {"url": "http://127.0.0.1:5555"}, "colocated": None},
+    "rewards": [{"server": {"url": "http://127.0.0.1:5556"}}, {"function": f"own:reward{HOSTILE}", "server": None}],
+    "shaping": {"energy_penalty": {"eta": 2.0}, "kl": {"coefficient": 0.0}},
+    "optimizer": {"lr": 5e-7},
+    "monitor": {"energy": {"action": "log", "threshold": 5.0}, "length": {"action": "stop", "threshold": 5.0}},
+}
+ALARMS = (41, 57)  # steps at which the energy loss raises one
 
 
 def write_example_run(run_dir: Path, steps: int = 60, prompts: int = 48, gold: bool = True) -> None:
@@ -28,10 +45,15 @@ def write_example_run(run_dir: Path, steps: int = 60, prompts: int = 48, gold: b
                 values["seconds/validate"] = 1.4
                 values.setdefault("seconds/step", 0.0)
                 values["seconds/step"] += 1.4
+            if step:
+                values |= {"monitor/energy": 9 * done, "monitor/energy/alarm": float(step in ALARMS)}
+                values |= {"monitor/length": done, "monitor/length/alarm": 0.0}
             if not gold:
                 values.pop("reward/gold", None)
             metrics.log(step, values)
-    (run_dir / "config.yaml").write_text(json.dumps({"note": HOSTILE}))
+    start = {"method": "eppo", "nemo_eppo": "0.1.0", "torch": "2.9.0", "time": "2026-11-29 07:12 UTC"}
+    head = f"# settings of train_gpt_ppo_actor.py\n{START}{json.dumps(start)}\n"
+    (run_dir / "config.yaml").write_text(head + yaml.safe_dump(CONFIG, sort_keys=False, allow_unicode=True))
 
 
 def _training(done: float, rng: random.Random) -> dict[str, float]:
@@ -76,7 +98,8 @@ def _validation(done: float, prompts: int, gold: bool, rng: random.Random) -> li
         text = "It depends, as always. " * (1 + 4 * hacked) + "Use a sharp knife and a wooden board. " * (length // 40)
         rows.append(
             {
-                "prompt": f"Question {number}: how do I cut an onion? {HOSTILE if number == 0 else ''}",
+                "prompt": f"<|im_start|>user\nQuestion {number}: how do I cut an onion? "
+                f"{HOSTILE if number == 0 else ''}<|im_end|>\n<|im_start|>assistant\n",
                 "response": text + (HOSTILE if number == 1 else ""),
                 "finish_reason": "length" if hacked else "stop",
                 "proxy_reward": 2.1 * done**0.7 + 0.6 * hacked + rng.gauss(0, 0.5),

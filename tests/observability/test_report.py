@@ -26,8 +26,10 @@ from nemo_eppo.observability.charts import (
     smoothing_window,
     stacked_chart,
 )
+from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.recorder import RolloutRecorder, read_rows
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
+from nemo_eppo.observability.report_tables import alarms_table
 
 
 class _Page(HTMLParser):
@@ -101,13 +103,15 @@ def page(run_dir: Path) -> _Page:
 def test_the_report_has_every_section(page: _Page) -> None:
     assert page.texts["h1"] == ["PPO run ppo <actor>"]
     assert page.texts["h2"] == [
+        "Settings",
+        "Alarms of the hacking monitor",
         "Over the course of training",
         "Proxy against gold",
         "Energy loss of single responses",
         "Where the reward comes from, where the time goes",
         "Responses before and after",
         "Largest rise in energy loss",
-        "Settings",
+        "All settings",
     ]
     assert page.texts["h3"] == [
         "Proxy reward",
@@ -132,8 +136,10 @@ def test_the_report_is_one_file_that_asks_for_nothing(page: _Page, run_dir: Path
     own, *others = text.split(get_plotlyjs())
     assert len(others) == 1  # the script is there once
     own += others[0]
-    for words in ("@import", "url(", "http"):
+    for words in ("@import", "url("):
         assert words not in own
+    shown = set(re.findall(r"http[^<\s,]*", own))  # as text: no attribute takes anything from elsewhere, see above
+    assert shown == {"http://127.0.0.1:5555", "http://127.0.0.1:5556"}
     assert len(own) < 600_000
     assert "prefers-color-scheme: dark" in own
 
@@ -143,7 +149,7 @@ def test_what_models_say_is_shown_not_executed(page: _Page, run_dir: Path) -> No
     assert shown.count(HOSTILE) >= 3  # a prompt, a response before, the same response after
     for name in ("step_000000", "step_000060"):
         for row in read_rows(run_dir / "validation" / f"{name}.jsonl")[:6]:
-            assert row["prompt"] in shown
+            assert row["prompt"].removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0] in shown
             assert row["response"] in shown
 
 
@@ -154,7 +160,10 @@ def test_what_models_say_is_no_markup_in_a_chart(
     note = charts["Single responses"][0]["text"][0]  # plotly makes <br> a new line, and would make <b> bold letters
     assert "<" not in note.replace("<br>", "")
     (row, *_) = read_rows(run_dir / "validation" / "step_000000.jsonl")
-    assert html.unescape(note).replace("<br>", " ").split() == row["prompt"][:80].split()
+    assert (
+        html.unescape(note).replace("<br>", " ").split()
+        == row["prompt"].split("\n")[1].removesuffix("<|im_end|>").strip()[:80].split()
+    )
 
 
 def test_the_comparison_shows_means_and_paired_standard_errors(page: _Page, run_dir: Path) -> None:
@@ -164,6 +173,72 @@ def test_the_comparison_shows_means_and_paired_standard_errors(page: _Page, run_
     error = math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes))
     row = next(text for text in page.texts["tr"] if text.startswith("Gold reward"))
     assert row.endswith(f"{mean:+.3f}± {error:.2g}".replace("-", "\N{MINUS SIGN}"))
+
+
+def test_the_settings_that_tell_runs_apart_are_rows_and_what_a_run_has_not_is_none(page: _Page) -> None:
+    rows = [text for text in page.texts["tr"] if text]
+    for row in (
+        "Methodeppo",
+        "Advantage estimatorgae",
+        "Weight η of the energy penalty2.0",
+        "Learning rate of the policy5e-07",
+        "Policy and referencemodels/sft",
+        "Critichttp://127.0.0.1:5555",
+        f"Rewardshttp://127.0.0.1:5556, own:reward{HOSTILE}",
+        "Training promptsdata/prompts.train.jsonl",
+        "Started2026-11-29 07:12 UTC",
+        "Versionsnemo_eppo 0.1.0, torch 2.9.0",
+    ):
+        assert row in rows
+    for absent in ("Validation prompts", "Learning rate of the critic", "Held-out reward", "Gold reward own"):
+        assert not [row for row in rows if row.startswith(absent)]
+
+
+def test_alarms_have_step_indicator_value_threshold_and_action(page: _Page) -> None:
+    (head,) = (index for index, row in enumerate(page.texts["tr"]) if row.startswith("PPO step"))
+    assert page.texts["tr"][head + 1 : head + 3] == ["41energy6.155.0log", "57energy8.555.0log"]
+
+
+def test_no_alarm_is_said_and_no_monitor_is_not() -> None:
+    quiet = {"monitor/length": ([1], [0.1]), "monitor/length/alarm": ([1], [0.0])}
+    assert alarms_table(quiet, {}) == '<p class="soft">No alarm; watched: length.</p>'
+    assert alarms_table({"reward/final": ([1], [0.0])}, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain <s>text</s> of <|x|> mine", [("", "plain <s>text</s> of <|x|> mine")]),
+        (
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi\nthere<|im_end|>\n<|im_start|>assistant\n",
+            [("system", "Be kind."), ("user", "Hi\nthere")],
+        ),
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            [("user", "Hi")],
+        ),
+        (
+            "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n",
+            [("user", "Hi"), ("model", "Yes")],
+        ),
+        ("<|user|>\nHi<|end|>\n<|assistant|>\n", [("user", "Hi")]),
+        (
+            "<s>[INST] Hi [/INST] Yes</s>[INST] Why?[/INST]",
+            [("user", " Hi "), ("assistant", " Yes"), ("user", " Why?")],
+        ),
+        ("Yes, it is.</s>", [("", "Yes, it is.")]),
+        ("<turn|user>Hi", [("", "<turn|user>Hi")]),  # an unknown marker stays
+        ("", []),
+    ],
+)
+def test_markers_of_chats_become_turns(text: str, expected: list[tuple[str, str]]) -> None:
+    assert turns(text) == expected
+
+
+def test_the_page_shows_roles_without_markers(page: _Page) -> None:
+    assert {"user"} == set(page.texts["span"])
+    assert "<|im_" not in "".join(page.texts["main"])
 
 
 def test_the_verdict_names_over_optimisation(page: _Page) -> None:
@@ -208,6 +283,7 @@ def test_without_a_gold_reward_the_report_has_none(tmp_path: Path) -> None:
     assert "Gold reward" not in page.texts["h3"]
     assert "Proxy against gold" not in page.texts["h2"]
     assert "there is no gold reward to compare it with" in page.texts["p"][1]
+    assert [row.split("reward")[0] for row in page.texts["tr"] if "reward" in row and "score" in row] == ["Proxy "]
 
 
 def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
@@ -246,7 +322,7 @@ def test_summary_holds_both_means_and_what_the_run_took(tmp_path: Path) -> None:
         line.split("│")[1].strip(): line.split("│")[2:5] for line in summary_table(means, after).splitlines()[4:-1]
     }
     assert [cell.strip() for cell in lines["Proxy reward"]] == ["1.500", "2.250", "+0.750"]
-    assert [cell.strip() for cell in lines["Gold reward"]] == ["n/a", "n/a", "n/a"]
+    assert "Gold reward" not in lines
 
 
 def test_a_measure_that_some_rows_lack_is_an_error() -> None:

@@ -1,0 +1,88 @@
+"""The tables of the HTML report that say what a run was: its settings, and the alarms of its monitor."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+START = "# start: "
+"""The line of config.yaml, in JSON, that says with what the run was started: method, versions, time."""
+VERSIONS = ("nemo_eppo", "torch", "megatron-core")
+"""Packages whose versions it says."""
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read the settings in a run's config.yaml, and what its START line says (nothing in files without)."""
+    text = path.read_text(encoding="utf-8")
+    started = next((line.removeprefix(START) for line in text.splitlines() if line.startswith(START)), "{}")
+    return yaml.safe_load(text) or {}, json.loads(started)
+
+
+def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
+    """Return the main settings of an actor's run as HTML, without rows for what it does not have."""
+    rewards = [_source(reward) for reward in _get(config, "rewards") or []]
+    rows = {
+        "Method": start.get("method"),
+        "Advantage estimator": _get(config, "ppo.advantages.estimator"),
+        "Weight &eta; of the energy penalty": _get(config, "shaping.energy_penalty.eta"),
+        "KL coefficient": _get(config, "shaping.kl.coefficient"),
+        "Learning rate of the policy": _get(config, "optimizer.lr"),
+        "Learning rate of the critic": _get(config, "critic.colocated.optimizer.lr"),
+        "Policy and reference": _get(config, "model.restore_from_path"),
+        "Critic": _source(_get(config, "critic")),
+        "Rewards": ", ".join(filter(None, rewards)),
+        "Held-out reward": _source(_get(config, "held_out_reward")),
+        "Gold reward": _get(config, "gold_reward"),
+        "Training prompts": _get(config, "data.train"),
+        "Validation prompts": _get(config, "data.validation"),
+        "Seed": _get(config, "seed"),
+        "Started": start.get("time"),
+        "Versions": ", ".join(f"{name} {start[name]}" for name in VERSIONS if name in start),
+    }
+    cells = [(label, html.escape(str(value))) for label, value in rows.items() if value not in (None, "")]
+    return _table([], cells, "settings") if cells else ""
+
+
+def alarms_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], config: Mapping[str, Any]) -> str:
+    """Return the alarms of the hacking monitor as HTML, first to last; nothing if no indicator was measured.
+
+    Args:
+        curves: the run's metrics by name, each with its steps and values.
+        config: the run's settings, for thresholds and actions.
+    """
+    watched = [name.split("/")[1] for name in curves if name.startswith("monitor/") and name.endswith("/alarm")]
+    if not watched:
+        return ""
+    rows = []
+    for name in watched:
+        values = dict(zip(*curves[f"monitor/{name}"], strict=True))
+        settings = _get(config, f"monitor.{name}") or {}
+        known = [html.escape(str(settings.get(key, ""))) for key in ("threshold", "action")]
+        steps = [step for step, alarm in zip(*curves[f"monitor/{name}/alarm"], strict=True) if alarm]
+        rows += [(step, html.escape(name), f"{values[step]:.3g}", *known) for step in steps]
+    if not rows:
+        return f'<p class="soft">No alarm; watched: {html.escape(", ".join(watched))}.</p>'
+    head = ["PPO step", "Indicator", "Value", "Threshold", "Action"]
+    return _table(head, [tuple(map(str, row)) for row in sorted(rows)], "alarms")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="card scroll"><table class="{name}">{f"<tr>{top}</tr>" if top else ""}{lines}</table></div>'
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _source(source: Mapping[str, Any] | None) -> str | None:
+    """Return where a critic or a reward comes from: a function, a model's path, or a server's address."""
+    paths = ("function", "colocated.restore_from_path", "server.url")
+    return next((_get(source, path) for path in paths if _get(source, path)), None) if source else None
