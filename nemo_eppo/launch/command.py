@@ -135,21 +135,6 @@ def torchrun(job: JobConfig, rendezvous: Sequence[str] = (), python: str = sys.e
     return [python, "-u", "-m", module, "--nproc_per_node", str(job.ranks_per_node), *rendezvous]
 
 
-def trainer(launch: LaunchConfig) -> str:
-    """Return the only job of a cluster's launch that is not a server; all jobs end with it.
-
-    Raises:
-        ConfigError: there are several or none, or a job waits for it; a cluster starts all jobs at once.
-    """
-    trainers = [name for name in launch.jobs if name not in launch.servers]
-    if len(trainers) != 1 or any(trainers[0] in job.needs for job in launch.jobs.values()):
-        raise ConfigError(
-            f"jobs: a cluster starts all at once; expected servers and one job that needs them, found besides servers "
-            f"{', '.join(trainers) or 'none'}. A training that has to end first is a launch of its own"
-        )
-    return trainers[0]
-
-
 def environment(launch: LaunchConfig, name: str) -> dict[str, str]:
     """Return the environment variables of a job."""
     return THREADS | launch.environment | launch.jobs[name].environment

@@ -1,9 +1,12 @@
 """Writes a launch as Kubernetes manifests: an Indexed Job, whose pods are the nodes of all jobs, and a Service.
 
 It is one Job, because its success policy then ends the servers when the training has succeeded, and its failure ends
-them otherwise; this needs only core Kubernetes (1.33).
+them otherwise; this needs only core Kubernetes (1.33). A launch of several stages becomes several such Jobs. Kubernetes
+knows no order of Jobs: all but the first are suspended, and one more Job, a pod without GPUs, starts each when those
+before are complete. (A stage that waited in its own pods would hold their GPUs, which an earlier one may need.)
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -12,8 +15,9 @@ from typing import Any
 import yaml
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import MASTER_PORT, environment, overrides, script, served_at, torchrun, trainer
+from nemo_eppo.launch.command import MASTER_PORT, environment, overrides, script, served_at, torchrun
 from nemo_eppo.launch.launch_file import KubernetesConfig, LaunchConfig
+from nemo_eppo.launch.stages import Stage, stages
 
 _HEAD = """\
 # {name}: made by `nemo-eppo launch --backend kubernetes`. Change the launch file rather than this one.
@@ -41,16 +45,34 @@ def manifests(launch: LaunchConfig) -> str:
         )
     if launch.servers and kubernetes.secret is None:
         raise ConfigError(f"kubernetes.secret: required for the servers {', '.join(launch.servers)}, but not set")
-    last = trainer(launch)
+    found = stages(launch)
+    objects = [manifest for stage in found for manifest in _stage(stage, kubernetes)]
+    if len(found) > 1:
+        objects += _starter(launch, kubernetes, found)
+    if not any(launch.output.is_relative_to(path) for path in kubernetes.volumes.values()):
+        raise ConfigError(f"output = {launch.output}: expected a directory on one of kubernetes.volumes")
+    head = _HEAD + (_SECRET if launch.servers else "")
+    values = {"name": launch.name, "output": launch.output, **kubernetes.model_dump(include={"secret", "namespace"})}
+    return head.format_map(values) + "---\n".join(
+        yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in objects
+    )
+
+
+def _metadata(name: str, kubernetes: KubernetesConfig) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/name": "nemo-eppo", "app.kubernetes.io/instance": name}
+    return {"name": name, "namespace": kubernetes.namespace, "labels": labels}
+
+
+def _stage(stage: Stage, kubernetes: KubernetesConfig) -> list[dict[str, Any]]:
+    """Return the Service and the Job of a stage, which is suspended if others come before."""
+    launch, last = stage.launch, stage.trainer
     sizes = {name: job.ranks_per_node for name, job in launch.jobs.items()}
     if len(set(sizes.values())) > 1:
         raise ConfigError(
             f"ranks_per_node: the pods are of one template, expected one number for all jobs, got {sizes}"
         )
-    if not any(launch.output.is_relative_to(path) for path in kubernetes.volumes.values()):
-        raise ConfigError(f"output = {launch.output}: expected a directory on one of kubernetes.volumes")
-    labels = {"app.kubernetes.io/name": "nemo-eppo", "app.kubernetes.io/instance": launch.name}
-    metadata = {"name": launch.name, "namespace": kubernetes.namespace, "labels": labels}
+    metadata = _metadata(launch.name, kubernetes)
+    labels = metadata["labels"]
     first, pods = dict[str, int](), 0  # index of each job's first pod
     for name in launch.order():
         first[name], pods = pods, pods + launch.jobs[name].nodes
@@ -67,6 +89,7 @@ def manifests(launch: LaunchConfig) -> str:
         "kind": "Job",
         "metadata": metadata,
         "spec": {
+            **({"suspend": True} if stage.after else {}),
             "completionMode": "Indexed",
             "completions": pods,
             "parallelism": pods,
@@ -78,11 +101,47 @@ def manifests(launch: LaunchConfig) -> str:
             },
         },
     }
-    head = _HEAD + (_SECRET if launch.servers else "")
-    values = {"name": launch.name, "output": launch.output, **kubernetes.model_dump(include={"secret", "namespace"})}
-    return head.format_map(values) + "---\n".join(
-        yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000) for manifest in (service, job)
-    )
+    return [service, job]
+
+
+def _starter(launch: LaunchConfig, kubernetes: KubernetesConfig, found: list[Stage]) -> list[dict[str, Any]]:
+    """Return the Job that starts the stages, and an account that may read and start these stages and nothing else."""
+    name_of = {stage.trainer: stage.launch.name for stage in found}
+    needs = {stage.launch.name: [name_of[other] for other in stage.after] for stage in found}
+    metadata = _metadata(f"{launch.name}-stages", kubernetes)
+    name, group = metadata["name"], "rbac.authorization.k8s.io"
+    rule = {
+        "apiGroups": ["batch"],
+        "resources": ["jobs"],
+        "resourceNames": list(name_of.values()),
+        "verbs": ["get", "patch"],
+    }
+    command = ["python", "-u", "-m", "nemo_eppo.launch.stage_starter", json.dumps(needs)]
+    pod = {
+        "serviceAccountName": name,
+        "restartPolicy": "Never",
+        "containers": [{"name": "starter", "image": kubernetes.image, "command": command}],
+    }
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": metadata, "rules": [rule]},
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": metadata,
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": kubernetes.namespace}],
+        },
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": metadata,
+            "spec": {
+                "backoffLimit": kubernetes.restarts,
+                "template": {"metadata": {"labels": metadata["labels"]}, "spec": pod},
+            },
+        },
+    ]
 
 
 def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> dict[str, Any]:

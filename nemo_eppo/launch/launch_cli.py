@@ -13,8 +13,10 @@ Everything is checked before anything starts. The same command resumes an interr
 
   local        starts the jobs, with a log each in <output>/logs, and shows their state. Ctrl-C, or the first job that
                fails, stops all of them; the exit status is that of the failed job.
-  slurm        writes a batch script: a heterogeneous job with pyxis containers, requeued before its time is over.
-  kubernetes   writes manifests: one Indexed Job and a headless Service."""
+  slurm        writes a batch script: a heterogeneous job with pyxis containers, requeued before its time is over. Of
+               several trainings, a script that submits a job for each, which waits for those before.
+  kubernetes   writes manifests: an Indexed Job and a headless Service for each training and its servers, suspended
+               until those before are complete."""
 
 _EPILOG = """\
 examples:

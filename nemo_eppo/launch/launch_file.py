@@ -81,7 +81,7 @@ class ImageConfig(Config):
 
 
 class SlurmConfig(ImageConfig):
-    """How the run becomes a heterogeneous Slurm job with pyxis containers."""
+    """How each stage of the run becomes a heterogeneous Slurm job with pyxis containers."""
 
     mounts: tuple[str, ...] = ()
     """Directories of the cluster to mount in the containers, source:target."""
@@ -93,7 +93,7 @@ class SlurmConfig(ImageConfig):
 
 
 class KubernetesConfig(ImageConfig):
-    """How the run becomes an Indexed Job with a headless Service; a pod's index decides which job it runs."""
+    """How each stage of the run becomes an Indexed Job with a Service; a pod's index decides which job it runs."""
 
     namespace: str = "default"
     """Namespace of the Job and the Service."""

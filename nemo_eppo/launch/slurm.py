@@ -1,10 +1,14 @@
-"""Writes a launch as a batch script: a heterogeneous Slurm job with one component for each job of the launch."""
+"""Writes a launch as a batch script: a heterogeneous Slurm job with one component for each job of the launch.
+
+A launch of several stages becomes a script that submits one such batch script for each stage.
+"""
 
 import shlex
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.launch.command import MASTER_PORT, Address, environment, overrides, script, served_at, trainer
+from nemo_eppo.launch.command import MASTER_PORT, Address, environment, overrides, script, served_at
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
+from nemo_eppo.launch.stages import Stage, stages
 
 _REQUEUE_S = 30  # seconds reserved to kill remaining processes and requeue
 
@@ -63,15 +67,48 @@ exit "$status"
 """
 
 
+_SUBMIT = """\
+#!/usr/bin/env bash
+# {name}: made by `nemo-eppo launch --backend slurm`. Change the launch file rather than this one.
+# Run it with bash, on a machine that has sbatch: it submits one job for each stage, which waits until those that it
+# needs have succeeded, and is cancelled if one of them fails. Run again, stages that are complete end at once.
+set -euo pipefail
+"""
+
+
 def batch_script(launch: LaunchConfig) -> str:
-    """Return the script for sbatch; ConfigError if the launch does not suit a cluster."""
+    """Return the script for sbatch or, of several stages, the script that submits them.
+
+    Raises:
+        ConfigError: the launch does not suit a cluster.
+    """
+    found = stages(launch)
+    if len(found) == 1:
+        return _script(found[0])
+    return _SUBMIT.format(name=launch.name) + "".join(map(_submission, found))
+
+
+def _submission(stage: Stage) -> str:
+    """Return the lines that submit a stage. Its number is left in a variable, for the stages that wait for it."""
+    sbatch = "sbatch --parsable"
+    if stage.after:
+        numbers = ":".join(f"${{job_{name}%;*}}" for name in stage.after)  # without the name of the cluster
+        sbatch += f' --kill-on-invalid-dep=yes --dependency="afterok:{numbers}"'
+    end = f"END_OF_{stage.trainer.upper()}"
+    return (
+        f"\njob_{stage.trainer}=$({sbatch} <<'{end}'\n{_script(stage)}{end}\n)\n"
+        f'echo "{stage.trainer}: job ${{job_{stage.trainer}}}"\n'
+    )
+
+
+def _script(stage: Stage) -> str:
+    launch, last = stage.launch, stage.trainer
     slurm = launch.slurm
     if slurm is None:
         raise ConfigError(
             "slurm: required with --backend slurm, but not set; expected the container image and options of sbatch: "
             "slurm: {image: registry#name:tag, sbatch: {account: NAME, partition: NAME, time: 12:00:00}}"
         )
-    last = trainer(launch)
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():
         raise ConfigError(f"output = {launch.output}: expected an absolute path that all nodes see")

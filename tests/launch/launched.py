@@ -10,6 +10,8 @@ import yaml
 from jobs import Models
 
 STEPS = 2
+MADE = "${output}/sft/checkpoints"
+ARCHITECTURE = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
 
 
 def eppo(models: Models, output: Path, *, steps: int = STEPS) -> dict[str, Any]:
@@ -34,6 +36,37 @@ def eppo(models: Models, output: Path, *, steps: int = STEPS) -> dict[str, Any]:
             },
         },
     }
+
+
+def stages(models: Models, output: Path) -> dict[str, Any]:
+    """SFT of a fresh model, a reward model from it, servers from that, and the actor from the SFT model."""
+    sft, preferences = (
+        {side: str(models.data / f"{kind}.{side}.jsonl") for side in ("train", "validation")}
+        for kind in ("sft", "preferences")
+    )
+    fresh = {"architecture": {**ARCHITECTURE, "max_sequence_length": 48}, "tokenizer": str(models.data / "tokenizer")}
+    reward = {"model.restore_from_path": "${output}/reward_model/checkpoints"}
+    jobs = {
+        "actor": {
+            "script": "train_gpt_ppo_actor",
+            "needs": ["critic", "reward"],
+            "settings": {
+                "model.restore_from_path": MADE,
+                "data": {"train": str(models.data / "prompts.train.jsonl"), "max_prompt_length": 16},
+                "generation.max_new_tokens": 20,
+                "ppo": {"max_steps": 2, "rollout_batch_size": 8, "mini_batch_size": 8},
+            },
+        },
+        "critic": {"script": "serve_ppo_critic", "needs": ["reward_model"], "settings": {**reward}},
+        "reward": {"script": "serve_reward_model", "needs": ["reward_model"], "settings": {**reward}},
+        "reward_model": {
+            "script": "train_reward_model",
+            "needs": ["sft"],
+            "settings": {"model.restore_from_path": MADE, "data": preferences, "fit.global_batch_size": 8},
+        },
+        "sft": {"script": "train_gpt_sft", "settings": {"model": fresh, "data": sft, "fit.global_batch_size": 8}},
+    }
+    return {"name": "stages", "output": str(output), "jobs": jobs}
 
 
 def write(launch: dict[str, Any], file: Path) -> Path:

@@ -1,27 +1,32 @@
 """The cluster files in examples/ are what the launcher writes, are valid, and start the jobs that they name."""
 
+import http.server
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kubernetes_validate
 import pytest
 import yaml
 from distributed import free_port
 from jobs import Models
-from launched import eppo, processes_of, write
+from launched import eppo, processes_of, stages, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS
 from nemo_eppo.launch.kubernetes import manifests
-from nemo_eppo.launch.launch_file import read_launch
+from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.launch.slurm import batch_script
+from nemo_eppo.launch.stage_starter import Jobs, start_stages
 from nemo_eppo.observability.metrics import read_metrics
 
 EXAMPLES = REPOSITORY / "examples"
@@ -260,6 +265,142 @@ def test_what_does_not_suit_a_cluster_is_named(models: Models, tmp_path: Path) -
         manifests(read_launch(tmp_path / "launch.yaml", ["kubernetes.secret=null"]))
     with pytest.raises(ConfigError, match="output = out: expected an absolute path"):
         batch_script(read_launch(tmp_path / "launch.yaml", ["output=out"]))
+    file = write(values | {"jobs": {"critic": values["jobs"]["critic"]}}, tmp_path / "launch.yaml")
+    with pytest.raises(ConfigError, match="jobs: all are servers"):
+        batch_script(read_launch(file))
     values["jobs"]["sft"] = {"script": "train_gpt_sft"}
-    with pytest.raises(ConfigError, match="besides servers actor, sft"):
+    values["jobs"]["second"] = {"script": "serve_reward_model", "needs": ["sft"]}
+    with pytest.raises(ConfigError, match=r"jobs\.second: on a cluster a server runs together with .*, found none"):
         batch_script(read_launch(write(values, tmp_path / "launch.yaml")))
+    values["jobs"]["second"]["needs"] = []
+    values["jobs"]["again"] = values["jobs"]["actor"]
+    with pytest.raises(ConfigError, match=r"jobs\.critic: .*, found actor, again"):
+        batch_script(read_launch(write(values, tmp_path / "launch.yaml")))
+
+
+SBATCH = """#!/usr/bin/env bash
+number=$(($(wc -l <"$SUBMITTED") + 1))
+echo "$*" >>"$SUBMITTED"
+cat >"$SUBMITTED.$number"
+echo "$number;cluster"
+"""
+
+
+def test_every_stage_is_a_batch_job_that_waits_for_those_before(models: Models, tmp_path: Path) -> None:
+    values = stages(models, tmp_path / "out")
+    values["slurm"] = {"image": "none", "code": str(REPOSITORY), "server_python": "python"}
+    submission = batch_script(read_launch(write(values, tmp_path / "launch.yaml")))
+    shellcheck(submission)
+    environment = commands_in(tmp_path, 'echo "$@"; [[ "$*" != *serve_* ]] || exec sleep 87654')
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    submitted = tmp_path / "submitted"
+    submitted.touch()
+    environment |= {"SUBMITTED": str(submitted), "SLURM_JOB_NODELIST_HET_GROUP_2": "node3", "SLURM_JOB_NODELIST": "n"}
+    done = subprocess.run(["bash", "-c", submission], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "sft: job 1;cluster\nreward_model: job 2;cluster\nactor: job 3;cluster\n"
+    assert submitted.read_text().splitlines() == [
+        "--parsable",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterok:1",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterok:1:2",
+    ]
+    for number, jobs in enumerate((["sft"], ["reward_model"], ["critic", "reward", "actor"]), start=1):
+        script = Path(f"{submitted}.{number}").read_text()
+        shellcheck(script)
+        assert f"#SBATCH --job-name=stages-{jobs[-1].replace('_', '-')}\n" in script
+        assert script.count("#SBATCH hetjob") == len(jobs) - 1
+        subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=60, check=True)
+        for job in jobs:
+            line, *_ = (tmp_path / "out" / "logs" / f"{job}.log").read_text().splitlines()
+            assert f"/{values['jobs'][job]['script']}.py " in line
+            assert f" exp_manager.explicit_log_dir={tmp_path}/out/{job}" in line
+    assert processes_of(Path("sleep 87654")) == []
+    [actor] = (tmp_path / "out" / "logs" / "actor.log").read_text().splitlines()
+    assert f"model.restore_from_path={tmp_path}/out/sft/checkpoints " in actor
+    assert "critic.server.url=" in actor
+
+
+def test_every_stage_is_a_suspended_job_that_one_without_gpus_starts(models: Models) -> None:
+    values = stages(models, Path("/data/out"))
+    values["kubernetes"] = {"image": "x", "volumes": {"data": "/data"}, "secret": "token"}
+    launch = LaunchConfig.model_validate(
+        values | {"jobs": {name: job | {"settings": {}} for name, job in values["jobs"].items()}}
+    )
+    objects = list(yaml.safe_load_all(manifests(launch)))
+    for manifest in objects:
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+    jobs = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "Job"}
+    assert {name: spec.get("suspend", False) for name, spec in jobs.items()} == {
+        "stages-sft": False,
+        "stages-reward-model": True,
+        "stages-actor": True,
+        "stages-stages": False,
+    }
+    assert [jobs[name]["completions"] for name in ("stages-sft", "stages-reward-model", "stages-actor")] == [1, 1, 3]
+    for name, words in (("stages-sft", ["train_gpt_sft"]), ("stages-actor", ["serve_ppo_critic", "train_gpt_ppo_act"])):
+        [container] = jobs[name]["template"]["spec"]["containers"]
+        shellcheck(f"#!/usr/bin/env bash\n# shellcheck disable=SC2016\n{container['command'][2]}")
+        assert all(word in container["command"][2] for word in words)
+    starter = jobs["stages-stages"]["template"]["spec"]
+    assert "resources" not in starter["containers"][0]
+    *python, needs = starter["containers"][0]["command"]
+    assert python == ["python", "-u", "-m", "nemo_eppo.launch.stage_starter"]
+    before = {"stages-sft": [], "stages-reward-model": ["stages-sft"]}
+    assert json.loads(needs) == before | {"stages-actor": ["stages-sft", "stages-reward-model"]}
+    [role] = [each for each in objects if each["kind"] == "Role"]
+    assert role["rules"][0]["resourceNames"] == list(json.loads(needs))
+    assert starter["serviceAccountName"] == role["metadata"]["name"] == "stages-stages"
+
+
+class Cluster(http.server.BaseHTTPRequestHandler):
+    """An API server whose Jobs are complete, or fail, the second time that they are seen running."""
+
+    jobs: ClassVar[dict[str, str]]
+    fails: ClassVar[str]
+    started: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        name = self._name()
+        seen = self.jobs[name]
+        self._answer({"status": {"conditions": [{"type": seen, "status": "True"}] if seen else []}})
+        if not seen:
+            self.jobs[name] = "Failed" if name == self.fails else "Complete"
+
+    def do_PATCH(self) -> None:
+        name = self._name()
+        assert json.loads(self.rfile.read(int(self.headers["Content-Length"]))) == {"spec": {"suspend": False}}
+        self.started.append(name)
+        self.jobs[name] = ""
+        self._answer({})
+
+    def _name(self) -> str:
+        path, _, name = self.path.rpartition("/")
+        assert path == "/apis/batch/v1/namespaces/mine/jobs"
+        assert self.headers["Authorization"] == "Bearer secret"
+        return name
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.parametrize("fails", ["", "rm"])
+def test_a_stage_starts_when_those_before_it_are_complete(fails: str, tmp_path: Path) -> None:
+    (tmp_path / "namespace").write_text("mine\n")
+    (tmp_path / "token").write_text("secret")
+    Cluster.jobs, Cluster.fails = {"sft": "", "rm": "Suspended", "actor": "Suspended"}, fails
+    Cluster.started = []
+    needs = {"sft": [], "rm": ["sft"], "actor": ["sft", "rm"]}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cluster) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        jobs = Jobs(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        try:
+            with pytest.raises(RuntimeError, match="rm failed: ") if fails else nullcontext():
+                start_stages(needs, jobs, poll=0.01)
+        finally:
+            server.shutdown()
+    assert Cluster.started == (["rm"] if fails else ["rm", "actor"])

@@ -95,3 +95,21 @@ def test_a_function_that_does_not_exist_is_named_before_anything_runs() -> None:
         check_function("rewards[0].function", "own_functions:missing")
     with pytest.raises(ConfigError, match=r"'own_functions:Sample\.x'"):
         check_function("gold_reward", "own_functions:Sample.x")
+
+
+def test_a_module_of_the_working_directory_is_found_and_what_is_wrong_with_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gold_here.py").write_text("def score(sample):\n    return float(len(sample.response)) + 0.5\n")
+    check_function("gold_reward", "gold_here:score")
+    pool = FunctionPool(FunctionsConfig())
+    assert pool.submit("gold_here:score", [sample("a")]).result() == [3.5]
+    pool.close()
+    (tmp_path / "gold_broken.py").write_text("def score(sample)\n")
+    with pytest.raises(ConfigError, match=r"'gold_broken:score': gold_broken cannot be imported \(SyntaxError: "):
+        check_function("gold_reward", "gold_broken:score")
+    (tmp_path / "gold_folder").mkdir()
+    for path in ("gold_folder:score", "./gold_here.py:score", "gold_here.py:score", "gold_here"):
+        with pytest.raises(ConfigError, match=f"gold_reward = '{path}': expected 'module:function'"):
+            check_function("gold_reward", path)
