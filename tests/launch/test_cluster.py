@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.launch.slurm import batch_script
 from nemo_eppo.launch.stage_starter import Jobs, start_stages
 from nemo_eppo.observability.metrics import read_metrics
+from nemo_eppo.servers.certificates import Certificates, create
 
 EXAMPLES = REPOSITORY / "examples"
 RUNS = ("llama3_8b_2_nodes", "llama3_70b_12_nodes")
@@ -110,6 +112,9 @@ def test_servers_run_in_the_environment_that_the_image_has_for_them(name: str) -
 def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:
     example = EXAMPLES / "launch" / "llama3_70b_12_nodes.yaml"
     script = pod_script(manifests(read_launch(example, ["kubernetes.server_python=python"])))
+    create(tmp_path / "secret")
+    for there, here in (("/etc/nemo_eppo/certificates", "secret"), ("/tmp/nemo_eppo_certificates", "copied")):
+        script = script.replace(there, str(tmp_path / here))
     commands = commands_in(tmp_path, 'echo "$@"')
     for index in range(12):
         environment = {**commands, "JOB_COMPLETION_INDEX": str(index)}
@@ -118,6 +123,8 @@ def test_every_pod_of_70b_on_12_nodes_runs_its_part(tmp_path: Path) -> None:
         assert f"/{job}.py" in done.stdout
         words = f"--nnodes {nodes} --master_addr llama3-70b-eppo-{first}.llama3-70b-eppo --master_port 29500"
         assert f"{words} --node_rank {index - first} " in done.stdout
+        assert re.findall(r"certificates[=:]([^\s,}]+)", done.stdout) == [str(tmp_path / "copied")] * (1 + (index > 3))
+        assert {file.stat().st_mode & 0o777 for file in Certificates.of(tmp_path / "copied")} == {0o600}
 
 
 def cluster_run(models: Models, tmp_path: Path, **slurm: Any) -> dict[str, Any]:
@@ -179,6 +186,7 @@ def test_the_batch_script_requeues_even_if_a_step_takes_too_long_and_fails_with_
 ) -> None:
     launch = write(cluster_run(models, tmp_path, requeue_before_end=60), tmp_path / "launch.yaml")
     script = batch_script(read_launch(launch)).replace("timeout 30", "timeout 1")
+    create(tmp_path / "out" / "certificates")  # here `python` only sleeps
     busy = 'trap "" USR1; exec sleep 98765'
     environment = commands_in(tmp_path, f'[[ "$*" == *$FAILING* ]] && {{ echo "no memory"; exit 3; }}; {busy}')
     process = subprocess.Popen(["bash", "-c", script], env={**environment, "FAILING": "none of them"})
