@@ -29,9 +29,16 @@ class Gpus:
         }
         self._held: dict[str, list[str]] = {}
         servers = self._managed.intersection(launch.servers)
+
+        def needed_by(server: str) -> set[str]:
+            return {other for other, job in launch.jobs.items() if server in job.needs}
+
         for name in self._managed:
-            # servers start early and stay: all but the servers that wait for this job may run beside it
-            beside = {server for server in servers if name not in launch.before(server)} | {name}
+            # servers start early and stay as long as jobs need them: all but the servers that wait for this job, and
+            # those that only earlier jobs need, may run beside it
+            before = launch.before(name)
+            over = {server for server in servers if (by := needed_by(server)) and by <= before}
+            beside = {server for server in servers - over if name not in launch.before(server)} | {name}
             ranks = sum(launch.jobs[job].ranks for job in beside)
             if ranks > len(visible):
                 raise ConfigError(

@@ -23,6 +23,7 @@ examples:
   nemo-eppo launch examples/launch/quickstart.yaml --dry-run
   nemo-eppo launch run.yaml jobs.actor.settings.ppo.max_steps=200
   nemo-eppo launch run.yaml jobs.actor.colocate=true            critic and reward models inside the actor, no servers
+  nemo-eppo launch run.yaml --sweep shaping.energy_penalty.eta=0,2,5
   nemo-eppo launch examples/launch/llama3_8b_2_nodes.yaml --backend slurm --output run.sbatch && sbatch run.sbatch"""
 
 
@@ -40,6 +41,13 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--output", type=Path, metavar="FILE", help="where the batch script or the manifests go (default: printed)"
     )
     parser.add_argument(
+        "--sweep",
+        metavar="KEY=V1,V2,...",
+        help="run the actor, with a fresh critic, once for each value of a key of the launch file or of the actor's "
+        "settings; reward servers and trainings run once. Results are in <output>/KEY=VALUE, and side by side in "
+        "<output>/comparison.html; values that are complete are skipped",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would be run, write nothing"
     )
     parser.set_defaults(run=_launch)
@@ -53,14 +61,21 @@ def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.launch.local import LaunchError, commands, run_local
     from nemo_eppo.launch.slurm import batch_script
 
-    local = arguments.backend == "local"
+    local, actors = arguments.backend == "local", dict[str, Path]()
     if local and arguments.output:
         raise ConfigError("--output: nothing is written with --backend local; `output` of the launch file is meant?")
-    launch = read_launch(arguments.file, arguments.overrides)
-    if any(job.colocate for job in launch.jobs.values()):
-        from nemo_eppo.launch.colocation import colocated
+    if arguments.sweep is not None:
+        if not local:
+            raise ConfigError(f"--sweep runs on one machine, expected --backend local, got {arguments.backend}")
+        from nemo_eppo.launch.sweep import swept, variants
 
-        launch = colocated(launch)
+        launch, actors = swept(variants(arguments.file, arguments.overrides, arguments.sweep))
+    else:
+        launch = read_launch(arguments.file, arguments.overrides)
+        if any(job.colocate for job in launch.jobs.values()):
+            from nemo_eppo.launch.colocation import colocated
+
+            launch = colocated(launch)
     from nemo_eppo.launch.examination import check_launch  # brings torch, which a fault of the file need not wait for
 
     check_launch(launch, here=local)
@@ -71,11 +86,17 @@ def _launch(arguments: argparse.Namespace) -> None:
             print(f"wrote {arguments.output}")
         else:
             print(text, end="")
-    elif arguments.dry_run:
+        return
+    if arguments.dry_run:
         print("\n\n".join(commands(launch)))
-    else:
-        try:
+        return
+    try:
+        if not actors or any(job.kind.samples for job in launch.jobs.values()):  # else all values are complete
             run_local(launch)
-        except LaunchError as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(error.status) from None
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.status) from None
+    if actors:
+        from nemo_eppo.observability.comparison import compare_runs
+
+        print(compare_runs(actors, launch.output) + f"Comparison: {launch.output / 'comparison.html'}")

@@ -16,7 +16,7 @@ from nemo_eppo.training.kinds import KINDS, JobKind
 
 
 class JobConfig(Config):
-    """One job: a script of examples/nlp/gpt on some ranks. Servers run until the launch ends."""
+    """One job: a script of examples/nlp/gpt on some ranks. Servers run as long as a job needs them."""
 
     script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
     """Name of the script, without .py."""

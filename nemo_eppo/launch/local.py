@@ -75,12 +75,14 @@ class Supervisor:
         self._launch, self._gpus = launch, gpus
         self._rows = {name: Row(name, launch.jobs[name].ranks, launch.output / name) for name in launch.order()}
         self._logs = launch.output / "logs"
-        self._logs.mkdir(exist_ok=True)
+        for name in launch.jobs:
+            (self._logs / name).parent.mkdir(parents=True, exist_ok=True)
         self._addresses = {name: own_address(launch, name) for name in launch.servers}
         if launch.servers:
             certificates.create(launch.certificates_folder)
         self._restarts = dict.fromkeys(launch.servers, 0)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
+        self._told_to_stop: dict[str, float] = {}  # monotonic time; servers that no job needs any more
         # Processes that outlive a job become children of this process, so that `stop` finds them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
         self._strangers = set(psutil.Process().children(recursive=True))
@@ -177,7 +179,10 @@ class Supervisor:
     def _watch(self, name: str) -> None:
         job, row = self._launch.jobs[name], self._rows[name]
         code = self._processes[name].poll()
-        if code is not None:
+        needed_by = [other for other, config in self._launch.jobs.items() if name in config.needs]
+        if job.serves and needed_by and all(self._rows[other].state is State.DONE for other in needed_by):
+            self._let_go(name)
+        elif code is not None:
             row.ended = time.monotonic()
             self._gpus.give_back(name)
             if job.serves and row.url and self._restarts[name] < MOST_RESTARTS:
@@ -196,6 +201,18 @@ class Supervisor:
                 row.state = State.READY
             elif time.monotonic() - row.started > self._launch.start_timeout:
                 raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)
+
+    def _let_go(self, name: str) -> None:
+        """End a server that no job needs any more, without waiting for it."""
+        process, now = self._processes[name], time.monotonic()
+        if process.poll() is not None:
+            self._rows[name].state, self._rows[name].ended = State.STOPPED, now
+            self._gpus.give_back(name)
+        elif name not in self._told_to_stop:
+            self._told_to_stop[name] = now
+            process.terminate()
+        elif now - self._told_to_stop[name] > GRACE_S:
+            process.kill()
 
     def _failure(self, name: str, what: str, status: int) -> LaunchError:
         self._rows[name].state = State.FAILED

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,7 +144,7 @@ def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(m
     assert "ChildFailedError" not in str(failed.value)
 
 
-def test_an_actor_that_needs_no_server_is_launched_alone(models: Models, tmp_path: Path) -> None:
+def test_an_actor_that_needs_no_server_is_launched_alone_and_swept(models: Models, tmp_path: Path) -> None:
     launch = eppo(models, tmp_path / "out")
     launch["jobs"] = {"actor": launch["jobs"]["actor"] | {"needs": []}}
     settings = launch["jobs"]["actor"]["settings"]
@@ -154,10 +155,24 @@ def test_an_actor_that_needs_no_server_is_launched_alone(models: Models, tmp_pat
     with pytest.raises(ConfigError, match=r"^jobs\.actor\.needs: expected a serve_reward_model"):
         check_launch(read_launch(write(launch, file)), here=True)
     settings["rewards"] = [{"function": "nemo_eppo.tools.noun_task:gold_reward"}]
-    assert main(["launch", str(write(launch, file))]) == 0
-    metrics = read_metrics(tmp_path / "out" / "actor" / "metrics.jsonl")
+    launch["jobs"]["actor"]["ranks_per_node"] = 1
+    settings["model.parallel.tensor_model_parallel_size"] = 1
+    sweep = ["launch", str(write(launch, file)), "--sweep", "shaping.missing_eos.penalty=0,1"]
+    assert main(sweep) == 0
+    runs = [tmp_path / "out" / f"shaping.missing_eos.penalty={value}" / "actor" for value in (0, 1)]
+    logs = [tmp_path / "out" / "logs" / run.parent.name / "actor.log" for run in runs]
+    first, second = (log.read_text() for log in logs)
+    shutil.rmtree(runs[1] / "checkpoints")  # as if it had been interrupted
+    assert main(sweep) == 0
+    assert logs[0].read_text() == first, "it was not started again"
+    assert logs[1].read_text().startswith(second)
+    assert logs[1].read_text() != second
+    metrics = read_metrics(runs[1] / "metrics.jsonl")
     assert metrics["reward/final"][0] == [1, 2]
     assert "critic/loss" not in metrics
+    compared = json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]
+    assert [run["settings"] for run in compared.values()] == [{"shaping.missing_eos.penalty": eta} for eta in (0, 1)]
+    assert [run["steps"] for run in compared.values()] == [2, 2]
 
 
 def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""One actor with several values of a setting: `--sweep KEY=V1,V2`, on reward servers and trainings that run once."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.entry.settings import read_settings
+from nemo_eppo.launch.colocation import colocated
+from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
+
+
+def variants(file: Path, changes: Sequence[str], sweep: str) -> dict[str, LaunchConfig]:
+    """Read a launch file once for each value of `sweep`.
+
+    Args:
+        changes: `key=value` arguments for all of them.
+        sweep: KEY=V1,V2,... where KEY is one of the launch file, or a setting of its only actor.
+
+    Returns:
+        launches by the name of their value, "KEY=VALUE" without characters that are awkward in paths.
+
+    Raises:
+        ConfigError: no list of values, the values have not a name each, or a launch is faulty.
+    """
+    key, equals, text = sweep.partition("=")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.create(f"[{text}]"))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        values = []
+    if not equals or not values:
+        raise ConfigError(f"--sweep {sweep}: expected KEY=VALUE,VALUE,...")
+    prefix = ""
+    if key.partition(".")[0] not in LaunchConfig.model_fields:
+        prefix = f"jobs.{_actor(read_launch(file, changes))}.settings."
+    short = re.sub(r"^jobs\.\w+\.settings\.", "", key)
+    found = {}
+    for value in values:
+        shown = value if isinstance(value, str) else json.dumps(value)
+        name = re.sub(r"[^\w.=+-]+", "_", f"{short}={shown}")
+        if name in found:
+            raise ConfigError(f"--sweep {sweep}: two values have the name {name}")
+        found[name] = colocated(read_launch(file, [*changes, f"{prefix}{key}={json.dumps(value)}"]))
+    return found
+
+
+def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str, Path]]:
+    """Return one launch with an actor, and a fresh critic, for each value, one after another; all else runs once.
+
+    Args:
+        launches: what `variants` returns.
+
+    Returns:
+        the launch, whose jobs of a value are called NAME/JOB, without the values whose actor has made all its steps;
+        and the run directories of all actors.
+
+    Raises:
+        ConfigError: the values change a job that runs once.
+    """
+    base = next(iter(launches.values()))
+    actor = _actor(base)
+    own = {actor, *base.critics(actor)}
+    for launch in launches.values():
+        for name, job in base.jobs.items():
+            if name not in own and job != launch.jobs[name]:
+                raise ConfigError(
+                    f"--sweep changes the job {name}, which runs once for all values; expected a setting of "
+                    f"{', '.join(sorted(own))}"
+                )
+    jobs = {name: job for name, job in base.jobs.items() if name not in own}
+    previous: tuple[str, ...] = ()
+    for value, launch in launches.items():
+        renamed = {name: f"{value}/{name}" for name in own}
+        if _is_complete(launch, actor, base.output / renamed[actor]):
+            continue
+        for name in launch.order():
+            if name in own:
+                needs = tuple(renamed.get(need, need) for need in launch.jobs[name].needs)
+                held_out = launch.jobs[name].held_out
+                update = {"needs": needs + previous, "held_out": held_out and renamed.get(held_out, held_out)}
+                jobs[renamed[name]] = launch.jobs[name].model_copy(update=update)
+        previous = (renamed[actor],)
+    directories = {value: base.output / value / actor for value in launches}
+    return base.model_copy(update={"jobs": jobs}), directories
+
+
+def _actor(launch: LaunchConfig) -> str:
+    actors = [name for name, job in launch.jobs.items() if job.kind.samples]
+    if len(actors) != 1:
+        raise ConfigError(f"--sweep: expected one train_gpt_ppo_actor in the file, found {', '.join(actors) or 'none'}")
+    return actors[0]
+
+
+def _is_complete(launch: LaunchConfig, actor: str, directory: Path) -> bool:
+    """Tell whether the newest checkpoint in a run directory is that of the last step."""
+    from nemo_eppo.megatron.saving import CHECKPOINTS
+    from nemo_eppo.models import checkpoint_files
+
+    newest = checkpoint_files.latest(directory / CHECKPOINTS)
+    if newest is None:
+        return False
+    kind, nowhere = launch.jobs[actor].kind, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
+    settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, actor, nowhere))
+    return checkpoint_files.read_manifest(newest).step >= int(settings.ppo.max_steps)
