@@ -162,7 +162,7 @@ class PPOConfig(Config):
     """The PPO actor job."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of everything random: sampling, order of prompts and mini-batches."""
     model: ModelSetup
     """The SFT model, which the policy starts from and is compared with."""

@@ -33,7 +33,7 @@ class RewardTrainingConfig(Config):
     """The reward-model training job (conf/gpt_reward_model.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of the head's fresh weights and of the order of pairs."""
     model: ModelSetup
     """Usually the SFT model; it gets a fresh head."""

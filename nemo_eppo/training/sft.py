@@ -28,7 +28,7 @@ class SFTConfig(Config):
     """The SFT job (conf/gpt_sft.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of fresh weights and of the order of examples."""
     model: ModelSetup
     data: TextDataConfig
