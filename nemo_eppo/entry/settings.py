@@ -56,7 +56,8 @@ class Source:
             if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
                 raise ConfigError(yaml_fault(error, file)) from None
             cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise ConfigError(f"cannot read the settings {file}: {error}{cause}") from None
+            reason = " ".join(str(error).partition("Config search path:")[0].split())
+            raise ConfigError(f"cannot read the settings {file}: {reason}{cause}") from None
 
     def hydra_overrides(self) -> list[str]:
         """Return the overrides as Hydra needs them to set keys that the YAML file leaves out.

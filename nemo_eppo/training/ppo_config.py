@@ -244,6 +244,15 @@ class PPOConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _models_are_combined(self) -> "PPOConfig":
+        models = sum(source.function is None for source in self.rewards)  # at least: a server may have several
+        if self.shaping.combine == "single" and models > 1:
+            raise ValueError(
+                f"shaping.combine = 'single', but rewards are of {models} reward models: expected sum, mean, wco or uwo"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_known(self) -> "PPOConfig":
         gold = ("validation/gold_reward",) if self.gold_reward else ()
         self.checkpoint.check_best(("validation/proxy_reward", *gold, "validation/energy_loss"))

@@ -4,6 +4,7 @@ Importing NeMo, torch and transformers takes most of a command's time. Here it i
 a process forked from this one.
 """
 
+import gc
 import json
 import logging
 import os
@@ -93,6 +94,7 @@ def prepare(world: Path, directory: Path, row: Row) -> None:
 def run(command: str, directory: Path) -> tuple[int, str]:
     """Exit status and output of a command line, `nemo-eppo ...` or the name of a script and its arguments."""
     log = directory.parent / "output"
+    gc.freeze()  # so that the child does not copy every page that a collection would touch
     process = os.fork()
     if process == 0:
         _child(shlex.split(command), directory, log)

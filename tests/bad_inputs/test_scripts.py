@@ -135,7 +135,9 @@ DATA = [
     Row("a number with 10,000 digits", _TRAIN, "", rows('{"prompt": ' + "1" * 10_000 + ', "response": "queen"}')),
     Row("NaN for a text", _TRAIN, "", rows('{"prompt": NaN, "response": "river"}')),
     Row("null for a text", _TRAIN, "", rows(_ROW, {"prompt": None, "response": "river"})),
-    Row("messages for a text", _TRAIN, "", rows({"prompt": [{"role": "user", "content": "apple"}], "response": "queen"})),
+    Row(
+        "messages for a text", _TRAIN, "", rows({"prompt": [{"role": "user", "content": "apple"}], "response": "queen"})
+    ),
     Row("half a surrogate pair", _TRAIN, "", rows('{"prompt": "\\ud800", "response": "river"}')),
     Row("a missing field", _TRAIN, "", rows({"prompt": "apple"})),
     Row("fields of NeMo-Aligner", _TRAIN, "", rows({"input": "apple", "output": "river"})),
