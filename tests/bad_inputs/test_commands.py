@@ -226,7 +226,6 @@ LAUNCHES = [
     Row("Slurm without its settings", f"{RUN} --backend slurm", "", GOOD),
     Row("Kubernetes without its settings", f"{RUN} --backend kubernetes", "", GOOD),
     Row("a file of manifests for this machine", f"{RUN} --output run.sbatch", "", GOOD),
-    Row("certificates that are nowhere", RUN, "", launch_file("certificates", "nowhere")),
     Row("an interpolation of nothing", RUN, "", launch_file("output", "${nowhere}/out")),
     Row("an interpolation in a circle", RUN, "", launch_file("output", "${output}")),
 ]
