@@ -48,7 +48,11 @@ def load_config(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_describe(schema, issue) for issue in error.errors(include_url=False)]
+        issues = error.errors(include_url=False)
+        # a list with a wrong item counts as too short as well
+        inner = {issue["loc"][:-1] for issue in issues} | {issue["loc"][:-2] for issue in issues}
+        told = [issue for issue in issues if issue["type"] != "too_short" or issue["loc"] not in inner]
+        lines = [_describe(schema, issue) for issue in told]
         raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -70,7 +74,8 @@ def _describe(schema: type[Config], issue: Any) -> str:
     where = path or "settings do not fit together"
     if path and not isinstance(issue["input"], Mapping):  # for a section, the message says which values do not fit
         where += f" = {issue['input']!r}"
-    return f"{where}: {issue['msg'].removeprefix('Value error, ')}"
+    what = issue["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list").replace("Tuple", "List")
+    return f"{where}: {what}"
 
 
 def config_types(annotation: Any) -> list[type[Config]]:
@@ -108,6 +113,6 @@ def load_named(key: str, path: str, form: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"{key} = {path!r}: expected '{form}' ({error})") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{key} = {path!r}: {module} cannot be imported ({what})") from None

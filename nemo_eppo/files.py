@@ -212,8 +212,8 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        NotAnObject: the text is not JSON (or not UTF-8), is another JSON value, or has the same key twice in an object
-            (json.loads would silently take the last).
+        NotAnObject: the text is not JSON (or not UTF-8), is another JSON value, is nested deeper than Python can read,
+            or has the same key twice in an object (json.loads would silently take the last).
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -221,6 +221,8 @@ def json_object(text: str | bytes) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise NotAnObject("not JSON", str(error)) from None
+    except RecursionError:
+        raise NotAnObject("nested too deep") from None
     if not isinstance(value, dict):
         raise NotAnObject("not a JSON object", type(value).__name__)
     return value

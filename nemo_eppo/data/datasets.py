@@ -165,6 +165,8 @@ def _tokenised_rows(
         if responses and not any(row[field].removesuffix(tokenizer.eos_text).strip() for field in responses):
             names = ", ".join(f"'{field}'" for field in responses)
             raise ConfigError(f"{path}:{line}: field {names} is empty: there is no text to learn")
+        if len(answers) > 1 and answers[0] == answers[1]:
+            raise ConfigError(f"{path}:{line}: fields 'chosen' and 'rejected' are equal: neither can be preferred")
         length = len(prompt) + max(map(len, answers), default=0)
         if length <= limit:
             kept += 1

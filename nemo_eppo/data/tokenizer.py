@@ -81,7 +81,9 @@ class Tokenizer:
             # said explicitly: otherwise transformers asks a terminal whether it may run the directory's code
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust loader raises bare Exceptions
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].partition(", or contain one of")[0]  # every model it knows
+            if not any(any(Path(path).glob(name)) for name in ("tokenizer.json", "*.model", "vocab.*")):
+                reason = "it has no tokenizer.json, *.model or vocab.*"
             if "trust_remote_code" in str(error):
                 reason = "it needs Python code of its own (auto_map in its settings), which is never run"
             raise ConfigError(f"tokenizer directory '{path}' cannot be loaded: {reason}") from error

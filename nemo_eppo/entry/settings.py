@@ -41,6 +41,10 @@ class Source:
                 raise ConfigError(
                     f"cannot read the settings {directory / self.name}.yaml: Primary config directory not found"
                 )
+        files = [directory / f"{self.name}.yaml" for directory in self.directories]
+        if not any(map(Path.is_file, files)):  # Hydra would list its search path
+            what = "is a directory, expected a file" if files[0].is_dir() else "no such file"
+            raise ConfigError(f"cannot read the settings {files[0]}: {what}")
         first, *others = self.directories
         _OtherDirectories.directories = others
         Plugins.instance().register(_OtherDirectories)
@@ -48,12 +52,12 @@ class Source:
             with initialize_config_dir(str(first), version_base="1.3"):
                 return compose(self.name, self.hydra_overrides())
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-            files = [directory / f"{self.name}.yaml" for directory in self.directories]
-            file = next(filter(Path.exists, files), files[0])
+            file = next(filter(Path.is_file, files))
             if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
                 raise ConfigError(yaml_fault(error, file)) from None
             cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise ConfigError(f"cannot read the settings {file}: {error}{cause}") from None
+            reason = " ".join(str(error).partition("Config search path:")[0].split())
+            raise ConfigError(f"cannot read the settings {file}: {reason}{cause}") from None
 
     def hydra_overrides(self) -> list[str]:
         """Return the overrides as Hydra needs them to set keys that the YAML file leaves out.
@@ -73,6 +77,8 @@ class Source:
                 raise ConfigError(
                     f"{given}: expected KEY=VALUE, see --help for how to quote a value ({reason})"
                 ) from None
+            if override.is_sweep_override():
+                raise ConfigError(f"{given}: expected one value; a list is {given.partition('=')[0]}=[A,B]")
             text, key = str(override.input_line), override.key_or_group
             if (earlier := first.setdefault(f"{key}@{override.package}", text)) is not text:
                 raise ConfigError(f"{key} is given twice on the command line: {earlier} and {text}")

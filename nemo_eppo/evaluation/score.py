@@ -212,7 +212,12 @@ class Scoring:
             if not path.parent.is_dir():
                 raise ConfigError(f"--output: {path.parent} is not a directory")
             return 0, 0
-        settings = json.loads(self._settings_file.read_text()) if self._settings_file.is_file() else {}
+        if not self._settings_file.is_file():
+            raise ConfigError(
+                f"--output: {path} exists, but nemo-eppo score did not write it (there is no "
+                f"{self._settings_file.name}); choose another or remove it"
+            )
+        settings = json.loads(self._settings_file.read_text())
         if different := [name for name, value in self._settings.items() if settings.get(name) != value]:
             raise ConfigError(
                 f"--output: {path} holds scores of another {', '.join(different)} (see {self._settings_file.name}); "

@@ -191,8 +191,8 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or wrong (named).
     """
-    if file.is_dir():
-        raise ConfigError(f"{file} is a directory, expected a launch file")
+    if file.is_dir() or not file.exists():
+        raise ConfigError(f"{file} {'is a directory' if file.is_dir() else 'does not exist'}, expected a launch file")
     changes = _parsed(overrides)
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(file))

@@ -24,7 +24,7 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 class OptimizerConfig(Config):
     """AdamW with global gradient clipping; norms and biases are not decayed."""
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1)
     """Highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of a decaying schedule."""

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.files import fsync_tree, inside, put_in_place, sha256, unused_name
+from nemo_eppo.config import Config, ConfigError, load_config
+from nemo_eppo.files import fsync_tree, inside, json_object, put_in_place, sha256, unused_name
 from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
 from nemo_eppo.models.stored_pickles import read_metadata
 
@@ -79,8 +79,8 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
     if not path.is_file():
         raise ConfigError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
-    except ValidationError as error:
+        manifest = load_config(Manifest, json_object(path.read_bytes()))
+    except ValueError as error:  # NotAnObject or ConfigError
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if manifest.format != _FORMAT:
         raise ConfigError(f"{path}: format {manifest.format}, this version reads format {_FORMAT}")
@@ -88,8 +88,9 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
         raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
     for name, entry in manifest.files.items():
         file = inside(directory, name, path)
-        found = file.stat().st_size if file.is_file() else None
-        if found != entry.size:
+        if not file.is_file():
+            raise ConfigError(f"{directory} is damaged: it has no {name}, which its manifest lists")
+        if (found := file.stat().st_size) != entry.size:
             raise ConfigError(f"{directory} is damaged: {name} has {found} bytes, its manifest says {entry.size}")
     return manifest
 

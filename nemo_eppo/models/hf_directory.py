@@ -56,7 +56,13 @@ class HfDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_json(path / CONFIG)
-        self.model = model_config_from_hf(self.config)
+        names = self.config.get("architectures")
+        if not isinstance(names or [], list) or not all(isinstance(name, str) for name in names or ()):
+            raise ConfigError(f"{path / CONFIG}: architectures = {names!r}: expected a list of one name")
+        try:
+            self.model = model_config_from_hf(self.config)
+        except ConfigError as error:
+            raise ConfigError(f"{path / CONFIG}: {error}") from None
         self.architecture: str = self.config["architectures"][0]
         self.head = "lm" if self.architecture.endswith("ForCausalLM") else "scalar"
         self._stored = _headers(path)
@@ -214,8 +220,9 @@ def _headers(path: Path) -> dict[str, _Stored]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

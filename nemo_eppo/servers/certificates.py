@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.files import replacing
 
 NAME = "nemo-eppo"
 """The host name in certificates: all jobs of a run are one party, wherever they run."""
@@ -60,13 +61,12 @@ def create(folder: Path) -> Certificates:
         ConfigError: the folder exists and holds something else.
     """
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True, mode=0o700)
-        for name, content in _new().items():
-            descriptor = os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-        temporary.rename(folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir(parents=True, mode=0o700)
+            for name, content in _new().items():
+                descriptor = os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
     return Certificates.of(folder)
 
 

@@ -8,6 +8,7 @@ client) or only somewhere (the end of the job, for the ranks no longer agree), a
 """
 
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_eppo.config import ConfigError
+from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.servers.intake import Intake, Request
 from nemo_eppo.servers.protocol import Endpoint, ServiceError
 from nemo_eppo.servers.service import ServerConfig, Service, Tensors
@@ -44,6 +47,24 @@ def serve(
                 _run(service, group, stop, intake)
         else:
             _run(service, group, stop, None)
+
+
+def check_server(config: ServerConfig) -> None:
+    """Check, before any model is built, what rank 0 needs to serve here; the port is taken, or not, when it does.
+
+    Raises:
+        ConfigError: it is no address of this machine, or the certificates do not work.
+        OSError: the ready file's directory cannot be made.
+    """
+    try:
+        socket.create_server((config.host, 0)).close()
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"server.host = {config.host!r}: expected an address of this machine ({reason})") from None
+    if config.certificates is not None:
+        Certificates.of(config.certificates)
+    if config.ready_file is not None:
+        config.ready_file.parent.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from nemo_eppo.config import Config
 from nemo_eppo.servers.protocol import PROTOCOL_VERSION, STATUS, Arrays, Endpoint, RequestError, check_arrays
@@ -31,7 +31,15 @@ PARALLEL_REQUESTS = 4
 ResultT = TypeVar("ResultT")
 
 
-URL = r"^grpc://[^/:]+:\d+$"
+def _address(url: str) -> str:
+    host, _, port = url.removeprefix("grpc://").partition(":")
+    if not (url.startswith("grpc://") and host and "/" not in host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError("expected grpc://HOST:PORT")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""Address of a server, grpc://host:port."""
 
 
 class ServerUnavailable(ServerError):
@@ -41,7 +49,7 @@ class ServerUnavailable(ServerError):
 class ClientConfig(Config):
     """Where a server is found."""
 
-    url: str = Field(pattern=URL)
+    url: Address
     """Address of the server, grpc://host:port."""
     certificates: Path | None = None
     """Folder with the run's ca.pem, cert.pem and key.pem, as the server has it; null if the server has none."""

@@ -123,7 +123,10 @@ def prepare(
         for name in (f"{kind}.{split}.jsonl" for kind in sorted(kinds) for split in SPLITS):
             if not counts.written[name]:
                 found = replace(counts, written=Counter())  # the files go with the directory
-                raise ConfigError(f"nothing is left for {name} (validation_fraction = {validation_fraction})\n{found}")
+                where = f"{sources[0]}{' and others' if len(sources) > 1 else ''}"
+                raise ConfigError(
+                    f"nothing is left for {name} of {where} (validation_fraction = {validation_fraction})\n{found}"
+                )
     return counts
 
 

@@ -109,6 +109,8 @@ def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
                     )  # else a number may be cut, or it is an error
                 except ValueError:
                     is_complete = False
+                except RecursionError:
+                    raise ConfigError(f"{path}: the JSON array is nested too deep after line {line}") from None
                 if is_complete:
                     line += text.count("\n", position, start)
                     yield _row(path, line, text[start:end])

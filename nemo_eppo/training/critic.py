@@ -20,7 +20,7 @@ from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import ServiceError
-from nemo_eppo.servers.server import serve
+from nemo_eppo.servers.server import check_server, serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import ModelSetup, build, plan
@@ -206,6 +206,8 @@ class CriticService(CriticModel):
 
 def serve_critic(config: CriticConfig, run: Run) -> None:
     """Build the critic and serve until the job is told to stop."""
+    if run.rank == 0:
+        check_server(config.server)
     service = CriticService(config, run.directory)
     serve(service, ENDPOINTS, config.server, group=runtime.control_group())
     service.close()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config
+from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
@@ -64,6 +64,14 @@ class TextDataConfig(Config):
         if self.train == self.validation:
             raise ValueError(f"train and validation are the same file, {self.train}")
         return self
+
+    def longest(self, window: int) -> int:
+        """Return the longest prompt + response in tokens; ConfigError if it does not fit into the model's window."""
+        if (self.max_sequence_length or 0) > window:
+            raise ConfigError(
+                f"data.max_sequence_length = {self.max_sequence_length}: expected at most {window}, the model's window"
+            )
+        return self.max_sequence_length or window
 
 
 class Task(Protocol):

@@ -162,7 +162,7 @@ class PPOConfig(Config):
     """The PPO actor job."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of everything random: sampling, order of prompts and mini-batches."""
     model: ModelSetup
     """The SFT model, which the policy starts from and is compared with."""
@@ -241,6 +241,15 @@ class PPOConfig(Config):
             raise ValueError(f"critic = null: ppo.advantages.estimator '{estimator}' needs a critic")
         if not needs_critic and self.critic is not None:
             raise ValueError(f"critic is set, but ppo.advantages.estimator '{estimator}' needs none: expected null")
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_combined(self) -> "PPOConfig":
+        models = sum(source.function is None for source in self.rewards)  # at least: a server may have several
+        if self.shaping.combine == "single" and models > 1:
+            raise ValueError(
+                f"shaping.combine = 'single', but rewards are of {models} reward models: expected sum, mean, wco or uwo"
+            )
         return self
 
     @model_validator(mode="after")

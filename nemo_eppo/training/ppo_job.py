@@ -17,6 +17,7 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
 from nemo_eppo.training.energy_cache import EnergyCache
@@ -50,6 +51,9 @@ class PPOJob:
             if source.colocated is not None:
                 self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
         config.check_own_code()
+        for asked in (config.critic, *config.rewards, config.held_out_reward):
+            if run.rank == 0 and asked is not None and asked.server is not None and asked.server.certificates:
+                Certificates.of(asked.server.certificates)
         self.pipeline = RewardPipeline(config.shaping)
         self.monitor = HackingMonitor(config.monitor)
         self.prompts = self._dataset(config.data.train)

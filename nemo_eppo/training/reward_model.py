@@ -33,7 +33,7 @@ class RewardTrainingConfig(Config):
     """The reward-model training job (conf/gpt_reward_model.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of the head's fresh weights and of the order of pairs."""
     model: ModelSetup
     """Usually the SFT model; it gets a fresh head."""
@@ -60,7 +60,7 @@ class RewardTask:
     validated: ClassVar[tuple[str, ...]] = ("validation/accuracy", "validation/margin", "validation/ece")
 
     def __init__(self, data: TextDataConfig, config: RewardLossConfig, plan: Plan, seed: int) -> None:
-        longest = data.max_sequence_length or plan.model.max_sequence_length
+        longest = data.longest(plan.model.max_sequence_length)
         self.config, self.pad_id = config, plan.tokenizer.pad_id
         self.loss = LOSSES[config.kind](config, seed)
         self.train, self.validation = (

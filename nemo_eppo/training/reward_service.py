@@ -17,7 +17,7 @@ from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
-from nemo_eppo.servers.server import serve
+from nemo_eppo.servers.server import check_server, serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
 
@@ -26,7 +26,7 @@ class RewardModelConfig(Config):
     """The reward job (conf/serve_reward_model.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of the process; it has no effect on a trained model."""
     model: ModelSetup
     """A checkpoint of train_reward_model.py, or a Hugging Face *ForSequenceClassification directory with one output and
@@ -147,6 +147,8 @@ def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
 
 def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
+    if run.rank == 0:
+        check_server(config.server)
     model = RewardModel(config.model)
     runtime.initialize(config.model.parallel, config.seed)
     model.build()

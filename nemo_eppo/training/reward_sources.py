@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.inputs import Column
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
-from nemo_eppo.servers.client import URL, ClientConfig, RewardClient, Rewards
+from nemo_eppo.servers.client import Address, ClientConfig, RewardClient, Rewards
 from nemo_eppo.training.critics import asked
 
 RewardKind = Literal["any", "bradley_terry", "odin", "inform", "warm"]
@@ -25,7 +25,7 @@ class RewardAddress(ClientConfig):
 
     job: Literal["reward", "critic"] = "reward"
     """Kind of job that serves it: a reward job, or the critic's."""
-    others: tuple[Annotated[str, Field(pattern=URL)], ...] = ()
+    others: tuple[Address, ...] = ()
     """Addresses of further servers of the same model: requests are shared, and a lost server's go to the others."""
 
 

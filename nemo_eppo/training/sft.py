@@ -28,7 +28,7 @@ class SFTConfig(Config):
     """The SFT job (conf/gpt_sft.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**31)
     """Seed of fresh weights and of the order of examples."""
     model: ModelSetup
     data: TextDataConfig
@@ -55,7 +55,7 @@ class SFTTask:
     validated: ClassVar[tuple[str, ...]] = ("validation/loss", "validation/perplexity")
 
     def __init__(self, data: TextDataConfig, plan: Plan, *, answer_only_loss: bool) -> None:
-        longest = data.max_sequence_length or plan.model.max_sequence_length
+        longest = data.longest(plan.model.max_sequence_length)
         self.pad_id, self.answer_only_loss = plan.tokenizer.pad_id, answer_only_loss
         self.train, self.validation = (
             SFTDataset(path, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long)

@@ -244,7 +244,7 @@ def test_a_copy_of_the_actor_s_settings_finds_the_methods_of_the_package(
         (["model.path"], "model.path: expected KEY=VALUE"),
         (["model.path=[1,"], "model.path=[1,: expected KEY=VALUE, see --help"),
         (["~nothing"], "'nothing' does not exist"),
-        (["--config-name", "other"], "conf/other.yaml: Cannot find primary config 'other'"),
+        (["--config-name", "other"], "conf/other.yaml: no such file"),
         (["--config-path", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
         (["model.path=x", "exp_manager.create_wandb_logger=true"], "needs wandb_logger_kwargs with name and project"),
         (["model.path=x", "exp_manager.max_time_per_run=5m"], "max_time_per_run = '5m': expected DD:HH:MM:SS"),
