@@ -72,15 +72,20 @@ class CriticClient(ServerClient):
             step=torch.tensor([step]),
         )
 
-    def begin(self, run: int, step: int) -> "Future[int]":
-        """Begin or resume the run with id `run` after update `step`; a critic that has made more goes back to it."""
+    def begin(self, run: int, step: int, fresh: bool = False) -> "Future[int]":
+        """Begin or resume the run with id `run` after update `step`; a critic that has made more goes back to it.
+
+        Args:
+            fresh: whether a critic of another run sets that run's checkpoints aside and begins anew.
+        """
 
         def check(outputs: dict[str, Any]) -> int:
             if outputs["step"] != step:
                 raise _wrong(self, "step", outputs["step"], f"{step}, which critic_begin asked for")
             return step
 
-        return self.call("critic_begin", check, run=torch.tensor([run]), step=torch.tensor([step]))
+        numbers = {"run": torch.tensor([run]), "fresh": torch.tensor([fresh]), "step": torch.tensor([step])}
+        return self.call("critic_begin", check, **numbers)
 
     def save(self, step: int, keep: Sequence[int]) -> "Future[str]":
         """Start to save the critic, whose last update must be `step`; the future gives the path on the server.

@@ -59,9 +59,13 @@ ENDPOINTS = {
         step=StepRule.NEXT,
         check=_check_update,
     ),
-    # Begins or resumes the run `run` after update `step`; a critic that has made more goes back to it.
+    # Begins or resumes the run `run` after update `step`; a critic that has made more goes back to it. One that has
+    # made updates of another run refuses, unless `fresh` says that it shall set them aside and begin anew.
     "critic_begin": Endpoint(
-        {"run": Array(np.int64, ("1",), torch.int64)}, reply="step", reply_type=int, step=StepRule.SET
+        {"run": Array(np.int64, ("1",), torch.int64), "fresh": Array(np.uint8, ("1",), torch.bool)},
+        reply="step",
+        reply_type=int,
+        step=StepRule.SET,
     ),
     # Starts to save update `step`, and removes all earlier checkpoints except of the updates `keep` (0: the start).
     "critic_save": Endpoint(

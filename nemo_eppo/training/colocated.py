@@ -111,9 +111,10 @@ class ColocatedCritic:
             step=step,
         )
 
-    def begin(self, run: int, updates: int) -> None:
+    def begin(self, run: int, updates: int, fresh: bool) -> None:
         """See `Critic`. Raises ServiceError if the critic belongs to another run or has no checkpoint of `updates`."""
-        self.updates = self._call("critic_begin", run=torch.tensor([run]), step=torch.tensor([updates]))
+        numbers = {"run": torch.tensor([run]), "fresh": torch.tensor([fresh]), "step": torch.tensor([updates])}
+        self.updates = self._call("critic_begin", **numbers)
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
         """See `Critic`. The checkpoint is complete when this returns: megatron-core has one result queue for all

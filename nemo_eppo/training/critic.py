@@ -125,10 +125,14 @@ class CriticModel:
     def _begin(self, request: Tensors) -> int:
         step, run = int(request["step"]), int(request["run"])
         if (step or self._step) and self._run not in (None, run):
-            raise ServiceError(
-                f"the critic has made {self._step} updates of another run: start the critic with a new run directory, "
-                "or resume the actor from that run's directory"
-            )
+            if step or not request["fresh"]:
+                raise ServiceError(
+                    f"the critic has made {self._step} updates of another run: resume the actor from that run's "
+                    "directory, start the critic with a new one, or let it begin anew with critic.fresh=true"
+                )
+            self._saver.finish()
+            aside = self._folder.with_name(f"{CHECKPOINTS}_of_run_{self._run}")
+            on_rank0(lambda: self._folder.rename(aside) if self._folder.exists() else None)
         if step != self._step:
             self._saver.finish()
             resume = self._saver.path(step) if step else None

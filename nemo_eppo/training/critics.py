@@ -39,6 +39,9 @@ class CriticSource(Config):
     """A critic job behind a server; null for a colocated one."""
     colocated: ColocatedCriticConfig | None = None
     """A critic in the actor's own processes."""
+    fresh: bool = False
+    """Take a critic that has made updates of another run: its checkpoints are set aside and it begins anew, as a run
+    without a checkpoint begins. Otherwise such a critic is refused."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,8 +70,9 @@ class Critic(Protocol):
     def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
         """Start the next update on a mini-batch; the returned function gives its metrics."""
 
-    def begin(self, run: int, updates: int) -> None:
-        """Load the state after `updates` updates of the run with the id `run`; 0 is the state at its start."""
+    def begin(self, run: int, updates: int, fresh: bool) -> None:
+        """Load the state after `updates` updates of the run with the id `run`; 0 is the state at its start. With
+        `fresh`, a critic of another run sets that run's checkpoints aside."""
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
         """Start to save the critic, and delete its checkpoints except those of the updates `keep`.
@@ -112,9 +116,9 @@ class RemoteCritic:
         step = self.updates
         return asked(lambda: self.client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
 
-    def begin(self, run: int, updates: int) -> None:
+    def begin(self, run: int, updates: int, fresh: bool) -> None:
         """See `Critic`. Raises ServerError if the critic belongs to another run or has no checkpoint of `updates`."""
-        self.updates = on_rank0(lambda: self.client.begin(run, updates).result())
+        self.updates = on_rank0(lambda: self.client.begin(run, updates, fresh).result())
 
     def save(self, keep: Sequence[int]) -> tuple[str, Callable[[], object]]:
         step = self.updates

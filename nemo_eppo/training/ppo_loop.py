@@ -211,7 +211,9 @@ class PPOLoop:
                 )
             self.batches.load_state_dict(state["batches"])
         if ppo.critic is not None:
-            ppo.critic.begin(on_rank0(self._run_id), state.get("critic_updates", 0))
+            assert self.config.critic is not None
+            fresh = self.config.critic.fresh and newest is None
+            ppo.critic.begin(on_rank0(self._run_id), state.get("critic_updates", 0), fresh)
         if newest is None:
             return 0
         manifest = checkpoint.load(newest, ppo.policy.runner, optimizer=True)

@@ -26,8 +26,8 @@ def request(rows: int, **changes: Any) -> Tensors:
     }
 
 
-def begin(run: int, step: int) -> Tensors:
-    return {"run": torch.tensor([run]), "step": torch.tensor([step])}
+def begin(run: int, step: int, fresh: bool = False) -> Tensors:
+    return {"run": torch.tensor([run]), "step": torch.tensor([step]), "fresh": torch.tensor([fresh])}
 
 
 def said(service: CriticService, endpoint: str, tensors: Tensors) -> str:
@@ -38,8 +38,8 @@ def said(service: CriticService, endpoint: str, tensors: Tensors) -> str:
     return ""
 
 
-def started(models: Models, directory: Path) -> CriticService:
-    values = {"model": {"restore_from_path": models.rm}, "optimizer": {"lr": 1e-6}}
+def started(models: Models, directory: Path, lr: float = 1e-6) -> CriticService:
+    values = {"model": {"restore_from_path": models.rm}, "optimizer": {"lr": lr}}
     return CriticService(load_config(CriticConfig, values), directory)
 
 
@@ -73,3 +73,24 @@ def test_what_a_critic_has_learnt_belongs_to_one_run(models: Models, tmp_path: P
     [(first, other, same, foreign)] = run_ranks(beginnings, 1, models, tmp_path)
     assert (first, other, same) == ("", "", "")  # a critic that has learnt nothing serves any run
     assert foreign.startswith("the critic has made 1 updates of another run")
+
+
+def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str]]:
+    service = started(models, directory, lr=1e-2)
+    values = [service.endpoints["critic_infer"](request(2))]
+    service.endpoints["critic_begin"](begin(1, 0))
+    service.endpoints["critic_train"](request(2))
+    service.endpoints["critic_save"]({"keep": torch.tensor([0]), "step": torch.tensor([1])})
+    values.append(service.endpoints["critic_infer"](request(2)))
+    service.endpoints["critic_begin"](begin(2, 0, fresh=True))
+    values.append(service.endpoints["critic_infer"](request(2)))
+    return values, service.step, sorted(path.name for path in directory.glob("checkpoints*/*"))
+
+
+def test_a_critic_begins_a_fresh_run_and_sets_the_other_aside(models: Models, tmp_path: Path) -> None:
+    [((untrained, trained, fresh), step, saved)] = run_ranks(anew, 1, models, tmp_path)
+    assert step == 0
+    assert not torch.equal(untrained["values"], trained["values"])
+    assert torch.equal(untrained["values"], fresh["values"])
+    assert (tmp_path / "checkpoints_of_run_1" / "step_000001").is_dir()
+    assert saved == ["step_000001"]
