@@ -79,7 +79,7 @@ def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str]
     service = started(models, directory, lr=1e-2)
     values = [service.endpoints["critic_infer"](request(2))]
     service.endpoints["critic_begin"](begin(1, 0))
-    service.endpoints["critic_train"](request(2))
+    service.endpoints["critic_train"](request(2, values=values[0]["values"]))
     service.endpoints["critic_save"]({"keep": torch.tensor([0]), "step": torch.tensor([1])})
     values.append(service.endpoints["critic_infer"](request(2)))
     service.endpoints["critic_begin"](begin(2, 0, fresh=True))
