@@ -131,8 +131,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         if temporary.is_dir() and not temporary.is_symlink():
             shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif os.path.lexists(temporary):
+            temporary.unlink()
         raise
 
 

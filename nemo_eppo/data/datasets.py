@@ -219,7 +219,10 @@ class GlobalBatches(Iterator[list[int]]):
         if num_items < 1 or batch_size < 1:
             raise ConfigError(f"num_items = {num_items}, batch_size = {batch_size}: expected at least 1 of each")
         if num_items < batch_size:
-            raise ConfigError(f"the data set has {num_items} examples, fewer than one global batch of {batch_size}")
+            raise ConfigError(
+                f"the data set has {num_items} examples, fewer than one global batch of {batch_size}: expected more "
+                "data, or a smaller fit.global_batch_size (of the actor: ppo.rollout_batch_size)"
+            )
         self._num_items, self._batch_size, self._seed = num_items, batch_size, seed
         self._settings: dict[str, int | str]
         self._settings = {"num_items": num_items, "batch_size": batch_size, "seed": seed, "digest": digest}

@@ -5,6 +5,7 @@ a process forked from this one.
 """
 
 import gc
+import importlib
 import json
 import logging
 import os
@@ -21,30 +22,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.megatron import device
-
-device.install()  # before NeMo imports megatron-core
-
-import datasets  # noqa: F401
 import torch
-import transformers  # noqa: F401
-import tritonclient.grpc  # noqa: F401
-from lightning.pytorch import Trainer  # noqa: F401
-from nemo.core.config import hydra_runner  # noqa: F401
-from nemo.utils.exp_manager import exp_manager  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-import nemo_eppo.evaluation.score
-import nemo_eppo.launch.examination
-import nemo_eppo.launch.local
-import nemo_eppo.launch.slurm
-import nemo_eppo.tools.aligner_config
-import nemo_eppo.tools.convert
-import nemo_eppo.tools.preparation
-import nemo_eppo.training.ppo_loop  # noqa: F401
 from nemo_eppo.cli import main
 from nemo_eppo.data.tokenizer import word_level
-from nemo_eppo.megatron import model
+from nemo_eppo.megatron import device, model
+
+device.install()  # before NeMo imports megatron-core
+for _module in (
+    "datasets",
+    "lightning.pytorch",
+    "nemo.core.config",
+    "nemo.utils.exp_manager",
+    "nemo_eppo.evaluation.score",
+    "nemo_eppo.launch.examination",
+    "nemo_eppo.launch.local",
+    "nemo_eppo.tools.aligner_config",
+    "nemo_eppo.tools.convert",
+    "nemo_eppo.tools.preparation",
+    "nemo_eppo.training.ppo_loop",
+    "transformers",
+    "tritonclient.grpc",
+):
+    importlib.import_module(_module)
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "nlp" / "gpt"
 SECONDS = 60.0  # in which a command has to end; it takes less than one when the machine is idle
@@ -116,7 +117,7 @@ def _child(arguments: list[str], directory: Path, log: Path) -> None:
     try:
         os.setpgid(0, 0)
         os.chdir(directory)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -159,7 +160,6 @@ def check(row: Row, command: str, world: Path, directory: Path) -> None:
     status, output = run(command, directory)
     said = re.sub(r"^(?:usage:|ok ).*\n(?:[ \t]+.*\n)*", "", output, flags=re.MULTILINE)  # of argparse and of doctor
     print(f"[{status}] {command}\n{said}")
-    open("/tmp/wt/bad_dump.jsonl", "a").write(json.dumps([row.wrong, row.command, status, said]) + "\n")
     assert "Traceback" not in output, output
     assert status == row.status, output
     assert re.search(row.message, " ".join(said.split())), said
@@ -226,3 +226,25 @@ def tensors(**changes: torch.Tensor | None) -> Any:
             save_file(held, file, metadata={"format": "pt"})
 
     return change
+
+
+_FIT = "fit.global_batch_size=4 exp_manager.explicit_log_dir=run"
+BASE = {
+    "train_gpt_sft": "model.restore_from_path=sft data.train=data/sft.train.jsonl "
+    f"data.validation=data/sft.validation.jsonl {_FIT}",
+    "train_reward_model": "model.restore_from_path=sft data.train=data/preferences.train.jsonl "
+    f"data.validation=data/preferences.validation.jsonl {_FIT}",
+    "train_gpt_ppo_actor": "model.restore_from_path=sft data.train=data/prompts.train.jsonl data.max_prompt_length=16 "
+    "generation.max_new_tokens=20 ppo.max_steps=1 ppo.rollout_batch_size=8 ppo.mini_batch_size=8 "
+    "exp_manager.explicit_log_dir=run",
+    "serve_ppo_critic": "model.restore_from_path=rm server.port=0 exp_manager.explicit_log_dir=run",
+    "serve_reward_model": "model.restore_from_path=rm server.port=0 exp_manager.explicit_log_dir=run",
+}
+"""Arguments with which each script runs."""
+
+
+def command(script: str, arguments: str) -> str:
+    """The script's command line: what `BASE` has, but for the keys that the arguments set."""
+    given = {argument.partition("=")[0].lstrip("+~") for argument in arguments.split()}
+    kept = [argument for argument in BASE[script].split() if argument.partition("=")[0] not in given]
+    return " ".join([script, *kept, arguments])

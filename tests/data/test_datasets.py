@@ -213,7 +213,7 @@ def test_a_digest_tells_the_same_tokens_from_others(write_rows: Callable[..., Pa
         path = write_rows({"prompt": prompt, "chosen": chosen, "rejected": rejected, **more})
         return PreferenceDataset(path, words, max_sequence_length=9).digest
 
-    made = {digest("red", "one", "blue"), digest("red", "blue", "one"), digest("red one", "blue", "blue")}
+    made = {digest("red", "one", "blue"), digest("red", "blue", "one"), digest("red one", "blue", "")}
     assert len(made) == 3
     assert digest("red", "one", "blue", source="elsewhere") in made
     assert digest("red", "one blue", "blue") != digest("red", "one", "blue blue")  # the same tokens in a row
