@@ -212,7 +212,7 @@ def test_an_output_of_something_else_is_never_continued(model: Path, data: Path,
         Scoring(ScoreConfig(**settings))
     foreign = tmp_path / "precious.jsonl"
     foreign.write_text("mine\n")
-    with pytest.raises(ConfigError, match="holds scores of another model"):
+    with pytest.raises(ConfigError, match="nemo-eppo score did not write it"):
         Scoring(ScoreConfig(**settings | {"output": foreign}))
 
 
