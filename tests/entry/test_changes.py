@@ -30,18 +30,18 @@ STARTED: dict[type[Config], dict[str, Any]] = {
     CriticConfig: {
         "model": {"restore_from_path": "rm"},
         "optimizer": {"lr": 1e-5},
-        "server": {"port": 5555, "token": "first"},
+        "server": {"port": 5555, "certificates": "first"},
     },
     PPOConfig: {
         "model": {"restore_from_path": "sft"},
         "data": {"train": "prompts.jsonl", "max_prompt_length": 16},
         "generation": {"max_new_tokens": 20},
         "ppo": {"max_steps": 5, "rollout_batch_size": 8, "mini_batch_size": 4},
-        "rewards": [{"server": {"url": "http://a:1"}}, {"function": "m:f"}],
+        "rewards": [{"server": {"url": "grpc://a:1"}}, {"function": "m:f"}],
         "optimizer": {"lr": 1e-5},
     },
 }
-SERVERS = [{"server": {"url": "http://b:2", "token": "x"}}, {"function": "m:f"}]
+SERVERS = [{"server": {"url": "grpc://b:2", "certificates": "x"}}, {"function": "m:f"}]
 
 
 def merged(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +74,10 @@ def resumed(schema: type[Config], change: dict[str, Any], directory: Path, **man
             ["model.recompute", "model.micro_batch"],
         ),
         (RewardTrainingConfig, {"checkpoint": {"keep": 5}}, ["checkpoint.keep was 2, now 5"]),
-        (CriticConfig, {"server": {"port": 1, "token": "second"}}, ["server.port was 5555, now 1"]),  # and no token
+        (CriticConfig, {"server": {"port": 1}}, ["server.port was 5555, now 1"]),
         (PPOConfig, {"ppo": {"max_steps": 9}, "validation": {"interval": 2}}, ["ppo.max_steps", "validation.interval"]),
-        (PPOConfig, {"rewards": SERVERS}, ["rewards.0.server.url was 'http://a:1', now 'http://b:2'"]),
-        (PPOConfig, {"critic": {"server": {"url": "http://c:3"}}}, ["critic.server.url"]),
+        (PPOConfig, {"rewards": SERVERS}, ["rewards.0.server.url was 'grpc://a:1', now 'grpc://b:2'"]),
+        (PPOConfig, {"critic": {"server": {"url": "grpc://c:3"}}}, ["critic.server.url"]),
         (
             PPOConfig,
             {"engine": {"max_batch_size": 2}, "record_rollouts": 3},

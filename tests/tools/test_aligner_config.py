@@ -258,7 +258,7 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
     assert status(result, "model.optim.weight_decay") == "default"
     assert status(result, "exp_manager.checkpoint_callback_params.model_parallel_size") == "dropped"
     assert any("nemo-eppo prepare prompts --input /d/train.jsonl" in line for line in result.todo)
-    assert any("node7 demands a token" in line for line in result.todo)
+    assert any("node7 and the actor need certificates" in line for line in result.todo)
     loaded = check(result)
     assert isinstance(loaded, PPOConfig)
     assert loaded.rewards[0].server is not None
