@@ -38,6 +38,7 @@ _FREE = (
     "server.*",
     "servers.*",
     "critic.server.*",
+    "critic.fresh",
     "rewards.*.server.*",
 )
 """Patterns of keys that may change when a run is resumed; a change of any other key is refused. Precision is one of

@@ -41,7 +41,7 @@ STARTED: dict[type[Config], dict[str, Any]] = {
         "optimizer": {"lr": 1e-5},
     },
 }
-SERVERS = [{"server": {"url": "grpc://b:2", "certificates": "x"}}, {"function": "m:f"}]
+SERVERS = [{"server": {"url": "grpc://b:2"}}, {"function": "m:f"}]
 
 
 def merged(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_what_a_resumed_run_may_change_is_told(
         (PPOConfig, {"ppo": {"advantages": {"estimator": "remax"}}, "critic": None}, ["ppo.advantages.estimator"]),
         (PPOConfig, {"ppo": {"mini_batch_size": 8}}, ["ppo.mini_batch_size was 4, now 8"]),
         (PPOConfig, {"generation": {"temperature": 0.7}}, ["generation.temperature was 1.0, now 0.7"]),
-        (PPOConfig, {"rewards": [*SERVERS, SERVERS[0]]}, ["rewards was 'a list of 2', now 'a list of 3'"]),
+        (PPOConfig, {"rewards": [*SERVERS, SERVERS[1]]}, ["rewards was 'a list of 2', now 'a list of 3'"]),
         (PPOConfig, {"rewards": SERVERS[:1]}, ["rewards was", "rewards.1.function was 'm:f', now None"]),
         (PPOConfig, {"rewards": SERVERS[::-1]}, ["rewards.0.function was None, now 'm:f'", "rewards.1.function was"]),
         (
