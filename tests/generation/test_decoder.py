@@ -166,7 +166,9 @@ def transformers_greedy(
     return responses
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "greedy, penalised", "greedy, all"])
+@pytest.mark.parametrize(
+    "sampling", ["greedy", pytest.param("greedy, penalised", marks=pytest.mark.slow), "greedy, all"]
+)
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
 def test_greedy_is_that_of_transformers_far_past_the_window(name: str, layout: str, sampling: str) -> None:
     architecture, model = MODELS[name]

@@ -34,6 +34,7 @@ def test_leftovers_are_removed_only_when_their_owner_is_dead(tmp_path: Path, mon
             block.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_a_triton_whose_helper_hangs_is_started_again_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("hanging_triton.py")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

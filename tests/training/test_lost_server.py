@@ -13,7 +13,8 @@ from jobs import Job, Models
 from nemo_eppo.models import checkpoint_files
 
 
-@pytest.mark.parametrize("patience", [0, 300])
+# waiting for a server is seen in test_interrupted (critic) and tests/launch/test_local (reward) too
+@pytest.mark.parametrize("patience", [0, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_killed_reward_server_loses_no_step(models: Models, tmp_path: Path, patience: int) -> None:
     critic_port, reward_port = free_port(), free_port()
     critic = Job(
