@@ -52,7 +52,7 @@ class Launched:
 def of_job(launch: psutil.Process, script: str, name: str) -> psutil.Process:
     """The first process called `name` of the job with this script."""
     for child in launch.children():
-        if script in " ".join(child.cmdline()):
+        if child.status() != psutil.STATUS_ZOMBIE and script in " ".join(child.cmdline()):
             found = [p for p in [child, *child.children(recursive=True)] if name in " ".join([p.name(), *p.cmdline()])]
             return found[-1]
     raise AssertionError(f"{script} is not running")

@@ -67,27 +67,32 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     output = tmp_path / "out"
     metrics = output / "actor" / "metrics.jsonl"
     file = write(eppo(models, output, steps=10_000), tmp_path / "launch.yaml")
-    with terminal() as (stdout, shown):
-        process = start(file, stdout)
-        wait_for(lambda: b"step 2" in shown, process)
-        with pytest.raises(ConfigError, match="a launch with this output is running"):
-            run_local(read_launch(file))
-        blocks = shared_memory_of(process.pid)
-        assert blocks
-        ready = output / "logs" / "reward.ready.json"
-        killed = json.loads(ready.read_text())
-        os.kill(killed["pid"], signal.SIGKILL)
-        wait_for(lambda: ready.exists() and json.loads(ready.read_text())["pid"] != killed["pid"], process)
-        assert json.loads(ready.read_text())["url"] == killed["url"]
-        steps = len(metrics.read_text().splitlines())
-        wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 2, process)
-        [actor] = [p for p in psutil.Process(process.pid).children() if "train_gpt_ppo_actor" in " ".join(p.cmdline())]
-        actor.kill()
-        _, error = process.communicate(timeout=90)
+    with terminal() as (stdout, shown), start(file, stdout) as process:
+        try:
+            wait_for(lambda: b"step 2" in shown, process)
+            with pytest.raises(ConfigError, match="a launch with this output is running"):
+                run_local(read_launch(file))
+            blocks = shared_memory_of(process.pid)
+            assert blocks
+            ready = output / "logs" / "reward.ready.json"
+            killed = json.loads(ready.read_text())
+            os.kill(killed["pid"], signal.SIGKILL)
+            again = output / "logs" / "reward.log"
+            wait_for(lambda: again.read_text().count("reward server listens on") == 2, process)
+            assert again.read_text().count(killed["url"]) == 2  # where the actor knows it
+            steps = len(metrics.read_text().splitlines())
+            wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 2, process)
+            children = [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+            next(p for p in children if "train_gpt_ppo_actor" in " ".join(p.cmdline())).kill()
+            _, error = process.communicate(timeout=90)
+        except BaseException:
+            process.terminate()
+            raise
     assert process.returncode == 128 + signal.SIGKILL, error
     assert error.endswith(f"launch: actor ended with exit status -9; its log is {output}/logs/actor.log\n")
     assert "unavailable for reward_infer" in error  # in the actor's log
-    assert [row["step"] for row in map(json.loads, metrics.read_text().splitlines())] == [*range(1, steps + 1)]
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert rows == [*range(1, len(rows) + 1)]
     assert processes_of(output) == []
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
