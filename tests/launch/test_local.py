@@ -97,8 +97,6 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
-    assert "trainings save after the step at hand, then end (actor); what takes longer than 30 s" in shown.decode()
-    assert "saving, at most " in shown.decode()
 
 
 def test_jobs_that_are_told_to_end_show_how_long_they_may_take(
