@@ -46,7 +46,7 @@ class Recovery:
         Args:
             error: what ended a step, on this rank.
             step: number of steps that were done before.
-            save: saves these steps, and returns whether there is a checkpoint now; it may raise ServerUnavailable.
+            save: saves these steps if that is possible, and returns whether there is a checkpoint now.
 
         Raises:
             the error, if it was no lost server, if nothing is saved, or if a server stays away.

@@ -5,7 +5,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import grpc
 import psutil
 import pytest
 import torch
-from server_process import Server, running_server
+from server_process import Server
 from tiny_server import VOCAB
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -23,19 +23,6 @@ from nemo_eppo.servers.client import ClientConfig, CriticClient, ServerUnavailab
 from nemo_eppo.servers.transport import Transport
 
 TOKENS, LENGTHS = torch.arange(8).reshape(2, 4) % (VOCAB - 4), torch.full((2,), 4)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def critic(server: Server) -> Iterator[CriticClient]:
-    with CriticClient(server.client_config) as client:
-        client.connect({"vocab_size": VOCAB})
-        yield client
 
 
 def address(server: Server) -> tuple[str, int]:

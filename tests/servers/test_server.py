@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from server_process import Server, running_server
-from tiny_server import FAIL, MAX_BATCH, NAN, SLEEP, VOCAB, embedding
+from tiny_server import EXPECT, FAIL, MAX_BATCH, NAN, SLEEP, VOCAB, embedding
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.servers.client import ClientConfig, CriticClient, RewardClient, ServerUnavailable
@@ -23,21 +23,6 @@ from nemo_eppo.servers.intake import Intake
 from nemo_eppo.servers.protocol import RequestError, json_array
 from nemo_eppo.servers.service import ServerConfig
 from nemo_eppo.servers.transport import ServerError, Transport
-
-EXPECT = {"vocab_size": VOCAB, "tokenizer": "tiny", "max_sequence_length": 1024}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def critic(server: Server) -> Iterator[CriticClient]:
-    with CriticClient(server.client_config) as client:
-        client.connect(EXPECT)
-        yield client
 
 
 def batch(size: int = 4, length: int = 9, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,8 @@ from nemo_eppo.servers.server import serve
 from nemo_eppo.servers.service import ServerConfig, Tensors
 
 VOCAB, MAX_LENGTH, MAX_BATCH = 64, 4096, 8
+EXPECT = {"vocab_size": VOCAB, "tokenizer": "tiny", "max_sequence_length": 1024}
+"""What a client compares the server's status with."""
 FAIL, FAIL_ON_ONE_RANK, NAN, SLEEP = range(VOCAB - 4, VOCAB)
 
 
