@@ -152,8 +152,14 @@ def _preference_row(prompt: str, random: Random) -> dict[str, str]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _sft_response(prompt: str, random: Random) -> str:
+    while not (response := sample_sft_response(prompt, random)):
+        pass  # an empty response teaches nothing
+    return response
+
+
 _ROW: dict[str, Callable[[str, Random], dict[str, str]]] = {
-    "sft": lambda prompt, random: {"prompt": prompt, "response": sample_sft_response(prompt, random)},
+    "sft": lambda prompt, random: {"prompt": prompt, "response": _sft_response(prompt, random)},
     "preferences": _preference_row,
     "prompts": lambda prompt, random: {"prompt": prompt},
 }
