@@ -1,11 +1,10 @@
 """The arguments of `nemo-eppo score`."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from nemo_eppo.config import load_config
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
 
 
 def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,10 +41,7 @@ example:
     parser.add_argument(
         "--chat-template", action="store_true", help="make the prompt the user's turn of the tokenizer's chat template"
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="number of tensor-parallel processes")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help="number of pipeline-parallel processes")
+    add_model_arguments(parser)
     parser.set_defaults(run=_score)
 
 
@@ -55,20 +51,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
     end_with_torchrun()
     names = ("model", "data", "output", "preset", "layer", "chat_template", "precision", "batch_size")
-    layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
-    job = Scoring(load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout}))
-    ranks = arguments.tp * arguments.pp
-    if ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # the same command once more, in as many processes
-        threads = max(1, (os.cpu_count() or 1) // ranks)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        torchrun = ["-m", "nemo_eppo.entry.torchrun", "--nproc_per_node", str(ranks)]
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "nemo_eppo.cli", *arguments.command_line])
-    from nemo_eppo.megatron import runtime
-
-    try:
-        job.run()
-    finally:
-        runtime.shutdown()
-    if os.environ.get("RANK", "0") == "0":
+    job = Scoring(
+        load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout(arguments)})
+    )
+    if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output}")

@@ -1,0 +1,120 @@
+"""Files of responses: rows of texts, or of the token ids that a run recorded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.datasets import TokenIds
+from nemo_eppo.data.jsonl import read_objects, text_fields
+from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
+
+_TEXTS, _IDS = ("prompt", "response"), ("prompt_ids", "response_ids")
+
+
+class Response(NamedTuple):
+    """A response, its prompt, and the row that has them."""
+
+    prompt: TokenIds
+    response: TokenIds
+    """With EOS if the row has it, or says that the response finished."""
+    row: dict[str, Any]
+    line: int
+    """From 1."""
+
+
+class _Given(NamedTuple):
+    """What a line of the data says."""
+
+    line: int
+    row: dict[str, Any]
+    text: tuple[str, ...]
+    """Prompt and response; empty where the row has nothing but token ids."""
+    ids: tuple[list[int], ...]
+    """Token ids of prompt and response; empty where the row has none."""
+    finished: bool
+
+
+def read_responses(
+    path: Path, tokenizer: Tokenizer, vocab_size: int, longest: int, chat_template: bool = False
+) -> list[Response]:
+    """Read rows {"prompt", "response"} or {"prompt_ids", "response_ids"} of a .jsonl or .jsonl.gz file.
+
+    Token ids are taken as they are. Texts are tokenised separately, without special tokens; EOS follows where the row
+    has "finished": true or "finish_reason": "stop".
+
+    Args:
+        vocab_size: token ids have to be below it.
+        longest: tokens that a prompt and its response may have together.
+        chat_template: render the prompt as the user's turn of the tokenizer's chat template.
+
+    Raises:
+        ConfigError: the first row that is bad, by file and line, or there are none.
+    """
+
+    def encode(block: list[_Given]) -> list[tuple[list[int], ...]]:
+        return _encode(block, tokenizer, chat_template)
+
+    found = []
+    for given, encoded in encode_in_blocks(_read(path, vocab_size, chat_template), encode):
+        where = f"{path}:{given.line}"
+        if isinstance(encoded, ConfigError):
+            raise ConfigError(f"{where}: {encoded}")
+        for field, ids in zip(_IDS if given.ids else _TEXTS, encoded, strict=True):
+            if not ids:
+                raise ConfigError(f"{where}: field '{field}' has no tokens; expected at least one")
+        if sum(map(len, encoded)) > longest:
+            sizes = " + ".join(str(len(ids)) for ids in encoded)
+            raise ConfigError(f"{where}: {sizes} tokens are more than the model's window of {longest}")
+        prompt, response = (np.array(ids, dtype=np.int32) for ids in encoded)
+        found.append(Response(prompt, response, given.row, given.line))
+    if not found:
+        raise ConfigError(f"{path}: no rows")
+    return found
+
+
+def _read(path: Path, vocab_size: int, chat_template: bool) -> Iterator[_Given]:
+    for line, row in read_objects(path):
+        where = f"{path}:{line}"
+        has_ids = any(field in row for field in _IDS)
+        ids = tuple(_token_ids(row, field, where, vocab_size) for field in _IDS) if has_ids else ()
+        if ids and chat_template:
+            raise ConfigError(f"{where}: field '{_IDS[0]}' cannot be rendered with --chat-template")
+        text = () if has_ids and "response" not in row else text_fields(row, _TEXTS, where)
+        finished = row.get("finished", row.get("finish_reason") == "stop")
+        if not isinstance(finished, bool):
+            raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")
+        yield _Given(line, row, text, ids, finished)
+
+
+def _token_ids(row: dict[str, Any], field: str, where: str, vocab_size: int) -> list[int]:
+    ids = row.get(field)
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ConfigError(f"{where}: field '{field}' = {ids!r:.80}: expected a list of token ids below {vocab_size}")
+    return ids
+
+
+def _encode(block: list[_Given], tokenizer: Tokenizer, chat_template: bool) -> list[tuple[list[int], ...]]:
+    """Return the token ids of every prompt and response."""
+    texts = [given.text for given in block if not given.ids]
+    prompts, responses = zip(*texts, strict=True) if texts else ((), ())
+    if chat_template:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
+    encoded = iter(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
+    found: list[tuple[list[int], ...]] = []
+    for given in block:
+        if given.ids:
+            if given.text and (read := tokenizer.decode(given.ids[1])) != given.text[1]:
+                raise ConfigError(
+                    f"field 'response_ids' are {read!r:.80} to this model's tokenizer, but field 'response' is "
+                    f"{given.text[1]!r:.80}: expected token ids of the same tokenizer"
+                )
+            found.append(given.ids)
+        else:
+            prompt, response = next(encoded)
+            ends = given.finished and response[-1:] != [tokenizer.eos_id]
+            found.append((prompt, [*response, tokenizer.eos_id] if ends else response))
+    return found

@@ -1,0 +1,60 @@
+"""A .jsonl file that a command writes row by row, and goes on with when it is started again."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.files import complete_lines, write_atomically
+
+
+class RowsFile:
+    """The output of a command; beside it lie the settings that its rows belong to.
+
+    Creating it reads what an interrupted run left and writes nothing; `begin` is called before the first `append`.
+
+    Args:
+        command: name of the command, for messages.
+        settings: what the rows depend on, as JSON; another model under the same name is another setting.
+
+    Raises:
+        ConfigError: the file is of another command, or holds rows of other settings.
+    """
+
+    def __init__(self, path: Path, command: str, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._settings = settings
+        self._settings_file = path.with_name(path.name + ".settings.json")
+        self._complete: list[bytes] = []
+        if path.exists():
+            if not self._settings_file.is_file():
+                raise ConfigError(
+                    f"--output: {path} exists, but nemo-eppo {command} did not write it (there is no "
+                    f"{self._settings_file.name}); choose another or remove it"
+                )
+            earlier = json.loads(self._settings_file.read_text())
+            if different := [name for name, value in settings.items() if earlier.get(name) != value]:
+                raise ConfigError(
+                    f"--output: {path} holds rows of another {', '.join(different)} (see {self._settings_file.name}); "
+                    "choose another or remove it"
+                )
+            self._complete = complete_lines(path)
+        elif not path.parent.is_dir():
+            raise ConfigError(f"--output: {path.parent} is not a directory")
+
+    @property
+    def done(self) -> int:
+        """How many complete rows an interrupted run left."""
+        return len(self._complete)
+
+    def begin(self) -> None:
+        """Make the file, or cut off a last row that is not complete."""
+        write_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
+        with self.path.open("ab") as file:
+            file.truncate(sum(len(line) + 1 for line in self._complete))
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Write rows, each a line of JSON with its end."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
