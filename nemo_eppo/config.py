@@ -23,6 +23,16 @@ class RunError(RuntimeError):
     """Whether it failed on another rank, which says so too."""
 
 
+class RunStopped(RunError):
+    """A run saved and ended before its last step, as it was told to; the same command goes on.
+
+    Its exit status is NOT_FINISHED, so that nothing that waits for the finished run starts.
+    """
+
+
+NOT_FINISHED = os.EX_TEMPFAIL
+
+
 class Config(BaseModel):
     """Base of all settings. A field's meaning is the docstring below it; unknown keys are errors."""
 

@@ -24,7 +24,7 @@ from typing import cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from nemo_eppo.config import Config, ConfigError, ConfigT, RunError
+from nemo_eppo.config import NOT_FINISHED, Config, ConfigError, ConfigT, RunError, RunStopped
 from nemo_eppo.entry.changes import changes
 from nemo_eppo.entry.settings import Source, as_yaml, check, plain
 from nemo_eppo.entry.settings_help import settings_help
@@ -35,6 +35,7 @@ from nemo_eppo.observability.report_tables import START, VERSIONS
 from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
+_LAST_S = 1.0  # seconds that rank 0 of a run that is not finished leaves the others to end
 _PATIENCE = 5.0  # seconds that other ranks hold their message back: the launcher ends them when rank 0 has ended
 
 
@@ -92,7 +93,8 @@ def job(
 @contextlib.contextmanager
 def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[None]:
     """End the process with one message when a block fails as is to be expected: with exit status 2 at a ConfigError,
-    and 1 at a RunError or when a file cannot be written, when the same command may succeed later.
+    and 1 at a RunError or when a file cannot be written, when the same command may succeed later. A run that was told
+    to end before its last step ends with NOT_FINISHED.
 
     Other errors keep their stack. Most errors are the same on every rank, or follow from one rank's, and one message
     is enough: rank 0 tells at once, other ranks wait until the launcher should have ended them, and ranks that only
@@ -106,6 +108,11 @@ def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[Non
         yield
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except RunStopped:  # its log says why
+        if rank:
+            raise SystemExit(0) from None
+        time.sleep(_LAST_S)  # srun kills the ranks that are left, and would return the status of these
+        raise SystemExit(NOT_FINISHED) from None
     except Exception as error:
         message = disk_trouble(error, directory) if isinstance(error, OSError) else str(error)
         lost_peer = "gloo/transport" in str(error)  # how a collective fails when another rank has ended

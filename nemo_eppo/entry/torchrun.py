@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 
+from nemo_eppo.config import NOT_FINISHED
+
 HOST = "127.0.0.1"
 """The only address at which anything of a job on one machine listens."""
 _BACKEND = "loopback"
@@ -42,6 +44,7 @@ def end_with_torchrun() -> None:
 def main() -> None:
     """Run torchrun with a store at a free port of the loopback interface."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import (
         RendezvousInfo,
         RendezvousParameters,
@@ -72,7 +75,12 @@ def main() -> None:
             return self._found
 
     rendezvous_handler_registry.register(_BACKEND, OneMachine)
-    torchrun([f"--rdzv-backend={_BACKEND}", f"--rdzv-endpoint={HOST}", *sys.argv[1:]])
+    try:
+        torchrun([f"--rdzv-backend={_BACKEND}", f"--rdzv-endpoint={HOST}", *sys.argv[1:]])
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != NOT_FINISHED:
+            raise
+        sys.exit(NOT_FINISHED)
 
 
 if __name__ == "__main__":

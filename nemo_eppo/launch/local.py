@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import NOT_FINISHED, ConfigError
 from nemo_eppo.launch.command import Address, environment, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
@@ -188,6 +188,8 @@ class Supervisor:
             if job.serves and row.url and self._restarts[name] < MOST_RESTARTS:
                 self._restarts[name] += 1
                 self._start(name)
+            elif code == NOT_FINISHED:
+                raise self._failure(name, "ended before its last step; the same command goes on", code)
             elif job.serves or code:
                 raise self._failure(name, f"ended with exit status {code}", code if code >= 0 else 128 - code)
             else:

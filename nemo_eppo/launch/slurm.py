@@ -5,7 +5,7 @@ A launch of several stages becomes a script that submits one such batch script f
 
 import shlex
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import NOT_FINISHED, ConfigError
 from nemo_eppo.launch.command import MASTER_PORT, Address, environment, overrides, script, served_at
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig, SlurmConfig
 from nemo_eppo.launch.stages import Stage, stages
@@ -47,7 +47,7 @@ _END = """
 again=""
 trap 'again=yes; kill -USR1 "${steps[-1]}" || :' TERM
 
-# The first job that ends, ends all: {trainer} because it is done, any other because it has failed.
+# The first job that ends, ends all: {trainer} because it is done or its own time is up, any other because it failed.
 status=0
 wait -n "${steps[@]}" || status=$?
 if [[ $again ]]; then
@@ -58,7 +58,7 @@ elif kill -0 "${steps[-1]}" 2>/dev/null; then
 fi
 kill "${steps[@]}" 2>/dev/null || :
 wait
-if [[ $again ]]; then
+if [[ $again ]] || ((status == {not_finished})); then
     exec scontrol requeue "$SLURM_JOB_ID"
 elif ((status)); then
     tail -n 25 "$logs"/*.log >&2
@@ -126,7 +126,8 @@ def _script(stage: Stage) -> str:
     )
     patience = slurm.requeue_before_end - _REQUEUE_S
     parts += [_step(launch, slurm, name, group, len(names), addresses) for group, name in enumerate(names)]
-    return "".join(parts) + _END.replace("{trainer}", last).replace("{patience}", str(patience))
+    end = _END.replace("{trainer}", last).replace("{patience}", str(patience))
+    return "".join(parts) + end.replace("{not_finished}", str(NOT_FINISHED))
 
 
 def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import Config, ConfigError, RunStopped
 from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
@@ -23,7 +23,7 @@ from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.observability.run import Run
 from nemo_eppo.training.setup import Plan, build
-from nemo_eppo.training.stopping import SAVED, RunStopped, StopWatch
+from nemo_eppo.training.stopping import SAVED, StopWatch
 
 VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and has no effect on results
 
@@ -209,7 +209,7 @@ class Fit:
             saver.finish()
         run.logger.info(SAVED, task.title, step, last, saver.path(step))
         if step < last:
-            raise RunStopped(f"saved after step {step} of {last}")
+            raise RunStopped
         return saver.path(last)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, RunStopped
 from nemo_eppo.files import write_atomically
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
@@ -62,6 +62,7 @@ class PPOLoop:
     def run(self) -> None:
         """Train to the last step."""
         config, ppo, last, step = self.config, self.ppo, self.config.ppo.max_steps, self.done
+        stop = is_last = False
         if self.done >= last:
             self.run_files.logger.info("%d steps are done, ppo.max_steps = %d: nothing is left to do", self.done, last)
         with ExitStack() as stack:
@@ -105,6 +106,8 @@ class PPOLoop:
             self.saver.finish()
             ppo.timers.close()
         self.run_files.logger.info(SAVED, "PPO", step, last, self.saver.path(step))
+        if stop and not is_last:
+            raise RunStopped
 
     def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
         if dist.get_rank():

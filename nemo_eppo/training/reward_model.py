@@ -1,7 +1,6 @@
 """Training of a reward model on preference pairs."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import ClassVar
 
@@ -24,7 +23,6 @@ from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, 
 from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
 from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
-from nemo_eppo.training.stopping import RunStopped
 
 _SFT_RESPONSES = 2048
 
@@ -149,8 +147,7 @@ def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
         seed=config.seed,
         run=run,
     )
-    with suppress(RunStopped):
-        members = train_members(config.ensemble, fit)
-        if config.ensemble.average:
-            average_members(config.ensemble, members, fit)
+    members = train_members(config.ensemble, fit)
+    if config.ensemble.average:
+        average_members(config.ensemble, members, fit)
     runtime.shutdown()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import ClassVar
 
 import torch
@@ -21,7 +20,6 @@ from nemo_eppo.observability.run import ExpManagerConfig, Run
 from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, FitSettings, TextDataConfig
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
-from nemo_eppo.training.stopping import RunStopped
 
 
 class SFTConfig(Config):
@@ -100,14 +98,13 @@ def train_sft(config: SFTConfig, run: Run) -> None:
     """Run the SFT job."""
     model = plan(config.model, head="lm")
     task = SFTTask(config.data, model, answer_only_loss=config.answer_only_loss)
-    with suppress(RunStopped):
-        Fit(
-            task=task,
-            plan=model,
-            settings=config.fit,
-            optimizer=config.optimizer,
-            saving=config.checkpoint,
-            seed=config.seed,
-            run=run,
-        ).train()
+    Fit(
+        task=task,
+        plan=model,
+        settings=config.fit,
+        optimizer=config.optimizer,
+        saving=config.checkpoint,
+        seed=config.seed,
+        run=run,
+    ).train()
     runtime.shutdown()

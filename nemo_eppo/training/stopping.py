@@ -18,10 +18,6 @@ SAVED = "%s ended after step %d of %d; its checkpoint is %s"
 """What the log of a training ends with."""
 
 
-class RunStopped(Exception):
-    """The run ended early on purpose, and can be resumed."""
-
-
 class StopWatch:
     """Tells after each step whether the run should end there. Inside its `with` block SIGTERM, SIGUSR1 and the first
     Ctrl-C do not end the process; a second Ctrl-C ends it at once.

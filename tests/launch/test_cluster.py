@@ -19,7 +19,7 @@ from jobs import Models
 from launched import eppo, processes_of, stages, write
 
 from nemo_eppo.cli import main
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import NOT_FINISHED, ConfigError
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
@@ -136,7 +136,7 @@ def cluster_run(models: Models, tmp_path: Path, **slurm: Any) -> dict[str, Any]:
 def commands_in(directory: Path, python: str) -> dict[str, str]:
     """An environment in which Slurm's commands are stand-ins and `python` is a line of shell."""
     folder = directory / "bin"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", f"#!/usr/bin/env bash\n{python}\n")):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -193,6 +193,13 @@ def test_the_batch_script_requeues_even_if_a_step_takes_too_long_and_fails_with_
     assert (tmp_path / "requeued").read_text() == "17\n"
 
     (tmp_path / "requeued").unlink()
+    as_ranks_end = f"{{ ((RANK)) && exit 0; sleep 1; exit {NOT_FINISHED}; }}"
+    own_time = commands_in(tmp_path, f'[[ "$*" == *train_gpt_ppo_actor* ]] && {as_ranks_end}; {busy}')
+    assert subprocess.run(["bash", "-c", script], env=own_time, timeout=30, check=False).returncode == 0
+    assert (tmp_path / "requeued").read_text() == "17\n"
+
+    (tmp_path / "requeued").unlink()
+    environment = commands_in(tmp_path, f'[[ "$*" == *$FAILING* ]] && {{ echo "no memory"; exit 3; }}; {busy}')
     failed = subprocess.run(
         ["bash", "-c", script],
         env={**environment, "FAILING": "serve_ppo_critic"},

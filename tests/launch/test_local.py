@@ -20,7 +20,7 @@ from jobs import Models
 from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.cli import main
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import NOT_FINISHED, ConfigError
 from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import read_launch
@@ -127,21 +127,32 @@ def test_jobs_that_are_told_to_end_show_how_long_they_may_take(
     assert told[-1] == "reward: killed"
 
 
+def sft_of_two_ranks(models: Models, **settings: Any) -> dict[str, Any]:
+    data = {side: str(models.data / f"sft.{side}.jsonl") for side in ("train", "validation")}
+    settings |= {"model.restore_from_path": str(models.sft), "data": data}
+    return {"script": "train_gpt_sft", "ranks_per_node": 2, "settings": settings}
+
+
+def test_no_job_starts_from_one_whose_time_was_up(models: Models, tmp_path: Path) -> None:
+    early = sft_of_two_ranks(
+        models, fit={"global_batch_size": 8, "max_steps": 3}, exp_manager={"max_time_per_run": "00:00:00:00"}
+    )
+    later = sft_of_two_ranks(models, fit={"global_batch_size": 8}) | {"needs": ["sft"]}
+    launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": early, "later": later}}
+    with pytest.raises(LaunchError) as stopped:
+        run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
+    assert stopped.value.status == NOT_FINISHED
+    assert "launch: sft ended before its last step; the same command goes on; its log is " in str(stopped.value)
+    assert "SFT ended after step 1 of 3; its checkpoint is " in str(stopped.value)
+    assert not (tmp_path / "out" / "logs" / "later.log").exists()
+
+
 def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(models: Models, tmp_path: Path) -> None:
-    job = {
-        "script": "train_gpt_sft",
-        "ranks_per_node": 2,
-        "settings": {
-            "model.restore_from_path": str(models.sft),
-            "data.train": str(models.data / "sft.train.jsonl"),
-            "data.validation": str(models.data / "sft.validation.jsonl"),
-            "fit.global_batch_size": 1000,
-        },
-    }
+    job = sft_of_two_ranks(models, fit={"global_batch_size": 1000})
     launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": job}}
     with pytest.raises(LaunchError) as failed:
         run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
-    assert "examples, fewer than one global batch of 1000\n" in str(failed.value)
+    assert "the data set has 16 examples, fewer than one global batch of 1000: " in str(failed.value)
     assert "failed (exitcode: 2) local_rank: " in str(failed.value)
     assert "ChildFailedError" in (tmp_path / "out" / "logs" / "sft.log").read_text()
     assert "ChildFailedError" not in str(failed.value)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from distributed import run_ranks
 from jobs import Models
 from reference_eppo import load_weights, policy_pass, scalars
 
-from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.config import ConfigError, RunStopped, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import disk_trouble
@@ -46,10 +47,11 @@ def train(kind: str, directory: Path, values: dict[str, Any]) -> list[dict[str, 
     directory.mkdir(exist_ok=True)
     manager = ExpManagerConfig(create_tensorboard_logger=False, **values.get("exp_manager", {}))
     run = Run(directory, int(os.environ["RANK"]), logging.getLogger(), manager)
-    if kind == "sft":
-        train_sft(load_config(SFTConfig, values), run)
-    else:
-        train_reward_model(load_config(RewardTrainingConfig, values), run)
+    with suppress(RunStopped):
+        if kind == "sft":
+            train_sft(load_config(SFTConfig, values), run)
+        else:
+            train_reward_model(load_config(RewardTrainingConfig, values), run)
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 

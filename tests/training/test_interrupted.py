@@ -15,6 +15,7 @@ from distributed import free_port, run_ranks
 from jobs import Job, Models, read_weights
 from small_data import read_rows
 
+from nemo_eppo.config import NOT_FINISHED
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.model_config import Head
@@ -194,7 +195,7 @@ def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp
     critic = runs.critic(port)
     try:
         late = runs.actor(port, exp_manager={"max_time_per_run": "00:00:00:01"}, **rarely)
-        assert late.wait(100) == 0, log(late)
+        assert late.wait(100) == NOT_FINISHED, log(late)
         assert "max_time_per_run = 00:00:00:01: saving, then ending" in log(late)
         saved = tmp_path / "actor" / "checkpoints" / "step_000001"
         assert f"PPO ended after step 1 of {STEPS}; its checkpoint is {saved}" in log(late).splitlines()[-1]
@@ -202,7 +203,7 @@ def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp
         told = runs.actor(port, **rarely)
         told.wait_for(lambda: [row["step"] for row in runs.trajectory()][-1] >= 2)
         told.process.send_signal(signal.SIGTERM)
-        assert told.wait(100) == 0, log(told)
+        assert told.wait(100) == NOT_FINISHED, log(told)
         assert "SIGTERM: saving, then ending" in log(told)
         steps = [row["step"] for row in runs.trajectory()]
         assert steps[-1] < STEPS
