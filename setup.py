@@ -39,6 +39,7 @@ setup(
         "scikit-learn",
         "jinja2",
         "plotly>=5.24,<7",
+        "matplotlib>=3.9",
         "pyyaml",
         "rich",
         "tqdm",

@@ -108,7 +108,7 @@ def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
     traces = [
         {
             "type": "histogram", "name": group.label, "x": group.y, "bingroup": "all", "histnorm": "percent",
-            "nbinsx": max(15, min(30, math.isqrt(total))), "marker": {"color": group.color}, "opacity": 0.55,
+            "nbinsx": histogram_bins(total), "marker": {"color": group.color}, "opacity": 0.55,
         }
         for group in groups
     ]  # fmt: skip
@@ -116,6 +116,11 @@ def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
     for group in groups:
         chart.add_vline(statistics.fmean(group.y), line={"color": group.color, "dash": "dash", "width": 2})
     return chart
+
+
+def histogram_bins(values: int) -> int:
+    """Return into how many bins a histogram of this many values, all groups together, is divided."""
+    return max(15, min(30, math.isqrt(values)))
 
 
 def smoothing_window(points: int) -> int:

@@ -1,0 +1,122 @@
+"""Statistics of the reports, with percentile-bootstrap intervals over samples that the same seed makes the same.
+
+Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+Floats = NDArray[np.float64]
+_BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
+
+
+class Estimate(NamedTuple):
+    """A value and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95) -> Estimate:
+    """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.
+
+    Args:
+        values: [N], one of each sample; N > 0.
+        level: share of the draws that the interval holds.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    means = [counts @ sample / len(sample) for counts in _resampled(len(sample), seed, draws)]
+    return _estimate(float(sample.mean()), np.concatenate(means), level)
+
+
+def bootstrap_auroc(
+    labels: ArrayLike, scores: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95
+) -> Estimate:
+    """Estimate the area under the ROC curve: how often a sample to be found has the higher score, ties half.
+
+    Raises:
+        ValueError: not both labels occur.
+    """
+    return _bootstrap(roc_auc_score, _aurocs, labels, scores, seed, draws, level)
+
+
+def bootstrap_auprc(
+    labels: ArrayLike, scores: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95
+) -> Estimate:
+    """Estimate the average precision, which is the share of labels that are True where scores say nothing.
+
+    Raises:
+        ValueError: not both labels occur.
+    """
+    return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed, draws, level)
+
+
+def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> float:
+    """Return the highest threshold at which scores >= threshold find at least the fraction `recall` of True labels."""
+    found = np.sort(np.asarray(scores, dtype=np.float64)[np.asarray(labels, dtype=bool)])[::-1]
+    return float(found[max(math.ceil(recall * len(found) - 1e-9), 1) - 1])
+
+
+def false_alarms_per_1000(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
+    """Return how many of 1,000 samples whose label is False have a score >= threshold."""
+    return 1000 * float((np.asarray(scores)[~np.asarray(labels, dtype=bool)] >= threshold).mean())
+
+
+def _bootstrap(
+    exact: Callable[[NDArray[np.bool_], Floats], float],
+    of_draws: Callable[[Floats, Floats], Floats],
+    labels: ArrayLike,
+    scores: ArrayLike,
+    seed: int,
+    draws: int,
+    level: float,
+) -> Estimate:
+    truth, ranked = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if truth.all() or not truth.any():
+        raise ValueError(f"labels: all {len(truth)} are {bool(truth.any())}; expected both True and False")
+    descending = np.argsort(-ranked, kind="stable")
+    # places in the sorted samples where a new score begins: equal scores are found together
+    starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))
+    areas = []
+    for counts in _resampled(len(truth), seed, draws):
+        weights = counts[:, descending]
+        positives = np.add.reduceat(weights * truth[descending], starts, axis=1)
+        areas.append(of_draws(positives, np.add.reduceat(weights, starts, axis=1) - positives))
+    return _estimate(float(exact(truth, ranked)), np.concatenate(areas), level)
+
+
+def _aurocs(positives: Floats, negatives: Floats) -> Floats:
+    """AUROC [draws] from how often samples with each score, highest first, were drawn [draws, scores]."""
+    higher = positives.cumsum(axis=1) - positives / 2
+    with np.errstate(invalid="ignore"):  # a draw without one of the labels is NaN
+        area: Floats = (negatives * higher).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+    return area
+
+
+def _average_precisions(positives: Floats, negatives: Floats) -> Floats:
+    found = positives.cumsum(axis=1)
+    precision = found / np.maximum(found + negatives.cumsum(axis=1), 1)
+    with np.errstate(invalid="ignore"):
+        area: Floats = (positives * precision).sum(axis=1) / positives.sum(axis=1)
+    return area
+
+
+def _resampled(size: int, seed: int, draws: int) -> Iterator[Floats]:
+    """Yield blocks [some draws, size]: how often each sample is in each draw of `size` samples with replacement."""
+    draw = np.random.default_rng(seed)
+    block = max(1, _BLOCK // size)
+    for first in range(0, draws, block):
+        rows = min(block, draws - first)
+        drawn = draw.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+
+
+def _estimate(value: float, draws: Floats, level: float) -> Estimate:
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))

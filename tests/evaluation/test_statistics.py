@@ -1,0 +1,80 @@
+"""The statistics of the reports against scikit-learn and scipy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation.statistics import (
+    Estimate,
+    bootstrap_auprc,
+    bootstrap_auroc,
+    bootstrap_mean,
+    false_alarms_per_1000,
+    threshold_at_recall,
+)
+
+DRAWS = 400
+
+
+@pytest.fixture
+def sample() -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores of 150 samples, many of which have equal scores."""
+    draw = np.random.default_rng(3)
+    labels = draw.random(150) < 0.3
+    return labels, np.round(draw.normal(size=150) + labels, 1)
+
+
+@pytest.mark.parametrize(
+    ("bootstrap", "sklearn"), [(bootstrap_auroc, roc_auc_score), (bootstrap_auprc, average_precision_score)]
+)
+def test_areas_of_every_draw_are_those_of_scikit_learn(
+    bootstrap: Callable[..., Estimate],
+    sklearn: Callable[..., float],
+    sample: tuple[np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels, scores = sample
+    found = bootstrap(labels, scores, seed=5, draws=DRAWS)
+    draw = np.random.default_rng(5)
+    areas = []
+    for _ in range(DRAWS):
+        drawn = draw.integers(150, size=150)
+        areas.append(sklearn(labels[drawn], scores[drawn]))
+    wanted = Estimate(sklearn(labels, scores), *np.quantile(areas, [0.025, 0.975]))
+    assert found == pytest.approx(wanted, abs=1e-12)
+    monkeypatch.setattr(statistics, "_BLOCK", 7 * 150)
+    assert bootstrap(labels, scores, seed=5, draws=DRAWS) == found, "whatever the size of a block"
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy(sample: tuple[np.ndarray, np.ndarray]) -> None:
+    values = sample[1]
+    found = bootstrap_mean(values, seed=1, draws=20_000, level=0.9)
+    wanted = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)
+
+
+def test_a_draw_without_one_of_the_labels_is_left_out() -> None:
+    found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], seed=0)
+    assert found == Estimate(1.0, 1.0, 1.0)
+
+
+def test_labels_of_one_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="all 2 are True"):
+        bootstrap_auroc([True, True], [1.0, 2.0], seed=0)
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
+def test_false_alarms_are_those_of_the_roc_curve(sample: tuple[np.ndarray, np.ndarray], recall: float) -> None:
+    labels, scores = sample
+    false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    first = np.flatnonzero(true >= recall)[0]
+    threshold = threshold_at_recall(labels, scores, recall)
+    assert threshold == thresholds[first]
+    assert false_alarms_per_1000(labels, scores, threshold) == pytest.approx(1000 * false[first])
