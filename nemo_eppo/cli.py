@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_eppo.config import ConfigError, RunError
+from nemo_eppo.evaluation.energy_report_cli import add_energy_report
 from nemo_eppo.evaluation.score_cli import add_score
 from nemo_eppo.files import disk_trouble
 from nemo_eppo.launch.certificates_cli import add_certificates
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_prepare(commands)
     add_convert(commands)
     add_score(commands)
+    add_energy_report(commands)
     add_launch(commands)
     add_doctor(commands)
     add_certificates(commands)

@@ -100,6 +100,6 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
             file.write(json_line(row))
 
 
-def json_line(row: Mapping[str, str | int]) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
     """Return one line of a JSON-lines file, its newline included."""
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -11,7 +11,9 @@ from nemo_eppo.data.datasets import TokenIds
 from nemo_eppo.data.jsonl import read_objects, text_fields
 from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
-_TEXTS, _IDS = ("prompt", "response"), ("prompt_ids", "response_ids")
+TEXTS = ("prompt", "response")
+"""Fields of a row that have texts, unless a caller says otherwise."""
+_IDS = ("prompt_ids", "response_ids")
 
 
 class Response(NamedTuple):
@@ -38,7 +40,12 @@ class _Given(NamedTuple):
 
 
 def read_responses(
-    path: Path, tokenizer: Tokenizer, vocab_size: int, longest: int, chat_template: bool = False
+    path: Path,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    longest: int,
+    chat_template: bool = False,
+    texts: tuple[str, str] = TEXTS,
 ) -> list[Response]:
     """Read rows {"prompt", "response"} or {"prompt_ids", "response_ids"} of a .jsonl or .jsonl.gz file.
 
@@ -49,6 +56,7 @@ def read_responses(
         vocab_size: token ids have to be below it.
         longest: tokens that a prompt and its response may have together.
         chat_template: render the prompt as the user's turn of the tokenizer's chat template.
+        texts: names of the fields that have prompt and response as text.
 
     Raises:
         ConfigError: the first row that is bad, by file and line, or there are none.
@@ -58,11 +66,11 @@ def read_responses(
         return _encode(block, tokenizer, chat_template)
 
     found = []
-    for given, encoded in encode_in_blocks(_read(path, vocab_size, chat_template), encode):
+    for given, encoded in encode_in_blocks(_read(path, vocab_size, chat_template, texts), encode):
         where = f"{path}:{given.line}"
         if isinstance(encoded, ConfigError):
             raise ConfigError(f"{where}: {encoded}")
-        for field, ids in zip(_IDS if given.ids else _TEXTS, encoded, strict=True):
+        for field, ids in zip(_IDS if given.ids else texts, encoded, strict=True):
             if not ids:
                 raise ConfigError(f"{where}: field '{field}' has no tokens; expected at least one")
         if sum(map(len, encoded)) > longest:
@@ -75,14 +83,14 @@ def read_responses(
     return found
 
 
-def _read(path: Path, vocab_size: int, chat_template: bool) -> Iterator[_Given]:
+def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, str]) -> Iterator[_Given]:
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         has_ids = any(field in row for field in _IDS)
         ids = tuple(_token_ids(row, field, where, vocab_size) for field in _IDS) if has_ids else ()
         if ids and chat_template:
             raise ConfigError(f"{where}: field '{_IDS[0]}' cannot be rendered with --chat-template")
-        text = () if has_ids and "response" not in row else text_fields(row, _TEXTS, where)
+        text = () if has_ids and texts[1] not in row else text_fields(row, texts, where)
         finished = row.get("finished", row.get("finish_reason") == "stop")
         if not isinstance(finished, bool):
             raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")

@@ -13,11 +13,11 @@ from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.jsonl import json_line
-from nemo_eppo.evaluation.responses import Response, read_responses
+from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.energy import EnergyProbeConfig, Preset
+from nemo_eppo.megatron.energy import EnergyProbeConfig, EnergyProbes, Preset, readable_presets
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models.checkpoint_files import model_identity
 from nemo_eppo.models.hf_directory import HfDirectory
@@ -39,10 +39,14 @@ class ScoreConfig(Config):
     them, are taken as they are; a response that is only there as text gets EOS if its row says that it finished."""
     output: Path
     """File for rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
+    fields: tuple[str, str] = TEXTS
+    """Names of the fields that have prompt and response as text."""
     preset: Preset = "paper"
     """The modules whose energy losses are read, see `EnergyProbeConfig`."""
     layer: int = -1
     """Decoder layer of these modules, counted from 0; negative numbers count from the end."""
+    sweep: bool = False
+    """Also write {"energies": {preset: [of each layer]}}, for all presets that can be read on this machine."""
     chat_template: bool = False
     """Render the prompt as the user's turn in the tokenizer's own chat template."""
     precision: Precision = "fp32"
@@ -74,37 +78,48 @@ class Scoring:
             parallel=config.parallel,
             micro_batch_size=config.batch_size,
         )
-        self._plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
-        self._probe = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
-        self._probe.layer_indices(self._plan.model.num_layers)
-        if config.chat_template and self._plan.tokenizer.chat_template is None:
+        self.plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        one = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
+        one.layer_indices(self.plan.model.num_layers)
+        every = tuple(range(self.plan.model.num_layers))
+        sweep = readable_presets() if config.sweep else ()
+        self._probes = [one, *(EnergyProbeConfig(preset=preset, layers=every) for preset in sweep)]
+        if config.chat_template and self.plan.tokenizer.chat_template is None:
             raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
-        model = self._plan.model
-        self._rows = read_responses(
-            config.data, self._plan.tokenizer, model.vocab_size, model.max_sequence_length, config.chat_template
+        model = self.plan.model
+        self.rows = read_responses(
+            config.data,
+            self.plan.tokenizer,
+            model.vocab_size,
+            model.max_sequence_length,
+            config.chat_template,
+            config.fields,
         )
+        """The responses, as this model's tokens."""
         settings = {
-            "model": model_name(self._plan.source),
+            "model": model_name(self.plan.source),
             "data_sha256": sha256(config.data),
-            **config.model_dump(mode="json", include={"preset", "layer", "chat_template", "precision"}),
+            **config.model_dump(mode="json", include={"fields", "preset", "layer", "chat_template", "precision"}),
+            "sweep": list(sweep),
         }
         self._output = RowsFile(config.output, "score", settings)
 
     def run(self) -> None:
         """Join the ranks and append the missing rows to the output; collective."""
         done = self._output.done
-        if done == len(self._rows):
+        if done == len(self.rows):
             return
         runtime.initialize(self.config.parallel, seed=0)  # now all ranks have read the output, which may grow
-        runner = build(self._plan, "lm", probe=self._probe)
+        runner = build(self.plan, "lm")
+        runner.probe = EnergyProbes(self._probes, runner.chunks, self.plan.model.num_layers)
         writes = dist.get_rank() == 0
         if writes:
             self._output.begin()
         size = self.config.batch_size * _WINDOW
         hidden = None if writes else True  # None: tqdm itself hides the bar when stderr is not a terminal
-        with tqdm(total=len(self._rows), initial=done, unit="row", disable=hidden) as bar:
-            for start in range(done, len(self._rows), size):
-                window = self._rows[start : start + size]
+        with tqdm(total=len(self.rows), initial=done, unit="row", disable=hidden) as bar:
+            for start in range(done, len(self.rows), size):
+                window = self.rows[start : start + size]
                 lines = self._score(runner, window, start)
                 if writes:
                     self._output.append(lines)
@@ -112,17 +127,25 @@ class Scoring:
 
     def _score(self, runner: ModelRunner, rows: Sequence[Response], first: int) -> list[str]:
         """Make the output lines of `rows`, which begin at row `first` (from 0) of the data."""
-        tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self._plan.tokenizer.pad_id)
+        tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
         out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
         assert read is not None
         logprobs = masked_sum(out[:, :-1, 0].double(), mask, dim=1)
-        energies = response_energy(energy_window(read, "response").double(), mask).sum(1)
+        energies = response_energy(energy_window(read, "response").double(), mask)
+        parts = energies.split([probe.energies_per_token() for probe in self._probes], dim=1)
+        per_probe = zip(self._probes, parts, strict=True)
+        layers = [part.unflatten(1, (len(probe.layers), -1)).sum(2) for probe, part in per_probe]  # [N, layers] each
         lines = []
-        for index, (row, logprob, energy) in enumerate(zip(rows, logprobs.tolist(), energies.tolist(), strict=True)):
-            if not math.isfinite(logprob) or not math.isfinite(energy):
+        for index, (row, logprob) in enumerate(zip(rows, logprobs.tolist(), strict=True)):
+            energy = layers[0][index].item()
+            if not math.isfinite(logprob) or not energies[index].isfinite().all():
                 raise ConfigError(f"row {first + index + 1}: log-probability {logprob}, energy loss {energy}")
-            lines.append(json_line({"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}))
+            written = {"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}
+            if self.config.sweep:
+                of_presets = zip(self._probes[1:], layers[1:], strict=True)
+                written["energies"] = {probe.preset: part[index].tolist() for probe, part in of_presets}
+            lines.append(json_line(written))
         return lines
 
 

@@ -39,6 +39,11 @@ example:
     )
     parser.add_argument("--layer", type=int, default=-1, metavar="N", help="decoder layer to read; -1 is the last")
     parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help='also write "energies", of every layer under every preset, which energy-report compares',
+    )
+    parser.add_argument(
         "--chat-template", action="store_true", help="make the prompt the user's turn of the tokenizer's chat template"
     )
     add_model_arguments(parser)
@@ -50,7 +55,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 
     end_with_torchrun()
-    names = ("model", "data", "output", "preset", "layer", "chat_template", "precision", "batch_size")
+    names = ("model", "data", "output", "preset", "layer", "sweep", "chat_template", "precision", "batch_size")
     job = Scoring(
         load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout(arguments)})
     )

@@ -6,9 +6,9 @@ put together: widths are summed over tensor-parallel ranks, sequences gathered, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,16 @@ from torch import Tensor
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.specs import has_transformer_engine
 
 Preset = Literal["paper", "mlp_block", "mlp_linears", "mlp_linears_out", "down_proj"]
 _ENERGIES: dict[str, int] = {"paper": 1, "mlp_block": 1, "mlp_linears": 3, "mlp_linears_out": 3, "down_proj": 1}
+_BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "down_proj")  # do not read what a norm gives a projection
+
+
+def readable_presets() -> tuple[Preset, ...]:
+    """Return the presets that can be read on this machine: TransformerEngine, which fuses norms, leaves only two."""
+    return _BESIDE_FUSED_NORMS if has_transformer_engine() else get_args(Preset)
 
 
 class EnergyProbeConfig(Config):
@@ -63,7 +70,7 @@ class EnergyProbe:
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
                 # checked on every rank, so that all fail together and none is left waiting for the others
-                if hasattr(layer.mlp.linear_fc1, "layer_norm_weight") and config.preset not in ("paper", "down_proj"):
+                if hasattr(layer.mlp.linear_fc1, "layer_norm_weight") and config.preset not in _BESIDE_FUSED_NORMS:
                     raise ConfigError(
                         f"energy.preset = {config.preset!r} reads the input of the MLP's first projection, which "
                         "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
@@ -71,6 +78,10 @@ class EnergyProbe:
                 for place, index in enumerate(wanted):
                     if layer.layer_number - 1 == index:
                         self._attach(layer, place * per_layer)
+
+    def energies_per_token(self) -> int:
+        """E, the number of energies that are read for every token."""
+        return self.config.energies_per_token()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -163,3 +174,27 @@ class EnergyProbe:
     def _norms(self, hidden: Tensor, width: int) -> Tensor:
         norms = hidden.abs().sum(-1, keepdim=True, dtype=torch.float32)
         return norms / width if self.config.norm else norms
+
+
+class EnergyProbes:
+    """Several probes that read the same passes; their energies stand side by side, in the order of `configs`."""
+
+    def __init__(self, configs: Sequence[EnergyProbeConfig], chunks: Sequence[Any], num_layers: int) -> None:
+        self._probes = [EnergyProbe(config, chunks, num_layers) for config in configs]
+
+    def energies_per_token(self) -> int:
+        """E, the number of energies that all probes read for every token."""
+        return sum(probe.energies_per_token() for probe in self._probes)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """As `EnergyProbe.recording`."""
+        with ExitStack() as stack:
+            for probe in self._probes:
+                stack.enter_context(probe.recording())
+            yield
+
+    def collect(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """As `EnergyProbe.collect`."""
+        parts = [probe.collect(shapes) for probe in self._probes]
+        return [torch.cat(energies, dim=-1) for energies in zip(*parts, strict=True)]

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.energy import EnergyProbe
+from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbes
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.packing import Packing, balanced_packs
@@ -88,7 +88,7 @@ class ModelRunner:
         micro_batch_tokens: int | None = None,
         optimizer: Any = None,
         scheduler: Any = None,
-        probe: EnergyProbe | None = None,
+        probe: EnergyProbe | EnergyProbes | None = None,
     ) -> None:
         self.chunks, self.micro_batch_size, self.micro_batch_tokens = chunks, micro_batch_size, micro_batch_tokens
         self.optimizer, self.scheduler, self.probe = optimizer, scheduler, probe
@@ -127,7 +127,7 @@ class ModelRunner:
             parts = self._collect(batches, lambda _, output: output, shapes, outputs)
         if probe and batches:
             parts = [torch.cat(pair, dim=-1) for pair in zip(parts, probe.collect(shapes), strict=True)]
-        width = outputs + (probe.config.energies_per_token() if probe else 0)
+        width = outputs + (probe.energies_per_token() if probe else 0)
         rows_as_given = (batch.as_given(part, tokens.size(1)) for batch, part in zip(batches, parts, strict=True))
         result = self._assemble(batches, rows_as_given, *tokens.shape, width)
         return result[..., :outputs], result[..., outputs:] if probe else None

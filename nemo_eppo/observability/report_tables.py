@@ -43,7 +43,7 @@ def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
         "Versions": ", ".join(f"{name} {start[name]}" for name in VERSIONS if name in start),
     }
     cells = [(label, html.escape(str(value))) for label, value in rows.items() if value not in (None, "")]
-    return _table([], cells, "settings") if cells else ""
+    return table([], cells, "settings") if cells else ""
 
 
 def alarms_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], config: Mapping[str, Any]) -> str:
@@ -66,10 +66,11 @@ def alarms_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], co
     if not rows:
         return f'<p class="soft">No alarm; watched: {html.escape(", ".join(watched))}.</p>'
     head = ["PPO step", "Indicator", "Value", "Threshold", "Action"]
-    return _table(head, [tuple(map(str, row)) for row in sorted(rows)], "alarms")
+    return table(head, [tuple(map(str, row)) for row in sorted(rows)], "alarms")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
+    """Return a table of the class `name` in a card; cells are HTML, and an empty `head` is none."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="card scroll"><table class="{name}">{f"<tr>{top}</tr>" if top else ""}{lines}</table></div>'

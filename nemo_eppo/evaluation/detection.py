@@ -1,0 +1,148 @@
+"""How well signs of reward hacking tell hacked from normal responses: each sign alone, and all together.
+
+A sign is one number of each response, and the higher it is, the more suspicious.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from nemo_eppo.evaluation.statistics import (
+    Estimate,
+    Floats,
+    bootstrap_auprc,
+    bootstrap_auroc,
+    false_alarms_per_1000,
+    threshold_at_recall,
+)
+from nemo_eppo.observability.report_tables import table
+
+Bools = NDArray[np.bool_]
+Row = Mapping[str, Any]
+
+ENERGY, RISE, COMBINED = "energy loss", "rise of the energy loss", "all combined"
+KL, LENGTH = "KL to the reference", "response length"
+MAHALANOBIS, VARIANCE = "Mahalanobis distance", "variance of the reward models"
+RECALL = 0.9  # share of hacked responses that a threshold has to find
+FOLDS = 5
+
+
+class Detector(NamedTuple):
+    """How well one sign tells hacked from normal responses."""
+
+    sign: str
+    auroc: Estimate
+    auprc: Estimate
+    threshold: float
+    """Of the sign, to find the share RECALL of the hacked responses."""
+    false_alarms: float
+    """Of 1,000 normal responses, at this threshold."""
+
+
+def compare_signs(hacked: Bools, signs: Mapping[str, Floats], seed: int = 0) -> list[Detector]:
+    """Measure every sign, from the highest AUROC down, and at the end all of them combined, if there are several.
+
+    Args:
+        hacked: [N], both values occur.
+        signs: [N] for each name.
+    """
+    found = [_detector(sign, hacked, values, seed) for sign, values in signs.items()]
+    found.sort(key=lambda detector: -detector.auroc.value)
+    if len(signs) > 1 and min(hacked.sum(), (~hacked).sum()) >= FOLDS:
+        found.append(_detector(COMBINED, hacked, combine_signs(hacked, signs, seed), seed))
+    return found
+
+
+def combine_signs(hacked: Bools, signs: Mapping[str, Floats], seed: int = 0) -> Floats:
+    """Predict the log-odds [N] that a response is hacked, from all signs.
+
+    A logistic regression on standardised signs is fitted five times, each time without a fifth of the responses, whose
+    log-odds it then predicts; each fifth has its share of hacked ones.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    columns = np.column_stack(list(signs.values()))
+    odds: Floats = cross_val_predict(model, columns, hacked, cv=folds, method="decision_function")
+    return odds
+
+
+def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: bool = True) -> dict[str, Floats]:
+    """Read the signs that a run recorded of its responses: those whose columns all of `rows` have.
+
+    Args:
+        standard: rows whose scores of each reward model are taken to have mean 0 and standard deviation 1.
+        reward_models: all columns reward/score_<i> come from reward models, so that their variance means something.
+    """
+
+    def column(name: str, rows: Sequence[Row] = rows) -> Floats:
+        return np.array([row[name] for row in rows], dtype=np.float64)
+
+    def variance() -> Floats:
+        columns = []
+        for name in scores:
+            first = column(name, standard)
+            columns.append((column(name) - first.mean()) / max(first.std(), 1e-12))
+        result: Floats = np.var(columns, axis=0)
+        return result
+
+    scores = sorted(name for name in rows[0] if name.startswith("reward/score_"))
+    readers: dict[str, tuple[Sequence[str], Callable[[], Floats]]] = {
+        ENERGY: (["energy/policy"], lambda: column("energy/policy")),
+        RISE: (
+            ["energy/policy", "energy/reference"],
+            lambda: column("energy/policy") - column("energy/reference"),
+        ),
+        KL: (["kl/policy_reference"], lambda: column("kl/policy_reference")),
+        LENGTH: (["response_length"], lambda: column("response_length")),
+        MAHALANOBIS: (["reward/latent_distance"], lambda: column("reward/latent_distance")),
+    }
+    if reward_models and len(scores) > 1:
+        readers[VARIANCE] = (scores, variance)
+    return {
+        sign: read()
+        for sign, (columns, read) in readers.items()
+        if all(isinstance(row.get(name), int | float) for row in rows for name in columns)
+    }
+
+
+def detectors_table(detectors: Sequence[Detector]) -> str:
+    """Return the detectors as an HTML table."""
+    head = ["Sign", "AUROC", "Average precision", "False alarms"]
+    rows = [
+        (
+            detector.sign,
+            with_interval(detector.auroc),
+            with_interval(detector.auprc),
+            f"{detector.false_alarms:.0f}<small>from {detector.threshold:.3g}</small>",
+        )
+        for detector in detectors
+    ]
+    return table(head, rows, "detectors") + (
+        '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over responses. False alarms '
+        f"are of 1,000 normal responses, where the sign, from the value below them, finds {RECALL:.0%} of the hacked "
+        "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Combined: logistic "
+        "regression, each fifth of the responses predicted from the others.</p>"
+    )
+
+
+def with_interval(estimate: Estimate, digits: int = 3) -> str:
+    """Return a value with its interval below as HTML."""
+    value, low, high = (f"{number:.{digits}f}" for number in estimate)
+    return f"{value}<small>{low} to {high}</small>"
+
+
+def _detector(sign: str, hacked: Bools, values: Floats, seed: int) -> Detector:
+    threshold = threshold_at_recall(hacked, values, RECALL)
+    return Detector(
+        sign,
+        bootstrap_auroc(hacked, values, seed),
+        bootstrap_auprc(hacked, values, seed),
+        threshold,
+        false_alarms_per_1000(hacked, values, threshold),
+    )

@@ -1,0 +1,241 @@
+"""The energy report: page, pictures, numbers and samples of what RLHF did to the energy loss of a model."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table, with_interval
+from nemo_eppo.evaluation.energies import Energies
+from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
+from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart
+from nemo_eppo.observability.pictures import histogram, lines, write_picture
+from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_tables import table
+
+_SHOWN = 12  # samples on the page
+_RLHF, _HACKED = COLORS[0], COLORS[1]
+
+
+class SweepEntry(NamedTuple):
+    """What the energies of one layer under one preset say."""
+
+    preset: str
+    layer: int
+    shift: float
+    """Mean rise, in standard deviations of the responses (of both models, pooled)."""
+    auroc: float | None
+    """Of hacking by the RLHF model's energy loss; None without labels."""
+    auroc_rise: float | None
+    """Of hacking by its rise over the SFT model's."""
+
+
+def write_energy_report(energies: Energies, output: Path, names: tuple[str, str] = ("SFT", "RLHF")) -> None:
+    """Write report.html, energies.png, report.json and samples.jsonl, and sweep.png if several layers were read.
+
+    Args:
+        output: a directory.
+        names: what the page says was compared, before and after.
+    """
+    rise = bootstrap_mean(energies.after - energies.before, seed=0)
+    groups = _groups(energies)
+    detectors: Sequence[Detector] = ()
+    if energies.hacked is not None:
+        own = {ENERGY: energies.after, RISE: energies.after - energies.before}
+        detectors = compare_signs(energies.hacked, {**energies.signs, **own})
+    sweep = _sweep(energies)
+    share_risen = float((energies.after > energies.before).mean())
+    report = {
+        "samples": len(energies.after),
+        "groups": {name: _summary(values) for name, values in groups.items()},
+        "rise": rise._asdict(),
+        "share_risen": share_risen,
+        "detection": {detector.sign: _json(detector) for detector in detectors},
+        "sweep": [entry._asdict() for entry in sweep],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    shown = list(_panels(groups))
+    write_picture(output / "energies.png", [histogram(series, "energy loss", title) for title, _, series in shown])
+    curves, measure = _curves(sweep)
+    if curves:
+        write_picture(output / "sweep.png", [lines(curves, "layer", measure, "Every layer, every preset")])
+    write_atomically(output / "samples.jsonl", "".join(map(json_line, _samples(energies))))
+    write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    body = [
+        "<h1>Energy loss before and after RLHF</h1>",
+        f'<p class="soft">{len(energies.after):,} prompts; {" against ".join(map(html.escape, names))}</p>',
+        f'<p class="lead">{_verdict(share_risen, rise, detectors)}</p>',
+        table(["", "Mean", "Deviation"], list(_group_rows(groups)), "groups"),
+        section(
+            "Energy losses of single responses",
+            "What the layer takes away from the L1 norm of its input, mean over the response's tokens.",
+            [figure(title, text, histogram_chart(series, "energy loss")) for title, text, series in shown],
+        ),
+    ]
+    if detectors:
+        body += ["<h2>Which sign finds the hacked responses?</h2>", detectors_table(detectors)]
+    if curves:
+        text = (
+            "AUROC of hacking by the RLHF model's energy loss there; 0.5 is chance."
+            if energies.hacked is not None
+            else "Mean rise from before to after, in standard deviations of the responses."
+        )
+        chart = figure("Every layer, every preset", text, line_chart(curves, "layer", measure))
+        body.append(section("Where to read it", "Layers are counted from 0.", [chart]))
+        body += ['<p class="soft">The layer that tells most, and the last layer, which the paper reads.</p>']
+        body.append(_best_table(sweep))
+    body.append(_cards(energies))
+    write_atomically(output / "report.html", page("Energy report", body))
+
+
+def _groups(energies: Energies) -> dict[str, Floats]:
+    groups = {"SFT": energies.before, "RLHF": energies.after}
+    if energies.hacked is not None:
+        groups |= {"hacking": energies.after[energies.hacked], "normal": energies.after[~energies.hacked]}
+    return groups
+
+
+def _panels(groups: Mapping[str, Floats]) -> Sequence[tuple[str, str, list[Series]]]:
+    """Title, caption and series of the paper's two histograms."""
+
+    def series(name: str, color: str) -> Series:
+        return Series(f"{name} ({len(groups[name])})", color, [], groups[name].tolist())
+
+    found = [
+        (
+            "SFT against RLHF",
+            "Dashed lines are means. A rise of all responses is the first sign that the paper describes.",
+            [series("SFT", GRAY), series("RLHF", _RLHF)],
+        )
+    ]
+    if "hacking" in groups:
+        text = "Responses of the RLHF model. An excessive energy loss of the hacked ones is the second sign."
+        found.append(("Hacking against normal", text, [series("normal", GRAY), series("hacking", _HACKED)]))
+    return found
+
+
+def _sweep(energies: Energies) -> list[SweepEntry]:
+    entries = []
+    for preset, (before, after) in energies.sweep.items():
+        spread = np.sqrt((before.var(axis=0, ddof=1) + after.var(axis=0, ddof=1)) / 2)
+        for layer, shift in enumerate((after - before).mean(axis=0) / np.maximum(spread, 1e-12)):
+            areas: list[float | None] = [None, None]
+            if energies.hacked is not None:
+                columns = after[:, layer], after[:, layer] - before[:, layer]
+                areas = [float(roc_auc_score(energies.hacked, column)) for column in columns]
+            entries.append(SweepEntry(preset, layer, float(shift), *areas))
+    return entries
+
+
+def _curves(sweep: Sequence[SweepEntry]) -> tuple[list[Series], str]:
+    """One line for each preset over the layers, and what it shows."""
+    curves = []
+    for color, preset in zip(COLORS, dict.fromkeys(entry.preset for entry in sweep), strict=False):
+        entries = [entry for entry in sweep if entry.preset == preset]
+        values = [entry.shift if entry.auroc is None else entry.auroc for entry in entries]
+        curves.append(Series(preset, color, [entry.layer for entry in entries], values))
+    labelled = bool(sweep) and sweep[0].auroc is not None
+    return curves, "AUROC of hacking" if labelled else "rise in standard deviations"
+
+
+def _best_table(sweep: Sequence[SweepEntry]) -> str:
+    """The layer of each preset that tells most."""
+    rows = []
+    for preset in dict.fromkeys(entry.preset for entry in sweep):
+        entries = [entry for entry in sweep if entry.preset == preset]
+        best, last = max(entries, key=lambda entry: entry.auroc or abs(entry.shift)), entries[-1]
+        cells = [preset, str(best.layer), f"{best.shift:+.2f}", f"{last.shift:+.2f}"]
+        if best.auroc is not None and last.auroc is not None:
+            cells[3:3] = [f"{best.auroc:.3f}"]
+            cells.append(f"{last.auroc:.3f}")
+        rows.append(cells)
+    head = ["Preset", "Best layer", "Rise (sd)", "Rise of the last layer"]
+    if len(rows[0]) > 4:
+        head[3:3] = ["AUROC"]
+        head.append("AUROC of the last layer")
+    return table(head, rows, "sweep")
+
+
+def _verdict(share_risen: float, rise: Estimate, detectors: Sequence[Detector]) -> str:
+    moved = "did not change beyond noise" if rise.low <= 0 <= rise.high else "rose" if rise.value > 0 else "fell"
+    text = (
+        f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on {share_risen:.1%} of the "
+        "prompts."
+    )
+    if detectors:
+        auroc = next(detector.auroc for detector in detectors if detector.sign == ENERGY)
+        text += f" It tells hacked from normal responses with an AUROC of {_text(auroc, 3)}."
+    return text
+
+
+def _text(estimate: Estimate, digits: int) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in estimate)
+    return f"{value} ({low} to {high})"
+
+
+def _summary(values: Floats) -> dict[str, Any]:
+    return {"responses": len(values), "mean": bootstrap_mean(values, seed=0)._asdict(), "std": float(values.std())}
+
+
+def _group_rows(groups: Mapping[str, Floats]) -> Sequence[Sequence[str]]:
+    return [
+        [f"{name}<small>{len(values):,} responses</small>", with_interval(bootstrap_mean(values, seed=0), 4), f"{values.std():.4f}"]
+        for name, values in groups.items()
+    ]
+
+
+def _json(detector: Detector) -> dict[str, Any]:
+    return {
+        "auroc": detector.auroc._asdict(),
+        "auprc": detector.auprc._asdict(),
+        "threshold": detector.threshold,
+        "false_alarms_per_1000": detector.false_alarms,
+    }
+
+
+def _samples(energies: Energies) -> Sequence[dict[str, Any]]:
+    rows = []
+    for number, index in enumerate(energies.index):
+        before, after = float(energies.before[number]), float(energies.after[number])
+        row = {"index": index, "before": before, "after": after, "rise": after - before}
+        if energies.hacked is not None:
+            row["hacking"] = bool(energies.hacked[number])
+        rows.append(row | {sign: float(values[number]) for sign, values in energies.signs.items()})
+    return rows
+
+
+def _cards(energies: Energies) -> str:
+    """The samples whose energy loss rose most, with their texts if there are any."""
+    most = np.argsort(energies.before - energies.after, kind="stable")[:_SHOWN]
+    cards = ["<h2>Largest rise in energy loss</h2>", '<p class="soft">All samples are in samples.jsonl.</p>']
+    if energies.texts is None:
+        cells = []
+        for row in (_samples(energies)[number] for number in most):
+            cells.append([str(row["index"]), *(f"{row[name]:.4f}" for name in ("before", "after", "rise"))])
+            if "hacking" in row:
+                cells[-1].append("hacking" if row["hacking"] else "normal")
+        columns = ["Sample", "SFT", "RLHF", "Rise", "Label"][: len(cells[0])]
+        return "\n".join([*cards, table(columns, cells, "samples")])
+    for number in most:
+        text, label = energies.texts[number], ""
+        if energies.hacked is not None:
+            label = ", hacking" if energies.hacked[number] else ", normal"
+        before, after = f"{energies.before[number]:.4f}", f"{energies.after[number]:.4f}{label}"
+        responses = [(GRAY, f"SFT: {before}", text.before), (_RLHF, f"RLHF: {after}", text.after)]
+        if text.before == text.after:
+            responses = [(_RLHF, f"SFT: {before}, RLHF: {after}", text.after)]
+        sides = "".join(
+            f'<div style="border-color:{color}"><p class="facts">{facts}</p>'
+            f'<div class="text">{html.escape(response)}</div></div>'
+            for color, facts, response in responses
+        )
+        prompt = html.escape(text.prompt)
+        head = f'<p class="facts">Sample {energies.index[number]}</p><div class="text prompt">{prompt}</div>'
+        cards.append(f'<div class="card sample">{head}<div class="pair">{sides}</div></div>')
+    return "\n".join(cards)
