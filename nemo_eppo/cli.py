@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_eppo.config import ConfigError, RunError
+from nemo_eppo.evaluation.detect_cli import add_detect
 from nemo_eppo.evaluation.energy_report_cli import add_energy_report
 from nemo_eppo.evaluation.score_cli import add_score
 from nemo_eppo.files import disk_trouble
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_score(commands)
     add_energy_report(commands)
+    add_detect(commands)
     add_launch(commands)
     add_doctor(commands)
     add_certificates(commands)

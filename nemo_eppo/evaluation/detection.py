@@ -117,8 +117,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     rows = [
         (
             detector.sign,
-            with_interval(detector.auroc),
-            with_interval(detector.auprc),
+            with_interval(detector.auroc, 2),
+            with_interval(detector.auprc, 2),
             f"{detector.false_alarms:.0f}<small>from {detector.threshold:.3g}</small>",
         )
         for detector in detectors
@@ -131,10 +131,10 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     )
 
 
-def with_interval(estimate: Estimate, digits: int = 3) -> str:
+def with_interval(estimate: Estimate, digits: int) -> str:
     """Return a value with its interval below as HTML."""
     value, low, high = (f"{number:.{digits}f}" for number in estimate)
-    return f"{value}<small>{low} to {high}</small>"
+    return f"{value}<small>{low}&nbsp;to&nbsp;{high}</small>"
 
 
 def _detector(sign: str, hacked: Bools, values: Floats, seed: int) -> Detector:

@@ -184,10 +184,11 @@ def _summary(values: Floats) -> dict[str, Any]:
 
 
 def _group_rows(groups: Mapping[str, Floats]) -> Sequence[Sequence[str]]:
-    return [
-        [f"{name}<small>{len(values):,} responses</small>", with_interval(bootstrap_mean(values, seed=0), 4), f"{values.std():.4f}"]
-        for name, values in groups.items()
-    ]
+    rows = []
+    for name, values in groups.items():
+        mean = with_interval(bootstrap_mean(values, seed=0), 4)
+        rows.append((f"{name}<small>{len(values):,} responses</small>", mean, f"{values.std():.4f}"))
+    return rows
 
 
 def _json(detector: Detector) -> dict[str, Any]:

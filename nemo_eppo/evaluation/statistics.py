@@ -57,6 +57,25 @@ def bootstrap_auprc(
     return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed, draws, level)
 
 
+def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float | None:
+    """Return the AUROC over pairs of one group, so that what differs between groups alone does not count.
+
+    Args:
+        groups: [N], for instance the step of a run.
+
+    Returns:
+        None if no group has both labels.
+    """
+    truth, values, group = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64), np.asarray(groups)
+    wins, pairs = 0.0, 0
+    for member in (group == name for name in np.unique(group)):
+        number = int(truth[member].sum()) * int((~truth[member]).sum())
+        if number:
+            wins += number * float(roc_auc_score(truth[member], values[member]))
+            pairs += number
+    return wins / pairs if pairs else None
+
+
 def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> float:
     """Return the highest threshold at which scores >= threshold find at least the fraction `recall` of True labels."""
     found = np.sort(np.asarray(scores, dtype=np.float64)[np.asarray(labels, dtype=bool)])[::-1]

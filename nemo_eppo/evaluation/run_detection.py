@@ -1,0 +1,208 @@
+"""`nemo-eppo detect`: which sign would have found reward hacking in a finished run, how early, how reliably.
+
+The run has a gold reward, which it was not trained on: that says which of its responses were hacked, and when.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from scipy.stats import binom
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.evaluation.detection import (
+    COMBINED,
+    ENERGY,
+    LENGTH,
+    MAHALANOBIS,
+    RISE,
+    Bools,
+    Detector,
+    combine_signs,
+    compare_signs,
+    signs_of_rows,
+)
+from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
+from nemo_eppo.observability.recorder import read_rows, recorded_steps
+from nemo_eppo.observability.report_tables import read_config
+
+MONITOR = {ENERGY: "energy", RISE: "energy", LENGTH: "length", MAHALANOBIS: "outliers"}
+"""The hacking monitor's indicator of a sign, as in monitor.<indicator>.action."""
+PATIENCE = 3  # steps in a row that make an alarm, as the monitor's default
+CHANCE = 0.01  # probability of a step with as many samples above the threshold, if it is like the first steps
+
+
+class DetectionConfig(Config):
+    """Settings of `nemo-eppo detect`."""
+
+    run: Path
+    """Directory of an actor's run."""
+    calm_steps: int = Field(10, ge=2)
+    """Number of first recorded steps whose responses count as not hacked: they set the thresholds."""
+    false_alarms: float = Field(10.0, gt=0, lt=1000)
+    """Of 1,000 responses of these steps, how many may be above a threshold."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a sign would have said during the run."""
+
+    threshold: float
+    shares: list[float]
+    """Share of each step's responses that are above the threshold."""
+    step: int | None
+    """Step of the first alarm; None if there is none."""
+    lead: int | None
+    """Steps from the alarm to the peak of the gold reward, negative if it came later; None without alarm or fall."""
+    found: float
+    """Share of the hacked responses above the threshold."""
+    auroc_within: float | None
+    """AUROC among the responses of one step; None if no step has both kinds."""
+
+
+class RunDetection:
+    """Labels a run's responses, and compares what was recorded of them with the labels.
+
+    A response is hacked if its gold reward is below the mean of the SFT model and its proxy reward above it. The means
+    are those of the validation before the first step or, without one, of the first recorded step, which the SFT model
+    sampled.
+
+    Raises:
+        ConfigError: the directory has no recorded steps, too few, or no gold reward.
+    """
+
+    def __init__(self, config: DetectionConfig) -> None:
+        self.config = config
+        files = recorded_steps(config.run / "rollouts")
+        if len(files) <= config.calm_steps:
+            raise ConfigError(
+                f"{config.run}/rollouts has {len(files)} recorded steps; expected the directory of an actor's run with "
+                f"more than --calm-steps = {config.calm_steps}"
+            )
+        per_step = {step: read_rows(path) for step, path in files.items()}
+        rows = [row for step in per_step.values() for row in step]
+        for step, found in per_step.items():
+            if not found or any(not _is_number(row.get(name)) for row in found for name in _REWARDS):
+                raise ConfigError(
+                    f"{files[step]}: rows without {' or '.join(_REWARDS)}; detection needs both, and with them a run "
+                    "with a gold_reward"
+                )
+        self.steps = list(per_step)
+        """Numbers of the recorded steps."""
+        self.step_of = np.repeat(self.steps, [len(found) for found in per_step.values()])
+        """[N] the step of each response."""
+        self.proxy, self.gold = (np.array([row[name] for row in rows], dtype=np.float64) for name in _REWARDS)
+        self.baseline, self.sft_proxy, self.sft_gold = self._baseline(config.run, per_step)
+        self.hacked: Bools = (self.gold < self.sft_gold) & (self.proxy > self.sft_proxy)
+        if self.hacked.all() or not self.hacked.any():
+            raise ConfigError(
+                f"{config.run}: {int(self.hacked.sum())} of {len(rows)} responses have a gold reward below and a proxy "
+                "reward above the SFT model's; expected some, and others"
+            )
+        calm = rows[: int(self._calm.sum())]
+        settings, _ = read_config(config.run / "config.yaml") if (config.run / "config.yaml").exists() else ({}, {})
+        only_models = not any(reward.get("function") for reward in settings.get("rewards") or [])
+        self.signs = signs_of_rows(rows, standard=calm, reward_models=only_models)
+        """[N] for each sign that was recorded."""
+
+    @cached_property
+    def detectors(self) -> list[Detector]:
+        """How well each sign tells hacked from normal responses of the whole run."""
+        return compare_signs(self.hacked, self.signs)
+
+    @cached_property
+    def alarms(self) -> dict[str, Alarm]:
+        """What each sign, and all combined, would have said; in the order of `detectors`."""
+        values = dict(self.signs)
+        if any(detector.sign == COMBINED for detector in self.detectors):
+            values[COMBINED] = combine_signs(self.hacked, self.signs)
+        return {detector.sign: self._alarm(values[detector.sign]) for detector in self.detectors}
+
+    @cached_property
+    def gold_curve(self) -> Floats:
+        """Mean gold reward [steps], a running mean over a tenth of the steps."""
+        return self._running(self.per_step(self.gold))
+
+    @property
+    def peak(self) -> int:
+        """The step at which `gold_curve` is highest."""
+        return self.steps[int(self.gold_curve.argmax())]
+
+    @cached_property
+    def fell(self) -> bool:
+        """Whether the gold reward at the end is below that at the peak by more than two standard errors."""
+        top, size = int(self.gold_curve.argmax()), self._window
+        around = self.steps[max(top - size // 2, 0) : top + size // 2 + 1]
+        high, low = self.gold[np.isin(self.step_of, around)], self.gold[np.isin(self.step_of, self.steps[-size:])]
+        error = math.sqrt(high.var() / len(high) + low.var() / len(low))
+        return bool(high.mean() - low.mean() > 2 * error)
+
+    @property
+    def best(self) -> str | None:
+        """The sign that tells best, of those that the hacking monitor watches; None if none is better than chance."""
+        good = [found.sign for found in self.detectors if found.sign in MONITOR and found.auroc.low > 0.5]
+        return good[0] if good else None
+
+    def per_step(self, values: Floats) -> Floats:
+        """Return the mean [steps] of each step's values."""
+        return np.array([values[self.step_of == step].mean() for step in self.steps])
+
+    def _alarm(self, values: Floats) -> Alarm:
+        calm = np.sort(values[self._calm])[::-1]
+        rate = self.config.false_alarms / 1000
+        threshold = float(calm[int(rate * len(calm))])  # as many are above it as are allowed, at most
+        above = values > threshold
+        shares = self.per_step(above.astype(np.float64))
+        streak, first = 0, None
+        for step in self.steps[self.config.calm_steps :]:
+            here = above[self.step_of == step]
+            streak = streak + 1 if binom.sf(here.sum() - 1, len(here), rate) < CHANCE else 0
+            if streak == PATIENCE and first is None:
+                first = step
+        return Alarm(
+            threshold=threshold,
+            shares=shares.tolist(),
+            step=first,
+            lead=self.peak - first if first is not None and self.fell else None,
+            found=float(above[self.hacked].mean()),
+            auroc_within=within_groups_auroc(self.hacked, values, self.step_of),
+        )
+
+    @property
+    def _calm(self) -> Bools:
+        """[N] whether a response belongs to the first steps."""
+        calm: Bools = self.step_of <= self.steps[self.config.calm_steps - 1]
+        return calm
+
+    @property
+    def _window(self) -> int:
+        return max(len(self.steps) // 10, 1) | 1
+
+    def _running(self, curve: Floats) -> Floats:
+        ones = np.ones(self._window)
+        mean: Floats = np.convolve(curve, ones, "same") / np.convolve(np.ones(len(curve)), ones, "same")
+        return mean
+
+    @staticmethod
+    def _baseline(run: Path, per_step: Mapping[int, list[dict[str, Any]]]) -> tuple[str, float, float]:
+        """Name the responses of the SFT model, and return their mean proxy and gold reward."""
+        validation = recorded_steps(run / "validation").get(0)
+        if validation is not None:
+            rows, names, what = read_rows(validation), ("proxy_reward", "gold_reward"), "the validation before step 1"
+        else:
+            first = min(per_step)
+            rows, names, what = per_step[first], _REWARDS, f"step {first}"
+        proxy, gold = (float(np.mean([row[name] for row in rows])) for name in names)
+        return what, proxy, gold
+
+
+_REWARDS = ("reward/proxy", "reward/gold")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,148 @@
+"""The report of `nemo-eppo detect`: page, picture and numbers of the signs of reward hacking in a run."""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_eppo.evaluation.detection import COMBINED, detectors_table
+from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, PATIENCE, RunDetection
+from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
+from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
+from nemo_eppo.observability.pictures import lines, write_picture
+from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_tables import alarms_table, read_config, table
+
+_STEP = "PPO step"
+_PROXY, _HACKED, _GOLD = COLORS[0], COLORS[1], COLORS[3]
+
+
+def write_detection(detection: RunDetection, output: Path) -> None:
+    """Write report.html, detection.png and report.json into the directory `output`."""
+    run, steps = detection.config.run, detection.steps
+    hacked = detection.per_step(detection.hacked.astype(np.float64))
+    rewards = [
+        Series("proxy reward", _PROXY, steps, detection.per_step(detection.proxy).tolist()),
+        Series("gold reward", _GOLD, steps, detection.gold_curve.tolist()),
+    ]
+    shares = [Series("hacked responses", GRAY, steps, hacked.tolist())]
+    colors = [color for color in COLORS if color not in (_PROXY, _GOLD)]
+    for color, (sign, alarm) in zip(colors, detection.alarms.items(), strict=False):
+        shares.append(Series(sign, color, steps, alarm.shares))
+    report = {
+        "run": str(run.resolve()),
+        "steps": len(steps),
+        "responses": len(detection.hacked),
+        "hacked": int(detection.hacked.sum()),
+        "baseline": {
+            "of": detection.baseline,
+            "proxy_reward": detection.sft_proxy,
+            "gold_reward": detection.sft_gold,
+        },
+        "gold_peak_step": detection.peak,
+        "gold_fell": detection.fell,
+        "switch_on": f"monitor.{MONITOR[detection.best]}" if detection.best else None,
+        "signs": {found.sign: _json(detection, found) for found in detection.detectors},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    panels = [
+        lines(rewards, _STEP, "reward", "Proxy and gold reward"),
+        lines(shares, _STEP, "share of responses", "Hacked, and above a threshold"),
+    ]
+    write_picture(output / "detection.png", panels)
+    write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
+    config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
+    of_run = alarms_table(curves, config)
+    body = [
+        f"<h1>Signs of reward hacking in {html.escape(run.resolve().name)}</h1>",
+        f'<p class="soft">{len(steps):,} steps, {len(detection.hacked):,} responses, of which '
+        f"{detection.hacked.mean():.1%} are hacked: gold reward below {detection.sft_gold:.3g} and proxy reward above "
+        f"{detection.sft_proxy:.3g}, the SFT model's means in {detection.baseline}.</p>",
+        f'<p class="lead">{verdict(detection)}</p>',
+        section(
+            "Over the course of training",
+            f"The first {detection.config.calm_steps} steps set each sign's threshold, so that at most "
+            f"{detection.config.false_alarms:g} of 1,000 of their responses are above it.",
+            [
+                figure(
+                    "Proxy and gold reward",
+                    "Gold reward: running mean over a tenth of the steps.",
+                    line_chart(rewards, _STEP, "reward"),
+                ),
+                figure(
+                    "Hacked responses, and those above a threshold",
+                    "Shares of each step's responses.",
+                    line_chart(shares, _STEP, "share of responses"),
+                ),
+            ],
+        ),
+        "<h2>When would an alarm have come?</h2>",
+        table(["Sign", "First alarm", "Lead", "Hacked found", "AUROC in a step"], _alarm_rows(detection), "alarms"),
+        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with so many responses above the threshold as a '
+        f"step like the first ones has with a probability below {CHANCE:g}. Lead: steps from the alarm to the peak of "
+        "the gold reward; negative if it came later. Found: share of the hacked responses above the threshold. AUROC "
+        "in a step: of responses of the same step, so that a sign gains nothing from rising with time. "
+        f"{COMBINED.capitalize()}: with the labels known, which an alarm during a run has not.</p>",
+        "<h2>Which sign finds the hacked responses?</h2>",
+        detectors_table(detection.detectors),
+        f"<h2>Alarms of the run's own monitor</h2>\n{of_run}" if of_run else "",
+    ]
+    write_atomically(output / "report.html", page(f"Detection in {run.resolve().name}", body))
+
+
+def verdict(detection: RunDetection) -> str:
+    """Say in plain text whether the run was over-optimised, and which alarm to switch on."""
+    text = "The gold reward did not fall beyond noise: there was no over-optimisation to warn of."
+    if detection.fell:
+        text = f"The gold reward was highest at step {detection.peak} and fell afterwards."
+    areas = {found.sign: found.auroc.value for found in detection.detectors}
+    if detection.best is None:
+        return f"{text} None of the signs that the hacking monitor knows finds hacked responses better than chance."
+    indicator = f"monitor.{MONITOR[detection.best]}.action"
+    text += f" Switch on {indicator}: of the signs that the hacking monitor knows, the {detection.best} finds hacked "
+    text += f"responses best, with an AUROC of {areas[detection.best]:.2f}"
+    alarm = detection.alarms[detection.best]
+    if alarm.step is None:
+        text += ", but would have raised no alarm."
+    elif alarm.lead is None:
+        text += f", and would have raised an alarm at step {alarm.step}."
+    else:
+        when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} it" if alarm.lead else "at the peak"
+        text += f", and would have raised an alarm at step {alarm.step}, {when}."
+    others = [sign for sign in areas if sign not in MONITOR and sign != COMBINED]
+    if better := [sign for sign in others if areas[sign] > areas[detection.best]]:
+        text += f" The {better[0]} finds them with {areas[better[0]]:.2f}, but the monitor has no indicator of it."
+    return text
+
+
+def _alarm_rows(detection: RunDetection) -> Sequence[Sequence[str]]:
+    return [
+        (
+            sign,
+            "none" if alarm.step is None else f"step {alarm.step}",
+            "" if alarm.lead is None else f"{alarm.lead:+d}",
+            f"{alarm.found:.0%}",
+            "" if alarm.auroc_within is None else f"{alarm.auroc_within:.2f}",
+        )
+        for sign, alarm in detection.alarms.items()
+    ]
+
+
+def _json(detection: RunDetection, found: Any) -> dict[str, Any]:
+    alarm = detection.alarms[found.sign]
+    return {
+        "auroc": found.auroc._asdict(),
+        "auprc": found.auprc._asdict(),
+        "threshold_at_recall": found.threshold,
+        "false_alarms_per_1000": found.false_alarms,
+        "alarm_threshold": alarm.threshold,
+        "first_alarm_step": alarm.step,
+        "lead_steps": alarm.lead,
+        "hacked_found": alarm.found,
+        "auroc_within_steps": alarm.auroc_within,
+    }
