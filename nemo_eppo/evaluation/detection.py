@@ -117,8 +117,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     rows = [
         (
             detector.sign,
-            with_interval(detector.auroc, 2),
-            with_interval(detector.auprc, 2),
+            _area(detector.auroc),
+            _area(detector.auprc),
             f"{detector.false_alarms:.0f}<small>from {detector.threshold:.3g}</small>",
         )
         for detector in detectors
@@ -131,10 +131,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     )
 
 
-def with_interval(estimate: Estimate, digits: int) -> str:
-    """Return a value with its interval below as HTML."""
-    value, low, high = (f"{number:.{digits}f}" for number in estimate)
-    return f"{value}<small>{low}&nbsp;to&nbsp;{high}</small>"
+def _area(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f}<small>{estimate.low:.2f}&ndash;{estimate.high:.2f}</small>"
 
 
 def _detector(sign: str, hacked: Bools, values: Floats, seed: int) -> Detector:

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from nemo_eppo.data.jsonl import json_line
-from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table, with_interval
+from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table
 from nemo_eppo.evaluation.energies import Energies
 from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
 from nemo_eppo.files import write_atomically
@@ -88,7 +88,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
         )
         chart = figure("Every layer, every preset", text, line_chart(curves, "layer", measure))
         body.append(section("Where to read it", "Layers are counted from 0.", [chart]))
-        body += ['<p class="soft">The layer that tells most, and the last layer, which the paper reads.</p>']
+        body.append('<p class="soft">The layer that tells most, by high or low values, and the last one.</p>')
         body.append(_best_table(sweep))
     body.append(_cards(energies))
     write_atomically(output / "report.html", page("Energy report", body))
@@ -149,7 +149,7 @@ def _best_table(sweep: Sequence[SweepEntry]) -> str:
     rows = []
     for preset in dict.fromkeys(entry.preset for entry in sweep):
         entries = [entry for entry in sweep if entry.preset == preset]
-        best, last = max(entries, key=lambda entry: entry.auroc or abs(entry.shift)), entries[-1]
+        best, last = max(entries, key=_tells), entries[-1]
         cells = [preset, str(best.layer), f"{best.shift:+.2f}", f"{last.shift:+.2f}"]
         if best.auroc is not None and last.auroc is not None:
             cells[3:3] = [f"{best.auroc:.3f}"]
@@ -160,6 +160,10 @@ def _best_table(sweep: Sequence[SweepEntry]) -> str:
         head[3:3] = ["AUROC"]
         head.append("AUROC of the last layer")
     return table(head, rows, "sweep")
+
+
+def _tells(entry: SweepEntry) -> float:
+    return abs(entry.shift) if entry.auroc is None else abs(entry.auroc - 0.5)
 
 
 def _verdict(share_risen: float, rise: Estimate, detectors: Sequence[Detector]) -> str:
@@ -186,8 +190,9 @@ def _summary(values: Floats) -> dict[str, Any]:
 def _group_rows(groups: Mapping[str, Floats]) -> Sequence[Sequence[str]]:
     rows = []
     for name, values in groups.items():
-        mean = with_interval(bootstrap_mean(values, seed=0), 4)
-        rows.append((f"{name}<small>{len(values):,} responses</small>", mean, f"{values.std():.4f}"))
+        mean = bootstrap_mean(values, seed=0)
+        cell = f"{mean.value:.4f}<small>{mean.low:.4f} to {mean.high:.4f}</small>"
+        rows.append((f"{name}<small>{len(values):,} responses</small>", cell, f"{values.std():.4f}"))
     return rows
 
 

@@ -53,8 +53,8 @@ class Alarm:
     """What a sign would have said during the run."""
 
     threshold: float
-    shares: list[float]
-    """Share of each step's responses that are above the threshold."""
+    shares: Floats
+    """Share [steps] of the responses that are above the threshold, a running mean."""
     step: int | None
     """Step of the first alarm; None if there is none."""
     lead: int | None
@@ -125,8 +125,8 @@ class RunDetection:
 
     @cached_property
     def gold_curve(self) -> Floats:
-        """Mean gold reward [steps], a running mean over a tenth of the steps."""
-        return self._running(self.per_step(self.gold))
+        """Mean gold reward [steps], a running mean."""
+        return self.curve(self.gold)
 
     @property
     def peak(self) -> int:
@@ -148,16 +148,18 @@ class RunDetection:
         good = [found.sign for found in self.detectors if found.sign in MONITOR and found.auroc.low > 0.5]
         return good[0] if good else None
 
-    def per_step(self, values: Floats) -> Floats:
-        """Return the mean [steps] of each step's values."""
-        return np.array([values[self.step_of == step].mean() for step in self.steps])
+    def curve(self, values: Floats) -> Floats:
+        """Return the means [steps] of each step's values, as a running mean over a tenth of the steps."""
+        means = np.array([values[self.step_of == step].mean() for step in self.steps])
+        ones = np.ones(self._window)
+        result: Floats = np.convolve(means, ones, "same") / np.convolve(np.ones(len(means)), ones, "same")
+        return result
 
     def _alarm(self, values: Floats) -> Alarm:
         calm = np.sort(values[self._calm])[::-1]
         rate = self.config.false_alarms / 1000
         threshold = float(calm[int(rate * len(calm))])  # as many are above it as are allowed, at most
         above = values > threshold
-        shares = self.per_step(above.astype(np.float64))
         streak, first = 0, None
         for step in self.steps[self.config.calm_steps :]:
             here = above[self.step_of == step]
@@ -166,7 +168,7 @@ class RunDetection:
                 first = step
         return Alarm(
             threshold=threshold,
-            shares=shares.tolist(),
+            shares=self.curve(above.astype(np.float64)),
             step=first,
             lead=self.peak - first if first is not None and self.fell else None,
             found=float(above[self.hacked].mean()),
@@ -182,11 +184,6 @@ class RunDetection:
     @property
     def _window(self) -> int:
         return max(len(self.steps) // 10, 1) | 1
-
-    def _running(self, curve: Floats) -> Floats:
-        ones = np.ones(self._window)
-        mean: Floats = np.convolve(curve, ones, "same") / np.convolve(np.ones(len(curve)), ones, "same")
-        return mean
 
     @staticmethod
     def _baseline(run: Path, per_step: Mapping[int, list[dict[str, Any]]]) -> tuple[str, float, float]:

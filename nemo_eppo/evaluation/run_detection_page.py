@@ -24,15 +24,15 @@ _PROXY, _HACKED, _GOLD = COLORS[0], COLORS[1], COLORS[3]
 def write_detection(detection: RunDetection, output: Path) -> None:
     """Write report.html, detection.png and report.json into the directory `output`."""
     run, steps = detection.config.run, detection.steps
-    hacked = detection.per_step(detection.hacked.astype(np.float64))
+    hacked = detection.curve(detection.hacked.astype(np.float64))
     rewards = [
-        Series("proxy reward", _PROXY, steps, detection.per_step(detection.proxy).tolist()),
+        Series("proxy reward", _PROXY, steps, detection.curve(detection.proxy).tolist()),
         Series("gold reward", _GOLD, steps, detection.gold_curve.tolist()),
     ]
     shares = [Series("hacked responses", GRAY, steps, hacked.tolist())]
     colors = [color for color in COLORS if color not in (_PROXY, _GOLD)]
     for color, (sign, alarm) in zip(colors, detection.alarms.items(), strict=False):
-        shares.append(Series(sign, color, steps, alarm.shares))
+        shares.append(Series(sign, color, steps, alarm.shares.tolist()))
     report = {
         "run": str(run.resolve()),
         "steps": len(steps),
@@ -59,7 +59,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
     of_run = alarms_table(curves, config)
     body = [
-        f"<h1>Signs of reward hacking in {html.escape(run.resolve().name)}</h1>",
+        f"<h1>Signs of reward hacking in {html.escape(str(run))}</h1>",
         f'<p class="soft">{len(steps):,} steps, {len(detection.hacked):,} responses, of which '
         f"{detection.hacked.mean():.1%} are hacked: gold reward below {detection.sft_gold:.3g} and proxy reward above "
         f"{detection.sft_proxy:.3g}, the SFT model's means in {detection.baseline}.</p>",
@@ -71,12 +71,12 @@ def write_detection(detection: RunDetection, output: Path) -> None:
             [
                 figure(
                     "Proxy and gold reward",
-                    "Gold reward: running mean over a tenth of the steps.",
+                    "Running means over a tenth of the steps.",
                     line_chart(rewards, _STEP, "reward"),
                 ),
                 figure(
                     "Hacked responses, and those above a threshold",
-                    "Shares of each step's responses.",
+                    "Running means of the shares of a step's responses.",
                     line_chart(shares, _STEP, "share of responses"),
                 ),
             ],

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from nemo_eppo.files import replacing
 from nemo_eppo.observability.charts import Series, histogram_bins
@@ -22,7 +23,7 @@ _STYLE = {
     "font.size": 11, "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.titlepad": 10, "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
     "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 10,
+    "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "legend.fontsize": 10, "legend.framealpha": 0.85, "legend.edgecolor": "none",
     "lines.linewidth": 2, "figure.facecolor": "white", "axes.facecolor": "white",
 }  # fmt: skip
 _PANEL, _DPI = (5.6, 4.0), 100  # inches, dots an inch: text is readable without zooming in
@@ -65,6 +66,8 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, title: str) -> P
             if len(one.error):
                 error = np.asarray(one.error)
                 axes.fill_between(one.x, y - error, y + error, color=one.color, alpha=0.2, linewidth=0)
+        if all(float(value).is_integer() for one in series for value in one.x):  # steps, layers
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label(axes, title, x_label, y_label, len(series))
 
     return draw
