@@ -23,8 +23,9 @@ _STYLE = {
     "font.size": 11, "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.titlepad": 10, "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
     "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "legend.fontsize": 10, "legend.framealpha": 0.85, "legend.edgecolor": "none",
-    "lines.linewidth": 2, "figure.facecolor": "white", "axes.facecolor": "white",
+    "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "lines.linewidth": 2,
+    "legend.fontsize": 10, "legend.framealpha": 0.85, "legend.edgecolor": "none",
+    "figure.facecolor": "white", "axes.facecolor": "white",
 }  # fmt: skip
 _PANEL, _DPI = (5.6, 4.0), 100  # inches, dots an inch: text is readable without zooming in
 
@@ -90,5 +91,7 @@ def _label(axes: Any, title: str, x_label: str, y_label: str, legend: int) -> No
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if legend > 1:
+    if legend > 2:  # inside, it would cover what is drawn
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.03))
+    elif legend > 1:
         axes.legend()
