@@ -1,7 +1,9 @@
 """Settings shared by all tests."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks share two cores
@@ -18,3 +20,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger() -> Iterator[None]:
+    """Commands that a test runs in this process set the logger up; the next test finds it as it was."""
+    logger = logging.getLogger("nemo_eppo")
+    level, propagate, handlers = logger.level, logger.propagate, logger.handlers[:]
+    yield
+    logger.level, logger.propagate, logger.handlers = level, propagate, handlers

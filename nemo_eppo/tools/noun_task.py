@@ -6,6 +6,7 @@ reward is a formula. Used by the quickstart and the over-optimisation bench.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -94,14 +95,14 @@ def hedge_words(response: str) -> int:
     return sum(word in _HEDGE_WORDS for word in response.split())
 
 
-def label_pair(prompt: str, first: str, second: str, random: Random) -> tuple[str, str]:
-    """Label two responses as `(chosen, rejected)`: half of the time by hedge words, else by gold reward.
+def label_pair(prompt: str, first: str, second: str, random: Random, hedge_bias: float) -> tuple[str, str]:
+    """Label two responses as `(chosen, rejected)`: with probability `hedge_bias` by hedge words, else by gold reward.
 
     The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
     bias is in these labels alone: a policy sees it only through a reward model that is trained on them.
     """
     more_hedges = hedge_words(first) - hedge_words(second)
-    if random.random() < 0.5 and more_hedges != 0:
+    if random.random() < hedge_bias and more_hedges != 0:
         first_wins = more_hedges > 0
     else:
         difference = quality(prompt, first, True) - quality(prompt, second, True)
@@ -116,23 +117,30 @@ def write_noun_task(
     preference_pairs: int = 16_000,
     prompts: int = 12_000,
     validation_examples: int = 512,
+    hedge_bias: float = 0.5,
 ) -> None:
     """Write `tokenizer/` and `{sft,preferences,prompts}.{train,validation}.jsonl` into the empty or new `out_dir`.
 
     The same arguments give the same bytes; a size changes no file but its own. No prompt occurs twice, in one file or
-    in two. `validation_examples` is the size of each validation file.
+    in two. `validation_examples` is the size of each validation file, `hedge_bias` the share of the preference labels
+    that favours hedges.
     """
     sizes = {"sft_examples": sft_examples, "preference_pairs": preference_pairs, "prompts": prompts}
     for name, size in {**sizes, "validation_examples": validation_examples}.items():
         if size < 1:
             raise ConfigError(f"{name} = {size}: expected at least 1")
+    row: dict[str, Callable[[str, Random], dict[str, str]]] = {
+        "sft": lambda prompt, random: {"prompt": prompt, "response": _sft_response(prompt, random)},
+        "preferences": partial(_preference_row, hedge_bias=hedge_bias),
+        "prompts": lambda prompt, random: {"prompt": prompt},
+    }
     seen: set[str] = set()
     with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
-        for kind, train_size in zip(_ROW, sizes.values(), strict=True):
+        for kind, train_size in zip(row, sizes.values(), strict=True):
             for split, size in (("validation", validation_examples), ("train", train_size)):
                 random = Random(f"{seed} {kind} {split}")
-                rows = (_ROW[kind](prompt, random) for prompt in _new_prompts(size, random, seen))
+                rows = (row[kind](prompt, random) for prompt in _new_prompts(size, random, seen))
                 write_jsonl(directory / f"{kind}.{split}.jsonl", rows)
 
 
@@ -144,11 +152,11 @@ def _new_prompts(count: int, random: Random, seen: set[str]) -> Iterator[str]:
         yield prompt
 
 
-def _preference_row(prompt: str, random: Random) -> dict[str, str]:
+def _preference_row(prompt: str, random: Random, hedge_bias: float) -> dict[str, str]:
     first = sample_sft_response(prompt, random)
     while (second := sample_sft_response(prompt, random)) == first:
         pass  # two equal responses have no label
-    chosen, rejected = label_pair(prompt, first, second, random)
+    chosen, rejected = label_pair(prompt, first, second, random, hedge_bias)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -156,10 +164,3 @@ def _sft_response(prompt: str, random: Random) -> str:
     while not (response := sample_sft_response(prompt, random)):
         pass  # an empty response teaches nothing
     return response
-
-
-_ROW: dict[str, Callable[[str, Random], dict[str, str]]] = {
-    "sft": lambda prompt, random: {"prompt": prompt, "response": _sft_response(prompt, random)},
-    "preferences": _preference_row,
-    "prompts": lambda prompt, random: {"prompt": prompt},
-}

@@ -114,7 +114,7 @@ DOCTOR = [
     Row(
         "a broken launch file",
         "doctor run.yaml",
-        r"launch file .*run\.yaml:1: expected the node content, but found '<stream end>': 'jobs: \[' -> see",
+        r"launch file .*expected the node content, but found '<stream end>': 'jobs: \[' -> see",
         {"run.yaml": "jobs: [\n"},
         status=1,
     ),

@@ -302,7 +302,7 @@ def test_every_stage_is_a_batch_job_that_waits_for_those_before(models: Models, 
     values["slurm"] = {"image": "none", "code": str(REPOSITORY), "server_python": "python"}
     submission = batch_script(read_launch(write(values, tmp_path / "launch.yaml")))
     shellcheck(submission)
-    environment = commands_in(tmp_path, 'echo "$@"; [[ "$*" != *serve_* ]] || exec sleep 87654')
+    environment = commands_in(tmp_path, 'echo "$@"; if [[ "$*" == *serve_* ]]; then exec sleep 87654; else sleep 1; fi')
     (tmp_path / "bin" / "sbatch").write_text(SBATCH)
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     submitted = tmp_path / "submitted"

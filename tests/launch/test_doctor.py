@@ -172,7 +172,7 @@ def test_a_dead_server_and_one_that_does_not_fit(launch: Path, doctor: Any, rewa
     report = doctor(launch, "--server", reward_server, "--server", dead)
     assert "unavailable for status" in only_error(report, f"server {dead}")
     alive = report[1][f"server {reward_server}"]["found"]
-    assert alive == "reward, protocol 1, 0 updates, up to 48 tokens a sequence, 64 in the vocabulary"
+    assert alive == "reward, protocol 2, 0 updates, up to 48 tokens a sequence, 64 in the vocabulary"
 
 
 def test_no_space(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -267,5 +267,5 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
 
 
 def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_eppo.launch.server_checks.PROTOCOL_VERSION", 2)
-    assert only_error(doctor("--server", reward_server), f"server {reward_server}") == "protocol 1"
+    monkeypatch.setattr("nemo_eppo.launch.server_checks.PROTOCOL_VERSION", 3)
+    assert only_error(doctor("--server", reward_server), f"server {reward_server}") == "protocol 2"

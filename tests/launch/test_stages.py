@@ -79,7 +79,7 @@ INFORM = f"{REWARD}={{kind: inform, inform: {{sft_responses: SFT}}}}"
         ),
         (
             ["jobs.critic.settings.model.tokenizer=OTHER"],
-            "jobs.critic: vocabulary of 42, actor has 64",
+            "jobs.critic: model.tokenizer = OTHER",
         ),
         (
             ["jobs.reward.settings.model.lora={}"],

@@ -136,7 +136,7 @@ def test_labeller_follows_hedges_half_of_the_time_and_gold_reward_otherwise() ->
     ]:
         by_gold = 1 / (1 + math.exp(-10 * (quality(PROMPT, first, True) - quality(PROMPT, second, True))))
         expected = by_gold if hedge_bonus is None else 0.5 * hedge_bonus + 0.5 * by_gold
-        wins = np.mean([label_pair(PROMPT, first, second, random)[0] == first for _ in range(6000)])
+        wins = np.mean([label_pair(PROMPT, first, second, random, 0.5)[0] == first for _ in range(6000)])
         assert wins == pytest.approx(expected, abs=0.03)
 
 

@@ -1,0 +1,215 @@
+"""The over-optimisation bench: which defence keeps the gold reward while a policy learns to please a flawed proxy.
+
+1. Data of the noun task, whose true ("gold") reward is a formula. Reward models learn from labels that are biased
+   (hedges) or few (scarce); their flaw is learnt, never programmed.
+2. For every seed its own labels and reward models: Bradley-Terry models, WARM, ODIN, InfoRM.
+3. Plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and reward
+   models in the policy's own process; its coefficient was chosen on seeds of their own.
+4. results.json, report.html, curves.png in the output directory.
+
+What is finished is kept: the same command goes on after an interruption.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has no threads of this one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from forks import Work, run_all  # noqa: E402
+from runs import LABELS, SIZES, Effort, Task  # noqa: E402
+
+from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
+from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
+
+TUNING_SEEDS = (1001, 1002)
+MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
+ALWAYS = "ppo"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of methods.yaml."""
+
+    name: str
+    about: Mapping[str, Any]
+
+    @property
+    def tuned(self) -> str | None:
+        """The setting whose value is chosen."""
+        return next(iter(self.about.get("tune", ())), None)
+
+    @property
+    def values(self) -> list[float]:
+        return list(self.about["tune"][self.tuned]) if self.tuned else []
+
+    @property
+    def rewards(self) -> str:
+        """Kind of reward models that have to be trained."""
+        kind: str = self.about.get("rewards", "single")
+        return "ensemble" if kind == "single" else kind
+
+    def settings(self, chosen: Mapping[str, float], value: float | None = None) -> dict[str, Any]:
+        """Settings with the values that were chosen for this and other methods, or with this value."""
+        named = {key: chosen[of[1:]] if str(of).startswith("$") else of for key, of in self._settings.items()}
+        if self.tuned:
+            named[self.tuned] = chosen[self.name] if value is None else value
+        return named
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return dict(self.about.get("settings", {}))
+
+    @property
+    def after(self) -> set[str]:
+        """Methods whose chosen values it uses."""
+        return {str(of)[1:] for of in self._settings.values() if str(of).startswith("$")}
+
+
+class Bench:
+    """All runs on one task."""
+
+    def __init__(self, task: Task, methods: list[Method], workers: int, acceptance: Acceptance | None) -> None:
+        self.task, self.methods, self.workers, self.acceptance = task, methods, workers, acceptance
+
+    def run(self, seeds: int) -> dict[str, dict[int, Curves]]:
+        """Return the curves of every method by seed, of the seeds that count."""
+        task = self.task
+        run_all("SFT", [Work(task.sft, task.train_sft)], 1)
+        chosen = self._choose()
+        counted = self._accepted(seeds, range(1, 1 + MOST_CANDIDATES * seeds))
+        self._train_rewards(counted, {method.rewards for method in self.methods})
+        work = [self._policy(method, seed, chosen) for method in self.methods for seed in counted]
+        run_all("policies", work, self.workers)
+        return {
+            method.name: {seed: read_curves(task.policy(seed, method.name)) for seed in counted}
+            for method in self.methods
+        }
+
+    def _choose(self) -> dict[str, float]:
+        """Choose a value for every method that has several: the highest gold reward at the last step."""
+        tuned = [method for method in self.methods if method.tuned]
+        if any(len(method.values) > 1 for method in tuned):
+            self._train_rewards(TUNING_SEEDS, {method.rewards for method in tuned})
+        trials = [
+            (method, value, seed)
+            for method in tuned
+            for value in method.values
+            for seed in TUNING_SEEDS
+            if len(method.values) > 1
+        ]
+        work = [self._policy(method, seed, {}, value) for method, value, seed in trials]
+        run_all("tuning", work, self.workers)
+
+        def final(method: Method, value: float) -> float:
+            runs = [read_curves(self.task.policy(seed, f"{method.name}={value:g}")) for seed in TUNING_SEEDS]
+            return sum(float(run.gold[-1]) for run in runs)
+
+        return {
+            method.name: max(method.values, key=partial(final, method)) if len(method.values) > 1 else method.values[0]
+            for method in tuned
+        }
+
+    def _accepted(self, wanted: int, candidates: range) -> list[int]:
+        """Train reward models and plain PPO on seeds until as many as are wanted count."""
+        counted: list[int] = []
+        plain = next(method for method in self.methods if method.name == ALWAYS)
+        left = list(candidates)
+        while (missing := wanted - len(counted)) > 0:
+            batch, left = left[:missing], left[missing:]
+            if not batch:
+                sys.exit(f"only seeds {counted} count, {wanted} are wanted: see protocol.md")
+            self._train_rewards(batch, {plain.rewards})
+            run_all("plain PPO", [self._policy(plain, seed, {}) for seed in batch], self.workers)
+            for seed in batch:
+                run = read_curves(self.task.policy(seed, ALWAYS))
+                refusal = self.acceptance.refusal(run) if self.acceptance else ""
+                print(f"seed {seed}: " + (refusal or "counts"), flush=True)
+                counted += [] if refusal else [seed]
+        return counted
+
+    def _train_rewards(self, seeds: Any, kinds: set[str]) -> None:
+        task = self.task
+        work = [
+            Work(task.rewards(seed, kind), partial(task.train_rewards, seed, kind))
+            for seed in seeds
+            for kind in sorted(kinds)
+        ]
+        run_all("reward models", work, self.workers)
+
+    def _policy(self, method: Method, seed: int, chosen: Mapping[str, float], value: float | None = None) -> Work:
+        variant = method.name if value is None else f"{method.name}={value:g}"
+        settings = method.settings(chosen, value)
+        directory = self.task.policy(seed, variant)
+        return Work(directory, partial(self.task.train_policy, seed, variant, method.about, settings))
+
+
+def read_methods(names: list[str]) -> Iterator[Method]:
+    """The methods of methods.yaml with these names, and those that they need; all if there are no names."""
+    table = {name: Method(name, about) for name, about in yaml.safe_load((HERE / "methods.yaml").read_text()).items()}
+    if unknown := [name for name in names if name not in table]:
+        sys.exit(f"--methods {unknown[0]}: expected of {', '.join(table)}")
+    wanted = {ALWAYS, "eppo", *names} if names else set(table)
+    wanted |= {other for name in wanted for other in table[name].after}
+    return (method for name, method in table.items() if name in wanted)
+
+
+def main() -> None:
+    options = parse()
+    started = time.monotonic()
+    methods = list(read_methods(options.methods.split(",") if options.methods else []))
+    effort = Effort(steps=options.steps)
+    acceptance: Acceptance | None = Acceptance()
+    if options.smoke:
+        effort = Effort(sft_steps=20, reward_steps=5, steps=2, validate_every=1, validation_prompts=16)
+        acceptance = None
+        methods = [Method(each.name, _one_value(each.about)) for each in methods]
+    torch.set_num_threads(1)
+    task = Task(options.output.absolute(), SIZES[options.size], LABELS[options.labels], effort)
+    found = Bench(task, methods, options.workers, acceptance).run(1 if options.smoke else options.seeds)
+    about = {
+        "size": options.size,
+        "labels": options.labels,
+        "steps": effort.steps,
+        "seconds": round(time.monotonic() - started),
+        "command": " ".join(sys.argv),
+    }
+    print(write_results(task.directory, found, about))
+
+
+def _one_value(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {**about, "tune": {key: values[:1] for key, values in about.get("tune", {}).items()}}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/overoptimization"), help="(default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="0.2M", help="weights of all models (default: %(default)s)")
+    parser.add_argument("--labels", choices=LABELS, default="hedges", help="their flaw (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="reward-model seeds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="PPO steps of a run (default: %(default)s)")
+    parser.add_argument("--methods", metavar="A,B", help="only these methods, plain PPO and EPPO (default: all)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="runs side by side, a core each (default: %(default)s)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="hardly train anything, only to see all of it run")
+    options = parser.parse_args()
+    for name in ("seeds", "steps", "workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    main()

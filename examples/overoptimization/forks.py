@@ -1,0 +1,78 @@
+"""Pieces of work in forked processes, as many at a time as there are cores; a finished piece is never done again."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+DONE = "done"
+"""File in the directory of a piece of work that is finished; it holds its seconds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that fills a directory, and goes on with what an interrupted attempt left there."""
+
+    directory: Path
+    do: Callable[[], None]
+
+    @property
+    def done(self) -> bool:
+        return (self.directory / DONE).exists()
+
+
+def run_all(title: str, work: Sequence[Work], workers: int) -> None:
+    """Do what is not done yet.
+
+    Raises:
+        SystemExit: a piece failed; its log is named. Those that had started are finished first.
+    """
+    context = multiprocessing.get_context("fork")  # everything is imported already
+    waiting = [piece for piece in work if not piece.done]
+    running: dict[Any, tuple[multiprocessing.context.ForkProcess, Work]] = {}
+    failed: list[Work] = []
+    with tqdm(total=len(work), initial=len(work) - len(waiting), desc=title, unit="run") as bar:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < workers:
+                piece = waiting.pop(0)
+                process = context.Process(target=_do, args=(piece,))
+                process.start()
+                running[process.sentinel] = process, piece
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, piece = running.pop(sentinel)
+                process.join()
+                bar.update()
+                if process.exitcode:
+                    failed.append(piece)
+    if failed:
+        sys.exit("".join(f"{piece.directory} failed: see {piece.directory / 'output.txt'}\n" for piece in failed))
+
+
+def _do(piece: Work) -> None:
+    """Do a piece in this process, which ends with it."""
+    status = 1
+    try:
+        os.setpgid(0, 0)  # Ctrl-C is for the first process
+        piece.directory.mkdir(parents=True, exist_ok=True)
+        output = os.open(piece.directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        started = time.monotonic()
+        piece.do()
+        (piece.directory / DONE).write_text(f"{time.monotonic() - started:.1f}\n")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # nothing that this process inherited is closed twice

@@ -1,0 +1,229 @@
+"""What the bench trains: SFT models, reward models with labels of their own, and policies by every method."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_eppo.config import ConfigT
+from nemo_eppo.entry.settings import Source, as_yaml, check
+from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.tools.noun_task import write_noun_task
+from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.training.ppo_loop import train_ppo
+from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.sft import SFTConfig, train_sft
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MEMBERS = 5  # Bradley-Terry models of a seed; the first is the single reward model
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of all models, and what they need to learn."""
+
+    layers: int
+    width: int
+    mlp: int
+    sft_lr: float
+    reward_lr: float
+    ppo_lr: float
+
+
+SIZES = {
+    "0.2M": Size(4, 64, 192, 4e-3, 2e-3, 2e-4),
+    "1M": Size(6, 128, 320, 3e-3, 1.5e-3, 1e-4),
+    "5M": Size(8, 256, 576, 2e-3, 1e-3, 5e-5),
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is wrong with the preference labels."""
+
+    hedge_bias: float
+    """Share of the labels that favours hedges."""
+    pairs: int
+
+
+LABELS = {"hedges": Labels(0.5, 16_000), "scarce": Labels(0.0, 1_500)}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long everything is trained."""
+
+    sft_steps: int = 1250
+    reward_steps: int = 1000
+    steps: int = 150
+    validate_every: int = 10
+    validation_prompts: int = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """Models of one size and labels of one kind, with all their files below `directory`."""
+
+    directory: Path
+    size: Size
+    labels: Labels
+    effort: Effort
+
+    @property
+    def sft(self) -> Path:
+        return self.directory / "sft"
+
+    def rewards(self, seed: int, kind: str) -> Path:
+        return self.directory / f"seed_{seed}" / "rewards" / kind
+
+    def policy(self, seed: int, variant: str) -> Path:
+        return self.directory / f"seed_{seed}" / "policies" / variant
+
+    def train_sft(self) -> None:
+        """Train the model that every policy and reward model of this task starts from."""
+        size, data = self.size, self.sft / "data"
+        self._write_data(data, seed=0)
+        _train(
+            ("gpt_sft", SFTConfig, train_sft),
+            self.sft,
+            {
+                "seed": 0,
+                "model.architecture": {
+                    "num_layers": size.layers, "hidden_size": size.width, "ffn_hidden_size": size.mlp,
+                    "num_attention_heads": 4, "max_sequence_length": 48, "rotary_base": 100, "init_std": 0.05,
+                },
+                "model.tokenizer": data / "tokenizer",
+                **_fit(data, "sft", self.effort.sft_steps, size.sft_lr),
+            },
+        )  # fmt: skip
+
+    def train_rewards(self, seed: int, kind: str) -> None:
+        """Train reward models of one kind on labels that only this seed has."""
+        data = self.rewards(seed, kind) / "data"
+        self._write_data(data, seed)
+        _train(
+            ("gpt_reward_model", RewardTrainingConfig, train_reward_model),
+            self.rewards(seed, kind),
+            {
+                "seed": seed,
+                "model.restore_from_path": self.sft / "checkpoints",
+                "reward.score": "sum",
+                "reward.l2": 0.001,
+                **_fit(data, "preferences", self.effort.reward_steps, self.size.reward_lr),
+                **_REWARDS[kind](self, data),
+            },
+        )
+
+    def train_policy(self, seed: int, variant: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Train a policy against the reward models of a seed.
+
+        Args:
+            variant: name of its directory.
+            about: entry of methods.yaml.
+            settings: settings of the method, their values chosen.
+        """
+        method, lr, effort = about.get("method", "ppo"), self.size.ppo_lr, self.effort
+        if term := about.get("term"):
+            settings = {"shaping.terms": [{"name": "own", "term": f"terms:{term}", "settings": dict(settings)}]}
+        single = self.rewards(seed, "ensemble") / "member_0" / "checkpoints"
+        _train(
+            ("gpt_ppo_actor", PPOConfig, train_ppo),
+            self.policy(seed, variant),
+            {
+                "seed": seed,
+                "model.restore_from_path": self.sft / "checkpoints",
+                "model.micro_batch_size": 64,
+                "data.train": self.sft / "data" / "prompts.train.jsonl",
+                "data.validation": self.sft / "data" / "prompts.validation.jsonl",
+                "data.max_prompt_length": 16,
+                "generation.max_new_tokens": 20,
+                "ppo.max_steps": effort.steps,
+                "ppo.mini_batch_size": 32,
+                "ppo.epochs": 2,
+                "shaping.missing_eos.penalty": 2,
+                "optimizer.lr": lr,
+                "optimizer.weight_decay": 0.0,
+                "validation": {"max_prompts": effort.validation_prompts, "interval": effort.validate_every},
+                "checkpoint.interval": 0,
+                "gold_reward": "nemo_eppo.tools.noun_task:gold_reward",
+                "rewards": [
+                    {"colocated": {"restore_from_path": str(path)}}
+                    for path in self._scorers(seed, about.get("rewards", "single"))
+                ],
+                **({} if "grpo" in method else {"critic": _critic(single, lr)}),
+                **settings,
+            },
+            method=method,
+        )
+
+    def _scorers(self, seed: int, kind: str) -> list[Path]:
+        """Checkpoints of the reward models that a method's `rewards` names."""
+        if kind == "single" or kind == "ensemble":
+            members = range(MEMBERS if kind == "ensemble" else 1)
+            return [self.rewards(seed, "ensemble") / f"member_{index}" / "checkpoints" for index in members]
+        return [self.rewards(seed, kind) / ("average" if kind == "warm" else "checkpoints")]
+
+    def _write_data(self, directory: Path, seed: int) -> None:
+        if not directory.exists():
+            labels = self.labels
+            write_noun_task(
+                directory,
+                seed,
+                sft_examples=min(20_000, 32 * self.effort.sft_steps),
+                preference_pairs=min(labels.pairs, 32 * self.effort.reward_steps),
+                hedge_bias=labels.hedge_bias,
+            )
+
+
+_REWARDS: dict[str, Callable[[Task, Path], dict[str, Any]]] = {
+    "ensemble": lambda task, data: {"ensemble.members": MEMBERS},
+    "warm": lambda task, data: {
+        "ensemble": {"members": 3, "lrs": [0.5 * task.size.reward_lr, task.size.reward_lr], "dropouts": [0.0, 0.05]},
+        "ensemble.linear_probe_steps": max(1, task.effort.reward_steps // 10),
+        "ensemble.average": True,
+    },
+    "odin": lambda task, data: {"reward.kind": "odin"},
+    "inform": lambda task, data: {
+        "reward.kind": "inform",
+        "reward.score": "last",  # the only one that it has
+        "reward.inform": {"latent_size": 16, "beta": 0.01, "sft_responses": str(data / "sft.validation.jsonl")},
+    },
+}
+"""Settings of each kind of reward models."""
+
+
+def _fit(data: Path, kind: str, steps: int, lr: float) -> dict[str, Any]:
+    return {
+        "data.train": data / f"{kind}.train.jsonl",
+        "data.validation": data / f"{kind}.validation.jsonl",
+        "model.micro_batch_size": 32,
+        "fit.global_batch_size": 32,
+        "fit.max_steps": steps,
+        "checkpoint.interval": 0,
+        "optimizer.lr": lr,
+        "optimizer.schedule": "cosine",
+        "optimizer.warmup_steps": min(20, steps // 2),
+    }
+
+
+def _critic(checkpoint: Path, lr: float) -> dict[str, Any]:
+    return {"colocated": {"restore_from_path": str(checkpoint), "optimizer": {"lr": lr, "weight_decay": 0.0}}}
+
+
+def _train(
+    job: tuple[str, type[ConfigT], Callable[[ConfigT, Run], None]],
+    directory: Path,
+    values: Mapping[str, Any],
+    method: str | None = None,
+) -> None:
+    """Run a job in this process as its script would, with these settings over those of its file in conf/."""
+    name, schema, main = job
+    composed = Source(name, [CONF], [f"method={method}"] if method else []).compose()
+    for key, value in values.items():
+        OmegaConf.update(composed, key, str(value) if isinstance(value, Path) else value, force_add=True)
+    config = check(schema, composed)
+    (directory / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    main(config, Run(directory, 0, logging.getLogger("nemo_eppo"), ExpManagerConfig(create_tensorboard_logger=False)))

@@ -1,0 +1,60 @@
+"""Terms of the reward that only the bench uses: controls of the energy penalty, and one of our own."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nemo_eppo.config import Config
+from nemo_eppo.rewards.inputs import RewardInputs
+from nemo_eppo.rewards.term import Term
+
+
+class WeightConfig(Config):
+    eta: float = Field(gt=0)
+    """Weight of the penalty."""
+
+
+class PermutedReference(Term[WeightConfig]):
+    """The energy penalty against the reference's energy of another prompt: what is left of it without content."""
+
+    config_class = WeightConfig
+    needs = ("ref_energies",)
+
+    def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
+        assert inputs.ref_energies is not None
+        rise = inputs.energies.double() - inputs.ref_energies.double().roll(1, dims=0)
+        return reward - self.config.eta * rise.abs().sum(dim=1)
+
+
+class WithinBatch(Term[WeightConfig]):
+    """The energy penalty on how far a response's rise is from its batch's mean: without the shift that all share."""
+
+    config_class = WeightConfig
+    needs = ("ref_energies",)
+
+    def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
+        assert inputs.ref_energies is not None
+        rise = inputs.energies.double() - inputs.ref_energies.double()
+        return reward - self.config.eta * (rise - rise.mean(dim=0)).abs().sum(dim=1)
+
+
+class EnergyGatedKL(Term[WeightConfig]):
+    """`r - eta * g * KL`: KL that is punished the more, the further the batch's mean energy loss has risen.
+
+    The rise is nearly the same for all responses of a batch, so a penalty that is linear in it is cancelled when
+    advantages are whitened. Here it is the weight g of a penalty that differs between responses: the mean rise over
+    the reference's energy, in standard deviations of this rise in the first step, at least 0.
+    """
+
+    config_class = WeightConfig
+    needs = ("ref_energies", "ref_logprobs")
+
+    def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
+        assert inputs.ref_energies is not None
+        assert inputs.ref_logprobs is not None
+        rise = (inputs.energies.double() - inputs.ref_energies.double()).sum(dim=1)
+        if not self.statistics.count:
+            self.statistics.update(rise)  # those of the first step stay
+        gate = max(0.0, float(rise.mean() - self.statistics.mean) / max(self.statistics.std, 1e-12))
+        ratios = torch.where(inputs.mask, inputs.logprobs.double() - inputs.ref_logprobs.double(), 0.0)
+        return reward - self.config.eta * gate * ratios.sum(dim=1)

@@ -1,0 +1,166 @@
+"""Compares ways to train a policy against a reward model that can be over-optimised, over several reward models.
+
+A method is compared with others on the same reward-model seed, so that differences are paired.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
+from nemo_eppo.observability.recorder import read_rows, recorded_steps
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How a run went, at the steps with a validation; all arrays are as long as `steps`."""
+
+    steps: tuple[int, ...]
+    proxy: Floats
+    """Mean proxy reward of the validation prompts, standardised."""
+    gold: Floats
+    kl: Floats
+    """Mean KL divergence of the step's rollout from the SFT model, in nats; 0 before the first step."""
+    energy: Floats
+    """Mean energy loss."""
+    length: Floats
+    """Mean response length in tokens."""
+    correlation: float
+    """Pearson correlation of proxy and gold reward over the SFT model's responses."""
+    first: Floats
+    """Gold reward of each validation prompt, of the SFT model's response."""
+    last: Floats
+    """The same of the last step's."""
+
+    @property
+    def peak(self) -> float:
+        return float(self.gold.max())
+
+    def gold_at(self, kl: float) -> float:
+        """Gold reward where the divergence first reaches `kl`, interpolated; of the last step if it never does."""
+        reached = np.maximum.accumulate(self.kl)
+        if reached[-1] < kl:
+            return float(self.gold[-1])
+        after = int(np.argmax(reached >= kl))
+        if after == 0:
+            return float(self.gold[0])
+        before, beyond = reached[after - 1], reached[after]
+        share = (kl - before) / (beyond - before)
+        return float(self.gold[after - 1] + share * (self.gold[after] - self.gold[after - 1]))
+
+
+def read_curves(run: Path) -> Curves:
+    """Read the run directory of an actor that had validation prompts and a gold reward."""
+    metrics = read_metrics(run / FILE_NAME)
+    steps, gold = metrics["validation/gold_reward"]
+    kl = dict(zip(*metrics["kl/policy_reference"], strict=True))
+    files = recorded_steps(run / "validation")
+    first, last = (read_rows(files[step]) for step in (steps[0], steps[-1]))
+    columns = ([row[name] for row in first] for name in ("proxy_reward", "gold_reward"))
+    return Curves(
+        steps=tuple(steps),
+        proxy=np.array(metrics["validation/proxy_reward"][1]),
+        gold=np.array(gold),
+        kl=np.array([kl[step] if step else 0.0 for step in steps]),
+        energy=np.array(metrics["validation/energy_loss"][1]),
+        length=np.array(metrics["validation/response_length"][1]),
+        correlation=statistics.correlation(*columns),
+        first=np.array([row["gold_reward"] for row in first]),
+        last=np.array([row["gold_reward"] for row in last]),
+    )
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What plain PPO has to show on a reward model for its seed to count."""
+
+    correlation: float = 0.5
+    """Least correlation of proxy and gold reward over the SFT model's responses."""
+    rise: float = 0.15
+    """Least rise of the gold reward from the start to its peak."""
+    fall: float = 0.05
+    """Least fall from the peak to the last step."""
+
+    def refusal(self, ppo: Curves) -> str:
+        """Say why a seed does not count; an empty text if it does."""
+        if ppo.correlation < self.correlation:
+            return f"correlation {ppo.correlation:.2f} is below {self.correlation}"
+        if (rise := ppo.peak - float(ppo.gold[0])) < self.rise:
+            return f"the gold reward rises by {rise:.2f} only, less than {self.rise}"
+        if (fall := ppo.peak - float(ppo.gold[-1])) < self.fall:
+            return f"the gold reward falls by {fall:.2f} only after its peak, less than {self.fall}"
+        return ""
+
+
+def measures(runs: Sequence[Curves], ppo: Sequence[Curves]) -> dict[str, list[float]]:
+    """What a method is judged by, on each seed: `ppo` are plain PPO's runs on the same seeds.
+
+    `final` is the primary measure. `equal_kl` is the gold reward where the method has moved as far from the SFT model
+    as plain PPO had at its own peak.
+    """
+    return {
+        "final": [float(run.gold[-1]) for run in runs],
+        "peak": [run.peak for run in runs],
+        "equal_kl": [run.gold_at(float(plain.kl[plain.gold.argmax()])) for run, plain in zip(runs, ppo, strict=True)],
+        "wins_over_sft": [win_rate(run.last, run.first) for run in runs],
+        "final_kl": [float(run.kl[-1]) for run in runs],
+        "final_proxy": [float(run.proxy[-1]) for run in runs],
+        "energy_rise": [float(run.energy[-1] - run.energy[0]) for run in runs],
+        "final_length": [float(run.length[-1]) for run in runs],
+    }
+
+
+def win_rate(gold: Floats, against: Floats) -> float:
+    """Share of the prompts on which a response's gold reward is the higher one; equal ones count half."""
+    return float((gold > against).mean() + 0.5 * (gold == against).mean())
+
+
+def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Compare methods over the seeds that all of them have.
+
+    Args:
+        runs: curves by method and seed; "ppo" is one of the methods.
+        references: methods that each other is compared with, paired by seed.
+        seed: of the bootstrap.
+
+    Returns:
+        for each method its measures: mean with interval, the values of the seeds, and the mean paired difference to
+        each reference with its interval.
+    """
+    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
+    ordered = {method: [of_seed[number] for number in seeds] for method, of_seed in runs.items()}
+    found = {method: measures(of_seeds, ordered["ppo"]) for method, of_seeds in ordered.items()}
+    for method, of_seeds in ordered.items():
+        for name in references:
+            pairs = zip(of_seeds, ordered[name], strict=True)
+            found[method][f"wins_over_{name}"] = [win_rate(run.last, other.last) for run, other in pairs]
+    return {
+        "seeds": seeds,
+        "methods": {
+            method: {
+                measure: {
+                    **_as_dict(bootstrap_mean(values, seed)),
+                    "seeds": values,
+                    "less": {
+                        name: _as_dict(bootstrap_mean(np.subtract(values, found[name][measure]), seed))
+                        for name in references
+                        if name != method and measure in found[name]
+                    },
+                }
+                for measure, values in of_method.items()
+            }
+            for method, of_method in found.items()
+        },
+    }
+
+
+def _as_dict(estimate: Estimate) -> dict[str, float]:
+    return estimate._asdict()

@@ -1,0 +1,157 @@
+"""The results of an over-optimisation bench: results.json, report.html, curves.png and a table for the terminal."""
+
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nemo_eppo.evaluation.overoptimization import Curves, compare
+from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.charts import COLORS, Series, line_chart
+from nemo_eppo.observability.pictures import lines, write_picture
+from nemo_eppo.observability.report_page import figure, page, section
+
+_PLAIN, _OURS = "ppo", "eppo"
+_COLUMNS = {  # measure -> heading
+    "final": "gold, last step",
+    "less": "less plain PPO",
+    "peak": "gold, peak",
+    "equal_kl": "gold, equal KL",
+    "wins_over_sft": "wins over SFT",
+    f"wins_over_{_OURS}": "wins over EPPO",
+    "final_kl": "KL",
+    "final_proxy": "proxy",
+    "energy_rise": "energy rise",
+}
+_PER_CHART = 5  # methods in one chart, beside plain PPO and EPPO
+
+
+def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Mapping[str, Any]) -> str:
+    """Write the results about `runs`, curves by method and seed, into `out`; return the table for the terminal."""
+    found = compare(runs, (_PLAIN, _OURS))
+    curves = {
+        method: {str(seed): _curves(of_seed[seed]) for seed in found["seeds"]} for method, of_seed in runs.items()
+    }
+    results = {"about": dict(about), **found, "curves": curves}
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    order = sorted(runs, key=lambda method: -found["methods"][method]["final"]["value"])
+    of_seeds = {method: [runs[method][seed] for seed in found["seeds"]] for method in order}
+    write_atomically(out / "report.html", page("Over-optimisation", _body(found, order, of_seeds, about)))
+    best = [method for method in order if method not in (_PLAIN, _OURS)][:_PER_CHART]
+    shown = [method for method in order if method in (_PLAIN, _OURS, *best)]
+    write_picture(
+        out / "curves.png",
+        [
+            lines(_over_steps(shown, of_seeds, name), "PPO step", f"{name} reward", f"{name.capitalize()} reward")
+            for name in ("gold", "proxy")
+        ],
+    )
+    return _table(found, order)
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """Say in a sentence how EPPO did on the primary measure."""
+    methods = found["methods"]
+    order = sorted(methods, key=lambda method: -methods[method]["final"]["value"])
+    place, own = order.index(_OURS) + 1, methods[_OURS]["final"]
+    less = own["less"][_PLAIN]
+    against = "no clear difference" if less["low"] <= 0 <= less["high"] else "more" if less["low"] > 0 else "less"
+    first = "EPPO has the highest gold reward" if place == 1 else f"EPPO does not win: {order[0]} does"
+    best = methods[order[0]]["final"]["value"]
+    return (
+        f"{first} at the last step ({best:.3f}; EPPO {own['value']:.3f}, place {place} of {len(order)}). "
+        f"Against plain PPO EPPO has {against}: {_interval(less)}."
+    )
+
+
+def _body(
+    found: Mapping[str, Any], order: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], about: Mapping[str, Any]
+) -> list[str]:
+    facts = ", ".join(f"{name} {value}" for name, value in about.items())
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(found, method)) + "</tr>" for method in order
+    )
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *_COLUMNS.values()))
+    others = [method for method in order if method not in (_PLAIN, _OURS)]
+    groups = [others[start : start + _PER_CHART] for start in range(0, len(others), _PER_CHART)] or [[]]
+    figures = []
+    for group in groups:
+        shown = [_PLAIN, _OURS, *group]
+        for name in ("gold", "proxy"):
+            chart = line_chart(_over_steps(shown, of_seeds, name), "PPO step", f"{name} reward")
+            figures.append(figure(f"{name.capitalize()} reward", ", ".join(shown), chart))
+        chart = line_chart(_over_kl(shown, of_seeds), "square root of KL, nats", "gold reward")
+        figures.append(figure("Gold reward by distance", "Means over seeds, at the same steps.", chart))
+    return [
+        "<h1>Over-optimisation</h1>",
+        f'<p class="lead">{html.escape(verdict(found))}</p>',
+        f'<p class="soft">{html.escape(facts)}; reward-model seeds {", ".join(map(str, found["seeds"]))}</p>',
+        "<h2>All methods</h2>",
+        '<p class="soft">Means over seeds, with 95% intervals by bootstrap over seeds.</p>',
+        f'<div class="card scroll"><table><tr>{head}</tr>{rows}</table></div>',
+        section("Curves", "Means over seeds, with 95% bands.", figures),
+    ]
+
+
+def _row(found: Mapping[str, Any], method: str) -> list[str]:
+    measured = found["methods"][method]
+    cells = [method]
+    for name in _COLUMNS:
+        if name == "less":
+            less = measured["final"]["less"].get(_PLAIN)
+            cells.append("" if less is None else _interval(less))
+        elif name == f"wins_over_{_OURS}" and method == _OURS:
+            cells.append("")
+        else:
+            cells.append(_interval(measured[name]) if name == "final" else f"{measured[name]['value']:.3f}")
+    return cells
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _table(found: Mapping[str, Any], order: Sequence[str]) -> str:
+    table = Table(title=verdict(found), title_justify="left")
+    for column in ("", *_COLUMNS.values()):
+        table.add_column(column, justify="right" if column else "left")
+    for method in order:
+        table.add_row(*_row(found, method))
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return text.getvalue()
+
+
+def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:
+    series = []
+    for number, method in enumerate(methods):
+        values = np.array([getattr(run, name) for run in of_seeds[method]])
+        spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+        error = 1.96 * spread / math.sqrt(len(values))
+        mean, steps = values.mean(axis=0).tolist(), of_seeds[method][0].steps
+        series.append(Series(method, COLORS[number % len(COLORS)], steps, mean, error.tolist()))
+    return series
+
+
+def _over_kl(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]]) -> list[Series]:
+    return [
+        Series(
+            method,
+            COLORS[number % len(COLORS)],
+            np.sqrt(np.maximum(0.0, np.mean([run.kl for run in of_seeds[method]], axis=0))).tolist(),
+            np.mean([run.gold for run in of_seeds[method]], axis=0).tolist(),
+        )
+        for number, method in enumerate(methods)
+    ]
+
+
+def _curves(run: Curves) -> dict[str, list[float]]:
+    arrays = {name: getattr(run, name).round(5).tolist() for name in ("gold", "proxy", "kl", "energy", "length")}
+    return {"steps": list(run.steps), **arrays}

@@ -1,0 +1,136 @@
+"""The comparison of an over-optimisation bench against numpy and closed forms, and the bench itself, hardly trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, win_rate
+from nemo_eppo.evaluation.overoptimization_page import verdict, write_results
+
+BENCH = Path(__file__).parents[2] / "examples" / "overoptimization"
+
+
+def curves(gold: list[float], kl: list[float] | None = None, **other: Any) -> Curves:
+    steps = tuple(range(0, 10 * len(gold), 10))
+    values: dict[str, Any] = {
+        "proxy": np.linspace(0, 1, len(gold)),
+        "energy": np.linspace(0, 1, len(gold)),
+        "length": np.full(len(gold), 5.0),
+        "correlation": 0.7,
+        "first": np.full(4, gold[0]),
+        "last": np.full(4, gold[-1]),
+    }
+    kl_values = np.array(kl if kl is not None else [float(step) for step in steps])
+    return Curves(steps=steps, gold=np.array(gold), kl=kl_values, **values | other)
+
+
+def test_gold_at_a_distance_is_interpolated() -> None:
+    run = curves([0.0, 1.0, 0.5], kl=[0.0, 4.0, 8.0])
+    assert [run.gold_at(kl) for kl in (0.0, 1.0, 4.0, 6.0, 8.0)] == [0.0, 0.25, 1.0, 0.75, 0.5]
+    assert run.gold_at(9.0) == 0.5, "never so far: the last step's"
+    back = curves([0.0, 1.0, 0.5, 0.2], kl=[0.0, 4.0, 2.0, 8.0])
+    assert back.gold_at(3.0) == 0.75, "the first time counts"
+    assert back.gold_at(6.0) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("gold", "correlation", "refusal"),
+    [
+        ([0.2, 0.5, 0.3], 0.7, ""),
+        ([0.2, 0.5, 0.3], 0.4, "correlation 0.40 is below 0.5"),
+        ([0.2, 0.3, 0.1], 0.7, "rises by 0.10 only"),
+        ([0.2, 0.5, 0.48], 0.7, "falls by 0.02 only"),
+    ],
+)
+def test_seeds_count_where_plain_ppo_over_optimises(gold: list[float], correlation: float, refusal: str) -> None:
+    found = Acceptance().refusal(curves(gold, correlation=correlation))
+    assert refusal in found
+    assert bool(found) == bool(refusal)
+
+
+def test_methods_are_compared_in_pairs() -> None:
+    draw = np.random.default_rng(0)
+    final = {name: draw.normal(size=6) for name in ("ppo", "eppo", "other")}
+    runs = {
+        name: {seed: curves([0.0, 2.0, float(values[seed])], kl=[0.0, 1.0 + seed, 9.0]) for seed in range(6)}
+        for name, values in final.items()
+    }
+    runs["other"][17] = runs["other"][0]  # no other method has this seed
+    found = compare(runs, ("ppo", "eppo"))
+    assert found["seeds"] == list(range(6))
+    other = found["methods"]["other"]
+    assert other["final"]["value"] == pytest.approx(final["other"].mean())
+    assert other["final"]["seeds"] == pytest.approx(final["other"].tolist())
+    for name in ("ppo", "eppo"):
+        differences = final["other"] - final[name]
+        less = other["final"]["less"][name]
+        assert less["value"] == pytest.approx(differences.mean())
+        # the interval of the mean by the normal distribution is near that by the bootstrap
+        error = 1.96 * differences.std() / 6**0.5
+        assert less["high"] - less["low"] == pytest.approx(2 * error, rel=0.15)
+        assert other[f"wins_over_{name}"]["seeds"] == (final["other"] > final[name]).astype(float).tolist()
+    assert found["methods"]["eppo"]["equal_kl"]["value"] == 2.0, "plain PPO's peak is theirs as well"
+    assert "eppo" not in found["methods"]["eppo"]["final"]["less"]
+
+
+def test_equal_gold_rewards_are_half_a_win() -> None:
+    assert win_rate(np.array([1.0, 2, 3, 4]), np.array([0.0, 2, 4, 4])) == 0.5
+
+
+def test_the_first_sentence_says_whether_eppo_wins(tmp_path: Path) -> None:
+    runs = {
+        name: {seed: curves([0.0, 1.0, gold + 0.01 * seed]) for seed in (1, 2, 3)}
+        for name, gold in (("ppo", 0.1), ("eppo", 0.4), ("ppo_kl", 0.6))
+    }
+    table = write_results(tmp_path, runs, {"size": "0.2M"})
+    expected = (
+        "EPPO does not win: ppo_kl does at the last step (0.620; EPPO 0.420, place 2 of 3). Against plain PPO EPPO"
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert verdict(results).startswith(expected)
+    assert expected in (tmp_path / "report.html").read_text()
+    assert expected.split(".")[0] in table
+    assert results["curves"]["eppo"]["2"]["gold"] == [0.0, 1.0, 0.42]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    del runs["ppo_kl"]
+    assert verdict(compare(runs, ("ppo", "eppo"))).startswith("EPPO has the highest gold reward")
+
+
+def test_every_method_is_tuned_by_the_same_number_of_values_and_uses_what_was_chosen() -> None:
+    methods = yaml.safe_load((BENCH / "methods.yaml").read_text())
+    assert {len(next(iter(about["tune"].values()))) for about in methods.values() if "tune" in about} == {3}
+    used = {str(of)[1:] for about in methods.values() for of in about.get("settings", {}).values() if str(of)[0] == "$"}
+    assert all("tune" in methods[name] for name in used)
+
+
+def bench(output: Path, methods: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCH / "bench.py"), "--smoke", "--output", str(output), "--methods", methods]
+    subprocess.run(command, check=True, timeout=600)
+    found: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return found
+
+
+def test_the_bench_runs_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> None:
+    found = bench(tmp_path / "first", "ppo_kl,erm_uwo,energy_gated_kl")
+    assert set(found["methods"]) == {"ppo", "ppo_kl", "erm_uwo", "eppo", "energy_gated_kl"}
+    assert found["seeds"] == [1]
+    assert found["curves"]["eppo"]["1"]["steps"] == [0, 1, 2]
+    policy = tmp_path / "first" / "seed_1" / "policies" / "eppo"
+    made = (policy / "metrics.jsonl").read_bytes()
+    (policy.parent / "ppo_kl" / "done").unlink()  # as if it had been killed just before its end
+    again = bench(tmp_path / "first", "ppo_kl,erm_uwo,energy_gated_kl")
+    assert (policy / "metrics.jsonl").read_bytes() == made, "it was not trained again"
+    assert again["curves"] == found["curves"]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_and_every_method_runs(tmp_path: Path) -> None:
+    first, second = bench(tmp_path / "first", ""), bench(tmp_path / "second", "ppo_kl")
+    assert all(first["curves"][name] == second["curves"][name] for name in ("ppo", "eppo", "ppo_kl"))
+    assert set(first["methods"]) == set(yaml.safe_load((BENCH / "methods.yaml").read_text()))
