@@ -28,4 +28,5 @@ def _logger() -> Iterator[None]:
     logger = logging.getLogger("nemo_eppo")
     level, propagate, handlers = logger.level, logger.propagate, logger.handlers[:]
     yield
-    logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
