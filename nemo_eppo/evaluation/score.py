@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from pydantic import Field
-from tqdm import tqdm
 
 from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
@@ -25,8 +24,6 @@ from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import Precision
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import ModelSetup, build, plan
-
-_WINDOW = 16  # micro-batches whose rows are sorted by length, and written, together
 
 
 class ScoreConfig(Config):
@@ -106,24 +103,16 @@ class Scoring:
 
     def run(self) -> None:
         """Join the ranks and append the missing rows to the output; collective."""
-        done = self._output.done
-        if done == len(self.rows):
+        if self._output.done == len(self.rows):
             return
-        runtime.initialize(self.config.parallel, seed=0)  # now all ranks have read the output, which may grow
+        runtime.initialize(self.config.parallel, seed=0)
         runner = build(self.plan, "lm")
         runner.probe = EnergyProbes(self._probes, runner.chunks, self.plan.model.num_layers)
-        writes = dist.get_rank() == 0
-        if writes:
-            self._output.begin()
-        size = self.config.batch_size * _WINDOW
-        hidden = None if writes else True  # None: tqdm itself hides the bar when stderr is not a terminal
-        with tqdm(total=len(self.rows), initial=done, unit="row", disable=hidden) as bar:
-            for start in range(done, len(self.rows), size):
-                window = self.rows[start : start + size]
-                lines = self._score(runner, window, start)
-                if writes:
-                    self._output.append(lines)
-                bar.update(len(window))
+
+        def lines(window: slice) -> list[str]:
+            return self._score(runner, self.rows[window], window.start)
+
+        append_rows(self._output, len(self.rows), self.config.batch_size * WINDOW, lines)
 
     def _score(self, runner: ModelRunner, rows: Sequence[Response], first: int) -> list[str]:
         """Make the output lines of `rows`, which begin at row `first` (from 0) of the data."""

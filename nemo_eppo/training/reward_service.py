@@ -38,14 +38,17 @@ class RewardModel:
     """A reward model on this job's ranks; a `Service` that knows no server.
 
     The constructor checks files and settings; `build` is called once the ranks have joined.
+
+    Args:
+        where, ranks: see `plan`.
     """
 
     name = "reward"
     step = 0
     runner: ModelRunner
 
-    def __init__(self, setup: ModelSetup, where: str = "model") -> None:
-        self.plan = plan(setup, where, head="scalar")
+    def __init__(self, setup: ModelSetup, where: str = "model", ranks: int | None = None) -> None:
+        self.plan = plan(setup, where, head="scalar", ranks=ranks)
         self._statistics = read_statistics(self.plan, where)
         assert self.plan.manifest is not None
         state = self.plan.manifest.state

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.evaluation import score
+from nemo_eppo.evaluation.model_rows import WINDOW
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron
@@ -162,7 +162,7 @@ def resume(model: Path, data: Path, output: Path) -> None:
     Scoring._score = interrupted  # type: ignore[method-assign, assignment]  # in a process of its own
     with pytest.raises(KeyboardInterrupt):
         run_job(config)
-    assert len(read_rows(output)) == 2 * score._WINDOW
+    assert len(read_rows(output)) == 2 * WINDOW
     complete = output.read_text()
     with output.open("a") as file:
         file.write('{"logprob": -12.3')  # torn

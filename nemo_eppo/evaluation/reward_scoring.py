@@ -1,0 +1,134 @@
+"""Scores, and latents, of given responses by a trained reward model: what its server would answer, without a server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.datasets import collate
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
+from nemo_eppo.evaluation.responses import Response
+from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.evaluation.score import model_name
+from nemo_eppo.megatron import runtime
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Precision
+from nemo_eppo.servers.client import Rewards
+from nemo_eppo.training.reward_service import RewardModel
+from nemo_eppo.training.setup import ModelSetup
+
+
+class RewardScoring:
+    """Scores responses by the reward model in `path`, in any layout.
+
+    Creating it checks files and layout. The first `append` loads the weights; they stay as long as this object.
+
+    Args:
+        path: a checkpoint of train_reward_model.py, a directory of checkpoints, of which the newest is read, or a
+            Hugging Face *ForSequenceClassification directory, as `RewardModelConfig.model` explains.
+        where: the option that names it, for messages.
+        batch_size: rows per forward pass.
+
+    Raises:
+        ConfigError: it is no trained reward model, its files are damaged, or the layout does not fit.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        where: str,
+        *,
+        precision: Precision = "fp32",
+        batch_size: int = 8,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  # it is frozen
+    ) -> None:
+        setup = ModelSetup(restore_from_path=path, precision=precision, parallel=parallel, micro_batch_size=batch_size)
+        self._path, self._where = path, where
+        self._model = RewardModel(setup, where, ranks=parallel.model_parallel_size)
+        self._built = False
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the model."""
+        return self._model.plan.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids have to be below it."""
+        return self._model.vocab_size
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens that a prompt and its response may have together."""
+        return self._model.max_sequence_length
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Mean and std of the scores on validation data, kind, latent size; see `RewardModel.statistics`."""
+        return self._model.statistics()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What rows of this model depend on, beside the responses; for `RowsFile`."""
+        return {"model": model_name(self._model.plan.source), "precision": self._model.plan.setup.precision}
+
+    def check_fits(self, tokenizer: Tokenizer, longest: int, of: str) -> None:
+        """Raise ConfigError if responses of another model, which `of` names, cannot be scored.
+
+        Args:
+            tokenizer: what their token ids belong to.
+            longest: tokens of the longest prompt and response together.
+        """
+        if tokenizer.digest() != self.tokenizer.digest():
+            raise ConfigError(f"{self._where}: {self._path} has another tokenizer than {of}")
+        if longest > self.max_sequence_length:
+            raise ConfigError(
+                f"{self._where}: {self._path} has a window of {self.max_sequence_length} tokens; expected at least "
+                f"{longest}, the longest prompt and response together"
+            )
+
+    def score(self, rows: Sequence[Response]) -> Rewards:
+        """Score responses: raw rewards [N, 1], and latents [N, d] (d = 0 unless the model is an InfoRM); collective.
+
+        In the coordinates of the latents, those of SFT responses have mean 0 and covariance I: a latent's norm is its
+        Mahalanobis distance.
+        """
+        self._load()
+        tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.tokenizer.pad_id)
+        out = self._model.infer({"tokens": tokens, "prompt_lengths": prompt_lengths, "lengths": lengths})
+        rewards = Rewards(out["rewards"], out.get("latents", torch.zeros(len(rows), 0)))
+        wrong = ~torch.isfinite(torch.cat(rewards, dim=1)).all(dim=1)
+        if wrong.any():
+            row = rows[int(wrong.nonzero()[0])]
+            raise ConfigError(f"{self._where}: {self._path} gives NaN or infinity for the response in line {row.line}")
+        return rewards
+
+    def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
+        """Append the missing rows {"reward"}, with "latents" if the model has them, to the output; collective.
+
+        Args:
+            what: text for the progress bar.
+        """
+        if output.done == len(rows):
+            return
+
+        def lines(window: slice) -> list[str]:
+            found = self.score(rows[window])
+            latents = found.latents.tolist()
+            return [
+                json_line({"reward": reward} | ({"latents": latent} if latent else {}))
+                for reward, latent in zip(found.rewards[:, 0].tolist(), latents, strict=True)
+            ]
+
+        self._load()
+        append_rows(output, len(rows), self._model.plan.setup.micro_batch_size * WINDOW, lines, what)
+
+    def _load(self) -> None:
+        if not self._built:
+            runtime.initialize(self._model.plan.setup.parallel, seed=0)
+            self._model.build()
+            self._built = True
