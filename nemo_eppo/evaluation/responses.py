@@ -87,7 +87,7 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         has_ids = any(field in row for field in _IDS)
-        ids = tuple(_token_ids(row, field, where, vocab_size) for field in _IDS) if has_ids else ()
+        ids = tuple(token_ids(row, field, where, vocab_size) for field in _IDS) if has_ids else ()
         if ids and chat_template:
             raise ConfigError(f"{where}: field '{_IDS[0]}' cannot be rendered with --chat-template")
         text = () if has_ids and texts[1] not in row else text_fields(row, texts, where)
@@ -97,7 +97,8 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
         yield _Given(line, row, text, ids, finished)
 
 
-def _token_ids(row: dict[str, Any], field: str, where: str, vocab_size: int) -> list[int]:
+def token_ids(row: dict[str, Any], field: str, where: str, vocab_size: int) -> list[int]:
+    """Return the token ids in a field of a row; ConfigError, which begins with `where`, if they are none."""
     ids = row.get(field)
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise ConfigError(f"{where}: field '{field}' = {ids!r:.80}: expected a list of token ids below {vocab_size}")

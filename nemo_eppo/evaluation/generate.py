@@ -1,0 +1,162 @@
+"""`nemo-eppo generate`: responses of a model to a file of prompts, and the generator that other commands use."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from nemo_eppo.algorithms.sampling import counter_hash
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
+from nemo_eppo.evaluation.prompts import read_prompts
+from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.evaluation.score import model_name
+from nemo_eppo.files import sha256
+from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.collectives import over_replicas
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Precision
+from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.training.energy_cache import prompt_digest
+from nemo_eppo.training.setup import ModelSetup, build, plan
+
+
+class GeneratorConfig(Config):
+    """Which model answers, and how its answers are sampled."""
+
+    model: Path
+    """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
+    sampling: SamplingParams
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the sampling."""
+    precision: Precision = "fp32"
+    """Precision of weights and activations."""
+    batch_size: int = Field(8, ge=1)
+    """Responses that are decoded at once; bounds the KV cache."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is laid out over the job's ranks."""
+
+
+class GenerateConfig(GeneratorConfig):
+    """Settings of `nemo-eppo generate`."""
+
+    prompts: Path
+    """File of rows {"prompt"} (text, or a list of {"role", "content"}) or {"prompt_ids"}, .jsonl or .jsonl.gz."""
+    output: Path
+    """File for one row per response, see `Generating`."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each prompt."""
+    chat_template: bool = False
+    """Render a prompt that is text as the user's turn in the tokenizer's own chat template."""
+
+
+class Generator:
+    """Answers prompts with a model's current weights, decoded by Megatron with a KV cache.
+
+    Creating it checks files, settings and layout; `build` loads the model.
+
+    Raises:
+        ConfigError: a model, layout or sampling that does not work.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        self.config = config
+        setup = ModelSetup(restore_from_path=config.model, precision=config.precision, parallel=config.parallel)
+        self._plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        self.model, self.name = self._plan.model, model_name(self._plan.source)
+        self.tokenizer: Tokenizer = self._plan.tokenizer
+        self.longest_prompt = self.model.max_sequence_length - config.sampling.max_new_tokens
+        """Tokens that a prompt may have."""
+        if self.longest_prompt < 1:
+            raise ConfigError(
+                f"--max-new-tokens: {config.sampling.max_new_tokens} leave no room for a prompt in the model's window "
+                f"of {self.model.max_sequence_length} tokens"
+            )
+
+    def build(self) -> None:
+        """Join the ranks and load the model; collective."""
+        runtime.initialize(self.config.parallel, seed=0)
+        runner = build(self._plan, "lm")
+        special = self.tokenizer.eos_id, self.tokenizer.pad_id
+        longest = self.model.max_sequence_length
+        self._engine = MegatronEngine(runner.chunks, Limits(*special, self.config.batch_size, longest, self.tokenizer))
+
+    def answer(self, prompts: Sequence[list[int]], samples: Sequence[int]) -> list[Completion]:
+        """Return one completion for each prompt; collective.
+
+        It depends on the weights, the settings, the prompt's tokens and its number in `samples`, and on nothing else:
+        not on the other prompts, their order, the batch size or the layout.
+        """
+        digests = [int.from_bytes(prompt_digest(prompt)[:8], "little", signed=True) for prompt in prompts]
+        streams = counter_hash(torch.tensor(self.config.seed), torch.tensor(digests))
+        seeds = counter_hash(streams, torch.tensor(samples)).tolist()
+
+        def replica(mine: list[int]) -> list[Completion]:
+            chosen = [prompts[i] for i in mine], self.config.sampling, [seeds[i] for i in mine]
+            return self._engine.generate(*chosen)
+
+        return over_replicas([len(prompt) for prompt in prompts], replica)
+
+
+class Generating:
+    """Writes the responses of a model to a file of prompts.
+
+    Creating it checks everything, the output of an interrupted run included. Rows are {"index", "sample", "prompt",
+    "response", "prompt_ids", "response_ids", "finish_reason", "finished"}: `index` counts prompts, `sample` the
+    responses to one prompt, both from 0. What else the prompt's row has is in "fields".
+
+    Raises:
+        ConfigError: a model, layout or sampling that does not work, a bad row by file and line, or an output that
+            belongs to another model, data or settings.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config, self.generator = config, Generator(config)
+        tokenizer = self.generator.tokenizer
+        if config.chat_template and tokenizer.chat_template is None:
+            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        vocab_size, longest = self.generator.model.vocab_size, self.generator.longest_prompt
+        self.prompts = read_prompts(config.prompts, tokenizer, vocab_size, longest, config.chat_template)
+        settings = {
+            "model": self.generator.name,
+            "prompts_sha256": sha256(config.prompts),
+            **config.model_dump(
+                mode="json", include={"samples_per_prompt", "sampling", "seed", "chat_template", "precision"}
+            ),
+        }
+        self._output = RowsFile(config.output, "generate", settings)
+
+    def run(self) -> None:
+        """Join the ranks and append the missing rows to the output; collective."""
+        total = len(self.prompts) * self.config.samples_per_prompt
+        if self._output.done == total:
+            return
+        self.generator.build()
+        append_rows(self._output, total, self.config.batch_size * WINDOW, self._lines, "responses")
+
+    def _lines(self, window: slice) -> list[str]:
+        places = [divmod(row, self.config.samples_per_prompt) for row in range(window.start, window.stop)]
+        prompts = [self.prompts[index] for index, _ in places]
+        completions = self.generator.answer([prompt.token_ids for prompt in prompts], [sample for _, sample in places])
+        texts = self.generator.tokenizer.decode_batch([completion.token_ids for completion in completions])
+        lines = []
+        for (index, sample), prompt, completion, text in zip(places, prompts, completions, texts, strict=True):
+            row: dict[str, Any] = {
+                "index": index,
+                "sample": sample,
+                "prompt": prompt.text,
+                "response": text,
+                "prompt_ids": prompt.token_ids,
+                "response_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+                "finished": completion.finish_reason is FinishReason.STOP,
+            }
+            lines.append(json_line(row | ({"fields": prompt.fields} if prompt.fields else {})))
+        return lines

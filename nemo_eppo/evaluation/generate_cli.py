@@ -1,0 +1,105 @@
+"""The arguments of `nemo-eppo generate`, and those of sampling, which other commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+
+
+def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a file of prompts with a model, or talk to it in the terminal",
+        description="""\
+Answer each prompt of a file with a Hugging Face directory or a checkpoint; or, with --interactive, talk to it.
+
+A row of --prompts has "prompt", a text or a chat of {"role", "content"} turns, or "prompt_ids", which are taken as they
+are. Texts are tokenised as in training. For each response one row is written: "index" of its prompt, number of the
+"sample", "prompt", "response", "prompt_ids", "response_ids", "finish_reason" (stop or length) and "finished"; other
+fields of the prompt's row are kept in "fields". `nemo-eppo score` and `evaluate` read these files as they are.
+
+A response depends on the model, its prompt, the number of its sample, --seed and the sampling options, and not on the
+other prompts, --batch-size or the layout. The same command resumes an interrupted run.
+
+--interactive remembers all turns: in the tokenizer's chat template, or, if it has none, as one text with a line
+for each turn, which the model continues. /reset begins anew; /quit or Ctrl-D ends.""",
+        epilog="""\
+example:
+  nemo-eppo generate --model models/aligned --prompts prompts.jsonl --output answers.jsonl --samples-per-prompt 4
+  nemo-eppo generate --model models/Qwen3-8B --prompts chats.jsonl --output answers.jsonl --greedy --tp 2
+  nemo-eppo generate --model models/aligned --interactive --temperature 0.7""",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or checkpoint")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="rows to answer, .jsonl or .jsonl.gz")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new .jsonl file, or the one of an interrupted run")
+    parser.add_argument("--interactive", action="store_true", help="talk to the model instead of answering a file")
+    add_sampling_arguments(parser)
+    add_model_arguments(parser, per_pass="responses that are decoded at once")
+    parser.set_defaults(run=_generate)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how prompts are rendered and their responses sampled."""
+    parser.add_argument("--samples-per-prompt", type=int, default=1, metavar="N", help="responses to each prompt")
+    parser.add_argument(
+        "--chat-template", action="store_true", help="make a text the user's turn of the tokenizer's chat template"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a response")
+    parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="fewest tokens of a response")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it; 0 is --greedy"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: among all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest with this probability"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="penalise tokens seen before; 1: do not"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends a response; may be repeated"
+    )
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling options as settings of `SamplingParams`."""
+    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    found = {name: getattr(arguments, name) for name in names}
+    found |= {"stop_strings": arguments.stop, "greedy": arguments.greedy}
+    return found | {"greedy": True, "temperature": 1.0} if arguments.temperature == 0 else found
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.entry.torchrun import end_with_torchrun
+
+    files = (arguments.prompts, arguments.output)
+    others = arguments.samples_per_prompt != 1 or arguments.chat_template
+    if arguments.interactive and (files != (None, None) or others):
+        raise ConfigError("--interactive takes no --prompts, --output, --samples-per-prompt and --chat-template")
+    if not arguments.interactive and None in files:
+        raise ConfigError("--prompts and --output are required, or --interactive")
+    end_with_torchrun()
+    names = ("model", "seed", "precision", "batch_size")
+    settings = {name: getattr(arguments, name) for name in names}
+    settings |= {"sampling": sampling(arguments), "parallel": layout(arguments)}
+    if arguments.interactive:
+        _talk(arguments, settings)
+        return
+    from nemo_eppo.evaluation.generate import GenerateConfig, Generating
+
+    names = ("prompts", "output", "samples_per_prompt", "chat_template")
+    job = Generating(load_config(GenerateConfig, settings | {name: getattr(arguments, name) for name in names}))
+    if run_on_ranks(arguments, job.run):
+        print(f"wrote {arguments.output}")
+
+
+def _talk(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from nemo_eppo.evaluation.conversation import Conversation, talk
+    from nemo_eppo.evaluation.generate import GeneratorConfig
+
+    conversation = Conversation(load_config(GeneratorConfig, settings))
+    run_on_ranks(arguments, lambda: talk(conversation))
