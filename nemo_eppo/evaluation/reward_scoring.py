@@ -108,20 +108,23 @@ class RewardScoring:
         return rewards
 
     def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
-        """Append the missing rows {"reward"}, with "latents" if the model has them, to the output; collective.
+        """Append the missing rows {"reward", "score"}, with "latents" if the model has them, to the output; collective.
+
+        `reward` is the model's own number, `score` is standardised by its validation mean and std as in training.
 
         Args:
             what: text for the progress bar.
         """
         if output.done == len(rows):
             return
+        (mean,), (std,) = self.statistics["mean"], self.statistics["std"]
 
         def lines(window: slice) -> list[str]:
             found = self.score(rows[window])
-            latents = found.latents.tolist()
+            numbers = zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
             return [
-                json_line({"reward": reward} | ({"latents": latent} if latent else {}))
-                for reward, latent in zip(found.rewards[:, 0].tolist(), latents, strict=True)
+                json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
+                for reward, latent in numbers
             ]
 
         self._load()
