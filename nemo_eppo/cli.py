@@ -11,6 +11,7 @@ from typing import Any
 from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.evaluation.detect_cli import add_detect
 from nemo_eppo.evaluation.energy_report_cli import add_energy_report
+from nemo_eppo.evaluation.evaluate_cli import add_evaluate
 from nemo_eppo.evaluation.generate_cli import add_generate
 from nemo_eppo.evaluation.score_cli import add_score
 from nemo_eppo.files import disk_trouble
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add_prepare(commands)
     add_convert(commands)
     add_generate(commands)
+    add_evaluate(commands)
     add_score(commands)
     add_energy_report(commands)
     add_detect(commands)

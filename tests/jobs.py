@@ -100,7 +100,7 @@ class Job:
             self.process.wait(60)
 
 
-def _save_model(
+def save_model(
     directory: Path, head: Head, model: ModelConfig, weights: dict[str, torch.Tensor], state: dict[str, Any], data: Path
 ) -> None:
     runtime.initialize(ParallelConfig(), 1)
@@ -137,8 +137,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )
     write_noun_task(models.data, 3, sft_examples=16, preference_pairs=16, prompts=32, validation_examples=8)
     state = {"score": "last", "mean": reference.score_mean, "std": reference.score_std}
-    run_ranks(_save_model, 1, models.sft, "lm", config, models.policy, {}, models.data)
-    run_ranks(_save_model, 1, models.rm, "scalar", config, models.scorer, state, models.data)
+    run_ranks(save_model, 1, models.sft, "lm", config, models.policy, {}, models.data)
+    run_ranks(save_model, 1, models.rm, "scalar", config, models.scorer, state, models.data)
     return models
 
 

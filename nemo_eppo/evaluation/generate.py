@@ -124,22 +124,26 @@ class Generating:
             raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
         vocab_size, longest = self.generator.model.vocab_size, self.generator.longest_prompt
         self.prompts = read_prompts(config.prompts, tokenizer, vocab_size, longest, config.chat_template)
-        settings = {
+        self.longest = max(len(prompt.token_ids) for prompt in self.prompts) + config.sampling.max_new_tokens
+        """Most tokens of a prompt and its response together."""
+        self.total = len(self.prompts) * config.samples_per_prompt
+        """Number of responses."""
+        self.settings = {
             "model": self.generator.name,
             "prompts_sha256": sha256(config.prompts),
             **config.model_dump(
                 mode="json", include={"samples_per_prompt", "sampling", "seed", "chat_template", "precision"}
             ),
         }
-        self._output = RowsFile(config.output, "generate", settings)
+        """What the responses depend on."""
+        self._output = RowsFile(config.output, "generate", self.settings)
 
     def run(self) -> None:
         """Join the ranks and append the missing rows to the output; collective."""
-        total = len(self.prompts) * self.config.samples_per_prompt
-        if self._output.done == total:
+        if self._output.done == self.total:
             return
         self.generator.build()
-        append_rows(self._output, total, self.config.batch_size * WINDOW, self._lines, "responses")
+        append_rows(self._output, self.total, self.config.batch_size * WINDOW, self._lines, "responses")
 
     def _lines(self, window: slice) -> list[str]:
         places = [divmod(row, self.config.samples_per_prompt) for row in range(window.start, window.stop)]

@@ -19,7 +19,7 @@ from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import Precision
 from nemo_eppo.servers.client import Rewards
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup
+from nemo_eppo.training.setup import ModelSetup, Plan
 
 
 class RewardScoring:
@@ -52,9 +52,14 @@ class RewardScoring:
         self._built = False
 
     @property
+    def plan(self) -> Plan:
+        """The checked model."""
+        return self._model.plan
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that came with the model."""
-        return self._model.plan.tokenizer
+        return self.plan.tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -74,7 +79,7 @@ class RewardScoring:
     @property
     def identity(self) -> dict[str, Any]:
         """What rows of this model depend on, beside the responses; for `RowsFile`."""
-        return {"model": model_name(self._model.plan.source), "precision": self._model.plan.setup.precision}
+        return {"model": model_name(self.plan.source), "precision": self.plan.setup.precision}
 
     def check_fits(self, tokenizer: Tokenizer, longest: int, of: str) -> None:
         """Raise ConfigError if responses of another model, which `of` names, cannot be scored.
@@ -120,18 +125,21 @@ class RewardScoring:
         (mean,), (std,) = self.statistics["mean"], self.statistics["std"]
 
         def lines(window: slice) -> list[str]:
-            found = self.score(rows[window])
-            numbers = zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
-            return [
-                json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
-                for reward, latent in numbers
-            ]
+            return reward_lines(self.score(rows[window]), mean, std)
 
         self._load()
-        append_rows(output, len(rows), self._model.plan.setup.micro_batch_size * WINDOW, lines, what)
+        append_rows(output, len(rows), self.plan.setup.micro_batch_size * WINDOW, lines, what)
 
     def _load(self) -> None:
         if not self._built:
-            runtime.initialize(self._model.plan.setup.parallel, seed=0)
+            runtime.initialize(self.plan.setup.parallel, seed=0)
             self._model.build()
             self._built = True
+
+
+def reward_lines(found: Rewards, mean: float, std: float) -> list[str]:
+    """Make the output line of each response: {"reward", "score"}, and "latents" if there are any."""
+    return [
+        json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
+        for reward, latent in zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
+    ]

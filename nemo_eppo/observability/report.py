@@ -28,7 +28,7 @@ from nemo_eppo.observability.charts import (
 from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_page import figure, page, sample_card, section
 from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table
 
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -339,25 +339,16 @@ def _samples(pairs: Sequence[tuple[Row, Row]], first: int = 6, rising: int = 3) 
 
 
 def _card(before: Row, after: Row) -> str:
-    sides = []
-    for label, color, row in (("Before", GRAY, before), ("After", _AFTER, after)):
-        gold = "" if row.get("gold_reward") is None else f"gold {row['gold_reward']:.2f}, "
-        facts = (
-            f"{label}: proxy {row['proxy_reward']:.2f}, {gold}energy loss {row['energy_loss']:.4f}, "
-            f"{row['response_length']} tokens, {row['finish_reason']}"
-        )
-        sides.append(
-            f'<div style="border-color:{color}"><p class="facts">{html.escape(facts)}</p>'
-            f'<div class="text">{_chat(row["response"])}</div></div>'
-        )
-    prompt = f'<div class="text prompt">{_chat(before["prompt"])}</div>'
-    return f'<div class="card sample">{prompt}<div class="pair">{"".join(sides)}</div></div>'
+    sides = (("Before", GRAY, before), ("After", _AFTER, after))
+    return sample_card(before["prompt"], [(color, _facts(label, row), row["response"]) for label, color, row in sides])
 
 
-def _chat(text: str) -> str:
-    """Turns of a chat as HTML, each under its role."""
-    labels = (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "" for turn in turns(text))
-    return "".join(label + html.escape(turn.text) for label, turn in zip(labels, turns(text), strict=True))
+def _facts(label: str, row: Row) -> str:
+    gold = "" if row.get("gold_reward") is None else f"gold {row['gold_reward']:.2f}, "
+    return (
+        f"{label}: proxy {row['proxy_reward']:.2f}, {gold}energy loss {row['energy_loss']:.4f}, "
+        f"{row['response_length']} tokens, {row['finish_reason']}"
+    )
 
 
 def _words(text: str) -> str:

@@ -4,6 +4,8 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nemo_eppo.observability.chat import turns
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -108,3 +110,24 @@ def figure(title: str, text: str, chart: "Figure") -> str:
         post_script="if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});",
     )
     return f"<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p></figcaption>{drawn}</figure>"
+
+
+def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
+    """Return a prompt and responses to it, side by side, as HTML.
+
+    Args:
+        responses: colour, what is known of it, and text of each; plain text, in which chats become turns.
+    """
+    sides = (
+        f'<div style="border-color:{color}"><p class="facts">{html.escape(facts)}</p>'
+        f'<div class="text">{_chat(text)}</div></div>'
+        for color, facts, text in responses
+    )
+    shown = f'<div class="text prompt">{_chat(prompt)}</div>'
+    return f'<div class="card sample">{shown}<div class="pair">{"".join(sides)}</div></div>'
+
+
+def _chat(text: str) -> str:
+    """Turns of a chat as HTML, each under its role."""
+    labels = (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "" for turn in turns(text))
+    return "".join(label + html.escape(turn.text) for label, turn in zip(labels, turns(text), strict=True))

@@ -74,7 +74,7 @@ def test_latents_of_an_information_bottleneck_come_with_its_scores(
     models: Models, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     """In the file, those of the SFT responses that the model was fitted on have covariance I, but for shrinkage."""
-    sft = [json.loads(line) for line in (models.data / "sft.train.jsonl").read_text().splitlines()]
+    sft = read_rows(models.data / "sft.train.jsonl")
     data = tmp_path / "in.jsonl"
     data.write_text("".join(json.dumps(row | {"finished": True}) + "\n" for row in sft))
     found: dict[str, Any] = {}

@@ -1,0 +1,191 @@
+"""The page and the picture of an evaluation."""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nemo_eppo.evaluation.best_of_n import GaoFit
+from nemo_eppo.evaluation.detection import with_interval
+from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
+from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart, scatter_chart
+from nemo_eppo.observability.pictures import Panel, histogram, lines, scatter, write_picture
+from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.report_tables import table
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_SHOWN = 8  # prompts on the page
+_POLICY, _REFERENCE, _GOLD = COLORS[1], GRAY, COLORS[3]
+_KL = "KL divergence from the policy, nats"
+_FITTED = (
+    "Points are unbiased estimates. The pale line is the fit d (a - b d) of Gao et al., d = sqrt(KL); its band holds "
+    "95% of bootstrap draws over prompts."
+)
+_HISTOGRAMS = {  # measure -> title, unit, what is known of the reference
+    "energy_loss": ("Energy loss", "energy loss", "reference_energy_loss"),
+    "kl": ("KL to the reference", "log-ratio of a response, nats", None),
+    "response_length": ("Response length", "tokens", None),
+    "latent_distance": ("Mahalanobis distance", "distance from the latents of SFT responses", None),
+}
+
+
+class _Chart(NamedTuple):
+    """One chart of the page, and the same in the picture."""
+
+    title: str
+    text: str
+    figure: "Figure"
+    panel: Panel
+
+
+def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -> None:
+    """Write report.html and evaluation.png into a directory.
+
+    Args:
+        settings: those of `EvaluateConfig`, as plain containers.
+    """
+    of_n, single = list(_best_of_n_charts(results.best_of_n)), list(_response_charts(results.rows))
+    write_picture(directory / "evaluation.png", [chart.panel for chart in (*of_n, *single)])
+    body = [
+        "<h1>Evaluation</h1>",
+        f'<p class="soft">{results.prompts:,} prompts, {len(results.rows):,} responses</p>',
+        *[f'<p class="lead">{html.escape(_verdict(*pair))}</p>' for pair in results.best_of_n.items()],
+        table(["", "Mean"], _means(results), "means"),
+        '<p class="soft">Means over prompts of the mean over their answers, with 95% bootstrap intervals.</p>',
+        "<h2>What was evaluated</h2>",
+        table([], list(_settings(settings)), "settings"),
+        section(
+            "Best of n",
+            "Of n answers to a prompt, the one with the highest proxy reward. Where its gold reward falls while the "
+            "proxy reward rises, the proxy is over-optimised.",
+            [figure(chart.title, chart.text, chart.figure) for chart in of_n],
+        ),
+        _fits(results.best_of_n),
+        section(
+            "Single responses",
+            "One value per response.",
+            [figure(chart.title, chart.text, chart.figure) for chart in single],
+        ),
+        _answers(results.rows),
+    ]
+    write_atomically(directory / "report.html", page("Evaluation", body))
+
+
+def _verdict(name: str, selection: Selection) -> str:
+    ends = [f"proxy reward from {selection.proxy[0]:.3f} to {selection.proxy[-1]:.3f}"]
+    if selection.gold is not None:
+        ends.append(f"gold reward from {selection.gold[0]:.3f} to {selection.gold[-1]:.3f}")
+    return f"The best of {selection.n[-1]} answers by {name} instead of any: {', '.join(ends)}."
+
+
+def _means(results: Results) -> list[list[str]]:
+    return [
+        [f"{MEASURES[name][0]}<small>{MEASURES[name][1]}</small>", with_interval(estimate)]
+        for name, estimate in results.means.items()
+    ]
+
+
+def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
+    sampled = settings["sampling"] | {"samples per prompt": settings["samples_per_prompt"], "seed": settings["seed"]}
+    shown = {
+        "Policy": settings["model"],
+        "Reference": settings["reference"],
+        **{_label(number, settings["proxies"]): name for number, name in enumerate(settings["proxies"], start=1)},
+        "Gold reward": settings["gold"],
+        "Prompts": settings["prompts"],
+        "Responses": settings["responses"],
+        "Sampling": ", ".join(f"{name} = {value}" for name, value in sampled.items()) if settings["prompts"] else None,
+    }
+    for name, value in shown.items():
+        if value is not None:
+            yield [name, html.escape(str(value))]
+
+
+def _label(number: int, proxies: Sequence[str]) -> str:
+    return "Proxy reward" if len(proxies) == 1 else f"Proxy {number}"
+
+
+def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[_Chart]:
+    for reward in ("proxy", "gold"):
+        series = []
+        for (name, selection), color in zip(selections.items(), COLORS, strict=False):
+            values, fit = getattr(selection, reward), getattr(selection, f"{reward}_fit")
+            if values is not None:
+                label = f"{reward} reward" if len(selections) == 1 else f"chosen by {name}"
+                series += [Series(label, color, selection.kl, values)] + ([_band(label, color, fit)] if fit else [])
+        if series:
+            title, unit = f"{reward.capitalize()} reward of best-of-n", f"{reward} reward"
+            yield _Chart(title, _FITTED, line_chart(series, _KL, unit), lines(series, _KL, unit, title))
+
+
+def _band(label: str, color: str, fit: GaoFit) -> Series:
+    half = [(high - low) / 2 for low, high in zip(fit.low, fit.high, strict=True)]
+    return Series(f"{label}, fit", _PALE[color], [d**2 for d in fit.d], fit.curve, half)
+
+
+_PALE = {color: "#" + "".join(f"{(byte + 255) // 2:02x}" for byte in bytes.fromhex(color[1:])) for color in COLORS}
+
+
+def _fits(selections: Mapping[str, Selection]) -> str:
+    rows = [
+        [f"{html.escape(name)}<small>{reward} reward</small>", *(_coefficient(*pair) for pair in _coefficients(fit))]
+        for name, selection in selections.items()
+        for reward, fit in (("proxy", selection.proxy_fit), ("gold", selection.gold_fit))
+        if fit is not None
+    ]
+    if not rows:
+        return ""
+    text = "Coefficients of the fits, with 95% bootstrap intervals. A larger b means an earlier turn."
+    return f'<p class="soft">{text}</p>\n{table(["Chosen by", "a", "b"], rows, "fits")}'
+
+
+def _coefficients(fit: GaoFit) -> list[tuple[float, tuple[float, float]]]:
+    return [(fit.a, fit.a_interval), (fit.b, fit.b_interval)]
+
+
+def _coefficient(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3f}<small>{interval[0]:.3f} to {interval[1]:.3f}</small>"
+
+
+def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:
+    if "proxy_reward" in rows[0] and "gold_reward" in rows[0]:
+        x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
+        cloud = [Series("responses", _GOLD, x, y, notes=[row["prompt"][:80] for row in rows])]
+        axes, title = ("proxy reward", "gold reward"), "Proxy against gold"
+        text = "One point per response; the ring marks the mean."
+        yield _Chart(title, text, scatter_chart(cloud, *axes), scatter(cloud, *axes, title))
+    for measure, (title, unit, of_reference) in _HISTOGRAMS.items():
+        if measure in rows[0]:
+            series = [Series("policy", _POLICY, [], [row[measure] for row in rows])]
+            if of_reference in rows[0]:
+                series.insert(0, Series("reference", _REFERENCE, [], [row[of_reference] for row in rows]))
+            text = "Dashed lines are means."
+            yield _Chart(title, text, histogram_chart(series, unit), histogram(series, unit, title))
+
+
+def _answers(rows: Sequence[Row]) -> str:
+    """Show for the first prompts the answer of the highest proxy reward and that of the highest gold reward."""
+    cards = []
+    for index in range(min(_SHOWN, rows[-1]["index"] + 1)):
+        answers = [row for row in rows if row["index"] == index]
+        chosen = [(_POLICY, "", answers[0])]
+        if len(answers) > 1 and "proxy_reward" in answers[0]:
+            chosen = [(_POLICY, f"Highest proxy reward of {len(answers)}: ", _best(answers, "proxy_reward"))]
+            if "gold_reward" in answers[0]:
+                chosen.append((_GOLD, f"Highest gold reward of {len(answers)}: ", _best(answers, "gold_reward")))
+        shown = [(color, label + _facts(row), row["response"]) for color, label, row in chosen]
+        cards.append(sample_card(answers[0]["prompt"], shown))
+    return "<h2>Answers</h2>\n<p class='soft'>To the first prompts.</p>\n" + "\n".join(cards)
+
+
+def _best(answers: Sequence[Row], reward: str) -> Row:
+    return max(answers, key=lambda row: float(row[reward]))
+
+
+def _facts(row: Row) -> str:
+    known = {"proxy": "proxy_reward", "gold": "gold_reward", "energy loss": "energy_loss", "KL": "kl"}
+    facts = [f"{label} {row[name]:.3f}" for label, name in known.items() if name in row]
+    return ", ".join([*facts, f"{row['response_length']} tokens", "finished" if row["finished"] else "cut off"])

@@ -1,0 +1,203 @@
+"""What an evaluation found: a row for each response, means with intervals, best-of-n curves; and its files."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_eppo.algorithms.ensembles import combine_scores
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.evaluation.best_of_n import Floats, GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
+from nemo_eppo.evaluation.responses import Response
+from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.files import write_atomically
+from nemo_eppo.rewards.sample import Sample
+
+Row = dict[str, Any]
+MEASURES = {  # of a row -> name, unit
+    "proxy_reward": ("Proxy reward", "standardised; of several models, their mean"),
+    "gold_reward": ("Gold reward", "standardised if a model gives it"),
+    "kl": ("KL to the reference", "nats; mean of the log-ratio of a response"),
+    "energy_loss": ("Energy loss", "final layer, mean over the response"),
+    "reference_energy_loss": ("Energy loss of the reference", "on the same responses"),
+    "latent_distance": ("Mahalanobis distance", "of an InfoRM proxy's latents from those of SFT responses"),
+    "logprob": ("Log-probability", "nats; sum over the response"),
+    "response_length": ("Response length", "tokens, EOS included"),
+    "finished": ("Finished responses", "share that ended with EOS or a stop string"),
+}
+_UWO_LAMBDA = 0.5  # for best-of-n, arXiv 2310.02743
+_FEWEST = 3  # places that a fit of two coefficients needs
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Mean rewards of the best of n answers by one proxy reward."""
+
+    n: list[int]
+    kl: list[float]
+    """KL divergence of best-of-n from the policy, in nats."""
+    proxy: list[float]
+    """Mean of the proxy reward itself."""
+    gold: list[float] | None
+    proxy_fit: GaoFit | None
+    """None with fewer than three n."""
+    gold_fit: GaoFit | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that an evaluation found."""
+
+    rows: list[Row]
+    """One for each response; those of a prompt are neighbours."""
+    prompts: int
+    means: dict[str, Estimate]
+    """By measure: mean over prompts of the mean over answers, with a 95% interval from a bootstrap over prompts."""
+    best_of_n: dict[str, Selection]
+    """By what chose: the only proxy, or each of several and their mean, minimum (wco) and uncertainty-weighted mean."""
+
+
+def join_rows(
+    responses: Sequence[Response], samples: Sequence[Sample], parts: Mapping[str, Sequence[Row]]
+) -> list[Row]:
+    """Put together what each part says of the responses; those of a prompt become neighbours.
+
+    Args:
+        samples: the responses as texts.
+        parts: rows of "policy" and "reference", as `Scoring` writes them, and of "gold" and any number of proxies
+            ("proxy_1", ...), as `RewardScoring` does; each is as long as `responses`.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for place, response in enumerate(responses):
+        groups[response.row.get("index"), response.prompt.tobytes()].append(place)
+    rows = []
+    for index, places in enumerate(groups.values()):
+        for number, place in enumerate(places):
+            here = {name: part[place] for name, part in parts.items()}
+            row = _texts(index, number, responses[place], samples[place]) | _likelihoods(here) | _rewards(here)
+            rows.append(row | ({"fields": samples[place].fields} if samples[place].fields else {}))
+    return rows
+
+
+def _texts(index: int, number: int, response: Response, sample: Sample) -> Row:
+    return {
+        "index": index,
+        "sample": number,
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "prompt_ids": response.prompt.tolist(),
+        "response_ids": response.response.tolist(),
+        "finished": sample.finished,
+        "response_length": len(response.response),
+    }
+
+
+def _likelihoods(here: Mapping[str, Row]) -> Row:
+    row: Row = {}
+    if "policy" in here:
+        row |= {name: here["policy"][name] for name in ("logprob", "energy_loss")}
+    if "reference" in here:
+        logprob, energy = (here["reference"][name] for name in ("logprob", "energy_loss"))
+        row |= {"reference_logprob": logprob, "kl": row["logprob"] - logprob, "reference_energy_loss": energy}
+    return row
+
+
+def _rewards(here: Mapping[str, Row]) -> Row:
+    row: Row = {}
+    proxies = [part for name, part in here.items() if name.startswith("proxy_")]
+    if proxies:
+        scores = [part["score"] for part in proxies]
+        row |= {"proxy_reward": sum(scores) / len(scores), "proxy_rewards": scores}
+    squares = [number**2 for part in proxies for number in part.get("latents", ())]
+    if squares:
+        row["latent_distance"] = math.sqrt(sum(squares))
+    if "gold" in here:
+        row["gold_reward"] = here["gold"]["score"]
+    return row
+
+
+def results_of(rows: list[Row], seed: int) -> Results:
+    """Compute means and best-of-n curves of the rows that `join_rows` made."""
+    answers = _by_prompt(rows)
+    means = {}
+    for measure in MEASURES:
+        if measure in rows[0]:
+            per_prompt = [sum(float(row[measure]) for row in of_one) / len(of_one) for of_one in answers]
+            means[measure] = bootstrap_mean(per_prompt, seed)
+    fewest = min(map(len, answers))
+    curves = {}
+    if "proxy_rewards" in rows[0] and fewest > 1:
+        for name in _choices([0.0] * len(rows[0]["proxy_rewards"])):
+            curves[name] = _selection(name, answers, subset_sizes(fewest), seed)
+    return Results(rows, len(answers), means, curves)
+
+
+def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+    answers: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        answers[row["index"]].append(row)
+    return list(answers.values())
+
+
+def _choices(scores: Sequence[float]) -> dict[str, float]:
+    """Return all proxy rewards that can choose among answers, from the scores of all proxies, by name."""
+    if len(scores) == 1:
+        return {"proxy": scores[0]}
+    found = {f"proxy {number}": score for number, score in enumerate(scores, start=1)}
+    several = torch.tensor([scores], dtype=torch.float64)
+    how: Any
+    for how in ("mean", "wco", "uwo"):
+        found[how] = combine_scores(several, how, _UWO_LAMBDA).item()
+    return found
+
+
+def _selection(name: str, answers: Sequence[Sequence[Row]], sizes: list[int], seed: int) -> Selection:
+    chosen_by = [np.array([[_choices(row["proxy_rewards"])[name] for row in of_one]]) for of_one in answers]
+    kl = best_of_n_kl(sizes)
+
+    def curve(read: Sequence[Floats]) -> tuple[list[float], GaoFit | None]:
+        pairs = zip(chosen_by, read, strict=True)
+        per_prompt = np.concatenate([best_of_n(proxy, scores, sizes) for proxy, scores in pairs])
+        fit = fit_gao("best_of_n", np.sqrt(kl), per_prompt, seed=seed) if len(sizes) >= _FEWEST else None
+        return per_prompt.mean(axis=0).tolist(), fit
+
+    proxy, proxy_fit = curve(chosen_by)
+    gold = gold_fit = None
+    if "gold_reward" in answers[0][0]:
+        gold, gold_fit = curve([np.array([[row["gold_reward"] for row in of_one]]) for of_one in answers])
+    return Selection(sizes, kl.tolist(), proxy, gold, proxy_fit, gold_fit)
+
+
+def write_results(directory: Path, results: Results, settings: Mapping[str, Any]) -> None:
+    """Write samples.jsonl, gold_eval_with_response_ids.json and summary.json.
+
+    The second is a list of {"instruction", "answers", "answers_ids", "proxy_scores", "gold_scores"}, one for each
+    prompt, as NeMo-Aligner's users and the authors of the methods read it; scores that were not asked for are [].
+    """
+    write_atomically(directory / "samples.jsonl", "".join(map(json_line, results.rows)))
+    instructions = [
+        {
+            "instruction": of_one[0]["prompt"],
+            "answers": [row["response"] for row in of_one],
+            "answers_ids": [row["response_ids"] for row in of_one],
+            "proxy_scores": [row["proxy_reward"] for row in of_one if "proxy_reward" in row],
+            "gold_scores": [row["gold_reward"] for row in of_one if "gold_reward" in row],
+        }
+        for of_one in _by_prompt(results.rows)
+    ]
+    text = json.dumps(instructions, ensure_ascii=False, indent=1)
+    write_atomically(directory / "gold_eval_with_response_ids.json", text + "\n")
+    summary = {
+        "settings": settings,
+        "prompts": results.prompts,
+        "responses": len(results.rows),
+        "means": {name: estimate._asdict() for name, estimate in results.means.items()},
+        "best_of_n": {name: asdict(selection) for name, selection in results.best_of_n.items()},
+    }
+    write_atomically(directory / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
