@@ -40,7 +40,7 @@ example:
     parser.add_argument("--responses", type=Path, metavar="FILE", help="finished responses, as in nemo-eppo score")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="model that the policy is compared with")
-    parser.add_argument("--proxy", action="append", default=[], metavar="REWARD", help="proxy reward; may be repeated")
+    parser.add_argument("--proxy", action="append", metavar="REWARD", help="proxy reward; may be repeated")
     parser.add_argument("--gold", metavar="REWARD", help="gold reward")
     parser.add_argument("--certificates", type=Path, metavar="DIR", help="certificates of the reward servers")
     add_sampling_arguments(parser)
@@ -60,7 +60,7 @@ def _evaluate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     names = ["model", "prompts", "responses", "output", "reference", "gold", "certificates", "samples_per_prompt"]
     names += ["chat_template", "seed", "precision", "batch_size"]
     settings = {name: getattr(arguments, name) for name in names}
-    settings |= {"proxies": arguments.proxy, "sampling": sampling(arguments), "parallel": layout(arguments)}
+    settings |= {"proxies": arguments.proxy or (), "sampling": sampling(arguments), "parallel": layout(arguments)}
     job = Evaluation(load_config(EvaluateConfig, settings))
     if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output / 'report.html'}")

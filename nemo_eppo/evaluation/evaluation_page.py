@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from nemo_eppo.evaluation.best_of_n import GaoFit
 from nemo_eppo.evaluation.detection import with_interval
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
@@ -21,8 +23,8 @@ _SHOWN = 8  # prompts on the page
 _POLICY, _REFERENCE, _GOLD = COLORS[1], GRAY, COLORS[3]
 _KL = "KL divergence from the policy, nats"
 _FITTED = (
-    "Points are unbiased estimates. The pale line is the fit d (a - b d) of Gao et al., d = sqrt(KL); its band holds "
-    "95% of bootstrap draws over prompts."
+    "Points are unbiased estimates. The band holds 95% of bootstrap draws, over prompts, of the fit d (a - b d) of Gao "
+    "et al., d = sqrt(KL)."
 )
 _HISTOGRAMS = {  # measure -> title, unit, what is known of the reference
     "energy_loss": ("Energy loss", "energy loss", "reference_energy_loss"),
@@ -52,7 +54,7 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
     body = [
         "<h1>Evaluation</h1>",
         f'<p class="soft">{results.prompts:,} prompts, {len(results.rows):,} responses</p>',
-        *[f'<p class="lead">{html.escape(_verdict(*pair))}</p>' for pair in results.best_of_n.items()],
+        *_verdict(results.best_of_n),
         table(["", "Mean"], _means(results), "means"),
         '<p class="soft">Means over prompts of the mean over their answers, with 95% bootstrap intervals.</p>',
         "<h2>What was evaluated</h2>",
@@ -63,7 +65,7 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
             "proxy reward rises, the proxy is over-optimised.",
             [figure(chart.title, chart.text, chart.figure) for chart in of_n],
         ),
-        _fits(results.best_of_n),
+        _selected(results.best_of_n),
         section(
             "Single responses",
             "One value per response.",
@@ -74,11 +76,14 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
     write_atomically(directory / "report.html", page("Evaluation", body))
 
 
-def _verdict(name: str, selection: Selection) -> str:
-    ends = [f"proxy reward from {selection.proxy[0]:.3f} to {selection.proxy[-1]:.3f}"]
-    if selection.gold is not None:
-        ends.append(f"gold reward from {selection.gold[0]:.3f} to {selection.gold[-1]:.3f}")
-    return f"The best of {selection.n[-1]} answers by {name} instead of any: {', '.join(ends)}."
+def _verdict(selections: Mapping[str, Selection]) -> Iterator[str]:
+    """Say what the only proxy reward does to best-of-n; nothing if there are several, which a table compares."""
+    if len(selections) == 1:
+        (only,) = selections.values()
+        ends = [f"the proxy reward goes from {only.proxy[0]:.3f} to {only.proxy[-1]:.3f}"]
+        if only.gold is not None:
+            ends.append(f"the gold reward from {only.gold[0]:.3f} to {only.gold[-1]:.3f}")
+        yield f'<p class="lead">With the best of {only.n[-1]} answers, {", ".join(ends)}.</p>'
 
 
 def _means(results: Results) -> list[list[str]]:
@@ -114,40 +119,42 @@ def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[_Chart]:
         for (name, selection), color in zip(selections.items(), COLORS, strict=False):
             values, fit = getattr(selection, reward), getattr(selection, f"{reward}_fit")
             if values is not None:
-                label = f"{reward} reward" if len(selections) == 1 else f"chosen by {name}"
-                series += [Series(label, color, selection.kl, values)] + ([_band(label, color, fit)] if fit else [])
+                label = "estimate" if len(selections) == 1 else f"chosen by {name}"
+                band = _band(fit, selection.kl) if fit and len(selections) > 1 else ()
+                series.append(Series(label, color, selection.kl, values, band))
+                if fit and len(selections) == 1:
+                    kl = [d**2 for d in fit.d]
+                    series.append(Series("fit", GRAY, kl, fit.curve, _band(fit, kl)))
         if series:
             title, unit = f"{reward.capitalize()} reward of best-of-n", f"{reward} reward"
             yield _Chart(title, _FITTED, line_chart(series, _KL, unit), lines(series, _KL, unit, title))
 
 
-def _band(label: str, color: str, fit: GaoFit) -> Series:
-    half = [(high - low) / 2 for low, high in zip(fit.low, fit.high, strict=True)]
-    return Series(f"{label}, fit", _PALE[color], [d**2 for d in fit.d], fit.curve, half)
+def _band(fit: GaoFit, kl: Sequence[float]) -> list[float]:
+    """Half the height of the fit's band at each KL divergence."""
+    half = (np.array(fit.high) - np.array(fit.low)) / 2
+    at: list[float] = np.interp(np.sqrt(kl), fit.d, half).tolist()
+    return at
 
 
-_PALE = {color: "#" + "".join(f"{(byte + 255) // 2:02x}" for byte in bytes.fromhex(color[1:])) for color in COLORS}
-
-
-def _fits(selections: Mapping[str, Selection]) -> str:
-    rows = [
-        [f"{html.escape(name)}<small>{reward} reward</small>", *(_coefficient(*pair) for pair in _coefficients(fit))]
-        for name, selection in selections.items()
-        for reward, fit in (("proxy", selection.proxy_fit), ("gold", selection.gold_fit))
-        if fit is not None
-    ]
+def _selected(selections: Mapping[str, Selection]) -> str:
+    rows = []
+    for name, selection in selections.items():
+        for reward in ("proxy", "gold"):
+            values, fit = getattr(selection, reward), getattr(selection, f"{reward}_fit")
+            if values is not None:
+                fitted = [_coefficient(fit.a, fit.a_interval), _coefficient(fit.b, fit.b_interval)] if fit else ["", ""]
+                chosen = f"{html.escape(name)}<small>{reward} reward</small>"
+                rows.append([chosen, f"{values[-1]:.3f}<small>{values[0]:.3f} of all</small>", *fitted])
     if not rows:
         return ""
-    text = "Coefficients of the fits, with 95% bootstrap intervals. A larger b means an earlier turn."
-    return f'<p class="soft">{text}</p>\n{table(["Chosen by", "a", "b"], rows, "fits")}'
-
-
-def _coefficients(fit: GaoFit) -> list[tuple[float, tuple[float, float]]]:
-    return [(fit.a, fit.a_interval), (fit.b, fit.b_interval)]
+    most = next(iter(selections.values())).n[-1]
+    text = "Mean of the best answer and of all, and the fits with 95% bootstrap intervals: a larger b turns earlier."
+    return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {most}", "a", "b"], rows, "fits")}'
 
 
 def _coefficient(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.3f}<small>{interval[0]:.3f} to {interval[1]:.3f}</small>"
+    return f"{value:.3f}<small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
 
 
 def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:

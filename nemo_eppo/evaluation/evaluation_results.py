@@ -23,11 +23,11 @@ Row = dict[str, Any]
 MEASURES = {  # of a row -> name, unit
     "proxy_reward": ("Proxy reward", "standardised; of several models, their mean"),
     "gold_reward": ("Gold reward", "standardised if a model gives it"),
-    "kl": ("KL to the reference", "nats; mean of the log-ratio of a response"),
+    "kl": ("KL to the reference", "nats; log-ratio of a response at temperature 1"),
     "energy_loss": ("Energy loss", "final layer, mean over the response"),
     "reference_energy_loss": ("Energy loss of the reference", "on the same responses"),
     "latent_distance": ("Mahalanobis distance", "of an InfoRM proxy's latents from those of SFT responses"),
-    "logprob": ("Log-probability", "nats; sum over the response"),
+    "logprob": ("Log-probability", "nats; sum over the response, at temperature 1"),
     "response_length": ("Response length", "tokens, EOS included"),
     "finished": ("Finished responses", "share that ended with EOS or a stop string"),
 }

@@ -60,16 +60,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="penalise tokens seen before; 1: do not"
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends a response; may be repeated"
-    )
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a response; may be repeated")
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling options as settings of `SamplingParams`."""
     names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     found = {name: getattr(arguments, name) for name in names}
-    found |= {"stop_strings": arguments.stop, "greedy": arguments.greedy}
+    found |= {"stop_strings": arguments.stop or (), "greedy": arguments.greedy}
     return found | {"greedy": True, "temperature": 1.0} if arguments.temperature == 0 else found
 
 

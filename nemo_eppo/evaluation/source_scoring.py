@@ -71,12 +71,14 @@ class SourceScoring:
             raise ConfigError(f"{self._where}: the server has {len(self._asked.columns)} reward models; expected one")
 
     def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
-        """Append the missing rows, as `RewardScoring.append` does; after `connect`; collective.
+        """Append the missing rows, as `RewardScoring.append` does; collective. If any are, `connect` comes before.
 
         Raises:
             ServerError: the server failed.
             RewardFunctionError: the function failed.
         """
+        if output.done == len(rows):
+            return
         (column,) = self._asked.columns
 
         def lines(window: slice) -> list[str]:

@@ -151,6 +151,8 @@ def interrupted_and_resumed(settings: dict[str, Any]) -> None:
     RewardScoring.score = real  # type: ignore[method-assign]
     Generating._lines = interrupt  # type: ignore[assignment, method-assign]  # the responses are there
     run_job(settings)
+    RewardScoring.score = interrupt  # type: ignore[assignment, method-assign]
+    run_job(settings)  # nothing is missing
 
 
 def test_an_interrupted_evaluation_goes_on_with_what_is_missing(settings: dict[str, Any], tmp_path: Path) -> None:
