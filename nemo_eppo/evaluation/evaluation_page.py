@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nemo_eppo.evaluation.best_of_n import GaoFit
-from nemo_eppo.evaluation.detection import with_interval
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart, scatter_chart
@@ -88,7 +87,7 @@ def _verdict(selections: Mapping[str, Selection]) -> Iterator[str]:
 
 def _means(results: Results) -> list[list[str]]:
     return [
-        [f"{MEASURES[name][0]}<small>{MEASURES[name][1]}</small>", with_interval(estimate)]
+        [f"{MEASURES[name][0]}<small>{MEASURES[name][1]}</small>", _with_interval(*estimate)]
         for name, estimate in results.means.items()
     ]
 
@@ -143,7 +142,9 @@ def _selected(selections: Mapping[str, Selection]) -> str:
         for reward in ("proxy", "gold"):
             values, fit = getattr(selection, reward), getattr(selection, f"{reward}_fit")
             if values is not None:
-                fitted = [_coefficient(fit.a, fit.a_interval), _coefficient(fit.b, fit.b_interval)] if fit else ["", ""]
+                fitted = ["", ""]
+                if fit:
+                    fitted = [_with_interval(fit.a, *fit.a_interval), _with_interval(fit.b, *fit.b_interval)]
                 chosen = f"{html.escape(name)}<small>{reward} reward</small>"
                 rows.append([chosen, f"{values[-1]:.3f}<small>{values[0]:.3f} of all</small>", *fitted])
     if not rows:
@@ -153,8 +154,8 @@ def _selected(selections: Mapping[str, Selection]) -> str:
     return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {most}", "a", "b"], rows, "fits")}'
 
 
-def _coefficient(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.3f}<small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}<small>{low:.3f} to {high:.3f}</small>"
 
 
 def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:
