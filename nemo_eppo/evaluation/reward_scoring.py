@@ -119,9 +119,18 @@ class RewardScoring:
 
         Args:
             what: text for the progress bar.
+
+        Raises:
+            ConfigError: a response has a token that the model does not know.
         """
         if output.done == len(rows):
             return
+        for row in rows:
+            if (largest := max(row.prompt.max(), row.response.max())) >= self.vocab_size:
+                raise ConfigError(
+                    f"{self._where}: the response in line {row.line} has the token id {largest}, but {self._path} has "
+                    f"a vocabulary of {self.vocab_size}"
+                )
         (mean,), (std,) = self.statistics["mean"], self.statistics["std"]
 
         def lines(window: slice) -> list[str]:

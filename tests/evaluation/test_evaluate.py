@@ -38,7 +38,8 @@ def reference(models: Models) -> tuple[Path, Weights]:
 
 @pytest.fixture
 def settings(models: Models, reference: tuple[Path, Weights], tmp_path: Path) -> dict[str, Any]:
-    lines = (models.data / "prompts.train.jsonl").read_text().splitlines()[:PROMPTS]
+    rows = read_rows(models.data / "prompts.train.jsonl")[:PROMPTS]
+    lines = [json.dumps(row | {"answer": number}) for number, row in enumerate(rows)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     return {
         "model": models.sft,
@@ -89,6 +90,7 @@ def test_responses_are_measured_as_a_plain_reference_does(
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
         assert row["finished"] == (row["response_ids"][-1] == 0)
         assert row["response_length"] == len(row["response_ids"])
+        assert row["fields"] == {"answer": row["index"]}, "reward functions see the other fields of the prompt's row"
 
 
 def best_of(rows: list[dict[str, Any]], n: int, measure: str) -> float:
@@ -158,8 +160,27 @@ def interrupted_and_resumed(settings: dict[str, Any]) -> None:
 def test_an_interrupted_evaluation_goes_on_with_what_is_missing(settings: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(run_job, 1, settings | {"output": tmp_path / "whole"})
     run_ranks(interrupted_and_resumed, 1, settings)
+    generated = {"prompts": None, "responses": tmp_path / "whole" / "parts" / "responses.jsonl"}
+    run_ranks(run_job, 1, settings | generated | {"output": tmp_path / "given"})
     for name in ("samples.jsonl", "gold_eval_with_response_ids.json"):
-        assert (settings["output"] / name).read_text() == (tmp_path / "whole" / name).read_text()
+        for other in (settings["output"], tmp_path / "given"):
+            assert (other / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_scores_of_a_function_that_was_edited_are_not_taken_for_those_of_the_new_one(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    own, data = tmp_path / "edited_reward.py", tmp_path / "in.jsonl"
+    own.write_text("def reward(sample):\n    return 1.0\n")
+    data.write_text('{"prompt": "apple =>", "response": "apple"}\n')
+    gold = "edited_reward:reward"
+    settings = {"responses": data, "proxies": [str(models.rm)], "gold": gold, "sampling": {"max_new_tokens": NEW}}
+    run_ranks(run_job, 1, settings | {"output": tmp_path / "out"})
+    own.write_text("def reward(sample):\n    return 2.0\n")
+    command = ["evaluate", "--responses", str(data), "--proxy", str(models.rm), "--gold", gold]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "gold.jsonl holds rows of another source_sha256" in capsys.readouterr().err
 
 
 def count_and_compare(sample: Sample) -> float:

@@ -100,3 +100,13 @@ def test_models_and_responses_that_do_not_fit_are_named(models: Models, tmp_path
     other = Tokenizer.from_directory(save(random_model("Llama"), tmp_path / "hf"))
     with pytest.raises(ConfigError, match=r"--rm: .*rm has another tokenizer than the policy"):
         scoring.check_fits(other, 48, "the policy")
+
+
+def test_a_token_that_the_model_does_not_know_is_named(models: Models, tmp_path: Path) -> None:
+    data = tmp_path / "in.jsonl"
+    data.write_text('{"prompt_ids": [3], "response_ids": [4]}\n{"prompt_ids": [3], "response_ids": [4, 66]}\n')
+    scoring = RewardScoring(models.rm, "--rm")
+    rows = read_responses(data, scoring.tokenizer, 67, 48)  # the policy's vocabulary is larger than the tokenizer's
+    said = r"--rm: the response in line 2 has the token id 66, but .*rm has a vocabulary of 64"
+    with pytest.raises(ConfigError, match=said):
+        scoring.append(rows, RowsFile(tmp_path / "out.jsonl", "test", scoring.identity))
