@@ -49,8 +49,8 @@ def read_responses(
 ) -> list[Response]:
     """Read rows {"prompt", "response"} or {"prompt_ids", "response_ids"} of a .jsonl or .jsonl.gz file.
 
-    Token ids are taken as they are. Texts are tokenised separately, without special tokens; EOS follows where the row
-    has "finished": true or "finish_reason": "stop".
+    Token ids are taken as they are. Texts are tokenised as in training, prompts with BOS if the tokenizer adds it; EOS
+    follows where the row has "finished": true or "finish_reason": "stop".
 
     Args:
         vocab_size: token ids have to be below it.
@@ -112,7 +112,7 @@ def _encode(block: list[_Given], tokenizer: Tokenizer, chat_template: bool) -> l
     if chat_template:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
-    encoded = iter(zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True))
+    encoded = iter(zip(tokenizer.encode_prompts(prompts), tokenizer.encode(responses), strict=True))
     found: list[tuple[list[int], ...]] = []
     for given in block:
         if given.ids:

@@ -19,8 +19,8 @@ response's tokens (at temperature 1, over the whole vocabulary), their number, a
 
 Which tokens count: of rows with "prompt_ids" and "response_ids", as in rollouts/step_*.jsonl of a run, exactly these;
 they end with the end-of-sequence token (EOS) where the response finished. Of other rows "prompt" and "response" are
-tokenised separately, without special tokens, and concatenated; EOS follows and counts where the row has
-"finished": true or "finish_reason": "stop", and nowhere else. The same command resumes an interrupted run.""",
+tokenised separately, as in training, with BOS before the prompt if the tokenizer adds it; EOS follows and counts where
+the row has "finished": true or "finish_reason": "stop". The same command resumes an interrupted run.""",
         epilog="""\
 example:
   nemo-eppo score --model models/Qwen3-8B --data answers.jsonl --output scores.jsonl --tp 2

@@ -1,0 +1,28 @@
+"""Texts of a file of responses become the tokens that training makes of them."""
+
+import json
+from pathlib import Path
+
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from nemo_eppo.data.datasets import SFTDataset
+from nemo_eppo.data.tokenizer import Tokenizer, word_level
+from nemo_eppo.evaluation.responses import read_responses
+
+
+def test_texts_are_tokenised_as_in_training_with_bos(tmp_path: Path) -> None:
+    word_level(["red", "green"], tmp_path / "words")
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "words")
+    fast.add_special_tokens({"bos_token": "<s>"})
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
+    )
+    fast.save_pretrained(tmp_path / "bos")
+    tokenizer = Tokenizer.from_directory(tmp_path / "bos")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "red", "response": "green red", "finished": True}) + "\n")
+    [found] = read_responses(path, tokenizer, tokenizer.vocab_size, 10)
+    trained = SFTDataset(path, tokenizer, max_sequence_length=10)[0]
+    assert found.prompt.tolist() == trained.prompt_ids.tolist() == [fast.bos_token_id, *tokenizer.encode(["red"])[0]]
+    assert found.response.tolist() == trained.response_ids.tolist()
