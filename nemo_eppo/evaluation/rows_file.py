@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import complete_lines, write_atomically
+from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_atomically
 
 
 class RowsFile:
@@ -47,6 +47,13 @@ class RowsFile:
     def done(self) -> int:
         """How many complete rows an interrupted run left."""
         return len(self._complete)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Read the complete rows that an interrupted run left; ConfigError if one is damaged."""
+        try:
+            return [json_object(line) for line in self._complete]
+        except NotAnObject as error:
+            raise ConfigError(f"--output: {self.path}: {error}; remove the file or choose another") from None
 
     def begin(self) -> None:
         """Make the file, or cut off a last row that is not complete."""

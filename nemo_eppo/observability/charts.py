@@ -118,6 +118,20 @@ def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
     return chart
 
 
+def share_chart(names: Sequence[str], parts: Sequence[Series]) -> "Figure":
+    """Draw one bar for each name, from above, divided into parts: `y` has a part's percentage of every bar."""
+    traces = [
+        {
+            "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": list(names),
+            "marker": {"color": part.color}, "hovertemplate": "%{x:.1f}%",
+        }
+        for part in parts
+    ]  # fmt: skip
+    chart = _figure(traces, "% of pairs", "", legend=len(parts), barmode="stack", hovermode="y unified")
+    chart.update_layout(height=150 + 34 * len(names))
+    return chart.update_yaxes(autorange="reversed", type="category", showgrid=False)
+
+
 def histogram_bins(values: int) -> int:
     """Return into how many bins a histogram of this many values, all groups together, is divided."""
     return max(15, min(30, math.isqrt(values)))

@@ -3,8 +3,6 @@
 Everything is read from their run directories: metrics.jsonl and config.yaml.
 """
 
-import html
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
-from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_page import figure, page, section, table
+from nemo_eppo.observability.report_tables import text_table
 
 _MEASURES = {  # metric -> title, what it is, unit
     "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
@@ -67,7 +64,7 @@ def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
     }
     write_atomically(out / "comparison.json", json.dumps({"runs": found}, indent=2) + "\n")
     write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(runs, differ))))
-    return _table(runs)
+    return text_table("At the last step", _final_rows(runs))
 
 
 def _read(directory: Path) -> _Run:
@@ -87,9 +84,7 @@ def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 def _body(runs: Mapping[str, _Run], differ: list[str]) -> Iterator[str]:
     yield "<h1>Comparison of runs</h1>"
     measures = [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
-    rows = [["", "Steps", *(_MEASURES[name][0] for name in measures)]]
-    rows += [[name, str(run.steps), *(_number(run.final.get(m)) for m in measures)] for name, run in runs.items()]
-    yield "<h2>At the last step</h2>" + _html_table(rows)
+    yield "<h2>At the last step</h2>" + table(_final_rows(runs))
     figures = []
     for measure in measures:
         title, text, unit = _MEASURES[measure]
@@ -102,26 +97,13 @@ def _body(runs: Mapping[str, _Run], differ: list[str]) -> Iterator[str]:
     yield section("Over the course of training", "Means over the rollouts of each step.", figures)
     if differ:
         rows = [["", *runs], *([key, *(_text(run.settings.get(key)) for run in runs.values())] for key in differ)]
-        yield "<h2>Settings that differ</h2>" + _html_table(rows)
+        yield "<h2>Settings that differ</h2>" + table(rows)
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-    return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
-
-
-def _table(runs: Mapping[str, _Run]) -> str:
-    table = Table(title="At the last step", title_justify="left")
+def _final_rows(runs: Mapping[str, _Run]) -> list[list[str]]:
     measures = [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
-    for column in ("", "steps", *(_MEASURES[name][0].lower() for name in measures)):
-        table.add_column(column, justify="right" if column else "left")
-    for name, run in runs.items():
-        table.add_row(name, str(run.steps), *(_number(run.final.get(measure)) for measure in measures))
-    text = io.StringIO()
-    Console(file=text, width=120).print(table)
-    return text.getvalue()
+    rows = [["", "Steps", *(_MEASURES[name][0] for name in measures)]]
+    return rows + [[name, str(run.steps), *(_number(run.final.get(m)) for m in measures)] for name, run in runs.items()]
 
 
 def _number(value: float | None) -> str:

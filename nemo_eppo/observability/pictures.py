@@ -16,7 +16,7 @@ from nemo_eppo.files import replacing
 from nemo_eppo.observability.charts import Series, histogram_bins
 
 Panel = Callable[[Any], None]
-"""Draws into matplotlib axes; `histogram`, `lines` and `scatter` make one."""
+"""Draws into matplotlib axes; `histogram`, `lines`, `scatter` and `shares` make one."""
 
 _INK, _SOFT, _GRID = "#1d2127", "#626a75", "#dfe2e6"
 _STYLE = {
@@ -83,6 +83,22 @@ def scatter(groups: Sequence[Series], x_label: str, y_label: str, title: str) ->
             mean = statistics.fmean(group.x), statistics.fmean(group.y)
             axes.scatter(*mean, s=160, facecolors="none", edgecolors=group.color, linewidths=3.5)
         _label(axes, title, x_label, y_label, len(groups))
+
+    return draw
+
+
+def shares(names: Sequence[str], parts: Sequence[Series], title: str) -> Panel:
+    """Show one bar for each name, from above, divided into parts: `y` has a part's percentage of every bar."""
+
+    def draw(axes: Any) -> None:
+        left = np.zeros(len(names))
+        for part in parts:
+            axes.barh(list(names), part.y, left=left, color=part.color, label=part.label)
+            left += np.asarray(part.y)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        _label(axes, title, "% of pairs", "", 0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(parts))
 
     return draw
 

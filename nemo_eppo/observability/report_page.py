@@ -31,7 +31,7 @@ h1 {
 }
 h2 { font-size: 1.35rem; line-height: 1.25; letter-spacing: -.01em; margin: 60px 0 4px; }
 h3 { font-size: 1rem; margin: 0; }
-p { margin: 8px 0; max-width: 70ch; }
+p { margin: 8px 0; max-width: 70ch; overflow-wrap: anywhere; }
 .soft, figcaption p, .facts, .prompt, small { color: var(--soft); }
 .lead { font-size: 1.15rem; margin: 20px 0 28px; }
 .grid {
@@ -110,6 +110,14 @@ def figure(title: str, text: str, chart: "Figure") -> str:
         post_script="if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});",
     )
     return f"<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p></figcaption>{drawn}</figure>"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML; the first row is its head, the cells are plain text."""
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
 
 
 def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:

@@ -1,12 +1,15 @@
 """The tables of the HTML report that say what a run was: its settings, and the alarms of its monitor."""
 
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 START = "# start: "
 """The line of config.yaml, in JSON, that says with what the run was started: method, versions, time."""
@@ -67,6 +70,20 @@ def alarms_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], co
         return f'<p class="soft">No alarm; watched: {html.escape(", ".join(watched))}.</p>'
     head = ["PPO step", "Indicator", "Value", "Threshold", "Action"]
     return table(head, [tuple(map(str, row)) for row in sorted(rows)], "alarms")
+
+
+def text_table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text for the terminal; the first row is its head."""
+    (first, *others), *body = rows
+    shown = Table(title=title, title_justify="left")
+    shown.add_column(first)
+    for column in others:
+        shown.add_column(column, justify="right")
+    for row in body:
+        shown.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=120).print(shown)
+    return text.getvalue()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:

@@ -121,7 +121,7 @@ def test_runs_are_compared_by_curves_and_by_the_settings_that_differ(tmp_path: P
         rows = [{"step": step, "time": 0, "reward/gold": value} for step, value in enumerate(gold, start=1)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = compare_runs({"eta=0 <x>": tmp_path / "a", "eta=2": tmp_path / "b"}, tmp_path)
-    assert "gold reward" in text
+    assert "Gold reward" in text
     assert "held" not in text
     found = json.loads((tmp_path / "comparison.json").read_text())["runs"]
     assert found["eta=2"]["settings"] == {ETA: 2}

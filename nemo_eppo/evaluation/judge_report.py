@@ -1,0 +1,189 @@
+"""What `nemo-eppo judge` writes: verdicts.jsonl, summary.json, report.html and report.png."""
+
+import html
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.evaluation.pairs import Pair
+from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart, share_chart
+from nemo_eppo.observability.pictures import Panel, lines, shares, write_picture
+from nemo_eppo.observability.report_page import figure, page, sample_card, section, table
+from nemo_eppo.observability.report_tables import text_table
+
+Outcome = Literal["win", "tie", "lose"]
+_OUTCOMES: dict[Outcome, str] = {"win": COLORS[2], "tie": GRAY, "lose": COLORS[1]}
+_SCORE = {"win": 1.0, "tie": 0.5, "lose": 0.0}
+_WORTH = {"win": 1.0, "tie": 0.5}
+_BARS = "Shares of the pairs, from the response's side."
+_LINE = "Win + 0.5 tie; one half is as good as the baseline. The band is a 95% interval."
+_SEED = 0  # of the bootstrap
+_SHOWN = 2  # pairs of each outcome and checkpoint on the page
+
+
+class Judged(NamedTuple):
+    """What was decided about a pair."""
+
+    pair: Pair
+    outcome: Outcome
+    """For the response, against the baseline."""
+    orders: tuple[Outcome, ...]
+    """What each order said of the response, the one that showed it first before the other; empty if none was asked."""
+    details: Mapping[str, Any]
+    """More fields for verdicts.jsonl."""
+
+
+class _Result(NamedTuple):
+    """What is said of one checkpoint: shares of its pairs; intervals are over prompts."""
+
+    pairs: int
+    prompts: int
+    win: Estimate
+    tie: Estimate
+    lose: Estimate
+    score: Estimate
+    """win + 0.5 tie."""
+    flips: float | None
+    """Share of the pairs asked about whose two orders disagree; None if none was."""
+    first_preferred: float | None
+    """Share of the verdicts for one response that are for the one shown first: 0.5 without position bias."""
+    equal: int
+    """Pairs of equal responses, which nobody was asked about."""
+
+
+def write_judgement(
+    directory: Path, judged: Mapping[str, Sequence[Judged]], judge: Mapping[str, Any], baseline: Path | None
+) -> str:
+    """Write all files about the judged pairs of each checkpoint, by its name, into `directory`.
+
+    Args:
+        judge: what is known about the judge.
+        baseline: what the responses are compared with; None if each row has it.
+
+    Returns:
+        the table of results, for the terminal.
+    """
+    results = {name: _result(pairs) for name, pairs in judged.items()}
+    rows = (_row(name, one) for name, pairs in judged.items() for one in pairs)
+    write_atomically(directory / "verdicts.jsonl", "".join(map(json_line, rows)))
+    against = str(baseline) if baseline else "actor_num0_response of each row"
+    about = [f"{name.replace('_', ' ')}: {value}" for name, value in {"baseline": against, **judge}.items()]
+    body = ["<h1>Pairwise judgement</h1>", f'<p class="soft">{html.escape("; ".join(about))}</p>']
+    body += _body(judged, results)
+    write_atomically(directory / "report.html", page("Pairwise judgement", body))
+    write_picture(directory / "report.png", _panels(results))
+    checkpoints = {name: _plain(result) for name, result in results.items()}
+    summary = {"judge": dict(judge), "baseline": against, "checkpoints": checkpoints}
+    write_atomically(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return text_table("Against the baseline, with 95% intervals", _table_rows(results))
+
+
+def _row(name: str, judged: Judged) -> dict[str, Any]:
+    pair = judged.pair
+    texts = {"prompt": pair.response.prompt, "response": pair.response.response, "baseline": pair.baseline.response}
+    return {"name": name, **texts, "verdict": judged.outcome, **judged.details}
+
+
+def _result(judged: Sequence[Judged]) -> _Result:
+    prompts = defaultdict(list)
+    for one in judged:
+        prompts[one.pair.response.prompt].append(one.outcome)
+
+    def estimate(worth: Mapping[str, float]) -> Estimate:
+        per_prompt = [np.mean([worth.get(outcome, 0.0) for outcome in outcomes]) for outcomes in prompts.values()]
+        return bootstrap_mean(per_prompt, _SEED)
+
+    asked = [one.orders for one in judged if one.orders]
+    # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
+    decided = [order == told for orders in asked for order, told in zip(orders, ("win", "lose"), strict=True)
+               if order != "tie"]  # fmt: skip
+    return _Result(
+        pairs=len(judged),
+        prompts=len(prompts),
+        win=estimate({"win": 1.0}),
+        tie=estimate({"tie": 1.0}),
+        lose=estimate({"lose": 1.0}),
+        score=estimate(_WORTH),
+        flips=float(np.mean([first != second for first, second in asked])) if asked else None,
+        first_preferred=float(np.mean(decided)) if decided else None,
+        equal=sum(one.pair.response.response == one.pair.baseline.response for one in judged),
+    )
+
+
+def _plain(result: _Result) -> dict[str, Any]:
+    fields = result._asdict().items()
+    return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in fields}
+
+
+def _table_rows(results: Mapping[str, _Result]) -> list[list[str]]:
+    rows = [["", "Pairs", "Win", "Tie", "Lose", "Win + ½ tie", "Flips", "First", "Equal"]]
+    for name, result in results.items():
+        shares = [f"{100 * e.value:.0f}% [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in result[2:6]]
+        bias = ["" if share is None else f"{100 * share:.0f}%" for share in (result.flips, result.first_preferred)]
+        rows.append([name, f"{result.pairs:,}", *shares, *bias, str(result.equal)])
+    return rows
+
+
+def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]) -> Iterator[str]:
+    yield table(_table_rows(results))
+    text = "Shares of the pairs, each prompt counted alike, with 95% intervals by a bootstrap over prompts."
+    if any(result.flips is not None for result in results.values()):
+        text += (
+            " Each pair was asked about in both orders; it is won or lost if both say so, and a tie otherwise. Flips: "
+            "share of the pairs whose orders disagree. First: share of the verdicts for the response that was shown "
+            "first, 50% without position bias. Equal responses are ties that nobody was asked about."
+        )
+    yield f'<p class="soft">{text}</p>'
+    figures = [figure("Win, tie, lose", _BARS, share_chart(list(results), _shares(results)))]
+    if scores := _scores(results):
+        figures.append(figure("Over the checkpoints", _LINE, line_chart([scores], "step", "win + 0.5 tie")))
+    yield section("Results", "Each against the baseline.", figures)
+    yield "<h2>Pairs</h2>"
+    for name, pairs in judged.items():
+        for outcome, color in _OUTCOMES.items():
+            for one in [one for one in pairs if one.outcome == outcome][:_SHOWN]:
+                sides = (color, f"{name}: {_said(one)}", one.pair.response), (GRAY, "Baseline", one.pair.baseline)
+                yield sample_card(one.pair.response.prompt, [(c, facts, text.response) for c, facts, text in sides])
+
+
+def _said(judged: Judged) -> str:
+    details = judged.details
+    if "gold_response" in details:
+        return f"{judged.outcome}, gold reward {details['gold_response']:.3g} against {details['gold_baseline']:.3g}"
+    if not judged.orders:
+        return f"{judged.outcome}, equal responses"
+    told = zip(("shown first", "shown second"), judged.orders, details["reasons"], strict=True)
+    return f"{judged.outcome}. " + " ".join(f"{where}: {order} ({reason})" for where, order, reason in told)
+
+
+def _panels(results: Mapping[str, _Result]) -> list[Panel]:
+    scores = _scores(results)
+    bars = shares(list(results), _shares(results), "Win, tie, lose")
+    return [bars, lines([scores], "step", "win + 0.5 tie", "Over the checkpoints")] if scores else [bars]
+
+
+def _shares(results: Mapping[str, _Result]) -> list[Series]:
+    estimates = {outcome: [getattr(result, outcome) for result in results.values()] for outcome in _OUTCOMES}
+    return [
+        Series(outcome, color, [], [100 * estimate.value for estimate in estimates[outcome]])
+        for outcome, color in _OUTCOMES.items()
+    ]
+
+
+def _scores(results: Mapping[str, _Result]) -> Series | None:
+    """Return win + 0.5 tie over the numbers at the end of the names; None unless all differ, and are several."""
+    found = {re.search(r"\d+$", name): result.score for name, result in results.items()}
+    steps = {int(match[0]): score for match, score in found.items() if match}
+    if not len(steps) == len(results) > 1:
+        return None
+    ordered = sorted(steps.items())
+    values, errors = zip(*((score.value, (score.high - score.low) / 2) for _, score in ordered), strict=True)
+    return Series("score", COLORS[0], [step for step, _ in ordered], values, errors)
