@@ -30,7 +30,7 @@ _MEASURE = """
   const wide = [], cut = [];
   for (const e of document.querySelectorAll('main *')) {
     const box = e.getBoundingClientRect();
-    if (box.width && !scrolls(e) && (box.right > innerWidth + 1 || box.left < -1)) wide.push(name(e));
+    if (box.width && !scrolls(e) && (box.right > WIDTH + 1 || box.left < -1)) wide.push(name(e));
     const style = getComputedStyle(e);
     const spills = e.clientWidth && e.scrollWidth > e.clientWidth + 1 && !/auto|scroll/.test(style.overflowX);
     if (spills && !e.closest('.js-plotly-plot')) cut.push(name(e));
@@ -41,7 +41,8 @@ _MEASURE = """
         || box.top < chart.top - 2 || box.bottom > chart.bottom + 2)) cut.push(name(text));
   }
   return {page: document.documentElement.scrollWidth, window: innerWidth, wide, cut,
-          charts: document.querySelectorAll('.js-plotly-plot .main-svg').length};
+          charts: document.querySelectorAll('.js-plotly-plot:has(.main-svg)').length,
+          figures: document.querySelectorAll('figure').length};
 })()
 """
 
@@ -54,8 +55,8 @@ def look(page: Path, width: int, picture: Path | None = None) -> dict[str, Any]:
 
     Returns:
         {page, window: widths; wide: elements that stick out of the window and cannot be scrolled to inside of the
-        page; cut: texts that their box or chart cuts off; charts: how many were drawn; console: errors and
-        warnings; requests: addresses it asked for}.
+        page; cut: texts that their box or chart cuts off; charts, figures: how many were drawn, of how many; console:
+        what was logged; requests: addresses it asked for}.
     """
     assert _CHROMIUM
     with tempfile.TemporaryDirectory() as profile:
@@ -107,7 +108,9 @@ class _Tab:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(await self._socket.receive_json(timeout=60))
         await self.call("Runtime.evaluate", expression="new Promise(done => setTimeout(done, 500))", awaitPromise=True)
-        found = await self.call("Runtime.evaluate", expression=_MEASURE, returnByValue=True)
+        found = await self.call(
+            "Runtime.evaluate", expression=_MEASURE.replace("WIDTH", str(width)), returnByValue=True
+        )
         assert "exceptionDetails" not in found, found
         if picture is not None:
             import base64

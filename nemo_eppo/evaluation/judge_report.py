@@ -14,8 +14,8 @@ from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.pairs import Pair
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
 from nemo_eppo.files import write_atomically
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart, share_chart
-from nemo_eppo.observability.pictures import Panel, lines, shares, write_picture
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
+from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
 from nemo_eppo.observability.report_page import figure, page, sample_card, section, table
 from nemo_eppo.observability.report_tables import text_table
 
@@ -23,6 +23,7 @@ Outcome = Literal["win", "tie", "lose"]
 _OUTCOMES: dict[Outcome, str] = {"win": COLORS[2], "tie": GRAY, "lose": COLORS[1]}
 _SCORE = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 _WORTH = {"win": 1.0, "tie": 0.5}
+_PERCENT = "% of pairs"
 _BARS = "Shares of the pairs, from the response's side."
 _LINE = "Win + 0.5 tie; one half is as good as the baseline. The band is a 95% interval."
 _SEED = 0  # of the bootstrap
@@ -142,7 +143,7 @@ def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]
             "first, 50% without position bias. Equal responses are ties that nobody was asked about."
         )
     yield f'<p class="soft">{text}</p>'
-    figures = [figure("Win, tie, lose", _BARS, share_chart(list(results), _shares(results)))]
+    figures = [figure("Win, tie, lose", _BARS, bar_chart(list(results), _shares(results), _PERCENT))]
     if scores := _scores(results):
         figures.append(figure("Over the checkpoints", _LINE, line_chart([scores], "step", "win + 0.5 tie")))
     yield section("Results", "Each against the baseline.", figures)
@@ -166,8 +167,8 @@ def _said(judged: Judged) -> str:
 
 def _panels(results: Mapping[str, _Result]) -> list[Panel]:
     scores = _scores(results)
-    bars = shares(list(results), _shares(results), "Win, tie, lose")
-    return [bars, lines([scores], "step", "win + 0.5 tie", "Over the checkpoints")] if scores else [bars]
+    shares = bars(list(results), _shares(results), _PERCENT, "Win, tie, lose")
+    return [shares, lines([scores], "step", "win + 0.5 tie", "Over the checkpoints")] if scores else [shares]
 
 
 def _shares(results: Mapping[str, _Result]) -> list[Series]:

@@ -61,7 +61,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> "Figure"
         if window > 1:
             mean = _thin(_running_mean(y, window))
             traces.append(quiet | {"x": _thin(x), "y": mean, "line": {"color": one.color, "width": 2.2}})
-    return _figure(traces, x_label, y_label, legend=len(series), hovermode="x unified")
+    return _figure(traces, x_label, y_label, hovermode="x unified")
 
 
 def stacked_chart(layers: Sequence[Series], x_label: str, y_label: str) -> "Figure":
@@ -75,7 +75,7 @@ def stacked_chart(layers: Sequence[Series], x_label: str, y_label: str) -> "Figu
         }
         for layer in layers
     ]  # fmt: skip
-    return _figure(traces, x_label, y_label, legend=len(layers), hovermode="x unified")
+    return _figure(traces, x_label, y_label, hovermode="x unified")
 
 
 def scatter_chart(groups: Sequence[Series], x_label: str, y_label: str, joined: bool = False) -> "Figure":
@@ -99,7 +99,7 @@ def scatter_chart(groups: Sequence[Series], x_label: str, y_label: str, joined: 
             mean: dict[str, Any] = {"x": [statistics.fmean(group.x)], "y": [statistics.fmean(group.y)]}
             about = {"text": [_note(f"mean of {group.label}")], "showlegend": False, "marker": ring}
             traces.append(trace | mean | about)
-    return _figure(traces, x_label, y_label, legend=len(groups), hovermode="closest")
+    return _figure(traces, x_label, y_label, hovermode="closest")
 
 
 def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
@@ -112,23 +112,25 @@ def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
         }
         for group in groups
     ]  # fmt: skip
-    chart = _figure(traces, x_label, "% of responses", legend=len(groups), hovermode="x", barmode="overlay")
+    chart = _figure(traces, x_label, "% of responses", hovermode="x", barmode="overlay")
     for group in groups:
         chart.add_vline(statistics.fmean(group.y), line={"color": group.color, "dash": "dash", "width": 2})
     return chart
 
 
-def share_chart(names: Sequence[str], parts: Sequence[Series]) -> "Figure":
-    """Draw one bar for each name, from above, divided into parts: `y` has a part's percentage of every bar."""
+def bar_chart(names: Sequence[str], parts: Sequence[Series], x_label: str) -> "Figure":
+    """Draw one bar for each name, from above, divided into parts: `y` has a part's length in every bar."""
+    wrapped = [[html.escape(line, quote=False) for line in textwrap.wrap(name, 18)] for name in names]  # for a phone
+    places = ["<br>".join(lines) for lines in wrapped]
     traces = [
         {
-            "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": list(names),
-            "marker": {"color": part.color}, "hovertemplate": "%{x:.1f}%",
+            "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": places,
+            "marker": {"color": part.color}, "hovertemplate": "%{x:.4~g}",
         }
         for part in parts
     ]  # fmt: skip
-    chart = _figure(traces, "% of pairs", "", legend=len(parts), barmode="stack", hovermode="y unified")
-    chart.update_layout(height=150 + 34 * len(names))
+    height = 80 + 20 * len(parts) + sum(20 + 15 * len(lines) for lines in wrapped)
+    chart = _figure(traces, x_label, "", short=6, height=height, barmode="stack", hovermode="y unified")
     return chart.update_yaxes(autorange="reversed", type="category", showgrid=False)
 
 
@@ -142,20 +144,27 @@ def smoothing_window(points: int) -> int:
     return points // 20 | 1 if points >= 40 else 1
 
 
-def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, legend: int, **layout: Any) -> "Figure":
+def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short: int = 16, **layout: Any) -> "Figure":
+    # labels of up to `short` characters stand in two columns, on a phone too; a legend that flows may never settle
     from plotly.graph_objects import Figure
 
+    labels = dict.fromkeys(trace["name"] for trace in traces)
+    columns = 2 if max(map(len, labels)) <= short else 1
     axis = {"gridcolor": _GRID, "zerolinecolor": GRAY, "zerolinewidth": 1, "automargin": True, "hoverformat": ".4~g"}
+    legend = {
+        "orientation": "h", "entrywidthmode": "fraction", "entrywidth": 1 / columns, "y": 1.02, "yanchor": "bottom",
+        "traceorder": "normal", "tracegroupgap": 0,
+    }  # fmt: skip
     return Figure(
         list(traces),
         {
-            "template": "none", "height": 300 + 10 * legend,
+            "template": "none", "height": 285 + 20 * math.ceil(len(labels) / columns),
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "font": {"size": 12, "family": "inherit", "color": GRAY},
             "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
             "xaxis": axis | {"title": {"text": x_label}, "showgrid": False, "zeroline": False},
             "yaxis": axis | {"title": {"text": y_label}},
-            "showlegend": legend > 1,  # the title says what a single line is
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal", "tracegroupgap": 0},
+            "showlegend": len(labels) > 1,  # the title says what a single line is
+            "legend": legend,
             "hoverlabel": {"bgcolor": "#20252c", "font": {"color": "#f2f2f2"}, "namelength": -1},
             **layout,
         },

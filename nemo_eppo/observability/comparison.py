@@ -1,22 +1,25 @@
-"""Compares runs of the actor: one HTML page with their curves in the same charts, a table, comparison.json.
+"""Compares runs of the actor: one HTML page with their curves in the same charts, a table, JSON and a picture.
 
-Everything is read from their run directories: metrics.jsonl and config.yaml.
+Everything is read from their run directories: metrics.jsonl, config.yaml, and validation/ where there is one.
 """
 
+import html
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.accounts import compared_accounts
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
-from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
-from nemo_eppo.observability.report_page import figure, page, section, table
-from nemo_eppo.observability.report_tables import text_table
+from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.recorder import read_rows, recorded_steps
+from nemo_eppo.observability.report import facts
+from nemo_eppo.observability.report_page import figure, page, sample_card, section, table, titled
+from nemo_eppo.observability.report_tables import alarms_table, read_config, text_table
 
+_STEP = "PPO step"
 _MEASURES = {  # metric -> title, what it is, unit
     "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
     "reward/gold": ("Gold reward", "What was meant; the policy is never trained on it.", "gold reward"),
@@ -26,13 +29,14 @@ _MEASURES = {  # metric -> title, what it is, unit
     "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
 }
 _OF_EVERY_RUN = ("exp_manager.",)  # settings that differ, but say nothing
+_SAMPLES = 6
 
 
 @dataclass(frozen=True)
 class _Run:
     directory: Path
-    curves: Mapping[str, tuple[list[int], list[float]]]
-    settings: Mapping[str, Any]
+    curves: Curves
+    config: Mapping[str, Any]
 
     @property
     def steps(self) -> int:
@@ -43,16 +47,32 @@ class _Run:
         """Values of the last step that has them."""
         return {name: self.curves[name][1][-1] for name in _MEASURES if name in self.curves}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings by their dotted paths."""
+        return {key: value for key, value in _flat(self.config, "") if not key.startswith(_OF_EVERY_RUN)}
+
 
 def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
-    """Write comparison.html and comparison.json about the runs in these directories, by name, into `out`.
+    """Write comparison.html, .json and .png about the runs in these directories, by name, into `out`.
 
     Returns:
         the table of what the runs ended with, for the terminal.
     """
-    runs = {name: _read(directory) for name, directory in directories.items()}
-    keys = sorted({key for run in runs.values() for key in run.settings})
-    differ = [key for key in keys if len({repr(run.settings.get(key)) for run in runs.values()}) > 1]
+    write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(_read(directories)))))
+    return summarise_runs(directories, out / "comparison")
+
+
+def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
+    """Write what `compare_runs` writes beside its page, to `stem` with the suffixes .json and .png.
+
+    Returns:
+        the table of what the runs ended with, for the terminal.
+    """
+    from nemo_eppo.observability.pictures import lines, write_picture  # a second of import
+
+    runs = _read(directories)
+    differ = _differing(runs)
     found = {
         name: {
             "directory": str(run.directory),
@@ -62,15 +82,18 @@ def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
         }
         for name, run in runs.items()
     }
-    write_atomically(out / "comparison.json", json.dumps({"runs": found}, indent=2) + "\n")
-    write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(runs, differ))))
+    write_atomically(stem.with_suffix(".json"), json.dumps({"runs": found}, indent=2) + "\n")
+    panels = [lines(_series(runs, name), _STEP, _MEASURES[name][2], _MEASURES[name][0]) for name in _measured(runs)]
+    if panels:
+        write_picture(stem.with_suffix(".png"), panels)
     return text_table("At the last step", _final_rows(runs))
 
 
-def _read(directory: Path) -> _Run:
-    settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    flat = {key: value for key, value in _flat(settings, "") if not key.startswith(_OF_EVERY_RUN)}
-    return _Run(directory, read_metrics(directory / FILE_NAME), flat)
+def _read(directories: Mapping[str, Path]) -> dict[str, _Run]:
+    return {
+        name: _Run(directory, read_metrics(directory / FILE_NAME), read_config(directory / "config.yaml")[0])
+        for name, directory in directories.items()
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -81,27 +104,67 @@ def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _body(runs: Mapping[str, _Run], differ: list[str]) -> Iterator[str]:
+def _differing(runs: Mapping[str, _Run]) -> list[str]:
+    settings = [run.settings for run in runs.values()]
+    keys = sorted({key for one in settings for key in one})
+    return [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
+
+
+def _measured(runs: Mapping[str, _Run]) -> list[str]:
+    return [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
+
+
+def _colors(runs: Mapping[str, _Run]) -> dict[str, str]:
+    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(runs)}
+
+
+def _series(runs: Mapping[str, _Run], measure: str) -> list[Series]:
+    colors = _colors(runs)
+    return [Series(name, colors[name], *run.curves[measure]) for name, run in runs.items() if measure in run.curves]
+
+
+def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
     yield "<h1>Comparison of runs</h1>"
-    measures = [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
     yield "<h2>At the last step</h2>" + table(_final_rows(runs))
+    settings = {name: run.settings for name, run in runs.items()}
+    rows = [[key, *(_text(one.get(key)) for one in settings.values())] for key in _differing(runs)]
+    yield titled("Settings that differ", table([["", *runs], *rows]) if rows else "")
     figures = []
-    for measure in measures:
+    for measure in _measured(runs):
         title, text, unit = _MEASURES[measure]
-        series = [
-            Series(name, COLORS[number % len(COLORS)], *run.curves[measure])
-            for number, (name, run) in enumerate(runs.items())
-            if measure in run.curves
-        ]
-        figures.append(figure(title, text, line_chart(series, "PPO step", unit)))
+        figures.append(figure(title, text, line_chart(_series(runs, measure), _STEP, unit)))
     yield section("Over the course of training", "Means over the rollouts of each step.", figures)
-    if differ:
-        rows = [["", *runs], *([key, *(_text(run.settings.get(key)) for run in runs.values())] for key in differ)]
-        yield "<h2>Settings that differ</h2>" + table(rows)
+    figures = compared_accounts({name: run.curves for name, run in runs.items()}, _colors(runs))
+    yield section("Where the reward comes from, where the time goes", "Means over each step.", figures)
+    alarms = {name: alarms_table(run.curves, run.config) for name, run in runs.items()}
+    shown = (f"<h3>{html.escape(name)}</h3>\n{alarm}" for name, alarm in alarms.items() if alarm)
+    yield titled("Alarms of the hacking monitor", "\n".join(shown))
+    yield titled("Responses at the last validation", _samples(runs))
+
+
+def _samples(runs: Mapping[str, _Run]) -> str:
+    """The answers of all runs to the first prompts that all of them were validated on."""
+    answers: list[dict[str, Mapping[str, Any]]] = []
+    for run in runs.values():
+        steps = recorded_steps(run.directory / "validation")
+        rows = read_rows(steps[max(steps)]) if steps else []
+        answers.append({row["prompt"]: row for row in reversed(rows)})
+    shared = [prompt for prompt in reversed(answers[0]) if all(prompt in one for one in answers)][:_SAMPLES]
+    colors = _colors(runs)
+    return "\n".join(
+        sample_card(
+            prompt,
+            [
+                (colors[name], facts(name, rows[prompt]), rows[prompt]["response"])
+                for name, rows in zip(runs, answers, strict=True)
+            ],
+        )
+        for prompt in shared
+    )
 
 
 def _final_rows(runs: Mapping[str, _Run]) -> list[list[str]]:
-    measures = [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
+    measures = _measured(runs)
     rows = [["", "Steps", *(_MEASURES[name][0] for name in measures)]]
     return rows + [[name, str(run.steps), *(_number(run.final.get(m)) for m in measures)] for name, run in runs.items()]
 

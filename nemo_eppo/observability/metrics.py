@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from nemo_eppo.files import complete_lines, json_object, write_atomically
 
 FILE_NAME = "metrics.jsonl"
+Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+"""Metrics by name, each with its steps and its values, of the same length."""
 _RESERVED = ("step", "time")
 
 

@@ -16,7 +16,7 @@ from nemo_eppo.files import replacing
 from nemo_eppo.observability.charts import Series, histogram_bins
 
 Panel = Callable[[Any], None]
-"""Draws into matplotlib axes; `histogram`, `lines`, `scatter` and `shares` make one."""
+"""Draws into matplotlib axes; `histogram`, `lines`, `scatter` and `bars` make one."""
 
 _INK, _SOFT, _GRID = "#1d2127", "#626a75", "#dfe2e6"
 _STYLE = {
@@ -87,8 +87,8 @@ def scatter(groups: Sequence[Series], x_label: str, y_label: str, title: str) ->
     return draw
 
 
-def shares(names: Sequence[str], parts: Sequence[Series], title: str) -> Panel:
-    """Show one bar for each name, from above, divided into parts: `y` has a part's percentage of every bar."""
+def bars(names: Sequence[str], parts: Sequence[Series], x_label: str, title: str) -> Panel:
+    """Show one bar for each name, from above, divided into parts: `y` has a part's length in every bar."""
 
     def draw(axes: Any) -> None:
         left = np.zeros(len(names))
@@ -97,7 +97,7 @@ def shares(names: Sequence[str], parts: Sequence[Series], title: str) -> Panel:
             left += np.asarray(part.y)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        _label(axes, title, "% of pairs", "", 0)
+        _label(axes, title, x_label, "", 0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(parts))
 
     return draw

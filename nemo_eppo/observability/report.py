@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_eppo.files import write_atomically
+from nemo_eppo.observability.accounts import accounts
 from nemo_eppo.observability.charts import (
     COLORS,
     GRAY,
@@ -23,15 +24,13 @@ from nemo_eppo.observability.charts import (
     histogram_chart,
     line_chart,
     scatter_chart,
-    stacked_chart,
 )
 from nemo_eppo.observability.chat import turns
-from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
+from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table
 
-Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 Row = Mapping[str, Any]
 Means = Mapping[str, float | None]
 
@@ -58,7 +57,6 @@ _PANELS = (  # title, what it is, unit, and per curve: metric, label, colour; th
     ("Truncated responses", "Share of the rollouts that ended without an end-of-sequence token.", "fraction",
      (("rollout/truncated_fraction", "rollouts", _SHARE),), ""),
 )  # fmt: skip
-_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # metrics reward/... that are no part of the sum
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
@@ -86,8 +84,8 @@ def report_from_run(run_dir: Path, out: Path) -> None:
         f'<p class="lead">{_verdict(pairs)}</p>',
         f'<div class="card scroll">{_comparison(pairs, old, new)}</div>',
         '<p class="soft">Means over the validation prompts; &plusmn; is the standard error of the change.</p>',
-        _titled("Settings", settings_table(config, start)),
-        _titled("Alarms of the hacking monitor", alarms_table(curves, config)),
+        titled("Settings", settings_table(config, start)),
+        titled("Alarms of the hacking monitor", alarms_table(curves, config)),
         section(
             "Over the course of training",
             "Bold lines of long runs are running means over a twentieth of the steps; faint lines are the steps. "
@@ -102,7 +100,7 @@ def report_from_run(run_dir: Path, out: Path) -> None:
             _proxy_gold(curves, pairs),
         ),
         section("Energy loss of single responses", "Validation prompts, one value per response.", _energies(pairs)),
-        section("Where the reward comes from, where the time goes", "Means over each step.", _accounts(curves)),
+        section("Where the reward comes from, where the time goes", "Means over each step.", accounts(curves)),
         _samples(pairs),
     ]
     if config_file.exists():
@@ -111,10 +109,6 @@ def report_from_run(run_dir: Path, out: Path) -> None:
             f"<pre>{html.escape(config_file.read_text(encoding='utf-8'))}</pre></details>"
         )
     write_atomically(out, page(title, body))
-
-
-def _titled(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
 def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -294,40 +288,6 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     return figures
 
 
-def _accounts(curves: Curves) -> list[str]:
-    figures = []
-    terms = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
-    terms = {term: curve for term, curve in terms.items() if not term.startswith(_NO_TERMS)}
-    used = [term for term, (_, values) in terms.items() if any(values)]
-    if used:
-        unused = [term for term in terms if term not in used]
-        text = "Mean contribution of every term; they add up to the final reward."
-        text += f" Zero throughout: {', '.join(unused)}." if unused else ""
-        colors = [GRAY if term == "final" else COLORS[i % len(COLORS)] for i, term in enumerate(used)]
-        series = [Series(term, color, *terms[term]) for term, color in zip(used, colors, strict=True)]
-        figures.append(figure("Reward ledger", text, line_chart(series, _STEP, "reward")))
-    if "seconds/step" in curves:
-        steps, totals = curves["seconds/step"]
-        per_phase = {}
-        for name, curve in curves.items():
-            if name.startswith("seconds/") and name not in ("seconds/step", "seconds/attributed_fraction"):
-                timed = dict(zip(*curve, strict=True))  # a phase such as validation is not part of every step
-                per_phase[name.removeprefix("seconds/")] = [timed.get(step, 0.0) for step in steps]
-        largest = sorted(per_phase, key=lambda phase: -sum(per_phase[phase]))
-        shown, rest = largest[: len(COLORS)], largest[len(COLORS) :]
-        other = [max(total - sum(per_phase[phase][i] for phase in shown), 0.0) for i, total in enumerate(totals)]
-        total = sum(totals) or 1.0
-        seconds = {phase: per_phase[phase] for phase in shown} | {"other": other}
-        layers = [
-            Series(f"{phase} {100 * sum(values) / total:.0f}%", color, steps, values)
-            for (phase, values), color in zip(seconds.items(), [*COLORS[: len(shown)], GRAY], strict=True)
-        ]
-        text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average."
-        text += f" Other includes {', '.join(rest)}." if rest else ""
-        figures.append(figure("Seconds per phase", text, stacked_chart(layers, _STEP, "seconds")))
-    return figures
-
-
 def _samples(pairs: Sequence[tuple[Row, Row]], first: int = 6, rising: int = 3) -> str:
     by_rise = sorted(pairs[first:], key=lambda pair: pair[0]["energy_loss"] - pair[1]["energy_loss"])
     cards = [_card(a, b) for a, b in pairs[:first]]
@@ -340,10 +300,11 @@ def _samples(pairs: Sequence[tuple[Row, Row]], first: int = 6, rising: int = 3) 
 
 def _card(before: Row, after: Row) -> str:
     sides = (("Before", GRAY, before), ("After", _AFTER, after))
-    return sample_card(before["prompt"], [(color, _facts(label, row), row["response"]) for label, color, row in sides])
+    return sample_card(before["prompt"], [(color, facts(label, row), row["response"]) for label, color, row in sides])
 
 
-def _facts(label: str, row: Row) -> str:
+def facts(label: str, row: Row) -> str:
+    """Return what a validation row says of its response, for `sample_card`."""
     gold = "" if row.get("gold_reward") is None else f"gold {row['gold_reward']:.2f}, "
     return (
         f"{label}: proxy {row['proxy_reward']:.2f}, {gold}energy loss {row['energy_loss']:.4f}, "

@@ -31,6 +31,7 @@ h1 {
 }
 h2 { font-size: 1.35rem; line-height: 1.25; letter-spacing: -.01em; margin: 60px 0 4px; }
 h3 { font-size: 1rem; margin: 0; }
+.card + h3, p + h3 { margin: 20px 0 6px; }
 p { margin: 8px 0; max-width: 70ch; overflow-wrap: anywhere; }
 .soft, figcaption p, .facts, .prompt, small { color: var(--soft); }
 .lead { font-size: 1.15rem; margin: 20px 0 28px; }
@@ -98,6 +99,11 @@ def section(title: str, text: str, figures: Sequence[str]) -> str:
     if not figures:
         return ""
     return f'<h2>{title}</h2>\n<p class="soft">{text}</p>\n<div class="grid">\n' + "\n".join(figures) + "\n</div>"
+
+
+def titled(title: str, content: str) -> str:
+    """Return a heading and what stands below it; nothing at all if that is empty."""
+    return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
 def figure(title: str, text: str, chart: "Figure") -> str:

@@ -11,6 +11,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from nemo_eppo.config import yaml_fault
+from nemo_eppo.observability.metrics import Curves
+
 START = "# start: "
 """The line of config.yaml, in JSON, that says with what the run was started: method, versions, time."""
 VERSIONS = ("nemo_eppo", "torch", "megatron-core")
@@ -18,10 +21,18 @@ VERSIONS = ("nemo_eppo", "torch", "megatron-core")
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read the settings in a run's config.yaml, and what its START line says (nothing in files without)."""
+    """Read the settings in a run's config.yaml, and what its START line says (nothing in files without).
+
+    Raises:
+        ValueError: it is not YAML.
+    """
     text = path.read_text(encoding="utf-8")
     started = next((line.removeprefix(START) for line in text.splitlines() if line.startswith(START)), "{}")
-    return yaml.safe_load(text) or {}, json.loads(started)
+    try:
+        with path.open(encoding="utf-8") as file:  # whose name and lines a fault then has
+            return yaml.safe_load(file) or {}, json.loads(started)
+    except yaml.YAMLError as error:
+        raise ValueError(yaml_fault(error, path)) from None
 
 
 def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
@@ -49,7 +60,7 @@ def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
     return table([], cells, "settings") if cells else ""
 
 
-def alarms_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], config: Mapping[str, Any]) -> str:
+def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
     """Return the alarms of the hacking monitor as HTML, first to last; nothing if no indicator was measured.
 
     Args:

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from browser import look, needs_chromium
 from judge_server import KEY, JudgeServer, judge_server
 from small_data import read_rows
 
@@ -349,3 +350,14 @@ def test_answers_of_another_judge_are_not_taken(
 )
 def test_paths_are_told_apart_by_what_they_do_not_share(paths: list[str], names: list[str]) -> None:
     assert list(named([Path(path) for path in paths], [])) == names
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_phone_and_a_desktop(answers: Path, baseline: Path, tmp_path: Path, width: int) -> None:
+    worse = write(tmp_path / "a_checkpoint_with_a_long_name_step_10.jsonl", ["short"] * 8)
+    with judge_server() as server:
+        assert main([*arguments(server, tmp_path / "out", answers, worse, baseline=baseline), "--yes"]) == 0
+    seen = look(tmp_path / "out" / "report.html", width)
+    assert (seen["window"], seen["page"], seen["charts"], seen["figures"]) == (width, width, 2, 2)
+    assert (seen["wide"], seen["cut"], seen["console"]) == ([], [], [])

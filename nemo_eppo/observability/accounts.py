@@ -1,0 +1,93 @@
+"""Where the reward comes from and where the time goes: the ledger's terms and the seconds of each phase of a step."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart, stacked_chart
+from nemo_eppo.observability.metrics import Curves
+from nemo_eppo.observability.report_page import figure
+
+_STEP = "PPO step"
+_LONGEST = 6  # phases that a comparison shows
+_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # metrics reward/... that are no part of the sum
+
+
+def accounts(curves: Curves) -> list[str]:
+    """Return the figures of one run: its ledger over the steps, and the seconds of each phase."""
+    figures = []
+    terms = _ledger(curves)
+    used = [term for term, (_, values) in terms.items() if any(values)]
+    if used:
+        unused = [term for term in terms if term not in used]
+        text = "Mean contribution of every term; they add up to the final reward."
+        text += f" Zero throughout: {', '.join(unused)}." if unused else ""
+        colors = [GRAY if term == "final" else COLORS[i % len(COLORS)] for i, term in enumerate(used)]
+        series = [Series(term, color, *terms[term]) for term, color in zip(used, colors, strict=True)]
+        figures.append(figure("Reward ledger", text, line_chart(series, _STEP, "reward")))
+    if "seconds/step" in curves:
+        steps, totals = curves["seconds/step"]
+        seconds = _seconds(curves)
+        shown, rest = list(seconds)[: len(COLORS)], list(seconds)[len(COLORS) :]
+        layers = {phase: seconds[phase] for phase in shown} | {"other": _other(totals, seconds, shown)}
+        total = sum(totals) or 1.0
+        series = [
+            Series(f"{phase} {100 * sum(values) / total:.0f}%", color, steps, values)
+            for (phase, values), color in zip(layers.items(), [*COLORS[: len(shown)], GRAY], strict=True)
+        ]
+        text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average."
+        text += f" Other includes {', '.join(rest)}." if rest else ""
+        figures.append(figure("Seconds per phase", text, stacked_chart(series, _STEP, "seconds")))
+    return figures
+
+
+def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> list[str]:
+    """Return the figures of several runs, by name: each term of their ledgers, and the mean seconds of each phase."""
+    figures = []
+    ledgers = {name: _ledger(curves) for name, curves in runs.items()}
+    terms = dict.fromkeys(term for ledger in ledgers.values() for term, (_, values) in ledger.items() if any(values))
+    for term in terms:
+        series = [
+            Series(name, colors[name], *ledger[term]) for name, ledger in ledgers.items() if term in ledger
+        ]  # fmt: skip
+        what = "What the policy was trained on." if term == "final" else "Mean contribution to the final reward."
+        figures.append(figure(f"Ledger: {term}", what, line_chart(series, _STEP, "reward")))
+    timed = {name: curves for name, curves in runs.items() if "seconds/step" in curves}
+    if timed:
+        seconds = {name: _seconds(curves) for name, curves in timed.items()}
+        mean: dict[str, float] = {}
+        for phases in seconds.values():
+            for phase, values in phases.items():
+                mean[phase] = mean.get(phase, 0.0) + statistics.fmean(values)
+        shown = sorted(mean, key=lambda phase: -mean[phase])[:_LONGEST]
+        parts = [
+            Series(phase, color, [], [statistics.fmean(one.get(phase, [0.0])) for one in seconds.values()])
+            for phase, color in zip(shown, COLORS, strict=False)
+        ]
+        others = [_other(curves["seconds/step"][1], seconds[name], shown) for name, curves in timed.items()]
+        parts.append(Series("other", GRAY, [], [statistics.fmean(values) for values in others]))
+        text = "Mean wall time of the actor's steps."
+        figures.append(figure("Seconds per phase", text, bar_chart(list(timed), parts, "seconds")))
+    return figures
+
+
+def _ledger(curves: Curves) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
+    """The terms that add up to the final reward, and that itself."""
+    terms = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
+    return {term: curve for term, curve in terms.items() if not term.startswith(_NO_TERMS)}
+
+
+def _seconds(curves: Curves) -> dict[str, list[float]]:
+    """Seconds of each phase in every step of seconds/step, the longest phase first."""
+    steps = curves["seconds/step"][0]
+    phases = {}
+    for name, curve in curves.items():
+        if name.startswith("seconds/") and name not in ("seconds/step", "seconds/attributed_fraction"):
+            timed = dict(zip(*curve, strict=True))  # a phase such as validation is not part of every step
+            phases[name.removeprefix("seconds/")] = [timed.get(step, 0.0) for step in steps]
+    return dict(sorted(phases.items(), key=lambda phase: -sum(phase[1])))
+
+
+def _other(totals: Sequence[float], seconds: Mapping[str, Sequence[float]], shown: Sequence[str]) -> list[float]:
+    """Seconds of every step that the shown phases do not explain."""
+    explained = (sum(seconds[phase][step] for phase in shown if phase in seconds) for step in range(len(totals)))
+    return [max(total - phases, 0.0) for total, phases in zip(totals, explained, strict=True)]
