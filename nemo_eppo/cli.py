@@ -14,6 +14,7 @@ from nemo_eppo.evaluation.energy_report_cli import add_energy_report
 from nemo_eppo.evaluation.evaluate_cli import add_evaluate
 from nemo_eppo.evaluation.generate_cli import add_generate
 from nemo_eppo.evaluation.judge_cli import add_judge
+from nemo_eppo.evaluation.latents_cli import add_latents
 from nemo_eppo.evaluation.report_cli import add_report
 from nemo_eppo.evaluation.score_cli import add_score
 from nemo_eppo.files import disk_trouble
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add_energy_report(commands)
     add_detect(commands)
     add_judge(commands)
+    add_latents(commands)
     add_report(commands)
     add_launch(commands)
     add_doctor(commands)

@@ -1,8 +1,11 @@
 """Headless Chromium for tests that look at pages, driven over its debugging port; where it is missing they skip."""
 
 import asyncio
+import base64
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -59,15 +62,15 @@ def look(page: Path, width: int, picture: Path | None = None) -> dict[str, Any]:
         what was logged; requests: addresses it asked for}.
     """
     assert _CHROMIUM
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [_CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
             return asyncio.run(_look(Path(profile), page, width, picture))
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its helpers, which would write into the profile
             process.wait()
 
 
@@ -113,8 +116,6 @@ class _Tab:
         )
         assert "exceptionDetails" not in found, found
         if picture is not None:
-            import base64
-
             shot = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
             picture.write_bytes(base64.b64decode(shot["data"]))
         told = [event for event in self.events if event["method"] in _TOLD]

@@ -79,12 +79,16 @@ def mahalanobis(latents: Tensor, gaussian: Gaussian) -> Tensor:
     return torch.linalg.solve_triangular(gaussian.factor, centred.T, upper=False).norm(dim=0)
 
 
-def outlier_fraction(latents: Tensor, gaussian: Gaussian, alpha: float) -> float:
-    """Return MOP, the fraction of latents [B, d] whose p-value under the Gaussian is below `alpha`.
+def p_values(latents: Tensor, gaussian: Gaussian) -> Tensor:
+    """Return how likely a latent of the Gaussian is as far away as each of these latents [B, d]: fp64 [B].
 
     Squared distances of Gaussian latents follow a chi-squared distribution with d degrees of freedom, whose upper tail
     is the regularised incomplete gamma function Q(d/2, D^2/2).
     """
     halves = mahalanobis(latents, gaussian).square() / 2
-    p_values = torch.special.gammaincc(torch.full_like(halves, len(gaussian.mean) / 2), halves)
-    return float((p_values < alpha).double().mean())
+    return torch.special.gammaincc(torch.full_like(halves, len(gaussian.mean) / 2), halves)
+
+
+def outlier_fraction(latents: Tensor, gaussian: Gaussian, alpha: float) -> float:
+    """Return MOP, the fraction of latents [B, d] whose p-value under the Gaussian is below `alpha`."""
+    return float((p_values(latents, gaussian) < alpha).double().mean())

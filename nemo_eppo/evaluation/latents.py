@@ -1,0 +1,122 @@
+"""`nemo-eppo latents`: where an InfoRM reward model sees a policy's responses, beside those of the SFT model."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.evaluation.latents_page import Latents, write_latents
+from nemo_eppo.evaluation.responses import Response, read_responses
+from nemo_eppo.evaluation.reward_scoring import RewardScoring
+from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.files import sha256
+from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.models.model_config import Precision
+from nemo_eppo.monitor.indicators import NEIGHBOURS
+
+_PARTS = "parts"  # folder in the output directory with the rows that a resumed command goes on with
+
+
+class LatentsConfig(Config):
+    """Settings of `nemo-eppo latents`."""
+
+    model: Path
+    """An InfoRM reward model: checkpoint, or directory of checkpoints, of which the newest is read."""
+    sft: Path
+    """Responses of the SFT model, see `read_responses`."""
+    rlhf: Path
+    """Responses of the policy, likewise."""
+    output: Path
+    """Directory for the results."""
+    alpha: float = Field(0.01, gt=0, lt=1)
+    """A response is an outlier if its p-value under the SFT latents' Gaussian is below this."""
+    perplexity: float = Field(30.0, gt=1)
+    """How many neighbours of each point t-SNE preserves; lowered where there are fewer than three times as many."""
+    chat_template: bool = False
+    """Render prompts as the user's turn in the tokenizer's own chat template."""
+    precision: Precision = "fp32"
+    """Precision of weights and activations."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per forward pass."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is laid out over the job's ranks."""
+
+
+class LatentReading:
+    """Reads the latents of both files' responses, and writes what they say.
+
+    Creating it checks the model, every row, and the output of an interrupted command.
+
+    Raises:
+        ConfigError: a model without latents, a bad row by file and line, too few SFT responses, or an output that holds
+            something else.
+    """
+
+    def __init__(self, config: LatentsConfig) -> None:
+        self.config = config
+        self._scoring = scoring = RewardScoring(
+            config.model,
+            "--model",
+            precision=config.precision,
+            batch_size=config.batch_size,
+            parallel=config.parallel,
+        )
+        if not scoring.statistics["latent_size"]:
+            kind = scoring.statistics["kind"]
+            raise ConfigError(f"--model: {config.model} is of kind {kind!r} and has no latents; expected 'inform'")
+        if config.chat_template and scoring.tokenizer.chat_template is None:
+            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        self._rows = {name: self._read(path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))}
+        if len(self._rows["sft"]) <= NEIGHBOURS:
+            raise ConfigError(
+                f"--sft: {config.sft} has {len(self._rows['sft'])} rows; expected at least {NEIGHBOURS + 1}"
+            )
+        parts = config.output / _PARTS
+        if (
+            config.output.exists()
+            and not parts.is_dir()
+            and (not config.output.is_dir() or any(config.output.iterdir()))
+        ):
+            raise ConfigError(f"--output: {config.output} holds something else; choose another")
+        parts.mkdir(parents=True, exist_ok=True)
+        self._files = {
+            name: self._file(parts, name, path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))
+        }
+
+    def run(self) -> None:
+        """Compute the latents that are missing; collective."""
+        for name, rows in self._rows.items():
+            self._scoring.append(rows, self._files[name], name)
+
+    def write(self) -> str:
+        """Write the results, and return the main ones as text; after `run`, on one rank."""
+        sft, rlhf = (self._latents(name) for name in self._rows)
+        config = self.config
+        told = {"model": str(config.model), "sft": str(config.sft), "rlhf": str(config.rlhf)}
+        return write_latents(config.output, sft, rlhf, told, config.alpha, config.perplexity)
+
+    def _read(self, path: Path) -> list[Response]:
+        scoring = self._scoring
+        return read_responses(
+            path, scoring.tokenizer, scoring.vocab_size, scoring.max_sequence_length, self.config.chat_template
+        )
+
+    def _file(self, parts: Path, name: str, data: Path) -> RowsFile:
+        settings = self._scoring.identity | {"data_sha256": sha256(data), "chat_template": self.config.chat_template}
+        return RowsFile(parts / f"{name}.jsonl", "latents", settings)
+
+    def _latents(self, name: str) -> Latents:
+        found = [json.loads(line) for line in (self._files[name].path).read_text().splitlines()]
+        decode = self._scoring.tokenizer.decode
+        texts = [
+            (
+                row.row.get("prompt") or decode(row.prompt.tolist()),
+                row.row.get("response") or decode(row.response.tolist()),
+            )
+            for row in self._rows[name]
+        ]
+        latents: Tensor = torch.tensor([row["latents"] for row in found], dtype=torch.float64)
+        return Latents(latents, [row["reward"] for row in found], [row.line for row in self._rows[name]], texts)

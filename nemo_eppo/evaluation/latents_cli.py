@@ -1,0 +1,64 @@
+"""The arguments of `nemo-eppo latents`."""
+
+import argparse
+from pathlib import Path
+
+from nemo_eppo.config import load_config
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+
+
+def add_latents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "latents",
+        help="show where an InfoRM reward model sees the policy's responses, beside the SFT model's",
+        description="""\
+Read the latents that an InfoRM reward model (reward.kind=inform, arXiv 2402.09345) has of two models' responses, and
+measure how far those of the policy have left those of the SFT model: hacked responses lie outside.
+
+--sft and --rlhf are rows as `nemo-eppo score` reads them. A Gaussian is fitted to the SFT latents; each response gets
+its Mahalanobis distance and p-value. MOP is the share of the policy's responses whose p-value is below --alpha. CSI,
+the cluster separation index, grows with clusters of them that are far from all SFT responses. t-SNE draws both in the
+plane, starting from principal components; the same latents give the same picture. Latents have the coordinates
+of training, in which those of the SFT responses that the reward model was trained with have mean 0 and covariance I.
+
+The directory gets report.html, latents.png, latents.json and samples.jsonl, a row for each response; parts/ holds the
+latents themselves. The same command resumes an interrupted run.""",
+        epilog="""\
+example:
+  nemo-eppo latents --model models/inform --sft sft.jsonl --rlhf aligned.jsonl --output latents""",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint of an InfoRM reward model")
+    parser.add_argument(
+        "--sft", type=Path, required=True, metavar="FILE", help="the SFT model's responses, .jsonl(.gz)"
+    )
+    parser.add_argument("--rlhf", type=Path, required=True, metavar="FILE", help="the policy's responses, .jsonl(.gz)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
+    parser.add_argument("--alpha", type=float, default=0.01, metavar="P", help="p-value below which one is an outlier")
+    parser.add_argument("--perplexity", type=float, default=30.0, metavar="N", help="neighbours that t-SNE preserves")
+    parser.add_argument(
+        "--chat-template", action="store_true", help="make prompts the user's turn of the tokenizer's chat template"
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(run=_latents)
+
+
+def _latents(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.entry.torchrun import end_with_torchrun
+    from nemo_eppo.evaluation.latents import LatentReading, LatentsConfig
+
+    end_with_torchrun()
+    names = (
+        "model",
+        "sft",
+        "rlhf",
+        "output",
+        "alpha",
+        "perplexity",
+        "chat_template",
+        "precision",
+        "batch_size",
+    )
+    settings = {name: getattr(arguments, name) for name in names}
+    job = LatentReading(load_config(LatentsConfig, settings | {"parallel": layout(arguments)}))
+    if run_on_ranks(arguments, job.run):
+        print(f"{job.write()}wrote {arguments.output}/report.html")

@@ -1,0 +1,173 @@
+"""What `nemo-eppo latents` writes: samples.jsonl, latents.json, report.html and latents.png."""
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
+from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.files import write_atomically
+from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
+from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
+from nemo_eppo.observability.pictures import histogram, scatter, write_picture
+from nemo_eppo.observability.report_page import figure, page, sample_card, section, table
+from nemo_eppo.observability.report_tables import text_table
+
+_GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
+_SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of the bootstrap
+_FARTHEST = 6  # responses that the page shows
+_DISTANCE = "Mahalanobis distance"
+_MAP = ("t-SNE of the latents", "Near points are near in latent space; distances between groups mean little.")
+_HISTOGRAM = (
+    "Distance from the SFT responses",
+    "Mahalanobis distance under a Gaussian of the SFT latents. Reward hacking moves responses to the right.",
+)
+
+
+class Latents(NamedTuple):
+    """Latents of one model's responses."""
+
+    latents: Tensor
+    """fp64 [N, d]."""
+    rewards: Sequence[float]
+    """Raw reward of each."""
+    lines: Sequence[int]
+    """Line of each in its file, from 1."""
+    texts: Sequence[tuple[str, str]]
+    """Prompt and response of each."""
+
+
+def write_latents(
+    directory: Path, sft: Latents, rlhf: Latents, told: Mapping[str, str], alpha: float, perplexity: float
+) -> str:
+    """Write all files about the latents of the SFT model's and the policy's responses into `directory`.
+
+    Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage). MOP is the
+    fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does, with the
+    radius of the SFT latents (InfoRM, arXiv 2402.09345).
+
+    Args:
+        told: what is known of model and files.
+        perplexity: of t-SNE.
+
+    Returns:
+        the table of results, for the terminal.
+    """
+    groups = {"sft": sft, "rlhf": rlhf}
+    gaussian = fit_gaussian(sft.latents)
+    distances = {name: mahalanobis(group.latents, gaussian).tolist() for name, group in groups.items()}
+    chances = {name: p_values(group.latents, gaussian).tolist() for name, group in groups.items()}
+    places = tsne(torch.cat([sft.latents, rlhf.latents]).numpy(), perplexity)
+    where = dict(zip(groups, np.split(places, [len(sft.latents)]), strict=True))
+    known = SFTLatents(len(sft.latents))
+    known.add(sft.latents)
+    csi = cluster_separation_index(rlhf.latents, sft.latents, known.radius)
+    outliers = {name: bootstrap_mean([chance < alpha for chance in chances[name]], _SEED) for name in groups}
+
+    rows = (
+        {"set": name, "line": line, "reward": reward, "mahalanobis": distance, "p_value": chance, "tsne": place}
+        for name, group in groups.items()
+        for line, reward, distance, chance, place in zip(
+            group.lines, group.rewards, distances[name], chances[name], where[name].tolist(), strict=True
+        )
+    )
+    write_atomically(directory / "samples.jsonl", "".join(map(json_line, rows)))
+    results: dict[str, Any] = {
+        **told,
+        "latent_size": sft.latents.shape[1],
+        "responses": {name: len(group.latents) for name, group in groups.items()},
+        "mean_mahalanobis": {name: float(np.mean(distances[name])) for name in groups},
+        "mean_reward": {name: float(np.mean(group.rewards)) for name, group in groups.items()},
+        "alpha": alpha,
+        "outlier_fraction": {name: estimate._asdict() for name, estimate in outliers.items()},
+        "mop": outliers["rlhf"].value,
+        "csi": csi,
+        "csi_per_response": csi / len(rlhf.latents),
+        "csi_radius": known.radius,
+    }
+    cloud = _series(where, groups)
+    spread = [Series(f"{label} ({len(distances[name])})", color, [], distances[name]) for name, label, color in _GROUPS]
+    figures = [
+        figure(*_MAP, scatter_chart(cloud, "t-SNE 1", "t-SNE 2")),
+        figure(*_HISTOGRAM, histogram_chart(spread, _DISTANCE)),
+    ]
+    shown = _table(results, outliers)
+    body = list(_body(results, shown, figures, rlhf, distances["rlhf"], chances["rlhf"]))
+    write_atomically(directory / "report.html", page("Latents", body))
+    panels = [scatter(cloud, "t-SNE 1", "t-SNE 2", _MAP[0]), histogram(spread, _DISTANCE, _HISTOGRAM[0])]
+    write_picture(directory / "latents.png", panels)
+    write_atomically(directory / "latents.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return text_table("Latents", shown)
+
+
+def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:
+    """Map points [N, d] to the plane [N, 2] by t-SNE that starts from their principal components.
+
+    The same points give the same map, on any number of cores. The perplexity is (N - 1) / 3 at most.
+    """
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    if points.shape[1] == 1:  # one principal component is no start for a plane
+        points = np.column_stack([points, np.zeros(len(points))])
+    most = (len(points) - 1) / 3
+    with threadpool_limits(1):  # sums of several threads are rounded in another order
+        method = TSNE(perplexity=min(perplexity, most), init="pca", random_state=_SEED)
+        placed: NDArray[np.float64] = method.fit_transform(points).astype(np.float64)
+    return placed
+
+
+def _series(where: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Latents]) -> list[Series]:
+    series = []
+    for name, label, color in _GROUPS:
+        x, y = where[name].T.tolist()
+        series.append(Series(label, color, x, y, notes=[response[:80] for _, response in groups[name].texts]))
+    return series
+
+
+def _table(results: Mapping[str, Any], outliers: Mapping[str, Estimate]) -> list[list[str]]:
+    rows = [["", "Responses", "Reward", _DISTANCE, "Outliers (MOP)", "CSI", "CSI / response"]]
+    for name, label, _ in _GROUPS:
+        share = outliers[name]
+        row = [label, f"{results['responses'][name]:,}", f"{results['mean_reward'][name]:.4g}"]
+        row += [f"{results['mean_mahalanobis'][name]:.4g}"]
+        row += [f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"]
+        rows.append(
+            [*row, *([f"{results[key]:.4g}" for key in ("csi", "csi_per_response")] if name == "rlhf" else "  ")]
+        )
+    return rows
+
+
+def _body(
+    results: Mapping[str, Any],
+    shown: Sequence[Sequence[str]],
+    figures: Sequence[str],
+    rlhf: Latents,
+    distances: Sequence[float],
+    chances: Sequence[float],
+) -> Iterator[str]:
+    yield "<h1>Latents of SFT and RLHF responses</h1>"
+    told = "; ".join(f"{name}: {results[name]}" for name in ("model", "sft", "rlhf"))
+    yield f'<p class="soft">{html.escape(told)}</p>' + table(shown)
+    yield (
+        '<p class="soft">Means over the responses. Outliers have a p-value below '
+        f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets hold "
+        "95% intervals. CSI grows with clusters of RLHF responses that are far from all SFT responses.</p>"
+    )
+    yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
+    yield "<h2>RLHF responses farthest from the SFT responses</h2>"
+    for index in sorted(range(len(distances)), key=lambda index: -distances[index])[:_FARTHEST]:
+        prompt, response = rlhf.texts[index]
+        facts = (
+            f"Line {rlhf.lines[index]}: distance {distances[index]:.4g}, p-value {chances[index]:.2g}, "
+            f"reward {rlhf.rewards[index]:.4g}"
+        )
+        yield sample_card(prompt, [(COLORS[1], facts, response)])
