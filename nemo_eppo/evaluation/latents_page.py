@@ -159,8 +159,8 @@ def _body(
     yield f'<p class="soft">{html.escape(told)}</p>' + table(shown)
     yield (
         '<p class="soft">Means over the responses. Outliers have a p-value below '
-        f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets hold "
-        "95% intervals. CSI grows with clusters of RLHF responses that are far from all SFT responses.</p>"
+        f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets "
+        "hold 95% intervals. CSI grows with clusters of RLHF responses that are far from all SFT responses.</p>"
     )
     yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
     yield "<h2>RLHF responses farthest from the SFT responses</h2>"
