@@ -16,8 +16,8 @@ from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
 from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, table
-from nemo_eppo.observability.report_tables import text_table
+from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.report_tables import plain_table, text_table
 
 Outcome = Literal["win", "tie", "lose"]
 _OUTCOMES: dict[Outcome, str] = {"win": COLORS[2], "tie": GRAY, "lose": COLORS[1]}
@@ -134,7 +134,7 @@ def _table_rows(results: Mapping[str, _Result]) -> list[list[str]]:
 
 
 def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]) -> Iterator[str]:
-    yield table(_table_rows(results))
+    yield plain_table(_table_rows(results))
     text = "Shares of the pairs, each prompt counted alike, with 95% intervals by a bootstrap over prompts."
     if any(result.flips is not None for result in results.values()):
         text += (

@@ -18,8 +18,8 @@ from nemo_eppo.files import write_atomically
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
 from nemo_eppo.observability.pictures import histogram, scatter, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, table
-from nemo_eppo.observability.report_tables import text_table
+from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
 _SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of the bootstrap
@@ -156,7 +156,7 @@ def _body(
 ) -> Iterator[str]:
     yield "<h1>Latents of SFT and RLHF responses</h1>"
     told = "; ".join(f"{name}: {results[name]}" for name in ("model", "sft", "rlhf"))
-    yield f'<p class="soft">{html.escape(told)}</p>' + table(shown)
+    yield f'<p class="soft">{html.escape(told)}</p>' + plain_table(shown)
     yield (
         '<p class="soft">Means over the responses. Outliers have a p-value below '
         f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets "

@@ -16,8 +16,8 @@ from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import facts
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, table, titled
-from nemo_eppo.observability.report_tables import alarms_table, read_config, text_table
+from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
+from nemo_eppo.observability.report_tables import alarms_table, plain_table, read_config, text_table
 
 _STEP = "PPO step"
 _MEASURES = {  # metric -> title, what it is, unit
@@ -125,10 +125,10 @@ def _series(runs: Mapping[str, _Run], measure: str) -> list[Series]:
 
 def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
     yield "<h1>Comparison of runs</h1>"
-    yield "<h2>At the last step</h2>" + table(_final_rows(runs))
+    yield "<h2>At the last step</h2>" + plain_table(_final_rows(runs))
     settings = {name: run.settings for name, run in runs.items()}
     rows = [[key, *(_text(one.get(key)) for one in settings.values())] for key in _differing(runs)]
-    yield titled("Settings that differ", table([["", *runs], *rows]) if rows else "")
+    yield titled("Settings that differ", plain_table([["", *runs], *rows]) if rows else "")
     figures = []
     for measure in _measured(runs):
         title, text, unit = _MEASURES[measure]

@@ -97,8 +97,7 @@ def bars(names: Sequence[str], parts: Sequence[Series], x_label: str, title: str
             left += np.asarray(part.y)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        _label(axes, title, x_label, "", 0)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(parts))
+        _label(axes, title, x_label, "", len(parts))
 
     return draw
 

@@ -118,14 +118,6 @@ def figure(title: str, text: str, chart: "Figure") -> str:
     return f"<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p></figcaption>{drawn}</figure>"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as HTML; the first row is its head, the cells are plain text."""
-    head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-    return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
-
-
 def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
     """Return a prompt and responses to it, side by side, as HTML.
 

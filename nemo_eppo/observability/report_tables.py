@@ -83,6 +83,12 @@ def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
     return table(head, [tuple(map(str, row)) for row in sorted(rows)], "alarms")
 
 
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML; the first row is its head, the cells are plain text."""
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    return table(head, body, "plain")
+
+
 def text_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     """Return a table as text for the terminal; the first row is its head."""
     (first, *others), *body = rows
