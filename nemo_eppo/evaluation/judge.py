@@ -138,8 +138,8 @@ class EndpointJudging:
         Raises:
             RunError: a question got no verdict. All answers so far are kept.
         """
+        self._file.begin()
         if self.open_questions:
-            self._file.begin()
             with tqdm(total=len(self.open_questions), unit="question", disable=None) as bar:
                 try:
                     self._endpoint.ask(self.open_questions, self._keeper(bar.update))
