@@ -81,6 +81,7 @@ def launch_file(directory: Path) -> dict[str, Any]:
     return {"name": "hh", "output": str(directory), "jobs": jobs}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not DATA.exists(), reason=f"needs the Anthropic HH file {DATA} (NEMO_EPPO_DATA names its directory)"
 )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from plotly.offline import get_plotlyjs
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
@@ -54,6 +55,7 @@ def test_it_ends_with_a_report_and_a_summary(tmp_path: Path) -> None:
     assert processes_of(output) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_every_process_it_started(tmp_path: Path) -> None:
     output = tmp_path / "quickstart"
     process = start(output)
