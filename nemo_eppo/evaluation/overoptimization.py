@@ -3,15 +3,17 @@
 A method is compared with others on the same reward-model seed, so that differences are paired.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_eppo.evaluation.best_of_n import fit_gao
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
@@ -118,6 +120,22 @@ def measures(runs: Sequence[Curves], ppo: Sequence[Curves]) -> dict[str, list[fl
     }
 
 
+def over_distance(runs: Sequence[Curves], points: int = 9) -> tuple[Floats, Floats]:
+    """Return gold rewards at the same distances from the SFT model.
+
+    Returns:
+        distances d = sqrt(KL) [points], from 0 to the largest that all runs reach; gold rewards [runs, points].
+    """
+    d = np.linspace(0, math.sqrt(max(0.0, min(run.kl.max() for run in runs))), points)
+    return d, np.array([[run.gold_at(place**2) for place in d] for run in runs])
+
+
+def _fit(runs: Sequence[Curves]) -> dict[str, Any] | None:
+    """Fit `d (a - b log d)` (Gao et al. 2023, arXiv 2210.10760); None for runs that have not moved."""
+    d, gold = over_distance(runs)
+    return asdict(fit_gao("rl", d, gold)) if d[-1] > 0 else None
+
+
 def win_rate(gold: Floats, against: Floats) -> float:
     """Share of the prompts on which a response's gold reward is the higher one; equal ones count half."""
     return float((gold > against).mean() + 0.5 * (gold == against).mean())
@@ -133,7 +151,7 @@ def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str],
 
     Returns:
         for each method its measures: mean with interval, the values of the seeds, and the mean paired difference to
-        each reference with its interval.
+        each reference with its interval; and for each method a fit of its gold reward over the distance (`GaoFit`).
     """
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
     ordered = {method: [of_seed[number] for number in seeds] for method, of_seed in runs.items()}
@@ -144,6 +162,7 @@ def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str],
             found[method][f"wins_over_{name}"] = [win_rate(run.last, other.last) for run, other in pairs]
     return {
         "seeds": seeds,
+        "fits": {method: _fit(of_seeds) for method, of_seeds in ordered.items()},
         "methods": {
             method: {
                 measure: {

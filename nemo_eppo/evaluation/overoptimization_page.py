@@ -87,8 +87,10 @@ def _body(
         for name in ("gold", "proxy"):
             chart = line_chart(_over_steps(shown, of_seeds, name), "PPO step", f"{name} reward")
             figures.append(figure(f"{name.capitalize()} reward", ", ".join(shown), chart))
-        chart = line_chart(_over_kl(shown, of_seeds), "square root of KL, nats", "gold reward")
-        figures.append(figure("Gold reward by distance", "Means over seeds, at the same steps.", chart))
+        if fits := _over_distance(shown, found):
+            about_fits = "Fits of d (a - b log d) to the gold reward, at distances that all runs of a method reached."
+            chart = line_chart(fits, "d, the square root of KL in nats", "gold reward")
+            figures.append(figure("Gold reward by distance", about_fits, chart))
     return [
         "<h1>Over-optimisation</h1>",
         f'<p class="lead">{html.escape(verdict(found))}</p>',
@@ -140,16 +142,13 @@ def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]]
     return series
 
 
-def _over_kl(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]]) -> list[Series]:
-    return [
-        Series(
-            method,
-            COLORS[number % len(COLORS)],
-            np.sqrt(np.maximum(0.0, np.mean([run.kl for run in of_seeds[method]], axis=0))).tolist(),
-            np.mean([run.gold for run in of_seeds[method]], axis=0).tolist(),
-        )
-        for number, method in enumerate(methods)
-    ]
+def _over_distance(methods: Sequence[str], found: Mapping[str, Any]) -> list[Series]:
+    series = []
+    for number, method in enumerate(methods):
+        if (fit := found["fits"][method]) is not None:
+            error = (np.subtract(fit["high"], fit["low"]) / 2).tolist()
+            series.append(Series(method, COLORS[number % len(COLORS)], fit["d"], fit["curve"], error))
+    return series
 
 
 def _curves(run: Curves) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, win_rate
+from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, over_distance, win_rate
 from nemo_eppo.evaluation.overoptimization_page import verdict, write_results
 
 BENCH = Path(__file__).parents[2] / "examples" / "overoptimization"
@@ -77,6 +77,21 @@ def test_methods_are_compared_in_pairs() -> None:
         assert other[f"wins_over_{name}"]["seeds"] == (final["other"] > final[name]).astype(float).tolist()
     assert found["methods"]["eppo"]["equal_kl"]["value"] == 2.0, "plain PPO's peak is theirs as well"
     assert "eppo" not in found["methods"]["eppo"]["final"]["less"]
+
+
+def test_the_fit_over_the_distance_finds_what_made_the_curves() -> None:
+    kl = np.linspace(0, 3, 61) ** 2
+    kl[30] = kl[28]  # it came back for a step
+    d = np.maximum.accumulate(kl) ** 0.5
+    gold = 0.2 + d * (0.8 - 0.5 * np.log(np.maximum(d, 1e-9)))
+    runs = {name: {seed: curves(gold.tolist(), kl.tolist()) for seed in (1, 2)} for name in ("ppo", "eppo")}
+    places, values = over_distance(list(runs["ppo"].values()), points=4)
+    assert places.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert values[0][[0, 2, 3]] == pytest.approx(0.2 + np.array([0, 2, 3]) * (0.8 - 0.5 * np.log([1, 2, 3])))
+    fit = compare(runs, ("ppo",))["fits"]["eppo"]
+    assert (fit["start"], fit["a"], fit["b"]) == pytest.approx((0.2, 0.8, 0.5), abs=0.01)  # lines between the steps
+    still = {name: {1: curves([0.2, 0.2], [0.0, 0.0])} for name in ("ppo", "eppo")}
+    assert compare(still, ("ppo",))["fits"]["ppo"] is None
 
 
 def test_equal_gold_rewards_are_half_a_win() -> None:
