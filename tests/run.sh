@@ -14,5 +14,5 @@ echo "== types"
 echo "== imports"
 .venv/bin/lint-imports
 echo "== tests"
-# two processes, a file of tests to each: much of the time is spent waiting for jobs and servers to start
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# three processes, a file of tests to each: much of the time is spent waiting for jobs and servers to start
+exec .venv/bin/python -m pytest -n 3 --dist loadfile "$@"

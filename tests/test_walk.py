@@ -22,6 +22,7 @@ SMALLER = {
     "train_reward_model.py": "fit.max_steps=2 fit.global_batch_size=8",
     "train_gpt_ppo_actor.py": "ppo.max_steps=1 ppo.rollout_batch_size=4 ppo.mini_batch_size=4 "
     "generation.max_new_tokens=16 data.max_prompt_length=64",
+    "nemo-eppo evaluate": "--max-new-tokens 16",
 }
 
 
@@ -98,6 +99,8 @@ def test_the_readme_leads_from_a_hugging_face_directory_to_an_aligned_one(tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "data" / "sft.validation.jsonl").read_text().splitlines()]
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == len(scores) > 0
+    results = json.loads((tmp_path / "runs" / "evaluation" / "summary.json").read_text())
+    assert results["responses"] == 16 * results["prompts"] > 0, results
     for row, score in zip(rows, scores, strict=True):
         prompt, response = (tokenizer.encode(row[key], add_special_tokens=False) for key in ("prompt", "response"))
         assert abs(score["logprob"] - logprob(after, prompt, response)) < 1e-4

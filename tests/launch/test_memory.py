@@ -24,6 +24,7 @@ LLAMA_8B = ModelConfig(
 PARAMETERS = 8_030_261_248  # as published
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak() -> None:
     script = Path(__file__).parent / "measure_memory.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
