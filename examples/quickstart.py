@@ -20,6 +20,9 @@ from typing import Any
 
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, run_local
+from nemo_eppo.observability.charts import COLORS, Series
+from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
+from nemo_eppo.observability.pictures import lines, write_picture
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
 from nemo_eppo.tools.noun_task import write_noun_task
@@ -57,6 +60,7 @@ def main() -> None:
     stage(3, "writing the report")
     report = out / "report.html"
     report_from_run(out / "actor", report)
+    draw_curves(out / "actor", out / "curves.png")
     before, after = before_and_after(out / "actor" / "validation")
     ranks = launch.jobs["actor"].ranks  # all tensor-parallel
     write_summary(out / "summary.json", before, after, options.steps, ranks, time.monotonic() - started)
@@ -71,6 +75,20 @@ def make_anew(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / MARK).touch()
+
+
+def draw_curves(actor: Path, picture: Path) -> None:
+    """Draw what the rollouts of each step got."""
+    curves = read_metrics(actor / FILE_NAME)
+    panels = {"reward/proxy": "Proxy reward", "reward/gold": "Gold reward", "energy/policy": "Energy loss"}
+    write_picture(
+        picture,
+        [
+            lines([Series(title, COLORS[number], *curves[name])], "PPO step", "", title)
+            for number, (name, title) in enumerate(panels.items())
+        ],
+        columns=3,
+    )
 
 
 def before_and_after(validation: Path) -> list[Any]:

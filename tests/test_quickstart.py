@@ -46,6 +46,7 @@ def test_it_ends_with_a_report_and_a_summary(tmp_path: Path) -> None:
     assert summary["before"] != summary["after"]
     assert (summary["steps"], summary["tensor_model_parallel_size"]) == (3, 2)
     assert summary["seconds"] > 0
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (output / "report.html").read_text()
     for words in ("Proxy reward", "Gold reward", "Energy loss", "KL", "=&gt;"):  # the last: a prompt's separator
         assert words in report
