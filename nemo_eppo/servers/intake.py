@@ -23,6 +23,7 @@ from nemo_eppo.servers.protocol import (
     Endpoint,
     Limits,
     RequestError,
+    ServerEnding,
     ServiceError,
     json_array,
 )
@@ -82,7 +83,7 @@ class Intake:
     def _close(self) -> None:
         self._closed.set()
         if self._current and not self._current.result.done():
-            self._current.result.set_exception(ServiceError(f"{self._current.endpoint} ended the server; see its log"))
+            self._current.result.set_exception(ServerEnding(f"{self._current.endpoint} ended the server; see its log"))
         self._turn_away("the server is stopping")
 
     def _restart(self) -> None:
@@ -98,7 +99,7 @@ class Intake:
     def _turn_away(self, why: str) -> None:
         """Answer all waiting requests with an error, because Triton ends only after them."""
         while not self._waiting.empty():
-            self._waiting.get().result.set_exception(ServiceError(why))
+            self._waiting.get().result.set_exception(ServerEnding(why))
 
     def _answer(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return a request's outputs, or `error`. Every endpoint calls it in a thread of its own."""
@@ -110,7 +111,7 @@ class Intake:
             request = Request(name, endpoint.decode(arrays))
             self._waiting.put(request)
             if self._closed.is_set():  # after `put`, so that `_close` cannot miss both
-                raise ServiceError("the server is stopping")
+                raise ServerEnding("the server is stopping")
             return endpoint.answer(request.result.result())
         except ServiceError as error:
             return {"error": json_array(error.payload())}

@@ -31,6 +31,12 @@ class ServiceError(RunError):
         return {"field": self.field, "value": self.value, "expected": self.expected, "message": str(self)}
 
 
+class ServerEnding(ServiceError):
+    """The server ends, and what it was asked is lost: to its clients it is a server that does not answer."""
+
+    field = "server"
+
+
 class RequestError(ServiceError):
     """A field of a request is wrong; the message has the field, its value and what was expected."""
 

@@ -14,7 +14,15 @@ import torch
 from pydantic import AfterValidator, Field
 
 from nemo_eppo.config import Config
-from nemo_eppo.servers.protocol import PROTOCOL_VERSION, STATUS, Arrays, Endpoint, RequestError, check_arrays
+from nemo_eppo.servers.protocol import (
+    PROTOCOL_VERSION,
+    STATUS,
+    Arrays,
+    Endpoint,
+    RequestError,
+    ServerEnding,
+    check_arrays,
+)
 from nemo_eppo.servers.transport import ServerError, Transport
 
 logger = logging.getLogger(__name__)
@@ -221,7 +229,8 @@ class ServerClient:
             except ServerUnavailable:
                 raise
             except ServerError as error:
-                if error.field == "step":  # it has been started anew, and its last updates are lost
+                # it ends, or has been started anew and its last updates are lost
+                if error.field in (ServerEnding.field, "step"):
                     raise self._unavailable(what, error) from None
                 raise self._failed(what, error) from None
             except RequestError as error:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from distributed import free_port
 
 from nemo_eppo.servers.protocol import Array, Arrays, Endpoint, Limits, RequestError, StepRule
 from nemo_eppo.servers.server import serve
-from nemo_eppo.servers.server_client import ClientConfig, ServerClient
+from nemo_eppo.servers.server_client import ClientConfig, ServerClient, ServerUnavailable
 from nemo_eppo.servers.service import ServerConfig, Tensors
 from nemo_eppo.servers.transport import ServerError
 
@@ -35,6 +36,7 @@ TABLE = {
         check=positive,
     ),
     "count": Endpoint({"by": Array(np.int64, ("1",), torch.int64)}, reply="total", reply_type=int, step=StepRule.NEXT),
+    "break": Endpoint({}, reply="total", reply_type=int, step=StepRule.ANY),
 }
 
 
@@ -43,7 +45,7 @@ class Scales:
 
     def __init__(self) -> None:
         self.step, self.total = 0, 0
-        self.endpoints = {"weigh": self.weigh, "count": self.count}
+        self.endpoints = {"weigh": self.weigh, "count": self.count, "break": self.break_down}
 
     def weigh(self, request: Tensors) -> Tensors:
         return {"shares": request["weights"][:, None] * request["kept"]}
@@ -51,6 +53,9 @@ class Scales:
     def count(self, request: Tensors) -> int:
         self.step, self.total = self.step + 1, self.total + int(request["by"])
         return self.total
+
+    def break_down(self, request: Tensors) -> int:
+        return self.total // 0
 
     def status(self) -> dict[str, Any]:
         return {}
@@ -61,7 +66,7 @@ class ScalesClient(ServerClient):
 
 
 def ask(ready: Path, found: list[Any]) -> None:
-    """Ask everything of a server once it is ready, then end it."""
+    """Ask everything of a server once it is ready; the last request ends it."""
     try:
         while not ready.exists():
             time.sleep(0.05)
@@ -78,15 +83,23 @@ def ask(ready: Path, found: list[Any]) -> None:
                     client.call(name, itemgetter("none"), **wrong).result()
                 except ServerError as error:
                     found.append(str(error))
-    finally:
+            try:
+                client.call("break", itemgetter("total"), step=torch.tensor([1])).result()
+            except ServerUnavailable as error:  # as if it had been killed
+                found.append(str(error))
+    except BaseException:
         os.kill(os.getpid(), signal.SIGTERM)
+        raise
 
 
 def served(ready: Path, port: int) -> list[Any]:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     found: list[Any] = []
-    threading.Thread(target=ask, args=(ready, found)).start()
-    serve(Scales(), TABLE, ServerConfig(max_batch_size=2, ready_file=ready), group=dist.new_group())
+    asking = threading.Thread(target=ask, args=(ready, found))
+    asking.start()
+    with suppress(ZeroDivisionError):
+        serve(Scales(), TABLE, ServerConfig(max_batch_size=2, ready_file=ready), group=dist.new_group())
+    asking.join()
     return found
 
 
@@ -99,9 +112,10 @@ def test_endpoints_of_any_table_are_served_checked_and_asked(tmp_path: Path) -> 
     shares, totals, *wrong = json.loads((tmp_path / "found.json").read_text())
     np.testing.assert_array_equal(shares, [[1, 0], [0, 2], [0, 0], [4, 0], [0, 5]])
     assert totals == [7, 7]
-    field, step = wrong
+    field, step, broken = wrong
     assert "weights = -2.0, expected numbers > 0" in field, "of the first request, which is of two rows"
     assert "step = 3, expected 2: the last applied update is 1" in step
+    assert "unavailable for break (step 1): break ended the server; see its log" in broken
 
 
 if __name__ == "__main__":

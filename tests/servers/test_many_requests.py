@@ -77,7 +77,7 @@ def endless_lengths(request: Any, random: Random) -> None:
 
 
 def other_endpoint(request: Any, random: Random) -> None:
-    request.model_name = random.choice(["", "x" * 5000, "../critic_infer", "critic_infer\0", "Critic_infer"])
+    request.model_name = random.choice(["", "x" * 5000, "../critic_infer", "Critic_infer"])
 
 
 def other_version(request: Any, random: Random) -> None:
