@@ -51,7 +51,7 @@ def _worker(rank: int, world_size: int, port: int, pipe: Any, fn: Callable[..., 
         os._exit(0)  # no atexit hooks inherited from the parent
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
     """Call `fn(*args)` on `world_size` forked ranks and return their results by rank; the first failure is raised."""
     context = multiprocessing.get_context("fork")
     port = free_port()

@@ -83,9 +83,10 @@ class Job:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def wait(self, seconds: float) -> int:
-        return self.process.wait(seconds)
+        """Exit status; a job that takes three times as long as it should on an idle machine is stuck."""
+        return self.process.wait(3 * seconds)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Until `condition()`; fails with the log's tail if the job ends before."""
         for _ in range(int(seconds / 0.2)):
             if condition():

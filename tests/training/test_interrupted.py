@@ -174,6 +174,7 @@ def test_scores_of_a_rollout_file_are_what_the_run_recorded(whole: Runs, tmp_pat
         assert found["logprob"] - under_reference["logprob"] == pytest.approx(row["kl/policy_reference"], abs=1e-4)
 
 
+@pytest.mark.slow  # tests/megatron/test_resume.py shows it of one model
 def test_a_run_goes_on_in_another_layout(whole: Runs, tmp_path: Path) -> None:
     runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
     for steps, actor_layout, critic_layout in ((1, TP2, PP2), (2, {}, TP2)):

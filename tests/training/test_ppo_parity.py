@@ -23,7 +23,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 PACKED = 70  # tokens per micro-batch: two to four rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SHOWN_TWICE = ("tp2", "tp2_sp")  # packed, and padded in other layouts
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SHOWN_TWICE)) for name in LAYOUTS]
+)
 def test_three_steps_match_the_reference(layout: str, models: Models, reward_url: str, tmp_path: Path) -> None:
     reference, parallel = models.reference, LAYOUTS[layout]
     adam, port = {"weight_decay": reference.weight_decay, "eps": reference.adam_eps}, free_port()
