@@ -49,7 +49,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("case", ["bradley_terry_on_tp2", "inform_on_one_rank"])
+@pytest.mark.parametrize("case", ["bradley_terry_on_tp2", pytest.param("inform_on_one_rank", marks=pytest.mark.slow)])
 def test_three_steps_are_those_over_the_wire(
     case: str, models: Models, trained: dict[str, Path], tmp_path: Path
 ) -> None:
