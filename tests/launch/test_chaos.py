@@ -53,7 +53,8 @@ def of_job(launch: psutil.Process, script: str, name: str, number: int) -> psuti
     """One of the processes called `name` of the job with this script, from the job's first process downwards."""
     for child in launch.children():
         if child.status() != psutil.STATUS_ZOMBIE and script in " ".join(child.cmdline()):
-            found = [p for p in [child, *child.children(recursive=True)] if name in " ".join([p.name(), *p.cmdline()])]
+            alive = [p for p in child.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+            found = [p for p in [child, *alive] if name in " ".join([p.name(), *p.cmdline()])]
             return found[number]
     raise AssertionError(f"{script} is not running")
 
