@@ -185,12 +185,12 @@ def read_scores(
     energies = _column(before, old, "energy_loss"), _column(after, new, "energy_loss")
     signs = signs_of_rows(responses.after, responses.after) if responses else {}
     signs[LENGTH] = _column(after, new, "num_tokens")
-    if before_on_after is None and _same_responses(before, after):
-        before_on_after = before
-    elif before_on_after is not None:
-        signs[SAME_RESPONSE_RISE] = energies[1] - _column(before_on_after, _scores(before_on_after), "energy_loss")
     if before_on_after is not None:
-        signs[KL] = _column(after, new, "logprob") - _column(before_on_after, _scores(before_on_after), "logprob")
+        reread = _scores(before_on_after)
+        signs[SAME_RESPONSE_RISE] = energies[1] - _column(before_on_after, reread, "energy_loss")
+        signs[KL] = _column(after, new, "logprob") - _column(before_on_after, reread, "logprob")
+    elif _same_responses(before, after):
+        signs[KL] = _column(after, new, "logprob") - _column(before, old, "logprob")
     sweeps = _sweep(before, old), _sweep(after, new)
     sweep = {preset: (layers, sweeps[1][preset]) for preset, layers in sweeps[0].items() if preset in sweeps[1]}
     for first, second in sweep.values():

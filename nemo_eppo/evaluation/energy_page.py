@@ -16,7 +16,7 @@ from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart
 from nemo_eppo.observability.pictures import histogram, lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_page import figure, page, sample_card, section
 from nemo_eppo.observability.report_tables import table
 
 _SHOWN = 12  # samples on the page
@@ -44,7 +44,8 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
         names: what the page says was compared, before and after.
     """
     rise = bootstrap_mean(energies.after - energies.before, seed=0)
-    groups = _groups(energies)
+    groups, samples = _groups(energies), _samples(energies)
+    means = {name: bootstrap_mean(values, seed=0) for name, values in groups.items()}
     detectors: Sequence[Detector] = ()
     if energies.hacked is not None:
         own = {ENERGY: energies.after, RISE: energies.after - energies.before}
@@ -53,7 +54,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     share_risen = float((energies.after > energies.before).mean())
     report = {
         "samples": len(energies.after),
-        "groups": {name: _summary(values) for name, values in groups.items()},
+        "groups": {name: _summary(values, means[name]) for name, values in groups.items()},
         "rise": rise._asdict(),
         "share_risen": share_risen,
         "detection": {detector.sign: _json(detector) for detector in detectors},
@@ -65,13 +66,13 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     curves, measure = _curves(sweep)
     if curves:
         write_picture(output / "sweep.png", [lines(curves, "layer", measure, "Every layer, every preset")])
-    write_atomically(output / "samples.jsonl", "".join(map(json_line, _samples(energies))))
+    write_atomically(output / "samples.jsonl", "".join(map(json_line, samples)))
     write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     body = [
         "<h1>Energy loss before and after RLHF</h1>",
         f'<p class="soft">{len(energies.after):,} prompts; {" against ".join(map(html.escape, names))}</p>',
         f'<p class="lead">{_verdict(share_risen, rise, detectors)}</p>',
-        table(["", "Mean", "Deviation"], list(_group_rows(groups)), "groups"),
+        table(["", "Mean", "Deviation"], _group_rows(groups, means), "groups"),
         section(
             "Energy losses of single responses",
             "What the layer takes away from the L1 norm of its input, mean over the response's tokens.",
@@ -90,7 +91,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
         body.append(section("Where to read it", "Layers are counted from 0.", [chart]))
         body.append('<p class="soft">The layer that tells most, by high or low values, and the last one.</p>')
         body.append(_best_table(sweep))
-    body.append(_cards(energies))
+    body.append(_cards(energies, samples))
     write_atomically(output / "report.html", page("Energy report", body))
 
 
@@ -183,14 +184,14 @@ def _text(estimate: Estimate, digits: int) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _summary(values: Floats) -> dict[str, Any]:
-    return {"responses": len(values), "mean": bootstrap_mean(values, seed=0)._asdict(), "std": float(values.std())}
+def _summary(values: Floats, mean: Estimate) -> dict[str, Any]:
+    return {"responses": len(values), "mean": mean._asdict(), "std": float(values.std())}
 
 
-def _group_rows(groups: Mapping[str, Floats]) -> Sequence[Sequence[str]]:
-    rows = []
+def _group_rows(groups: Mapping[str, Floats], means: Mapping[str, Estimate]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
     for name, values in groups.items():
-        mean = bootstrap_mean(values, seed=0)
+        mean = means[name]
         cell = f"{mean.value:.4f}<small>{mean.low:.4f} to {mean.high:.4f}</small>"
         rows.append((f"{name}<small>{len(values):,} responses</small>", cell, f"{values.std():.4f}"))
     return rows
@@ -216,13 +217,13 @@ def _samples(energies: Energies) -> Sequence[dict[str, Any]]:
     return rows
 
 
-def _cards(energies: Energies) -> str:
+def _cards(energies: Energies, samples: Sequence[Mapping[str, Any]]) -> str:
     """The samples whose energy loss rose most, with their texts if there are any."""
     most = np.argsort(energies.before - energies.after, kind="stable")[:_SHOWN]
     cards = ["<h2>Largest rise in energy loss</h2>", '<p class="soft">All samples are in samples.jsonl.</p>']
     if energies.texts is None:
         cells = []
-        for row in (_samples(energies)[number] for number in most):
+        for row in (samples[number] for number in most):
             cells.append([str(row["index"]), *(f"{row[name]:.4f}" for name in ("before", "after", "rise"))])
             if "hacking" in row:
                 cells[-1].append("hacking" if row["hacking"] else "normal")
@@ -233,15 +234,9 @@ def _cards(energies: Energies) -> str:
         if energies.hacked is not None:
             label = ", hacking" if energies.hacked[number] else ", normal"
         before, after = f"{energies.before[number]:.4f}", f"{energies.after[number]:.4f}{label}"
-        responses = [(GRAY, f"SFT: {before}", text.before), (_RLHF, f"RLHF: {after}", text.after)]
+        sample = f"Sample {energies.index[number]}, "
+        responses = [(GRAY, f"{sample}SFT: {before}", text.before), (_RLHF, f"RLHF: {after}", text.after)]
         if text.before == text.after:
-            responses = [(_RLHF, f"SFT: {before}, RLHF: {after}", text.after)]
-        sides = "".join(
-            f'<div style="border-color:{color}"><p class="facts">{facts}</p>'
-            f'<div class="text">{html.escape(response)}</div></div>'
-            for color, facts, response in responses
-        )
-        prompt = html.escape(text.prompt)
-        head = f'<p class="facts">Sample {energies.index[number]}</p><div class="text prompt">{prompt}</div>'
-        cards.append(f'<div class="card sample">{head}<div class="pair">{sides}</div></div>')
+            responses = [(_RLHF, f"{sample}SFT: {before}, RLHF: {after}", text.after)]
+        cards.append(sample_card(text.prompt, responses))
     return "\n".join(cards)

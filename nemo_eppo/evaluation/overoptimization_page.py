@@ -1,7 +1,6 @@
 """The results of an over-optimisation bench: results.json, report.html, curves.png and a table for the terminal."""
 
 import html
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from nemo_eppo.evaluation.overoptimization import Curves, compare
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.pictures import lines, write_picture
 from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _PLAIN, _OURS = "ppo", "eppo"
 _COLUMNS = {  # measure -> heading
@@ -41,7 +39,7 @@ def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Ma
     }
     results = {"about": dict(about), **found, "curves": curves}
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-    order = sorted(runs, key=lambda method: -found["methods"][method]["final"]["value"])
+    order = _order(found)
     of_seeds = {method: [runs[method][seed] for seed in found["seeds"]] for method in order}
     write_atomically(out / "report.html", page("Over-optimisation", _body(found, order, of_seeds, about)))
     best = [method for method in order if method not in (_PLAIN, _OURS)][:_PER_CHART]
@@ -53,13 +51,13 @@ def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Ma
             for name in ("gold", "proxy")
         ],
     )
-    return _table(found, order)
+    return text_table(verdict(found), _rows(found, order), width=160)
 
 
 def verdict(found: Mapping[str, Any]) -> str:
     """Say in a sentence how EPPO did on the primary measure."""
     methods = found["methods"]
-    order = sorted(methods, key=lambda method: -methods[method]["final"]["value"])
+    order = _order(found)
     place, own = order.index(_OURS) + 1, methods[_OURS]["final"]
     less = own["less"][_PLAIN]
     against = "no clear difference" if less["low"] <= 0 <= less["high"] else "more" if less["low"] > 0 else "less"
@@ -71,14 +69,16 @@ def verdict(found: Mapping[str, Any]) -> str:
     )
 
 
+def _order(found: Mapping[str, Any]) -> list[str]:
+    """Methods from the highest gold reward at the last step down."""
+    methods = found["methods"]
+    return sorted(methods, key=lambda method: -methods[method]["final"]["value"])
+
+
 def _body(
     found: Mapping[str, Any], order: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], about: Mapping[str, Any]
 ) -> list[str]:
     facts = ", ".join(f"{name} {value}" for name, value in about.items())
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(found, method)) + "</tr>" for method in order
-    )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *_COLUMNS.values()))
     others = [method for method in order if method not in (_PLAIN, _OURS)]
     groups = [others[start : start + _PER_CHART] for start in range(0, len(others), _PER_CHART)] or [[]]
     figures = []
@@ -97,9 +97,13 @@ def _body(
         f'<p class="soft">{html.escape(facts)}; reward-model seeds {", ".join(map(str, found["seeds"]))}</p>',
         "<h2>All methods</h2>",
         '<p class="soft">Means over seeds, with 95% intervals by bootstrap over seeds.</p>',
-        f'<div class="card scroll"><table><tr>{head}</tr>{rows}</table></div>',
+        plain_table(_rows(found, order)),
         section("Curves", "Means over seeds, with 95% bands.", figures),
     ]
+
+
+def _rows(found: Mapping[str, Any], order: Sequence[str]) -> list[list[str]]:
+    return [["", *_COLUMNS.values()], *(_row(found, method) for method in order)]
 
 
 def _row(found: Mapping[str, Any], method: str) -> list[str]:
@@ -118,17 +122,6 @@ def _row(found: Mapping[str, Any], method: str) -> list[str]:
 
 def _interval(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-
-
-def _table(found: Mapping[str, Any], order: Sequence[str]) -> str:
-    table = Table(title=verdict(found), title_justify="left")
-    for column in ("", *_COLUMNS.values()):
-        table.add_column(column, justify="right" if column else "left")
-    for method in order:
-        table.add_row(*_row(found, method))
-    text = io.StringIO()
-    Console(file=text, width=160).print(table)
-    return text.getvalue()
 
 
 def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:

@@ -59,8 +59,9 @@ def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
     Returns:
         the table of what the runs ended with, for the terminal.
     """
-    write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(_read(directories)))))
-    return summarise_runs(directories, out / "comparison")
+    runs = _read(directories)
+    write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(runs))))
+    return _summarise(runs, out / "comparison")
 
 
 def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
@@ -69,9 +70,12 @@ def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
     Returns:
         the table of what the runs ended with, for the terminal.
     """
+    return _summarise(_read(directories), stem)
+
+
+def _summarise(runs: Mapping[str, _Run], stem: Path) -> str:
     from nemo_eppo.observability.pictures import lines, write_picture  # a second of import
 
-    runs = _read(directories)
     differ = _differing(runs)
     found = {
         name: {

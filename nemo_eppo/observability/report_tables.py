@@ -89,8 +89,8 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
     return table(head, body, "plain")
 
 
-def text_table(title: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as text for the terminal; the first row is its head."""
+def text_table(title: str, rows: Sequence[Sequence[str]], width: int = 120) -> str:
+    """Return a table as text for a terminal of `width` columns; the first row is its head."""
     (first, *others), *body = rows
     shown = Table(title=title, title_justify="left")
     shown.add_column(first)
@@ -99,7 +99,7 @@ def text_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     for row in body:
         shown.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=120).print(shown)
+    Console(file=text, width=width).print(shown)
     return text.getvalue()
 
 
