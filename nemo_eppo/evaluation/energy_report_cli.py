@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
 
 _SOURCES = {  # arguments that go together
     "models": ("before", "after", "data"),
     "scores": ("before_scores", "after_scores"),
     "table": ("table",),
 }
-_OF_MODELS = ("before", "after", "data", "before_data", "preset", "layer", "chat_template", "precision", "batch_size")
 
 
 def add_energy_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -87,8 +86,8 @@ def _of_models(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.energy_report import EnergyReportConfig, EnergyScoring
 
     end_with_torchrun()
-    values = {name: getattr(arguments, name) for name in (*_OF_MODELS, "labels", "output")}
-    job = EnergyScoring(load_config(EnergyReportConfig, values | {"parallel": layout(arguments)}))
+    names = ("before", "after", "data", "before_data", "preset", "layer", "chat_template", "labels", "output")
+    job = EnergyScoring(load_config(EnergyReportConfig, model_settings(arguments, *names)))
     if run_on_ranks(arguments, job.run):
         write_energy_report(job.energies(), arguments.output, (str(arguments.before), str(arguments.after)))
         print(f"wrote {arguments.output / 'report.html'}")

@@ -12,8 +12,8 @@ from nemo_eppo.evaluation.evaluation_page import write_page
 from nemo_eppo.evaluation.evaluation_results import join_rows, results_of, write_results
 from nemo_eppo.evaluation.generate import GenerateConfig, Generating
 from nemo_eppo.evaluation.responses import Response, read_responses
-from nemo_eppo.evaluation.reward_scoring import RewardScoring
-from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.evaluation.reward_scoring import RewardScoring, check_fits
+from nemo_eppo.evaluation.rows_file import RowsFile, parts_folder
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.evaluation.source_scoring import SourceScoring, sample_of
 from nemo_eppo.files import sha256
@@ -26,8 +26,6 @@ from nemo_eppo.rollout.sampling import SamplingParams
 from nemo_eppo.training.setup import ModelSetup, Plan, plan
 
 logger = logging.getLogger(__name__)
-
-_PARTS = "parts"  # folder in the output directory with the rows of each phase, which a resumed evaluation goes on with
 
 
 class EvaluateConfig(Config):
@@ -88,9 +86,7 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        self.config, self._parts = config, config.output / _PARTS
-        if config.output.exists() and not self._parts.is_dir() and not _is_empty(config.output):
-            raise ConfigError(f"--output: {config.output} holds something else than an evaluation; choose another")
+        self.config, self._parts = config, parts_folder(config.output, "an evaluation")
         names = {f"proxy_{number}": name for number, name in enumerate(config.proxies, start=1)}
         names |= {"gold": config.gold} if config.gold is not None else {}
         options = {key: f"--{key.partition('_')[0]}" for key in names}
@@ -110,7 +106,7 @@ class Evaluation:
         for model in models.values():
             model.check_fits(owner.tokenizer, self._longest, f"{owner.setup.restore_from_path}")
         if reference is not None:
-            self._check_reference(reference)
+            check_fits(reference, "--reference", owner.tokenizer, self._longest, f"{config.model}")
         self._scorers = [
             (key, scorer, RowsFile(self._parts / f"{key}.jsonl", "evaluate", scorer.identity | depends_on))
             for key, scorer in scorers.items()
@@ -144,16 +140,6 @@ class Evaluation:
     def _read(self) -> list[Response]:
         model, rendered = self._owner.model, self.config.responses is not None and self.config.chat_template
         return read_responses(self._file, self._owner.tokenizer, model.vocab_size, model.max_sequence_length, rendered)
-
-    def _check_reference(self, reference: Plan) -> None:
-        path, window = reference.setup.restore_from_path, reference.model.max_sequence_length
-        if reference.tokenizer.digest() != self._owner.tokenizer.digest():
-            raise ConfigError(f"--reference: {path} has another tokenizer than {self.config.model}")
-        if window < self._longest:
-            raise ConfigError(
-                f"--reference: {path} has a window of {window} tokens; expected at least {self._longest}, the longest "
-                "prompt and response together"
-            )
 
     def run(self) -> None:
         """Join the ranks, compute what is missing, and write results and report; collective."""
@@ -200,7 +186,3 @@ class Evaluation:
         settings = config.model_dump(mode="json", exclude={"output", "certificates"})
         write_results(config.output, results, settings)
         write_page(config.output, results, settings)
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

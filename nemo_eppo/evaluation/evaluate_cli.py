@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.evaluation.generate_cli import add_sampling_arguments, sampling
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,9 +58,8 @@ def _evaluate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
                 raise ConfigError(f"--{name.replace('_', '-')}: says how --prompts are answered, not --responses")
     end_with_torchrun()
     names = ["model", "prompts", "responses", "output", "reference", "gold", "certificates", "samples_per_prompt"]
-    names += ["chat_template", "seed", "precision", "batch_size"]
-    settings = {name: getattr(arguments, name) for name in names}
-    settings |= {"proxies": arguments.proxy or (), "sampling": sampling(arguments), "parallel": layout(arguments)}
+    settings = model_settings(arguments, *names, "chat_template", "seed")
+    settings |= {"proxies": arguments.proxy or (), "sampling": sampling(arguments)}
     job = Evaluation(load_config(EvaluateConfig, settings))
     if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output / 'report.html'}")

@@ -133,8 +133,10 @@ def results_of(rows: list[Row], seed: int) -> Results:
     fewest = min(map(len, answers))
     curves = {}
     if "proxy_rewards" in rows[0] and fewest > 1:
-        for name in _choices([0.0] * len(rows[0]["proxy_rewards"])):
-            curves[name] = _selection(name, answers, subset_sizes(fewest), seed)
+        scores = np.array([row["proxy_rewards"] for of_one in answers for row in of_one])
+        ends = np.cumsum([len(of_one) for of_one in answers])[:-1]
+        for name, values in _choices(scores).items():
+            curves[name] = _selection(np.split(values, ends), answers, subset_sizes(fewest), seed)
     return Results(rows, len(answers), means, curves)
 
 
@@ -145,20 +147,21 @@ def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
     return list(answers.values())
 
 
-def _choices(scores: Sequence[float]) -> dict[str, float]:
-    """Return all proxy rewards that can choose among answers, from the scores of all proxies, by name."""
-    if len(scores) == 1:
-        return {"proxy": scores[0]}
-    found = {f"proxy {number}": score for number, score in enumerate(scores, start=1)}
-    several = torch.tensor([scores], dtype=torch.float64)
+def _choices(scores: Floats) -> dict[str, Floats]:
+    """Return all proxy rewards [N] that can choose among answers, by name, from the scores [N, proxies]."""
+    if scores.shape[1] == 1:
+        return {"proxy": scores[:, 0]}
+    found = {f"proxy {number}": column for number, column in enumerate(scores.T, start=1)}
     how: Any
     for how in ("mean", "wco", "uwo"):
-        found[how] = combine_scores(several, how, _UWO_LAMBDA).item()
+        found[how] = combine_scores(torch.from_numpy(scores), how, _UWO_LAMBDA).numpy()
     return found
 
 
-def _selection(name: str, answers: Sequence[Sequence[Row]], sizes: list[int], seed: int) -> Selection:
-    chosen_by = [np.array([[_choices(row["proxy_rewards"])[name] for row in of_one]]) for of_one in answers]
+def _selection(
+    proxy_rewards: Sequence[Floats], answers: Sequence[Sequence[Row]], sizes: list[int], seed: int
+) -> Selection:
+    chosen_by = [values[None] for values in proxy_rewards]
     kl = best_of_n_kl(sizes)
 
     def curve(read: Sequence[Floats]) -> tuple[list[float], GaoFit | None]:

@@ -13,6 +13,7 @@ from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.prompts import read_prompts
+from nemo_eppo.evaluation.responses import require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
 from nemo_eppo.files import sha256
@@ -120,8 +121,8 @@ class Generating:
     def __init__(self, config: GenerateConfig) -> None:
         self.config, self.generator = config, Generator(config)
         tokenizer = self.generator.tokenizer
-        if config.chat_template and tokenizer.chat_template is None:
-            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        if config.chat_template:
+            require_chat_template(tokenizer, config.model)
         vocab_size, longest = self.generator.model.vocab_size, self.generator.longest_prompt
         self.prompts = read_prompts(config.prompts, tokenizer, vocab_size, longest, config.chat_template)
         self.longest = max(len(prompt.token_ids) for prompt in self.prompts) + config.sampling.max_new_tokens

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
 
 
 def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -81,9 +81,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not arguments.interactive and None in files:
         raise ConfigError("--prompts and --output are required, or --interactive")
     end_with_torchrun()
-    names = ("model", "seed", "precision", "batch_size")
-    settings = {name: getattr(arguments, name) for name in names}
-    settings |= {"sampling": sampling(arguments), "parallel": layout(arguments)}
+    settings = model_settings(arguments, "model", "seed") | {"sampling": sampling(arguments)}
     if arguments.interactive:
         _talk(arguments, settings)
         return

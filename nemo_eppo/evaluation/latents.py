@@ -1,6 +1,5 @@
 """`nemo-eppo latents`: where an InfoRM reward model sees a policy's responses, beside those of the SFT model."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,15 +8,15 @@ from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.evaluation.latents_page import Latents, write_latents
-from nemo_eppo.evaluation.responses import Response, read_responses
+from nemo_eppo.evaluation.responses import Response, read_responses, require_chat_template
 from nemo_eppo.evaluation.reward_scoring import RewardScoring
-from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.evaluation.rows_file import RowsFile, parts_folder
+from nemo_eppo.evaluation.source_scoring import sample_of
 from nemo_eppo.files import sha256
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.models.model_config import Precision
 from nemo_eppo.monitor.indicators import NEIGHBOURS
-
-_PARTS = "parts"  # folder in the output directory with the rows that a resumed command goes on with
+from nemo_eppo.observability.recorder import read_rows
 
 
 class LatentsConfig(Config):
@@ -67,20 +66,14 @@ class LatentReading:
         if not scoring.statistics["latent_size"]:
             kind = scoring.statistics["kind"]
             raise ConfigError(f"--model: {config.model} is of kind {kind!r} and has no latents; expected 'inform'")
-        if config.chat_template and scoring.tokenizer.chat_template is None:
-            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        if config.chat_template:
+            require_chat_template(scoring.tokenizer, config.model)
         self._rows = {name: self._read(path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))}
         if len(self._rows["sft"]) <= NEIGHBOURS:
             raise ConfigError(
                 f"--sft: {config.sft} has {len(self._rows['sft'])} rows; expected at least {NEIGHBOURS + 1}"
             )
-        parts = config.output / _PARTS
-        if (
-            config.output.exists()
-            and not parts.is_dir()
-            and (not config.output.is_dir() or any(config.output.iterdir()))
-        ):
-            raise ConfigError(f"--output: {config.output} holds something else; choose another")
+        parts = parts_folder(config.output, "latents")
         parts.mkdir(parents=True, exist_ok=True)
         self._files = {
             name: self._file(parts, name, path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))
@@ -109,14 +102,8 @@ class LatentReading:
         return RowsFile(parts / f"{name}.jsonl", "latents", settings)
 
     def _latents(self, name: str) -> Latents:
-        found = [json.loads(line) for line in (self._files[name].path).read_text().splitlines()]
-        decode = self._scoring.tokenizer.decode
-        texts = [
-            (
-                row.row.get("prompt") or decode(row.prompt.tolist()),
-                row.row.get("response") or decode(row.response.tolist()),
-            )
-            for row in self._rows[name]
-        ]
+        found = read_rows(self._files[name].path)
+        samples = [sample_of(row, self._scoring.tokenizer) for row in self._rows[name]]
+        texts = [(sample.prompt, sample.response) for sample in samples]
         latents: Tensor = torch.tensor([row["latents"] for row in found], dtype=torch.float64)
         return Latents(latents, [row["reward"] for row in found], [row.line for row in self._rows[name]], texts)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
 
 
 def add_latents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,18 +47,7 @@ def _latents(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.latents import LatentReading, LatentsConfig
 
     end_with_torchrun()
-    names = (
-        "model",
-        "sft",
-        "rlhf",
-        "output",
-        "alpha",
-        "perplexity",
-        "chat_template",
-        "precision",
-        "batch_size",
-    )
-    settings = {name: getattr(arguments, name) for name in names}
-    job = LatentReading(load_config(LatentsConfig, settings | {"parallel": layout(arguments)}))
+    names = ("model", "sft", "rlhf", "output", "alpha", "perplexity", "chat_template")
+    job = LatentReading(load_config(LatentsConfig, model_settings(arguments, *names)))
     if run_on_ranks(arguments, job.run):
         print(f"{job.write()}wrote {arguments.output}/report.html")

@@ -15,9 +15,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, per_pass: str = "row
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="number of pipeline-parallel processes")
 
 
-def layout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return --tp and --pp as settings of `ParallelConfig`."""
-    return {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
+def model_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return these arguments, and those of `add_model_arguments`, as settings of a command that runs a model."""
+    settings = {name: getattr(arguments, name) for name in (*names, "precision", "batch_size")}
+    layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
+    return settings | {"parallel": layout}
 
 
 def run_on_ranks(arguments: argparse.Namespace, run: Callable[[], None]) -> bool:

@@ -27,6 +27,12 @@ class Response(NamedTuple):
     """From 1."""
 
 
+def require_chat_template(tokenizer: Tokenizer, model: Path) -> None:
+    """Raise ConfigError if --chat-template was given for a model whose tokenizer has no template."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"--chat-template: the tokenizer of {model} has none")
+
+
 class _Given(NamedTuple):
     """What a line of the data says."""
 

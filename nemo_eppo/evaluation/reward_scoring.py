@@ -88,13 +88,7 @@ class RewardScoring:
             tokenizer: what their token ids belong to.
             longest: tokens of the longest prompt and response together.
         """
-        if tokenizer.digest() != self.tokenizer.digest():
-            raise ConfigError(f"{self._where}: {self._path} has another tokenizer than {of}")
-        if longest > self.max_sequence_length:
-            raise ConfigError(
-                f"{self._where}: {self._path} has a window of {self.max_sequence_length} tokens; expected at least "
-                f"{longest}, the longest prompt and response together"
-            )
+        check_fits(self.plan, self._where, tokenizer, longest, of)
 
     def score(self, rows: Sequence[Response]) -> Rewards:
         """Score responses: raw rewards [N, 1], and latents [N, d] (d = 0 unless the model is an InfoRM); collective.
@@ -152,3 +146,22 @@ def reward_lines(found: Rewards, mean: float, std: float) -> list[str]:
         json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
         for reward, latent in zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
     ]
+
+
+def check_fits(model: Plan, where: str, tokenizer: Tokenizer, longest: int, of: str) -> None:
+    """Raise ConfigError if a model cannot read responses of another one.
+
+    Args:
+        where: the option that names the model, for messages.
+        tokenizer: what the responses' token ids belong to.
+        longest: tokens of the longest prompt and response together.
+        of: names the other model.
+    """
+    path, window = model.setup.restore_from_path, model.model.max_sequence_length
+    if model.tokenizer.digest() != tokenizer.digest():
+        raise ConfigError(f"{where}: {path} has another tokenizer than {of}")
+    if window < longest:
+        raise ConfigError(
+            f"{where}: {path} has a window of {window} tokens; expected at least {longest}, the longest prompt and "
+            "response together"
+        )

@@ -9,6 +9,18 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_atomically
 
 
+def parts_folder(output: Path, what: str) -> Path:
+    """Return the folder in a command's output directory that holds the rows of each phase, which it goes on with.
+
+    Raises:
+        ConfigError: the directory holds something else than `what`.
+    """
+    parts = output / "parts"
+    if output.exists() and not parts.is_dir() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: {output} holds something else than {what}; choose another")
+    return parts
+
+
 class RowsFile:
     """The output of a command; beside it lie the settings that its rows belong to.
 

@@ -12,7 +12,7 @@ from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
-from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses
+from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses, require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
 from nemo_eppo.megatron import runtime
@@ -81,8 +81,8 @@ class Scoring:
         every = tuple(range(self.plan.model.num_layers))
         sweep = readable_presets() if config.sweep else ()
         self._probes = [one, *(EnergyProbeConfig(preset=preset, layers=every) for preset in sweep)]
-        if config.chat_template and self.plan.tokenizer.chat_template is None:
-            raise ConfigError(f"--chat-template: the tokenizer of {config.model} has none")
+        if config.chat_template:
+            require_chat_template(self.plan.tokenizer, config.model)
         model = self.plan.model
         self.rows = read_responses(
             config.data,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, layout, run_on_ranks
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
 
 
 def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,9 +55,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 
     end_with_torchrun()
-    names = ("model", "data", "output", "preset", "layer", "sweep", "chat_template", "precision", "batch_size")
-    job = Scoring(
-        load_config(ScoreConfig, {name: getattr(arguments, name) for name in names} | {"parallel": layout(arguments)})
-    )
+    names = ("model", "data", "output", "preset", "layer", "sweep", "chat_template")
+    job = Scoring(load_config(ScoreConfig, model_settings(arguments, *names)))
     if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output}")
