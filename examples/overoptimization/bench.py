@@ -141,6 +141,8 @@ class Bench:
 
     def _train_rewards(self, seeds: Any, kinds: set[str]) -> None:
         task = self.task
+        labels = [Work(task.labels_of(seed), partial(task.write_labels, seed)) for seed in seeds]
+        run_all("labels", labels, self.workers)
         work = [
             Work(task.rewards(seed, kind), partial(task.train_rewards, seed, kind))
             for seed in seeds

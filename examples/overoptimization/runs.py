@@ -76,6 +76,9 @@ class Task:
     def sft(self) -> Path:
         return self.directory / "sft"
 
+    def labels_of(self, seed: int) -> Path:
+        return self.directory / f"seed_{seed}" / "labels"
+
     def rewards(self, seed: int, kind: str) -> Path:
         return self.directory / f"seed_{seed}" / "rewards" / kind
 
@@ -100,10 +103,13 @@ class Task:
             },
         )  # fmt: skip
 
+    def write_labels(self, seed: int) -> None:
+        """Write labels that only this seed has."""
+        self._write_data(self.labels_of(seed) / "data", seed)
+
     def train_rewards(self, seed: int, kind: str) -> None:
-        """Train reward models of one kind on labels that only this seed has."""
-        data = self.rewards(seed, kind) / "data"
-        self._write_data(data, seed)
+        """Train reward models of one kind on the labels of this seed."""
+        data = self.labels_of(seed) / "data"
         _train(
             ("gpt_reward_model", RewardTrainingConfig, train_reward_model),
             self.rewards(seed, kind),
