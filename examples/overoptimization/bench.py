@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from forks import Work, run_all  # noqa: E402
-from runs import LABELS, SIZES, Effort, Task  # noqa: E402
+from trainings import LABELS, SIZES, Effort, Task  # noqa: E402
 
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
 from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
@@ -100,26 +100,18 @@ class Bench:
     def _choose(self) -> dict[str, float]:
         """Choose a value for every method that has several: the highest gold reward at the last step."""
         tuned = [method for method in self.methods if method.tuned]
-        if any(len(method.values) > 1 for method in tuned):
-            self._train_rewards(TUNING_SEEDS, {method.rewards for method in tuned})
-        trials = [
-            (method, value, seed)
-            for method in tuned
-            for value in method.values
-            for seed in TUNING_SEEDS
-            if len(method.values) > 1
-        ]
-        work = [self._policy(method, seed, {}, value) for method, value, seed in trials]
-        run_all("tuning", work, self.workers)
+        open_ones = [method for method in tuned if len(method.values) > 1]
+        if open_ones:
+            self._train_rewards(TUNING_SEEDS, {method.rewards for method in open_ones})
+        trials = [(method, value, seed) for method in open_ones for value in method.values for seed in TUNING_SEEDS]
+        run_all("tuning", [self._policy(method, seed, {}, value) for method, value, seed in trials], self.workers)
 
         def final(method: Method, value: float) -> float:
             runs = [read_curves(self.task.policy(seed, f"{method.name}={value:g}")) for seed in TUNING_SEEDS]
             return sum(float(run.gold[-1]) for run in runs)
 
-        return {
-            method.name: max(method.values, key=partial(final, method)) if len(method.values) > 1 else method.values[0]
-            for method in tuned
-        }
+        chosen = {method.name: method.values[0] for method in tuned}
+        return chosen | {method.name: max(method.values, key=partial(final, method)) for method in open_ones}
 
     def _accepted(self, wanted: int, candidates: range) -> list[int]:
         """Train reward models and plain PPO on seeds until as many as are wanted count."""
