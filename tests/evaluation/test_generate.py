@@ -23,17 +23,7 @@ from nemo_eppo.evaluation.responses import read_responses
 from nemo_eppo.tools.convert import HfToMegatron
 
 EOS, NEW = 0, 12
-TEMPLATE = "{% for m in messages %}w0 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11 w12", "w13 w14", "w15 w16 w17 w18", "w19 w20"]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save(random_model("Qwen3"), tmp_path_factory.mktemp("generate") / "hf")
-    tokenizer = Tokenizer.from_directory(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save(directory)
-    return directory
 
 
 def ids(text: str) -> list[int]:

@@ -14,23 +14,12 @@ from torch import Tensor
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import WINDOW
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron
 
 EOS = 0
-TEMPLATE = "{% for m in messages %}w0 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save(random_model("Qwen3"), tmp_path_factory.mktemp("score") / "hf")
-    tokenizer = Tokenizer.from_directory(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
