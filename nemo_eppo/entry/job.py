@@ -32,7 +32,8 @@ from nemo_eppo.entry.torchrun import end_with_torchrun
 from nemo_eppo.files import disk_trouble, write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.report_tables import START, VERSIONS
-from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
+from nemo_eppo.observability.run import Run, hold
+from nemo_eppo.settings.run import ExpManagerConfig
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
 _LAST_S = 1.0  # seconds that rank 0 of a run that is not finished leaves the others to end

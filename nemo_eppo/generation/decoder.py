@@ -23,7 +23,7 @@ from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.megatron.specs import FUSED_NORMS
-from nemo_eppo.models.model_config import ACTIVATIONS
+from nemo_eppo.models.numerics import ACTIVATIONS
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig
 
 
 class Engine(Protocol):

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.refit import RefitError, pack
@@ -30,10 +29,9 @@ from nemo_eppo.megatron.collectives import all_or_none
 from nemo_eppo.megatron.runtime import PATIENCE, control_group, world_size
 from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams, TensorRTLLMConfig
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 ResultT = TypeVar("ResultT")
 
@@ -47,26 +45,6 @@ _VERSION = "1.2."  # 1.1 has no AsyncLLM, 1.3 other arguments
 
 class EngineProcessError(RuntimeError):
     """The engine's process failed at a request, or ended."""
-
-
-class TensorRTLLMConfig(Config):
-    """Settings of the TensorRT-LLM engine."""
-
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine, all of one machine. It divides R, the ranks of a replica of the actor, which has
-    R / tensor_parallel_size engines."""
-    free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of the GPU memory left after loading the engine that its KV cache takes."""
-    max_num_tokens: int = Field(8192, ge=1)
-    """Tokens that the engine computes at once."""
-    bucket_megabytes: int = Field(512, ge=1)
-    """Weights are sent in buckets of this many MiB, which a refit needs as extra memory on each GPU."""
-    timeout_minutes: float = Field(60.0, gt=0)
-    """Minutes that the engine's process may take for its start, a bucket of weights, or a rollout."""
-    python: Path | None = None
-    """Python of an environment that has tensorrt_llm; null for the Python of this process."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables to add for the engine's process."""
 
 
 def check_tensorrt_llm(

@@ -21,7 +21,7 @@ from nemo_eppo.launch.products import maker, product, stand_in
 from nemo_eppo.launch.together import examine_together
 
 if TYPE_CHECKING:
-    from nemo_eppo.models.model_config import Head
+    from nemo_eppo.settings.model import Head
     from nemo_eppo.training.setup import Plan
 
 FILES = (*DATA, "reward.inform.sft_responses")

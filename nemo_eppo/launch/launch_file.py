@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
-from nemo_eppo.training.kinds import KINDS, JobKind
+from nemo_eppo.settings.kinds import KINDS, JobKind
 
 
 class JobConfig(Config):

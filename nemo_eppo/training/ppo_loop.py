@@ -22,8 +22,8 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch, step_seed
 from nemo_eppo.servers.client import ServerUnavailable
+from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.recovery import Recovery
 from nemo_eppo.training.stopping import SAVED, StopWatch

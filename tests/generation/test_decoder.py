@@ -32,9 +32,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nemo_eppo.generation import decoder
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.hf_config import hf_config
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig
 
 SAMPLINGS = {
     "plain": SamplingParams(max_new_tokens=12),

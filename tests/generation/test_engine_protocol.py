@@ -24,7 +24,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 KINDS: tuple[Kind, ...] = ("megatron", "tensorrt_llm")
 PROMPTS = random_prompts([7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2])

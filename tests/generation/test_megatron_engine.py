@@ -23,7 +23,7 @@ from nemo_eppo.generation import megatron_engine
 from nemo_eppo.generation.decoder import Decoder
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 LENGTHS = [7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2, 15, 8, 10, 11]
 PROMPTS = random_prompts(LENGTHS)

@@ -27,17 +27,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
-from nemo_eppo.generation.build import EngineConfig, check_engine
+from nemo_eppo.generation.build import check_engine
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, digest, pack
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, check_tensorrt_llm, map_sampling
+from nemo_eppo.generation.trtllm_engine import check_tensorrt_llm, map_sampling
 from nemo_eppo.megatron import lora
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models.hf_config import hf_config
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import LoRAConfig, ModelConfig
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import EngineConfig, SamplingParams, TensorRTLLMConfig
+from nemo_eppo.settings.model import LoRAConfig, ModelConfig, ParallelConfig
 
 GREEDY = SamplingParams(max_new_tokens=8, greedy=True)
 PROMPTS = random_prompts([7, 3, 12])

@@ -20,7 +20,8 @@ from nemo_eppo.launch import machine_checks
 from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.servers.client import ClientConfig, RewardClient
+from nemo_eppo.servers.client import RewardClient
+from nemo_eppo.settings.servers import ClientConfig
 
 Usage = namedtuple("Usage", "total used free")
 

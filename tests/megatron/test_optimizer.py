@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True})  # it has biases, which like norms are not decayed
 QWEN3 = MODEL.model_copy(update={"qk_norm": True})

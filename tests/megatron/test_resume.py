@@ -12,10 +12,10 @@ from torch import Tensor
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
+from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 

@@ -1,11 +1,12 @@
-"""The settings by which responses are sampled."""
+"""How responses are sampled, and by which engine."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from nemo_eppo.algorithms.sampling import Distribution
+from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.config import Config
 
 
@@ -58,3 +59,34 @@ class SamplingParams(Config):
         if self.greedy and (self.top_k, self.top_p) != (0, 1.0):
             raise ValueError("greedy takes the likeliest token; top_k and top_p must be left at 0 and 1")
         return self
+
+
+class TensorRTLLMConfig(Config):
+    """Settings of the TensorRT-LLM engine."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine, all of one machine. It divides R, the ranks of a replica of the actor, which has
+    R / tensor_parallel_size engines."""
+    free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
+    """Share of the GPU memory left after loading the engine that its KV cache takes."""
+    max_num_tokens: int = Field(8192, ge=1)
+    """Tokens that the engine computes at once."""
+    bucket_megabytes: int = Field(512, ge=1)
+    """Weights are sent in buckets of this many MiB, which a refit needs as extra memory on each GPU."""
+    timeout_minutes: float = Field(60.0, gt=0)
+    """Minutes that the engine's process may take for its start, a bucket of weights, or a rollout."""
+    python: Path | None = None
+    """Python of an environment that has tensorrt_llm; null for the Python of this process."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables to add for the engine's process."""
+
+
+class EngineConfig(Config):
+    """The engine that generates rollouts."""
+
+    name: Literal["megatron", "tensorrt_llm"] = "megatron"
+    """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
+    max_batch_size: int = Field(64, ge=1)
+    """Sequences that one replica decodes at once; bounds the KV cache."""
+    tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
+    """Settings of TensorRT-LLM; read only if it is the engine."""
