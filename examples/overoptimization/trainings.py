@@ -21,7 +21,7 @@ from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.sft import train_sft
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MEMBERS = 5  # Bradley-Terry models of a seed; the first is the single reward model
+MEMBERS = 3  # Bradley-Terry models of a seed; the first is the single reward model
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Effort:
     """How long everything is trained."""
 
     sft_steps: int = 1250
-    reward_steps: int = 1000
-    steps: int = 150
-    validate_every: int = 10
+    reward_steps: int = 800
+    steps: int = 60
+    validate_every: int = 5
     validation_prompts: int = 256
 
 

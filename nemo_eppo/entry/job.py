@@ -157,11 +157,7 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
         except BaseException as error:  # Hydra would print a shortened stack, the arguments and advice of its own
             failures.append(error)
 
-    from nemo_eppo.megatron import device
-
-    device.install()  # before NeMo imports megatron-core
-    # NVIDIA's OneLogger, which comes with NeMo, says on the console that it is not in use
-    logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
+    import_nemo()
     from nemo.core.config import hydra_runner
 
     command = sys.argv
@@ -170,6 +166,17 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
     hydra_runner()(start)()
     if failures:
         raise failures[0]
+
+
+def import_nemo() -> None:
+    """Import what rank 0 needs of NeMo, which takes seconds."""
+    from nemo_eppo.megatron import device
+
+    device.install()  # before NeMo imports megatron-core
+    # NVIDIA's OneLogger, which comes with NeMo, says on the console that it is not in use
+    logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
+    import nemo.core.config
+    import nemo.utils.exp_manager  # noqa: F401
 
 
 def _settings(config: Config) -> ExpManagerConfig:

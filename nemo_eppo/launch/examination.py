@@ -156,7 +156,9 @@ def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) 
 
 def _own_code(settings: Any) -> Iterator[Finding]:
     """The functions and terms that the settings name can be loaded here."""
-    settings.check_own_code()
+    from nemo_eppo.training.ppo_job import check_own_code
+
+    check_own_code(settings)
     yield ok("own functions and terms", "all that the settings name can be loaded")
 
 

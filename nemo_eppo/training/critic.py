@@ -17,7 +17,7 @@ from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
-from nemo_eppo.servers.protocol import ServiceError
+from nemo_eppo.servers.protocol import ServerEnding, ServiceError
 from nemo_eppo.servers.server import check_server, serve
 from nemo_eppo.servers.service import Tensors
 from nemo_eppo.settings.critic import SEED, CriticConfig
@@ -157,7 +157,8 @@ class CriticModel:
         self._saver.finish()
         path = self._saver.path(int(request["step"]))
         if not on_rank0(path.is_dir):
-            raise ServiceError(f"{path} was not saved")
+            # to the actor the critic is lost, whatever happened to it or its writer: both go back to what is saved
+            raise ServerEnding(f"{path} was not saved")
         return str(path)
 
 

@@ -471,6 +471,8 @@ def test_a_script_answers_help_and_a_wrong_key_without_torch(name: str) -> None:
         code = f"import runpy, sys; sys.argv = ['x', {argument!r}]\n"
         code += f"try: runpy.run_path({script!r}, run_name='__main__')\n"
         code += "finally: print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY
+        )
         assert told in ended.stdout + ended.stderr
         assert ended.stdout.splitlines()[-1] == "[]"

@@ -82,7 +82,8 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
             assert again.read_text().count(killed["url"]) == 2  # where the actor knows it
             steps = len(metrics.read_text().splitlines())
             wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 2, process)
-            children = [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+            every = psutil.Process(process.pid).children(recursive=True)
+            children = [p for p in every if p.status() != psutil.STATUS_ZOMBIE]
             next(p for p in children if "train_gpt_ppo_actor" in " ".join(p.cmdline())).kill()
             _, error = process.communicate(timeout=90)
         except BaseException:

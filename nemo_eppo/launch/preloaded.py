@@ -1,0 +1,9 @@
+"""What jobs import, for processes that are forked: see `nursery.py`. It starts no thread and computes nothing."""
+
+import importlib
+import os
+
+os.setsid()  # first: a signal to the launcher's group is not for this process, which knows how jobs have ended
+for _job in ("sft", "reward_model", "critic", "ppo_loop"):
+    importlib.import_module(f"nemo_eppo.training.{_job}")
+importlib.import_module("nemo_eppo.entry.job").import_nemo()
