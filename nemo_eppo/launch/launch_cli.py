@@ -8,8 +8,8 @@ _DESCRIPTION = """\
 Run the jobs of a launch file, on this machine or on a cluster.
 
 A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and the jobs that each needs: servers
-start with it, and it waits for them; any other job has to have ended. Addresses, ports, run directories and certificates are filled in.
-Everything is checked before anything starts. The same command resumes an interrupted run.
+start with it, and it waits for them; any other job has to have ended. Addresses, ports, run directories and
+certificates are filled in. Everything is checked before anything starts. The same command resumes an interrupted run.
 
   local        starts the jobs, with a log each in <output>/logs, and shows their state. Ctrl-C, or the first job that
                fails, stops all of them; the exit status is that of the failed job.

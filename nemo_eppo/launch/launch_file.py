@@ -21,7 +21,7 @@ class JobConfig(Config):
     script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
     """Name of the script, without .py."""
     needs: tuple[str, ...] = ()
-    """Jobs that come before: a server starts together with the first job that needs it, any other has to have ended. The
+    """Jobs that come before: a server starts together with the job that needs it, any other has to have ended. The
     servers among an actor's needs are its critic and its reward models, in this order."""
     held_out: str | None = None
     """One of the actor's needs: the server whose rewards are only reported (held_out_reward); null for none."""

@@ -9,10 +9,12 @@ import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import runpy
 import signal
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,13 +57,20 @@ class Nursery:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([_PRELOADED])
+        with _environment({"PYTHONWARNINGS": "ignore"}):  # it clears away what killed jobs leave, without a word
+            multiprocessing.resource_tracker.ensure_running()
         with _environment({**environment, _TITLE_ROOM: " " * 4096}):
             multiprocessing.forkserver.ensure_running()
 
     def start(self, command: Sequence[str], ranks: int, log: Path) -> ForkedJob:
         """Run a script with its arguments, on several ranks as torchrun does; output goes to `log`."""
         process = self._context.Process(target=_job, args=(tuple(command), ranks, log))
-        process.start()
+        ours = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # a job does not import the launcher's script
+        try:
+            process.start()
+        finally:
+            sys.modules["__main__"] = ours
         return ForkedJob(process)
 
 

@@ -125,7 +125,7 @@ class Frontend:
             RuntimeError: Triton did not start; the message has the last lines of its log.
             TimeoutError: Triton hung twice.
         """
-        self.port = free_port(self.host, self.port)
+        self.port = free_port(self.host, self.port, patience=2 * EXIT_TIMEOUT_S)
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)

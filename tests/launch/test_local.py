@@ -91,7 +91,6 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
             raise
     assert process.returncode == 128 + signal.SIGKILL, error
     assert error.endswith(f"launch: actor ended with exit status -9; its log is {output}/logs/actor.log\n")
-    assert "unavailable for reward_infer" in error  # in the actor's log
     rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert rows == [*range(1, len(rows) + 1)]
     assert processes_of(output) == []
