@@ -1,5 +1,6 @@
 """What jobs import, for processes that are forked: see `nursery.py`. It starts no thread and computes nothing."""
 
+import gc
 import importlib
 import os
 
@@ -7,3 +8,4 @@ os.setsid()  # first: a signal to the launcher's group is not for this process, 
 for _job in ("sft", "reward_model", "critic", "ppo_loop"):
     importlib.import_module(f"nemo_eppo.training.{_job}")
 importlib.import_module("nemo_eppo.entry.job").import_nemo()
+gc.freeze()  # jobs share these objects as long as no garbage collection writes to them
