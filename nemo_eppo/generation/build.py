@@ -11,7 +11,8 @@ from nemo_eppo.config import Config
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm, map_sampling
+from nemo_eppo.generation.trtllm_config import TensorRTLLMConfig, check_tensorrt_llm
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine, map_sampling
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files
@@ -28,7 +29,7 @@ class EngineConfig(Config):
     name: Literal["megatron", "tensorrt_llm"] = "megatron"
     """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
     max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache."""
+    """Sequences that one replica decodes at once; bounds the KV cache. TensorRT-LLM has its own, tensorrt_llm.*."""
     tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
     """Settings of TensorRT-LLM; read only if it is the engine."""
 

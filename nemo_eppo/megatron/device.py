@@ -72,6 +72,7 @@ def synchronize() -> None:
 def empty_cache() -> None:
     """Give the memory that torch keeps for its next tensors back to the device, where other processes want it."""
     if on_gpu():
+        torch.cuda.ipc_collect()  # what was shared and nobody has open any more
         torch.cuda.empty_cache()
 
 
@@ -81,13 +82,6 @@ def cached_tokens_multiple() -> int:
     A GPU's attention kernels plan anew for every width, and copy a mask whose rows are not aligned; a CPU's do neither.
     """
     return 128 if on_gpu() else 1
-
-
-def uuid() -> str:
-    """Return the name by which other processes know this rank's device; on a CPU, one for each rank of the machine."""
-    if on_gpu():
-        return f"GPU-{torch.cuda.get_device_properties(device()).uuid}"
-    return f"CPU-{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def number() -> str:
