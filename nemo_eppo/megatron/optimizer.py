@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -145,6 +146,17 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Allocate Adam's moments, as zeros, which the first update would do: so what is free is what stays free."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # a pipeline stage without adapters
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):  # they count updates for each parameter
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
 
 
 def load_state(
