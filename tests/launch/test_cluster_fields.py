@@ -79,9 +79,7 @@ def test_the_pod_that_starts_the_stages_can_pull_its_image_and_kueue_does_not_st
     *_, starter = yaml.safe_load_all(manifests(launch(stages, kubernetes={"pod": pod})))
     assert starter["spec"]["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
     kubernetes_validate.validate(starter, "1.33", strict=True)
-    with pytest.raises(
-        ConfigError, match=r"= 'gpus': Kueue would start all of the stages sft, actor at once"
-    ):
+    with pytest.raises(ConfigError, match=r"= 'gpus': Kueue would start all of the stages sft, actor at once"):
         manifests(launch(stages, kubernetes={"labels": {"kueue.x-k8s.io/queue-name": "gpus"}}))
 
 
