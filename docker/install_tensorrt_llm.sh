@@ -15,6 +15,7 @@ export PIP_CONSTRAINT='' PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_
 install=("$python" -m pip --python "$environment/bin/python" install)
 # torch first, for the CUDA that TensorRT-LLM's wheel was built with: PyPI's torch 2.9.1 is for another
 "${install[@]}" torch==2.9.1 torchvision --index-url https://download.pytorch.org/whl/cu130
-"${install[@]}" "tensorrt_llm==1.2.*" ray --extra-index-url https://pypi.nvidia.com
+# Ray: it imports PlacementGroupSchedulingStrategy from ray.util.placement_group, where Ray 2.60 has it no more
+"${install[@]}" "tensorrt_llm==1.2.*" ray==2.54.0 --extra-index-url https://pypi.nvidia.com
 "$environment/bin/python" -c 'from importlib.metadata import version
 print("tensorrt_llm", version("tensorrt_llm"), "torch", version("torch"), "ray", version("ray"))'

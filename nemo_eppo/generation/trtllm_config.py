@@ -126,8 +126,8 @@ def check_tensorrt_llm(
     if not found.startswith(_VERSION):
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': {python} has "
-            f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray into "
-            f"an environment of their own and set {where}.python to its Python, as docker/Dockerfile's target "
+            f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray 2.54 "
+            f"into an environment of their own and set {where}.python to its Python, as docker/Dockerfile's target "
             "tensorrt_llm does, or use engine.name = 'megatron'"
         )
 

@@ -60,8 +60,8 @@ class EngineServer:
         from tensorrt_llm import AsyncLLM, SamplingParams
         from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
 
-        # AsyncLLM finds this Ray instead of starting one that counts all of the machine as its own. The engine asks for
-        # a CPU with each GPU. Workers choose their GPU themselves; hardly anything passes through Ray's object store.
+        # AsyncLLM uses this Ray instead of starting one that takes the whole machine for its own. Workers ask for a GPU
+        # and a CPU each, and choose the GPU themselves; hardly anything passes through Ray's object store.
         ray.init(
             address="local",
             namespace="trtllm",

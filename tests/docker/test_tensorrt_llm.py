@@ -22,7 +22,7 @@ PACKAGES = {
     "torch": ("2.9.1", "2.10.0"),
     "torchvision": ("0.24.1",),
     "tensorrt_llm": ("1.1.0", "1.2.1", "1.3.0"),
-    "ray": ("2.50.0",),
+    "ray": ("2.54.0", "2.60.0"),
 }
 
 
@@ -50,7 +50,7 @@ def test_an_image_of_the_target_has_an_engine_without_a_setting(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "tensorrt_llm 1.2.1 torch 2.9.1 ray 2.50.0"
+    assert done.stdout.splitlines()[-1] == "tensorrt_llm 1.2.1 torch 2.9.1 ray 2.54.0"
 
     with pytest.raises(ConfigError, match="docker/Dockerfile's target tensorrt_llm does, or use"):
         check_tensorrt_llm(TensorRTLLMConfig(), MODEL, ParallelConfig())

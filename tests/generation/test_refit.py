@@ -350,7 +350,7 @@ def test_a_shortest_length_is_refused_before_tensorrt_llm_is_looked_for() -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "has no package tensorrt_llm. Install tensorrt_llm 1.2 and ray into an environment of their own and set"),
+        ({}, "has no package tensorrt_llm. Install tensorrt_llm 1.2 and ray 2.54 into an environment of their own"),
         ({"python": Path("/no/python")}, "tensorrt_llm.python = '/no/python' cannot be run"),
         ({"tensor_parallel_size": 4}, "tensor_parallel_size = 4: expected a divisor of 2, the ranks of a replica"),
     ],
@@ -367,7 +367,7 @@ def test_an_engine_that_cannot_start_is_refused_before_anything_does(
     older = tmp_path / "tensorrt_llm-1.1.0.dist-info"
     older.mkdir()
     (older / "METADATA").write_text("Name: tensorrt_llm\nVersion: 1.1.0\n")
-    with pytest.raises(ConfigError, match=r"has tensorrt_llm 1\.1\.0\. Install tensorrt_llm 1\.2 and ray into"):
+    with pytest.raises(ConfigError, match=r"has tensorrt_llm 1\.1\.0\. Install tensorrt_llm 1\.2 and ray 2\.54 into"):
         check_tensorrt_llm(TensorRTLLMConfig(environment={"PYTHONPATH": str(tmp_path)}), MODEL, parallel)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7c2a,GPU-91f0")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES has to hold numbers, not GPU-7c2a"):
