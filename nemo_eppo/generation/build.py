@@ -9,7 +9,8 @@ import torch
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine, check_tensorrt_llm, map_sampling
+from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine, map_sampling
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files

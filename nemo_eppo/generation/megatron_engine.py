@@ -47,9 +47,6 @@ class MegatronEngine:
         """Free the cache."""
         self._decoder.release()
 
-    def wake(self) -> None:
-        """Nothing to do: the cache is allocated when it is needed."""
-
     def close(self) -> None:
         """Free the cache."""
         self._decoder.release()

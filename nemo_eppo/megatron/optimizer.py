@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -12,6 +13,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron import device
 from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
 from nemo_eppo.settings.training import OptimizerConfig
@@ -21,7 +24,15 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
-    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch."""
+    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch.
+
+    Raises:
+        ConfigError: the distributed optimizer is asked for without GPUs.
+    """
+    if optimizer.distributed and not device.on_gpu():
+        raise ConfigError(
+            "optimizer.distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
+        )
     config: Any = chunks[0].config
     wrapped = [
         DistributedDataParallel(
@@ -87,6 +98,17 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Allocate Adam's moments, as zeros, which the first update would do: so what is free is what stays free."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # a pipeline stage without adapters
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):  # they count updates for each parameter
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
 
 
 def load_state(

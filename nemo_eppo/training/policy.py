@@ -77,9 +77,8 @@ class Policy:
         self._own_energies: dict[bytes, list[float]] = on_rank0(cache.load) if cache else {}
 
     def refit(self) -> None:
-        """Wake the engine and give it the weights that the modules hold now, under the next version number."""
+        """Give the engine the weights that the modules hold now, under the next version number."""
         self.weight_version += 1
-        self.engine.wake()
         self.engine.refit(export_tensors(self.runner.chunks, self.model), self.weight_version)
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: Tensor) -> list[Completion]:

@@ -181,6 +181,7 @@ class PPO:
             return None
         distinct = {prompt.index: prompt for prompt in prompts}
         rollout = self.roll_out(list(distinct.values()), self.sampling.as_greedy, 0)
+        self.policy.engine.sleep()
         answer = self.sources.ask(rollout.batch, rollout.samples)
         row_of = {index: row for row, index in enumerate(distinct)}
         rows = torch.tensor([row_of[prompt.index] for prompt in prompts])

@@ -11,6 +11,7 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_distribution
+from nemo_eppo.megatron.optimizer import allocate_state
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
@@ -87,6 +88,7 @@ class PPOJob:
         ending = Stops(sampling.stop_strings, tokenizer.eos_id, tokenizer).ids
         set_distribution(runner.chunks, sampling.distribution(ending))
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
+        allocate_state(runner.optimizer)  # the engine's KV cache is a share of what is free when it starts
         engine = build_engine(
             config.engine,
             runner.chunks,

@@ -59,7 +59,6 @@ def exercise(kind: Kind, directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def refit(version: int) -> None:
-        engine.wake()
         engine.refit(export_tensors(chunks, MODEL), version)
 
     def generate(prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:

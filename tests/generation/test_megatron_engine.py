@@ -274,7 +274,6 @@ def generate_around_an_update() -> tuple[list[Completion], list[Completion], lis
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.2).add_(0.02)
-    engine.wake()
     engine.refit(None, version=7)
     after = engine.generate(PROMPTS[:3], sampling, SEEDS[:3])
     return before, after, [greedy_without_cache(chunks, MODEL, prompt, 5) for prompt in PROMPTS[:3]]
