@@ -4,7 +4,10 @@ import gc
 import importlib
 import os
 
-os.setsid()  # first: a signal to the launcher's group is not for this process, which knows how jobs have ended
+from setproctitle import setproctitle
+
+setproctitle("nemo-eppo launch: nursery of jobs")  # before anything changes the environment, which is room for titles
+os.setsid()  # early: a signal to the launcher's group is not for this process, which knows how jobs have ended
 for _job in ("sft", "reward_model", "critic", "ppo_loop"):
     importlib.import_module(f"nemo_eppo.training.{_job}")
 importlib.import_module("nemo_eppo.entry.job").import_nemo()
