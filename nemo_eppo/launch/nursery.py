@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from setproctitle import setproctitle
 
@@ -77,7 +78,11 @@ class Nursery:
 def _job(command: tuple[str, ...], ranks: int, log: Path) -> None:
     """Become a job's first process."""
     os.setsid()  # Ctrl-C reaches only the launcher, which ends the jobs in order
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # when the launcher was killed
+    # The nursery ends when nobody holds its other end any more, as when the launcher was killed, and jobs end with it.
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    server: Any = multiprocessing.forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
