@@ -58,8 +58,6 @@ class Nursery:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([_PRELOADED])
-        with _environment({"PYTHONWARNINGS": "ignore"}):  # it clears away what killed jobs leave, without a word
-            multiprocessing.resource_tracker.ensure_running()
         with _environment({**environment, _TITLE_ROOM: " " * 4096}):
             multiprocessing.forkserver.ensure_running()
 
@@ -83,6 +81,9 @@ def _job(command: tuple[str, ...], ranks: int, log: Path) -> None:
     server: Any = multiprocessing.forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker  # a job's own clears away what it leaves at once
+    os.close(tracker._fd)
+    tracker._fd = tracker._pid = None
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

@@ -95,7 +95,7 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     assert rows == [*range(1, len(rows) + 1)]
     assert processes_of(output) == []
     assert [block for block in blocks if block.exists()] == []
-    for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
+    for word in ("address", "grpc://127.0.0.1:", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
 
 
