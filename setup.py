@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
+        "setproctitle",
         "psutil",  # megatron.core.dist_checkpointing needs it and does not declare it
         "nvidia-pytriton>=0.7,<0.8",
         "tritonclient",

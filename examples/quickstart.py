@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.launch.launch_file import read_launch
-from nemo_eppo.launch.local import LaunchError, run_local
+from nemo_eppo.launch.local import LaunchError, open_nursery, run_local
 from nemo_eppo.observability.charts import COLORS, Series
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.pictures import lines, write_picture
@@ -47,12 +47,13 @@ def main() -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {number}/3 {what}", flush=True)
 
     stage(1, "generating the noun task")
+    launch = read_launch(LAUNCH_FILE, [f"{key}={value}" for key, value in changes.items()])
+    nursery = open_nursery(launch)
     write_noun_task(out / "data", options.seed, **sizes)
 
     stage(2, "launching SFT, reward model, servers, actor")
-    launch = read_launch(LAUNCH_FILE, [f"{key}={value}" for key, value in changes.items()])
     try:
-        run_local(launch)
+        run_local(launch, nursery)
     except LaunchError as error:
         print(error, file=sys.stderr)
         sys.exit(error.status)

@@ -6,7 +6,7 @@ are stretched from so short a length that some channels turn as before, some not
 
 from typing import Any
 
-from nemo_eppo.models.rope import RopeScaling
+from nemo_eppo.settings.model import RopeScaling
 
 _STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = RopeScaling(rope_type="linear", factor=2.5)

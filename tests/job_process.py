@@ -20,14 +20,17 @@ from nemo_eppo.entry.job import errors_end_the_job
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.weights import export_tensors
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
 from nemo_eppo.servers.transport import ServerError
-from nemo_eppo.training.critic import CriticConfig, serve_critic
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardModelConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.training.critic import serve_critic
 from nemo_eppo.training.ppo import EngineMismatchError
-from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.ppo_loop import PPOLoop, train_ppo
-from nemo_eppo.training.reward_service import RewardModelConfig, serve_reward_model
+from nemo_eppo.training.reward_service import serve_reward_model
 
 STEPS = 3
 

@@ -23,11 +23,12 @@ from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.weights import export_tensors, load_tensors
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Head, ModelConfig
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.tools.noun_task import write_noun_task
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.reward_model import train_reward_model
 
 LATENTS = 4  # of the InfoRM model
 JOB = Path(__file__).parent / "job_process.py"

@@ -14,7 +14,7 @@ from nemo_eppo.config import load_config
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rewards.shaping import ShapingConfig
+from nemo_eppo.settings.shaping import ShapingConfig
 
 CONFIG = ReferenceConfig(
     temperature=0.7,

@@ -5,17 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import train_adapters
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import export_tensors, load_tensors
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.model import Head, LoRAConfig, ModelConfig, ParallelConfig, Precision
+from nemo_eppo.settings.training import OptimizerConfig
 
 MODEL = ModelConfig(
     num_layers=4,

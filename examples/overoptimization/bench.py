@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="0.2M", help="weights of all models (default: %(default)s)")
     parser.add_argument("--labels", choices=LABELS, default="hedges", help="their flaw (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="reward-model seeds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="PPO steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="PPO steps of a run (default: %(default)s)")
     parser.add_argument("--methods", metavar="A,B", help="only these methods, plain PPO and EPPO (default: all)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs side by side, a core each (default: %(default)s)"

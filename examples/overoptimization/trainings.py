@@ -10,15 +10,18 @@ from omegaconf import OmegaConf
 
 from nemo_eppo.config import ConfigT
 from nemo_eppo.entry.settings import Source, as_yaml, check
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.training import SFTConfig
 from nemo_eppo.tools.noun_task import write_noun_task
-from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_loop import train_ppo
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
-from nemo_eppo.training.sft import SFTConfig, train_sft
+from nemo_eppo.training.reward_model import train_reward_model
+from nemo_eppo.training.sft import train_sft
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MEMBERS = 5  # Bradley-Terry models of a seed; the first is the single reward model
+MEMBERS = 3  # Bradley-Terry models of a seed; the first is the single reward model
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Effort:
     """How long everything is trained."""
 
     sft_steps: int = 1250
-    reward_steps: int = 1000
-    steps: int = 150
-    validate_every: int = 10
+    reward_steps: int = 800
+    steps: int = 60
+    validate_every: int = 5
     validation_prompts: int = 256
 
 

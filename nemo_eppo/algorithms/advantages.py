@@ -21,18 +21,18 @@ B is the *global* batch, because whitening and groups look across rows. What sta
 order of rows and the amount of padding change at most the last digits of sums. A row without a response token, or with
 a gap between two, is a ValueError.
 
-To add an estimator, write its class here, a frozen dataclass whose fields are its settings, and enter it in ESTIMATORS.
+To add an estimator, write its class here, a frozen dataclass whose fields are its settings, and enter it in ESTIMATORS
+and in `choices.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import ESTIMATOR_NEEDS, EstimatorName, Needs
 from nemo_eppo.algorithms.masking import last_action, whiten, zero_outside
-
-Needs = Literal["critic", "greedy", "group", "nothing"]
 
 
 class AdvantageEstimator(Protocol):
@@ -55,7 +55,7 @@ class GAE:
     whitening. The value after the last action is 0, because the episode is over.
     """
 
-    needs: ClassVar[Needs] = "critic"
+    needs: ClassVar[Needs] = ESTIMATOR_NEEDS["gae"]
     gamma: float = 1.0
     """Discount for each token, from 0 to 1."""
     lam: float = 0.95
@@ -92,7 +92,7 @@ class GRPO:
     is the sample's (divided by n - 1), as in verl and TRL. A group of one response is a ValueError.
     """
 
-    needs: ClassVar[Needs] = "group"
+    needs: ClassVar[Needs] = ESTIMATOR_NEEDS["grpo"]
     normalize_std: bool = True
     """Whether to divide by the group's std; if not, this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)."""
 
@@ -114,7 +114,7 @@ class RLOO:
     A group of one response is a ValueError.
     """
 
-    needs: ClassVar[Needs] = "group"
+    needs: ClassVar[Needs] = ESTIMATOR_NEEDS["rloo"]
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
@@ -127,7 +127,7 @@ class RLOO:
 class ReinforcePlusPlus:
     """REINFORCE++: rewards to go, whitened over all response tokens of the batch (arXiv 2501.03262)."""
 
-    needs: ClassVar[Needs] = "nothing"
+    needs: ClassVar[Needs] = ESTIMATOR_NEEDS["reinforce_plus_plus"]
     gamma: float = 1.0
     """Discount for each token, from 0 to 1."""
 
@@ -141,7 +141,7 @@ class ReinforcePlusPlus:
 class ReMax:
     """Rewards to go less the total reward of the greedy response to the same prompt (Li et al., arXiv 2310.10505)."""
 
-    needs: ClassVar[Needs] = "greedy"
+    needs: ClassVar[Needs] = ESTIMATOR_NEEDS["remax"]
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor, truncated: Tensor
@@ -193,7 +193,6 @@ def _check_runs(mask: Tensor) -> None:
         raise ValueError("mask: expected one unbroken run of response tokens in each row")
 
 
-EstimatorName = Literal["gae", "grpo", "rloo", "reinforce_plus_plus", "remax"]
 ESTIMATORS: dict[EstimatorName, type[AdvantageEstimator]] = {
     "gae": GAE,
     "grpo": GRPO,

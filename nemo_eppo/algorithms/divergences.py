@@ -2,15 +2,14 @@
 response."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import DivergenceKind, KLEstimator
 from nemo_eppo.algorithms.masking import zero_outside
 from nemo_eppo.algorithms.policy import MAX_LOG_RATIO
-
-KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEstimator) -> Tensor:
@@ -40,8 +39,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEs
         return (-log_ratio).expm1() + log_ratio
     raise ValueError(f"kind: {kind!r}; expected 'k1', 'k2' or 'k3'")
 
-
-DivergenceKind = Literal["none", "kl", "chi2", "sqrt_chi2"]
 
 TAIL = 10.0
 """Beyond a log-ratio of +-10 the exponentials continue as straight lines of the same slope: gradients stay finite."""

@@ -4,18 +4,11 @@ A token's energy loss is the L1 norm of a module's input minus that of its outpu
 measures it; here it is averaged over the response and compared between the policy (RLHF) and the reference (SFT).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import EnergyWindow, Sided
 from nemo_eppo.algorithms.masking import masked_mean
-
-EnergyWindow = Literal["response", "generating"]
-"""Which hidden states belong to a response: those *at* its tokens (`response`), or those that *produced* its tokens,
-one position earlier (`generating`)."""
-
-Sided = Literal["both", "rise"]
 
 
 def energy_window(energies: Tensor, window: EnergyWindow) -> Tensor:

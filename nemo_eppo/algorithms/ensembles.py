@@ -1,10 +1,8 @@
 """How several reward models become one reward (Coste et al. 2023, Reward Model Ensembles, arXiv 2310.02743)."""
 
-from typing import Literal
-
 from torch import Tensor
 
-Combine = Literal["single", "sum", "mean", "wco", "uwo"]
+from nemo_eppo.algorithms.choices import Combine
 
 
 def combine_scores(scores: Tensor, how: Combine, uwo_lambda: float = 0.1, ddof: int = 0) -> Tensor:

@@ -1,10 +1,8 @@
 """The information bottleneck of a reward model (InfoRM, Miao et al., NeurIPS 2024, arXiv 2402.09345)."""
 
-from typing import Literal
-
 from torch import Tensor
 
-KLMode = Literal["paper_sum", "official_mean_first"]
+from nemo_eppo.algorithms.choices import KLMode
 
 
 def latent_kl(mean: Tensor, logvar: Tensor, mode: KLMode) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from nemo_eppo.algorithms.divergences import KLEstimator, kl_estimate, sequence_divergence
-from nemo_eppo.algorithms.policy import Aggregation, aggregate, policy_loss
+from nemo_eppo.algorithms.choices import Aggregation, KLEstimator
+from nemo_eppo.algorithms.divergences import kl_estimate, sequence_divergence
+from nemo_eppo.algorithms.policy import aggregate, policy_loss
 
 
 @dataclass(frozen=True, kw_only=True)

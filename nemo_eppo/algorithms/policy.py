@@ -4,18 +4,16 @@ Because the denominator is the number of tokens (or sequences) of the *whole* mi
 micro-batches and all data-parallel ranks gives the loss, and the gradient, of the undivided mini-batch.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import Aggregation
 from nemo_eppo.algorithms.masking import masked_mean, masked_sum, zero_outside
 
 MAX_LOG_RATIO = 20.0
 """A token's log-ratio is clamped to +-20 before exp: e^20 is 5e8, as good as infinite, and nothing overflows."""
-
-Aggregation = Literal["token", "sequence", "fixed"]
-"""How the losses of tokens are averaged, see `aggregate`."""
 
 
 class PolicyStats(NamedTuple):

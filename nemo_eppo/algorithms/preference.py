@@ -1,14 +1,11 @@
 """Reward models from preferences: the score of a response, the Bradley-Terry loss, how well scores rank pairs."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import ScoreReduction
 from nemo_eppo.algorithms.masking import last_action, masked_mean, masked_sum, response_mask
-
-ScoreReduction = Literal["last", "sum", "mean"]
 
 CALIBRATION_BINS = 10
 

@@ -1,7 +1,5 @@
 """Sampling that depends only on seed, position and logits: not on batch order, batch size, layout or device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -9,32 +7,6 @@ _WRAP = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15 - _WRAP
 _MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
 _MIX_2 = 0x94D049BB133111EB - _WRAP
-
-
-class Distribution(NamedTuple):
-    """Which distribution tokens are sampled from, and so whose log-probabilities are meant."""
-
-    temperature: float
-    """The logits are divided by it."""
-    top_k: int
-    """Only the k likeliest tokens are kept; 0 keeps all."""
-    top_p: float
-    """Of these, the likeliest that hold this share of the probability; 1 keeps all."""
-    repetition_penalty: float = 1.0
-    """First of all, logits of the tokens of the prompt and of the response so far are penalised by it; 1: none are."""
-    min_new_tokens: int = 0
-    """None of so many first tokens of a response is one of `ending`."""
-    ending: tuple[int, ...] = ()
-    """Token ids that end a response."""
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether it depends on the tokens before, and not on the logits alone."""
-        return self.repetition_penalty != 1.0 or self.min_new_tokens > 0
-
-
-UNCHANGED = Distribution(temperature=1.0, top_k=0, top_p=1.0)
-"""The model's own distribution."""
 
 
 def repetition_slopes(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

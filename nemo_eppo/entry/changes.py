@@ -9,7 +9,7 @@ import yaml
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.entry.settings import as_yaml
-from nemo_eppo.observability.run import ExpManagerConfig
+from nemo_eppo.settings.run import ExpManagerConfig
 
 _FREE = (
     # how long it trains, and what it saves, shows and warns of

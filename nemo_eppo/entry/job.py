@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import gc
 import importlib.metadata
 import inspect
 import json
@@ -32,7 +33,8 @@ from nemo_eppo.entry.torchrun import end_with_torchrun
 from nemo_eppo.files import disk_trouble, write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.report_tables import START, VERSIONS
-from nemo_eppo.observability.run import ExpManagerConfig, Run, hold
+from nemo_eppo.observability.run import Run, hold
+from nemo_eppo.settings.run import ExpManagerConfig
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
 _LAST_S = 1.0  # seconds that rank 0 of a run that is not finished leaves the others to end
@@ -152,15 +154,12 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
         logging.getLogger().handlers.clear()  # Hydra's, which would print every library's INFO lines
         try:
             config = check(schema, composed)
+            gc.freeze()  # what is imported stays: PyTriton alone collects garbage 14 times when it ends, 0.5 s each
             main(config, _open_run(config, 0, script))
         except BaseException as error:  # Hydra would print a shortened stack, the arguments and advice of its own
             failures.append(error)
 
-    from nemo_eppo.megatron import device
-
-    device.install()  # before NeMo imports megatron-core
-    # NVIDIA's OneLogger, which comes with NeMo, says on the console that it is not in use
-    logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
+    import_nemo()
     from nemo.core.config import hydra_runner
 
     command = sys.argv
@@ -169,6 +168,17 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
     hydra_runner()(start)()
     if failures:
         raise failures[0]
+
+
+def import_nemo() -> None:
+    """Import what rank 0 needs of NeMo, which takes seconds."""
+    from nemo_eppo.megatron import device
+
+    device.install()  # before NeMo imports megatron-core
+    # NVIDIA's OneLogger, which comes with NeMo, says on the console that it is not in use
+    logging.getLogger("nv_one_logger").addHandler(logging.NullHandler())
+    import nemo.core.config
+    import nemo.utils.exp_manager  # noqa: F401
 
 
 def _settings(config: Config) -> ExpManagerConfig:

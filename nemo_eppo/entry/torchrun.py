@@ -10,6 +10,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nemo_eppo.config import NOT_FINISHED
 
@@ -43,8 +45,39 @@ def end_with_torchrun() -> None:
 
 def main() -> None:
     """Run torchrun with a store at a free port of the loopback interface."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.run import main as torchrun
+
+    with _status_of_unfinished():
+        torchrun([*_loopback_rendezvous(), *sys.argv[1:]])
+
+
+def run_forked(ranks: int, function: Callable[[], None]) -> None:
+    """Run a function on ranks that are forked from this process, which has to be free of threads, as `main` runs a
+    script on ranks that import everything anew."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    arguments = [*_loopback_rendezvous(), "--nproc-per-node", str(ranks), "--start-method", "fork", function.__name__]
+    with _status_of_unfinished():
+        elastic_launch(config_from_args(parse_args(arguments))[0], function)()
+
+
+@contextmanager
+def _status_of_unfinished() -> Iterator[None]:
+    """End with the exit status of ranks that were told to end before their last step."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        yield
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != NOT_FINISHED:
+            raise
+        sys.exit(NOT_FINISHED)
+
+
+def _loopback_rendezvous() -> list[str]:
+    """Return torchrun's arguments for a store of this machine alone."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import (
         RendezvousInfo,
         RendezvousParameters,
@@ -52,7 +85,6 @@ def main() -> None:
         rendezvous_handler_registry,
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-    from torch.distributed.run import main as torchrun
 
     class OneMachine(StaticTCPRendezvous):
         """Meets nobody else, and gives its ranks a store."""
@@ -75,12 +107,7 @@ def main() -> None:
             return self._found
 
     rendezvous_handler_registry.register(_BACKEND, OneMachine)
-    try:
-        torchrun([f"--rdzv-backend={_BACKEND}", f"--rdzv-endpoint={HOST}", *sys.argv[1:]])
-    except ChildFailedError as error:
-        if error.get_first_failure()[1].exitcode != NOT_FINISHED:
-            raise
-        sys.exit(NOT_FINISHED)
+    return [f"--rdzv-backend={_BACKEND}", f"--rdzv-endpoint={HOST}"]
 
 
 if __name__ == "__main__":

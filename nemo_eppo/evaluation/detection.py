@@ -44,6 +44,15 @@ class Detector(NamedTuple):
     false_alarms: float
     """Of 1,000 normal responses, at this threshold."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return its numbers for a JSON file."""
+        return {
+            "auroc": self.auroc._asdict(),
+            "auprc": self.auprc._asdict(),
+            "threshold_at_recall": self.threshold,
+            "false_alarms_per_1000": self.false_alarms,
+        }
+
 
 def compare_signs(hacked: Bools, signs: Mapping[str, Floats], seed: int = 0) -> list[Detector]:
     """Measure every sign, from the highest AUROC down, and at the end all of them combined, if there are several.
@@ -109,6 +118,35 @@ def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: b
         for sign, (columns, read) in readers.items()
         if all(isinstance(row.get(name), int | float) for row in rows for name in columns)
     }
+
+
+_AS_RECORDED = {  # column of an evaluation -> that of a run
+    "energy_loss": "energy/policy",
+    "reference_energy_loss": "energy/reference",
+    "kl": "kl/policy_reference",
+    "response_length": "response_length",
+    "latent_distance": "reward/latent_distance",
+}
+
+
+def detectors_of_evaluation(rows: Sequence[Row], seed: int = 0) -> list[Detector]:
+    """Tell how well each sign finds the responses that please the proxy and not the gold reward.
+
+    Such a response has a proxy reward above the mean of all `rows`, and a gold reward below it. The list is empty
+    without both rewards, and if there are no such responses, or no others.
+    """
+    if not all(name in rows[0] for name in ("proxy_reward", "gold_reward")):
+        return []
+    proxy, gold = (np.array([row[name] for row in rows], np.float64) for name in ("proxy_reward", "gold_reward"))
+    hacked: Bools = (proxy > proxy.mean()) & (gold < gold.mean())
+    if hacked.all() or not hacked.any():
+        return []
+    recorded = [
+        {column: row[name] for name, column in _AS_RECORDED.items() if name in row}
+        | {f"reward/score_{number}": score for number, score in enumerate(row["proxy_rewards"])}
+        for row in rows
+    ]
+    return compare_signs(hacked, signs_of_rows(recorded, standard=recorded), seed)
 
 
 def detectors_table(detectors: Sequence[Detector]) -> str:

@@ -8,9 +8,8 @@ from pydantic import Field
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.evaluation.energies import Energies, read_data, read_labels, read_scores, with_labels
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
-from nemo_eppo.megatron.energy import Preset
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
+from nemo_eppo.settings.energy import Preset
+from nemo_eppo.settings.model import ParallelConfig, Precision
 
 
 class EnergyReportConfig(Config):

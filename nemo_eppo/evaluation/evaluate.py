@@ -19,11 +19,10 @@ from nemo_eppo.evaluation.source_scoring import SourceScoring, sample_of
 from nemo_eppo.files import sha256
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
 from nemo_eppo.observability.recorder import read_rows
-from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.setup import ModelSetup, Plan, plan
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
+from nemo_eppo.training.setup import Plan, plan
 
 logger = logging.getLogger(__name__)
 

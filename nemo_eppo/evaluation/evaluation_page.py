@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nemo_eppo.evaluation.best_of_n import GaoFit
+from nemo_eppo.evaluation.detection import Detector, detectors_table
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart, scatter_chart
@@ -70,6 +71,7 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
             "One value per response.",
             [figure(chart.title, chart.text, chart.figure) for chart in single],
         ),
+        _detectors(results.detectors),
         _answers(results.rows),
     ]
     write_atomically(directory / "report.html", page("Evaluation", body))
@@ -172,6 +174,14 @@ def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:
                 series.insert(0, Series("reference", _REFERENCE, [], [row[of_reference] for row in rows]))
             text = "Dashed lines are means."
             yield _Chart(title, text, histogram_chart(series, unit), histogram(series, unit, title))
+
+
+def _detectors(detectors: Sequence[Detector]) -> str:
+    if not detectors:
+        return ""
+    text = "Such responses have a proxy reward above the mean and a gold reward below it."
+    heading = "<h2>Which sign finds responses that please only the proxy?</h2>"
+    return f'{heading}\n<p class="soft">{text}</p>\n{detectors_table(detectors)}'
 
 
 def _answers(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ import torch
 from nemo_eppo.algorithms.ensembles import combine_scores
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.best_of_n import Floats, GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
+from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
 from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
 from nemo_eppo.files import write_atomically
@@ -61,6 +62,8 @@ class Results:
     """By measure: mean over prompts of the mean over answers, with a 95% interval from a bootstrap over prompts."""
     best_of_n: dict[str, Selection]
     """By what chose: the only proxy, or each of several and their mean, minimum (wco) and uncertainty-weighted mean."""
+    detectors: list[Detector]
+    """Of signs that tell responses which please the proxy and not the gold reward; empty if these are not known."""
 
 
 def join_rows(
@@ -137,7 +140,7 @@ def results_of(rows: list[Row], seed: int) -> Results:
         ends = np.cumsum([len(of_one) for of_one in answers])[:-1]
         for name, values in _choices(scores).items():
             curves[name] = _selection(np.split(values, ends), answers, subset_sizes(fewest), seed)
-    return Results(rows, len(answers), means, curves)
+    return Results(rows, len(answers), means, curves, detectors_of_evaluation(rows, seed))
 
 
 def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
@@ -202,5 +205,6 @@ def write_results(directory: Path, results: Results, settings: Mapping[str, Any]
         "responses": len(results.rows),
         "means": {name: estimate._asdict() for name, estimate in results.means.items()},
         "best_of_n": {name: asdict(selection) for name, selection in results.best_of_n.items()},
+        "detectors": {found.sign: found.as_dict() for found in results.detectors},
     }
     write_atomically(directory / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -21,12 +21,11 @@ from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import over_replicas
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
 from nemo_eppo.training.energy_cache import prompt_digest
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 
 class GeneratorConfig(Config):

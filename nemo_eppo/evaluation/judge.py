@@ -16,8 +16,9 @@ from nemo_eppo.evaluation.pairs import Pair, read_pairs
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.observability.run import LOCK, hold
-from nemo_eppo.rewards.functions import FunctionPool, FunctionsConfig, check_function
+from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.rewards import FunctionsConfig
 
 _ANSWER_TOKENS = 80  # of a verdict with two sentences; models that reason first need more
 _EQUAL = 1e-9  # gold rewards that differ by less are those of a tie

@@ -13,10 +13,9 @@ from nemo_eppo.evaluation.reward_scoring import RewardScoring
 from nemo_eppo.evaluation.rows_file import RowsFile, parts_folder
 from nemo_eppo.evaluation.source_scoring import sample_of
 from nemo_eppo.files import sha256
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
 from nemo_eppo.monitor.indicators import NEIGHBOURS
 from nemo_eppo.observability.recorder import read_rows
+from nemo_eppo.settings.model import ParallelConfig, Precision
 
 
 class LatentsConfig(Config):

@@ -15,11 +15,10 @@ from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
 from nemo_eppo.megatron import runtime
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
 from nemo_eppo.servers.client import Rewards
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, Plan
+from nemo_eppo.training.setup import Plan
 
 
 class RewardScoring:

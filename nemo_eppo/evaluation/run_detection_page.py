@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_eppo.evaluation.detection import COMBINED, detectors_table
+from nemo_eppo.evaluation.detection import COMBINED, Detector, detectors_table
 from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, PATIENCE, RunDetection
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
@@ -133,13 +133,10 @@ def _alarm_rows(detection: RunDetection) -> Sequence[Sequence[str]]:
     ]
 
 
-def _json(detection: RunDetection, found: Any) -> dict[str, Any]:
+def _json(detection: RunDetection, found: Detector) -> dict[str, Any]:
     alarm = detection.alarms[found.sign]
     return {
-        "auroc": found.auroc._asdict(),
-        "auprc": found.auprc._asdict(),
-        "threshold_at_recall": found.threshold,
-        "false_alarms_per_1000": found.false_alarms,
+        **found.as_dict(),
         "alarm_threshold": alarm.threshold,
         "first_alarm_step": alarm.step,
         "lead_steps": alarm.lead,

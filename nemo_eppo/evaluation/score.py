@@ -16,14 +16,14 @@ from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses, requ
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.energy import EnergyProbeConfig, EnergyProbes, Preset, readable_presets
+from nemo_eppo.megatron.energy import EnergyProbes, readable_presets
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models.checkpoint_files import model_identity
 from nemo_eppo.models.hf_directory import HfDirectory
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Precision
+from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
 from nemo_eppo.training.policy import next_token_targets
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 
 class ScoreConfig(Config):

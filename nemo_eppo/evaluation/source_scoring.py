@@ -16,11 +16,12 @@ from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.reward_scoring import reward_lines
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
-from nemo_eppo.rewards.functions import FunctionPool, FunctionsConfig, check_function
+from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.certificates import Certificates
-from nemo_eppo.training.reward_sources import RewardSourceConfig, build_source
+from nemo_eppo.settings.rewards import FunctionsConfig, RewardSourceConfig
+from nemo_eppo.training.reward_sources import build_source
 
 _AT_ONCE = 256  # responses of one request
 _CONNECT_S = 60.0  # a running server answers at once; one that has just been started may still load its model

@@ -2,35 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
-from pydantic import Field
 
-from nemo_eppo.config import Config
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine, check_tensorrt_llm, map_sampling
+from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine, map_sampling
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import CONFIG
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.rollout.sampling import SamplingParams
-
-
-class EngineConfig(Config):
-    """The engine that generates rollouts."""
-
-    name: Literal["megatron", "tensorrt_llm"] = "megatron"
-    """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
-    max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache."""
-    tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
-    """Settings of TensorRT-LLM; read only if it is the engine."""
+from nemo_eppo.settings.generation import EngineConfig, SamplingParams
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 
 def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig, sampling: SamplingParams) -> None:

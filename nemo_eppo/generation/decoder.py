@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.attention import attend, layer_window
+from nemo_eppo.megatron.attention import DECODING_KERNELS, attend, layer_window
 from nemo_eppo.megatron.logprobs import soft_capped
 from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.megatron.specs import FUSED_NORMS
-from nemo_eppo.models.model_config import ACTIVATIONS
+from nemo_eppo.models.numerics import ACTIVATIONS
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 
@@ -75,7 +76,7 @@ class _Newest(NamedTuple):
     positions: Tensor
     """Position [n] of each new token."""
     longest: int
-    """Number of columns that any row sees."""
+    """Number of columns that attention reads: all that any row sees, on a GPU rounded up."""
     visible: Tensor | None
     """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers."""
     in_window: Tensor | None
@@ -104,13 +105,13 @@ class Decoder:
 
     def start(self, rows: int, columns: int) -> None:
         """Forget all sequences; make room for `rows` sequences of up to `columns` tokens."""
-        shape = (sum(map(len, self._layers)), rows, self._groups, 2, columns, self._head_width)
+        shape = (sum(map(len, self._layers)), rows, self._groups, 2, _rounded(columns), self._head_width)
         if self._storage.numel() < math.prod(shape):
             self._storage = self._storage.new_empty(math.prod(shape))
         # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
         self._cache = self._storage[: math.prod(shape)].zero_().view(shape)
         self._rotary = self._rotary_table(columns)
-        self._columns = torch.arange(columns, device=device.device())
+        self._columns = torch.arange(_rounded(columns), device=device.device())
         self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
 
@@ -149,7 +150,7 @@ class Decoder:
         """
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
-        longest, window = int(self._lengths.max()), self._description.sliding_window
+        longest, window = _rounded(int(self._lengths.max())), self._description.sliding_window
         visible = in_window = None
         if int(self._lengths.min()) < longest or (window is not None and window < longest):
             columns, places = self._columns[:longest], positions[:, None]
@@ -186,6 +187,7 @@ class Decoder:
         """Free the cache."""
         self._cache = self._storage = self._storage.new_empty(0)
 
+    @sdpa_kernel(DECODING_KERNELS)
     def _run(self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None) -> Tensor | None:
         """Run tokens [b, s] through all stages, filling their rows of the cache; hidden [b, s, H] on the last stage."""
         caches = iter(cache)
@@ -271,6 +273,11 @@ class Decoder:
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         return table[:, :, None, None].to(self._storage)
+
+
+def _rounded(columns: int) -> int:
+    multiple = device.cached_tokens_multiple()
+    return -(-columns // multiple) * multiple
 
 
 def _layer_weights(layer: Any) -> _Layer:

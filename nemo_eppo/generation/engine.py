@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig
 
 
 class Engine(Protocol):
@@ -18,13 +18,14 @@ class Engine(Protocol):
     A response depends on its seed, its prompt, the weights and the sampling settings: not on the other prompts, their
     order, the batch size or the parallel layout.
 
-    A step calls wake, refit, generate (any number of times) and sleep, in this order. All ranks of the job call each
-    method; `generate` gets the share of this rank's replica, the same on all ranks of the replica, which may be empty.
+    A step calls refit, generate (any number of times) and sleep, in this order. All ranks of the job call each method;
+    `generate` gets the share of this rank's replica, the same on all ranks of the replica, which may be empty.
     To add an engine, write its class in this room and enter it in `build.py`.
     """
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Take over new weights (whole tensors under Hugging Face names) as `version`; collective.
+        """Take over new weights (whole tensors under Hugging Face names) as `version`, after taking the memory that
+        `sleep` freed; collective.
 
         An engine that reads the trainer's own weights ignores them and accepts None.
 
@@ -43,10 +44,7 @@ class Engine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Free the memory that only generation needs; the weights may go with it."""
-
-    def wake(self) -> None:
-        """Take memory again; a refit follows before the next `generate`."""
+        """Free the memory that only generation needs, if there is any; the next `generate` wants a refit before."""
 
     def close(self) -> None:
         """End all that the engine has started."""

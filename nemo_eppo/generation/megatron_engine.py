@@ -8,20 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_eppo.algorithms.sampling import (
-    Distribution,
-    counter_uniform,
-    filter_logits,
-    repetition_slopes,
-    sample_tokens,
-)
+from nemo_eppo.algorithms.choices import Distribution
+from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, repetition_slopes, sample_tokens
 from nemo_eppo.generation.decoder import Decoder
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 _BLOCK = 8  # tokens per row between looks at what was sampled, each of which waits for the device
 
@@ -51,9 +46,6 @@ class MegatronEngine:
     def sleep(self) -> None:
         """Free the cache."""
         self._decoder.release()
-
-    def wake(self) -> None:
-        """Nothing to do: the cache is allocated when it is needed."""
 
     def close(self) -> None:
         """Free the cache."""

@@ -45,28 +45,33 @@ class Bucket(NamedTuple):
     tensors: list[TensorInfo]
 
 
+def aligned(size: int) -> int:
+    """Return the bytes that a tensor of `size` bytes takes in a bucket."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def pack(
     named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, allocate: Callable[[int], Tensor]
 ) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Copy tensors into a buffer until it is full, yield them as a bucket, and fill the buffer again.
+    """Copy tensors into a buffer until it is full, yield them as a bucket, and fill another buffer.
 
     Args:
         named_tensors: tensors by name, read one at a time.
-        bucket_bytes: size of the buffer; a larger tensor replaces it with one of its own size.
+        bucket_bytes: size of each of the two buffers; a larger tensor replaces one with one of its own size.
         allocate: returns uint8 [n] on the device of the tensors, in memory that another process can open.
 
     Yields:
         (name, digest of the original, copy in the buffer) of each tensor of a bucket. Asking for the next bucket
-        overwrites the buffer.
+        overwrites the one before this.
     """
-    buffer = torch.empty(0, dtype=torch.uint8)
+    buffer = other = torch.empty(0, dtype=torch.uint8)
     packed: list[tuple[str, Tensor, Tensor]] = []
     used = 0
     for name, tensor in named_tensors:
-        size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        size = aligned(tensor.nbytes)
         if packed and used + size > buffer.numel():
             yield packed
-            packed, used = [], 0
+            buffer, other, packed, used = other, buffer, [], 0
         if size > buffer.numel():
             buffer = allocate(max(size, bucket_bytes))
         place = buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -96,6 +101,15 @@ def digest(tensor: Tensor) -> Tensor:
     sums.append((words[whole:] * factors[: words.numel() - whole]).sum(0, keepdim=True))
     rows = torch.cat(sums)
     return mix64(rows + mix64(torch.arange(1, len(rows) + 1, device=rows.device))).sum()
+
+
+def describe(named: Sequence[tuple[str, Tensor]]) -> list[TensorInfo]:
+    """Describe tensors with their digests, after all that was queued before on their device."""
+    digests = torch.stack([digest(tensor) for _, tensor in named]).tolist()  # one wait for the device
+    return [
+        TensorInfo(name, tuple(tensor.shape), str(tensor.dtype), value)
+        for (name, tensor), value in zip(named, digests, strict=True)
+    ]
 
 
 _cached_factors: dict[torch.device, Tensor] = {}
@@ -135,17 +149,26 @@ class Receiver:
         self._newest = self._pending = version
         self._buckets = self._received = 0
 
-    def check(self, bucket: Bucket, copies: Sequence[Sequence[tuple[str, Tensor]]]) -> None:
-        """Raise RefitError if this is not the next bucket, or the tensors that arrived are not those it names.
-
-        Args:
-            copies: the bucket's tensors as they arrived, one list for each device.
-        """
+    def expect(self, bucket: Bucket) -> None:
+        """Raise RefitError if this is not the next bucket; nothing of it has been loaded yet."""
         try:
-            self._check(bucket, copies)
+            self._expect(bucket)
         except RefitError:
             self.forget()
             raise
+
+    def check(self, bucket: Bucket, loaded: Sequence[Sequence[TensorInfo]]) -> None:
+        """Raise RefitError if the tensors that were loaded are not those of the bucket, which is the expected one.
+
+        Args:
+            loaded: what `describe` says of them, one list for each device.
+        """
+        for found in loaded:
+            if damage := _difference(bucket, found):
+                self.forget()
+                raise RefitError(f"corrupted refit of version {bucket.version}: {damage}")
+        self._buckets += 1
+        self._received += len(bucket.tensors)
 
     def finish(self, version: int) -> None:
         """End the refit; RefitError if it is not complete."""
@@ -160,7 +183,7 @@ class Receiver:
             )
         self.version = version
 
-    def _check(self, bucket: Bucket, copies: Sequence[Sequence[tuple[str, Tensor]]]) -> None:
+    def _expect(self, bucket: Bucket) -> None:
         if bucket.version != self._pending:
             raise RefitError(
                 f"stale refit: a bucket of version {bucket.version} while version {self._pending} is being received"
@@ -182,15 +205,12 @@ class Receiver:
                     f"{where}: {info.name} is {info.dtype} {info.shape}, "
                     f"expected {due[position].dtype} {due[position].shape}"
                 )
-        for tensors in copies:
-            arrived = [TensorInfo(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-            if arrived != [info._replace(digest=None) for info in bucket.tensors]:
-                raise RefitError(f"corrupted {where}: the bucket holds other tensors than its header says")
-            digests = torch.stack([digest(tensor) for _, tensor in tensors]).tolist()  # one wait for the device
-            for info, found in zip(bucket.tensors, digests, strict=True):
-                if info.digest != found:
-                    raise RefitError(
-                        f"corrupted {where}: {info.name} has digest {found}, the sender's has {info.digest}"
-                    )
-        self._buckets += 1
-        self._received += len(bucket.tensors)
+
+
+def _difference(bucket: Bucket, loaded: Sequence[TensorInfo]) -> str | None:
+    if [info._replace(digest=None) for info in loaded] != [info._replace(digest=None) for info in bucket.tensors]:
+        return "the bucket holds other tensors than its header says"
+    for info, found in zip(bucket.tensors, loaded, strict=True):
+        if info.digest != found.digest:
+            return f"{info.name} has digest {found.digest}, the sender's has {info.digest}"
+    return None

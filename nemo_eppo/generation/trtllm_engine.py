@@ -3,121 +3,35 @@
 A replica's ranks form as many engines as they can, each of consecutive ranks. All ranks gather the weights
 (`export_tensors`) and share each bucket with their engine's process, which the engine's first rank starts and talks to.
 The engines of a replica share its prompts. A failure on one rank is raised on all.
+
+Trainer and engine take turns with the GPU's memory. An engine sleeps from its start on: it has neither weights nor a KV
+cache while the trainer trains, saves or loads. Torch gives back what it keeps for later tensors before an engine takes
+its weights, and again before it takes its KV cache, when the buffers of the refit are gone.
 """
 
-import os
-import subprocess
-import sys
+import math
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from socket import socketpair
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import Limits, check_requests
-from nemo_eppo.generation.refit import RefitError, pack
+from nemo_eppo.generation.refit import aligned, pack
 from nemo_eppo.generation.stops import Stops
+from nemo_eppo.generation.trtllm_client import EngineProcess, EngineProcessError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import all_or_none
-from nemo_eppo.megatron.runtime import PATIENCE, control_group, world_size
-from nemo_eppo.models.families import family_of
+from nemo_eppo.megatron.runtime import PATIENCE, control_group
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
-
-ResultT = TypeVar("ResultT")
-
-_PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_eppo
-# variables of the launcher of this rank, which TensorRT-LLM or torch would take for their own launcher's
-_LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
-_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-_LOG_TAIL = 3000
-_VERSION = "1.2."  # 1.1 has no AsyncLLM, 1.3 other arguments
-
-
-class EngineProcessError(RuntimeError):
-    """The engine's process failed at a request, or ended."""
-
-
-class TensorRTLLMConfig(Config):
-    """Settings of the TensorRT-LLM engine."""
-
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine, all of one machine. It divides R, the ranks of a replica of the actor, which has
-    R / tensor_parallel_size engines."""
-    free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of the GPU memory left after loading the engine that its KV cache takes."""
-    max_num_tokens: int = Field(8192, ge=1)
-    """Tokens that the engine computes at once."""
-    bucket_megabytes: int = Field(512, ge=1)
-    """Weights are sent in buckets of this many MiB, which a refit needs as extra memory on each GPU."""
-    timeout_minutes: float = Field(60.0, gt=0)
-    """Minutes that the engine's process may take for its start, a bucket of weights, or a rollout."""
-    python: Path | None = None
-    """Python of an environment that has tensorrt_llm; null for the Python of this process."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables to add for the engine's process."""
-
-
-def check_tensorrt_llm(
-    config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "engine.tensorrt_llm"
-) -> None:
-    """Raise ConfigError if an engine with these settings cannot start here; starts only Python, to find the package."""
-    size, ranks, family = config.tensor_parallel_size, parallel.model_parallel_size, family_of(model)
-    unknown = [] if family.tensorrt_llm else [f"{family.name} models"]
-    if model.sliding_window is not None and model.sliding_window < model.max_sequence_length:
-        unknown.append(f"model.sliding_window = {model.sliding_window}")
-    if model.rope_scaling is not None and model.rope_scaling.rope_type != "llama3":
-        unknown.append(f"model.rope_scaling.rope_type = {model.rope_scaling.rope_type!r}")
-    if unknown:
-        raise ConfigError(
-            f"engine.name = 'tensorrt_llm' is not known to compute {', '.join(unknown)} as training does; "
-            "expected 'megatron'"
-        )
-    if ranks % size:
-        raise ConfigError(
-            f"{where}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
-        )
-    for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.kv_heads)):
-        if value % size:
-            raise ConfigError(f"{where}.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible")
-    world, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for engine in _engines(parallel, world, size):
-        if len({rank // here for rank in engine}) > 1:
-            raise ConfigError(
-                f"{where}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
-                f"ranks {', '.join(map(str, engine))} would make one"
-            )
-    if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
-        raise ConfigError(
-            f"engine.name = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
-        )
-    python = str(config.python or sys.executable)
-    look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
-    try:
-        looked = subprocess.run(
-            [python, "-c", look], env=_environment(config, []), capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise ConfigError(f"{where}.python = {python!r} cannot be run: {error}") from None
-    found = looked.stdout.strip()
-    if not found.startswith(_VERSION):
-        raise ConfigError(
-            f"engine.name = 'tensorrt_llm': {python} has "
-            f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray on a "
-            f"machine with GPUs (the container nvcr.io/nvidia/nemo:26.04 has them), set {where}.python to the Python "
-            "of an environment that has them, or use engine.name = 'megatron'"
-        )
+from nemo_eppo.settings.generation import SamplingParams, TensorRTLLMConfig
+from nemo_eppo.settings.model import ModelConfig
 
 
 class TensorRTLLMEngine:
@@ -147,41 +61,49 @@ class TensorRTLLMEngine:
         limits.check(model)
         self._model, self._config, self._limits = model, config, limits
         self._replica = _replica()
-        gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
-        dist.all_gather_object(gathered, (device.uuid(), device.number()), group=self._replica)
+        numbers = [""] * self._replica.size()
+        dist.all_gather_object(numbers, device.number(), group=self._replica)
         size, rank = config.tensor_parallel_size, self._replica.rank()
         self._mine = slice(rank - rank % size, rank - rank % size + size)
         """The ranks, within the replica, of this rank's engine."""
-        self._devices, numbers = map(list, zip(*gathered[self._mine], strict=True))
-        self._process: _Process | None = None
+        expected = [(name, shape, str(dtype)) for name, shape in hf_names(model)]
+        whole = sum(aligned(math.prod(shape) * dtype.itemsize) for _, shape, _ in expected)
+        self._bucket_bytes = min(config.bucket_megabytes * 2**20, whole)
         start = {
             "model": str(hf_directory),
-            "devices": self._devices,
-            "expected": [(name, shape, str(dtype)) for name, shape in hf_names(model)],
+            "gpus": size,
+            "expected": expected,
             "pad_id": limits.pad_id,
             "free_gpu_memory_fraction": config.free_gpu_memory_fraction,
-            "arguments": {
-                "max_seq_len": limits.max_sequence_length,
-                "max_batch_size": limits.max_batch_size,
-                "max_num_tokens": config.max_num_tokens,
-            },
+            "max_seq_len": limits.max_sequence_length,
+            "max_batch_size": config.max_batch_size,
+            "max_num_tokens": config.max_num_tokens,
         }
+        self._process: EngineProcess | None = None
         if rank == self._mine.start:
-            self._process = _Process(config, numbers, log.with_name(f"{log.name}.{dist.get_rank()}"))
+            gpus = numbers[self._mine]
+            self._process = EngineProcess(config, gpus, log.with_name(f"{log.name}.{dist.get_rank()}"))
+        self._give_memory()  # what is free now decides how large the KV cache gets
         all_or_none(lambda: self._ask("start", **start))
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Send all weights, in the order of `hf_names`; see `Engine`. Versions have to increase."""
+        """Wake up and take over all weights, in the order of `hf_names`; see `Engine`. Versions have to increase."""
         if named_weights is None:
             raise TypeError("a TensorRT-LLM engine needs the weights themselves")
         weights = named_weights
         all_or_none(lambda: self._refit(weights, version))
 
     def _refit(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._give_memory()
         self._ask("begin", version=version)
-        packed = pack(
-            named_weights, self._config.bucket_megabytes * 2**20, lambda size: ipc.allocate(size, device.device())
-        )
+        self._send(named_weights, version)
+        self._ask("finish", version=version)
+        self._give_memory()  # also that of the buckets
+        self._ask("take_cache")
+
+    def _send(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Fill one buffer while the engines load from the other."""
+        packed = pack(named_weights, self._bucket_bytes, lambda size: ipc.allocate(size, device.device()))
         for number, bucket in enumerate(packed):
             digests = torch.stack([digest for _, digest, _ in bucket]).tolist()
             infos = [
@@ -189,15 +111,12 @@ class TensorRTLLMEngine:
                 for (name, _, tensor), value in zip(bucket, digests, strict=True)
             ]
             device.synchronize()  # the other process does not wait for what this one has queued
-            named = [(name, tensor) for name, _, tensor in bucket]
-            # a handle can be opened once: one is for the check, one for AsyncLLM
-            gathered: list[tuple[str, str]] = [("", "")] * self._replica.size()
-            dist.all_gather_object(gathered, (ipc.handles(named), ipc.handles(named)), group=self._replica)
-            to_check, to_load = (
-                dict(zip(self._devices, texts, strict=True)) for texts in zip(*gathered[self._mine], strict=True)
-            )
-            self._ask("bucket", header=(version, number, infos), to_check=to_check, to_load=to_load)
-        self._ask("finish", version=version)
+            handles = [""] * self._replica.size()
+            dist.all_gather_object(handles, ipc.handles([(name, t) for name, _, t in bucket]), group=self._replica)
+            if number:
+                self._on_process(EngineProcess.answer)
+            self._tell("bucket", header=(version, number, infos), handles=handles[self._mine])
+        self._on_process(EngineProcess.answer)
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Return one completion for each prompt; see `Engine`. All ranks of a replica give the same prompts, or none.
@@ -233,28 +152,30 @@ class TensorRTLLMEngine:
         return completions
 
     def sleep(self) -> None:
-        """Free the engine's weights and cache, to give training their memory."""
+        """Free all of the engine's GPU memory, to give it to training; the weights have to be sent again."""
         all_or_none(lambda: self._ask("release"))
-
-    def wake(self) -> None:
-        """Take the memory again; the weights have to be sent again."""
-        all_or_none(lambda: self._ask("resume"))
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
             self._process.close()
 
+    def _give_memory(self) -> None:
+        """Give the GPU memory that this replica's ranks do not use to their engines."""
+        device.empty_cache()
+        dist.barrier(self._replica)
+
     def _ask(self, command: str, **arguments: Any) -> Any:
-        """Ask the process that this rank has started, and return its answer; None if it has none.
+        """Ask the process that this rank has started, and return its answer; None if it has none."""
+        return self._on_process(lambda process: process.ask(command, arguments))
 
-        An error is raised on all ranks of the replica.
-        """
+    def _tell(self, command: str, **arguments: Any) -> None:
+        """The same without waiting for the answer."""
+        self._on_process(lambda process: process.send(command, arguments))
 
-        def ask() -> Any:
-            return None if self._process is None else self._process.ask(command, arguments)
-
-        return all_or_none(ask, self._replica)
+    def _on_process(self, work: Callable[[EngineProcess], Any]) -> Any:
+        """Do something with the process of this rank if it has one; an error is raised on all ranks of the replica."""
+        return all_or_none(lambda: None if self._process is None else work(self._process), self._replica)
 
 
 def _replica() -> dist.ProcessGroup:
@@ -266,17 +187,6 @@ def _replica() -> dist.ProcessGroup:
     groups = {ranks: dist.new_group(list(ranks), timeout=PATIENCE, backend="gloo") for ranks in made}
     group: dist.ProcessGroup = groups[tuple(mine)]
     return group
-
-
-def _engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]:
-    """Return the ranks of each engine; Megatron counts them over tensor, then data, then pipeline parallelism."""
-    tensor, replicas = parallel.tensor_model_parallel_size, parallel.data_parallel_size(world)
-    engines = []
-    for replica in range(replicas):
-        stages = [(stage * replicas + replica) * tensor for stage in range(parallel.pipeline_model_parallel_size)]
-        ranks = [first + rank for first in stages for rank in range(tensor)]
-        engines += [ranks[start : start + size] for start in range(0, len(ranks), size)]
-    return engines
 
 
 def _completion(tokens: list[int], logprobs: list[float], version: int, limit: int, stops: Stops) -> Completion:
@@ -333,73 +243,3 @@ def map_sampling(sampling: SamplingParams, seed: int, room: int, stop_ids: Seque
             )
         arguments |= mapping[name]()
     return arguments
-
-
-class _Process:
-    """Starts an engine's process and talks to it."""
-
-    def __init__(self, config: TensorRTLLMConfig, gpus: list[str], log: Path) -> None:
-        self._log, self._timeout = log, config.timeout_minutes * 60
-        ours, theirs = socketpair()
-        with theirs, log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [config.python or sys.executable, "-m", "nemo_eppo.generation.trtllm_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=_environment(config, gpus),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        self._connection = Connection(ours.detach())
-
-    def ask(self, command: str, arguments: dict[str, Any]) -> Any:
-        """Send one request and return the answer.
-
-        Raises:
-            RefitError: the process refused a refit.
-            EngineProcessError: the request failed, was not answered in time, or the process has ended.
-        """
-        try:
-            self._connection.send((command, arguments))
-            if not self._connection.poll(self._timeout):
-                self.close()
-                raise EngineProcessError(f"'{command}' was not answered within {self._timeout:g} s; log: {self._log}")
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            self.close()
-            tail = self._log.read_text(errors="replace")[-_LOG_TAIL:]
-            raise EngineProcessError(
-                f"the engine's process ended at '{command}' with exit code {self._process.returncode}; "
-                f"{self._log} ends with:\n{tail}"
-            ) from None
-        if answer[0] == "done":
-            return answer[1]
-        _, kind, message = answer
-        if kind == RefitError.__name__:
-            raise RefitError(message)
-        raise EngineProcessError(f"'{command}' failed: {kind}: {message}; log: {self._log}")
-
-    def close(self) -> None:
-        """Close the connection, at which the process ends by itself; kill it if it does not in 30 s."""
-        self._connection.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def _environment(config: TensorRTLLMConfig, gpus: list[str]) -> dict[str, str]:
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER) and name not in _RANK
-    }
-    given = config.environment
-    paths = [given.get("PYTHONPATH"), str(_PACKAGES), os.environ.get("PYTHONPATH")]
-    return {
-        **inherited,
-        **device.only_these(gpus),
-        "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
-        "TLLM_RAY_FORCE_LOCAL_CLUSTER": "1",  # each engine has workers of its own
-        **given,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }

@@ -1,10 +1,11 @@
 """The process of a TensorRT-LLM engine: AsyncLLM behind a socket. `TensorRTLLMEngine` starts it and talks to it.
 
-All code that uses TensorRT-LLM's API is here. It follows the documentation and sources of version 1.2 and has not been
-run with it: tests run it with a package that has the same signatures (tests/generation/stand_in).
+All code that uses TensorRT-LLM's API is here and in `trtllm_worker`. It follows the sources of version 1.2
+(llmapi/llm_args.py, _torch/async_llm.py, _torch/virtual_memory.py, executor/ray_executor.py, llmapi/rlhf_utils.py) and
+has not been run with it: tests run it with a package that has the same signatures (tests/generation/stand_in).
 
-It imports only torch, the standard library and, when it starts, tensorrt_llm: it may run in an environment of its own.
-A request is (command, arguments), its answer ("done", result) or ("failed", kind of error, message).
+It imports only torch, the standard library and, when it starts, tensorrt_llm and ray: it may run in an environment of
+its own. A request is (command, arguments), its answer ("done", result) or ("failed", kind of error, message).
 """
 
 import asyncio
@@ -13,79 +14,123 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nemo_eppo.generation.ipc import open_handles
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo
 
-_RELEASED = ["model", "kv_cache"]  # memory given to training
+_CACHE = ["kv_cache"]
+# All other memory of 1.2 that can be released (ExecutorMemoryType; its members "_no_capture_*" cannot). Released memory
+# of these waits in pinned host memory (RestoreMode.PINNED), as long as the engine sleeps.
+_ALL_BUT_CACHE = [
+    "model",
+    "draft_model",
+    "sampler",
+    "drafter",
+    "guided_decoder",
+    "spec_resource_manager",
+    "model_extra",
+    "executor_extra",
+]
 
 
 class EngineServer:
-    """Answers the requests of the engine's ranks.
+    """Answers the requests of the engine's ranks. It sleeps, without GPU memory, until the first refit.
 
     Args:
         model: Hugging Face directory, of which only settings are read; the weights come with the first refit.
-        devices: uuids of the engine's GPUs, in the order in which this process sees them.
+        gpus: number of the engine's GPUs, all that this process sees.
         expected: name, shape and dtype of every tensor of a refit.
         pad_id: token id of the tokenizer.
-        arguments: further arguments of AsyncLLM.
         free_gpu_memory_fraction: share of the free GPU memory that the KV cache takes.
+        max_seq_len: longest prompt and response together, in tokens.
+        max_batch_size: sequences decoded at once.
+        max_num_tokens: tokens computed at once.
     """
 
     def __init__(
         self,
         model: str,
-        devices: list[str],
+        gpus: int,
         expected: list[tuple[str, tuple[int, ...], str]],
         pad_id: int,
-        arguments: dict[str, Any],
         free_gpu_memory_fraction: float,
+        max_seq_len: int,
+        max_batch_size: int,
+        max_num_tokens: int,
     ) -> None:
+        import ray
         from tensorrt_llm import AsyncLLM, SamplingParams
-        from tensorrt_llm.llmapi import KvCacheConfig
+        from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
 
-        self._sampling_params = SamplingParams
-        self._devices, self._pad_id = devices, pad_id
+        # AsyncLLM uses this Ray instead of starting one that takes the whole machine for its own. Workers ask for a GPU
+        # and a CPU each, and choose the GPU themselves; hardly anything passes through Ray's object store.
+        ray.init(
+            address="local",
+            namespace="trtllm",
+            num_cpus=gpus,
+            num_gpus=gpus,
+            object_store_memory=2**28,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
+        )
+        self._sampling_params, self._pad_id = SamplingParams, pad_id
         self._receiver = Receiver([TensorInfo(*info) for info in expected])
+        self._released: set[str] = set()
         self._llm = AsyncLLM(
             model=model,
             backend="pytorch",
             load_format="dummy",
-            tensor_parallel_size=len(devices),
+            tensor_parallel_size=gpus,
             kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=free_gpu_memory_fraction, enable_block_reuse=True),
+            # without padding only batches of 1 to 31, 32, 64 or 128 would run as graphs
+            cuda_graph_config=CudaGraphConfig(enable_padding=True, max_batch_size=max_batch_size),
             sampler_type="TRTLLMSampler",  # in 1.2 the one that knows each request's seed
+            ray_worker_extension_cls="nemo_eppo.generation.trtllm_worker.RefitWorker",
             enable_sleep=True,
-            **arguments,
+            max_seq_len=max_seq_len,
+            max_input_len=max_seq_len - 1,  # else 1024
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            enable_chunked_prefill=max_seq_len > max_num_tokens,  # else prompts beyond max_num_tokens are refused
         )
 
     async def setup(self) -> None:
-        """Start the workers."""
+        """Start the workers, and put them to sleep."""
         await self._llm.setup_async()
+        await self.release()
 
     async def begin(self, version: int) -> None:
-        """Start the refit to `version`."""
+        """Start the refit to `version`: take memory for the weights."""
         self._receiver.begin(version)
+        await self._take(_ALL_BUT_CACHE)
 
-    async def bucket(
-        self, header: tuple[int, int, list[tuple[Any, ...]]], to_check: dict[str, str], to_load: dict[str, str]
-    ) -> None:
-        """Check the tensors in every device's shared buffer, and load them; either use needs its own handles."""
+    async def bucket(self, header: tuple[int, int, list[tuple[Any, ...]]], handles: list[str]) -> None:
+        """Load the tensors of every GPU's shared buffer, and check what the workers have loaded."""
         version, number, tensors = header
-        copies = [open_handles(text, index) for index, text in enumerate(to_check.values())]
-        self._receiver.check(Bucket(version, number, [TensorInfo(*info) for info in tensors]), copies)
-        del copies
-        await self._load(to_load)
+        bucket = Bucket(version, number, [TensorInfo(*info) for info in tensors])
+        self._receiver.expect(bucket)
+        loaded = await self._load("load_bucket", handles)
+        self._receiver.check(bucket, [[TensorInfo(*info) for info in infos] for infos in loaded])
 
     async def finish(self, version: int) -> None:
         """End a refit after its last bucket; this also drops the prefix cache."""
         self._receiver.finish(version)
-        await self._load(None)
+        await self._load("update_weights", None)
 
-    async def _load(self, handles: dict[str, str] | None) -> None:
+    async def take_cache(self) -> None:
+        """Take memory for the KV cache, in which nothing is left."""
+        await self._take(_CACHE)
+
+    async def _load(self, method: str, handles: list[str] | None) -> list[Any]:
         try:
-            await self._llm.update_weights(handles)
+            results: list[Any] = await self._llm.collective_rpc(method, args=(handles,))
         except BaseException:
             self._receiver.forget()
             raise
+        return results
+
+    async def _take(self, tags: list[str]) -> None:
+        if wanted := [tag for tag in tags if tag in self._released]:
+            await self._llm.resume(wanted)
+            self._released -= set(wanted)
 
     async def generate(
         self, requests: list[tuple[list[int], dict[str, Any]]]
@@ -113,16 +158,14 @@ class EngineServer:
         return tokens, logprobs
 
     async def release(self) -> None:
-        """Free the memory of weights and KV cache."""
+        """Free the memory of weights, graphs and KV cache."""
         self._receiver.forget()
-        await self._llm.release(_RELEASED)
-
-    async def resume(self) -> None:
-        """Take that memory again; its content is lost."""
-        await self._llm.resume(_RELEASED)
+        if wanted := [tag for tag in _ALL_BUT_CACHE + _CACHE if tag not in self._released]:
+            await self._llm.release(wanted)
+            self._released |= set(wanted)
 
 
-_COMMANDS = ("begin", "bucket", "finish", "generate", "release", "resume")
+_COMMANDS = ("begin", "bucket", "finish", "take_cache", "generate", "release")
 
 
 async def serve(connection: Connection) -> None:

@@ -13,8 +13,8 @@ _DESCRIPTION = """\
 Examine this machine, and the jobs of a launch file, before anything is started.
 
 The machine: Python, package versions, GPUs, shared memory. The jobs: unknown keys, layouts, checkpoints, differing
-tokenizers, data files row by row, windows, memory per rank, disk, ports. Running servers: whether they answer, their
-protocol and limits. A failed check does not stop the others; the exit status is 1 if there is an error."""
+tokenizers, data files row by row, windows, memory per rank, slow settings, disk, ports. Running servers: whether they
+answer, their protocol and limits. A failed check does not stop others; the exit status is 1 if there is an error."""
 
 _EPILOG = """\
 examples:

@@ -21,7 +21,7 @@ from nemo_eppo.launch.products import maker, product, stand_in
 from nemo_eppo.launch.together import examine_together
 
 if TYPE_CHECKING:
-    from nemo_eppo.models.model_config import Head
+    from nemo_eppo.settings.model import Head
     from nemo_eppo.training.setup import Plan
 
 FILES = (*DATA, "reward.inform.sft_responses")
@@ -156,7 +156,9 @@ def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) 
 
 def _own_code(settings: Any) -> Iterator[Finding]:
     """The functions and terms that the settings name can be loaded here."""
-    settings.check_own_code()
+    from nemo_eppo.training.ppo_job import check_own_code
+
+    check_own_code(settings)
     yield ok("own functions and terms", "all that the settings name can be loaded")
 
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemo_eppo.training.kinds import JobKind
+from nemo_eppo.settings.kinds import JobKind
 
 if TYPE_CHECKING:
-    from nemo_eppo.training.setup import ModelSetup, Plan
+    from nemo_eppo.settings.model import ModelSetup
+    from nemo_eppo.training.setup import Plan
 
 DATA = ("data.train", "data.validation")
 """Settings that name the files of rows that a job reads."""

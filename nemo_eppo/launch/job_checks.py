@@ -30,6 +30,8 @@ def examine_jobs(launch: LaunchConfig, jobs: Sequence[Job], *, here: bool) -> li
     findings = []
     for check, examine in (("data", _data), ("memory", _memory)):
         findings += guarded(check, examine)(jobs)
+    if not here or device.capacities():
+        findings += guarded("speed", _speed)(jobs)
     if here:
         findings += guarded("GPUs of the jobs", _gpus)(launch)
     return findings + guarded("disk", _disk)(launch, jobs)
@@ -106,6 +108,20 @@ def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
         yield warning("memory of the machine", text, "run fewer ranks here, or jobs on machines of their own")
     elif together:
         yield ok("memory of the machine", text)
+
+
+def _speed(jobs: Sequence[Job]) -> Iterator[Finding]:
+    """Name settings that a CPU does well with, and a GPU badly."""
+    for job in jobs:
+        slow = {}
+        if job.settings.model.precision == "fp32":
+            slow["model.precision = fp32"] = "bf16, in which an H100 computes 989 TFLOP/s against 67 in fp32"
+        if job.settings.model.micro_batch_tokens is None:
+            slow["model.micro_batch_tokens = null"] = (
+                "a number of tokens, for packed rows, in which no padding is computed"
+            )
+        if slow:
+            yield warning(f"{job.name}: speed", f"slow on GPUs: {', '.join(slow)}", f"set {'; '.join(slow.values())}")
 
 
 def _gpus(launch: LaunchConfig) -> Iterator[Finding]:

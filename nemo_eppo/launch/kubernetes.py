@@ -32,6 +32,7 @@ _SECRET_MOUNT = PurePosixPath("/etc/nemo_eppo/certificates")
 _CERTIFICATES = PurePosixPath("/tmp/nemo_eppo_certificates")
 # A Secret's files belong to root; the container's user needs its own, that nobody else can read.
 _COPY = f"install -d -m 700 {_CERTIFICATES}\ninstall -m 600 {_SECRET_MOUNT}/*.pem {_CERTIFICATES}\n"
+_KUEUE = "kueue.x-k8s.io/queue-name"  # Kueue starts suspended Jobs that have it
 GRACE_S = 120  # seconds that a pod has to stop
 
 
@@ -48,6 +49,11 @@ def manifests(launch: LaunchConfig) -> str:
     found = stages(launch)
     objects = [manifest for stage in found for manifest in _stage(stage, kubernetes)]
     if len(found) > 1:
+        if _KUEUE in kubernetes.labels:
+            raise ConfigError(
+                f"kubernetes.labels.{_KUEUE} = {kubernetes.labels[_KUEUE]!r}: Kueue would start all of the stages "
+                f"{', '.join(stage.trainer for stage in found)} at once; expected a launch of one stage"
+            )
         objects += _starter(launch, kubernetes, found)
     if not any(launch.output.is_relative_to(path) for path in kubernetes.volumes.values()):
         raise ConfigError(f"output = {launch.output}: expected a directory on one of kubernetes.volumes")
@@ -73,6 +79,7 @@ def _stage(stage: Stage, kubernetes: KubernetesConfig) -> list[dict[str, Any]]:
         )
     metadata = _metadata(launch.name, kubernetes)
     labels = metadata["labels"]
+    annotations = {"annotations": dict(kubernetes.annotations)} if kubernetes.annotations else {}
     first, pods = dict[str, int](), 0  # index of each job's first pod
     for name in launch.order():
         first[name], pods = pods, pods + launch.jobs[name].nodes
@@ -87,7 +94,7 @@ def _stage(stage: Stage, kubernetes: KubernetesConfig) -> list[dict[str, Any]]:
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata,
+        "metadata": metadata | {"labels": kubernetes.labels | labels},
         "spec": {
             **({"suspend": True} if stage.after else {}),
             "completionMode": "Indexed",
@@ -96,8 +103,8 @@ def _stage(stage: Stage, kubernetes: KubernetesConfig) -> list[dict[str, Any]]:
             "backoffLimit": kubernetes.restarts * pods,  # when one pod fails, the pods that work with it fail too
             "successPolicy": {"rules": [{"succeededIndexes": f"{start}-{end}" if start < end else str(end)}]},
             "template": {
-                "metadata": {"labels": labels},
-                "spec": _pod(launch, kubernetes, _commands(launch, kubernetes, first)),
+                "metadata": {"labels": kubernetes.labels | labels, **annotations},
+                "spec": _merged(_pod(launch, kubernetes, _commands(launch, kubernetes, first)), kubernetes.pod),
             },
         },
     }
@@ -117,9 +124,10 @@ def _starter(launch: LaunchConfig, kubernetes: KubernetesConfig, found: list[Sta
         "verbs": ["get", "patch"],
     }
     command = ["python", "-u", "-m", "nemo_eppo.launch.stage_starter", json.dumps(needs)]
-    pod = {
+    pod: dict[str, Any] = {
         "serviceAccountName": name,
         "restartPolicy": "Never",
+        **{key: kubernetes.pod[key] for key in ("imagePullSecrets", "tolerations") if key in kubernetes.pod},
         "containers": [{"name": "starter", "image": kubernetes.image, "command": command}],
     }
     return [
@@ -148,7 +156,7 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
     gpus = next(iter(launch.jobs.values())).ranks_per_node
     memory = {"memory": kubernetes.memory} if kubernetes.memory else {}
     cpus = {"cpu": str(kubernetes.cpus)} if kubernetes.cpus else {}
-    limits = {"nvidia.com/gpu": str(gpus), **memory}
+    limits = {"nvidia.com/gpu": str(gpus), **memory, **{name: str(size) for name, size in kubernetes.resources.items()}}
     volumes = kubernetes.volumes.items()
     mounts: list[dict[str, Any]] = [{"name": claim, "mountPath": str(path)} for claim, path in volumes]
     secrets = []
@@ -176,6 +184,20 @@ def _pod(launch: LaunchConfig, kubernetes: KubernetesConfig, commands: str) -> d
             *secrets,
         ],
     }
+
+
+def _merged(base: Any, more: Any) -> Any:
+    """Merge a specification into another, in which it wins; entries of a list of named mappings are found by name."""
+    if isinstance(base, dict) and isinstance(more, dict):
+        return base | {key: _merged(base[key], value) if key in base else value for key, value in more.items()}
+    if (
+        isinstance(base, list)
+        and isinstance(more, list)
+        and all(isinstance(x, dict) and "name" in x for x in base + more)
+    ):
+        by_name = _merged({entry["name"]: entry for entry in base}, {entry["name"]: entry for entry in more})
+        return list(by_name.values())
+    return more
 
 
 def _commands(launch: LaunchConfig, kubernetes: KubernetesConfig, first: Mapping[str, int]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 _DESCRIPTION = """\
 Run the jobs of a launch file, on this machine or on a cluster.
 
-A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and the jobs that each needs: a server
-has to be ready, any other job to have ended. Addresses, ports, run directories and certificates are filled in.
-Everything is checked before anything starts. The same command resumes an interrupted run.
+A launch file names jobs (scripts of examples/nlp/gpt), their ranks and settings, and the jobs that each needs: servers
+start with it, and it waits for them; any other job has to have ended. Addresses, ports, run directories and
+certificates are filled in. Everything is checked before anything starts. The same command resumes an interrupted run.
 
   local        starts the jobs, with a log each in <output>/logs, and shows their state. Ctrl-C, or the first job that
                fails, stops all of them; the exit status is that of the failed job.
@@ -58,7 +58,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.files import write_atomically
     from nemo_eppo.launch.kubernetes import manifests
     from nemo_eppo.launch.launch_file import read_launch
-    from nemo_eppo.launch.local import LaunchError, commands, run_local
+    from nemo_eppo.launch.local import LaunchError, commands, open_nursery, run_local
     from nemo_eppo.launch.slurm import batch_script
 
     local, actors = arguments.backend == "local", dict[str, Path]()
@@ -76,6 +76,7 @@ def _launch(arguments: argparse.Namespace) -> None:
             from nemo_eppo.launch.colocation import colocated
 
             launch = colocated(launch)
+    nursery = open_nursery(launch) if local and not arguments.dry_run else None  # imports during the examination
     from nemo_eppo.launch.examination import check_launch  # brings torch, which a fault of the file need not wait for
 
     check_launch(launch, here=local)
@@ -92,7 +93,7 @@ def _launch(arguments: argparse.Namespace) -> None:
         return
     try:
         if not actors or any(job.kind.samples for job in launch.jobs.values()):  # else all values are complete
-            run_local(launch)
+            run_local(launch, nursery)
     except LaunchError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.status) from None

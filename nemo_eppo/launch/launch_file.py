@@ -4,15 +4,30 @@ import re
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
-from nemo_eppo.training.kinds import KINDS, JobKind
+from nemo_eppo.settings.kinds import KINDS, JobKind
+
+_SIZES = {"nodes": "nodes", "ntasks": "ranks_per_node", "ntasks-per-node": "ranks_per_node"}
+_RESOURCES = {"nvidia.com/gpu": "the jobs' ranks_per_node", "memory": "kubernetes.memory", "cpu": "kubernetes.cpus"}
+_POD_KEYS = ("restartPolicy", "subdomain")
+_CONTAINER_KEYS = ("image", "command", "args")
+
+
+def _no_sizes(options: dict[str, str | int | None]) -> dict[str, str | int | None]:
+    for name, field in _SIZES.items():
+        if name in options:
+            raise ValueError(f"{name} = {options[name]!r}: expected the job's {field} instead, which the run relies on")
+    return options
+
+
+SbatchOptions = Annotated[dict[str, str | int | None], AfterValidator(_no_sizes)]
 
 
 class JobConfig(Config):
@@ -21,8 +36,8 @@ class JobConfig(Config):
     script: Literal[*KINDS]  # type: ignore[valid-type]  # known at run time only
     """Name of the script, without .py."""
     needs: tuple[str, ...] = ()
-    """Jobs to wait for: a server has to be ready, any other to have ended. The servers among an actor's needs are its
-    critic and its reward models, in this order."""
+    """Jobs that come before: a server starts together with the job that needs it, any other has to have ended. The
+    servers among an actor's needs are its critic and its reward models, in this order."""
     held_out: str | None = None
     """One of the actor's needs: the server whose rewards are only reported (held_out_reward); null for none."""
     colocate: bool = False
@@ -34,8 +49,9 @@ class JobConfig(Config):
     """Processes on each machine, each with one GPU where there are GPUs."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of this job alone."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """Options of sbatch for this job alone, such as `constraint: h100`; "" for an option without a value."""
+    sbatch: SbatchOptions = Field(default_factory=dict)
+    """Options of sbatch for this job alone, such as `constraint: h100`; "" for an option without a value, null to leave
+    one out."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and certificates
     are filled in."""
@@ -85,8 +101,11 @@ class SlurmConfig(ImageConfig):
 
     mounts: tuple[str, ...] = ()
     """Directories of the cluster to mount in the containers, source:target."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """Options of sbatch for every component: account, partition, time, ..."""
+    sbatch: SbatchOptions = Field(default_factory=dict)
+    """Options of sbatch for every component: account, partition, time, ...; null leaves one out that would be written,
+    such as `gpus-per-node: null` where GPUs are asked for by `gres: "gpu:8"`, or where nodes have them anyway."""
+    cpus_per_rank: int | None = Field(None, ge=1)
+    """CPUs of each rank; null for as many as the cluster gives a task."""
     requeue_before_end: int = Field(300, ge=60)
     """Seconds before the time limit at which the run is told to save after its step, and is requeued to resume. If a
     step and its checkpoint take longer, it is ended before and resumes from the previous checkpoint."""
@@ -109,8 +128,33 @@ class KubernetesConfig(ImageConfig):
     """CPUs that a pod requests; null for none."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes to use."""
+    resources: dict[str, str | int] = Field(default_factory=dict)
+    """Further resources that a pod requests, as its limit too: `vpc.amazonaws.com/efa: 32`, `rdma/hca: 1`, ..."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the Job and its pods, such as the queue of a scheduler that starts all pods of a Job or none."""
+    annotations: dict[str, str] = Field(default_factory=dict)
+    """Annotations of the pods, such as their networks."""
+    pod: dict[str, Any] = Field(default_factory=dict)
+    """What the pods' specification has beside: tolerations, securityContext, imagePullSecrets, hostNetwork, ... Entries
+    of a list are merged by their names, if all have some; the ranks' container is called `ranks`."""
     restarts: int = Field(3, ge=0)
     """How often all pods may fail, and be replaced to resume, before the run fails."""
+
+    @model_validator(mode="after")
+    def _pod_is_ours_and_more(self) -> "KubernetesConfig":
+        for name, field in _RESOURCES.items():
+            if name in self.resources:
+                raise ValueError(f"resources.{name} = {self.resources[name]!r}: expected {field} instead")
+        containers = self.pod.get("containers", [])
+        if not isinstance(containers, list) or not all(isinstance(c, dict) and "name" in c for c in containers):
+            raise ValueError(f"pod.containers = {containers!r}: expected a list of mappings with a name each")
+        written = [key for key in _POD_KEYS if key in self.pod]
+        written += [
+            f"containers.ranks.{k}" for c in containers if c["name"] == "ranks" for k in _CONTAINER_KEYS if k in c
+        ]
+        if written:
+            raise ValueError(f"pod.{written[0]}: the launcher writes it, expected no such key")
+        return self
 
 
 class LaunchConfig(Config):

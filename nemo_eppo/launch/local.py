@@ -17,11 +17,13 @@ from types import FrameType
 import psutil
 
 from nemo_eppo.config import NOT_FINISHED, ConfigError
-from nemo_eppo.launch.command import Address, environment, overrides, own_address, script, torchrun
-from nemo_eppo.launch.gpus import Gpus, visible_gpus
+from nemo_eppo.launch.command import THREADS, Address, environment, overrides, own_address, script, torchrun
+from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
+from nemo_eppo.launch.nursery import ForkedJob, Nursery
 from nemo_eppo.launch.status import Row, State, Status
 from nemo_eppo.servers import certificates
+from nemo_eppo.servers.ports import free_port
 
 GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
 MOST_RESTARTS = 3  # of each server that had been ready; the actor waits for it, and resumes
@@ -41,15 +43,25 @@ class LaunchError(RuntimeError):
         """Exit status of the launch: that of the failed job, or 128 + N for signal N."""
 
 
-def run_local(launch: LaunchConfig) -> None:
+def open_nursery(launch: LaunchConfig) -> Nursery | None:
+    """Begin to import what the jobs of a launch need, in a process that forks them; None where jobs may use GPUs,
+    which must not be in use when a process forks."""
+    on_cpus = not visible_gpus() or launch.environment.get(VISIBLE) == ""
+    return Nursery(THREADS | launch.environment) if on_cpus else None
+
+
+def run_local(launch: LaunchConfig, nursery: Nursery | None = None) -> None:
     """Run all jobs until those that are not servers have ended, or for ever if there are only servers.
+
+    Args:
+        nursery: forks the jobs that have no environment of their own; None to start all of them anew.
 
     Raises:
         ConfigError: a launch with the same output is running, or there are too few GPUs.
         LaunchError: a job failed or a signal came. In any case all jobs have been stopped.
     """
     with _only_one(launch), _stop_signals():
-        supervisor = Supervisor(launch, Gpus(launch, visible_gpus()))
+        supervisor = Supervisor(launch, Gpus(launch, visible_gpus()), nursery)
         with Status(supervisor.rows) as status:
             try:
                 supervisor.run(status)
@@ -71,17 +83,17 @@ def commands(launch: LaunchConfig) -> list[str]:
 class Supervisor:
     """Starts, watches and ends the processes of a launch."""
 
-    def __init__(self, launch: LaunchConfig, gpus: Gpus) -> None:
-        self._launch, self._gpus = launch, gpus
+    def __init__(self, launch: LaunchConfig, gpus: Gpus, nursery: Nursery | None = None) -> None:
+        self._launch, self._gpus, self._nursery = launch, gpus, nursery
         self._rows = {name: Row(name, launch.jobs[name].ranks, launch.output / name) for name in launch.order()}
         self._logs = launch.output / "logs"
         for name in launch.jobs:
             (self._logs / name).parent.mkdir(parents=True, exist_ok=True)
-        self._addresses = {name: own_address(launch, name) for name in launch.servers}
+        self._addresses = {name: _with_port(own_address(launch, name)) for name in launch.servers}
         if launch.servers:
             certificates.create(launch.certificates_folder)
         self._restarts = dict.fromkeys(launch.servers, 0)
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}  # in the order of their start
+        self._processes: dict[str, subprocess.Popen[bytes] | ForkedJob] = {}  # in the order of their start
         self._told_to_stop: dict[str, float] = {}  # monotonic time; servers that no job needs any more
         # Processes that outlive a job become children of this process, so that `stop` finds them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
@@ -151,7 +163,12 @@ class Supervisor:
         return bool(tasks) and all(row.state is State.DONE for row in tasks)
 
     def _may_start(self, name: str) -> bool:
-        return all(self._rows[need].state in (State.READY, State.DONE) for need in self._launch.jobs[name].needs)
+        # what needs a server imports and builds while that starts, and then waits for it
+        serving = (State.STARTING, State.READY)
+        return all(
+            self._rows[need].state in (serving if self._launch.jobs[need].serves else (State.DONE,))
+            for need in self._launch.jobs[name].needs
+        )
 
     def _start(self, name: str) -> None:
         job, row = self._launch.jobs[name], self._rows[name]
@@ -163,17 +180,21 @@ class Supervisor:
             ready = self._ready_file(name)
             ready.unlink(missing_ok=True)
             argv.append(f"server.ready_file={ready}")
-        with (self._logs / f"{name}.log").open("a") as log:
+        file = self._logs / f"{name}.log"
+        with file.open("a") as log:
             print(f"\n$ {shlex.join(argv)}", file=log, flush=True)
-            self._processes[name] = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment(self._launch, name), **gpus},
-                start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
-                preexec_fn=_end_with_parent,
-            )
+            if self._nursery is not None and not job.environment:
+                self._processes[name] = self._nursery.start(argv[len(torchrun(job)) :], job.ranks, file.absolute())
+            else:
+                self._processes[name] = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment(self._launch, name), **gpus},
+                    start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
+                    preexec_fn=_end_with_parent,
+                )
         row.state, row.started = State.STARTING if job.serves else State.RUNNING, time.monotonic()
 
     def _watch(self, name: str) -> None:
@@ -197,9 +218,6 @@ class Supervisor:
         elif row.state is State.STARTING:
             if self._ready_file(name).exists():
                 row.url = json.loads(self._ready_file(name).read_text())["url"]
-                self._addresses[name] = replace(
-                    self._addresses[name], url=row.url, port=int(row.url.rpartition(":")[2])
-                )
                 row.state = State.READY
             elif time.monotonic() - row.started > self._launch.start_timeout:
                 raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)
@@ -232,6 +250,12 @@ class Supervisor:
 def _argv(launch: LaunchConfig, name: str, addresses: dict[str, Address]) -> list[str]:
     job = launch.jobs[name]
     return [*torchrun(job), script(job), *overrides(launch, name, addresses)]
+
+
+def _with_port(address: Address) -> Address:
+    """Choose a port now, so that clients can be started together with the server."""
+    port = free_port(address.host, address.port)
+    return replace(address, port=port, url=f"grpc://{address.host}:{port}")
 
 
 def _end_with_parent() -> None:

@@ -34,8 +34,7 @@ from dataclasses import dataclass, fields
 
 from nemo_eppo.megatron.logprobs import rows_at_once
 from nemo_eppo.models.hf_names import entries
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import LoRAConfig, ModelConfig, Precision
+from nemo_eppo.settings.model import LoRAConfig, ModelConfig, ParallelConfig, Precision
 
 
 @dataclass(frozen=True)

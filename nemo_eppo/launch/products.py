@@ -12,7 +12,7 @@ from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.launch_file import LaunchConfig
 
 if TYPE_CHECKING:
-    from nemo_eppo.models.model_config import Head
+    from nemo_eppo.settings.model import Head
     from nemo_eppo.training.setup import Plan
 
 AVERAGE = "average"  # WARM's, the only checkpoint that is no directory of checkpoints

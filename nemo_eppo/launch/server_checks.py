@@ -6,9 +6,10 @@ from pathlib import Path
 from nemo_eppo.config import load_config
 from nemo_eppo.launch.findings import Finding, error, ok
 from nemo_eppo.launch.job import Job
-from nemo_eppo.servers.client import ClientConfig, ServerClient
+from nemo_eppo.servers.client import ServerClient
 from nemo_eppo.servers.protocol import PROTOCOL_VERSION
 from nemo_eppo.servers.transport import ServerError
+from nemo_eppo.settings.servers import ClientConfig
 
 
 def examine_server(url: str, certificates: Path | None, actor: Job | None = None) -> Iterator[Finding]:

@@ -148,8 +148,14 @@ def _options(launch: LaunchConfig, slurm: SlurmConfig, names: list[str]) -> str:
             "gpus-per-node": job.ranks_per_node,
             "exclusive": "",
         }
-        options = (common if group == 0 else {}) | slurm.sbatch | size | job.sbatch
-        lines = [f"#SBATCH --{key}" + (f"={value}\n" if value != "" else "\n") for key, value in options.items()]
+        if slurm.cpus_per_rank is not None:
+            size["cpus-per-task"] = slurm.cpus_per_rank
+        options = (common if group == 0 else {}) | size | slurm.sbatch | job.sbatch
+        lines = [
+            f"#SBATCH --{key}" + (f"={value}\n" if value != "" else "\n")
+            for key, value in options.items()
+            if value is not None
+        ]
         components.append(f"# {name}\n" + "".join(lines))
     return "#SBATCH hetjob\n".join(components)
 
@@ -178,6 +184,8 @@ def _step(
     job = launch.jobs[name]
     srun = ["srun", *([f"--het-group={group}"] if groups > 1 else []), f"--job-name={name}"]
     srun += [f"--nodes={job.nodes}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.ranks_per_node}"]
+    if slurm.cpus_per_rank is not None:
+        srun.append(f"--cpus-per-task={slurm.cpus_per_rank}")  # srun does not take sbatch's (Slurm 22.05)
     variables = {
         "WORLD_SIZE": str(job.ranks),
         "LOCAL_WORLD_SIZE": str(job.ranks_per_node),

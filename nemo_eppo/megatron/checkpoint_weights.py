@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.hf_names import Entry, Shape, entries
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.models.stored_pickles import read_metadata, refusals
+from nemo_eppo.settings.model import ModelConfig
 
 _NORMS = {name: fused for fused, name in FUSED_NORMS.items()}
 

@@ -21,6 +21,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -69,11 +70,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def uuid() -> str:
-    """Return the name by which other processes know this rank's device; on a CPU, one for each rank of the machine."""
+def empty_cache() -> None:
+    """Give the memory that torch keeps for its next tensors back to the device, where other processes want it."""
     if on_gpu():
-        return f"GPU-{torch.cuda.get_device_properties(device()).uuid}"
-    return f"CPU-{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.ipc_collect()  # what was shared and nobody has open any more
+        torch.cuda.empty_cache()
+
+
+def cached_tokens_multiple() -> int:
+    """Return the number to a multiple of which a decoding step rounds the columns of its cache up.
+
+    A GPU's attention kernels plan anew for every width, and copy a mask whose rows are not aligned; a CPU's do neither.
+    """
+    return 128 if on_gpu() else 1
 
 
 def number() -> str:
@@ -124,6 +133,7 @@ def install() -> None:
             _rewrite_device_literals(module, function)
     _use_cpu_random_states()
     _fork_checkpoint_writers()
+    _reduce_alone_at_once()
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
 
@@ -221,3 +231,15 @@ def _fork_checkpoint_writers() -> None:
         return writer._results_queue
 
     writer._get_write_results_queue = results_queue
+
+
+def _reduce_alone_at_once() -> None:
+    # megatron-core reduces over groups of one rank, too: with gloo's threads a tenth of the update of a small model
+    all_reduce = dist.all_reduce
+
+    def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if not async_op and dist.get_world_size(group) == 1:
+            return None
+        return all_reduce(tensor, op, group, async_op)
+
+    dist.all_reduce = reduce

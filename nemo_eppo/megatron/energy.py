@@ -8,51 +8,26 @@ put together: widths are summed over tensor-parallel ranks, sequences gathered, 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import is_checkpointing
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.specs import has_transformer_engine
+from nemo_eppo.settings.energy import ENERGIES, EnergyProbeConfig, Preset
 
-Preset = Literal["paper", "mlp_block", "mlp_linears", "mlp_linears_out", "down_proj"]
-_ENERGIES: dict[str, int] = {"paper": 1, "mlp_block": 1, "mlp_linears": 3, "mlp_linears_out": 3, "down_proj": 1}
 _BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "down_proj")  # do not read what a norm gives a projection
 
 
 def readable_presets() -> tuple[Preset, ...]:
     """Return the presets that can be read on this machine: TransformerEngine, which fuses norms, leaves only two."""
     return _BESIDE_FUSED_NORMS if has_transformer_engine() else get_args(Preset)
-
-
-class EnergyProbeConfig(Config):
-    """Which modules' energies are read: that of the paper, or one of those in its authors' code."""
-
-    preset: Preset = "paper"
-    """paper: the residual stream into and out of a decoder layer. mlp_block: its MLP. down_proj: the MLP's last
-    projection. mlp_linears: gate, up and down projection, one energy each. mlp_linears_out: the same, outputs only."""
-    layers: tuple[int, ...] = Field((-1,), min_length=1)
-    """Decoder layers, counted from 0, negative ones from the end; the paper uses the last."""
-    norm: bool = True
-    """Divide each L1 norm by the width of its tensor, so that numbers compare across model sizes."""
-
-    def energies_per_token(self) -> int:
-        """E, the number of energies the probe reads for every token."""
-        return _ENERGIES[self.preset] * len(self.layers)
-
-    def layer_indices(self, num_layers: int) -> list[int]:
-        """Return the layers as non-negative indices; ConfigError if one does not exist."""
-        for layer in self.layers:
-            if not -num_layers <= layer < num_layers:
-                raise ConfigError(f"energy.layers: {layer} is not a layer of a model with {num_layers} layers")
-        return [layer % num_layers for layer in self.layers]
 
 
 class EnergyProbe:
@@ -66,7 +41,7 @@ class EnergyProbe:
         self._open: dict[int, Tensor] = {}
         self._recording = False
         wanted = config.layer_indices(num_layers)
-        per_layer = _ENERGIES[config.preset]
+        per_layer = ENERGIES[config.preset]
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
                 # checked on every rank, so that all fail together and none is left waiting for the others

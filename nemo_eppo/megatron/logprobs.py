@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from nemo_eppo.algorithms.sampling import Distribution, keep_mask, repetition_slopes
+from nemo_eppo.algorithms.choices import Distribution
+from nemo_eppo.algorithms.sampling import keep_mask, repetition_slopes
 
 IGNORE = -100
 """Target of a position whose log-probability is not computed; its outputs are 0."""

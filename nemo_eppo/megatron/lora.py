@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
-from nemo_eppo.models.model_config import LoRAConfig, LoRATarget
+from nemo_eppo.settings.model import LoRAConfig, LoRATarget
 
 _SPLIT_OUTPUT = ("linear_qkv", "linear_fc1")
 SUFFIX = "_lora"

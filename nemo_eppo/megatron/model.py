@@ -8,14 +8,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
-from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
+from nemo_eppo.algorithms.choices import UNCHANGED, Distribution
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.heads import ScalarHeads, build_head
 from nemo_eppo.megatron.logprobs import History, soft_capped, token_logprobs
 from nemo_eppo.megatron.packing import sequence_numbers
 from nemo_eppo.megatron.specs import decoder_spec, transformer_config
-from nemo_eppo.models.layout import ParallelConfig, check_layout
-from nemo_eppo.models.model_config import Head, ModelConfig, Precision
+from nemo_eppo.models.layout import check_layout
+from nemo_eppo.models.rope import inverse_frequencies
+from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig, Precision
 
 
 class _Decoder(GPTModel):
@@ -38,7 +39,9 @@ class _Decoder(GPTModel):
             vp_stage=vp_stage,
         )
         # megatron-core scales by constants of its own
-        self.rotary_pos_emb.inv_freq = model.inverse_frequencies().to(self.rotary_pos_emb.inv_freq.device)
+        self.rotary_pos_emb.inv_freq = inverse_frequencies(model.head_width, model.rotary_base, model.rope_scaling).to(
+            self.rotary_pos_emb.inv_freq.device
+        )
         self.description = model
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

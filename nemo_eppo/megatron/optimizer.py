@@ -1,7 +1,8 @@
 """Builds Megatron's data-parallel wrapper, optimizer and learning-rate schedule from one config."""
 
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -10,76 +11,28 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from pydantic import Field, model_validator
 from torch import nn
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
-from nemo_eppo.models.model_config import DTYPES, Precision
+from nemo_eppo.models.numerics import DTYPES
+from nemo_eppo.settings.model import Precision
+from nemo_eppo.settings.training import OptimizerConfig
 
 # keys of a parameter group that come from the config; the scheduler sets lr and weight decay
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
-class OptimizerConfig(Config):
-    """AdamW with global gradient clipping; norms and biases are not decayed."""
-
-    lr: float = Field(gt=0, le=1)
-    """Highest learning rate."""
-    min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of a decaying schedule."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    """Updates over which the learning rate rises linearly from 0."""
-    decay_steps: int | None = Field(None, ge=1)
-    """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job needs
-    a number, because it does not know how long the actor trains: PPO steps x epochs x mini-batches."""
-    constant_steps: int = Field(0, ge=0)
-    """Last of these updates that a decaying learning rate stays at min_lr, where it arrives so many updates earlier
-    (as in NeMo's CosineAnnealing)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's first and second moment, per update."""
-    eps: float = Field(1e-8, gt=0)
-    """Number added to the denominator of Adam's updates."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices; 0 for none."""
-    clip_grad: float = Field(1.0, ge=0)
-    """Largest global gradient norm; 0 does not clip."""
-    distributed: bool = False
-    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer; GPUs only)."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "OptimizerConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
-        if self.constant_steps and self.schedule == "constant":
-            raise ValueError(f"constant_steps = {self.constant_steps} needs a schedule that decays, linear or cosine")
-        if self.decay_steps is not None:
-            self.arrival(self.decay_steps)
-        if self.distributed and not device.on_gpu():
-            raise ValueError(
-                "distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
-            )
-        return self
-
-    def arrival(self, updates: int) -> int:
-        """Return the update at which a decaying learning rate arrives at min_lr in a run of `updates` updates.
-
-        Raises:
-            ConfigError: warmup_steps and constant_steps leave no update to decay in.
-        """
-        total = self.decay_steps or updates
-        if self.constant_steps and total - self.constant_steps <= self.warmup_steps:
-            raise ConfigError(
-                f"optimizer: warmup_steps = {self.warmup_steps} and constant_steps = {self.constant_steps} leave no "
-                f"update to decay in, expected less than {total} together (decay_steps, or all updates of the run)"
-            )
-        return max(total - self.constant_steps, self.warmup_steps + 1)
-
-
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
-    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch."""
+    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch.
+
+    Raises:
+        ConfigError: the distributed optimizer is asked for without GPUs.
+    """
+    if optimizer.distributed and not device.on_gpu():
+        raise ConfigError(
+            "optimizer.distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
+        )
     config: Any = chunks[0].config
     wrapped = [
         DistributedDataParallel(
@@ -145,6 +98,17 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Allocate Adam's moments, as zeros, which the first update would do: so what is free is what stays free."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # a pipeline stage without adapters
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):  # they count updates for each parameter
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
 
 
 def load_state(

@@ -17,7 +17,7 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
 """How long ranks wait for work that one of them does for all: a server's answer, digests of a large checkpoint."""

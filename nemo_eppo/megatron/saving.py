@@ -4,18 +4,16 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.files import disk_errors_name, remove_incomplete, replacing
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.training import CheckpointConfig
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's directory."""
@@ -25,37 +23,6 @@ BEST = "best"
 def due(step: int, interval: int) -> bool:
     """Tell whether this step is one of those that are `interval` apart; with interval 0 none is."""
     return interval > 0 and step % interval == 0
-
-
-class SavingConfig(Config):
-    """How checkpoints are written."""
-
-    asynchronous: bool = True
-    """Continue to train, or serve, while a checkpoint is written; it appears once it is complete."""
-
-
-class CheckpointConfig(SavingConfig):
-    """When a run is saved, and which of its checkpoints are kept."""
-
-    interval: int = Field(100, ge=0)
-    """Steps between checkpoints; 0 saves only after the last step."""
-    keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints are kept."""
-    best: str | None = None
-    """A validation metric whose best checkpoint is kept too, and linked as checkpoints/best; null for none."""
-    best_is: Literal["highest", "lowest"] = "highest"
-    """Whether the highest or the lowest value of `best` is the best."""
-
-    @model_validator(mode="after")
-    def _best_is_validated(self) -> "CheckpointConfig":
-        if self.best is not None and not self.best.startswith("validation/"):
-            raise ValueError(f"best = {self.best!r}: expected a metric of the validation, validation/...")
-        return self
-
-    def check_best(self, known: tuple[str, ...]) -> None:
-        """ConfigError if `best` is not among the `known` metrics."""
-        if self.best is not None and self.best not in known:
-            raise ConfigError(f"checkpoint.best = {self.best!r}: expected one of {', '.join(known)}")
 
 
 class CheckpointSaver:

@@ -20,8 +20,8 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import CoreAttention
 from nemo_eppo.megatron.norms import NormAndAdd, RMSNorm
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ACTIVATIONS, DTYPES, ModelConfig, Precision
+from nemo_eppo.models.numerics import ACTIVATIONS, DTYPES
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

@@ -12,7 +12,7 @@ from nemo_eppo.megatron import device, lora
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.hf_names import Shape, entries
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig
 
 
 def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.files import fsync_tree, inside, json_object, put_in_place, sha256, unused_name
-from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
 from nemo_eppo.models.stored_pickles import read_metadata
+from nemo_eppo.settings.model import Head, LoRAConfig, ModelConfig, Precision
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
 _FORMAT = 1

@@ -2,7 +2,7 @@
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.models.family import FIXED, KEYS, NAMES, Family, Key
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig
 
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig
 
 REQUIRED: Any = object()
 """Marks a key that every config.json of the family has to have."""

@@ -6,8 +6,7 @@ from typing import Any, get_args
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.models.families import HEADS, family_of, family_of_architecture
 from nemo_eppo.models.family import REQUIRED, Family, Key
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.models.rope import RopeType
+from nemo_eppo.settings.model import ModelConfig, RopeType
 
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")

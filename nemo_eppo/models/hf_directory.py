@@ -16,7 +16,7 @@ from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_config import model_config_from_hf
 from nemo_eppo.models.hf_names import Shape, entries
-from nemo_eppo.models.model_config import Head, Precision
+from nemo_eppo.settings.model import Head, Precision
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 REWARD_KEY = "nemo_eppo_reward"

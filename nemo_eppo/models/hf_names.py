@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_eppo.models.families import family_of
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig
 
 Shape = tuple[int, ...]
 _Split = Literal["whole", "vocabulary", "columns", "gate_up", "qkv"]

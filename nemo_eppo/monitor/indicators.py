@@ -3,51 +3,17 @@
 from collections.abc import Mapping
 from functools import cached_property
 from statistics import fmean, stdev, variance
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.algorithms.latents import Gaussian, fit_gaussian, outlier_fraction
-from nemo_eppo.config import Config, ConfigT
+from nemo_eppo.config import ConfigT
+from nemo_eppo.settings.monitor import DisagreementConfig, IndicatorConfig, OutliersConfig
 
-Action = Literal["none", "log", "raise_kl", "stop"]
 NEIGHBOURS = 5
 """Number of latents that make a neighbourhood dense, for DBSCAN (its authors recommend at least 3)."""
-
-
-class IndicatorConfig(Config):
-    """One indicator. A "running standard deviation" is that of its values in the first `warmup_steps` steps."""
-
-    action: Action = "none"
-    """What an alarm does. `none`: nothing, the indicator is not computed; `log`: log a warning and set
-    monitor/<indicator>/alarm to 1; `raise_kl`: also raise the KL coefficient; `stop`: also save a checkpoint and end
-    the run, which resumes if it is started again."""
-    threshold: float = Field(5.0, gt=0)
-    """An alarm needs values above this."""
-    patience: int = Field(3, ge=1)
-    """Number of consecutive steps with such a value that raise an alarm. After an alarm the count starts again."""
-
-
-class OutliersConfig(IndicatorConfig):
-    """Fraction of responses whose latents are outliers among the SFT model's (MOP). Needs latents."""
-
-    threshold: float = Field(0.2, gt=0, lt=1)
-    """An alarm needs a larger fraction than this."""
-    alpha: float = Field(0.01, gt=0, lt=1)
-    """A latent is an outlier if its chi-squared p-value is below this."""
-
-
-class DisagreementConfig(IndicatorConfig):
-    """Whether the proxy reward rises while a reward that is not trained on falls."""
-
-    threshold: float = Field(3.0, gt=0)
-    """Standard errors that both changes, from the first to the second half of the window, have to exceed."""
-    against: Literal["gold", "held_out"] = "gold"
-    """The other reward: `gold` is gold_reward, `held_out` is held_out_reward."""
-    window: int = Field(20, ge=4)
-    """Number of latest steps that are compared."""
 
 
 class Indicator(Generic[ConfigT]):

@@ -5,67 +5,20 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.monitor.indicators import (
-    Action,
     ClusterSeparation,
     Disagreement,
-    DisagreementConfig,
     EnergyRise,
     Indicator,
-    IndicatorConfig,
     LengthDrift,
     Outliers,
-    OutliersConfig,
     SFTLatents,
 )
-
-
-class MonitorConfig(Config):
-    """Indicators of reward hacking, reported as monitor/<indicator>, their alarms as monitor/<indicator>/alarm."""
-
-    warmup_steps: int = Field(20, ge=2)
-    """Number of first steps from which an indicator learns what is normal; it raises no alarm before."""
-    energy: IndicatorConfig = IndicatorConfig(action="log")
-    """Rise of the policy's energy loss over the SFT model's, in running standard deviations."""
-    length: IndicatorConfig = IndicatorConfig(action="log")
-    """Change of the mean response length, up or down, in running standard deviations."""
-    outliers: OutliersConfig = OutliersConfig()
-    csi: IndicatorConfig = IndicatorConfig()
-    """Cluster separation index of InfoRM, in running standard deviations. Needs latents."""
-    disagreement: DisagreementConfig = DisagreementConfig()
-    sft_latents: int = Field(512, ge=16)
-    """Number of first responses whose latents represent the SFT model's, for outliers and csi."""
-    kl_factor: float = Field(2.0, gt=1)
-    """Factor by which an alarm with action raise_kl multiplies the KL coefficient."""
-    kl_max: float = Field(1.0, gt=0)
-    """Largest KL coefficient that raise_kl sets."""
-
-    @property
-    def indicators(self) -> list[Indicator[Any]]:
-        """New indicators without state, for all that have an action."""
-        every: list[Indicator[Any]] = [
-            EnergyRise(self.energy, self.warmup_steps),
-            LengthDrift(self.length, self.warmup_steps),
-            Outliers(self.outliers, self.warmup_steps),
-            ClusterSeparation(self.csi, self.warmup_steps),
-            Disagreement(self.disagreement, self.warmup_steps),
-        ]
-        return [indicator for indicator in every if indicator.config.action != "none"]
-
-    @property
-    def needs_latents(self) -> list[str]:
-        """Names of the indicators that have an action and need latents."""
-        return [name for name in ("outliers", "csi") if getattr(self, name).action != "none"]
-
-    @property
-    def raises_kl(self) -> list[str]:
-        """Names of the indicators whose action is raise_kl."""
-        return [indicator.name for indicator in self.indicators if indicator.config.action == "raise_kl"]
+from nemo_eppo.settings.monitor import Action, MonitorConfig
 
 
 class Alarm(NamedTuple):
@@ -97,7 +50,7 @@ class HackingMonitor:
 
     def __init__(self, config: MonitorConfig) -> None:
         self.config = config
-        self.indicators = config.indicators
+        self.indicators = _indicators(config)
         self.sft = SFTLatents(config.sft_latents)
         self._streaks = dict.fromkeys((indicator.name for indicator in self.indicators), 0)
 
@@ -167,3 +120,15 @@ class HackingMonitor:
             indicator.state = state["indicators"].get(indicator.name, {})
             self._streaks[indicator.name] = state["streaks"].get(indicator.name, 0)
         self.sft.latents = torch.from_numpy(unpack_array(state["sft_latents"]))
+
+
+def _indicators(config: MonitorConfig) -> list[Indicator[Any]]:
+    """New indicators without state, for all that have an action."""
+    every: list[Indicator[Any]] = [
+        EnergyRise(config.energy, config.warmup_steps),
+        LengthDrift(config.length, config.warmup_steps),
+        Outliers(config.outliers, config.warmup_steps),
+        ClusterSeparation(config.csi, config.warmup_steps),
+        Disagreement(config.disagreement, config.warmup_steps),
+    ]
+    return [indicator for indicator in every if indicator.config.action != "none"]

@@ -1,18 +1,10 @@
 """Clips the reward of a response to a range."""
 
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class ClipConfig(Config):
-    """Limits on the reward of a response."""
-
-    range: float | None = Field(default=5.0, gt=0)
-    """The reward is clipped to [-range, range]; null: no clipping."""
+from nemo_eppo.settings.shaping import ClipConfig
 
 
 class Clip(Term[ClipConfig]):

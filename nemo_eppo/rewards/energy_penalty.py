@@ -1,29 +1,11 @@
 """The energy-loss penalty that makes PPO into EPPO (arXiv 2501.19358): `r - eta * |dE_SFT - dE_RLHF|`."""
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.algorithms.energy import Sided, apply_floor, energy_difference
-from nemo_eppo.config import Config
+from nemo_eppo.algorithms.energy import apply_floor, energy_difference
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class EnergyPenaltyConfig(Config):
-    """Penalty for a response whose energy loss is far from the SFT model's (EPPO, arXiv 2501.19358)."""
-
-    eta: float = Field(default=0.0, ge=0)
-    """Weight of the penalty (the authors': 2.0); 0: no penalty, and energies are only reported."""
-    sided: Sided = "both"
-    """`both` punishes any difference D of the two, `rise` only an energy loss above the reference's."""
-    floor_ratio: float | None = Field(default=None, ge=0)
-    """c: the penalty takes at most `c * |r|` from a reward r; null: no limit."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """`constant`: eta stays; `linear`: it grows from eta/max_steps in the first step to eta in the last."""
-    standardize: bool = False
-    """Whether D is replaced by (D - mean) / std, with mean and std of all D of the run so far."""
+from nemo_eppo.settings.shaping import EnergyPenaltyConfig
 
 
 class EnergyPenalty(Term[EnergyPenaltyConfig]):

@@ -15,23 +15,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-from pydantic import Field
-
-from nemo_eppo.config import Config, ConfigError, RunError, load_named
+from nemo_eppo.config import ConfigError, RunError, load_named
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.rewards import FunctionsConfig
 
 
 class RewardFunctionError(RunError):
     """A reward function raised, gave no finite number, or took too long; the message names the function and the row."""
-
-
-class FunctionsConfig(Config):
-    """The processes that reward functions run in."""
-
-    workers: int = Field(1, ge=1)
-    """Number of processes, on the machine of rank 0; each takes one response at a time."""
-    time_limit: float = Field(60.0, gt=0)
-    """Seconds that one call may take. A call that takes longer is an error, which ends the run."""
 
 
 def check_function(key: str, name: str) -> None:

@@ -1,40 +1,13 @@
 """The KL penalty per token: how large it is, where it is placed, and how its coefficient changes."""
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from nemo_eppo.algorithms.controllers import AdaptiveKLController, FixedCoefficient
-from nemo_eppo.algorithms.divergences import KLEstimator, kl_estimate
-from nemo_eppo.config import Config
+from nemo_eppo.algorithms.divergences import kl_estimate
 from nemo_eppo.rewards.inputs import RewardInputs
-
-
-class KLPenaltyConfig(Config):
-    """Penalty on the distance from the reference policy, per token."""
-
-    coefficient: float = Field(default=0.0, ge=0)
-    """beta, the weight of the penalty; with the adaptive controller, its first value. 0: no penalty."""
-    estimator: KLEstimator = "k1"
-    """How the KL divergence is estimated from a token's log-ratio L: k1 `L`, k2 `L^2 / 2`, k3 `exp(-L) - 1 + L`."""
-    placement: Literal["reward", "loss"] = "reward"
-    """Whether the penalty is subtracted from each token's reward or added to the policy's loss."""
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    """`fixed` keeps beta; `adaptive` steers the mean KL of a response to `target` (Ziegler et al. 2019)."""
-    target: float | None = Field(default=None, gt=0)
-    """Mean KL to steer to, in nats per response; required by `adaptive`, which alone uses it."""
-    horizon: int | None = Field(default=None, gt=0)
-    """Number of responses over which beta adapts; required by `adaptive`, which alone uses it."""
-    report: bool = True
-    """Whether kl/policy_reference is reported even if nothing else needs the reference's log-probs; false then saves a
-    forward pass per step."""
-
-    @model_validator(mode="after")
-    def _adaptive_is_complete(self) -> "KLPenaltyConfig":
-        if self.controller == "adaptive" and (self.target is None or self.horizon is None or self.coefficient == 0):
-            raise ValueError("controller 'adaptive' needs target, horizon and a coefficient above 0")
-        return self
+from nemo_eppo.settings.shaping import KLPenaltyConfig
 
 
 class KLPenalty:

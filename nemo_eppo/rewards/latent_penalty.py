@@ -1,18 +1,10 @@
 """Penalty for responses whose latents the SFT model would hardly produce."""
 
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class LatentPenaltyConfig(Config):
-    """Penalty on the distance of a response's latents from those of the SFT model (InfoRM, arXiv 2402.09345)."""
-
-    gamma: float = Field(default=0.0, ge=0)
-    """Weight of the penalty, per standard deviation; 0: no penalty. Needs a reward model of kind inform."""
+from nemo_eppo.settings.shaping import LatentPenaltyConfig
 
 
 class LatentPenalty(Term[LatentPenaltyConfig]):

@@ -1,19 +1,11 @@
 """Penalty for responses that were cut off."""
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class MissingEosConfig(Config):
-    """Penalty for a response that was cut off."""
-
-    penalty: float = Field(default=0.0, ge=0)
-    """Reward that a response without EOS or a stop string loses; 0: no penalty."""
+from nemo_eppo.settings.shaping import MissingEosConfig
 
 
 class MissingEos(Term[MissingEosConfig]):

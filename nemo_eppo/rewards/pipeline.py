@@ -17,7 +17,8 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.kl import KLPenalty
 from nemo_eppo.rewards.ledger import Ledger
-from nemo_eppo.rewards.shaping import ShapingConfig
+from nemo_eppo.rewards.shaping import build_terms
+from nemo_eppo.settings.shaping import ShapingConfig
 
 
 class ShapedRewards(NamedTuple):
@@ -35,7 +36,7 @@ class RewardPipeline:
     def __init__(self, config: ShapingConfig) -> None:
         """ConfigError if a user's term cannot be loaded."""
         self.config = config
-        self.terms = config.build_terms()
+        self.terms = build_terms(config)
         self.kl = KLPenalty(config.kl)
 
     @property

@@ -3,21 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class RepetitionConfig(Config):
-    """Penalty for a response's n-grams of tokens that occurred in it before."""
-
-    coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the penalty: reward lost if all n-grams were repetitions; 0: no penalty."""
-    ngram: int = Field(default=4, ge=1)
-    """n, the tokens of an n-gram; a shorter response has none, and no penalty."""
+from nemo_eppo.settings.shaping import RepetitionConfig
 
 
 class Repetition(Term[RepetitionConfig]):

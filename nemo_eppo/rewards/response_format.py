@@ -3,43 +3,11 @@
 import re
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class ResponseFormatConfig(Config):
-    """Rules for the response's text, as regular expressions (Python's `re.search`; `.` matches newlines too)."""
-
-    require: str | None = None
-    """Pattern that has to be found, such as `^<think>.*</think>`; null: no such rule."""
-    forbid: str | None = None
-    """Pattern that must not be found, such as `[\\u4e00-\\u9fff]` to keep Chinese out; null: no such rule."""
-    penalty: float = Field(default=0.0, ge=0)
-    """Reward lost for each of the two rules that a response breaks; 0: no penalty."""
-
-    @field_validator("require", "forbid")
-    @classmethod
-    def _is_a_pattern(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"expected a regular expression ({error})") from None
-        return pattern
-
-    @model_validator(mode="after")
-    def _complete(self) -> "ResponseFormatConfig":
-        has_pattern = self.require is not None or self.forbid is not None
-        if has_pattern != (self.penalty > 0):
-            raise ValueError(
-                f"penalty {self.penalty} with require {self.require!r}, forbid {self.forbid!r}: set a "
-                "penalty and at least one pattern, or neither"
-            )
-        return self
+from nemo_eppo.settings.shaping import ResponseFormatConfig
 
 
 class ResponseFormat(Term[ResponseFormatConfig]):

@@ -3,25 +3,10 @@
 import dataclasses
 from typing import Any
 
-from pydantic import Field
-
-from nemo_eppo.config import Config, ConfigError, load_config, load_named
+from nemo_eppo.config import ConfigError, load_config, load_named
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
-
-
-class UserTermConfig(Config):
-    """One of the user's own terms, a subclass of `nemo_eppo.rewards.term.Term`."""
-
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Name of the term; ledger and metrics show what it adds as reward/<name>."""
-    term: str
-    """The class, as "module:Class"."""
-    after: str = "energy_penalty"
-    """Name of the term that it follows, built-in or the user's own, or `proxy` to be the first. Several that follow the
-    same one are applied in the order of this list."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Values of the settings that its `config_class` declares."""
+from nemo_eppo.settings.shaping import UserTermConfig
 
 
 def load_term(config: UserTermConfig) -> Term[Any]:

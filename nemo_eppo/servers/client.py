@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from nemo_eppo.servers.endpoints import ENDPOINTS
-from nemo_eppo.servers.server_client import Address, ClientConfig, ServerClient, ServerUnavailable
+from nemo_eppo.servers.server_client import ServerClient, ServerUnavailable
 from nemo_eppo.servers.transport import ServerError
+from nemo_eppo.settings.servers import ClientConfig
 
 # The largest absolute value in an answer: larger ones overflow fp32 when they are standardised, squared or summed.
 LARGEST = 1e15
 
-__all__ = ["Address", "ClientConfig", "CriticClient", "RewardClient", "Rewards", "ServerClient", "ServerUnavailable"]
+__all__ = ["CriticClient", "RewardClient", "Rewards", "ServerClient", "ServerUnavailable"]
 
 
 class CriticClient(ServerClient):

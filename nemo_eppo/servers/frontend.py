@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import random
 import shutil
 import signal
 import socket
@@ -20,8 +19,8 @@ import psutil
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
-from nemo_eppo.config import ConfigError
 from nemo_eppo.servers.certificates import Certificates
+from nemo_eppo.servers.ports import free_port
 from nemo_eppo.servers.protocol import Array, Endpoint
 from nemo_eppo.servers.transport import Transport
 
@@ -30,12 +29,14 @@ Handler = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
 # Seconds that Triton waits for requests in flight when it is told to end, or when rank 0 has died.
 EXIT_TIMEOUT_S = 5
 START_TIMEOUT_S = 120.0
+# Seconds that the last answer has for its way from the handler to the client, before Triton is ended.
+LEAVE_S = 1.0
 # A Triton that ends this often within this time is not started again.
 MOST_RESTARTS, RESTART_PERIOD_S = 3, 600.0
-FREE_PORTS = (20000, 32000)
 _PREFIX = "nemo_eppo_triton_"
 
 logger = logging.getLogger(__name__)
+logging.getLogger("pytriton.server.triton_server").setLevel(logging.ERROR)  # that Triton ends is told here, with causes
 
 
 class _Triton(Triton):
@@ -111,6 +112,8 @@ class Frontend:
         self._certificates = certificates
         self._running = ExitStack()
         self._restarts: list[float] = []  # when
+        self._answering: set[str] = set()  # endpoints whose handler runs
+        self._answered = 0.0  # when the last one ended
         self._processes: list[psutil.Process] = []
 
     @contextmanager
@@ -122,7 +125,7 @@ class Frontend:
             RuntimeError: Triton did not start; the message has the last lines of its log.
             TimeoutError: Triton hung twice.
         """
-        self.port = _free_port(self.host, self.port)
+        self.port = free_port(self.host, self.port, patience=2 * EXIT_TIMEOUT_S)
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
@@ -130,7 +133,11 @@ class Frontend:
         self.start()
         with self._running:
             shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
-            yield f"grpc://{shown}:{self.port}"
+            try:
+                yield f"grpc://{shown}:{self.port}"
+            finally:
+                self._let_answers_leave()
+                self.kill()  # it would take 6 to 12 s to end by itself
 
     def start(self) -> None:
         """Start Triton, at the same address as before; raises as `running` does.
@@ -161,6 +168,13 @@ class Frontend:
     def stop(self) -> None:
         """Clear away a Triton that was ended. All requests have to be answered, or are within a moment."""
         self._running.close()
+
+    def _let_answers_leave(self) -> None:
+        """Wait until all handlers have ended, for EXIT_TIMEOUT_S at most, and a moment for the last answer's way."""
+        deadline = time.monotonic() + EXIT_TIMEOUT_S
+        while self._answering and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(max(0.0, self._answered + LEAVE_S - time.monotonic()))
 
     @contextmanager
     def _process(self) -> Iterator[None]:
@@ -219,7 +233,12 @@ class Frontend:
 
     def _infer(self, name: str) -> Callable[[list[Any]], list[dict[str, np.ndarray]]]:
         def infer(requests: list[Any]) -> list[dict[str, np.ndarray]]:
-            return [self._handler(name, dict(request.data)) for request in requests]
+            self._answering.add(name)
+            try:
+                return [self._handler(name, dict(request.data)) for request in requests]
+            finally:
+                self._answered = time.monotonic()
+                self._answering.discard(name)
 
         return infer
 
@@ -250,23 +269,6 @@ def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
         Tensor(name=name, dtype=array.dtype, shape=tuple(1 if symbol == "1" else -1 for symbol in array.shape))
         for name, array in arrays.items()
     ]
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return `port` or, if it is 0, a free one. Binding it here gives a clear error at once if it is taken.
-
-    A free one lies below the range for outgoing connections, one of which could take it before Triton does.
-    """
-    candidates = [port] if port else random.SystemRandom().sample(range(*FREE_PORTS), 20)
-    for candidate in candidates:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-                return candidate
-            except OSError as error:
-                why = error.strerror
-    raise ConfigError(f"port = {port}: cannot listen on {host}:{candidate}, {why}")
 
 
 def remove_leftovers() -> None:

@@ -27,8 +27,9 @@ from nemo_eppo.servers.protocol import (
     ServiceError,
     json_array,
 )
-from nemo_eppo.servers.service import ServerConfig, Service, Tensors
+from nemo_eppo.servers.service import Service, Tensors
 from nemo_eppo.servers.steps import Steps
+from nemo_eppo.settings.servers import ServerConfig
 
 logger = logging.getLogger(__name__)
 

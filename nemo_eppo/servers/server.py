@@ -21,7 +21,8 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.servers.intake import Intake, Request
 from nemo_eppo.servers.protocol import Endpoint, ServiceError
-from nemo_eppo.servers.service import ServerConfig, Service, Tensors
+from nemo_eppo.servers.service import Service, Tensors
+from nemo_eppo.settings.servers import ServerConfig
 
 # Seconds between heartbeats of an idle server, so that no collective times out and a signal to any rank is noticed.
 HEARTBEAT_S = 1.0

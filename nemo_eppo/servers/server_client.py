@@ -6,14 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field
 
-from nemo_eppo.config import Config
 from nemo_eppo.servers.protocol import (
     PROTOCOL_VERSION,
     STATUS,
@@ -24,6 +21,7 @@ from nemo_eppo.servers.protocol import (
     check_arrays,
 )
 from nemo_eppo.servers.transport import ServerError, Transport
+from nemo_eppo.settings.servers import ClientConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +37,8 @@ PARALLEL_REQUESTS = 4
 ResultT = TypeVar("ResultT")
 
 
-def _address(url: str) -> str:
-    host, _, port = url.removeprefix("grpc://").partition(":")
-    if not (url.startswith("grpc://") and host and "/" not in host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError("expected grpc://HOST:PORT")
-    return url
-
-
-Address = Annotated[str, AfterValidator(_address)]
-"""Address of a server, grpc://host:port."""
-
-
 class ServerUnavailable(ServerError):
     """A server does not answer, or no longer."""
-
-
-class ClientConfig(Config):
-    """Where a server is found."""
-
-    url: Address
-    """Address of the server, grpc://host:port."""
-    certificates: Path | None = None
-    """Folder with the run's ca.pem, cert.pem and key.pem, as the server has it; null if the server has none."""
-    connect_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds to wait for the server at the start, while it may load a large model."""
-    request_timeout: float = Field(default=3600.0, gt=0)
-    """Seconds after which a request is given up even if the server is healthy."""
 
 
 class ServerClient:

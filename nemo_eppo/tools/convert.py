@@ -21,7 +21,8 @@ from nemo_eppo.models.families import family_of_architecture
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.model_config import DTYPES, Head, Precision
+from nemo_eppo.models.numerics import DTYPES
+from nemo_eppo.settings.model import Head, Precision
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {**DTYPES, "fp16": torch.float16}

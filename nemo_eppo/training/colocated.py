@@ -21,10 +21,11 @@ from nemo_eppo.servers.client import Rewards
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import Limits
 from nemo_eppo.servers.steps import Steps
+from nemo_eppo.settings.critic import ColocatedCriticConfig
+from nemo_eppo.settings.rewards import ColocatedRewardConfig, RewardKind, RewardSourceConfig
 from nemo_eppo.training.critic import CriticModel
-from nemo_eppo.training.critics import ColocatedCriticConfig
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.reward_sources import ColocatedRewardConfig, RewardKind, RewardSourceConfig, model_columns
+from nemo_eppo.training.reward_sources import model_columns
 from nemo_eppo.training.setup import Plan
 
 

@@ -6,51 +6,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from nemo_eppo.algorithms.policy import value_loss
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, SavingConfig
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
-from nemo_eppo.servers.protocol import ServiceError
+from nemo_eppo.servers.protocol import ServerEnding, ServiceError
 from nemo_eppo.servers.server import check_server, serve
-from nemo_eppo.servers.service import ServerConfig, Tensors
+from nemo_eppo.servers.service import Tensors
+from nemo_eppo.settings.critic import SEED, CriticConfig
+from nemo_eppo.settings.model import ModelSetup
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, build, plan
-
-SEED = 1234
-"""Seed of fresh weights unless a critic job sets another."""
-
-
-class CriticConfig(Config):
-    """The critic job (conf/gpt_ppo_critic.yaml)."""
-
-    exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(SEED, ge=0)
-    """Seed of fresh weights."""
-    model: ModelSetup
-    """Usually the reward model; a language model gets a fresh value head."""
-    reward_model: Path | None = None
-    """A reward model that this job serves as well, in the critic's layout and precision."""
-    value_clip: float | None = Field(0.2, gt=0)
-    """Largest distance of a new value from the rollout's before the loss clips it; null for no clipping."""
-    optimizer: OptimizerConfig
-    checkpoint: SavingConfig = SavingConfig()
-    """How checkpoints are written; the actor decides when they are written and which are kept."""
-    server: ServerConfig = ServerConfig()
-
-    @model_validator(mode="after")
-    def _decay_has_an_end(self) -> "CriticConfig":
-        if self.optimizer.schedule != "constant" and self.optimizer.decay_steps is None:
-            raise ValueError(f"optimizer.schedule = '{self.optimizer.schedule}' needs optimizer.decay_steps")
-        return self
+from nemo_eppo.training.setup import build, plan
 
 
 class CriticModel:
@@ -183,7 +157,8 @@ class CriticModel:
         self._saver.finish()
         path = self._saver.path(int(request["step"]))
         if not on_rank0(path.is_dir):
-            raise ServiceError(f"{path} was not saved")
+            # to the actor the critic is lost, whatever happened to it or its writer: both go back to what is saved
+            raise ServerEnding(f"{path} was not saved")
         return str(path)
 
 

@@ -2,58 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from nemo_eppo.config import Config
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.models.model_config import LoRAConfig
 from nemo_eppo.rollout.batch import RolloutBatch
-from nemo_eppo.servers.client import ClientConfig, CriticClient
+from nemo_eppo.servers.client import CriticClient
+from nemo_eppo.settings.servers import ClientConfig
 
 ValueT = TypeVar("ValueT")
-
-
-class ColocatedCriticConfig(Config):
-    """A critic in the actor's own processes; layout, precision and micro-batches are those of `model`."""
-
-    restore_from_path: Path
-    """Checkpoint, read like model.restore_from_path; usually the reward model. A language model gets a fresh head."""
-    value_clip: float | None = Field(0.2, gt=0)
-    """Largest distance of a new value from the rollout's before the loss clips it; null for no clipping."""
-    optimizer: OptimizerConfig
-    """The critic's optimizer; decay_steps may be null for all updates of the run."""
-    lora: LoRAConfig | None = None
-    """Train adapters beside the critic's frozen weights; null to train all of them."""
-
-
-class CriticSource(Config):
-    """Where the critic runs: exactly one of `server` and `colocated`; a server on this machine if neither is set."""
-
-    server: ClientConfig | None = ClientConfig(url="grpc://127.0.0.1:5555")
-    """A critic job behind a server; null for a colocated one."""
-    colocated: ColocatedCriticConfig | None = None
-    """A critic in the actor's own processes."""
-    fresh: bool = False
-    """Take a critic that has made updates of another run: its checkpoints are set aside and it begins anew, as a run
-    without a checkpoint begins. Otherwise such a critic is refused."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_gives_way(cls, values: Any) -> Any:
-        colocated = isinstance(values, Mapping) and values.get("colocated") is not None
-        return {"server": None, **values} if colocated else values
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "CriticSource":
-        if (self.server is None) == (self.colocated is None):
-            raise ValueError("expected exactly one of server and colocated")
-        return self
 
 
 class Critic(Protocol):

@@ -5,73 +5,26 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
-from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError, RunStopped
+from nemo_eppo.config import RunStopped
 from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
-from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointConfig, CheckpointSaver, due, tidy
+from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head
+from nemo_eppo.settings.training import CheckpointConfig, FitSettings, OptimizerConfig
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import SAVED, StopWatch
 
 VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and has no effect on results
-
-
-class FitSettings(Config):
-    """How long to train and how often to validate; each step is one update."""
-
-    epochs: int | None = Field(None, ge=1)
-    """Passes over the training data; null for one, or for as many as max_steps takes."""
-    max_steps: int | None = Field(None, ge=1)
-    """Number of steps, which take as many passes over the training data as they need; null for whole epochs."""
-    global_batch_size: int = Field(ge=1)
-    """Examples (pairs for a reward model) per step, over all ranks."""
-    validation_interval: int = Field(0, ge=0)
-    """Steps between validations; 0 to validate only at steps that are saved."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "FitSettings":
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError(f"epochs = {self.epochs} and max_steps = {self.max_steps}: expected only one of them")
-        return self
-
-
-class TextDataConfig(Config):
-    """Training and validation data of SFT and reward models."""
-
-    train: Path
-    """Training examples as JSON lines; .gz is read too."""
-    validation: Path
-    """Held-out examples in the same format."""
-    max_sequence_length: int | None = Field(None, ge=2)
-    """Longest prompt + response in tokens; null for the model's window."""
-    too_long: Literal["error", "drop"] = "error"
-    """Whether a longer example is an error or is dropped."""
-
-    @model_validator(mode="after")
-    def _held_out(self) -> "TextDataConfig":
-        if self.train == self.validation:
-            raise ValueError(f"train and validation are the same file, {self.train}")
-        return self
-
-    def longest(self, window: int) -> int:
-        """Return the longest prompt + response in tokens; ConfigError if it does not fit into the model's window."""
-        if (self.max_sequence_length or 0) > window:
-            raise ConfigError(
-                f"data.max_sequence_length = {self.max_sequence_length}: expected at most {window}, the model's window"
-            )
-        return self.max_sequence_length or window
 
 
 class Task(Protocol):

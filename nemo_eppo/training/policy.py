@@ -14,11 +14,11 @@ from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.weights import export_tensors
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig
+from nemo_eppo.settings.ppo import EnergyConfig
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
-from nemo_eppo.training.ppo_config import EnergyConfig
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ class Policy:
         self._own_energies: dict[bytes, list[float]] = on_rank0(cache.load) if cache else {}
 
     def refit(self) -> None:
-        """Wake the engine and give it the weights that the modules hold now, under the next version number."""
+        """Give the engine the weights that the modules hold now, under the next version number."""
         self.weight_version += 1
-        self.engine.wake()
         self.engine.refit(export_tensors(self.runner.chunks, self.model), self.weight_version)
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: Tensor) -> list[Completion]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.advantages import ESTIMATORS
 from nemo_eppo.algorithms.divergences import divergence_slope, sequence_divergence
 from nemo_eppo.algorithms.masking import masked_mean
 from nemo_eppo.algorithms.objective import PolicyObjective
@@ -27,10 +28,10 @@ from nemo_eppo.rewards.ledger import Ledger
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import Experience, FinishReason, RolloutBatch, minibatches, seeds_for, step_seed
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.ppo import PPOSettings
 from nemo_eppo.training.critics import Critic
 from nemo_eppo.training.policy import Policy, PolicyOutputs, ReferenceOutputs, next_token_targets
-from nemo_eppo.training.ppo_config import PPOSettings
 from nemo_eppo.training.reward_sources import RawRewards, RewardSources
 
 
@@ -84,7 +85,7 @@ class PPO:
         self.settings, self.pipeline, self.policy, self.critic = settings, pipeline, policy, critic
         self.sources, self.observed = sources, observed
         self.sampling, self.tokenizer, self.seed = sampling, tokenizer, seed
-        self.estimator = settings.advantages.build()
+        self.estimator = ESTIMATORS[settings.advantages.estimator](**settings.advantages.given)
         self.timers = Timers(device.synchronize)
         self.updating = False
         """Whether policy and critic may be between two steps."""
@@ -180,6 +181,7 @@ class PPO:
             return None
         distinct = {prompt.index: prompt for prompt in prompts}
         rollout = self.roll_out(list(distinct.values()), self.sampling.as_greedy, 0)
+        self.policy.engine.sleep()
         answer = self.sources.ask(rollout.batch, rollout.samples)
         row_of = {index: row for row, index in enumerate(distinct)}
         rows = torch.tensor([row_of[prompt.index] for prompt in prompts])

@@ -11,21 +11,24 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_distribution
+from nemo_eppo.megatron.optimizer import allocate_state
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
-from nemo_eppo.rewards.functions import FunctionPool
+from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.pipeline import RewardPipeline
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.rewards.shaping import build_terms
 from nemo_eppo.servers.certificates import Certificates
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.rewards import RewardKind, RewardSourceConfig
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
 from nemo_eppo.training.energy_cache import EnergyCache
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.recovery import Remote
-from nemo_eppo.training.reward_sources import RewardKind, RewardSourceConfig, RewardSources, build_source
+from nemo_eppo.training.reward_sources import RewardSources, build_source
 from nemo_eppo.training.setup import Plan, build, plan
 
 
@@ -50,7 +53,7 @@ class PPOJob:
             kind = config.reward_kind if key in self._rewards else "any"
             if source.colocated is not None:
                 self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
-        config.check_own_code()
+        check_own_code(config)
         for asked in (config.critic, *config.rewards, config.held_out_reward):
             if run.rank == 0 and asked is not None and asked.server is not None and asked.server.certificates:
                 Certificates.of(asked.server.certificates)
@@ -85,6 +88,7 @@ class PPOJob:
         ending = Stops(sampling.stop_strings, tokenizer.eos_id, tokenizer).ids
         set_distribution(runner.chunks, sampling.distribution(ending))
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
+        allocate_state(runner.optimizer)  # the engine's KV cache is a share of what is free when it starts
         engine = build_engine(
             config.engine,
             runner.chunks,
@@ -145,3 +149,15 @@ class PPOJob:
             ),
         }
         return EnergyCache(config.energy.cache or self.run_files.directory / "energy_cache", key)
+
+
+def check_own_code(config: PPOConfig) -> None:
+    """Raise ConfigError if one of the user's functions or shaping terms cannot be loaded."""
+    functions = {f"rewards[{index}].function": source.function for index, source in enumerate(config.rewards)}
+    functions["gold_reward"] = config.gold_reward
+    if config.held_out_reward is not None:
+        functions["held_out_reward.function"] = config.held_out_reward.function
+    for key, function in functions.items():
+        if function is not None:
+            check_function(key, function)
+    build_terms(config.shaping)

@@ -22,8 +22,8 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch, step_seed
 from nemo_eppo.servers.client import ServerUnavailable
+from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.ppo_config import PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.recovery import Recovery
 from nemo_eppo.training.stopping import SAVED, StopWatch
@@ -55,6 +55,7 @@ class PPOLoop:
         self.validation_prompts = job.validation_prompts
         self.checkpoints = self.run_files.directory / CHECKPOINTS
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
+        ppo.policy.engine.sleep()  # loading takes its memory; after a lost step the engine may be awake
         self.done = self.saved = self._resume()
         self._state = self._state_now()
         ppo.policy.refit()
@@ -123,6 +124,7 @@ class PPOLoop:
         if self.config.validation.greedy:
             sampling = sampling.as_greedy
         rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
+        ppo.policy.engine.sleep()
         rewards, observed = ppo.ask(rollout)
         energies = ppo.policy.infer(rollout.batch).energies
         columns = {
@@ -135,6 +137,7 @@ class PPOLoop:
             measured = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             rows = rollout_rows(rollout.batch, rollout.samples, measured)
             RolloutRecorder(self.run_files.directory / "validation").record(step, rows)
+        ppo.policy.refit()
         return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
 
     def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:

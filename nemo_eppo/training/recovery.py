@@ -5,21 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pydantic import Field
-
-from nemo_eppo.config import Config
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.servers.client import ServerClient, ServerUnavailable
+from nemo_eppo.settings.servers import ServersConfig
 
 _MOST_LOSSES = 3  # of servers at the same step, after which the step itself is taken to end them
 _TELL_S = 30.0  # seconds between two lines about a server that is waited for
-
-
-class ServersConfig(Config):
-    """How the actor bears the loss of a server."""
-
-    patience: float = Field(600.0, ge=0)
-    """Seconds to wait for a lost server before the run ends; 0 to end at once. What is done is saved before."""
 
 
 class Remote(Protocol):

@@ -5,51 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.model_config import Head
 from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head, ModelSetup
+from nemo_eppo.settings.reward_model import EnsembleConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.fit import Fit
-from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
-
-
-class EnsembleConfig(Config):
-    """Reward models that differ in the order of pairs and, without a linear probe, in their fresh heads. Member i is in
-    <run directory>/member_i."""
-
-    members: int = Field(1, ge=1)
-    """Number of reward models, trained one after another; 1 for a single one in <run directory>/checkpoints."""
-    linear_probe_steps: int = Field(0, ge=0)
-    """Steps that train a fresh head on a frozen decoder, from which all members then start (WARM); 0 for none."""
-    lrs: tuple[float, ...] = ()
-    """Learning rates, given to the members in turn; empty for optimizer.lr in all."""
-    dropouts: tuple[float, ...] = (0.0,)
-    """Probabilities of dropout in the residual stream, given to the members in turn."""
-    average: bool = False
-    """WARM (arXiv 2401.12187): average the members' weights, head included, into <run directory>/average."""
-    keep_best: int | None = Field(None, ge=2)
-    """Number of members that are averaged, those of highest validation accuracy; null for all."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "EnsembleConfig":
-        if self.average and self.members < 2:
-            raise ValueError(f"average = true needs at least 2 members, got {self.members}")
-        if self.keep_best is not None and (not self.average or self.keep_best > self.members):
-            raise ValueError(
-                f"keep_best = {self.keep_best} needs average = true and members >= keep_best, got {self.members}"
-            )
-        if wrong := [lr for lr in self.lrs if lr <= 0]:
-            raise ValueError(f"lrs: {wrong[0]}; expected numbers above 0")
-        if wrong := [dropout for dropout in self.dropouts if not 0 <= dropout < 1]:
-            raise ValueError(f"dropouts: {wrong[0]}; expected numbers from 0 to below 1")
-        if not self.dropouts:
-            raise ValueError("dropouts: empty; expected at least one number")
-        return self
+from nemo_eppo.training.setup import Plan, build, plan
 
 
 def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: OptimizerConfig) -> None:

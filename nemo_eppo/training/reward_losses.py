@@ -4,66 +4,16 @@ Row 2i is the chosen response of pair i, row 2i + 1 the rejected one. The loss o
 these sums add up to the loss of the global batch.
 """
 
-from pathlib import Path
-from typing import Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from nemo_eppo.algorithms.inform import KLMode, latent_kl
+from nemo_eppo.algorithms.inform import latent_kl
 from nemo_eppo.algorithms.odin import length_slopes
-from nemo_eppo.algorithms.preference import ScoreReduction, bradley_terry_loss, sequence_score
+from nemo_eppo.algorithms.preference import bradley_terry_loss, sequence_score
 from nemo_eppo.algorithms.sampling import counter_hash
-from nemo_eppo.config import Config
 from nemo_eppo.megatron.heads import ScalarHeads, outputs_per_token
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-
-
-class OdinConfig(Config):
-    """Disentangling reward from length (ODIN, arXiv 2402.07319)."""
-
-    length_weight: float = Field(1.0, ge=0)
-    """Weight of |rho(quality, length)| - rho(length head, length); rho: Pearson correlation over the global batch."""
-    orthogonality_weight: float = Field(1.0, ge=0)
-    """Weight of the absolute cosine of the two heads' weights."""
-
-
-class InformConfig(Config):
-    """The information bottleneck (InfoRM, arXiv 2402.09345)."""
-
-    latent_size: int = Field(128, ge=1)
-    """Size d of the latents; the authors' scripts have 512."""
-    beta: float = Field(0.1, ge=0)
-    """Weight of the latents' KL divergence, summed over both sides of a pair."""
-    kl: KLMode = "paper_sum"
-    """`paper_sum` sums over d; `official_mean_first` (the authors' code) averages over d first and is far smaller."""
-    sft_responses: Path | None = None
-    """File of rows {"prompt", "response"} of the SFT model (or its training data), of which the first 2048 are used. A
-    Gaussian of their latents is stored with the model. Kind `inform` needs it; null for other kinds."""
-
-
-class RewardLossConfig(Config):
-    """The loss, and how a response gets its score."""
-
-    kind: Literal["bradley_terry", "odin", "inform"] = "bradley_terry"
-    """`odin` adds a head that learns length, `inform` an information bottleneck that gives latents."""
-    score: ScoreReduction = "last"
-    """Which of the head's outputs is a response's score: that at its last token, or the sum or mean over its tokens."""
-    margin: float = Field(0.0, ge=0)
-    """Margin by which the chosen response's score should exceed the rejected one's; 0 for none."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a label is wrong; 0 for no smoothing."""
-    l2: float = Field(0.0, ge=0)
-    """Weight of the squared scores, which keeps scores near zero; 0 for none."""
-    odin: OdinConfig = OdinConfig()
-    inform: InformConfig = InformConfig()
-
-    @model_validator(mode="after")
-    def _inform_is_complete(self) -> "RewardLossConfig":
-        if self.kind == "inform" and (self.score != "last" or self.inform.sft_responses is None):
-            raise ValueError("kind 'inform' needs score 'last' and inform.sft_responses")
-        return self
+from nemo_eppo.settings.reward_model import RewardLossConfig
 
 
 class BradleyTerry:

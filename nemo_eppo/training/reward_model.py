@@ -5,44 +5,24 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.algorithms.latents import Gaussian, fit_gaussian
 from nemo_eppo.algorithms.preference import preference_metrics
-from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import PreferenceDataset, PreferenceItem, SFTDataset, TokenIds, collate
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.models.model_config import Head
-from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, FitSettings, TextDataConfig
-from nemo_eppo.training.reward_ensemble import EnsembleConfig, average_members, check_ensemble, train_members
-from nemo_eppo.training.reward_losses import LOSSES, RewardLossConfig
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head
+from nemo_eppo.settings.reward_model import RewardLossConfig, RewardTrainingConfig
+from nemo_eppo.settings.training import TextDataConfig
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit
+from nemo_eppo.training.reward_ensemble import average_members, check_ensemble, train_members
+from nemo_eppo.training.reward_losses import LOSSES
 from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
-from nemo_eppo.training.setup import ModelSetup, Plan, plan
+from nemo_eppo.training.setup import Plan, plan
 
 _SFT_RESPONSES = 2048
-
-
-class RewardTrainingConfig(Config):
-    """The reward-model training job (conf/gpt_reward_model.yaml)."""
-
-    exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0, lt=2**31)
-    """Seed of the head's fresh weights and of the order of pairs."""
-    model: ModelSetup
-    """Usually the SFT model; it gets a fresh head."""
-    data: TextDataConfig
-    """Files of rows {"prompt", "chosen", "rejected"}."""
-    reward: RewardLossConfig = RewardLossConfig()
-    ensemble: EnsembleConfig = EnsembleConfig()
-    """Several reward models, trained with one command."""
-    fit: FitSettings
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    optimizer: OptimizerConfig
 
 
 class RewardTask:

@@ -5,33 +5,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import ScoreReduction
 from nemo_eppo.algorithms.latents import Gaussian
-from nemo_eppo.algorithms.preference import ScoreReduction, sequence_score
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.algorithms.preference import sequence_score
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server import check_server, serve
-from nemo_eppo.servers.service import ServerConfig, Tensors
-from nemo_eppo.training.setup import ModelSetup, Plan, build, plan
-
-
-class RewardModelConfig(Config):
-    """The reward job (conf/serve_reward_model.yaml)."""
-
-    exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0, lt=2**31)
-    """Seed of the process; it has no effect on a trained model."""
-    model: ModelSetup
-    """A checkpoint of train_reward_model.py, or a Hugging Face *ForSequenceClassification directory with one output and
-    with "nemo_eppo_reward": {"mean", "std"} in its config.json."""
-    server: ServerConfig = ServerConfig()
+from nemo_eppo.servers.service import Tensors
+from nemo_eppo.settings.model import ModelSetup
+from nemo_eppo.settings.reward_model import RewardModelConfig
+from nemo_eppo.training.setup import Plan, build, plan
 
 
 class RewardModel:

@@ -1,62 +1,20 @@
 """Sources of raw rewards: reward models, behind servers or in the actor's processes, and Python functions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.inputs import Column
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
-from nemo_eppo.servers.client import Address, ClientConfig, RewardClient, Rewards
+from nemo_eppo.servers.client import RewardClient, Rewards
+from nemo_eppo.settings.rewards import RewardAddress, RewardKind, RewardSourceConfig
 from nemo_eppo.training.critics import asked
-
-RewardKind = Literal["any", "bradley_terry", "odin", "inform", "warm"]
-
-
-class RewardAddress(ClientConfig):
-    """Address of a reward server."""
-
-    job: Literal["reward", "critic"] = "reward"
-    """Kind of job that serves it: a reward job, or the critic's."""
-    others: tuple[Address, ...] = ()
-    """Addresses of further servers of the same model: requests are shared, and a lost server's go to the others."""
-
-
-class ColocatedRewardConfig(Config):
-    """A reward model in the actor's own processes; layout, precision and micro-batches are those of `model`."""
-
-    restore_from_path: Path
-    """Reward model, read like model.restore_from_path of a reward job."""
-
-
-class RewardSourceConfig(Config):
-    """One source of reward: exactly one of `server`, `colocated` and `function`."""
-
-    server: RewardAddress | None = None
-    """A reward model behind a server; null for another source."""
-    colocated: ColocatedRewardConfig | None = None
-    """A reward model in the actor's own processes; null for another source."""
-    function: str | None = None
-    """Function "module:name" that takes a nemo_eppo.rewards.sample.Sample and returns a number; null for none."""
-    weight: float = 1.0
-    """Weight of the standardised reward."""
-    mean: float | None = None
-    """Number subtracted from the reward; null for a reward model's mean on its validation data, 0 for a function."""
-    std: float | None = Field(None, gt=0)
-    """Number the reward is divided by; null for a reward model's standard deviation there, 1 for a function."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "RewardSourceConfig":
-        if sum(source is not None for source in (self.server, self.colocated, self.function)) != 1:
-            raise ValueError("expected exactly one of server, colocated and function")
-        return self
 
 
 class RewardSource(Protocol):

@@ -5,65 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
-
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, lora, runtime
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.weights import load_tensors
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.hf_directory import HfDirectory
-from nemo_eppo.models.layout import ParallelConfig, check_layout
-from nemo_eppo.models.model_config import Head, LoRAConfig, ModelConfig, Precision
-
-
-class ModelSetup(Config):
-    """Which model a job runs, and how it is laid out."""
-
-    restore_from_path: Path | None = None
-    """Checkpoint to start from, or a directory of checkpoints `step_*`, whose newest is taken; or a Hugging Face
-    directory (config.json, tokenizer, safetensors) of a family in nemo_eppo/models/families.py."""
-    architecture: ModelConfig | None = None
-    """Architecture of a model with fresh weights instead; without vocab_size it takes the tokenizer's."""
-    tokenizer: Path | None = None
-    """Hugging Face tokenizer directory; null for the one that comes with the model."""
-    allow_other_tokenizer: bool = False
-    """Allow a tokenizer with other token ids than the one that comes with the model."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations; heads, optimizer and losses are always fp32."""
-    recompute: bool = False
-    """Recompute activations in the backward pass, which takes less memory and a third more time."""
-    lora: LoRAConfig | None = None
-    """Train adapters beside the model's frozen weights; null to train all of them."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the model is laid out over the job's ranks."""
-    micro_batch_size: int = Field(4, ge=1)
-    """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
-    """Most tokens per forward pass with sequence packing, which puts rows together without padding and balances them
-    over micro-batches and replicas; a longer row gets its own pass. Replaces micro_batch_size; null pads instead."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "ModelSetup":
-        if (self.restore_from_path is None) == (self.architecture is None):
-            raise ValueError("exactly one of restore_from_path and architecture has to be set")
-        if self.architecture is not None and self.tokenizer is None:
-            raise ValueError("tokenizer has to be set for a model with a fresh architecture")
-        if self.architecture is not None and self.lora is not None:
-            raise ValueError(
-                "lora trains adapters beside given weights, which needs restore_from_path, not a fresh architecture"
-            )
-        return self
-
-    def beside(self, restore_from_path: Path, lora: LoRAConfig | None = None) -> "ModelSetup":
-        """Describe another model that runs on the same ranks, with this one's layout, precision and micro-batches."""
-        its_own = {"restore_from_path": restore_from_path, "lora": lora, "architecture": None, "tokenizer": None}
-        return self.model_copy(update=its_own)
+from nemo_eppo.models.layout import check_layout
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.model import Head, ModelConfig, ModelSetup
+from nemo_eppo.settings.training import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,18 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
-from nemo_eppo.config import Config
 from nemo_eppo.data.datasets import SequenceItem, SFTDataset, collate
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.models.model_config import Head
-from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, FitSettings, TextDataConfig
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head
+from nemo_eppo.settings.training import SFTConfig, TextDataConfig
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit
 from nemo_eppo.training.policy import next_token_targets
-from nemo_eppo.training.setup import ModelSetup, Plan, plan
-
-
-class SFTConfig(Config):
-    """The SFT job (conf/gpt_sft.yaml)."""
-
-    exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0, lt=2**31)
-    """Seed of fresh weights and of the order of examples."""
-    model: ModelSetup
-    data: TextDataConfig
-    """Files of rows {"prompt", "response"}."""
-    answer_only_loss: bool = True
-    """Learn the responses only; false learns the prompts as well, all tokens but the first."""
-    fit: FitSettings
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    optimizer: OptimizerConfig
+from nemo_eppo.training.setup import Plan, plan
 
 
 class SFTTask:

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_eppo.algorithms.advantages import (
-    ESTIMATORS,
-    GAE,
-    GRPO,
-    RLOO,
-    AdvantageEstimator,
-    EstimatorName,
-    Needs,
-    ReinforcePlusPlus,
-    ReMax,
-)
+from nemo_eppo.algorithms.advantages import ESTIMATORS, GAE, GRPO, RLOO, AdvantageEstimator, ReinforcePlusPlus, ReMax
+from nemo_eppo.algorithms.choices import EstimatorName, Needs
 from nemo_eppo.algorithms.masking import response_mask
 
 PROMPTS, LENGTHS, S = torch.tensor([3, 1, 5, 39, 2]), torch.tensor([8, 40, 6, 40, 20]), 40

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_eppo.algorithms.choices import Aggregation
 from nemo_eppo.algorithms.masking import response_mask
 from nemo_eppo.algorithms.policy import (
-    Aggregation,
     PolicyStats,
     aggregate,
     explained_variance,

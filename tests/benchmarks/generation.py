@@ -16,9 +16,8 @@ from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runtime import initialize, shutdown
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 VOCABULARY = {"even": 1024, "mixed": 128}  # a fresh model ends a response with probability 1 / vocabulary
 BATCH, PROMPT, NEW, MIXED = 16, 32, 128, 96

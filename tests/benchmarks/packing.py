@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.runtime import initialize, shutdown
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 MODEL = ModelConfig(
     num_layers=4,

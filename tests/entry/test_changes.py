@@ -8,10 +8,10 @@ import pytest
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.entry.changes import changes
 from nemo_eppo.entry.settings import as_yaml
-from nemo_eppo.training.critic import CriticConfig
-from nemo_eppo.training.ppo_config import PPOConfig
-from nemo_eppo.training.reward_model import RewardTrainingConfig
-from nemo_eppo.training.sft import SFTConfig
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.training import SFTConfig
 
 TEXTS = {"train": "a.jsonl", "validation": "b.jsonl"}
 STARTED: dict[type[Config], dict[str, Any]] = {

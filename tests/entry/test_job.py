@@ -17,11 +17,13 @@ from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.entry.job import errors_end_the_job, job
 from nemo_eppo.megatron.collectives import PeerError
 from nemo_eppo.observability.report_tables import VERSIONS, read_config
-from nemo_eppo.observability.run import ExpManagerConfig
 from nemo_eppo.rewards.functions import RewardFunctionError
 from nemo_eppo.servers.client import ServerUnavailable
 from nemo_eppo.servers.protocol import ServiceError
+from nemo_eppo.settings.kinds import KINDS
+from nemo_eppo.settings.run import ExpManagerConfig
 
+REPOSITORY = Path(__file__).parents[2]
 _SCRIPT = '''
 """Counts to a number.
 
@@ -32,7 +34,8 @@ from typing import Literal
 from pydantic import Field
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.entry.job import job
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.run import ExpManagerConfig
 
 HEAVY = {"nemo", "torch", "megatron", "lightning"}
 if "pytest" not in sys.modules:
@@ -458,3 +461,18 @@ def test_two_jobs_do_not_share_a_run_directory(runs: dict[str, dict[str, Any]], 
     assert status == 2
     assert f"{script.parent / 'run'} is the run directory of another job (settings of {script.name})" in output
     assert "heavy imports: []" in output
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_script_answers_help_and_a_wrong_key_without_torch(name: str) -> None:
+    """Its import takes seconds, on every rank."""
+    script = f"examples/nlp/gpt/{name}.py"
+    for argument, told in (("--help", "usage:"), ("modle.precision=bf16", "modle: unknown key")):
+        code = f"import runpy, sys; sys.argv = ['x', {argument!r}]\n"
+        code += f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+        code += "finally: print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+        ended = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY
+        )
+        assert told in ended.stdout + ended.stderr
+        assert ended.stdout.splitlines()[-1] == "[]"

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from nemo_eppo.config import Config
 from nemo_eppo.entry.job import job
 from nemo_eppo.megatron import runtime
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.observability.run import ExpManagerConfig, Run
 
 

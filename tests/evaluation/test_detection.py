@@ -25,6 +25,7 @@ from nemo_eppo.evaluation.detection import (
     VARIANCE,
     combine_signs,
     compare_signs,
+    detectors_of_evaluation,
     signs_of_rows,
 )
 from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
@@ -41,6 +42,28 @@ def signs() -> tuple[np.ndarray, dict[str, Floats]]:
     noise = draw.normal(size=(3, 200))
     values = [-0.6 + 0.02 * (noise[0] + 1.5 * hacked), 100 + 30 * (noise[1] + 0.7 * hacked), noise[2]]
     return hacked, dict(zip((ENERGY, LENGTH, KL), values, strict=True))
+
+
+def test_an_evaluation_is_labelled_by_what_pleases_only_its_proxies() -> None:
+    draw = np.random.default_rng(2)
+    hacked = np.arange(60) % 3 == 0
+    disagreement = np.where(hacked, 2.0, 0.1) * draw.normal(size=60)
+    rows = [
+        {
+            "proxy_reward": 1.0 if fooled else value,
+            "proxy_rewards": [value + apart, value - apart],
+            "gold_reward": -1.0 if fooled else value,
+            "energy_loss": value + 5 * fooled,
+            "response_length": 7,
+        }
+        for fooled, value, apart in zip(hacked.tolist(), draw.uniform(-0.3, -0.1, 60), disagreement, strict=True)
+    ]
+    found = {detector.sign: detector.auroc.value for detector in detectors_of_evaluation(rows)}
+    assert found.keys() == {ENERGY, LENGTH, VARIANCE, COMBINED}
+    assert (found[ENERGY], found[LENGTH]) == (1.0, 0.5)
+    assert 0.8 < found[VARIANCE] < 1.0
+    assert detectors_of_evaluation([{k: v for k, v in row.items() if k != "gold_reward"} for row in rows]) == []
+    assert detectors_of_evaluation(rows[1:3]) == [], "none is hacked"
 
 
 def test_the_combination_is_a_logistic_regression_fitted_without_the_responses_it_predicts(

@@ -18,7 +18,7 @@ from nemo_eppo.cli import main
 from nemo_eppo.evaluation.detection import KL, LENGTH
 from nemo_eppo.evaluation.energies import SAME_RESPONSE_RISE, Energies, read_data, read_labels
 from nemo_eppo.evaluation.energy_report import EnergyReportConfig, EnergyScoring
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 DEMO = Path(os.environ.get("NEMO_EPPO_DATA") or Path(__file__).parents[3] / "shared" / "data") / "eppo-demo"
 LAYERS = 2

@@ -12,6 +12,7 @@ from distributed import run_ranks
 from hf_models import random_model, save
 from jobs import Models, save_model
 from reference_eppo import Weights, policy_pass, random_weights, scalars
+from sklearn.metrics import roc_auc_score
 from small_data import read_rows
 
 from nemo_eppo.algorithms.latents import Gaussian, mahalanobis
@@ -127,6 +128,13 @@ def test_the_results_are_in_the_files_that_users_expect(settings: dict[str, Any]
     for name, estimate in summary["means"].items():
         assert estimate["value"] == pytest.approx(np.mean([row[name] for row in rows])), name
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    proxy, gold = (np.array([row[name] for row in rows]) for name in ("proxy_reward", "gold_reward"))
+    hacked = (proxy > proxy.mean()) & (gold < gold.mean())
+    rise = [row["energy_loss"] - row["reference_energy_loss"] for row in rows]
+    signs = {"energy loss": [row["energy_loss"] for row in rows], "rise of the energy loss": rise}
+    for sign, values in signs.items():
+        assert summary["detectors"][sign]["auroc"]["value"] == pytest.approx(roc_auc_score(hacked, values)), sign
+    assert "only the proxy?" in (out / "report.html").read_text()
     curves = summary["best_of_n"]["proxy"]
     assert curves["n"] == [1, 2, 4]
     assert curves["kl"] == pytest.approx([0, np.log(2) - 1 / 2, np.log(4) - 3 / 4])

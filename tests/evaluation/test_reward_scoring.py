@@ -16,7 +16,7 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.responses import read_responses
 from nemo_eppo.evaluation.reward_scoring import RewardScoring
 from nemo_eppo.evaluation.rows_file import RowsFile
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 LAYOUTS = [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
 

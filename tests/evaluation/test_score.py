@@ -16,7 +16,7 @@ from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.model_rows import WINDOW
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron
 
 EOS = 0

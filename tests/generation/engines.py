@@ -9,9 +9,10 @@ from small_models import EOS, MODEL, PAD, build_engine, tokenizer
 
 from nemo_eppo.generation.build import write_hf_settings
 from nemo_eppo.generation.engine import Engine, Limits
-from nemo_eppo.generation.trtllm_engine import TensorRTLLMConfig, TensorRTLLMEngine
+from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.generation import TensorRTLLMConfig
+from nemo_eppo.settings.model import ModelConfig
 
 Kind = Literal["megatron", "tensorrt_llm"]
 STAND_IN = Path(__file__).parent / "stand_in"

@@ -20,10 +20,9 @@ from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import load_tensors
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig, Precision
 from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 
 MODEL = tiny.MODEL.model_copy(update={"vocab_size": 61})  # odd, so that tensor parallelism pads it
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True, "rotary_base": 1e6})

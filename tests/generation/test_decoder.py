@@ -30,11 +30,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.generation import decoder
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.attention import attend
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.hf_config import hf_config
-from nemo_eppo.models.model_config import ModelConfig
 from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig
 
 SAMPLINGS = {
     "plain": SamplingParams(max_new_tokens=12),
@@ -198,6 +200,33 @@ def test_prompts_may_be_prefilled_in_parts() -> None:
     for limit in (1, 24):
         completions = run_ranks(decode_in_small_prefills, 1, limit)[0]
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+
+
+def decode_as_on_a_gpu(model: ModelConfig) -> tuple[list[Completion], list[Any]]:
+    """Responses from a cache that grows by 16 columns; and of each masked call of attention: the dtypes of query and
+    mask, the mask's width, and whether cuDNN's kernel might have been used."""
+    masked: list[Any] = []
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None, **settings: Any) -> Tensor:
+        if visible is not None:
+            masked.append((query.dtype, visible.dtype, visible.size(-1), torch._C._get_cudnn_sdp_enabled()))
+        return attend(query, key, value, visible, **settings)
+
+    vars(decoder)["attend"] = watched
+    device.cached_tokens_multiple = lambda: 16
+    seeds = list(range(len(PROMPTS)))
+    build_engine(build_policy({}, model, precision="bf16"), model).generate(PROMPTS, SAMPLINGS["greedy"], seeds)
+    found = build_engine(build_policy({}, model), model, max_batch_size=3).generate(PROMPTS, SAMPLINGS["greedy"], seeds)
+    return found, masked
+
+
+@pytest.mark.parametrize("model", [MODEL, GEMMA2_MODEL], ids=["Llama", "Gemma2"])
+def test_masks_are_as_gpu_kernels_want_them_and_change_no_response(model: ModelConfig) -> None:
+    found, masked = run_ranks(decode_as_on_a_gpu, 1, model)[0]
+    expected = decoded("one rank", model)[0]["greedy"][0]
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
+    assert {query for query, *_ in masked} == {torch.float32, torch.bfloat16}
+    assert all(query == mask and width % 16 == 0 and not cudnn for query, mask, width, cudnn in masked)
 
 
 def decode_bf16(model: ModelConfig) -> tuple[list[Completion], list[torch.Tensor]]:

@@ -24,7 +24,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 KINDS: tuple[Kind, ...] = ("megatron", "tensorrt_llm")
 PROMPTS = random_prompts([7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2])
@@ -59,7 +59,6 @@ def exercise(kind: Kind, directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def refit(version: int) -> None:
-        engine.wake()
         engine.refit(export_tensors(chunks, MODEL), version)
 
     def generate(prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:

@@ -23,7 +23,7 @@ from nemo_eppo.generation import megatron_engine
 from nemo_eppo.generation.decoder import Decoder
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 LENGTHS = [7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2, 15, 8, 10, 11]
 PROMPTS = random_prompts(LENGTHS)
@@ -274,7 +274,6 @@ def generate_around_an_update() -> tuple[list[Completion], list[Completion], lis
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.2).add_(0.02)
-    engine.wake()
     engine.refit(None, version=7)
     after = engine.generate(PROMPTS[:3], sampling, SEEDS[:3])
     return before, after, [greedy_without_cache(chunks, MODEL, prompt, 5) for prompt in PROMPTS[:3]]

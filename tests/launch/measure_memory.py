@@ -22,12 +22,12 @@ from nemo_eppo.launch.memory import Workload, estimate
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 SEQUENCES, LONGEST, VOCABULARY = 4, 64, 4096
 

@@ -20,7 +20,8 @@ from nemo_eppo.launch import machine_checks
 from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.servers.client import ClientConfig, RewardClient
+from nemo_eppo.servers.client import RewardClient
+from nemo_eppo.settings.servers import ClientConfig
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -264,6 +265,17 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
     status, findings = doctor(launch)
     assert status == 1
     assert "a GPU has 0" in findings["actor: memory"]["found"]
+
+
+def test_settings_that_are_slow_on_gpus_alone(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [check for check in doctor(launch)[1] if check.endswith("speed")]
+    monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [2**40] * 4)
+    model = "jobs.actor.settings.model"
+    findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64")[1]
+    assert "actor: speed" not in findings
+    slow = findings["critic: speed"]
+    assert (slow["status"], slow["mend"][:9]) == ("warning", "set bf16,")
+    assert slow["found"] == "slow on GPUs: model.precision = fp32, model.micro_batch_tokens = null"
 
 
 def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.launch.slurm import batch_script
-from nemo_eppo.servers.client import ClientConfig
-from nemo_eppo.training.critics import CriticSource
-from nemo_eppo.training.kinds import KINDS
-from nemo_eppo.training.reward_sources import RewardSourceConfig
+from nemo_eppo.settings.critic import CriticSource
+from nemo_eppo.settings.kinds import KINDS
+from nemo_eppo.settings.rewards import RewardSourceConfig
+from nemo_eppo.settings.servers import ClientConfig
 
 
 def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:

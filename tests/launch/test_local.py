@@ -82,7 +82,8 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
             assert again.read_text().count(killed["url"]) == 2  # where the actor knows it
             steps = len(metrics.read_text().splitlines())
             wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 2, process)
-            children = [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+            every = psutil.Process(process.pid).children(recursive=True)
+            children = [p for p in every if p.status() != psutil.STATUS_ZOMBIE]
             next(p for p in children if "train_gpt_ppo_actor" in " ".join(p.cmdline())).kill()
             _, error = process.communicate(timeout=90)
         except BaseException:
@@ -90,12 +91,11 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
             raise
     assert process.returncode == 128 + signal.SIGKILL, error
     assert error.endswith(f"launch: actor ended with exit status -9; its log is {output}/logs/actor.log\n")
-    assert "unavailable for reward_infer" in error  # in the actor's log
     rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert rows == [*range(1, len(rows) + 1)]
     assert processes_of(output) == []
     assert [block for block in blocks if block.exists()] == []
-    for word in ("address", "grpc://127.0.0.1:", "waiting", "starting", "ready", "running", "failed", "stopped"):
+    for word in ("address", "grpc://127.0.0.1:", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_eppo.launch.memory import Workload, estimate
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import LoRAConfig, ModelConfig
+from nemo_eppo.settings.model import LoRAConfig, ModelConfig, ParallelConfig
 
 LLAMA_8B = ModelConfig(
     num_layers=32,

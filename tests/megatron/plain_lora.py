@@ -8,9 +8,9 @@ from tiny import MODEL, random_weights
 from torch import Tensor
 
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
-from nemo_eppo.models.model_config import LoRAConfig
+from nemo_eppo.settings.model import LoRAConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 LORA = LoRAConfig(rank=3, alpha=4.5)
 SCALE = 4.5 / 3

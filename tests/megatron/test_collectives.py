@@ -8,7 +8,7 @@ from distributed import run_ranks
 
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 
 def _on_rank0() -> tuple[str, str]:

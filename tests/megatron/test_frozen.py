@@ -6,10 +6,10 @@ from distributed import run_ranks
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.model import build_model
-from nemo_eppo.megatron.optimizer import OptimizerConfig, build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, vocab_size=20, max_sequence_length=16

@@ -19,8 +19,8 @@ from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.megatron import checkpoint
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.training import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01)
 WEIGHT = "output_layer.weight"

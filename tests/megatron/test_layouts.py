@@ -28,11 +28,12 @@ from tiny import (
 from torch import Tensor
 
 from nemo_eppo.algorithms.policy import aggregate, policy_loss, value_loss
-from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.model import ModelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.3, betas=(0.9, 0.99), eps=1.0, weight_decay=0.1, clip_grad=1.0)
 TIED_QWEN3 = MODEL.model_copy(update={"qk_norm": True, "tie_embeddings": True})

@@ -11,13 +11,13 @@ from tiny import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_eppo.algorithms.sampling import UNCHANGED, Distribution
+from nemo_eppo.algorithms.choices import UNCHANGED, Distribution
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import logprobs
 from nemo_eppo.megatron.logprobs import IGNORE, History, token_logprobs
 from nemo_eppo.megatron.runtime import initialize
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ParallelConfig
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 6, 3, 8, 101
 DISTRIBUTIONS = {

@@ -31,15 +31,15 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, lora
-from nemo_eppo.megatron.energy import EnergyProbeConfig
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.model_config import LoRAConfig
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import LoRAConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 
 class Case(NamedTuple):

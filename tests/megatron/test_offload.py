@@ -8,9 +8,9 @@ from distributed import run_ranks
 from tiny import TP2, build_runner, random_batch
 
 from nemo_eppo.megatron.offload import Offload
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.models.model_config import LoRAConfig, Precision
+from nemo_eppo.settings.model import LoRAConfig, Precision
+from nemo_eppo.settings.training import OptimizerConfig
 
 
 class Holder:

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.optimizer import allocate_state, wrap_data_parallel
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.model import ModelConfig, Precision
+from nemo_eppo.settings.training import OptimizerConfig
 
 QWEN2 = MODEL.model_copy(update={"qkv_bias": True})  # it has biases, which like norms are not decayed
 QWEN3 = MODEL.model_copy(update={"qk_norm": True})
@@ -42,6 +43,27 @@ def train(layout: Layout, model: ModelConfig, optimizer: OptimizerConfig) -> Tra
     runner = build_runner(layout, model, optimizer=optimizer)
     reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
     return reports, exported(runner, model)
+
+
+def train_with_moments_from_the_start(precision: Precision, allocate: bool) -> tuple[Training, int]:
+    """The same of two updates; and the bytes of Adam's moments before them."""
+    runner = build_runner({}, precision=precision, optimizer=OPTIMIZER)
+    if allocate:
+        allocate_state(runner.optimizer)
+    [part] = runner.optimizer.chained_optimizers
+    moments = sum(value.nbytes for state in part.optimizer.state.values() for value in state.values() if value.dim())
+    reports = [runner.train_step(random_batch(), likelihood) for _ in range(2)]
+    return (reports, exported(runner)), moments
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_moments_that_are_allocated_before_training_change_no_update(precision: Precision) -> None:
+    (reports, weights), moments = run_ranks(train_with_moments_from_the_start, 1, precision, True)[0]
+    (expected_reports, expected), none = run_ranks(train_with_moments_from_the_start, 1, precision, False)[0]
+    assert none == 0
+    assert moments >= 2 * 4 * sum(tensor.numel() for tensor in weights.values())
+    assert reports == expected_reports
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Training:
@@ -182,4 +204,4 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
         load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
     with pytest.raises(ConfigError, match=r"distributed = true needs GPUs"):
-        load_config(OptimizerConfig, {"lr": 0.01, "distributed": True})
+        wrap_data_parallel([], OptimizerConfig(lr=0.01, distributed=True), "fp32")

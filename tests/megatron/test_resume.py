@@ -1,5 +1,6 @@
 """Training that resumes from a checkpoint equals the training that was never interrupted."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ import torch
 from distributed import run_ranks
 from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import checkpoint
+from nemo_eppo.megatron import checkpoint, specs
 from nemo_eppo.megatron.collectives import on_rank0
-from nemo_eppo.megatron.optimizer import OptimizerConfig
+from nemo_eppo.megatron.norms import RMSNorm
 from nemo_eppo.megatron.runner import ModelRunner, Rows
-from nemo_eppo.megatron.saving import CheckpointConfig, CheckpointSaver, tidy
+from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
 
@@ -58,6 +61,33 @@ def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp
     expected = run_ranks(interrupted, *case)[0]
     for parameters in run_ranks(resumed, *case):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+class AsksForExtraState(RMSNorm):
+    """Stands for TransformerEngine 2's RMSNorm, which keeps a state of quantised training beside its weight."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        raise AssertionError("nothing of quantised training is stored")
+
+
+def with_extra_state(work: Any, *arguments: Any) -> dict[str, Tensor]:
+    vars(specs)["RMSNorm"] = AsksForExtraState
+    result: dict[str, Tensor] = work(*arguments)
+    return result
+
+
+@pytest.mark.parametrize("written", ["on a CPU", "under TransformerEngine"])
+def test_checkpoints_go_between_norms_with_and_without_an_extra_state(written: str, tmp_path: Path) -> None:
+    case: tuple[Any, ...] = ({}, "lm", "bf16", tmp_path / "step_1")
+    plain, extra = (interrupted, resumed), (partial(with_extra_state, interrupted), partial(with_extra_state, resumed))
+    save, load = (plain[0], extra[1]) if written == "on a CPU" else (extra[0], plain[1])
+    expected, found = run_ranks(save, 1, *case)[0], run_ranks(load, 1, *case)[0]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    stored = FileSystemReader(tmp_path / "step_1" / checkpoint_files.WEIGHTS).read_metadata().state_dict_metadata
+    assert not [name for name in stored if "_extra_state" in name]
 
 
 def resumed_with(settings: OptimizerConfig, precision: Any, directory: Path) -> tuple[list[float], dict[str, Any]]:

@@ -9,13 +9,14 @@ from tiny import MODEL, PP2, SP2, TP2, VPP2, Layout, build_runner, inputs, rando
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig, Preset
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model, unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import export_tensors
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
+from nemo_eppo.settings.model import ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.1)
 

@@ -8,7 +8,7 @@ from distributed import free_port, run_ranks
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import runtime
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 
 def _listening(ranks: int, of_machine: int) -> set[str]:

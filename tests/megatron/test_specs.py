@@ -8,7 +8,7 @@ from tiny import MODEL
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import specs
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 
 def test_transformer_engine_is_not_asked_to_cap_logits(

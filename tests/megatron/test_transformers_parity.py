@@ -23,12 +23,13 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_eppo.megatron.energy import EnergyProbe, EnergyProbeConfig
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import hf_config, model_config_from_hf
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.model import ModelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 
 LAYERS = (-1, 1)
 FAMILIES = {

@@ -25,9 +25,7 @@ from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import export_tensors, load_tensors
 from nemo_eppo.models.hf_config import causal_architecture, hf_config, model_config_from_hf
 from nemo_eppo.models.hf_names import hf_names
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.models.rope import RopeScaling
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig, RopeScaling
 
 LLAMA = ModelConfig(
     num_layers=4,

@@ -24,7 +24,7 @@ from nemo_eppo.models.family import KEYS, NAMES, Family, Key
 from nemo_eppo.models.hf_config import model_config_from_hf
 from nemo_eppo.models.hf_directory import HfDirectory
 from nemo_eppo.models.hf_names import entries, hf_names
-from nemo_eppo.models.model_config import Head
+from nemo_eppo.settings.model import Head
 from nemo_eppo.tools.convert import HfToMegatron, MegatronToHf
 
 QKV = "self_attention.linear_qkv.weight"

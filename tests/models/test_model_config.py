@@ -7,8 +7,8 @@ import pytest
 from tiny import MODEL
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.models.layout import ParallelConfig, check_layout
-from nemo_eppo.models.model_config import ModelConfig
+from nemo_eppo.models.layout import check_layout
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 
 @pytest.mark.parametrize(

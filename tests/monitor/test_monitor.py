@@ -15,12 +15,13 @@ from sklearn.metrics import roc_auc_score
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
-from nemo_eppo.monitor.monitor import Alarm, HackingMonitor, MonitorConfig
+from nemo_eppo.monitor.monitor import Alarm, HackingMonitor
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rewards.shaping import ShapingConfig
-from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.settings.monitor import MonitorConfig
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.shaping import ShapingConfig
 
 STEPS, WARMUP, HACKED_FROM = 60, 10, 40
 BATCH, WIDTH = 32, 8

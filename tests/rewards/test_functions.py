@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.rewards.functions import FunctionPool, FunctionsConfig, RewardFunctionError, check_function
+from nemo_eppo.rewards.functions import FunctionPool, RewardFunctionError, check_function
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.rewards import FunctionsConfig
 
 sys.path.insert(0, str(Path(__file__).parent))  # the user's own module
 

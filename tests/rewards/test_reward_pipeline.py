@@ -11,7 +11,7 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.pipeline import RewardPipeline, ShapedRewards
 from nemo_eppo.rewards.sample import Sample
-from nemo_eppo.rewards.shaping import ShapingConfig
+from nemo_eppo.settings.shaping import ShapingConfig
 
 B, S = 6, 12
 PROMPTS, LENGTHS = torch.tensor([3, 1, 5, 9, 2, 2]), torch.tensor([8, 12, 6, 12, 7, 9])

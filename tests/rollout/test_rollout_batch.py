@@ -16,7 +16,7 @@ from nemo_eppo.rollout.batch import (
     seeds_for,
     step_seed,
 )
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
 
 PAD = 99
 PROMPTS = [[1, 2, 3], [4], [5, 6]]

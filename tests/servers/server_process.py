@@ -14,8 +14,8 @@ import psutil
 from distributed import free_port
 
 from nemo_eppo.servers.certificates import create
-from nemo_eppo.servers.client import ClientConfig
 from nemo_eppo.servers.frontend import remove_leftovers
+from nemo_eppo.settings.servers import ClientConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,9 +19,10 @@ from distributed import free_port
 
 from nemo_eppo.servers.protocol import Array, Arrays, Endpoint, Limits, RequestError, StepRule
 from nemo_eppo.servers.server import serve
-from nemo_eppo.servers.server_client import ClientConfig, ServerClient, ServerUnavailable
-from nemo_eppo.servers.service import ServerConfig, Tensors
+from nemo_eppo.servers.server_client import ServerClient, ServerUnavailable
+from nemo_eppo.servers.service import Tensors
 from nemo_eppo.servers.transport import ServerError
+from nemo_eppo.settings.servers import ClientConfig, ServerConfig
 
 
 def positive(arrays: Arrays, limits: Limits) -> None:

@@ -19,8 +19,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.servers.certificates import NAME, Certificates, create
-from nemo_eppo.servers.client import ClientConfig, CriticClient, ServerUnavailable
+from nemo_eppo.servers.client import CriticClient, ServerUnavailable
 from nemo_eppo.servers.transport import Transport
+from nemo_eppo.settings.servers import ClientConfig
 
 TOKENS, LENGTHS = torch.arange(8).reshape(2, 4) % (VOCAB - 4), torch.full((2,), 4)
 

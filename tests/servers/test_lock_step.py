@@ -18,7 +18,7 @@ from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.intake import Intake, Request
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import _run, _stop_signals, serve
-from nemo_eppo.servers.service import ServerConfig
+from nemo_eppo.settings.servers import ServerConfig
 
 
 class Adder:

@@ -18,11 +18,11 @@ from server_process import Server, running_server
 from tiny_server import EXPECT, FAIL, MAX_BATCH, NAN, SLEEP, VOCAB, embedding
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.servers.client import ClientConfig, CriticClient, RewardClient, ServerUnavailable
+from nemo_eppo.servers.client import CriticClient, RewardClient, ServerUnavailable
 from nemo_eppo.servers.intake import Intake
 from nemo_eppo.servers.protocol import RequestError, json_array
-from nemo_eppo.servers.service import ServerConfig
 from nemo_eppo.servers.transport import ServerError, Transport
+from nemo_eppo.settings.servers import ClientConfig, ServerConfig
 
 
 def batch(size: int = 4, length: int = 9, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

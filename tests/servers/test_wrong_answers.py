@@ -12,9 +12,10 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from nemo_eppo.servers.client import ClientConfig, CriticClient, RewardClient
+from nemo_eppo.servers.client import CriticClient, RewardClient
 from nemo_eppo.servers.protocol import PROTOCOL_VERSION
 from nemo_eppo.servers.transport import ServerError
+from nemo_eppo.settings.servers import ClientConfig
 
 REWARD = {"k": 2, "mean": [0.0, 1.0], "std": [1.0, 2.0], "kind": "bradley_terry", "latent_size": 3}
 STATUS = {"protocol": PROTOCOL_VERSION, "job": "reward", "max_batch_size": 8, "reward": REWARD}

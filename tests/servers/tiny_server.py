@@ -17,7 +17,8 @@ import torch.distributed as dist
 from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.server import serve
-from nemo_eppo.servers.service import ServerConfig, Tensors
+from nemo_eppo.servers.service import Tensors
+from nemo_eppo.settings.servers import ServerConfig
 
 VOCAB, MAX_LENGTH, MAX_BATCH = 64, 4096, 8
 EXPECT = {"vocab_size": VOCAB, "tokenizer": "tiny", "max_sequence_length": 1024}

@@ -11,15 +11,16 @@ from omegaconf import OmegaConf
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import Config, ConfigError, config_types, load_config
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.training import SFTConfig
 from nemo_eppo.tools.aligner_cli import check, render_report
 from nemo_eppo.tools.aligner_config import convert
 from nemo_eppo.tools.aligner_keys import KINDS
 from nemo_eppo.tools.aligner_rules import Conversion
-from nemo_eppo.training.critic import CriticConfig
-from nemo_eppo.training.ppo_config import PPOConfig
-from nemo_eppo.training.reward_model import RewardTask, RewardTrainingConfig
-from nemo_eppo.training.reward_service import RewardModelConfig
-from nemo_eppo.training.sft import SFTConfig, SFTTask
+from nemo_eppo.training.reward_model import RewardTask
+from nemo_eppo.training.sft import SFTTask
 
 CONF = Path(__file__).parents[2] / "conf"
 SCHEMAS: dict[str, type[Config]] = {

@@ -30,10 +30,10 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron, MegatronToHf
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)

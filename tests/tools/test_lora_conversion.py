@@ -14,15 +14,14 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import checkpoint, lora
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.lora import AdaptersOff
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import LoRAConfig
+from nemo_eppo.settings.model import LoRAConfig, ModelSetup, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.tools.convert import MegatronToHf
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 FAMILIES = ("Llama", "Qwen2", "Gemma2", "Phi3")

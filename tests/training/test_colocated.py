@@ -10,7 +10,7 @@ import torch
 from distributed import free_port, run_ranks
 from jobs import Job, Models, read_weights
 
-from nemo_eppo.models.model_config import Head
+from nemo_eppo.settings.model import Head
 
 TP2 = {"tensor_model_parallel_size": 2}
 PATIENCE = 500  # seconds

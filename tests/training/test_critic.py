@@ -11,7 +11,8 @@ from jobs import Models
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.servers.protocol import ServiceError
 from nemo_eppo.servers.service import Tensors
-from nemo_eppo.training.critic import CriticConfig, CriticService
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.training.critic import CriticService
 
 
 def request(rows: int, **changes: Any) -> Tensors:

@@ -9,11 +9,10 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from nemo_eppo.config import Config, config_types
-from nemo_eppo.training.critic import CriticConfig
-from nemo_eppo.training.ppo_config import PPOConfig
-from nemo_eppo.training.reward_model import RewardTrainingConfig
-from nemo_eppo.training.reward_service import RewardModelConfig
-from nemo_eppo.training.sft import SFTConfig
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.training import SFTConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 JOBS_OWN = {  # what sets the jobs apart, and so has another value than the schema that they share

@@ -12,16 +12,16 @@ from nemo_eppo.algorithms.divergences import sequence_divergence
 from nemo_eppo.config import load_config
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
-from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.models.layout import ParallelConfig
 from nemo_eppo.rewards.pipeline import RewardPipeline
-from nemo_eppo.rewards.shaping import ShapingConfig
 from nemo_eppo.rollout.batch import Completion, Experience, FinishReason, RolloutBatch
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig
+from nemo_eppo.settings.ppo import EnergyConfig, PPOSettings
+from nemo_eppo.settings.shaping import ShapingConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
-from nemo_eppo.training.ppo_config import EnergyConfig, PPOSettings
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 COEFFICIENT = 0.3
 KINDS = ("kl", "chi2", "sqrt_chi2")

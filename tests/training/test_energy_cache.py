@@ -17,15 +17,16 @@ from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
-from nemo_eppo.rollout.sampling import SamplingParams
+from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig
+from nemo_eppo.settings.ppo import EnergyConfig, PPOConfig
+from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
 from nemo_eppo.training.policy import Policy
-from nemo_eppo.training.ppo_config import EnergyConfig, PPOConfig
 from nemo_eppo.training.ppo_job import PPOJob
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 KEY = {"model": "a", "energy": {"preset": "paper"}}
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]

@@ -23,10 +23,12 @@ from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import disk_trouble
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.fit import FitSettings
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
-from nemo_eppo.training.sft import SFTConfig, train_sft
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.training import FitSettings, SFTConfig
+from nemo_eppo.training.reward_model import train_reward_model
+from nemo_eppo.training.sft import train_sft
 
 
 def settings(models: Models, kind: str, steps: int | None, **fit: Any) -> dict[str, Any]:

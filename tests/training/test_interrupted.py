@@ -18,7 +18,7 @@ from small_data import read_rows
 from nemo_eppo.config import NOT_FINISHED
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.model_config import Head
+from nemo_eppo.settings.model import Head
 
 STEPS = 5
 TP2 = {"tensor_model_parallel_size": 2}

@@ -13,13 +13,16 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.megatron import model
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.observability.run import ExpManagerConfig, Run
-from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import ModelSetup
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.training import SFTConfig
 from nemo_eppo.training.ppo_job import PPOJob
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup
-from nemo_eppo.training.sft import SFTConfig, train_sft
+from nemo_eppo.training.sft import train_sft
 
 COLOCATED_CRITIC = {"restore_from_path": "x", "optimizer": {"lr": 1e-6}}
 

@@ -14,7 +14,7 @@ import pytest
 from nemo_eppo.config import Config, ConfigError, config_types
 from nemo_eppo.data.datasets import PreferenceDataset, PromptDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, word_level
-from nemo_eppo.training.kinds import KINDS
+from nemo_eppo.settings.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "nlp" / "gpt"
@@ -79,6 +79,6 @@ def test_a_preference_pair_is_two_sequences_and_every_other_row_is_one() -> None
 
 
 def test_the_table_and_a_launch_file_are_read_without_torch() -> None:
-    code = "import sys, nemo_eppo.training.kinds, nemo_eppo.launch.launch_file; print('torch' in sys.modules)"
+    code = "import sys, nemo_eppo.settings.kinds, nemo_eppo.launch.launch_file; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert told.stdout == "False\n"

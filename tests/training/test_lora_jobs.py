@@ -15,16 +15,17 @@ from transformers import AutoModelForSequenceClassification
 
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.lora import AdaptersOff
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.models.model_config import Head, LoRAConfig
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import Head, LoRAConfig, ModelSetup, ParallelConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.tools.convert import MegatronToHf
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 STEPS, SAVED = 3, 2
 ADAPTERS: dict[str, Any] = {"rank": 4, "alpha": 8.0}

@@ -11,7 +11,7 @@ from jobs import Job, Models
 from omegaconf import OmegaConf
 
 from nemo_eppo.config import load_config
-from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.settings.ppo import PPOConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -13,15 +13,16 @@ from jobs import WARM, Models, _train_warm, reward_training
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.observability.run import ExpManagerConfig, Run
+from nemo_eppo.observability.run import Run
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.fit import train_head_only
 from nemo_eppo.training.reward_model import RewardTask, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 
 def weights(sources: list[Path]) -> list[dict[str, torch.Tensor]]:

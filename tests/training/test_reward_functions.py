@@ -6,11 +6,12 @@ from pathlib import Path
 from distributed import run_ranks
 
 from nemo_eppo.megatron import runtime
-from nemo_eppo.models.layout import ParallelConfig
-from nemo_eppo.rewards.functions import FunctionPool, FunctionsConfig
+from nemo_eppo.rewards.functions import FunctionPool
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
-from nemo_eppo.training.reward_sources import FunctionSource, RewardSourceConfig
+from nemo_eppo.settings.model import ParallelConfig
+from nemo_eppo.settings.rewards import FunctionsConfig, RewardSourceConfig
+from nemo_eppo.training.reward_sources import FunctionSource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))  # the user's own module
 

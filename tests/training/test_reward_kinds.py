@@ -14,12 +14,12 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset, collate
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import OptimizerConfig
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.models.layout import ParallelConfig
+from nemo_eppo.settings.model import ModelSetup, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.reward_model import RewardTask
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.training.setup import build, plan
 
 KINDS = ("odin", "inform")
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {

@@ -13,8 +13,9 @@ from jobs import Models
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.training.setup import ModelSetup, build, plan
+from nemo_eppo.settings.model import ModelSetup
+from nemo_eppo.settings.training import OptimizerConfig
+from nemo_eppo.training.setup import build, plan
 
 
 def left_of_the_first_of_two_models(models: Models) -> list[bool]:

@@ -8,7 +8,7 @@ Unless the settings say otherwise, the actor asks a critic (serve_ppo_critic.py)
 
 from nemo_eppo.entry.job import job
 from nemo_eppo.observability.run import Run
-from nemo_eppo.training.ppo_config import PPOConfig
+from nemo_eppo.settings.ppo import PPOConfig
 
 
 @job(PPOConfig, config_name="gpt_ppo_actor")

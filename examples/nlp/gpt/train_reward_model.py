@@ -9,11 +9,13 @@ Start it with `python train_reward_model.py key=value ...`, on several ranks wit
 
 from nemo_eppo.entry.job import job
 from nemo_eppo.observability.run import Run
-from nemo_eppo.training.reward_model import RewardTrainingConfig, train_reward_model
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
 
 
 @job(RewardTrainingConfig, config_name="gpt_reward_model")
 def main(config: RewardTrainingConfig, run: Run) -> None:
+    from nemo_eppo.training.reward_model import train_reward_model
+
     train_reward_model(config, run)
 
 

@@ -1,28 +1,48 @@
 """Stands for TensorRT-LLM 1.2 up to its API: the signatures that nemo_eppo uses, over a transformers model.
 
-Only what its documentation gives is accepted, anything else is a TypeError. Weights start as NaN and come only through
-`update_weights`, whose handles it opens itself; prompts share a real prefix cache, which only finalising drops.
+Only what its sources accept is accepted, anything else is a TypeError. Weights start as NaN and come only through the
+workers, of which each GPU has one; prompts share a real prefix cache, which only finalising drops.
 
+STAND_IN_MEMORY=directory: what it holds goes into the account of GPU memory there, as 1.2 allocates it: its KV cache is
+a share of what is free when it starts.
 STAND_IN_PERTURB=x: finalising multiplies every matrix by 1 + x. STAND_IN_KEEP_PREFIXES=1: finalising keeps the cache.
 STAND_IN_DUMP=directory: finalising writes all weights there, in a file of this process. STAND_IN_CRASH=1: generating
 ends the process.
 """
 
 import asyncio
-import base64
 import copy
+import importlib
 import os
-import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 import torch
+from memory_account import Account
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from tensorrt_llm.llmapi import KvCacheConfig
+from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
 
 torch.set_num_threads(1)
+WEIGHTS = "model"
+CACHE = "kv_cache"
+TAGS = {
+    WEIGHTS,
+    CACHE,
+    "sampler",
+    "drafter",
+    "guided_decoder",
+    "spec_resource_manager",
+    "model_extra",
+    "executor_extra",
+}
+TAGS |= {"draft_model"}  # the values of 1.2's ExecutorMemoryType that can be released
+for name in ("PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"):
+    assert name not in os.environ, f"{name} is the trainer's"
+assert os.environ["TLLM_DISABLE_MPI"] == "1"
 
 
 class SamplingParams:
@@ -58,23 +78,47 @@ class AsyncLLM:
         load_format: str,
         tensor_parallel_size: int,
         kv_cache_config: KvCacheConfig,
+        cuda_graph_config: CudaGraphConfig,
         sampler_type: str,
+        ray_worker_extension_cls: str,
         enable_sleep: bool,
         max_seq_len: int,
+        max_input_len: int = 1024,
         max_batch_size: int,
         max_num_tokens: int,
+        enable_chunked_prefill: bool,
     ) -> None:
         assert (backend, load_format, sampler_type, enable_sleep) == ("pytorch", "dummy", "TRTLLMSampler", True)
-        self._config, self._tensor_parallel_size = AutoConfig.from_pretrained(model), tensor_parallel_size
-        self._reuses, self._max_seq_len = kv_cache_config.enable_block_reuse, max_seq_len
+        assert ray.resources == {"cpus": tensor_parallel_size, "gpus": tensor_parallel_size}
+        assert (cuda_graph_config.enable_padding, cuda_graph_config.max_batch_size) == (True, max_batch_size)
+        self._config, self._gpus, self._extension = (
+            AutoConfig.from_pretrained(model),
+            tensor_parallel_size,
+            ray_worker_extension_cls,
+        )
+        self._cache_share, self._reuses = kv_cache_config.free_gpu_memory_fraction, kv_cache_config.enable_block_reuse
+        self._max_seq_len, self._max_input_len = max_seq_len, max_input_len
+        self._max_prompt = max_seq_len if enable_chunked_prefill else max_num_tokens
         self._model: Any = None
+        self._workers: list[Any] = []
         self._released: set[str] = set()
         self._prefixes: dict[tuple[int, ...], DynamicCache] = {}
         self._lock = asyncio.Lock()
+        self._account = Account(Path(os.environ["STAND_IN_MEMORY"])) if "STAND_IN_MEMORY" in os.environ else None
 
     async def setup_async(self) -> "AsyncLLM":
+        module, extension = self._extension.rsplit(".", 1)
+        worker = type("Worker", (getattr(importlib.import_module(module), extension),), {"engine": self})
+        for device_id in range(self._gpus):
+            self._workers.append(worker())
+            self._workers[-1].device_id = device_id
         self._model = AutoModelForCausalLM.from_config(self._config).eval()
         self._fill_with_nan()
+        self._sizes = {WEIGHTS: sum(parameter.nbytes for parameter in self._model.parameters())}
+        if self._account is not None:
+            self._account.hold(WEIGHTS, self._sizes[WEIGHTS])
+            self._sizes[CACHE] = int(self._account.free * self._cache_share)
+            self._account.hold(CACHE, self._sizes[CACHE])
         return self
 
     def _fill_with_nan(self) -> None:
@@ -82,19 +126,18 @@ class AsyncLLM:
             for parameter in self._model.parameters():
                 parameter.fill_(torch.nan)
 
-    async def update_weights(self, weights: dict[str, str] | None) -> None:
-        assert not self._released, "update_weights without memory"
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [getattr(worker, method)(*args) for worker in self._workers]
+
+    def load(self, device_id: int, name: str, tensor: Tensor) -> None:
+        """A worker loads a tensor; the first one's become those of the model."""
+        assert WEIGHTS not in self._released, "new weights without memory for them"
+        if device_id == 0:
+            self._model.get_parameter(name).data.copy_(tensor)
+
+    def finalise(self) -> None:
+        """Done by each of the workers."""
         parameters = dict(self._model.named_parameters())
-        if weights is not None:
-            assert len(weights) == self._tensor_parallel_size
-            copies = [
-                {name: rebuild(*arguments) for name, (rebuild, arguments) in pickle.loads(base64.b64decode(text))}
-                for text in weights.values()
-            ]
-            for name, tensor in copies[0].items():
-                assert all(torch.equal(other[name], tensor) for other in copies[1:])
-                parameters[name].data.copy_(tensor)
-            return
         if "STAND_IN_PERTURB" in os.environ:
             for parameter in parameters.values():
                 if parameter.dim() == 2:
@@ -106,22 +149,28 @@ class AsyncLLM:
             self._prefixes.clear()
 
     async def release(self, tags: list[str]) -> None:
-        assert not self._released
-        assert set(tags) <= {"model", "kv_cache"}
-        self._released = set(tags)
-        if "model" in tags:
-            self._fill_with_nan()
-        if "kv_cache" in tags:
-            self._prefixes.clear()
+        assert set(tags) <= TAGS - self._released
+        self._released |= set(tags)
+        assert self._released == TAGS, f"{TAGS - self._released} stay in memory"
+        self._fill_with_nan()
+        self._prefixes.clear()
+        if self._account is not None:
+            for tag in self._sizes:
+                self._account.hold(tag, 0)
 
     async def resume(self, tags: list[str]) -> None:
+        assert set(tags) <= self._released
         self._released -= set(tags)
+        if self._account is not None:
+            for tag in set(tags) & self._sizes.keys():
+                self._account.hold(tag, self._sizes[tag])
 
     async def generate_async(self, inputs: list[int], sampling_params: SamplingParams) -> SimpleNamespace:
         if "STAND_IN_CRASH" in os.environ:
             os._exit(7)
         assert not self._released, "generate without memory"
         assert len(inputs) < self._max_seq_len
+        assert len(inputs) <= min(self._max_input_len, self._max_prompt), "a prompt that 1.2 refuses"
         async with self._lock:
             tokens, logprobs = self._generate(inputs, sampling_params)
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)])

@@ -1,29 +1,22 @@
 """Every setting of the PPO actor job (conf/gpt_ppo_actor.yaml)."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from nemo_eppo.algorithms.advantages import ESTIMATORS, AdvantageEstimator, EstimatorName
-from nemo_eppo.algorithms.energy import EnergyWindow
-from nemo_eppo.algorithms.policy import Aggregation
+from nemo_eppo.algorithms.choices import ESTIMATOR_NEEDS, ESTIMATOR_SETTINGS, Aggregation, EnergyWindow, EstimatorName
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.generation.build import EngineConfig
-from nemo_eppo.megatron.energy import EnergyProbeConfig
-from nemo_eppo.megatron.optimizer import OptimizerConfig
-from nemo_eppo.megatron.saving import CheckpointConfig
-from nemo_eppo.models.model_config import ModelConfig
-from nemo_eppo.monitor.monitor import MonitorConfig
-from nemo_eppo.observability.run import ExpManagerConfig
-from nemo_eppo.rewards.functions import FunctionsConfig, check_function
-from nemo_eppo.rewards.shaping import ShapingConfig
-from nemo_eppo.rollout.sampling import SamplingParams
-from nemo_eppo.training.critics import CriticSource
-from nemo_eppo.training.recovery import ServersConfig
-from nemo_eppo.training.reward_sources import RewardAddress, RewardKind, RewardSourceConfig
-from nemo_eppo.training.setup import ModelSetup
+from nemo_eppo.settings.critic import CriticSource
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.generation import EngineConfig, SamplingParams
+from nemo_eppo.settings.model import ModelConfig, ModelSetup
+from nemo_eppo.settings.monitor import MonitorConfig
+from nemo_eppo.settings.rewards import FunctionsConfig, RewardAddress, RewardKind, RewardSourceConfig
+from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.settings.servers import ServersConfig
+from nemo_eppo.settings.shaping import ShapingConfig
+from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 HERE = RewardSourceConfig(server=RewardAddress(url="grpc://127.0.0.1:5556"))
 """The reward job on this machine, at the address that conf/serve_reward_model.yaml sets."""
@@ -49,18 +42,15 @@ class AdvantagesConfig(Config):
 
     @model_validator(mode="after")
     def _settings_are_the_estimators(self) -> "AdvantagesConfig":
-        known = {field.name for field in dataclasses.fields(ESTIMATORS[self.estimator])}  # type: ignore[arg-type]
-        if foreign := sorted(self._given.keys() - known):
+        known = set(ESTIMATOR_SETTINGS[self.estimator])
+        if foreign := sorted(self.given.keys() - known):
             raise ValueError(f"estimator '{self.estimator}' has no {foreign[0]}")
         return self
 
     @property
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
+        """The estimator's settings that are not null."""
         return {name: value for name, value in self if name != "estimator" and value is not None}
-
-    def build(self) -> AdvantageEstimator:
-        """Return the estimator with its settings."""
-        return ESTIMATORS[self.estimator](**self._given)
 
 
 class PPOSettings(Config):
@@ -101,7 +91,7 @@ class PPOSettings(Config):
                 f"rollout_batch_size = {self.rollout_batch_size} x samples_per_prompt = {self.samples_per_prompt} is "
                 f"not divisible by mini_batch_size = {self.mini_batch_size}"
             )
-        if ESTIMATORS[self.advantages.estimator].needs == "group" and self.samples_per_prompt < 2:
+        if ESTIMATOR_NEEDS[self.advantages.estimator] == "group" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt = {self.samples_per_prompt}: advantages.estimator '{self.advantages.estimator}' "
                 "compares the responses to one prompt, expected at least 2"
@@ -204,17 +194,6 @@ class PPOConfig(Config):
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
         self.energy.layer_indices(model.num_layers)
 
-    def check_own_code(self) -> None:
-        """Raise ConfigError if one of the user's functions or shaping terms cannot be loaded."""
-        functions = {f"rewards[{index}].function": source.function for index, source in enumerate(self.rewards)}
-        functions["gold_reward"] = self.gold_reward
-        if self.held_out_reward is not None:
-            functions["held_out_reward.function"] = self.held_out_reward.function
-        for key, function in functions.items():
-            if function is not None:
-                check_function(key, function)
-        self.shaping.build_terms()
-
     @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt and response together."""
@@ -236,7 +215,7 @@ class PPOConfig(Config):
     @model_validator(mode="after")
     def _critic_is_needed(self) -> "PPOConfig":
         estimator = self.ppo.advantages.estimator
-        needs_critic = ESTIMATORS[estimator].needs == "critic"
+        needs_critic = ESTIMATOR_NEEDS[estimator] == "critic"
         if needs_critic and self.critic is None:
             raise ValueError(f"critic = null: ppo.advantages.estimator '{estimator}' needs a critic")
         if not needs_critic and self.critic is not None:

@@ -1,11 +1,14 @@
-"""The settings by which responses are sampled."""
+"""How responses are sampled, and by which engine."""
 
+import os
+import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from nemo_eppo.algorithms.sampling import Distribution
+from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.config import Config
 
 
@@ -58,3 +61,58 @@ class SamplingParams(Config):
         if self.greedy and (self.top_k, self.top_p) != (0, 1.0):
             raise ValueError("greedy takes the likeliest token; top_k and top_p must be left at 0 and 1")
         return self
+
+
+PYTHON = "NEMO_EPPO_TENSORRT_LLM_PYTHON"
+"""The environment variable in which an image names the Python that has tensorrt_llm."""
+
+
+class TensorRTLLMConfig(Config):
+    """Settings of the TensorRT-LLM engine."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine, all of one machine. It divides R, the ranks of a replica of the actor, which has
+    R / tensor_parallel_size engines."""
+    max_batch_size: int = Field(256, ge=1)
+    """Sequences that one engine decodes at once, as far as its KV cache holds them; it makes CUDA graphs for up to so
+    many. engine.max_batch_size is for the Megatron engine alone."""
+    free_gpu_memory_fraction: float = Field(0.5, gt=0, lt=1)
+    """Share of the GPU memory that its KV cache takes of what is free beside the trainer, optimizer state included, and
+    the engine's weights."""
+    max_num_tokens: int = Field(8192, ge=1)
+    """Tokens that the engine computes at once. Longer prompts are computed in parts."""
+    bucket_megabytes: int = Field(2048, ge=1)
+    """Weights are sent through two buffers of this many MiB, or of all weights if they are fewer, which a refit needs
+    as extra memory on each GPU while the KV cache has none."""
+    timeout_minutes: float = Field(60.0, gt=0)
+    """Minutes that the engine's process may take for its start, a bucket of weights, or a rollout."""
+    python: Path | None = None
+    """Python of an environment that has tensorrt_llm; null for the one that NEMO_EPPO_TENSORRT_LLM_PYTHON names, as it
+    does in an image of docker/Dockerfile's target tensorrt_llm, else for the Python of this process."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables to add for the engine's process."""
+
+    @model_validator(mode="after")
+    def _tokens_for_all(self) -> "TensorRTLLMConfig":
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens = {self.max_num_tokens}: expected at least max_batch_size = {self.max_batch_size}, a "
+                "token of each sequence"
+            )
+        return self
+
+    @property
+    def interpreter(self) -> str:
+        """The Python that runs the engine's process."""
+        return str(self.python or os.environ.get(PYTHON) or sys.executable)
+
+
+class EngineConfig(Config):
+    """The engine that generates rollouts."""
+
+    name: Literal["megatron", "tensorrt_llm"] = "megatron"
+    """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
+    max_batch_size: int = Field(64, ge=1)
+    """Sequences that one replica decodes at once; bounds the KV cache. TensorRT-LLM has its own, tensorrt_llm.*."""
+    tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
+    """Settings of TensorRT-LLM; read only if it is the engine."""

@@ -1,17 +1,14 @@
-"""The table of job kinds: what other rooms know about the scripts in examples/nlp/gpt. A new script is one new entry.
-
-It is in this room because its entries name this room's settings, and `launch` and `tools` may both import it. Nothing
-heavy is imported until a schema is asked for.
-"""
+"""The table of job kinds: what other rooms know about the scripts in examples/nlp/gpt. A new script is a new entry."""
 
 from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from nemo_eppo.config import Config
-
-if TYPE_CHECKING:
-    from nemo_eppo.models.model_config import Head
+from nemo_eppo.settings.critic import CriticConfig
+from nemo_eppo.settings.model import Head
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.training import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -20,11 +17,11 @@ class JobKind:
 
     config_name: str
     """Name of its YAML file in conf/, without the ending."""
-    schema_name: str
-    """Class of its settings as "module:Class"."""
-    head: "Head"
+    schema: type[Config]
+    """Class of its settings."""
+    head: Head
     """Output layer of its model: "lm" gives logits, "scalar" stands for any head of a reward model or critic."""
-    starts_from: "Head | None" = None
+    starts_from: Head | None = None
     """Head that its checkpoint must have; None if a language model gets a fresh head."""
     serves: Literal["critic", "reward"] | None = None
     """What it serves until it is stopped; None for a job that ends by itself."""
@@ -36,12 +33,6 @@ class JobKind:
     """Key of the setting that says how many rows a step takes; None if it reads no data."""
 
     @property
-    def schema(self) -> type[Config]:
-        """The class of its settings; the first access imports torch."""
-        schema: type[Config] = resolve_name(self.schema_name)
-        return schema
-
-    @property
     def sequences_per_row(self) -> int:
         """Number of sequences that one row adds to a forward pass: two for a preference pair, otherwise one."""
         return max(1, len(self.row_fields) - 1)
@@ -50,7 +41,7 @@ class JobKind:
 KINDS = {
     "train_gpt_sft": JobKind(
         "gpt_sft",
-        "nemo_eppo.training.sft:SFTConfig",
+        SFTConfig,
         head="lm",
         starts_from="lm",
         row_fields=("prompt", "response"),
@@ -58,24 +49,22 @@ KINDS = {
     ),
     "train_reward_model": JobKind(
         "gpt_reward_model",
-        "nemo_eppo.training.reward_model:RewardTrainingConfig",
+        RewardTrainingConfig,
         head="scalar",
         row_fields=("prompt", "chosen", "rejected"),
         rows_per_step="fit.global_batch_size",
     ),
     "serve_reward_model": JobKind(
         "serve_reward_model",
-        "nemo_eppo.training.reward_service:RewardModelConfig",
+        RewardModelConfig,
         head="scalar",
         starts_from="scalar",
         serves="reward",
     ),
-    "serve_ppo_critic": JobKind(
-        "gpt_ppo_critic", "nemo_eppo.training.critic:CriticConfig", head="scalar", serves="critic"
-    ),
+    "serve_ppo_critic": JobKind("gpt_ppo_critic", CriticConfig, head="scalar", serves="critic"),
     "train_gpt_ppo_actor": JobKind(
         "gpt_ppo_actor",
-        "nemo_eppo.training.ppo_config:PPOConfig",
+        PPOConfig,
         head="lm",
         starts_from="lm",
         samples=True,

@@ -1,0 +1,33 @@
+"""Free ports for servers."""
+
+import random
+import socket
+import time
+
+from nemo_eppo.config import ConfigError
+
+FREE_PORTS = (20000, 32000)
+_LOOK_S = 0.2
+
+
+def free_port(host: str, port: int, patience: float = 0.0) -> int:
+    """Return `port` or, if it is 0, a free one. Binding it here gives a clear error if it is taken.
+
+    A free one lies below the range for outgoing connections, one of which could take it before Triton does.
+
+    Args:
+        patience: seconds to wait for a given port: a Triton whose server was killed holds it for some.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        for candidate in [port] if port else random.SystemRandom().sample(range(*FREE_PORTS), 20):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host, candidate))
+                    return candidate
+                except OSError as error:
+                    why = error.strerror
+        if time.monotonic() >= deadline:
+            raise ConfigError(f"port = {port}: cannot listen on {host}:{candidate}, {why}")
+        time.sleep(_LOOK_S)

@@ -1,0 +1,73 @@
+"""The signs of reward hacking that a run looks for, and what they cause."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nemo_eppo.config import Config
+
+Action = Literal["none", "log", "raise_kl", "stop"]
+
+
+class IndicatorConfig(Config):
+    """One indicator. A "running standard deviation" is that of its values in the first `warmup_steps` steps."""
+
+    action: Action = "none"
+    """What an alarm does. `none`: nothing, the indicator is not computed; `log`: log a warning and set
+    monitor/<indicator>/alarm to 1; `raise_kl`: also raise the KL coefficient; `stop`: also save a checkpoint and end
+    the run, which resumes if it is started again."""
+    threshold: float = Field(5.0, gt=0)
+    """An alarm needs values above this."""
+    patience: int = Field(3, ge=1)
+    """Number of consecutive steps with such a value that raise an alarm. After an alarm the count starts again."""
+
+
+class OutliersConfig(IndicatorConfig):
+    """Fraction of responses whose latents are outliers among the SFT model's (MOP). Needs latents."""
+
+    threshold: float = Field(0.2, gt=0, lt=1)
+    """An alarm needs a larger fraction than this."""
+    alpha: float = Field(0.01, gt=0, lt=1)
+    """A latent is an outlier if its chi-squared p-value is below this."""
+
+
+class DisagreementConfig(IndicatorConfig):
+    """Whether the proxy reward rises while a reward that is not trained on falls."""
+
+    threshold: float = Field(3.0, gt=0)
+    """Standard errors that both changes, from the first to the second half of the window, have to exceed."""
+    against: Literal["gold", "held_out"] = "gold"
+    """The other reward: `gold` is gold_reward, `held_out` is held_out_reward."""
+    window: int = Field(20, ge=4)
+    """Number of latest steps that are compared."""
+
+
+class MonitorConfig(Config):
+    """Indicators of reward hacking, reported as monitor/<indicator>, their alarms as monitor/<indicator>/alarm."""
+
+    warmup_steps: int = Field(20, ge=2)
+    """Number of first steps from which an indicator learns what is normal; it raises no alarm before."""
+    energy: IndicatorConfig = IndicatorConfig(action="log")
+    """Rise of the policy's energy loss over the SFT model's, in running standard deviations."""
+    length: IndicatorConfig = IndicatorConfig(action="log")
+    """Change of the mean response length, up or down, in running standard deviations."""
+    outliers: OutliersConfig = OutliersConfig()
+    csi: IndicatorConfig = IndicatorConfig()
+    """Cluster separation index of InfoRM, in running standard deviations. Needs latents."""
+    disagreement: DisagreementConfig = DisagreementConfig()
+    sft_latents: int = Field(512, ge=16)
+    """Number of first responses whose latents represent the SFT model's, for outliers and csi."""
+    kl_factor: float = Field(2.0, gt=1)
+    """Factor by which an alarm with action raise_kl multiplies the KL coefficient."""
+    kl_max: float = Field(1.0, gt=0)
+    """Largest KL coefficient that raise_kl sets."""
+
+    @property
+    def needs_latents(self) -> list[str]:
+        """Names of the indicators that have an action and need latents."""
+        return [name for name in ("outliers", "csi") if getattr(self, name).action != "none"]
+
+    @property
+    def raises_kl(self) -> list[str]:
+        """Names of the indicators whose action is raise_kl."""
+        return [name for name, value in self if isinstance(value, IndicatorConfig) and value.action == "raise_kl"]
