@@ -56,6 +56,7 @@ class Nursery:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([_PRELOADED])
         with _environment({**environment, _TITLE_ROOM: " " * 4096}):
@@ -63,7 +64,7 @@ class Nursery:
 
     def start(self, command: Sequence[str], ranks: int, log: Path) -> ForkedJob:
         """Run a script with its arguments, on several ranks as torchrun does; output goes to `log`."""
-        process = self._context.Process(target=_job, args=(tuple(command), ranks, log))
+        process = self._context.Process(target=_job, args=(tuple(command), ranks, log, self._environment))
         ours = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # a job does not import the launcher's script
         try:
@@ -73,7 +74,7 @@ class Nursery:
         return ForkedJob(process)
 
 
-def _job(command: tuple[str, ...], ranks: int, log: Path) -> None:
+def _job(command: tuple[str, ...], ranks: int, log: Path, environment: Mapping[str, str]) -> None:
     """Become a job's first process."""
     os.setsid()  # Ctrl-C reaches only the launcher, which ends the jobs in order
     # The nursery ends when nobody holds its other end any more, as when the launcher was killed, and jobs end with it.
@@ -88,6 +89,7 @@ def _job(command: tuple[str, ...], ranks: int, log: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     os.environ.pop(_TITLE_ROOM, None)
+    os.environ.update(environment)  # a second nursery of this process has the forkserver of the first
     rank = partial(_run_script, command)
     if ranks == 1:
         rank()

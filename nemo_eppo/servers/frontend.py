@@ -9,8 +9,9 @@ import socket
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class Frontend:
         self._answering: set[str] = set()  # endpoints whose handler runs
         self._answered = 0.0  # when the last one ended
         self._processes: list[psutil.Process] = []
+        self._blocks: set[Path] = set()  # shared memory of a Triton that was killed, which nobody else removes
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -129,6 +131,7 @@ class Frontend:
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
+        _quiet_tracker()
         remove_leftovers()
         self.start()
         with self._running:
@@ -201,6 +204,9 @@ class Frontend:
             finally:
                 self._triton.stop()
                 _remove(folder, self._triton.shared_memory_prefix)
+                for block in self._blocks:
+                    block.unlink(missing_ok=True)
+                self._blocks.clear()
 
     def _create(self, folder: Path, ready: Callable[[], bool]) -> _Triton:
         tls: dict[str, Any] = {}
@@ -246,6 +252,7 @@ class Frontend:
         """Kill a Triton that hangs, and its helpers; if it were only asked to end, it would wait for them."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
+            self._blocks |= _mapped_blocks([psutil.Process(), *self._triton.processes()])
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)
             while server.is_alive():  # else `stop` may signal a process that ends meanwhile, and fail
@@ -262,6 +269,26 @@ class Frontend:
         errors = [line for line in log if line.startswith("E")]
         output = self._triton._triton_server.logs().splitlines() if self._triton._triton_server else []
         return "\n".join((errors + output)[-15:]) or "it left no message"
+
+
+def _quiet_tracker() -> None:
+    """Start the process that clears away this one's shared memory, which it would tell about in the job's log."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    resource_tracker.ensure_running()
+    del os.environ["PYTHONWARNINGS"]
+    if before is not None:
+        os.environ["PYTHONWARNINGS"] = before
+
+
+def _mapped_blocks(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Return the files of Python's shared memory that processes have mapped."""
+    found: set[Path] = set()
+    for process in processes:
+        with suppress(OSError):  # it has just ended
+            maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {Path(line.split()[5]) for line in maps if "/dev/shm/psm_" in line}
+    return found
 
 
 def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
