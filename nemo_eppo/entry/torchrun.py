@@ -4,7 +4,6 @@
 that of torch's own listens on all interfaces, and whoever reaches it can change what it holds.
 """
 
-import ctypes
 import datetime
 import os
 import signal
@@ -14,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nemo_eppo.config import NOT_FINISHED
+from nemo_eppo.processes import end_with_parent
 
 HOST = "127.0.0.1"
 """The only address at which anything of a job on one machine listens."""
 _BACKEND = "loopback"
 _PATIENCE_S = 600  # as in torchrun's own static rendezvous
 _PROBE_S = 30.0  # seconds in which torchrun's store has to take a connection
-_SET_PARENT_DEATH_SIGNAL = 1  # option of prctl
 
 
 def end_with_torchrun() -> None:
@@ -34,7 +33,7 @@ def end_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun of the first machine holds the store
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:

@@ -1,6 +1,5 @@
 """Runs a launch on this machine: starts its jobs in order, watches them, and ends every process."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -11,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.nursery import ForkedJob, Nursery
 from nemo_eppo.launch.status import Row, State, Status
+from nemo_eppo.processes import adopt_orphans, end_with_parent
 from nemo_eppo.servers import certificates
 from nemo_eppo.servers.ports import free_port
 
@@ -30,8 +31,6 @@ MOST_RESTARTS = 3  # of each server that had been ready; the actor waits for it,
 POLL_S = 0.2  # seconds between looks at the jobs
 TAIL_LINES = 25  # lines shown of a failed job's log
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # options of prctl
-_libc = ctypes.CDLL(None)
 
 
 class LaunchError(RuntimeError):
@@ -96,7 +95,7 @@ class Supervisor:
         self._processes: dict[str, subprocess.Popen[bytes] | ForkedJob] = {}  # in the order of their start
         self._told_to_stop: dict[str, float] = {}  # monotonic time; servers that no job needs any more
         # Processes that outlive a job become children of this process, so that `stop` finds them.
-        _libc.prctl(_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         self._strangers = set(psutil.Process().children(recursive=True))
 
     @property
@@ -193,7 +192,7 @@ class Supervisor:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment(self._launch, name), **gpus},
                     start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=partial(end_with_parent, signal.SIGTERM),  # when the launcher itself is killed
                 )
         row.state, row.started = State.STARTING if job.serves else State.RUNNING, time.monotonic()
 
@@ -256,10 +255,6 @@ def _with_port(address: Address) -> Address:
     """Choose a port now, so that clients can be started together with the server."""
     port = free_port(address.host, address.port)
     return replace(address, port=port, url=f"grpc://{address.host}:{port}")
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # when the launcher itself is killed
 
 
 @contextmanager

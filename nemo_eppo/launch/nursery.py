@@ -5,8 +5,6 @@ shares this memory. Python's forkserver does the work: it imports, computes noth
 """
 
 import atexit
-import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -15,7 +13,7 @@ import runpy
 import signal
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from typing import Any
 from setproctitle import setproctitle
 
 from nemo_eppo.entry.torchrun import run_forked
+from nemo_eppo.processes import end_with_parent, environment
 
 _PRELOADED = "nemo_eppo.launch.preloaded"
-_SET_PARENT_DEATH_SIGNAL = 1  # option of prctl
 _TITLE_ROOM = "NEMO_EPPO_TITLE_ROOM"  # a process can have a title as long as its arguments and environment were
 
 
@@ -52,19 +50,19 @@ class Nursery:
     """Forks jobs. Its process begins to import at once, while this one goes on.
 
     Args:
-        environment: variables of all jobs, in addition to this process's own.
+        variables: environment variables of all jobs, in addition to this process's own.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = dict(variables)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([_PRELOADED])
-        with _environment({**environment, _TITLE_ROOM: " " * 4096}):
+        with environment({**variables, _TITLE_ROOM: " " * 4096}):
             multiprocessing.forkserver.ensure_running()
 
     def start(self, command: Sequence[str], ranks: int, log: Path) -> ForkedJob:
         """Run a script with its arguments, on several ranks as torchrun does; output goes to `log`."""
-        process = self._context.Process(target=_job, args=(tuple(command), ranks, log, self._environment))
+        process = self._context.Process(target=_job, args=(tuple(command), ranks, log, self._variables))
         ours = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # a job does not import the launcher's script
         try:
@@ -74,11 +72,11 @@ class Nursery:
         return ForkedJob(process)
 
 
-def _job(command: tuple[str, ...], ranks: int, log: Path, environment: Mapping[str, str]) -> None:
+def _job(command: tuple[str, ...], ranks: int, log: Path, variables: Mapping[str, str]) -> None:
     """Become a job's first process."""
     os.setsid()  # Ctrl-C reaches only the launcher, which ends the jobs in order
     # The nursery ends when nobody holds its other end any more, as when the launcher was killed, and jobs end with it.
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     server: Any = multiprocessing.forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
@@ -89,7 +87,7 @@ def _job(command: tuple[str, ...], ranks: int, log: Path, environment: Mapping[s
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     os.environ.pop(_TITLE_ROOM, None)
-    os.environ.update(environment)  # a second nursery of this process has the forkserver of the first
+    os.environ.update(variables)  # a second nursery of this process has the forkserver of the first
     rank = partial(_run_script, command)
     if ranks == 1:
         rank()
@@ -107,14 +105,3 @@ def _run_script(command: tuple[str, ...]) -> None:
         runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without them
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -6,7 +6,6 @@ megatron-core has changed a function listed here, so that an upgrade is noticed 
 """
 
 import contextlib
-import ctypes
 import importlib
 import inspect
 import multiprocessing
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from nemo_eppo.processes import end_with_parent
 
 CPU = torch.device("cpu")
 
@@ -214,11 +215,6 @@ def _use_cpu_random_states() -> None:
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
-def _die_with_parent() -> None:
-    # the queue's process would outlive a job that is killed
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _fork_checkpoint_writers() -> None:
     # megatron-core spawns its writers, which re-imports __main__ (3 to 10 s, and a guard in every script)
     writer = _megatron("dist_checkpointing.strategies.filesystem_async")
@@ -226,7 +222,7 @@ def _fork_checkpoint_writers() -> None:
     def results_queue() -> Any:
         if writer._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(_die_with_parent)
+            manager.start(end_with_parent, (signal.SIGKILL,))  # it would outlive a job that is killed
             writer._results_queue = manager.Queue()
         return writer._results_queue
 

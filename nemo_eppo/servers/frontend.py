@@ -20,6 +20,7 @@ import psutil
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
+from nemo_eppo.processes import environment
 from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.servers.ports import free_port
 from nemo_eppo.servers.protocol import Array, Endpoint
@@ -273,12 +274,8 @@ class Frontend:
 
 def _quiet_tracker() -> None:
     """Start the process that clears away this one's shared memory, which it would tell about in the job's log."""
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = "ignore"
-    resource_tracker.ensure_running()
-    del os.environ["PYTHONWARNINGS"]
-    if before is not None:
-        os.environ["PYTHONWARNINGS"] = before
+    with environment({"PYTHONWARNINGS": "ignore"}):
+        resource_tracker.ensure_running()
 
 
 def _mapped_blocks(processes: Iterable[psutil.Process]) -> set[Path]:

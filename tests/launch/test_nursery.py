@@ -11,7 +11,7 @@ import pytest
 from nemo_eppo.launch.nursery import ForkedJob, Nursery
 
 SCRIPT = """
-import atexit, gc, json, os, sys, threading
+import atexit, gc, glob, json, os, sys, threading, time
 print(json.dumps({
     "argv": sys.argv[1:], "beside": "companion" in dir(__import__("beside")), "file": __file__, "name": __name__,
     "rank": os.environ.get("RANK"), "world": os.environ.get("WORLD_SIZE"), "mine": os.environ.get("MINE"),
@@ -19,8 +19,11 @@ print(json.dumps({
 }), flush=True)
 atexit.register(lambda: print("the end", flush=True))
 if sys.argv[1] == "wait":
-    import time
     time.sleep(60)
+world = int(os.environ.get("WORLD_SIZE", "1"))
+open(f"{__file__}.rank{os.environ.get('RANK', '0')}", "w").close()
+while len(glob.glob(f"{__file__}.rank*")) < world:  # the first rank that fails ends the others
+    time.sleep(0.05)
 sys.exit(int(sys.argv[1]))
 """
 

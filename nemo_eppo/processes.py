@@ -1,0 +1,34 @@
+"""What a process arranges with the kernel for itself, and with its children by their environment (Linux)."""
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # options of prctl
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent(signal_number: int) -> None:
+    """Let the kernel send this process a signal as soon as its parent is gone, even if that was killed."""
+    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal_number)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants of this process whose own parents end."""
+    _libc.prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, for the processes that a block starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
