@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from forks import Work, run_all  # noqa: E402
-from trainings import LABELS, SIZES, Effort, Task  # noqa: E402
+from trainings import LABELS, SINGLE, SIZES, Effort, Task  # noqa: E402
 
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
 from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
@@ -56,9 +56,8 @@ class Method:
 
     @property
     def rewards(self) -> str:
-        """Kind of reward models that have to be trained."""
-        kind: str = self.about.get("rewards", "single")
-        return "ensemble" if kind == "single" else kind
+        """Kind of reward models that give the reward."""
+        return str(self.about.get("rewards", SINGLE))
 
     def settings(self, chosen: Mapping[str, float], value: float | None = None) -> dict[str, Any]:
         """Settings with the values that were chosen for this and other methods, or with this value."""
@@ -90,7 +89,7 @@ class Bench:
         chosen = self._choose()
         counted = self._accepted(seeds, range(1, 1 + MOST_CANDIDATES * seeds))
         self._train_rewards(counted, {method.rewards for method in self.methods})
-        work = [self._policy(method, seed, chosen) for method in self.methods for seed in counted]
+        work = [self._policy(method, seed, chosen) for seed in counted for method in self.methods]
         run_all("policies", work, self.workers)
         return {
             method.name: {seed: read_curves(task.policy(seed, method.name)) for seed in counted}
@@ -122,7 +121,7 @@ class Bench:
             batch, left = left[:missing], left[missing:]
             if not batch:
                 sys.exit(f"only seeds {counted} count, {wanted} are wanted: see protocol.md")
-            self._train_rewards(batch, {plain.rewards})
+            self._train_rewards(batch, set())
             run_all("plain PPO", [self._policy(plain, seed, {}) for seed in batch], self.workers)
             for seed in batch:
                 run = read_curves(self.task.policy(seed, ALWAYS))
@@ -132,13 +131,14 @@ class Bench:
         return counted
 
     def _train_rewards(self, seeds: Any, kinds: set[str]) -> None:
+        """Train these kinds, and the single reward model of each seed, with which critic and ensemble begin."""
         task = self.task
         labels = [Work(task.labels_of(seed), partial(task.write_labels, seed)) for seed in seeds]
         run_all("labels", labels, self.workers)
         work = [
             Work(task.rewards(seed, kind), partial(task.train_rewards, seed, kind))
             for seed in seeds
-            for kind in sorted(kinds)
+            for kind in sorted(kinds | {SINGLE})
         ]
         run_all("reward models", work, self.workers)
 

@@ -21,7 +21,8 @@ from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.sft import train_sft
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MEMBERS = 3  # Bradley-Terry models of a seed; the first is the single reward model
+SINGLE = "single"  # the kind of reward models that is a Bradley-Terry model alone
+MEMBERS = 3  # Bradley-Terry models of an ensemble; the single one is the first
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Task:
             ("gpt_reward_model", RewardTrainingConfig, train_reward_model),
             self.rewards(seed, kind),
             {
-                "seed": seed,
+                "seed": seed + (kind == "ensemble"),  # members take seeds from here on, the first is the single one's
                 "model.restore_from_path": self.sft / "checkpoints",
                 "reward.score": "sum",
                 "reward.l2": 0.001,
@@ -137,7 +138,7 @@ class Task:
         method, lr, effort = about.get("method", "ppo"), self.size.ppo_lr, self.effort
         if term := about.get("term"):
             settings = {"shaping.terms": [{"name": "own", "term": f"terms:{term}", "settings": dict(settings)}]}
-        single = self.rewards(seed, "ensemble") / "member_0" / "checkpoints"
+        [single] = self._scorers(seed, SINGLE)
         _train(
             ("gpt_ppo_actor", PPOConfig, train_ppo),
             self.policy(seed, variant),
@@ -160,7 +161,7 @@ class Task:
                 "gold_reward": "nemo_eppo.tools.noun_task:gold_reward",
                 "rewards": [
                     {"colocated": {"restore_from_path": str(path)}}
-                    for path in self._scorers(seed, about.get("rewards", "single"))
+                    for path in self._scorers(seed, about.get("rewards", SINGLE))
                 ],
                 **({} if "grpo" in method else {"critic": _critic(single, lr)}),
                 **settings,
@@ -170,9 +171,9 @@ class Task:
 
     def _scorers(self, seed: int, kind: str) -> list[Path]:
         """Checkpoints of the reward models that a method's `rewards` names."""
-        if kind == "single" or kind == "ensemble":
-            members = range(MEMBERS if kind == "ensemble" else 1)
-            return [self.rewards(seed, "ensemble") / f"member_{index}" / "checkpoints" for index in members]
+        if kind == "ensemble":
+            others = [self.rewards(seed, kind) / f"member_{index}" / "checkpoints" for index in range(MEMBERS - 1)]
+            return [*self._scorers(seed, SINGLE), *others]
         return [self.rewards(seed, kind) / ("average" if kind == "warm" else "checkpoints")]
 
     def _write_data(self, directory: Path, seed: int) -> None:
@@ -188,7 +189,8 @@ class Task:
 
 
 _REWARDS: dict[str, Callable[[Task, Path], dict[str, Any]]] = {
-    "ensemble": lambda task, data: {"ensemble.members": MEMBERS},
+    SINGLE: lambda task, data: {},
+    "ensemble": lambda task, data: {"ensemble.members": MEMBERS - 1},
     "warm": lambda task, data: {
         "ensemble": {"members": 3, "lrs": [0.5 * task.size.reward_lr, task.size.reward_lr], "dropouts": [0.0, 0.05]},
         "ensemble.linear_probe_steps": max(1, task.effort.reward_steps // 10),
