@@ -153,6 +153,7 @@ class Task:
                 "ppo.max_steps": effort.steps,
                 "ppo.mini_batch_size": 32,
                 "ppo.epochs": 2,
+                "ppo.old_logprobs": "engine",
                 "shaping.missing_eos.penalty": 2,
                 "optimizer.lr": lr,
                 "optimizer.weight_decay": 0.0,

@@ -16,6 +16,7 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import CONFIG
+from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import EngineConfig, SamplingParams
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
@@ -34,6 +35,7 @@ def build_engine(
     tokenizer: Tokenizer,
     tokenizer_path: Path,
     max_sequence_length: int,
+    energy: EnergyProbeConfig,
     directory: Path,
 ) -> Engine:
     """Build the configured engine; collective.
@@ -42,11 +44,12 @@ def build_engine(
         chunks: the policy's model chunks.
         tokenizer_path: directory of `tokenizer`.
         max_sequence_length: longest prompt and response together, in tokens.
+        energy: the energies that completions bring if the engine can read any.
         directory: the run directory, where an engine in a process of its own leaves its log and the model's settings.
     """
     limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
     if config.name == "megatron":
-        return MegatronEngine(chunks, limits)
+        return MegatronEngine(chunks, limits, energy)
     if config.name == "tensorrt_llm":
         dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
         hf_directory = directory / "engine_model"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from nemo_eppo.generation.energies import EnergyReader, MLPTensors
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import DECODING_KERNELS, attend, layer_window
 from nemo_eppo.megatron.logprobs import soft_capped
@@ -25,6 +26,7 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.numerics import ACTIVATIONS
+from nemo_eppo.settings.energy import EnergyProbeConfig
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 
@@ -66,6 +68,17 @@ class _Layer(NamedTuple):
     """Weight [H] of the norm on the MLP's output; None without one."""
     window: int | None
     """How many tokens, itself included, a token sees; None for all up to itself."""
+    energies: list[slice]
+    """Columns of the layer's energies; empty if none are read."""
+
+
+class Outputs(NamedTuple):
+    """What is known of the latest token of each of n rows."""
+
+    logits: Tensor | None
+    """fp32 [n, V] of the token that follows; None except on the last pipeline stage."""
+    energies: Tensor
+    """fp32 [n, E]; 0 for layers of other pipeline stages."""
 
 
 class _Newest(NamedTuple):
@@ -88,9 +101,10 @@ class Decoder:
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
+        energy: the energies that are read; None for none.
     """
 
-    def __init__(self, chunks: list[Any]) -> None:
+    def __init__(self, chunks: list[Any], energy: EnergyProbeConfig | None = None) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
         config, self._description = self._models[0].config, self._models[0].description
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
@@ -100,7 +114,9 @@ class Decoder:
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._activation = ACTIVATIONS[self._description.activation]
-        self._layers = [[_layer_weights(layer) for layer in model.decoder.layers] for model in self._models]
+        self._reader = None if energy is None else EnergyReader(energy, config.num_layers, self._tensor_ranks)
+        self._energies_per_token = 0 if energy is None else energy.energies_per_token()
+        self._layers = [[_layer(layer, self._reader) for layer in model.decoder.layers] for model in self._models]
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
     def start(self, rows: int, columns: int) -> None:
@@ -116,38 +132,32 @@ class Decoder:
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
 
     @torch.inference_mode()
-    def add(self, tokens: Tensor, lengths: Tensor) -> Tensor | None:
+    def add(self, tokens: Tensor, lengths: Tensor) -> Outputs:
         """Begin sequences, in the rows after those in use.
 
         Args:
             tokens: [n, P] prompts, right padding; on the host, as `lengths` is.
             lengths: [n] tokens of each prompt.
-
-        Returns:
-            fp32 logits [n, V] of the token after each prompt; None except on the last pipeline stage.
         """
         first, longest = len(self._lengths), tokens.size(1)
         self._lengths = torch.cat([self._lengths, lengths])
         tokens, lengths = tokens.to(device.device()), lengths.to(device.device())
         self._positions = torch.cat([self._positions, lengths])
         at_once = max(1, _PREFILL_TOKENS // longest)  # rows
-        last_hidden = []
+        last_hidden, energies = [], []
         for start in range(0, len(lengths), at_once):
             part = slice(start, min(start + at_once, len(lengths)))
             cache = self._cache[:, first + part.start : first + part.stop]
-            hidden = self._run(tokens[part], self._rotary[:, None, :longest], cache, None)
+            hidden, read = self._run(tokens[part], self._rotary[:, None, :longest], cache, None)
+            rows, last = torch.arange(len(read), device=read.device), lengths[part] - 1
+            energies.append(read[rows, last])
             if hidden is not None:
-                rows = torch.arange(hidden.size(0), device=hidden.device)
-                last_hidden.append(hidden[rows, lengths[part] - 1])
-        return self._logits(torch.cat(last_hidden)) if last_hidden else None
+                last_hidden.append(hidden[rows, last])
+        return Outputs(self._logits(torch.cat(last_hidden)) if last_hidden else None, torch.cat(energies))
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor | None:
-        """Append one token [n] to each row.
-
-        Returns:
-            fp32 logits [n, V] of the tokens after them; None except on the last pipeline stage.
-        """
+    def step(self, tokens: Tensor) -> Outputs:
+        """Append one token [n] to each row."""
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
         longest, window = _rounded(int(self._lengths.max())), self._description.sliding_window
@@ -162,8 +172,8 @@ class Decoder:
         rows = torch.arange(len(tokens), device=tokens.device)
         newest = _Newest(rows, positions, longest, visible, in_window)
         cache = self._cache[:, : len(tokens)]
-        hidden = self._run(tokens[:, None], self._rotary[:, positions[:, None]], cache, newest)
-        return None if hidden is None else self._logits(hidden[:, 0])
+        hidden, energies = self._run(tokens[:, None], self._rotary[:, positions[:, None]], cache, newest)
+        return Outputs(None if hidden is None else self._logits(hidden[:, 0]), energies[:, 0])
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
@@ -188,9 +198,16 @@ class Decoder:
         self._cache = self._storage = self._storage.new_empty(0)
 
     @sdpa_kernel(DECODING_KERNELS)
-    def _run(self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None) -> Tensor | None:
-        """Run tokens [b, s] through all stages, filling their rows of the cache; hidden [b, s, H] on the last stage."""
+    def _run(
+        self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run tokens [b, s] through all stages, filling their rows of the cache.
+
+        Returns:
+            hidden [b, s, H] on the last stage, else None; energies [b, s, E], 0 for other stages' layers.
+        """
         caches = iter(cache)
+        energies = torch.zeros(*tokens.shape, self._energies_per_token, device=tokens.device)
         for model, layers in zip(self._models, self._layers, strict=True):
             if model.pre_process:
                 hidden = model.scaled(self._embed(tokens, model.embedding.word_embeddings.weight))
@@ -198,11 +215,15 @@ class Decoder:
                 hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
                 dist.recv(hidden, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
             for layer in layers:
+                entered = self._reader.l1(hidden) if self._reader and layer.energies else None
                 self._attend(hidden, layer, next(caches), rotary, newest)
-                self._transform(hidden, layer)
+                mlp = self._transform(hidden, layer)
+                if self._reader and entered is not None:
+                    for columns in layer.energies:
+                        energies[..., columns] = self._reader.read(entered, mlp, hidden)
             if not model.post_process:
                 dist.send(hidden, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
-        return hidden if model.post_process else None
+        return hidden if model.post_process else None, energies
 
     def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, rotary: Tensor, newest: _Newest | None) -> None:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
@@ -236,11 +257,14 @@ class Decoder:
         out = self._sum(layer.projection(out.reshape(rows, size, -1)))
         hidden += out if layer.after_attention is None else self._norm(out, layer.after_attention)
 
-    def _transform(self, hidden: Tensor, layer: _Layer) -> None:
+    def _transform(self, hidden: Tensor, layer: _Layer) -> MLPTensors:
         """Add the layer's MLP to hidden [b, s, H]."""
-        gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, -1)
-        out = self._sum(layer.down(self._activation(gate).mul_(up)))
+        normed = self._norm(hidden, layer.mlp_norm)
+        gate, up = layer.gate_up(normed).chunk(2, -1)
+        activated = self._activation(gate).mul_(up)
+        out = self._sum(layer.down(activated))
         hidden += out if layer.after_mlp is None else self._norm(out, layer.after_mlp)
+        return MLPTensors(normed, gate, up, activated, out)
 
     def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Token ids [b, s], weight [V / tp, H] -> embeddings [b, s, H]."""
@@ -280,7 +304,7 @@ def _rounded(columns: int) -> int:
     return -(-columns // multiple) * multiple
 
 
-def _layer_weights(layer: Any) -> _Layer:
+def _layer(layer: Any, reader: EnergyReader | None) -> _Layer:
     weights = {FUSED_NORMS.get(name, name): parameter for name, parameter in layer.named_parameters()}
     modules = dict(layer.named_modules())
 
@@ -299,4 +323,5 @@ def _layer_weights(layer: Any) -> _Layer:
         after_attention=weights.get("self_attn_bda.norm.weight"),
         after_mlp=weights.get("mlp_bda.norm.weight"),
         window=layer_window(layer.config, layer.layer_number),
+        energies=reader.columns(layer.layer_number - 1) if reader else [],
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, repetition_slopes, sample_tokens
-from nemo_eppo.generation.decoder import Decoder
+from nemo_eppo.generation.decoder import Decoder, Outputs
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import SamplingParams
 
 _BLOCK = 8  # tokens per row between looks at what was sampled, each of which waits for the device
+_NUMBERS = 2  # log-prob and entropy of a token, before its energies
 
 
 class MegatronEngine:
@@ -29,13 +31,14 @@ class MegatronEngine:
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
+        energy: the energies that completions bring, and with them entropies; None for neither.
     """
 
-    def __init__(self, chunks: list[Any], limits: Limits) -> None:
+    def __init__(self, chunks: list[Any], limits: Limits, energy: EnergyProbeConfig | None = None) -> None:
         model = unwrap(chunks[0]).description
         limits.check(model)
-        self._limits, self._vocab_size = limits, model.vocab_size
-        self._decoder = Decoder(chunks)
+        self._limits, self._vocab_size, self._reads = limits, model.vocab_size, energy is not None
+        self._decoder = Decoder(chunks, energy)
         self._stages = self._decoder.stages
         self._version = 0
 
@@ -68,92 +71,142 @@ class MegatronEngine:
             return []
         stops = Stops(sampling.stop_strings, self._limits.eos_id, self._limits.tokenizer)
         distribution = sampling.distribution(stops.ids)
-        lengths, seed = torch.tensor([len(prompt) for prompt in prompt_ids]), torch.tensor(seeds)
+        seed = torch.tensor(seeds)
         responses = [_Response(min(longest - len(prompt), sampling.max_new_tokens)) for prompt in prompt_ids]
         room = max(len(prompt) + response.limit for prompt, response in zip(prompt_ids, responses, strict=True))
         waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # the last, and longest, join first
-        rows: list[int] = []  # the prompt that each of the decoder's rows answers
-        logits = seen = None
-        if distribution.repetition_penalty != 1.0:
-            seen = torch.zeros(0, self._vocab_size, dtype=torch.bool, device=device.device())
         self._decoder.start(min(len(prompt_ids), at_once), room + _BLOCK)
-        while waiting or rows:
-            if waiting and len(rows) < at_once:
-                joining = [waiting.pop() for _ in range(min(len(waiting), at_once - len(rows)))]
-                prompts = [torch.tensor(prompt_ids[i]) for i in joining]
-                padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=self._limits.pad_id)
-                first = self._decoder.add(padded, lengths[joining])
-                logits = first if logits is None or first is None else torch.cat([logits, first])
-                if seen is not None:
-                    new = torch.zeros(len(prompts), self._vocab_size, dtype=torch.bool)
-                    for row, prompt in enumerate(prompts):
-                        new[row, prompt] = True
-                    seen = torch.cat([seen, new.to(seen.device)])
-                rows += joining
-            drawn = torch.tensor([len(responses[i].tokens) for i in rows])
-            steps = drawn[:, None] + torch.arange(min(_BLOCK, max(responses[i].left for i in rows)))
-            uniforms = counter_uniform(seed[rows, None], steps).to(device.device())
+        batch: _Batch | None = None
+        while waiting or batch:
+            if waiting and (batch is None or len(batch.rows) < at_once):
+                free = at_once - (len(batch.rows) if batch else 0)
+                joining = [waiting.pop() for _ in range(min(len(waiting), free))]
+                new = self._begin(joining, [prompt_ids[i] for i in joining], distribution)
+                batch = new if batch is None else batch.joined(new)
+            assert batch is not None
+            drawn = torch.tensor([len(responses[i].tokens) for i in batch.rows])
+            steps = drawn[:, None] + torch.arange(min(_BLOCK, max(responses[i].left for i in batch.rows)))
+            uniforms = counter_uniform(seed[batch.rows, None], steps).to(device.device())
             early = (steps < distribution.min_new_tokens).to(device.device())
-            token, tokens, logprobs = self._decode(logits, _Draws(uniforms, early, seen), distribution, sampling.greedy)
-            if not torch.isfinite(logprobs).all():
-                raise FloatingPointError(f"the model of weight version {self._version} gives NaN or infinite log-probs")
-            going = []
-            for row, (i, ids, scores) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
-                if responses[i].go_on(ids, scores, stops):
-                    going.append(row)
-            logits = None
-            order = self._decoder.keep(going)
-            rows = [rows[row] for row in order]
-            seen = None if seen is None else seen[order]
-            if order:
-                logits = self._decoder.step(token[order])
-        return [
-            Completion(response.tokens, response.logprobs, response.reason, self._version) for response in responses
-        ]
+            token, tokens, read = self._decode(batch, uniforms, early, distribution, sampling.greedy)
+            for i, ids, passes in zip(batch.rows, tokens.tolist(), read, strict=True):
+                responses[i].take(ids, passes, stops)
+            batch = self._go_on(batch, token, responses)
+        return [response.completion(self._version, self._reads) for response in responses]
+
+    def _begin(self, joining: list[int], prompts: list[list[int]], distribution: Distribution) -> "_Batch":
+        """Add prompts, those of the requests `joining`, to the decoder's rows."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = [torch.tensor(prompt) for prompt in prompts]
+        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._limits.pad_id)
+        seen = None
+        if distribution.repetition_penalty != 1.0:
+            seen = torch.zeros(len(prompts), self._vocab_size, dtype=torch.bool)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[prompt] = True
+            seen = seen.to(device.device())
+        return _Batch(joining, self._decoder.add(padded, lengths), seen)
+
+    def _go_on(self, batch: "_Batch", token: Tensor, responses: list["_Response"]) -> "_Batch | None":
+        """Drop the rows whose responses have ended and run `token` [n], the newest of each, of the others.
+
+        Where energies are read and a response ends with its newest token, this token is run, too.
+        """
+        kept = [row for row, i in enumerate(batch.rows) if not responses[i].ended or responses[i].unread(self._reads)]
+        order = self._decoder.keep(kept)
+        if not order:
+            return None
+        batch = batch.reordered(order, self._decoder.step(token[order]))
+        if all(not responses[i].ended for i in batch.rows):
+            return batch
+        last = nn.functional.pad(self._summed(batch.outputs.energies.clone()).cpu(), (_NUMBERS, 0))
+        for i, read in zip(batch.rows, last.split(1), strict=True):
+            if responses[i].ended:
+                responses[i].read.append(read)
+        order = self._decoder.keep([row for row, i in enumerate(batch.rows) if not responses[i].ended])
+        logits, energies = batch.outputs
+        outputs = Outputs(None if logits is None else logits[order], energies[order])
+        return batch.reordered(order, outputs) if order else None
 
     def _decode(
-        self, logits: Tensor | None, draws: "_Draws", distribution: Distribution, greedy: bool
+        self, batch: "_Batch", uniforms: Tensor, early: Tensor, distribution: Distribution, greedy: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode `steps` tokens of each row: return the last [n]; and all, with log-probs, [n, steps] on the host."""
+        """Decode some more tokens of each row.
+
+        Args:
+            uniforms: fp64 [n, steps], the random numbers of the next tokens.
+            early: bool [n, steps], where the response is too short to end.
+
+        Returns:
+            the last token [n]; on the host, all tokens [n, steps], and what was read of each [n, steps, _NUMBERS + E].
+        """
         tokens: list[Tensor] = []
-        logprobs: list[Tensor] = []
-        for step, (uniform, early) in enumerate(zip(draws.uniforms.unbind(1), draws.early.unbind(1), strict=True)):
+        read: list[Tensor] = []
+        outputs, seen = batch.outputs, batch.seen
+        for step, (uniform, too_early) in enumerate(zip(uniforms.unbind(1), early.unbind(1), strict=True)):
             if step:
-                logits = self._decoder.step(tokens[-1])
+                outputs = self._decoder.step(tokens[-1])
+            logits = outputs.logits
             if logits is not None:
-                logits = _sampling_logits(logits, early, draws.seen, distribution)
-            token, logprob = self._choose(logits, uniform, greedy)
-            if draws.seen is not None:
-                draws.seen.scatter_(1, token[:, None], True)
+                logits = _sampling_logits(logits, too_early, seen, distribution)
+            token, numbers = self._choose(logits, uniform, greedy)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
             tokens.append(token)
-            logprobs.append(logprob)
-        return tokens[-1], torch.stack(tokens, 1).cpu(), self._from_last_stage(torch.stack(logprobs, 1)).cpu()
+            read.append(torch.cat([numbers, outputs.energies], -1))
+        together = self._summed(torch.stack(read, 1)).cpu()
+        if not torch.isfinite(together).all():
+            raise FloatingPointError(
+                f"the model of weight version {self._version} gives NaN or infinite log-probs or energies"
+            )
+        return tokens[-1], torch.stack(tokens, 1).cpu(), together
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-        """Choose the next token of each row: return it [n], on all stages, and its log-prob [n], on the last."""
+        """Choose the next token of each row: return it [n], on all stages, and its log-prob and, if it is read, its
+        distribution's entropy [n, _NUMBERS], which are 0 except on the last stage."""
+        numbers = torch.zeros(len(uniforms), _NUMBERS, device=uniforms.device)
         if logits is None:
             token = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
-            logprob = torch.empty(len(uniforms), device=uniforms.device)
         else:
             token = logits.argmax(-1) if greedy else sample_tokens(logits, uniforms)
-            logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        return self._from_last_stage(token), logprob
-
-    def _from_last_stage(self, values: Tensor) -> Tensor:
+            logprobs = logits.log_softmax(-1)
+            numbers[:, 0] = logprobs.gather(-1, token[:, None])[:, 0]
+            if self._reads:
+                numbers[:, 1] = torch.special.entr(logprobs.exp_()).sum(-1)
         if self._stages.size() > 1:
-            dist.broadcast(values, group=self._stages, group_src=self._stages.size() - 1)
-        return values
+            dist.broadcast(token, group=self._stages, group_src=self._stages.size() - 1)
+        return token, numbers
+
+    def _summed(self, parts: Tensor) -> Tensor:
+        """Add up what each pipeline stage has read."""
+        if self._stages.size() > 1:
+            dist.all_reduce(parts, group=self._stages)
+        return parts
 
 
-class _Draws(NamedTuple):
-    """What the next tokens of n rows are drawn with, beside their logits."""
+@dataclass
+class _Batch:
+    """The decoder's n rows."""
 
-    uniforms: Tensor
-    """fp64 [n, steps]."""
-    early: Tensor
-    """bool [n, steps]: the response is too short to end here."""
+    rows: list[int]
+    """The request that each row answers."""
+    outputs: Outputs
+    """What the latest token of each row gave."""
     seen: Tensor | None
     """bool [n, V]: tokens of prompt and response so far, kept up to date; None if none are penalised."""
+
+    def joined(self, new: "_Batch") -> "_Batch":
+        """These rows, and then new ones."""
+
+        def both(x: Tensor | None, y: Tensor | None) -> Any:
+            return None if x is None or y is None else torch.cat([x, y])
+
+        outputs = map(both, self.outputs, new.outputs)
+        return _Batch(self.rows + new.rows, Outputs(*outputs), both(self.seen, new.seen))
+
+    def reordered(self, order: list[int], outputs: Outputs) -> "_Batch":
+        """The rows with these numbers, in this order, and what their latest tokens gave."""
+        return _Batch([self.rows[row] for row in order], outputs, None if self.seen is None else self.seen[order])
 
 
 @dataclass
@@ -163,28 +216,39 @@ class _Response:
     limit: int
     """Most tokens that it may have."""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)
+    """What was read of the prompt's last token and of those of the response: parts [p, _NUMBERS + E]."""
     reason: FinishReason = FinishReason.LENGTH
+    ended: bool = False
 
     @property
     def left(self) -> int:
         """Number of tokens that it may still get."""
         return self.limit - len(self.tokens)
 
-    def go_on(self, tokens: list[int], logprobs: list[float], stops: Stops) -> bool:
-        """Take over tokens up to the response's end, and tell whether it goes on after them."""
-        seen, left = len(self.tokens), self.left
-        self.tokens += tokens[:left]
-        self.logprobs += logprobs[:left]
+    def take(self, tokens: list[int], read: Tensor, stops: Stops) -> None:
+        """Take over tokens up to the response's end, and what was read."""
+        seen = len(self.tokens)
+        self.tokens += tokens[: self.left]
+        self.read.append(read)
         end = stops.end(self.tokens, seen)
         if end is not None:
             self.reason = FinishReason.STOP
-            del self.tokens[end:], self.logprobs[end:]
-        return end is None and self.left > 0
+            del self.tokens[end:]
+        self.ended = end is not None or not self.left
+
+    def unread(self, reads: bool) -> bool:
+        """Whether the energies of the newest token are wanted (`reads`) but not known: it has not been run."""
+        return reads and sum(map(len, self.read)) == len(self.tokens)
+
+    def completion(self, version: int, reads: bool) -> Completion:
+        read, size = torch.cat(self.read), len(self.tokens)
+        entropies, energies = (read[:size, 1].clone(), read[: size + 1, _NUMBERS:].clone()) if reads else (None, None)
+        return Completion(self.tokens, read[:size, 0].clone(), self.reason, version, entropies, energies)
 
 
 def _sampling_logits(logits: Tensor, early: Tensor, seen: Tensor | None, distribution: Distribution) -> Tensor:
-    """Turn the model's logits [n, V] into those of the distribution; `early` [n] and `seen` as in `_Draws`."""
+    """Turn the model's logits [n, V] into those of the distribution; `early` [n] as in `_decode`."""
     if seen is not None:
         logits = logits * repetition_slopes(logits, seen, distribution.repetition_penalty)
     if distribution.min_new_tokens:

@@ -195,7 +195,8 @@ def _completion(tokens: list[int], logprobs: list[float], version: int, limit: i
     TensorRT-LLM 1.2 knows a stop string only as one sequence of tokens, and would miss it in all others. So it does not
     get those that are no token of their own, and the answer is cut here: what comes before does not depend on the rest.
     """
-    if not torch.tensor(logprobs).isfinite().all():
+    read = torch.tensor(logprobs)
+    if not read.isfinite().all():
         raise FloatingPointError(f"the model of weight version {version} gives NaN or infinite log-probs")
     stopped = tokens[-1:] and tokens[-1] in stops.ids
     if set(tokens[:-1]) & set(stops.ids) or not (stopped or len(tokens) == limit) or len(tokens) > limit:
@@ -206,7 +207,7 @@ def _completion(tokens: list[int], logprobs: list[float], version: int, limit: i
         )
     end = stops.end(tokens)
     reason = FinishReason.LENGTH if end is None else FinishReason.STOP
-    return Completion(tokens[:end], logprobs[:end], reason, version)
+    return Completion(tokens[:end], read[:end].clone(), reason, version)
 
 
 def map_sampling(sampling: SamplingParams, seed: int, room: int, stop_ids: Sequence[int]) -> dict[str, Any]:

@@ -29,11 +29,15 @@ class Completion:
 
     token_ids: list[int]
     """Token ids of the response, EOS included if there is one."""
-    logprobs: list[float]
-    """Log-prob of each of these tokens under the distribution that the engine sampled from, in nats."""
+    logprobs: Tensor
+    """fp32 [n] log-prob of each of these n tokens under the distribution that the engine sampled from, in nats."""
     finish_reason: FinishReason
     weight_version: int
     """Version of the weights that produced it; it counts refits."""
+    entropies: Tensor | None = None
+    """fp32 [n] entropy of the distribution of each token, in nats; None from an engine that does not read it."""
+    energies: Tensor | None = None
+    """fp32 [n + 1, E] energies at the prompt's last token and at the response's; None as above."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class RolloutBatch:
     """fp32 [B, T] log-probs that the engine reported, in nats; zero outside the mask."""
     pad_id: int
     """Token id of the padding."""
+    engine_entropies: Tensor | None = None
+    """fp32 [B, T] entropies that the engine read, in nats, zero outside the mask; None if it reads none."""
+    engine_energies: Tensor | None = None
+    """fp32 [B, S, E] energies that the engine read, zero before a prompt's last token and in padding; None as above."""
 
     @classmethod
     def from_completions(cls, prompts: list[list[int]], completions: list[Completion], pad_id: int) -> "RolloutBatch":
@@ -75,14 +83,33 @@ class RolloutBatch:
                 )
         prompt_lengths = torch.tensor([len(p) for p in prompts])
         lengths = prompt_lengths + torch.tensor([len(c.token_ids) for c in completions])
-        sequence_length = int(lengths.max())
-        tokens = torch.full((len(prompts), sequence_length), pad_id)
-        engine_logprobs = torch.zeros(len(prompts), sequence_length - 1)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            tokens[i, : lengths[i]] = torch.tensor(prompt + completion.token_ids)
-            engine_logprobs[i, len(prompt) - 1 : lengths[i] - 1] = torch.tensor(completion.logprobs)
-        truncated = torch.tensor([c.finish_reason == FinishReason.LENGTH for c in completions])
-        return cls(tokens, prompt_lengths, lengths, truncated, engine_logprobs, pad_id)
+        width = int(lengths.max())
+        tokens = torch.full((len(prompts), width), pad_id)
+        for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
+            row[: len(prompt) + len(completion.token_ids)] = torch.tensor(prompt + completion.token_ids)
+
+        def placed(read: list[Tensor | None], width: int) -> Tensor | None:
+            """Put what was read from each prompt's last token on in its place."""
+            if read[0] is None:
+                return None
+            padded = torch.zeros(len(read), width, *read[0].shape[1:])
+            for row, prompt, part in zip(padded, prompts, read, strict=True):
+                assert part is not None, "some of the completions come from another engine"
+                row[len(prompt) - 1 : len(prompt) - 1 + len(part)] = part
+            return padded
+
+        logprobs = placed([c.logprobs for c in completions], width - 1)
+        assert logprobs is not None
+        return cls(
+            tokens=tokens,
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            truncated=torch.tensor([c.finish_reason == FinishReason.LENGTH for c in completions]),
+            engine_logprobs=logprobs,
+            pad_id=pad_id,
+            engine_entropies=placed([c.entropies for c in completions], width - 1),
+            engine_energies=placed([c.energies for c in completions], width),
+        )
 
     @property
     def batch_size(self) -> int:
@@ -104,22 +131,23 @@ class RolloutBatch:
         if sequence_length < longest:
             raise ValueError(f"sequence_length: {sequence_length}; expected at least {longest}, the longest sample")
         extra = sequence_length - self.sequence_length
+
+        def wider(x: Tensor | None, fill: int = 0) -> Any:
+            return None if x is None else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=fill)
+
         return replace(
             self,
-            tokens=F.pad(self.tokens, (0, extra), value=self.pad_id),
-            engine_logprobs=F.pad(self.engine_logprobs, (0, extra)),
+            tokens=wider(self.tokens, self.pad_id),
+            engine_logprobs=wider(self.engine_logprobs),
+            engine_entropies=wider(self.engine_entropies),
+            engine_energies=wider(self.engine_energies),
         )
 
     def select(self, indices: Tensor) -> "RolloutBatch":
         """The samples at `indices` [n], in that order."""
-        return replace(
-            self,
-            tokens=self.tokens[indices],
-            prompt_lengths=self.prompt_lengths[indices],
-            lengths=self.lengths[indices],
-            truncated=self.truncated[indices],
-            engine_logprobs=self.engine_logprobs[indices],
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen: Any = {name: x[indices] for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

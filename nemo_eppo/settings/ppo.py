@@ -78,11 +78,25 @@ class PPOSettings(Config):
     tokens; `fixed`: sum over tokens divided by responses x generation.max_new_tokens (Dr. GRPO)."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of an entropy bonus in the loss; 0 for none."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """What probability ratios, KL and energy losses start from: a forward pass of the trainer over each rollout, or
+    (engine) what engine.name = megatron reads while it decodes, which saves that pass. In fp32 both are the same up to
+    rounding. In bf16 their log-probs differ by about 0.01 per token. With engine, steps 1, 51, 101, ... still compare
+    both."""
     importance_cap: float | None = Field(None, gt=0)
     """Cap of the token weights min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
     mismatch_limit: float | None = Field(0.5, gt=0)
     """Mean |logp_engine - logp_trainer| in nats above which the run ends before it trains on the rollout; null for no
     limit. The same weights in bf16 differ by about 0.01 on average, other weights by more than 1."""
+
+    @model_validator(mode="after")
+    def _engine_differs(self) -> "PPOSettings":
+        if self.old_logprobs == "engine" and self.importance_cap is not None:
+            raise ValueError(
+                f"importance_cap = {self.importance_cap:g} corrects for the difference between engine and trainer, but "
+                "with old_logprobs = 'engine' there is none: expected null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_and_batches(self) -> "PPOSettings":
@@ -203,6 +217,15 @@ class PPOConfig(Config):
     def _rollouts_are_sampled(self) -> "PPOConfig":
         if self.generation.greedy:
             raise ValueError("generation.greedy = true: PPO has to sample its rollouts")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_reads(self) -> "PPOConfig":
+        if self.ppo.old_logprobs == "engine" and self.engine.name != "megatron":
+            raise ValueError(
+                f"ppo.old_logprobs = 'engine' needs engine.name = 'megatron', not {self.engine.name!r}, which reads no "
+                "energies: expected 'recompute'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """Results of one forward pass over a rollout batch."""
+    """What the policy makes of a rollout batch."""
 
     logprobs: Tensor
     """Log-probs [B, T] of the response tokens, 0 outside the response."""
@@ -100,10 +100,20 @@ class Policy:
         """Compute log-probs, entropies and energies of the responses under the weights that the modules hold now."""
         targets = next_token_targets(batch.tokens, batch.mask)
         out, read = self.runner.infer(batch.tokens, batch.lengths, targets, outputs=2, energies=energies)
-        losses = torch.zeros(batch.batch_size, 0)
-        if read is not None:
-            losses = response_energy(energy_window(read, self.energy.window), batch.mask, self.energy.max_tokens)
-        return PolicyOutputs(out[:, :-1, 0], out[:, :-1, 1], losses)
+        return PolicyOutputs(out[:, :-1, 0], out[:, :-1, 1], self._of_responses(batch, read))
+
+    def read(self, batch: RolloutBatch) -> PolicyOutputs:
+        """The same under the weights that generated the batch: what the engine read then, if it does, else `infer`."""
+        if batch.engine_entropies is None:
+            return self.infer(batch)
+        energies = self._of_responses(batch, batch.engine_energies)
+        return PolicyOutputs(batch.engine_logprobs, batch.engine_entropies, energies)
+
+    def _of_responses(self, batch: RolloutBatch, read: Tensor | None) -> Tensor:
+        """Energies of all tokens [B, S, E] -> means over responses [B, E]; [B, 0] for None."""
+        if read is None:
+            return torch.zeros(batch.batch_size, 0)
+        return response_energy(energy_window(read, self.energy.window), batch.mask, self.energy.max_tokens)
 
     def infer_reference(
         self, batch: RolloutBatch, prompts: list[list[int]], *, logprobs: bool, energies: bool
@@ -140,7 +150,7 @@ class Policy:
             unanswered = list(new.values())
             answers = self.generate(unanswered, self._own_answers, torch.zeros(len(unanswered), dtype=torch.int64))
             self.engine.sleep()
-            energies = self.infer(RolloutBatch.from_completions(unanswered, answers, pad_id)).energies.tolist()
+            energies = self.read(RolloutBatch.from_completions(unanswered, answers, pad_id)).energies.tolist()
             self._own_energies.update(zip(new, energies, strict=True))
             if self._cache is not None:
                 cache, tokens = self._cache, [answer.token_ids for answer in answers]

@@ -34,6 +34,9 @@ from nemo_eppo.training.critics import Critic
 from nemo_eppo.training.policy import Policy, PolicyOutputs, ReferenceOutputs, next_token_targets
 from nemo_eppo.training.reward_sources import RawRewards, RewardSources
 
+CHECK_INTERVAL = 50
+"""Steps between comparisons of engine and trainer where the old log-probs are the engine's."""
+
 
 class EngineMismatchError(RunError):
     """The engine's log-probs differ from the trainer's: it samples from another distribution than is trained."""
@@ -120,8 +123,7 @@ class PPO:
             rewards, observed = self.ask(rollout)
         generated = time.perf_counter() - started
         with timers("logprobs"):
-            outputs = self.policy.infer(batch)
-            mismatch = engine_mismatch(batch, outputs.logprobs, settings.mismatch_limit)
+            outputs, mismatch = self._old_outputs(batch, step)
         with timers("reference"):
             reference = self.policy.infer_reference(
                 batch,
@@ -174,6 +176,15 @@ class PPO:
 
         rewards = self.sources.ask(rollout.batch, rollout.samples)
         return rewards, {name: standardised(sources) for name, sources in self.observed.items()}
+
+    def _old_outputs(self, batch: RolloutBatch, step: int) -> tuple[PolicyOutputs, dict[str, float]]:
+        """Return the outputs of the policy that generated the batch, and how far engine and trainer differ."""
+        settings = self.settings
+        if settings.old_logprobs == "engine" and (step - 1) % CHECK_INTERVAL:
+            return self.policy.read(batch), {}
+        computed = self.policy.infer(batch)
+        mismatch = engine_mismatch(batch, computed.logprobs, settings.mismatch_limit)
+        return (self.policy.read(batch) if settings.old_logprobs == "engine" else computed), mismatch
 
     def _greedy_baselines(self, prompts: Sequence[PromptItem]) -> Callable[[], Tensor] | None:
         """Return a function that gives the proxy rewards [B] of greedy responses to the prompts; None if not needed."""

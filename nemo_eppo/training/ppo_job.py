@@ -96,6 +96,7 @@ class PPOJob:
             tokenizer,
             self.plan.tokenizer_path,
             config.longest,
+            config.energy,
             self.run_files.directory,
         )
         stack.callback(engine.close)

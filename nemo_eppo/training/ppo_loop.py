@@ -126,7 +126,7 @@ class PPOLoop:
         rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
         ppo.policy.engine.sleep()
         rewards, observed = ppo.ask(rollout)
-        energies = ppo.policy.infer(rollout.batch).energies
+        energies = ppo.policy.read(rollout.batch).energies
         columns = {
             "proxy_reward": ppo.pipeline.combine(rewards().scores, ppo.sources.columns).tolist(),
             "energy_loss": energies.mean(1).tolist(),

@@ -100,6 +100,16 @@ ACTOR = [
         r"ppo: samples_per_prompt = 1: advantages\.estimator 'grpo' compares the responses to one prompt,",
     ),
     Row(
+        "energies of an engine that reads none",
+        "ppo.old_logprobs=engine engine.name=tensorrt_llm",
+        r"settings do not fit together: ppo\.old_logprobs = 'engine' needs engine\.name = 'megatron', not",
+    ),
+    Row(
+        "a correction of nothing",
+        "ppo.old_logprobs=engine ppo.importance_cap=2",
+        r"ppo: importance_cap = 2 corrects for the difference between engine and trainer, but with old_logprobs =",
+    ),
+    Row(
         "GAE without a critic",
         "critic=null",
         r"settings do not fit together: critic = null: ppo\.advantages\.estimator 'gae' needs a critic",

@@ -15,12 +15,14 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.stops import Stops
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model, set_distribution, unwrap
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.megatron.weights import load_tensors
 from nemo_eppo.rollout.batch import Completion
+from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 
@@ -72,9 +74,11 @@ def build_policy(layout: dict[str, Any], model: ModelConfig = MODEL, precision: 
     return chunks
 
 
-def build_engine(chunks: list[Any], model: ModelConfig = MODEL, **changes: Any) -> Engine:
+def build_engine(
+    chunks: list[Any], model: ModelConfig = MODEL, energy: EnergyProbeConfig | None = None, **changes: Any
+) -> Engine:
     settings = {"eos_id": EOS, "pad_id": PAD, "max_batch_size": 8, "max_sequence_length": model.max_sequence_length}
-    return MegatronEngine(chunks, Limits(**(settings | {"tokenizer": tokenizer()} | changes)))
+    return MegatronEngine(chunks, Limits(**(settings | {"tokenizer": tokenizer()} | changes)), energy)
 
 
 def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:
@@ -102,14 +106,16 @@ def greedy_without_cache(chunks: list[Any], model: ModelConfig, prompt: list[int
     return tokens[len(prompt) :]
 
 
-def trainer_logprobs(
+def trainer_reads(
     chunks: list[Any],
     prompts: list[list[int]],
     completions: list[Completion],
     sampling: SamplingParams,
     micro_batch_tokens: int | None = None,
-) -> list[Tensor]:
-    """Log-probs of the response tokens as the trainer computes them, from padded or from packed rows."""
+    probe: EnergyProbe | None = None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What the trainer computes of each response, from padded or from packed rows: log-probs [n] and entropies [n] of
+    its tokens, and energies [n + 1, E] from the prompt's last token on."""
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.tensor([row + [PAD] * (int(lengths.max()) - len(row)) for row in rows])
@@ -117,6 +123,13 @@ def trainer_logprobs(
     for row, prompt, length in zip(range(len(rows)), prompts, lengths.tolist(), strict=True):
         targets[row, len(prompt) - 1 : length - 1] = tokens[row, len(prompt) : length]
     set_distribution(chunks, sampling.distribution(Stops(sampling.stop_strings, EOS, tokenizer()).ids))
-    runner = ModelRunner(chunks, micro_batch_size=2, micro_batch_tokens=micro_batch_tokens)
-    logprobs = runner.infer(tokens, lengths, targets, outputs=2)[0][..., 0]
-    return [logprobs[row][targets[row] != IGNORE] for row in range(len(rows))]
+    runner = ModelRunner(chunks, micro_batch_size=2, micro_batch_tokens=micro_batch_tokens, probe=probe)
+    numbers, energies = runner.infer(tokens, lengths, targets, outputs=2, energies=probe is not None)
+    if energies is None:
+        energies = torch.zeros(*tokens.shape, 0)
+    logprobs, entropies = numbers.unbind(-1)
+    drawn = targets != IGNORE
+    return [
+        (logprobs[row][drawn[row]], entropies[row][drawn[row]], energies[row, len(prompt) - 1 : length])
+        for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
+    ]

@@ -1,7 +1,7 @@
 """What the decoder computes against the model itself, the trainer's scorer and transformers, on the same weights."""
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from small_models import (
     hf_tokenizer,
     random_prompts,
     random_weights,
-    trainer_logprobs,
+    tokens_of,
+    trainer_reads,
 )
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,9 +33,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nemo_eppo.generation import decoder
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import attend
+from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.hf_config import hf_config
 from nemo_eppo.rollout.batch import Completion
+from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
 from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.model import ModelConfig
 
@@ -77,6 +80,7 @@ FAMILY_LAYOUTS = [
     ("Mistral", "TP 2 PP 2"),
 ]
 PROMPTS = random_prompts([7, 1, 4, 12, 4])
+ENERGY = EnergyProbeConfig(preset="mlp_linears", layers=(-1, 0))
 
 
 def ranks(layout: str) -> int:
@@ -87,16 +91,18 @@ def ranks(layout: str) -> int:
 def decode(layout: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Everything the tests below look at, computed in one process group."""
     chunks = build_policy(layout, model)
-    engine = build_engine(chunks, model, max_batch_size=3)  # the other prompts join as responses end
+    # the other prompts join as responses end
+    engine = build_engine(chunks, model, ENERGY, max_batch_size=3)
+    probe = EnergyProbe(ENERGY, chunks, model.num_layers)
     found: dict[str, Any] = {}
     if model == MODEL:  # the other families are compared with transformers
         found["whole passes"] = [greedy_without_cache(chunks, model, prompt, 12) for prompt in PROMPTS[:3]]
     for name in SAMPLINGS if model == MODEL else OF_ALL_FAMILIES:
         sampling = SAMPLINGS[name]
         completions = engine.generate(PROMPTS, sampling, list(range(len(PROMPTS))))
-        found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
+        found[name] = (completions, trainer_reads(chunks, PROMPTS, completions, sampling, probe=probe))
         if name in ("penalty", "shortest"):
-            packed = trainer_logprobs(chunks, PROMPTS, completions, sampling, micro_batch_tokens=60)
+            packed = trainer_reads(chunks, PROMPTS, completions, sampling, 60, probe)
             found[f"{name}, packed"] = (completions, packed)
     return found
 
@@ -119,11 +125,32 @@ def test_greedy_with_a_cache_is_greedy_by_whole_forward_passes(layout: str) -> N
 
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, "penalty, packed", "shortest, packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logprobs_are_the_trainers(layout: str, sampling: str) -> None:
+def test_what_is_read_is_what_the_trainer_computes(layout: str, sampling: str) -> None:
     completions, expected = decoded(layout)[0][sampling]
-    for completion, logprobs in zip(completions, expected, strict=True):
+    for completion, (logprobs, entropies, energies) in zip(completions, expected, strict=True):
         assert len(completion.logprobs) == len(completion.token_ids)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(completion.logprobs, logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(completion.entropies, entropies, atol=1e-5, rtol=0)
+        torch.testing.assert_close(completion.energies, energies, atol=1e-5, rtol=0)
+
+
+def read_all_presets(layout: dict[str, Any]) -> list[tuple[list[Tensor | None], list[Tensor]]]:
+    """For each preset, energies that the engine read and those that the trainer computes."""
+    chunks, sampling = build_policy(layout, GEMMA2_MODEL), SAMPLINGS["stop strings"]
+    found = []
+    for preset in get_args(Preset):
+        config = EnergyProbeConfig(preset=preset, layers=(-1, 0), norm=preset != "down_proj")
+        engine = build_engine(chunks, GEMMA2_MODEL, config, max_batch_size=3)
+        completions = engine.generate(PROMPTS, sampling, list(range(len(PROMPTS))))
+        probe = EnergyProbe(config, chunks, GEMMA2_MODEL.num_layers)
+        reads = trainer_reads(chunks, PROMPTS, completions, sampling, probe=probe)
+        found.append(([completion.energies for completion in completions], [energies for *_, energies in reads]))
+    return found
+
+
+def test_energies_of_all_presets_are_the_trainers() -> None:
+    for found, expected in run_ranks(read_all_presets, 4, LAYOUTS["TP 2 PP 2"])[0]:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -134,7 +161,8 @@ def test_every_rank_of_every_layout_decodes_the_same(layout: str, sampling: str)
         completions = rank[sampling][0]
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
         for completion, other in zip(completions, expected, strict=True):
-            assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+            torch.testing.assert_close(completion.logprobs, other.logprobs, atol=1e-5, rtol=0)
+            torch.testing.assert_close(completion.energies, other.energies, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -179,15 +207,15 @@ def test_greedy_is_that_of_transformers_far_past_the_window(name: str, layout: s
     expected = transformers_greedy(architecture, model, SAMPLINGS[sampling])
     for completion, (tokens, logprobs) in zip(greedy, expected, strict=True):
         assert completion.token_ids == tokens
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(completion.logprobs, logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sampling", ["top-p", "penalty"])
 @pytest.mark.parametrize(("name", "layout"), FAMILY_LAYOUTS)
 def test_logprobs_of_all_families_are_the_trainers(name: str, layout: str, sampling: str) -> None:
     completions, expected = decoded(layout, MODELS[name][1])[0][sampling]
-    for completion, logprobs in zip(completions, expected, strict=True):
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
+    for completion, (logprobs, *_) in zip(completions, expected, strict=True):
+        torch.testing.assert_close(completion.logprobs, logprobs, atol=1e-5, rtol=0)
 
 
 def decode_in_small_prefills(limit: int) -> list[Completion]:
@@ -229,18 +257,20 @@ def test_masks_are_as_gpu_kernels_want_them_and_change_no_response(model: ModelC
     assert all(query == mask and width % 16 == 0 and not cudnn for query, mask, width, cudnn in masked)
 
 
-def decode_bf16(model: ModelConfig) -> tuple[list[Completion], list[torch.Tensor]]:
-    chunks = build_policy({}, model, precision="bf16")
-    completions = build_engine(chunks, model).generate(PROMPTS, SAMPLINGS["temperature"], list(range(len(PROMPTS))))
-    return completions, trainer_logprobs(chunks, PROMPTS, completions, SAMPLINGS["temperature"])
+def decode_bf16(model: ModelConfig) -> tuple[list[Completion], list[tuple[Tensor, Tensor, Tensor]]]:
+    chunks, sampling = build_policy({}, model, precision="bf16"), SAMPLINGS["temperature"]
+    completions = build_engine(chunks, model, ENERGY).generate(PROMPTS, sampling, list(range(len(PROMPTS))))
+    probe = EnergyProbe(ENERGY, chunks, model.num_layers)
+    return completions, trainer_reads(chunks, PROMPTS, completions, sampling, probe=probe)
 
 
 @pytest.mark.parametrize("model", [MODEL, GEMMA2_MODEL], ids=["Llama", "Gemma2"])
-def test_bf16_models_have_fp32_logprobs_near_the_trainers(model: ModelConfig) -> None:
+def test_what_bf16_models_give_is_fp32_and_near_the_trainers(model: ModelConfig) -> None:
     completions, expected = run_ranks(decode_bf16, 1, model)[0]
-    ours, theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions]), torch.cat(expected)
-    assert (ours != ours.bfloat16()).any()
-    assert (ours - theirs).abs().mean() < 0.02
+    ours = [torch.cat([getattr(each, name) for each in completions]) for name in ("logprobs", "entropies", "energies")]
+    for found, theirs in zip(ours, map(torch.cat, zip(*expected, strict=True)), strict=True):
+        assert (found != found.bfloat16()).any()
+        assert (found - theirs).abs().mean() < 0.02
 
 
 def decode_with_fused_names() -> list[Completion]:
@@ -253,4 +283,4 @@ def decode_with_fused_names() -> list[Completion]:
 
 
 def test_norms_are_found_where_transformer_engine_keeps_them() -> None:
-    assert run_ranks(decode_with_fused_names, 1)[0] == decoded("one rank")[0]["greedy"][0]
+    assert tokens_of(run_ranks(decode_with_fused_names, 1)[0]) == tokens_of(decoded("one rank")[0]["greedy"][0])

@@ -17,7 +17,7 @@ from small_models import (
     random_prompts,
     tokenizer,
     tokens_of,
-    trainer_logprobs,
+    trainer_reads,
 )
 
 from nemo_eppo.config import ConfigError
@@ -67,7 +67,7 @@ def exercise(kind: Kind, directory: Path) -> dict[str, Any]:
     refit(1)
     for name, sampling in SAMPLINGS.items():
         completions = generate(PROMPTS, sampling, SEEDS)
-        found[name] = (completions, trainer_logprobs(chunks, PROMPTS, completions, sampling))
+        found[name] = (completions, trainer_reads(chunks, PROMPTS, completions, sampling))
     hot, backwards = SAMPLINGS["hot"], range(len(PROMPTS) - 1, -1, -1)
     found["backwards"] = generate([PROMPTS[i] for i in backwards], hot, [SEEDS[i] for i in backwards])[::-1]
     found["alone"] = [generate([PROMPTS[i]], hot, [SEEDS[i]])[0] for i in range(len(PROMPTS))]
@@ -118,9 +118,9 @@ def test_a_response_depends_on_its_own_prompt_and_seed_alone(kind: Kind) -> None
 @pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if "greedy" not in name])
 def test_logprobs_are_those_of_the_distribution_sampled_from(kind: Kind, sampling: str) -> None:
     completions, expected = exercised(kind)[sampling]
-    for completion, logprobs in zip(completions, expected, strict=True):
+    for completion, (logprobs, *_) in zip(completions, expected, strict=True):
         assert len(completion.logprobs) == len(completion.token_ids)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(completion.logprobs, logprobs, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,10 +20,17 @@ from nemo_eppo.settings.generation import SamplingParams
 
 PAD = 99
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
+
+
+def completion(tokens: list[int], reason: FinishReason) -> Completion:
+    size = len(tokens)
+    return Completion(tokens, -torch.rand(size), reason, 3, torch.rand(size), torch.randn(size + 1, 2))
+
+
 COMPLETIONS = [
-    Completion([7, 8], [-0.5, -0.25], FinishReason.STOP, 3),
-    Completion([9, 10, 11, 12], [-1.0, -2.0, -3.0, -4.0], FinishReason.LENGTH, 3),
-    Completion([13], [-0.125], FinishReason.STOP, 3),
+    completion([7, 8], FinishReason.STOP),
+    completion([9, 10, 11, 12], FinishReason.LENGTH),
+    completion([13], FinishReason.STOP),
 ]
 
 
@@ -46,8 +53,21 @@ def test_the_mask_selects_the_actions_that_produced_the_response() -> None:
     assert rollout.mask.shape == rollout.engine_logprobs.shape == (3, 4)
     for b, completion in enumerate(COMPLETIONS):
         assert rollout.tokens[b, 1:][rollout.mask[b]].tolist() == completion.token_ids
-        assert rollout.engine_logprobs[b][rollout.mask[b]].tolist() == completion.logprobs
+        assert rollout.engine_logprobs[b][rollout.mask[b]].tolist() == completion.logprobs.tolist()
     assert not rollout.engine_logprobs[~rollout.mask].any()
+
+
+def test_what_the_engine_read_stands_where_the_trainer_reads_it() -> None:
+    rollout = batch()
+    assert rollout.engine_entropies is not None
+    assert rollout.engine_energies is not None
+    assert rollout.engine_energies.shape == (3, 5, 2)
+    for b, (prompt, made) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        torch.testing.assert_close(rollout.engine_entropies[b][rollout.mask[b]], made.entropies, rtol=0, atol=0)
+        from_prompt = slice(len(prompt) - 1, len(prompt) + len(made.token_ids))
+        torch.testing.assert_close(rollout.engine_energies[b, from_prompt], made.energies, rtol=0, atol=0)
+        assert not rollout.engine_energies[b, : len(prompt) - 1].any()
+        assert not rollout.engine_energies[b, from_prompt.stop :].any()
 
 
 def test_padding_can_be_added_and_removed() -> None:
@@ -57,6 +77,8 @@ def test_padding_can_be_added_and_removed() -> None:
     assert torch.equal(wide.mask[:, :4], rollout.mask)
     assert wide.mask.sum() == rollout.mask.sum()
     assert wide.engine_logprobs.shape == (3, 8)
+    assert wide.engine_energies is not None
+    assert wide.engine_energies.shape == (3, 9, 2)
     assert torch.equal(wide.with_padding(5).tokens, rollout.tokens)
     with pytest.raises(ValueError, match="sequence_length: 4; expected at least 5"):
         rollout.with_padding(4)
@@ -76,8 +98,8 @@ def test_selection_takes_every_field_in_order() -> None:
         ([], [], "0 for 0 prompts"),
         ([[1]], COMPLETIONS, "3 for 1 prompts"),
         ([[]], [COMPLETIONS[0]], "sample 0: prompt is empty"),
-        ([[1]], [Completion([], [], FinishReason.STOP, 0)], "sample 0: response is empty"),
-        ([[1]], [Completion([1, 2], [0.0], FinishReason.STOP, 0)], "sample 0: 1 log-probs for 2 tokens"),
+        ([[1]], [Completion([], torch.zeros(0), FinishReason.STOP, 0)], "sample 0: response is empty"),
+        ([[1]], [Completion([1, 2], torch.zeros(1), FinishReason.STOP, 0)], "sample 0: 1 log-probs for 2 tokens"),
     ],
 )
 def test_impossible_completions_are_refused(prompts: Any, completions: Any, message: str) -> None:

@@ -32,7 +32,7 @@ def a_batch(columns: int) -> RolloutBatch:
     completions = []
     for length in (3, 9, 5, 12, 1, 7, 4, 8):
         tokens = torch.randint(0, 60, (length,), generator=draw).tolist()
-        completions.append(Completion(tokens, [0.0] * length, FinishReason.STOP, 0))
+        completions.append(Completion(tokens, torch.zeros(length), FinishReason.STOP, 0))
     return RolloutBatch.from_completions([[1, 2, 3]] * 8, completions, 0).with_padding(columns)
 
 

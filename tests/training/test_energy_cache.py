@@ -65,7 +65,7 @@ def energies(
     policy = Policy(
         runner, planned.model, FrozenWeights(runner.chunks), engine, config, own_answers, EnergyCache(directory, KEY)
     )
-    completions = [Completion([2, 1], [0.0, 0.0], FinishReason.STOP, 0) for _ in rows]
+    completions = [Completion([2, 1], torch.zeros(2), FinishReason.STOP, 0) for _ in rows]
     batch = RolloutBatch.from_completions([PROMPTS[row] for row in rows], completions, 0)
     prompts = [PROMPTS[row] for row in rows]
     found = policy.infer_reference(batch, prompts, logprobs=True, energies=True).energies

@@ -121,7 +121,7 @@ def test_an_engine_refuses_what_it_cannot_do_by_name(steps: dict[str, Any]) -> N
 
 def test_mismatch_and_weights_are_those_of_the_tokens_that_were_sampled() -> None:
     engine = [[-1.0, -2.0, -0.5], [-3.0]]
-    completions = [Completion([5] * len(row), row, FinishReason.LENGTH, 1) for row in engine]
+    completions = [Completion([5] * len(row), torch.tensor(row), FinishReason.LENGTH, 1) for row in engine]
     batch = RolloutBatch.from_completions([[3, 4], [3]], completions, 0)
     logprobs = torch.full_like(batch.engine_logprobs, torch.nan)  # nothing outside the responses counts
     logprobs[0, 1:4], logprobs[1, 0] = torch.tensor([-1.5, -1.0, -0.5]), -3.25

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 PACKED = 70  # tokens per micro-batch: two to four rows
 
 
+READ_BY_ENGINE = ("pp2", "tp2")  # log-probs and energies come from decoding
 SHOWN_TWICE = ("tp2", "tp2_sp")  # packed, and padded in other layouts
 
 
@@ -57,6 +58,7 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
                     "rollout_batch_size": BATCH,
                     "mini_batch_size": MINI_BATCH,
                     "epochs": EPOCHS,
+                    "old_logprobs": "engine" if layout in READ_BY_ENGINE else "recompute",
                 },
                 "energy": {"reference": "same_response"},
                 "shaping": {
@@ -85,6 +87,8 @@ def test_three_steps_match_the_reference(layout: str, models: Models, reward_url
         ]
         expected = ppo_step(state, batch.tokens, batch.prompt_lengths, batch.lengths, batch.truncated, updates)
         mask = expected["mask"]
+        compared = number == 1 or layout not in READ_BY_ENGINE
+        assert ("rollout/engine_mismatch_mean" in metrics) == compared, "another forward pass"
         assert torch.equal(mask, experience.mask)
         for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
             found = torch.where(mask, getattr(experience, name), 0.0).double()

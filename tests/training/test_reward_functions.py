@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from distributed import run_ranks
 
 from nemo_eppo.megatron import runtime
@@ -21,7 +22,7 @@ def asked() -> list[list[float]]:
     pool = FunctionPool(FunctionsConfig())
     name = "own_functions:rank"
     source = FunctionSource(RewardSourceConfig(function=name, weight=0.5, mean=1.0, std=2.0), name, pool)
-    completion = Completion([1], [0.0], FinishReason.STOP, 1)
+    completion = Completion([1], torch.zeros(1), FinishReason.STOP, 1)
     batch = RolloutBatch.from_completions([[2], [3]], [completion] * 2, 0)
     samples = [Sample(prompt="a", response="", token_ids=(1,), finished=True)] * 2
     found = source.ask(batch, samples)()
