@@ -6,6 +6,7 @@ megatron-core has changed a function listed here, so that an upgrade is noticed 
 """
 
 import contextlib
+import datetime
 import importlib
 import inspect
 import multiprocessing
@@ -135,6 +136,7 @@ def install() -> None:
     _use_cpu_random_states()
     _fork_checkpoint_writers()
     _reduce_alone_at_once()
+    _share_gloo_device()
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
 
@@ -239,3 +241,24 @@ def _reduce_alone_at_once() -> None:
         return all_reduce(tensor, op, group, async_op)
 
     dist.all_reduce = reduce
+
+
+def _share_gloo_device() -> None:
+    # Megatron makes some 20 groups. The thread of a gloo device wakes 100 times a second, and torch makes one for each.
+    gloo: Any = dist.ProcessGroupGloo
+    make = gloo.__init__
+    devices: dict[int, list[Any]] = {}  # of each process: a forked one has no threads of its parent
+
+    def make_on_shared_device(group: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        if (process := os.getpid()) not in devices:
+            devices[process] = [_gloo_device(name) for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")]
+        options = gloo._Options()
+        options._timeout, options._devices = timeout, devices[process]
+        make(group, store, rank, size, options)
+
+    gloo.__init__ = make_on_shared_device
+
+
+def _gloo_device(interface: str) -> Any:
+    gloo = dist.ProcessGroupGloo
+    return gloo.create_device(interface=interface) if interface else gloo.create_default_device()
