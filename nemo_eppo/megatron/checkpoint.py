@@ -11,10 +11,10 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import lora
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import load_state
+from nemo_eppo.megatron.optimizer import allocate_state, load_state
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models.checkpoint_files import WEIGHTS, Manifest, complete, read_manifest, start, stored_precision
-from nemo_eppo.models.stored_pickles import refusals, refuse_code
+from nemo_eppo.models.stored_pickles import read_metadata, refusals, refuse_code
 
 _QUANTISED = "_extra_state"  # of quantised training, which there is none of; TransformerEngine would unpickle it
 
@@ -60,7 +60,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
 
     Raises:
         ConfigError: see `read_manifest`; something in it would run code (the message names it); or training is to
-            resume, but the optimizer was not saved, or was saved with other adapters or in another precision.
+            resume, but the optimizer was not saved, or was saved with other adapters, in another precision, or sharded
+            where this one is not, or the other way round.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
@@ -74,6 +75,12 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if optimizer and precision != (stored := stored_precision(directory)):
         raise ConfigError(
             f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
+        )
+    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (
+        saved := _is_sharded(directory)
+    ):
+        raise ConfigError(
+            f"{directory} was saved with optimizer.distributed = {saved}; training cannot resume from it with {now}"
         )
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:
@@ -99,13 +106,25 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     return manifest
 
 
+def _is_sharded(directory: Path) -> bool:
+    """Tell whether a checkpoint was saved by a distributed optimizer, which names fp32 weights otherwise."""
+    return any(
+        name.startswith("optimizer.state.param.") for name in read_metadata(directory / WEIGHTS).state_dict_metadata
+    )
+
+
 def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",  # the only one (0.16) that loads under any layout
+    }
     state: dict[str, Any] = {}
     for index, chunk in enumerate(runner.chunks):
         entries = unwrap(chunk).sharded_state_dict(metadata=metadata).items()
         state[f"chunk{index}"] = {key: value for key, value in entries if not key.endswith(_QUANTISED)}
     if optimizer:
+        if is_loading:
+            allocate_state(runner.optimizer)
         state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         state["scheduler"] = runner.scheduler.state_dict()
     return state

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from megatron.core.distributed import DistributedDataParallelConfig
 from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -35,9 +36,11 @@ def update(runner: ModelRunner, head: str) -> dict[str, float]:
     return runner.train_step(rows, squares)
 
 
-def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+def interrupted(
+    layout: Layout, head: Any, precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER
+) -> dict[str, Tensor]:
     """One update, a checkpoint; what two further updates give."""
-    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+    runner = build_runner(layout, head=head, precision=precision, optimizer=optimizer)
     update(runner, head)
     manifest = checkpoint_files.Manifest(head=head, step=1, model=MODEL, optimizer=True)
     checkpoint.save(directory, runner, manifest)
@@ -46,8 +49,10 @@ def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> d
     return exported(runner)
 
 
-def resumed(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
-    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+def resumed(
+    layout: Layout, head: Any, precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER
+) -> dict[str, Tensor]:
+    runner = build_runner(layout, head=head, precision=precision, optimizer=optimizer)
     checkpoint.load(directory, runner, optimizer=True)
     update(runner, head)
     update(runner, head)
@@ -61,6 +66,42 @@ def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp
     expected = run_ranks(interrupted, *case)[0]
     for parameters in run_ranks(resumed, *case):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+SHARDED = OPTIMIZER.model_copy(update={"distributed": True, "overlap_grad_reduce": True})
+
+
+def interrupted_and_resumed(head: Any, precision: Any, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    case: tuple[Any, ...] = ({}, head, precision, directory, SHARDED)
+    return {name: tensor.clone() for name, tensor in interrupted(*case).items()}, resumed(*case)
+
+
+def resumed_and_interrupted(head: Any, precision: Any, directory: Path, again: Path) -> None:
+    """One update after a checkpoint, and another checkpoint."""
+    runner = build_runner({}, head=head, precision=precision, optimizer=SHARDED)
+    manifest = checkpoint.load(directory, runner, optimizer=True)
+    update(runner, head)
+    checkpoint.save(again, runner, manifest)
+
+
+def resumed_for_one_update(head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+    runner = build_runner(SP2, head=head, precision=precision, optimizer=SHARDED)
+    checkpoint.load(directory, runner, optimizer=True)
+    update(runner, head)
+    return exported(runner)
+
+
+@pytest.mark.parametrize(("head", "precision", "tolerance"), [("lm", "fp32", 1e-5), ("scalar", "bf16", 0.02)])
+def test_sharded_optimizer_states_resume_bit_for_bit_and_under_other_layouts(
+    head: str, precision: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several_buckets = partial(DistributedDataParallelConfig, bucket_size=4000)  # with padding between them
+    monkeypatch.setattr("nemo_eppo.megatron.optimizer.DistributedDataParallelConfig", several_buckets)
+    for expected, parameters in run_ranks(interrupted_and_resumed, 2, head, precision, tmp_path / "step_1"):
+        assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    run_ranks(resumed_and_interrupted, 1, head, precision, tmp_path / "step_1", tmp_path / "step_2")
+    for parameters in run_ranks(resumed_for_one_update, 2, head, precision, tmp_path / "step_2"):
+        close(f"{head} {precision}, from DP2 to DP1 to TP2+SP", parameters, expected, tolerance)
 
 
 class AsksForExtraState(RMSNorm):
@@ -109,9 +150,9 @@ def test_a_run_goes_on_with_the_settings_it_is_given_now(precision: str, tmp_pat
     assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2]}
 
 
-def refusal(precision: Any, directory: Path) -> str:
+def refusal(precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER) -> str:
     try:
-        resumed({}, "lm", precision, directory)
+        resumed({}, "lm", precision, directory, optimizer)
     except ConfigError as error:
         return str(error)
     return ""
@@ -122,6 +163,16 @@ def test_training_does_not_go_on_in_another_precision(saved: str, wanted: str, t
     run_ranks(interrupted, 1, {}, "lm", saved, tmp_path / "step_1")
     [said] = run_ranks(refusal, 1, wanted, tmp_path / "step_1")
     assert said.endswith(f"model.precision = {saved}; training cannot resume from it with {wanted}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_does_not_go_on_with_optimizer_states_of_another_kind(precision: str, tmp_path: Path) -> None:
+    saved, now = tmp_path / "step_1", SHARDED if precision == "fp32" else OPTIMIZER
+    run_ranks(interrupted, 1, {}, "lm", precision, saved, OPTIMIZER if now is SHARDED else SHARDED)
+    [said] = run_ranks(refusal, 1, precision, saved, now)
+    assert said.endswith(
+        f"optimizer.distributed = {now is OPTIMIZER}; training cannot resume from it with {now is SHARDED}"
+    )
 
 
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
