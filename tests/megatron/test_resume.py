@@ -1,5 +1,6 @@
 """Training that resumes from a checkpoint equals the training that was never interrupted."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from megatron.core.distributed import DistributedDataParallelConfig
 from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import checkpoint, specs
+from nemo_eppo.files import sha256
+from nemo_eppo.megatron import checkpoint, runtime, specs
+from nemo_eppo.megatron import optimizer as megatron_optimizer
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.norms import RMSNorm
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
@@ -95,8 +98,9 @@ def resumed_for_one_update(head: Any, precision: Any, directory: Path) -> dict[s
 def test_sharded_optimizer_states_resume_bit_for_bit_and_under_other_layouts(
     head: str, precision: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several_buckets = partial(DistributedDataParallelConfig, bucket_size=4000)  # with padding between them
-    monkeypatch.setattr("nemo_eppo.megatron.optimizer.DistributedDataParallelConfig", several_buckets)
+    settings = vars(megatron_optimizer)["DistributedDataParallelConfig"]
+    several_buckets = partial(settings, bucket_size=4000)  # with padding between them
+    monkeypatch.setattr(megatron_optimizer, "DistributedDataParallelConfig", several_buckets)
     for expected, parameters in run_ranks(interrupted_and_resumed, 2, head, precision, tmp_path / "step_1"):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     run_ranks(resumed_and_interrupted, 1, head, precision, tmp_path / "step_1", tmp_path / "step_2")
@@ -173,6 +177,50 @@ def test_training_does_not_go_on_with_optimizer_states_of_another_kind(precision
     assert said.endswith(
         f"optimizer.distributed = {now is OPTIMIZER}; training cannot resume from it with {now is SHARDED}"
     )
+
+
+def said_about(directory: Path) -> str:
+    runtime.initialize(ParallelConfig(), seed=1)
+    try:
+        checkpoint.verify(directory)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_share_the_digests_of_a_checkpoint_and_all_name_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+
+    def logged(path: Path) -> str:
+        with log.open("a") as file:
+            file.write(f"{os.environ['RANK']} {path.name}\n")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint_files, "sha256", logged)
+    run_ranks(interrupted, 2, SP2, "lm", "fp32", tmp_path / "step_1")
+    by = {name: rank for rank, name in map(str.split, log.read_text().splitlines())}
+    assert {rank for name, rank in by.items() if name.startswith("__1_")} == {"1"}
+    assert {rank for name, rank in by.items() if not name.startswith("__1_")} == {"0"}
+    log.unlink()
+    files = checkpoint_files.read_manifest(tmp_path / "step_1").files
+    found = {str(p.relative_to(tmp_path / "step_1")): p for p in (tmp_path / "step_1").rglob("*") if p.is_file()}
+    assert {name: entry.sha256 for name, entry in files.items()} == {
+        name: sha256(path) for name, path in found.items() if name != checkpoint_files.MANIFEST
+    }
+    assert run_ranks(said_about, 2, tmp_path / "step_1") == ["", ""]
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(files)
+    assert {line[0] for line in lines} == {"0", "1"}
+    for name in sorted(files, key=lambda name: -files[name].size)[:2]:  # one for each rank
+        content = bytearray(found[name].read_bytes())
+        content[-1] ^= 1
+        found[name].write_bytes(content)
+        damage = f"{tmp_path / 'step_1'} is damaged: the content of {name} is not what its manifest says"
+        assert run_ranks(said_about, 2, tmp_path / "step_1") == [damage, damage]
+        content[-1] ^= 1
+        found[name].write_bytes(content)
 
 
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
