@@ -15,6 +15,7 @@ import sys
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -80,6 +81,17 @@ def empty_cache() -> None:
     if on_gpu():
         torch.cuda.ipc_collect()  # what was shared and nobody has open any more
         torch.cuda.empty_cache()
+
+
+def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor [size] in host memory that a GPU copies to and from without a detour; keep it as long as views
+    of it are in use. torch's own pinned tensors take the next power of two of bytes."""
+    memory = torch.empty(size, dtype=dtype)
+    if on_gpu():
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
 
 
 def cached_tokens_multiple() -> int:
