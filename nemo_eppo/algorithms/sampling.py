@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-9  # more than sums of fp64 probabilities over any vocabulary differ by, which is up to 1e-10
 _WRAP = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15 - _WRAP
 _MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
@@ -30,14 +31,42 @@ def keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     limited = 0 < top_k < logits.shape[-1]
     if not limited and top_p >= 1:
         return torch.ones_like(logits, dtype=torch.bool)
-    largest = logits.topk(top_k).values if limited else logits.sort(dim=-1, descending=True).values
+    if limited:
+        cut, count = _sorted_cut(logits, top_k, top_p)
+    else:
+        cut, count = _top_p_cut(logits, top_p)
+    above, tied = ~(logits <= cut), logits == cut  # a NaN is above, so that it is not dropped but found
+    return above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= count - above.sum(dim=-1, keepdim=True)))
+
+
+def _sorted_cut(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the least logit that `keep_mask` keeps of each row of `logits` [..., V], and how many it keeps, [..., 1].
+
+    Its order of summation defines which set holds a share of `top_p`.
+    """
+    everything = top_k == logits.shape[-1]
+    largest = logits.sort(dim=-1, descending=True).values if everything else logits.topk(top_k).values
     count = torch.full_like(largest[..., :1], top_k, dtype=torch.int64)
     if top_p < 1:
         mass = largest.double().softmax(dim=-1).cumsum(dim=-1)
         count = 1 + (mass[..., :-1] < top_p).sum(dim=-1, keepdim=True)
+    return largest.gather(-1, count - 1), count
+
+
+def _top_p_cut(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return what `_sorted_cut` does without a top-k, but sort only the likeliest tokens where they are enough.
+
+    The host waits for the device, to know whether they are.
+    """
+    largest = logits.topk(max(1, logits.shape[-1] // 16)).values
+    mass = (largest.double() - logits.double().logsumexp(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
+    count = 1 + (mass[..., :-1] < top_p).sum(dim=-1, keepdim=True)
     cut = largest.gather(-1, count - 1)
-    above, tied = ~(logits <= cut), logits == cut  # a NaN is above, so that it is not dropped but found
-    return above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    # a row is sorted if it needs more tokens, has a NaN, or another order of summation might decide otherwise
+    clear = (mass[..., -1] > top_p) & ((mass - top_p).abs() > _ROUNDING).all(dim=-1)
+    if not clear.all():
+        cut[~clear], count[~clear] = _sorted_cut(logits[~clear], logits.shape[-1], top_p)
+    return cut, count
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:

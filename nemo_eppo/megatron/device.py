@@ -16,6 +16,7 @@ import sys
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -41,6 +42,10 @@ _DEVICE_LITERALS: dict[str, tuple[str, ...]] = {
         "MixedPrecisionOptimizer.__init__",
         "Float16OptimizerWithFloat16Params.__init__",
         "FP32Optimizer.__init__",
+    ),
+    "optimizer.distrib_optimizer": (
+        "DistributedOptimizer.__init__",
+        "DistributedOptimizer._build_model_and_main_param_groups",
     ),
     "dist_checkpointing.exchange_utils": (
         "_get_empty_tensor_for_exchange",
@@ -77,6 +82,17 @@ def empty_cache() -> None:
     if on_gpu():
         torch.cuda.ipc_collect()  # what was shared and nobody has open any more
         torch.cuda.empty_cache()
+
+
+def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor [size] in host memory that a GPU copies to and from without a detour; keep it as long as views
+    of it are in use. torch's own pinned tensors take the next power of two of bytes."""
+    memory = torch.empty(size, dtype=dtype)
+    if on_gpu():
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
 
 
 def cached_tokens_multiple() -> int:
@@ -119,7 +135,7 @@ def install() -> None:
         torch.cuda.set_device(device())
         return
     # their warnings advise users of GPUs, on every rank, at every start
-    for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):
+    for module in (r"megatron\.core", r"torch\.distributed\.(checkpoint|c10d_logger)"):
         warnings.filterwarnings("ignore", module=module)
     if torch.cuda.Event is _CpuEvent:
         return

@@ -1,10 +1,12 @@
 """A frozen copy of a model's weights that can take the place of the live ones in the same modules."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
@@ -19,9 +21,15 @@ class FrozenWeights:
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self._parameters = [p for chunk in chunks for p in unwrap(chunk).parameters()]
-        self._aside = [p.detach().to("cpu", copy=True) for p in self._parameters]
-        if device.on_gpu():
-            self._aside = [tensor.pin_memory() for tensor in self._aside]
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in self._parameters:
+            sizes[parameter.dtype] += parameter.numel()
+        self._memory = {dtype: device.locked_memory(size, dtype) for dtype, size in sizes.items()}
+        self._aside: list[Tensor] = []
+        free = dict(self._memory)
+        for parameter in self._parameters:
+            own, free[parameter.dtype] = free[parameter.dtype].tensor_split([parameter.numel()])
+            self._aside.append(own.view(parameter.shape).copy_(parameter.detach()))
 
     @contextmanager
     def active(self) -> Iterator[None]:

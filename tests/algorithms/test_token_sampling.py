@@ -120,6 +120,19 @@ def test_top_p_stops_as_soon_as_the_mass_is_reached() -> None:
     assert keep_mask(torch.zeros(4), 0, 0.5).tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
+def test_top_p_keeps_what_sorting_the_whole_vocabulary_keeps(top_p: float) -> None:
+    logits = torch.randn(60, 400) * torch.arange(60).div(10).unsqueeze(-1)  # from flat to peaked
+    logits[::3] = logits[::3].round()  # ties
+    logits[1, :] = torch.where(torch.arange(400) < 8, 0.0, -1e30)  # 4 of 8 hold just 0.5
+    mass, order = logits.sort(dim=-1, descending=True, stable=True)
+    counts = 1 + (mass.double().softmax(-1).cumsum(-1)[:, :-1] < top_p).sum(-1)
+    kept = [set(tokens[:count].tolist()) for tokens, count in zip(order, counts, strict=True)]
+    assert [set(row.nonzero().flatten().tolist()) for row in keep_mask(logits, 0, top_p)] == kept
+    enough = sum(len(tokens) <= 25 for tokens in kept)
+    assert 0 < enough < 60
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (3, 0.5)])
 def test_filters_do_not_hide_nan(top_k: int, top_p: float) -> None:
     logits = torch.randn(2, 20)

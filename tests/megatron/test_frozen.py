@@ -34,6 +34,7 @@ def _take_turns() -> None:
     before = logprobs()
     frozen = FrozenWeights(chunks)
     places = [tensor.data_ptr() for tensor in (*frozen._parameters, *frozen._aside)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in frozen._aside}) == 1, "a GPU locks memory by blocks"
     update()
     after = logprobs()
     assert not torch.equal(before, after)
