@@ -18,20 +18,33 @@ from typing import NamedTuple
 import torch
 
 Row = dict[str, str | float]
+Contestant = Callable[[], object]
+"""Does the work that is measured; an int that it returns is how many units of work it was, else it was one."""
 PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 
 
+class Options(NamedTuple):
+    """What the command line asks of a benchmark."""
+
+    rounds: int
+    smallest: bool
+    """Sizes that show only that everything runs."""
+    against: Path | None
+    """Another checkout, for those that compare two."""
+
+
 class Seconds(NamedTuple):
-    """How long a call took."""
+    """How long a unit of work took."""
 
     clock: float
     cpu: float
 
     @classmethod
-    def of(cls, call: Callable[[], object]) -> "Seconds":
+    def of(cls, work: Contestant) -> "Seconds":
         clock, cpu = time.perf_counter(), time.process_time()
-        call()
-        return cls(time.perf_counter() - clock, time.process_time() - cpu)
+        done = work()
+        units = done if isinstance(done, int) else 1
+        return cls((time.perf_counter() - clock) / units, (time.process_time() - cpu) / units)
 
 
 class Spread(NamedTuple):
@@ -48,7 +61,7 @@ class Spread(NamedTuple):
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Seconds]]:
+def interleave(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[Seconds]]:
     """Return the times of each contestant in each round.
 
     Each is called once before, which does not count. Who begins a round changes from round to round.
@@ -64,38 +77,47 @@ def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int) -> 
     return seconds
 
 
-def compare(seconds: Mapping[str, Sequence[Seconds]], base: str) -> list[Row]:
-    """Return a row for each contestant: its median time, and median and quartiles of its ratio to `base`'s."""
+def medians(seconds: Mapping[str, Sequence[Seconds]], **labels: str | float) -> list[Row]:
+    """Return a row for each contestant, with its median times."""
     rows: list[Row] = []
     for name, times in seconds.items():
-        pairs = list(zip(times, seconds[base], strict=True))
-        ratio = Spread.of([mine.clock / other.clock for mine, other in pairs])
-        cpu = Spread.of([mine.cpu / other.cpu for mine, other in pairs])
-        clock = statistics.median(mine.clock for mine in times)
-        row: Row = {"what": name, "seconds": clock, "ratio": ratio.median, "q1": ratio.low, "q3": ratio.high}
-        rows.append(row | {"cpu ratio": cpu.median, "cpu q1": cpu.low, "cpu q3": cpu.high})
+        row: Row = {**labels, "what": name}
+        for part in Seconds._fields:
+            row[f"{part} s"] = statistics.median(getattr(one, part) for one in times)
+        rows.append(row)
     return rows
 
 
-def write(folder: Path, name: str, title: str, rows: Sequence[Row], rounds: int) -> str:
+def compare(seconds: Mapping[str, Sequence[Seconds]], base: str, **labels: str | float) -> list[Row]:
+    """Add to the rows of `medians` the median and the quartiles of each contestant's ratio to `base`."""
+    rows = medians(seconds, **labels)
+    for row, times in zip(rows, seconds.values(), strict=True):
+        pairs = list(zip(times, seconds[base], strict=True))
+        for part in Seconds._fields:
+            ratio = Spread.of([getattr(mine, part) / getattr(other, part) for mine, other in pairs])
+            row |= {f"{part} ratio": ratio.median, f"{part} q1": ratio.low, f"{part} q3": ratio.high}
+    return rows
+
+
+def write(folder: Path, name: str, about: str, rows: Sequence[Row], rounds: int) -> str:
     """Write rows to NAME.json and NAME.md and return the table."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    date, versions = datetime.date.today().isoformat(), {name: found for name in PACKAGES if (found := _version(name))}
+    date, versions = datetime.date.today().isoformat(), {one: found for one in PACKAGES if (found := _version(one))}
     machine = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    about = {"benchmark": name, "date": date, "machine": machine, "versions": versions, "rounds": rounds}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    result = {"benchmark": name, "date": date, "machine": machine, "versions": versions, "rounds": rounds, "rows": rows}
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / f"{name}.md").write_text(
-        f"# {name}\n\n{title}\n\n{table}\n{date}, {machine}, {rounds} rounds, {packages}\n"
+        f"# {name}\n\n{about}\n\n{table}\n{date}, {machine}, {rounds} rounds, {packages}\n"
     )
     return table
 
 
 def _cell(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def _processor() -> str:

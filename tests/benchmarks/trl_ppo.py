@@ -10,8 +10,9 @@ import json
 import logging
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from pairs import Row, compare, interleave
+from pairs import Contestant, Options, Row, Seconds, compare, interleave
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.entry.settings import Source, check
 from nemo_eppo.observability.run import Run
+from nemo_eppo.observability.timers import Timers
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.training.ppo_job import PPOJob
@@ -43,7 +45,22 @@ PHASES = {
     "forwards": ("logprobs", "reference", "server_wait", "shape", "refit"),
     "training": ("actor_train", "critic_train"),
 }
-Phases = dict[str, list[float]]
+Phases = dict[str, list[Seconds]]
+
+
+class CPUTimers(Timers):
+    """Adds up the CPU seconds of each phase as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        before = time.process_time()
+        with super().__call__(phase):
+            yield
+        self.cpu[phase] += time.process_time() - before
 
 
 class Work:
@@ -118,13 +135,16 @@ def our_step(work: Work, name: str, stack: ExitStack, phases: Phases) -> Callabl
     assert ppo.critic is not None
     ppo.critic.begin(1, 0, False)
     ppo.policy.refit()
+    ppo.timers = timers = CPUTimers()
     numbers: Iterator[int] = iter(range(1, work.steps + 1))
 
     def step() -> None:
         result = ppo.step(next(numbers), [job.prompts[index] for index in next(job.batches)])
         assert result.batch.mask.sum() == work.batch * work.response
         for phase, parts in PHASES.items():
-            phases.setdefault(phase, []).append(sum(result.metrics[f"seconds/{part}"] for part in parts))
+            clock = sum(result.metrics[f"seconds/{part}"] for part in parts)
+            phases.setdefault(phase, []).append(Seconds(clock, sum(timers.cpu[part] for part in parts)))
+        timers.cpu.clear()
 
     return step
 
@@ -164,35 +184,40 @@ def their_step(work: Work, phases: Phases) -> Callable[[], None]:
         value_model=LlamaForSequenceClassification.from_pretrained(reward),
         train_dataset=Dataset.from_dict({"input_ids": tokenizer(work.prompts)["input_ids"]}),
     )
-    generate, moments = ppo_trainer.batch_generation, {}
+    generate = ppo_trainer.batch_generation
+    moments: dict[str, Seconds] = {}
 
     def timed_generation(*arguments: Any) -> Any:
         found = generate(*arguments)
         assert found[0].shape == (work.batch, work.prompt + work.response)
-        moments["generate"] = time.perf_counter()
+        moments["generate"] = now()
         return found
 
     ppo_trainer.batch_generation = timed_generation
     # policy and value model are called through their wrapper in training only
-    trainer.model.register_forward_pre_hook(lambda *_: moments.update(forwards=time.perf_counter()))
+    trainer.model.register_forward_pre_hook(lambda *_: moments.update(forwards=now()))
 
     def step() -> None:
-        before = time.perf_counter()
+        before = now()
         with redirect_stdout(StringIO()):  # its metrics
             trainer.train()
         for phase in PHASES:
-            after = moments.pop(phase, time.perf_counter())
-            phases.setdefault(phase, []).append(after - before)
+            after = moments.pop(phase, now())
+            phases.setdefault(phase, []).append(Seconds(after.clock - before.clock, after.cpu - before.cpu))
             before = after
 
     return step
 
 
-def measure(rounds: int, smallest: bool) -> list[Row]:
+def now() -> Seconds:
+    return Seconds(time.perf_counter(), time.process_time())
+
+
+def measure(options: Options) -> list[Row]:
     phases: dict[str, Phases] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        work = Work(Path(folder), rounds, smallest)
-        contestants = {}
+        work = Work(Path(folder), options.rounds, options.smallest)
+        contestants: dict[str, Contestant] = {}
         if find_spec("trl") is None:
             print(INSTALL)
         else:
@@ -200,9 +225,11 @@ def measure(rounds: int, smallest: bool) -> list[Row]:
         for name in OURS:
             contestants[name] = our_step(work, name, stack, phases.setdefault(name, {}))
         gc.freeze()  # TRL collects garbage twice a step, and would pay for what we have imported
-        seconds = interleave(contestants, rounds)
+        seconds = interleave(contestants, options.rounds)
         gc.unfreeze()
     rows = compare(seconds, next(iter(seconds)))
     for row in rows:
-        row |= {phase: median(times[1:]) for phase, times in phases[str(row["what"])].items()}
+        for phase, times in phases[str(row["what"])].items():
+            for part in Seconds._fields:
+                row[f"{phase} {part} s"] = median(getattr(one, part) for one in times[1:])
     return rows
