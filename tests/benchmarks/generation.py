@@ -36,7 +36,7 @@ def engines(case: str, batch: int, new: int) -> dict[str, Contestant]:
         Limits(eos_id=eos, pad_id=0, max_batch_size=batch, max_sequence_length=model.max_sequence_length),
     )
     theirs = their_model(model).eval()
-    lengths = [32] * batch if case == "even" else torch.randint(8, 64, (6 * batch,)).tolist()
+    lengths = [32] * batch if case == "even" else torch.randint(8, 64, (3 * batch,)).tolist()
     prompts = [torch.randint(1, eos, (length,)).tolist() for length in lengths]
     fewest = new if case == "even" else 1
 

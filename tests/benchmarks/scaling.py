@@ -1,7 +1,7 @@
 """How the CPU time of generation, a log-prob pass and an update grows: exponents of power laws, fitted over doublings.
 
-Each should be at most 1, linear. Over sequence length attention's own share grows quadratically, so there 1.1 is only
-looked at below the lengths where it dominates. Samples of a prompt are rows like any others to the engine.
+Each should be at most 1, linear; what is above 1.1 is named. Over sequence length, attention's own share grows
+quadratically, and is excepted. Samples of a prompt are rows like any others to the engine.
 """
 
 import math
@@ -17,12 +17,12 @@ from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.settings.generation import SamplingParams
 
-BASE = {"batch": 16, "sequence": 128, "vocabulary": 1024, "layers": 4, "samples": 1}
+BASE = {"batch": 8, "sequence": 128, "vocabulary": 1024, "layers": 2, "samples": 1}
 SIZES = {
-    "batch": (16, 32, 64, 128),
+    "batch": (8, 16, 32, 64),
     "sequence": (128, 256, 512, 1024),
-    "vocabulary": (1024, 4096, 16384, 32768),
-    "layers": (2, 4, 8, 16),
+    "vocabulary": (1024, 4096, 16384),
+    "layers": (2, 4, 8),
     "samples": (1, 2, 4, 8),
 }
 LIMIT = 1.1
@@ -37,7 +37,7 @@ def measure(options: Options) -> list[Row]:
         for size in sizes:
             scale = BASE | {dimension: size}
             if options.smallest:
-                scale |= {"batch": max(1, scale["batch"] // 8), "sequence": scale["sequence"] // 8}
+                scale |= {"batch": scale["batch"] // 4, "sequence": scale["sequence"] // 8}
             for what, work in contestants(**scale).items():
                 if dimension != "samples" or what == "generate":
                     works.setdefault(what, {})[str(size)] = work
