@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks share two cores
 # set at all, so that NeMo does not: with its value a forked process that tokenises waits for threads it does not have
@@ -13,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from jobs import Models
 
 torch.set_num_threads(1)
 
@@ -30,3 +34,28 @@ def _logger() -> Iterator[None]:
     yield
     logger.setLevel(level)
     logger.propagate, logger.handlers = propagate, handlers
+
+
+# Once for all folders; their makers bring Megatron, which many tests do without.
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> "Models":
+    from jobs import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def trained(models: "Models", tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from jobs import train_models
+
+    return train_models(models, tmp_path_factory.mktemp("reward_models"))
+
+
+@pytest.fixture(scope="session")
+def reward_url(models: "Models") -> Iterator[str]:
+    from jobs import reward_server
+
+    with reward_server(models) as url:
+        yield url
