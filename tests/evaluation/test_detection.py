@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import Job, Models, models
+from jobs import Job, Models
 from scipy import stats
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score, roc_curve
