@@ -31,8 +31,6 @@ from nemo_eppo.evaluation.detection import (
 from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
 
-__all__ = ["models"]
-
 
 @pytest.fixture
 def signs() -> tuple[np.ndarray, dict[str, Floats]]:
