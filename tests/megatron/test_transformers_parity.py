@@ -138,7 +138,7 @@ def megatron_logprobs(layout: Layout, micro_batch_tokens: int | None) -> dict[st
 
 @pytest.fixture(scope="module")
 def scored() -> dict[str, list[dict[str, Tensor]]]:
-    cases = (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25))
+    cases: tuple[tuple[Layout, int, int | None], ...] = (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25))
     return {
         f"{layout}, packed {packed}": run_ranks(megatron_logprobs, ranks, layout, packed)
         for layout, ranks, packed in cases
