@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from jobs import Models
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported for all tests is left alone when a rank forked from here collects its garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
