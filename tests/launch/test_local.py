@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from jobs import Models, nursery
+from jobs import Models
 from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.cli import main
@@ -140,7 +140,7 @@ def test_no_job_starts_from_one_whose_time_was_up(models: Models, tmp_path: Path
     later = sft_of_two_ranks(models, fit={"global_batch_size": 8}) | {"needs": ["sft"]}
     launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": early, "later": later}}
     with pytest.raises(LaunchError) as stopped:
-        run_local(read_launch(write(launch, tmp_path / "launch.yaml")), nursery())
+        run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
     assert stopped.value.status == NOT_FINISHED
     assert "launch: sft ended before its last step; the same command goes on; its log is " in str(stopped.value)
     assert "SFT ended after step 1 of 3; its checkpoint is " in str(stopped.value)
