@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # like transformers' tokenizers, what each rank would otherwise import for itself
+import transformers.models.auto.tokenization_auto  # noqa: F401
 
 
 def free_port() -> int:

@@ -1,6 +1,6 @@
-"""A job for tests, started by torchrun: `job_process.py critic|reward|actor|steps|methods config.json run_directory`.
+"""A job for tests: `job_process.py critic|reward|actor|steps|methods config.json run_directory`.
 
-The same classes as the scripts in examples/, without NeMo's six seconds of import.
+The same classes as the scripts in examples/, without NeMo's logs and configuration.
 """
 
 import json

@@ -4,20 +4,20 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from distributed import free_port, run_ranks
 from reference_eppo import ReferenceConfig, random_weights
 
 from nemo_eppo.config import load_config
+from nemo_eppo.launch.nursery import ForkedJob, Nursery
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runner import ModelRunner
@@ -65,8 +65,24 @@ def read_weights(directory: Path, model: ModelConfig, head: Head) -> dict[str, t
     return dict(export_tensors(chunks, model))
 
 
+@cache
+def nursery() -> Nursery:
+    """Of this process: jobs are forked, because the imports of one take longer than most of what it does here."""
+    return Nursery({"OMP_NUM_THREADS": "1"})
+
+
+def end_of(process: ForkedJob, seconds: float) -> int:
+    """Its exit status; TimeoutError if it has none in time."""
+    deadline = time.monotonic() + seconds
+    while (status := process.poll()) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {process.pid} has not ended within {seconds:g} s")
+        time.sleep(0.05)
+    return status
+
+
 class Job:
-    """A job, of several ranks under torchrun: log and settings in `directory`, where it also runs unless told else."""
+    """A job of one or several ranks: log and settings in `directory`, where it also runs unless told else."""
 
     def __init__(
         self, kind: str, ranks: int, config: dict[str, Any], directory: Path, run_directory: Path | None = None
@@ -74,18 +90,16 @@ class Job:
         directory.mkdir(parents=True)
         self.directory, self.log = directory, directory / "log.txt"
         (directory / "config.json").write_text(json.dumps(config, default=str))
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-            command += ["--master_port", str(free_port())]
-        command += [str(JOB), kind, str(directory / "config.json"), str(run_directory or directory)]
-        with self.log.open("wb") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        command = [str(JOB), kind, str(directory / "config.json"), str(run_directory or directory)]
+        self.process = nursery().start(command, ranks, self.log)
 
     def wait(self, seconds: float) -> int:
         """Exit status; a job that takes three times as long as it should on an idle machine is stuck."""
-        return self.process.wait(3 * seconds)
+        try:
+            return end_of(self.process, 3 * seconds)
+        except TimeoutError as error:
+            self.stop(signal.SIGKILL)
+            raise TimeoutError(self.log.read_text()[-4000:]) from error
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Until `condition()`; fails with the log's tail if the job ends before."""
@@ -99,7 +113,7 @@ class Job:
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
-            self.process.wait(60)
+            end_of(self.process, 60)
 
 
 def save_model(
@@ -112,8 +126,7 @@ def save_model(
     checkpoint.save(directory, ModelRunner(chunks, 4), manifest, data / "tokenizer")
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def make_models(root: Path) -> Models:
     """A tiny policy and reward model of the noun task's vocabulary, saved as checkpoints, and its data."""
     reference = ReferenceConfig(
         num_layers=4,
@@ -133,7 +146,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         vocab_size=reference.vocab_size,
         max_sequence_length=48,
     )
-    root = tmp_path_factory.mktemp("models")
     models = Models(
         root, reference, config, random_weights(reference, seed=1), random_weights(reference, seed=2, head="score")
     )
@@ -182,22 +194,19 @@ def _train_warm(models: Models, directory: Path) -> None:
     train_reward_model(reward_training(models, "bradley_terry", ensemble=WARM), run)
 
 
-@pytest.fixture(scope="session")
-def trained(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def train_models(models: Models, root: Path) -> dict[str, Path]:
     """Checkpoints of an ODIN and an InfoRM model after two updates, and the average of three WARM members."""
-    root = tmp_path_factory.mktemp("reward_models")
     for kind in ("odin", "inform"):
         run_ranks(_train, 1, models, kind, root / kind)
     run_ranks(_train_warm, 1, models, root / "warm")
     return {kind: root / kind / "checkpoints" for kind in ("odin", "inform")} | {"warm": root / "warm" / "average"}
 
 
-@pytest.fixture(scope="session")
-def reward_url(models: Models) -> Iterator[str]:
-    """A reward server that all tests may use."""
+@contextmanager
+def reward_server(models: Models) -> Iterator[str]:
+    """The URL of a server of the reward model."""
     port = free_port()
-    job = Job(
-        "reward", 1, {"model": {"restore_from_path": models.rm}, "server": {"port": port}}, models.root / "reward"
-    )
+    settings = {"model": {"restore_from_path": models.rm}, "server": {"port": port}}
+    job = Job("reward", 1, settings, models.root / "reward")
     yield f"grpc://127.0.0.1:{port}"
     job.stop()

@@ -33,6 +33,12 @@ class ForkedJob:
     def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """Its process, which is the first of a group of its own."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         """Return its exit status, -N if signal N ended it; None while it runs."""
         return self._process.exitcode

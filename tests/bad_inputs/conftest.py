@@ -4,9 +4,7 @@ from pathlib import Path
 
 import hf_models
 import pytest
-from jobs import Models, models
-
-__all__ = ["models"]
+from jobs import Models
 
 
 @pytest.fixture(scope="session")

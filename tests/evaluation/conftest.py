@@ -4,11 +4,8 @@ from pathlib import Path
 
 import pytest
 from hf_models import random_model, save
-from jobs import models, reward_url, trained
 
 from nemo_eppo.data.tokenizer import Tokenizer
-
-__all__ = ["models", "reward_url", "trained"]
 
 
 @pytest.fixture(scope="session")

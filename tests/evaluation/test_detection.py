@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import Job, Models, models
+from jobs import Job, Models
 from scipy import stats
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -30,8 +30,6 @@ from nemo_eppo.evaluation.detection import (
 )
 from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
-
-__all__ = ["models"]
 
 
 @pytest.fixture

@@ -105,14 +105,15 @@ def test_a_sound_launch_passes(launch: Path, doctor: Any, models: Models) -> Non
         assert findings[check]["status"] == "ok", check
 
 
-def test_the_command_prints_a_table_and_exits_by_what_it_found(launch: Path) -> None:
+def test_the_command_prints_a_table_and_exits_by_what_it_found(
+    launch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "nemo_eppo.cli", "doctor", str(launch)]
     sound = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert sound.returncode == 0, sound.stdout + sound.stderr
     assert " 0 errors, " in sound.stdout
-    faulty = subprocess.run([*command, "jobs.actor.ranks_per_node=3"], capture_output=True, text=True, timeout=60)
-    assert faulty.returncode == 1
-    assert "world size 3 is not divisible by tensor_model_parallel_size 2" in " ".join(faulty.stdout.split())
+    assert main(["doctor", str(launch), "jobs.actor.ranks_per_node=3"]) == 1
+    assert "world size 3 is not divisible by tensor_model_parallel_size 2" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_wrong_layout(launch: Path, doctor: Any) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from jobs import end_of
 
-from nemo_eppo.launch.nursery import ForkedJob, Nursery
+from nemo_eppo.launch.nursery import Nursery
 
 SCRIPT = """
 import atexit, gc, glob, json, os, sys, threading, time
@@ -40,17 +41,9 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
-def end_of(job: ForkedJob) -> int:
-    deadline = time.monotonic() + 60
-    while (status := job.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return status
-
-
 def test_a_script_has_its_arguments_environment_imports_and_exit_status(nursery: Nursery, script: Path) -> None:
     log = script.with_suffix(".log")
-    assert end_of(nursery.start([str(script), "7", "key=[a, b]"], 1, log)) == 7
+    assert end_of(nursery.start([str(script), "7", "key=[a, b]"], 1, log), 60) == 7
     told, end = log.read_text().splitlines()
     assert json.loads(told) == {
         "argv": ["7", "key=[a, b]"], "beside": True, "file": str(script), "name": "__main__", "rank": None,
@@ -61,7 +54,7 @@ def test_a_script_has_its_arguments_environment_imports_and_exit_status(nursery:
 
 def test_ranks_find_each_other_and_75_is_the_exit_status_of_all(nursery: Nursery, script: Path) -> None:
     log = script.with_suffix(".log")
-    assert end_of(nursery.start([str(script), "75"], 2, log)) == 75
+    assert end_of(nursery.start([str(script), "75"], 2, log), 60) == 75
     told = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert {(row["rank"], row["world"]) for row in told} == {("0", "2"), ("1", "2")}
 
@@ -78,5 +71,5 @@ def test_a_job_is_seen_under_its_own_name_and_ended_with_all_its_ranks(nursery: 
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job.terminate()
-    assert end_of(job) in (1, -signal.SIGTERM)
+    assert end_of(job, 60) in (1, -signal.SIGTERM)
     assert seen() == []

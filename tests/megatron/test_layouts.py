@@ -47,6 +47,11 @@ LAYOUTS = {
     "DP2": ({}, 2),
     "TP2+SP x PP2": (TP2_PP2, 4),
 }
+# The policy is compared in every layout; other models in TP and PP without more only if asked for.
+OTHERS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("TP2", "PP2")))
+    for name in ("TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2")
+]
 
 
 def mini_batch() -> Rows:
@@ -153,13 +158,13 @@ def test_layout_changes_no_policy(layout: str, policy: dict[str, Any]) -> None:
     same(f"policy {layout}", run(*LAYOUTS[layout]), policy)
 
 
-@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2"])
+@pytest.mark.parametrize("layout", OTHERS[:-1])
 def test_layout_changes_no_policy_with_tied_embeddings_and_qk_norm(layout: str, tied_policy: dict[str, Any]) -> None:
     same(f"tied policy {layout}", run(*LAYOUTS[layout], model=TIED_QWEN3), tied_policy)
 
 
 @pytest.mark.parametrize("packed", [None, 21])
-@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2"])
+@pytest.mark.parametrize("layout", OTHERS)
 def test_layout_packing_and_recomputing_change_no_gemma2(
     layout: str, packed: int | None, gemma2: dict[str, Any]
 ) -> None:
@@ -167,7 +172,7 @@ def test_layout_packing_and_recomputing_change_no_gemma2(
     same(f"Gemma 2 {layout}", result, gemma2)
 
 
-@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2"])
+@pytest.mark.parametrize("layout", OTHERS)
 def test_layout_changes_no_critic(layout: str, critic: dict[str, Any]) -> None:
     same(f"critic {layout}", run(*LAYOUTS[layout], scalar=True), critic)
 
@@ -229,12 +234,19 @@ def all_energies(layout: Layout, micro_batch_tokens: int | None = None) -> list[
     return energies  # type: ignore[return-value]
 
 
+@pytest.fixture(scope="module")
+def whole_energies() -> list[Tensor]:
+    energies: list[Tensor] = run_ranks(all_energies, 1, {})[0]
+    return energies
+
+
 @pytest.mark.parametrize("packed", [None, PACKED])
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2+VPP2"])
-def test_layout_and_packing_change_no_energy_of_any_preset(layout: str, packed: int | None) -> None:
-    expected = run_ranks(all_energies, 1, {})[0]
+def test_layout_and_packing_change_no_energy_of_any_preset(
+    layout: str, packed: int | None, whole_energies: list[Tensor]
+) -> None:
     for energies in run_ranks(all_energies, LAYOUTS[layout][1], LAYOUTS[layout][0], packed):
-        for preset, got, want in zip(PRESETS, energies, expected, strict=True):
+        for preset, got, want in zip(PRESETS, energies, whole_energies, strict=True):
             close(f"{preset} {layout}", got, want)
 
 

@@ -1,6 +1,7 @@
 """token_logprobs against log_softmax over the whole vocabulary, values and gradients, in every setting."""
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ DISTRIBUTIONS = {
     "all, looking back": Distribution(1.3, 40, 0.9, repetition_penalty=1.6, min_new_tokens=2, ending=(7, 100)),
 }
 Results = dict[str, Tensor]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def tensor_ranks() -> Any:
@@ -119,6 +121,22 @@ def compute(
     return {"outputs": outputs.detach(), "hidden": hidden.grad, "weight": weight.grad}  # type: ignore[dict-item]
 
 
+@cache
+def computed(
+    tp: int, sequence_parallel: bool, chunk: int | None, softcap: float | None = None
+) -> list[dict[tuple[str, torch.dtype], Results]]:
+    """Of each rank, in one process group: the results for every distribution in fp64 and in fp32."""
+    return run_ranks(compute_all, tp, tp, sequence_parallel, chunk, softcap)
+
+
+def compute_all(*layout: Any) -> dict[tuple[str, torch.dtype], Results]:
+    return {
+        (name, dtype): compute(distribution, dtype, *layout)
+        for name, distribution in DISTRIBUTIONS.items()
+        for dtype in TOLERANCES
+    }
+
+
 def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], expected: Results, tol: float) -> None:
     for result in got:
         close(f"{case}, outputs", result["outputs"], expected["outputs"], tol)
@@ -135,8 +153,8 @@ def compare(case: str, tp: int, sequence_parallel: bool, got: list[Results], exp
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["TP1", "TP2", "TP2+SP"])
 def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel: bool, distribution: str) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = run_ranks(compute, tp, DISTRIBUTIONS[distribution], dtype, tp, sequence_parallel, None)
+    for dtype, tolerance in TOLERANCES.items():
+        got = [rank[distribution, dtype] for rank in computed(tp, sequence_parallel, None)]
         assert got[0]["outputs"].dtype == dtype
         expected = reference(DISTRIBUTIONS[distribution], dtype)
         compare(
@@ -147,8 +165,8 @@ def test_equals_log_softmax_over_the_whole_vocabulary(tp: int, sequence_parallel
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("softcap", [0.7, 4.0])
 def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: float, distribution: str) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = run_ranks(compute, 2, DISTRIBUTIONS[distribution], dtype, 2, False, 1, softcap)
+    for dtype, tolerance in TOLERANCES.items():
+        got = [rank[distribution, dtype] for rank in computed(2, False, 1, softcap)]
         expected = reference(DISTRIBUTIONS[distribution], dtype, softcap)
         compare(f"{distribution} capped at {softcap} {dtype}", 2, False, got, expected, tolerance)
     uncapped = reference(DISTRIBUTIONS[distribution], torch.float64)["outputs"]
@@ -157,7 +175,7 @@ def test_logits_are_capped_before_all_else_and_so_are_their_gradients(softcap: f
 
 @pytest.mark.parametrize("distribution", ["plain", "all", "all, looking back"])
 def test_chunks_of_one_row_equal_one_chunk(distribution: str) -> None:
-    got = run_ranks(compute, 2, DISTRIBUTIONS[distribution], torch.float64, 2, False, 1)
+    got = [rank[distribution, torch.float64] for rank in computed(2, False, 1)]
     compare(f"{distribution}, chunked", 2, False, got, reference(DISTRIBUTIONS[distribution], torch.float64), 1e-12)
 
 

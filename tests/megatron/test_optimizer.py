@@ -1,5 +1,6 @@
 """Updates against torch's AdamW and clip_grad_norm_ on the same network in transformers; updates that must fail."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,7 +27,10 @@ MODELS = {
     "Gemma2": MODEL.model_copy(update=GEMMA2),
     "Phi3": MODEL.model_copy(update=PHI3),
 }
-STEPS = 3
+LAYOUTS: dict[str, tuple[Layout, int]] = {"TP1": ({}, 1), "PP2": (PP2, 2), "DP2": ({}, 2)}
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+FAULTS = ("loss", "gradient")
+STEPS, CLIP_GRADS = 3, (0.5, 0.0)
 OPTIMIZER = OptimizerConfig(lr=0.01, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.5, clip_grad=0.5)
 
 Training = tuple[list[dict[str, float]], dict[str, Tensor]]
@@ -39,10 +43,21 @@ def likelihood(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     return -logprobs.sum() / 50 - 0.1 * entropy.sum() / 50, {"rows": torch.tensor(float(len(output)))}
 
 
-def train(layout: Layout, model: ModelConfig, optimizer: OptimizerConfig) -> Training:
-    runner = build_runner(layout, model, optimizer=optimizer)
-    reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
-    return reports, exported(runner, model)
+def train(layout: Layout) -> dict[tuple[str, float], Training]:
+    """Every model, with gradients clipped and not, in one process group."""
+    trained = {}
+    for name, model in MODELS.items():
+        for clip_grad in CLIP_GRADS:
+            runner = build_runner(layout, model, optimizer=OPTIMIZER.model_copy(update={"clip_grad": clip_grad}))
+            reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
+            trained[name, clip_grad] = reports, exported(runner, model)
+    return trained
+
+
+@cache
+def trained(layout: str) -> list[dict[tuple[str, float], Training]]:
+    parallel, ranks = LAYOUTS[layout]
+    return run_ranks(train, ranks, parallel)
 
 
 def train_with_moments_from_the_start(precision: Precision, allocate: bool) -> tuple[Training, int]:
@@ -56,7 +71,7 @@ def train_with_moments_from_the_start(precision: Precision, allocate: bool) -> t
     return (reports, exported(runner)), moments
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_moments_that_are_allocated_before_training_change_no_update(precision: Precision) -> None:
     (reports, weights), moments = run_ranks(train_with_moments_from_the_start, 1, precision, True)[0]
     (expected_reports, expected), none = run_ranks(train_with_moments_from_the_start, 1, precision, False)[0]
@@ -95,14 +110,15 @@ def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Trai
     return reports, {name: p.detach() for name, p in network.named_parameters()}
 
 
-@pytest.mark.parametrize("clip_grad", [0.5, 0.0])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (PP2, 2), ({}, 2)], ids=["TP1", "PP2", "DP2"])
-def test_updates_are_those_of_torch_adamw(layout: Layout, ranks: int, model: ModelConfig, clip_grad: float) -> None:
+@pytest.mark.parametrize("clip_grad", CLIP_GRADS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_updates_are_those_of_torch_adamw(layout: str, model: str, clip_grad: float) -> None:
     optimizer = OPTIMIZER.model_copy(update={"clip_grad": clip_grad})
-    expected_reports, expected = train_in_plain_torch(model, optimizer)
-    for reports, parameters in run_ranks(train, ranks, layout, model, optimizer):
-        close(f"AdamW, {ranks} ranks, clip {clip_grad}, parameters", parameters, expected)
+    expected_reports, expected = train_in_plain_torch(MODELS[model], optimizer)
+    for rank in trained(layout):
+        reports, parameters = rank[model, clip_grad]
+        close(f"AdamW, {model}, {layout}, clip {clip_grad}, parameters", parameters, expected)
         for got, want in zip(reports, expected_reports, strict=True):
             assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
@@ -119,7 +135,17 @@ def test_updates_of_a_distributed_optimizer_during_whose_backward_passes_gradien
         assert [report["loss"] for report in reports] == pytest.approx([r["loss"] for r in expected_reports], rel=1e-6)
 
 
-def broken(layout: Layout, precision: Any, where: str) -> tuple[str, bool, bool]:
+@cache
+def broken(layout: str) -> list[dict[tuple[str, str], tuple[str, bool, bool]]]:
+    parallel, ranks = LAYOUTS[layout]
+    return run_ranks(break_all, ranks, parallel)
+
+
+def break_all(layout: Layout) -> dict[tuple[str, str], tuple[str, bool, bool]]:
+    return {(precision, where): break_one(layout, precision, where) for precision in PRECISIONS for where in FAULTS}
+
+
+def break_one(layout: Layout, precision: Precision, where: str) -> tuple[str, bool, bool]:
     """What is said about a broken update; whether it left every bit alone; whether training then goes on as without."""
     runner = build_runner(layout, QWEN2, precision=precision, optimizer=OPTIMIZER)
     runner.train_step(random_batch(), likelihood)
@@ -151,13 +177,12 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), (PP2, 2), ({}, 2)], ids=["TP1", "PP2", "DP2"])
-def test_update_that_is_not_finite_is_refused_on_every_rank(
-    layout: Layout, ranks: int, precision: str, where: str
-) -> None:
-    for said, unchanged, goes_on in run_ranks(broken, ranks, layout, precision, where):
+@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_update_that_is_not_finite_is_refused_on_every_rank(layout: str, precision: str, where: str) -> None:
+    for rank in broken(layout):
+        said, unchanged, goes_on = rank[precision, where]
         assert "a loss or gradient is not finite, nothing was updated" in said
         assert unchanged
         assert goes_on

@@ -128,8 +128,21 @@ def expected_energies(norms: dict[Any, Any], config: EnergyProbeConfig) -> Tenso
     return torch.stack(columns, dim=-1)
 
 
-def megatron_logprobs(layout: Layout, model: ModelConfig, micro_batch_tokens: int | None) -> Tensor:
-    return build_runner(layout, model, micro_batch_tokens=micro_batch_tokens).infer(*inputs(), outputs=2)[0]
+def megatron_logprobs(layout: Layout, micro_batch_tokens: int | None) -> dict[str, Tensor]:
+    """Of all families, in one process group."""
+    return {
+        family: build_runner(layout, model, micro_batch_tokens=micro_batch_tokens).infer(*inputs(), outputs=2)[0]
+        for family, model in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def scored() -> dict[str, list[dict[str, Tensor]]]:
+    cases: tuple[tuple[Layout, int, int | None], ...] = (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25))
+    return {
+        f"{layout}, packed {packed}": run_ranks(megatron_logprobs, ranks, layout, packed)
+        for layout, ranks, packed in cases
+    }
 
 
 def megatron_energies(layout: Layout, model: ModelConfig, configs: list[EnergyProbeConfig]) -> list[Tensor]:
@@ -144,13 +157,14 @@ def megatron_energies(layout: Layout, model: ModelConfig, configs: list[EnergyPr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_and_entropies_are_those_of_transformers(family: str) -> None:
-    model = FAMILIES[family]
-    expected = transformers_logprobs(transformers_model(family, model)).detach()
-    for layout, ranks, packed in (({}, 1, None), ({}, 1, 25), (TP2, 2, None), (PP2, 2, 25)):
-        for outputs in run_ranks(megatron_logprobs, ranks, layout, model, packed):
-            close(f"{family}, {layout}, packed {packed}, log-prob", outputs[..., 0], expected[..., 0])
-            close(f"{family}, {layout}, packed {packed}, entropy", outputs[..., 1], expected[..., 1])
+def test_logprobs_and_entropies_are_those_of_transformers(
+    family: str, scored: dict[str, list[dict[str, Tensor]]]
+) -> None:
+    expected = transformers_logprobs(transformers_model(family, FAMILIES[family])).detach()
+    for case, ranks in scored.items():
+        for rank in ranks:
+            close(f"{family}, {case}, log-prob", rank[family][..., 0], expected[..., 0])
+            close(f"{family}, {case}, entropy", rank[family][..., 1], expected[..., 1])
 
 
 def weighted_batch() -> Rows:

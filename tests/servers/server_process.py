@@ -1,9 +1,6 @@
-"""Start the tiny server on two ranks through torchrun, as a user would."""
+"""Start the tiny server on two ranks, as a launch does."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from distributed import free_port
+from jobs import nursery
 
+from nemo_eppo.launch.nursery import ForkedJob
 from nemo_eppo.servers.certificates import create
 from nemo_eppo.servers.frontend import remove_leftovers
 from nemo_eppo.settings.servers import ClientConfig
@@ -22,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Server:
-    torchrun: "subprocess.Popen[bytes]"
+    torchrun: ForkedJob
     url: str
     ready_file: Path
     output: Path
@@ -43,15 +41,8 @@ def running_server(folder: Path) -> Iterator[Server]:
     ready, output = folder / "ready.json", folder / "output.txt"
     certificates = folder / "certificates of a run"  # a path with blanks
     create(certificates)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(output, "wb") as log:
-        torchrun = subprocess.Popen(
-            [*command, str(ROOT / "tests/servers/tiny_server.py"), str(ready), str(certificates)],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+    script = str(ROOT / "tests/servers/tiny_server.py")
+    torchrun = nursery().start([script, str(ready), str(certificates)], 2, output)
     started: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 120
@@ -66,5 +57,5 @@ def running_server(folder: Path) -> Iterator[Server]:
         for process in [*started, torchrun]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        torchrun.wait()
+        psutil.wait_procs(started)
         remove_leftovers()

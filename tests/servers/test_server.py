@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from jobs import end_of
 from pydantic import ValidationError
 from server_process import Server, running_server
 from tiny_server import EXPECT, FAIL, MAX_BATCH, NAN, SLEEP, VOCAB, embedding
@@ -287,7 +288,7 @@ def test_any_rank_told_to_stop_ends_all_cleanly(tmp_path: Path) -> None:
         processes = server.processes()
         assert any("tritonserver" in p.name() for p in processes)
         os.kill(pids[1], signal.SIGTERM)
-        assert server.torchrun.wait(60) == 0  # 0 only if all ranks give 0
+        assert end_of(server.torchrun, 60) == 0  # 0 only if all ranks give 0
         assert not psutil.wait_procs(processes, timeout=10)[1]
         assert "Traceback" not in server.output.read_text()
         assert not server.ready_file.exists()

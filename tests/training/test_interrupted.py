@@ -203,7 +203,7 @@ def test_sigterm_and_the_time_limit_end_a_run_with_a_checkpoint(whole: Runs, tmp
         assert runs.saved("actor") == ["best", "step_000001"]
         told = runs.actor(port, **rarely)
         told.wait_for(lambda: [row["step"] for row in runs.trajectory()][-1] >= 2)
-        told.process.send_signal(signal.SIGTERM)
+        told.process.terminate()
         assert told.wait(100) == NOT_FINISHED, log(told)
         assert "SIGTERM: saving, then ending" in log(told)
         steps = [row["step"] for row in runs.trajectory()]

@@ -50,12 +50,18 @@ def update(
     return {"report": report, "out": out, "rows": rows, "gradients": gradients}
 
 
+@pytest.fixture(scope="module")
+def whole_updates(models: Models, trained: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Of each kind, on one rank in one micro-batch."""
+    return {kind: run_ranks(update, 1, models, trained[kind], kind, {}, {"micro_batch_size": 8})[0] for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_layout_or_micro_batch_changes_an_update(
-    layout: str, kind: str, models: Models, trained: dict[str, Path]
+    layout: str, kind: str, models: Models, trained: dict[str, Path], whole_updates: dict[str, dict[str, Any]]
 ) -> None:
-    whole = run_ranks(update, 1, models, trained[kind], kind, {}, {"micro_batch_size": 8})[0]
+    whole = whole_updates[kind]
     ranks, parallel, micro_batches = LAYOUTS[layout]
     for found in run_ranks(update, ranks, models, trained[kind], kind, parallel, micro_batches):
         assert found["report"].keys() == whole["report"].keys()
@@ -103,8 +109,8 @@ def test_odins_update_follows_the_gradient_of_the_documented_loss(models: Models
     torch.testing.assert_close(expected, measured, rtol=0.02, atol=2e-3)
 
 
-def test_informs_loss_is_the_documented_formula(models: Models, trained: dict[str, Path]) -> None:
-    made = run_ranks(update, 1, models, trained["inform"], "inform", {}, {"micro_batch_size": 8})[0]
+def test_informs_loss_is_the_documented_formula(whole_updates: dict[str, dict[str, Any]]) -> None:
+    made = whole_updates["inform"]
     rows, out = made["rows"], made["out"]
     last = out[torch.arange(16), rows["lengths"] - 1].double()
     mean, logvar = last[:, 1 : 1 + LATENTS], last[:, 1 + LATENTS :]

@@ -1,5 +1,0 @@
-"""Fixtures of this folder."""
-
-from jobs import models
-
-__all__ = ["models"]

@@ -1,5 +1,0 @@
-"""Fixtures of this folder."""
-
-from jobs import models, reward_url
-
-__all__ = ["models", "reward_url"]
