@@ -43,21 +43,25 @@ def likelihood(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     return -logprobs.sum() / 50 - 0.1 * entropy.sum() / 50, {"rows": torch.tensor(float(len(output)))}
 
 
-def train(layout: Layout) -> dict[tuple[str, float], Training]:
+def train(layout: Layout, model: ModelConfig, optimizer: OptimizerConfig) -> Training:
+    runner = build_runner(layout, model, optimizer=optimizer)
+    reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
+    return reports, exported(runner, model)
+
+
+def train_all(layout: Layout) -> dict[tuple[str, float], Training]:
     """Every model, with gradients clipped and not, in one process group."""
-    trained = {}
-    for name, model in MODELS.items():
-        for clip_grad in CLIP_GRADS:
-            runner = build_runner(layout, model, optimizer=OPTIMIZER.model_copy(update={"clip_grad": clip_grad}))
-            reports = [runner.train_step(random_batch(), likelihood) for _ in range(STEPS)]
-            trained[name, clip_grad] = reports, exported(runner, model)
-    return trained
+    return {
+        (name, clip_grad): train(layout, model, OPTIMIZER.model_copy(update={"clip_grad": clip_grad}))
+        for name, model in MODELS.items()
+        for clip_grad in CLIP_GRADS
+    }
 
 
 @cache
 def trained(layout: str) -> list[dict[tuple[str, float], Training]]:
     parallel, ranks = LAYOUTS[layout]
-    return run_ranks(train, ranks, parallel)
+    return run_ranks(train_all, ranks, parallel)
 
 
 def train_with_moments_from_the_start(precision: Precision, allocate: bool) -> tuple[Training, int]:
