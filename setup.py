@@ -62,6 +62,9 @@ setup(
             "kubernetes-validate>=1.33",
             "aiohttp",  # drives Chromium in the tests that look at pages
         ],
+        "benchmarks": [
+            "trl==1.12.0"
+        ],  # the peer of tests/benchmarks/trl_ppo.py; its PPO trainer moves between releases
         # GPU machines only. Apex comes with the NGC container (docker/Dockerfile):
         # the package called `apex` on the public index is an unrelated project.
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],

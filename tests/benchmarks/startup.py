@@ -1,13 +1,9 @@
 """Seconds that people wait: for --help, a wrong key, doctor, the first PPO step of a launch, and its end.
 
-python tests/benchmarks/startup.py [--against OTHER_CHECKOUT] [--repeats 5] [--json FILE]
-
 With --against, both checkouts do the same in turn, and ratios are told; each needs an environment in .venv of its own.
 The launch has a critic and a reward server, and an actor on two tensor-parallel ranks, of tiny fresh models.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import tempfile
@@ -17,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pairs import Options, Row
 
 from nemo_eppo.tools.noun_task import write_noun_task
 
@@ -25,32 +22,27 @@ STEPS = 5
 SCRIPT = "examples/nlp/gpt/train_gpt_ppo_actor.py"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout, the one to compare with")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where all numbers are written")
-    arguments = parser.parse_args()
-    checkouts = {"here": HERE} | ({"other": arguments.against.resolve()} if arguments.against else {})
+def measure(options: Options) -> list[Row]:
+    checkouts = {"here": HERE} | ({"other": options.against.resolve()} if options.against else {})
     found: dict[str, dict[str, list[float]]] = {name: {} for name in checkouts}
     with tempfile.TemporaryDirectory() as folder:
-        models = make_models(Path(folder))
-        for number in range(arguments.repeats):
+        models = None if options.smallest else make_models(Path(folder))
+        for number in range(options.rounds):
             for name, checkout in checkouts.items():
-                for what, seconds in measure(checkout, models, Path(folder) / f"{name}_{number}").items():
+                for what, seconds in waits(checkout, models, Path(folder) / f"{name}_{number}").items():
                     found[name].setdefault(what, []).append(seconds)
+    rows: list[Row] = []
     for what, here in found["here"].items():
-        told = f"{what:40} {statistics.median(here):6.1f} s [{min(here):.1f}, {max(here):.1f}]"
-        if arguments.against:
+        row: Row = {"what": what, "seconds": statistics.median(here), "fastest": min(here), "slowest": max(here)}
+        if options.against:
             ratios = [mine / theirs for mine, theirs in zip(here, found["other"][what], strict=True)]
-            told += f"   ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(told)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+            row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        rows.append(row)
+    return rows
 
 
-def measure(checkout: Path, models: Path, output: Path) -> dict[str, float]:
-    """Return the seconds of each thing that a person waits for."""
+def waits(checkout: Path, models: Path | None, output: Path) -> dict[str, float]:
+    """Return the seconds of each thing that a person waits for; of a launch, if there are models for it."""
     python = str(checkout / ".venv/bin/python")
 
     def run(*command: str) -> float:
@@ -58,11 +50,10 @@ def measure(checkout: Path, models: Path, output: Path) -> dict[str, float]:
         subprocess.run([python, *command], cwd=checkout, capture_output=True, check=False)
         return time.perf_counter() - started
 
-    seconds = {
-        "--help of a script": run(SCRIPT, "--help"),
-        "a wrong key": run(SCRIPT, "modle.precision=bf16"),
-        "doctor": run("-m", "nemo_eppo.cli", "doctor"),
-    }
+    seconds = {"--help of a script": run(SCRIPT, "--help"), "a wrong key": run(SCRIPT, "modle.precision=bf16")}
+    if models is None:
+        return seconds
+    seconds["doctor"] = run("-m", "nemo_eppo.cli", "doctor")
     return seconds | measure_launch([python, "-m", "nemo_eppo.cli", "launch"], checkout, models, output)
 
 
@@ -122,7 +113,3 @@ def ppo(models: Path, output: Path) -> dict[str, Any]:
 def write(launch: Mapping[str, Any], file: Path) -> Path:
     file.write_text(yaml.safe_dump(dict(launch), sort_keys=False))
     return file
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,84 @@
+"""Models of the same shape in our classes and in those of transformers, with fresh weights, and rows for them."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemo_eppo.megatron.energy import EnergyProbe
+from nemo_eppo.megatron.logprobs import IGNORE
+from nemo_eppo.megatron.model import build_model
+from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
+from nemo_eppo.megatron.runner import ModelRunner, Rows
+from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig
+from nemo_eppo.settings.training import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(lr=1e-6)
+
+
+def shape(layers: int = 4, width: int = 256, vocabulary: int = 1024, window: int = 512) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=4 * width,
+        num_attention_heads=8,
+        vocab_size=vocabulary,
+        max_sequence_length=window,
+    )
+
+
+def our_runner(
+    model: ModelConfig,
+    micro_batch_size: int = 64,
+    *,
+    head: Head = "lm",
+    trained: bool = False,
+    probe: EnergyProbeConfig | None = None,
+    micro_batch_tokens: int | None = None,
+) -> ModelRunner:
+    initialize(ParallelConfig(), seed=1)
+    chunks = build_model(model, ParallelConfig(), head=head)
+    optimizer = scheduler = None
+    if trained:
+        chunks = wrap_data_parallel(chunks, OPTIMIZER, "fp32")
+        optimizer, scheduler = build_optimizer(chunks, OPTIMIZER, "fp32", total_steps=10_000)
+    return ModelRunner(
+        chunks,
+        micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        probe=EnergyProbe(probe, chunks, model.num_layers) if probe else None,
+    )
+
+
+def their_model(model: ModelConfig) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_sequence_length,
+            eos_token_id=model.vocab_size - 1,
+        )
+    )
+
+
+def rows_of(lengths: Tensor, vocabulary: int) -> Rows:
+    """Random rows of these lengths [N], in the order in which `ModelRunner.infer` takes them; only the first token of a
+    row is its prompt."""
+    tokens = torch.randint(vocabulary, (len(lengths), int(lengths.max())))
+    inside = torch.arange(tokens.size(1)) < lengths[:, None] - 1
+    return {"tokens": tokens, "lengths": lengths, "targets": torch.where(inside, tokens.roll(-1, 1), IGNORE)}
+
+
+def even_rows(rows: int, length: int, vocabulary: int) -> Rows:
+    return rows_of(torch.full((rows,), length), vocabulary)
+
+
+def mean_nll(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of `train_step` if all rows are in one micro-batch: the mean negative log-prob of the targets."""
+    return -output[..., 0].sum() / (rows["targets"] != IGNORE).sum(), {}

@@ -1,0 +1,28 @@
+"""Every benchmark runs, at its smallest size, and writes its numbers; their values are not looked at."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SHARED = {"pairs", "networks", "__main__", "test_benchmarks"}
+
+
+def test_all_benchmarks_write_their_numbers(tmp_path: Path) -> None:
+    options = ["--smallest", "--rounds", "1", "--threads", "1", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(HERE), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {file.stem for file in HERE.glob("*.py")} - SHARED
+    assert {file.stem for file in tmp_path.glob("*.json")} == names
+    for name in names:
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["benchmark"] == name
+        assert found["rows"], name
+        for row in found["rows"]:
+            numbers = [value for value in row.values() if not isinstance(value, str)]
+            assert numbers, f"{name}: {row}"
+            assert all(map(math.isfinite, numbers)), f"{name}: {row}"
+        table = (tmp_path / f"{name}.md").read_text()
+        assert all(f"| {row['what']} |" in table for row in found["rows"])
