@@ -120,6 +120,15 @@ def _speed(jobs: Sequence[Job]) -> Iterator[Finding]:
             slow["model.micro_batch_tokens = null"] = (
                 "a number of tokens, for packed rows, in which no padding is computed"
             )
+        optimizer = job.setting("optimizer")
+        replicas = job.settings.model.parallel.data_parallel_size(job.ranks)
+        if optimizer is not None and replicas > 1:
+            if not optimizer.distributed:
+                slow["optimizer.distributed = false"] = (
+                    f"true, with which each of {replicas} replicas updates, and keeps the states of, its own share"
+                )
+            if optimizer.overlap_grad_reduce is False:
+                slow["optimizer.overlap_grad_reduce = false"] = "null, which sums gradients during the backward pass"
         if slow:
             yield warning(f"{job.name}: speed", f"slow on GPUs: {', '.join(slow)}", f"set {'; '.join(slow.values())}")
 

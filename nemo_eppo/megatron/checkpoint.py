@@ -1,5 +1,9 @@
 """Saves weights and optimizer of a running job to a checkpoint and loads them, under any layout."""
 
+from collections import ChainMap
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,26 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import lora
-from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron.collectives import all_or_none, on_rank0
 from nemo_eppo.megatron.model import unwrap
-from nemo_eppo.megatron.optimizer import load_state
+from nemo_eppo.megatron.optimizer import allocate_state, load_state
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.models.checkpoint_files import WEIGHTS, Manifest, complete, read_manifest, start, stored_precision
-from nemo_eppo.models.stored_pickles import refusals, refuse_code
+from nemo_eppo.megatron.runtime import control_group
+from nemo_eppo.models.checkpoint_files import (
+    WEIGHTS,
+    Manifest,
+    compare,
+    complete,
+    complete_in,
+    digests,
+    latest,
+    note_digests,
+    read_manifest,
+    start,
+    stored_precision,
+)
+from nemo_eppo.models.stored_pickles import read_metadata, refusals, refuse_code
+from nemo_eppo.settings.model import Head, ModelConfig, Precision
 
 _QUANTISED = "_extra_state"  # of quantised training, which there is none of; TransformerEngine would unpickle it
 
@@ -47,7 +65,46 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
         str(incomplete / WEIGHTS),
         async_sharded_save=True,
     )
+    if request.async_fn is not None:  # this rank writes
+        request = request._replace(async_fn=partial(_write_and_note_digests, incomplete, request.async_fn))
     return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)}), incomplete
+
+
+def verify(directory: Path) -> Manifest:
+    """Do as `checkpoint_files.verify`, each rank with its share of the files; collective, with one result or error."""
+    manifest = on_rank0(lambda: read_manifest(directory))
+    names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    own = names[dist.get_rank() :: dist.get_world_size()]
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, all_or_none(lambda: digests(directory, own)), group=control_group())
+    compare(directory, manifest, ChainMap(*found))
+    return manifest
+
+
+def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
+    """Find the newest checkpoint of a run that resumes with this very model, and `verify` it; collective.
+
+    Raises:
+        ConfigError: it is damaged (the message names the file, and how to resume from the checkpoint before), or holds
+            another model (the message names every difference).
+    """
+    newest = on_rank0(lambda: latest(folder))
+    if newest is None:
+        return None
+    try:
+        manifest = verify(newest)
+    except ConfigError as error:
+        others = [path for path in complete_in(folder) if path != newest]
+        then = f"to resume from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
+        raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
+    saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
+    now = {**model.model_dump(), "head": head, "precision": precision}
+    if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
+        raise ConfigError(
+            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run resumes with its own model; "
+            "choose another run directory for this one"
+        )
+    return newest
 
 
 def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh_head: bool = False) -> Manifest:
@@ -60,7 +117,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
 
     Raises:
         ConfigError: see `read_manifest`; something in it would run code (the message names it); or training is to
-            resume, but the optimizer was not saved, or was saved with other adapters or in another precision.
+            resume, but the optimizer was not saved, or was saved with other adapters, in another precision, or sharded
+            where this one is not, or the other way round.
     """
     manifest = read_manifest(directory)
     if optimizer and not manifest.optimizer:
@@ -74,6 +132,12 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     if optimizer and precision != (stored := stored_precision(directory)):
         raise ConfigError(
             f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
+        )
+    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (
+        saved := _is_sharded(directory)
+    ):
+        raise ConfigError(
+            f"{directory} was saved with optimizer.distributed = {saved}; training cannot resume from it with {now}"
         )
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:
@@ -99,13 +163,34 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     return manifest
 
 
+def _write_and_note_digests(
+    incomplete: Path, write: Callable[..., None], rank: int, buckets: list[tuple[str, str, Any]], results: Any
+) -> None:
+    """Replace megatron-core's function that writes a rank's files (path, name, data), in a process of its own."""
+    write(rank, buckets, results)  # an error goes into `results`
+    with suppress(OSError):  # of files that could not be written, too: a checkpoint that is complete meets it in `seal`
+        note_digests(incomplete, [f"{WEIGHTS}/{name}" for _, name, _ in buckets], rank)
+
+
+def _is_sharded(directory: Path) -> bool:
+    """Tell whether a checkpoint was saved by a distributed optimizer, which names fp32 weights otherwise."""
+    return any(
+        name.startswith("optimizer.state.param.") for name in read_metadata(directory / WEIGHTS).state_dict_metadata
+    )
+
+
 def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",  # the only one (0.16) that loads under any layout
+    }
     state: dict[str, Any] = {}
     for index, chunk in enumerate(runner.chunks):
         entries = unwrap(chunk).sharded_state_dict(metadata=metadata).items()
         state[f"chunk{index}"] = {key: value for key, value in entries if not key.endswith(_QUANTISED)}
     if optimizer:
+        if is_loading:
+            allocate_state(runner.optimizer)
         state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         state["scheduler"] = runner.scheduler.state_dict()
     return state

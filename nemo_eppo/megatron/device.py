@@ -41,6 +41,10 @@ _DEVICE_LITERALS: dict[str, tuple[str, ...]] = {
         "Float16OptimizerWithFloat16Params.__init__",
         "FP32Optimizer.__init__",
     ),
+    "optimizer.distrib_optimizer": (
+        "DistributedOptimizer.__init__",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+    ),
     "dist_checkpointing.exchange_utils": (
         "_get_empty_tensor_for_exchange",
         "exchange_loaded_tensors_gather_rounds",
@@ -118,7 +122,7 @@ def install() -> None:
         torch.cuda.set_device(device())
         return
     # their warnings advise users of GPUs, on every rank, at every start
-    for module in (r"megatron\.core", r"torch\.distributed\.checkpoint"):
+    for module in (r"megatron\.core", r"torch\.distributed\.(checkpoint|c10d_logger)"):
         warnings.filterwarnings("ignore", module=module)
     if torch.cuda.Event is _CpuEvent:
         return

@@ -11,9 +11,8 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
+from torch import Tensor, nn
 
-from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
@@ -24,21 +23,21 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
-    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, after the last micro-batch.
+    """Wrap every chunk in Megatron's DDP, which sums gradients, in fp32, in or after the last backward pass.
 
-    Raises:
-        ConfigError: the distributed optimizer is asked for without GPUs.
+    A distributed optimizer's weights are gathered at the end of its update, not during the next forward pass: the
+    reference, generation engines, checkpoints and the log-probabilities' projection read them outside of modules'
+    forward passes, where Megatron would not wait for them.
     """
-    if optimizer.distributed and not device.on_gpu():
-        raise ConfigError(
-            "optimizer.distributed = true needs GPUs: its checkpoints cannot be loaded without TransformerEngine"
-        )
+    overlap = device.on_gpu() if optimizer.overlap_grad_reduce is None else optimizer.overlap_grad_reduce
     config: Any = chunks[0].config
     wrapped = [
         DistributedDataParallel(
             config=config,
             ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=precision != "fp32", use_distributed_optimizer=optimizer.distributed
+                grad_reduce_in_fp32=precision != "fp32",
+                overlap_grad_reduce=overlap,
+                use_distributed_optimizer=optimizer.distributed,
             ),
             module=chunk,
             disable_bucketing=index > 0,
@@ -48,6 +47,9 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
     for chunk in wrapped:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
+    if overlap:  # else every micro-batch would sum
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
@@ -78,8 +80,10 @@ def build_optimizer(
         ),
         chunks,
     )
-    if precision == "bf16" and not config.distributed:
-        for part in optimizer.chained_optimizers:
+    for part in optimizer.chained_optimizers:
+        if config.distributed:
+            _find_states_where_they_are(part)
+        elif precision == "bf16":
             _give_main_copies_to_heads(part)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
@@ -116,10 +120,39 @@ def load_state(
 ) -> None:
     """Resume with a checkpoint's moments and number of updates, but this job's settings, which may have changed."""
     settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    shards = optimizer_state.pop("param_state", None)  # of a distributed optimizer
     optimizer.load_state_dict(optimizer_state)
+    if shards is not None:
+        _load_shards(optimizer, shards)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
     scheduler.load_state_dict(scheduler_state)
+
+
+def _load_shards(optimizer: Any, shards: dict[int, dict[str, Tensor]]) -> None:
+    [part] = optimizer.chained_optimizers
+    counting = [state for state in part.optimizer.state.values() if "step" in state]  # torch's AdamW, not FusedAdam
+    # megatron-core (0.16) looks for every tensor of a state in the shards, and sets one `step` tensor for all states,
+    # which each of them would then count up
+    steps = [state.pop("step").clone() for state in counting]
+    with torch.no_grad():  # shards of fp32 weights are views of the weights
+        part.load_parameter_state_from_fully_reshardable(shards)
+    for state, step in zip(counting, steps, strict=True):
+        state["step"] = step
+
+
+def _find_states_where_they_are(optimizer: Any) -> None:
+    # Two errors of megatron-core's distributed optimizer (0.16) would mix up states in checkpoints. It gathers buffers
+    # without the padding between buckets, and looks for parameters in them as if it were there: let it be.
+    for buffer in optimizer.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    # And it puts fp32 parameters, our heads, before the others of a group, but looks for them behind the others.
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for group, (fp32, others) in enumerate(groups):
+        for place, parameter in enumerate([*fp32, *others]):
+            optimizer.model_param_group_index_map[parameter] = (group, place)
 
 
 def _give_main_copies_to_heads(optimizer: Any) -> None:

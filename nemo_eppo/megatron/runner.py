@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -198,12 +199,15 @@ class ModelRunner:
 
         reports = self._run(batches, lambda batch: partial(loss, batch), forward_only=False)
         sums = self._sum_reports(reports)
-        # Megatron's own step would apply a NaN before reporting it: check the norm first
+        # the parts of Megatron's own step, which would apply a NaN before reporting it
         self.optimizer.prepare_grads()
         sums["grad_norm"] = float(self.optimizer.get_grad_norm())
         if not all(math.isfinite(value) for value in sums.values()):
             raise FloatingPointError(f"a loss or gradient is not finite, nothing was updated: {sums}")
-        self.optimizer.step()
+        for part in self.optimizer.chained_optimizers:
+            if part.config.clip_grad and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, sums["grad_norm"])
+        self.optimizer.step_with_ready_grads()
         sums["lr"] = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step(1)
         return sums

@@ -33,7 +33,11 @@ others."""
 
 def has_transformer_engine() -> bool:
     """Tell whether TransformerEngine's modules are used: it is installed and this process computes on a GPU."""
-    return device.on_gpu() and importlib.util.find_spec("transformer_engine") is not None
+    return device.on_gpu() and _installed("transformer_engine")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def transformer_config(
@@ -89,7 +93,8 @@ def transformer_config(
         batch_p2p_sync=False,
         use_cpu_initialization=not gpu,
         attention_backend=AttnBackend.auto if has_transformer_engine() else AttnBackend.local,
-        gradient_accumulation_fusion=False,
+        # Megatron's own linears, of which the output projection is one, refuse it without APEX
+        gradient_accumulation_fusion=has_transformer_engine() and _installed("fused_weight_gradient_mlp_cuda"),
         bias_activation_fusion=gpu and model.activation == "silu",
         bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,

@@ -21,12 +21,13 @@ from pydantic import Field
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import fsync_tree, inside, json_object, put_in_place, sha256, unused_name
+from nemo_eppo.files import fsync_tree, inside, json_object, put_in_place, sha256, unused_name, write_atomically
 from nemo_eppo.models.stored_pickles import read_metadata
 from nemo_eppo.settings.model import Head, LoRAConfig, ModelConfig, Precision
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights", "tokenizer"
 _FORMAT = 1
+_NOTES = "digests_of_writer_"
 GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
     f"tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template* {GENERATION}"
@@ -98,36 +99,15 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
 def verify(directory: Path) -> Manifest:
     """Read the manifest as `read_manifest` does, and also compare the digest of every file."""
     manifest = read_manifest(directory)
-    for name, digest in _digests(directory, list(manifest.files)).items():
-        if digest != manifest.files[name].sha256:
-            raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
+    compare(directory, manifest, digests(directory, list(manifest.files)))
     return manifest
 
 
-def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
-    """Find the newest checkpoint of a run that resumes with this very model, and compare every digest.
-
-    Raises:
-        ConfigError: it is damaged (the message names the file, and how to resume from the checkpoint before), or holds
-            another model (the message names every difference).
-    """
-    newest = latest(folder)
-    if newest is None:
-        return None
-    try:
-        manifest = verify(newest)
-    except ConfigError as error:
-        others = [path for path in complete_in(folder) if path != newest]
-        then = f"to resume from the one before, {others[-1].name}" if others else "it is the only one; to start anew"
-        raise ConfigError(f"{error}\n{then}: mv {newest} {folder / f'damaged_{newest.name}'}") from None
-    saved = {**manifest.model.model_dump(), "head": manifest.head, "precision": stored_precision(newest)}
-    now = {**model.model_dump(), "head": head, "precision": precision}
-    if changed := [f"{name} = {saved[name]!r}, now {value!r}" for name, value in now.items() if saved[name] != value]:
-        raise ConfigError(
-            f"{newest} holds another model than the settings ({'; '.join(changed)}): a run resumes with its own model; "
-            "choose another run directory for this one"
-        )
-    return newest
+def compare(directory: Path, manifest: Manifest, found: Mapping[str, str]) -> None:
+    """Raise ConfigError if the digests found of a checkpoint's files are not those of its manifest."""
+    for name, entry in manifest.files.items():
+        if found[name] != entry.sha256:
+            raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
 
 
 def latest(directory: Path) -> Path | None:
@@ -204,13 +184,22 @@ def seal(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
     """Add to a checkpoint's weights the tokenizer, and the manifest with every digest."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory / TOKENIZER)
+    noted: dict[str, str] = {}
+    for notes in directory.glob(f"{_NOTES}*"):
+        noted |= json.loads(notes.read_bytes())
+        notes.unlink()
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    digests = _digests(directory, names)
-    files = {name: FileEntry(size=(directory / name).stat().st_size, sha256=digests[name]) for name in names}
+    noted |= digests(directory, [name for name in names if name not in noted])
+    files = {name: FileEntry(size=(directory / name).stat().st_size, sha256=noted[name]) for name in names}
     (directory / MANIFEST).write_text(json.dumps(manifest.model_copy(update={"files": files}).model_dump(), indent=1))
 
 
-def _digests(directory: Path, names: list[str]) -> dict[str, str]:
+def note_digests(directory: Path, names: list[str], writer: int) -> None:
+    """Leave the digests of files that the process number `writer` has written there for `seal`, which adds others."""
+    write_atomically(directory / f"{_NOTES}{writer}", json.dumps(digests(directory, names)))
+
+
+def digests(directory: Path, names: list[str]) -> dict[str, str]:
     """Compute the SHA-256 of files, several at a time: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(sha256, (directory / name for name in names)), strict=True))

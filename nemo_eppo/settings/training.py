@@ -36,7 +36,11 @@ class OptimizerConfig(Config):
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     distributed: bool = False
-    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer; GPUs only)."""
+    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer). A run resumes with the
+    value that it was saved with, under any layout."""
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over data-parallel ranks while the backward pass of the last micro-batch still runs; null does so
+    on GPUs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "OptimizerConfig":

@@ -220,11 +220,7 @@ def _common(c: Conversion) -> None:
             c.values["optimizer.min_lr"] <= c.values["optimizer.lr"],
             f"above model.optim.lr = {c.values['optimizer.lr']}",
         )
-        note = ""
-        if "distributed" in name:
-            note = "true shards optimizer states over data-parallel ranks, as there; GPUs only, so it is left to you"
-            _mark(c, "model.optim.name", "changed", note)
-        c.put("optimizer.distributed", False, note)
+        c.put("optimizer.distributed", "distributed" in name)
 
 
 def _lora(c: Conversion) -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.policy import value_loss
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver
@@ -72,8 +71,7 @@ class CriticModel:
         self._folder = directory / CHECKPOINTS
         self._saver = CheckpointSaver(self._folder, self.plan.tokenizer_path, asynchronous)
         precision = self.plan.setup.precision
-        newest = partial(checkpoint_files.verify_newest, self._folder, "scalar", self.plan.model, precision)
-        self._build(on_rank0(newest))
+        self._build(checkpoint.verify_newest(self._folder, "scalar", self.plan.model, precision))
 
     @property
     def step(self) -> int:
@@ -112,7 +110,7 @@ class CriticModel:
             resume = self._saver.path(step) if step else None
             if resume is not None:
                 try:
-                    on_rank0(lambda: checkpoint_files.verify(resume))
+                    checkpoint.verify(resume)
                 except (ConfigError, PeerError) as error:
                     raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
             del self.runner  # before the new one needs as much memory

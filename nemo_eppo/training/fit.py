@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from nemo_eppo.config import RunStopped
 from nemo_eppo.data.datasets import Examples, GlobalBatches
-from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.collectives import on_rank0
+from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
@@ -100,7 +99,7 @@ class Fit:
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
         folder = run.directory / CHECKPOINTS
-        resume = on_rank0(lambda: checkpoint_files.verify_newest(folder, task.head, plan.model, plan.setup.precision))
+        resume = checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)
         done = 0
         if resume is not None:
             manifest = checkpoint_files.read_manifest(resume)

@@ -207,7 +207,7 @@ class PPOLoop:
         """Load the newest checkpoint of this run, if there is one, and make the critic go back to its state then.
         Return the number of steps done."""
         ppo, precision = self.ppo, self.plan.setup.precision
-        newest = on_rank0(lambda: checkpoint_files.verify_newest(self.checkpoints, "lm", self.plan.model, precision))
+        newest = checkpoint.verify_newest(self.checkpoints, "lm", self.plan.model, precision)
         state = checkpoint_files.read_manifest(newest).state if newest is not None else {}
         if newest is not None:
             if ("critic_updates" in state) != (ppo.critic is not None):

@@ -8,7 +8,6 @@ from typing import Any
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import checkpoint, lora, runtime
-from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
@@ -138,9 +137,8 @@ def build(
     if isinstance(plan.source, HfDirectory) and resume is None:
         load_tensors(chunks, plan.model, plan.source.tensor, fresh_head=fresh_head)
     elif isinstance(plan.source, Path) and resume is None:
-        source = plan.source
-        on_rank0(lambda: checkpoint_files.verify(source))
-        checkpoint.load(source, ModelRunner(chunks, setup.micro_batch_size), fresh_head=fresh_head)
+        checkpoint.verify(plan.source)
+        checkpoint.load(plan.source, ModelRunner(chunks, setup.micro_batch_size), fresh_head=fresh_head)
     if setup.lora is not None:
         lora.train_adapters(chunks, setup.lora)
     megatron_optimizer = scheduler = None

@@ -270,12 +270,16 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
 def test_settings_that_are_slow_on_gpus_alone(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [check for check in doctor(launch)[1] if check.endswith("speed")]
     monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [2**40] * 4)
-    model = "jobs.actor.settings.model"
-    findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64")[1]
+    model, critic = "jobs.actor.settings.model", "jobs.critic"
+    replicas = (f"{critic}.ranks_per_node=2", f"{critic}.settings.optimizer.overlap_grad_reduce=false")
+    findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64", *replicas)[1]
     assert "actor: speed" not in findings
     slow = findings["critic: speed"]
     assert (slow["status"], slow["mend"][:9]) == ("warning", "set bf16,")
-    assert slow["found"] == "slow on GPUs: model.precision = fp32, model.micro_batch_tokens = null"
+    assert slow["found"] == (
+        "slow on GPUs: model.precision = fp32, model.micro_batch_tokens = null, optimizer.distributed = false, "
+        "optimizer.overlap_grad_reduce = false"
+    )
 
 
 def test_a_server_that_is_another_protocol(doctor: Any, reward_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

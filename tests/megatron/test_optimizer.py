@@ -6,13 +6,13 @@ import pytest
 import torch
 from distributed import run_ranks
 from features import GEMMA2, PHI3
-from tiny import MODEL, PP2, Layout, build_runner, close, exported, random_batch, random_weights
+from tiny import MODEL, PP2, VPP2, Layout, build_runner, close, exported, random_batch, random_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron.logprobs import IGNORE
-from nemo_eppo.megatron.optimizer import allocate_state, wrap_data_parallel
+from nemo_eppo.megatron.optimizer import allocate_state
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.settings.model import ModelConfig, Precision
@@ -110,6 +110,15 @@ def test_updates_are_those_of_torch_adamw(layout: Layout, ranks: int, model: Mod
             assert got["rows"] == 6
 
 
+@pytest.mark.parametrize("layout", [{}, VPP2], ids=["DP2", "DP2 VPP2"])
+def test_updates_of_a_distributed_optimizer_during_whose_backward_passes_gradients_are_summed(layout: Layout) -> None:
+    optimizer = OPTIMIZER.model_copy(update={"distributed": True, "overlap_grad_reduce": True})
+    expected_reports, expected = train_in_plain_torch(QWEN2, optimizer)
+    for reports, parameters in run_ranks(train, 4 if layout else 2, layout, QWEN2, optimizer):
+        close(f"distributed AdamW, {layout}, parameters", parameters, expected)
+        assert [report["loss"] for report in reports] == pytest.approx([r["loss"] for r in expected_reports], rel=1e-6)
+
+
 def broken(layout: Layout, precision: Any, where: str) -> tuple[str, bool, bool]:
     """What is said about a broken update; whether it left every bit alone; whether training then goes on as without."""
     runner = build_runner(layout, QWEN2, precision=precision, optimizer=OPTIMIZER)
@@ -203,5 +212,3 @@ def test_impossible_settings_are_refused() -> None:
         load_config(OptimizerConfig, decaying).arrival(9)
     with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
         load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
-    with pytest.raises(ConfigError, match=r"distributed = true needs GPUs"):
-        wrap_data_parallel([], OptimizerConfig(lr=0.01, distributed=True), "fp32")

@@ -1,5 +1,6 @@
 """Training that resumes from a checkpoint equals the training that was never interrupted."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.megatron import checkpoint, specs
+from nemo_eppo.files import sha256
+from nemo_eppo.megatron import checkpoint, runtime, specs
+from nemo_eppo.megatron import optimizer as megatron_optimizer
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.norms import RMSNorm
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.saving import CheckpointSaver, tidy
 from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
@@ -35,9 +39,11 @@ def update(runner: ModelRunner, head: str) -> dict[str, float]:
     return runner.train_step(rows, squares)
 
 
-def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+def interrupted(
+    layout: Layout, head: Any, precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER
+) -> dict[str, Tensor]:
     """One update, a checkpoint; what two further updates give."""
-    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+    runner = build_runner(layout, head=head, precision=precision, optimizer=optimizer)
     update(runner, head)
     manifest = checkpoint_files.Manifest(head=head, step=1, model=MODEL, optimizer=True)
     checkpoint.save(directory, runner, manifest)
@@ -46,8 +52,10 @@ def interrupted(layout: Layout, head: Any, precision: Any, directory: Path) -> d
     return exported(runner)
 
 
-def resumed(layout: Layout, head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
-    runner = build_runner(layout, head=head, precision=precision, optimizer=OPTIMIZER)
+def resumed(
+    layout: Layout, head: Any, precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER
+) -> dict[str, Tensor]:
+    runner = build_runner(layout, head=head, precision=precision, optimizer=optimizer)
     checkpoint.load(directory, runner, optimizer=True)
     update(runner, head)
     update(runner, head)
@@ -61,6 +69,43 @@ def test_resumed_training_is_the_same_bit_for_bit(head: str, precision: str, tmp
     expected = run_ranks(interrupted, *case)[0]
     for parameters in run_ranks(resumed, *case):
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+SHARDED = OPTIMIZER.model_copy(update={"distributed": True, "overlap_grad_reduce": True})
+
+
+def interrupted_and_resumed(head: Any, precision: Any, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    case: tuple[Any, ...] = ({}, head, precision, directory, SHARDED)
+    return {name: tensor.clone() for name, tensor in interrupted(*case).items()}, resumed(*case)
+
+
+def resumed_and_interrupted(head: Any, precision: Any, directory: Path, again: Path) -> None:
+    """One update after a checkpoint, and another checkpoint."""
+    runner = build_runner({}, head=head, precision=precision, optimizer=SHARDED)
+    manifest = checkpoint.load(directory, runner, optimizer=True)
+    update(runner, head)
+    checkpoint.save(again, runner, manifest)
+
+
+def resumed_for_one_update(head: Any, precision: Any, directory: Path) -> dict[str, Tensor]:
+    runner = build_runner(SP2, head=head, precision=precision, optimizer=SHARDED)
+    checkpoint.load(directory, runner, optimizer=True)
+    update(runner, head)
+    return exported(runner)
+
+
+@pytest.mark.parametrize(("head", "precision", "tolerance"), [("lm", "fp32", 1e-5), ("scalar", "bf16", 0.02)])
+def test_sharded_optimizer_states_resume_bit_for_bit_and_under_other_layouts(
+    head: str, precision: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = vars(megatron_optimizer)["DistributedDataParallelConfig"]
+    several_buckets = partial(settings, bucket_size=4000)  # with padding between them
+    monkeypatch.setattr(megatron_optimizer, "DistributedDataParallelConfig", several_buckets)
+    for expected, parameters in run_ranks(interrupted_and_resumed, 2, head, precision, tmp_path / "step_1"):
+        assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    run_ranks(resumed_and_interrupted, 1, head, precision, tmp_path / "step_1", tmp_path / "step_2")
+    for parameters in run_ranks(resumed_for_one_update, 2, head, precision, tmp_path / "step_2"):
+        close(f"{head} {precision}, from DP2 to DP1 to TP2+SP", parameters, expected, tolerance)
 
 
 class AsksForExtraState(RMSNorm):
@@ -109,9 +154,9 @@ def test_a_run_goes_on_with_the_settings_it_is_given_now(precision: str, tmp_pat
     assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2]}
 
 
-def refusal(precision: Any, directory: Path) -> str:
+def refusal(precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER) -> str:
     try:
-        resumed({}, "lm", precision, directory)
+        resumed({}, "lm", precision, directory, optimizer)
     except ConfigError as error:
         return str(error)
     return ""
@@ -122,6 +167,60 @@ def test_training_does_not_go_on_in_another_precision(saved: str, wanted: str, t
     run_ranks(interrupted, 1, {}, "lm", saved, tmp_path / "step_1")
     [said] = run_ranks(refusal, 1, wanted, tmp_path / "step_1")
     assert said.endswith(f"model.precision = {saved}; training cannot resume from it with {wanted}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_does_not_go_on_with_optimizer_states_of_another_kind(precision: str, tmp_path: Path) -> None:
+    saved, now = tmp_path / "step_1", SHARDED if precision == "fp32" else OPTIMIZER
+    run_ranks(interrupted, 1, {}, "lm", precision, saved, OPTIMIZER if now is SHARDED else SHARDED)
+    [said] = run_ranks(refusal, 1, precision, saved, now)
+    assert said.endswith(
+        f"optimizer.distributed = {now is OPTIMIZER}; training cannot resume from it with {now is SHARDED}"
+    )
+
+
+def said_about(directory: Path) -> str:
+    runtime.initialize(ParallelConfig(), seed=1)
+    try:
+        checkpoint.verify(directory)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_share_the_digests_of_a_checkpoint_and_all_name_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+
+    def logged(path: Path) -> str:
+        with log.open("a") as file:
+            file.write(f"{os.environ['RANK']} {path.name}\n")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint_files, "sha256", logged)
+    run_ranks(interrupted, 2, SP2, "lm", "fp32", tmp_path / "step_1")
+    by = {name: rank for rank, name in map(str.split, log.read_text().splitlines())}
+    assert {rank for name, rank in by.items() if name.startswith("__1_")} == {"1"}
+    assert {rank for name, rank in by.items() if not name.startswith("__1_")} == {"0"}
+    log.unlink()
+    files = checkpoint_files.read_manifest(tmp_path / "step_1").files
+    found = {str(p.relative_to(tmp_path / "step_1")): p for p in (tmp_path / "step_1").rglob("*") if p.is_file()}
+    assert {name: entry.sha256 for name, entry in files.items()} == {
+        name: sha256(path) for name, path in found.items() if name != checkpoint_files.MANIFEST
+    }
+    assert run_ranks(said_about, 2, tmp_path / "step_1") == ["", ""]
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(files)
+    assert {line[0] for line in lines} == {"0", "1"}
+    for name in sorted(files, key=lambda name: -files[name].size)[:2]:  # one for each rank
+        content = bytearray(found[name].read_bytes())
+        content[-1] ^= 1
+        found[name].write_bytes(content)
+        damage = f"{tmp_path / 'step_1'} is damaged: the content of {name} is not what its manifest says"
+        assert run_ranks(said_about, 2, tmp_path / "step_1") == [damage, damage]
+        content[-1] ^= 1
+        found[name].write_bytes(content)
 
 
 def saved_while_training(layout: Layout, folder: Path) -> tuple[list[bool], dict[str, Tensor], dict[str, Tensor]]:
