@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-for folder in (TESTS / "benchmarks", TESTS, TESTS.parent):  # its harness and models, the tests' small models, ourselves
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # nemo_eppo of this checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' small models
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the harness
 
 from pairs import Row
 from torch import Tensor

@@ -103,9 +103,11 @@ def speeds(name: str, model: ModelConfig, options: Options, rate: float) -> Iter
             else:
                 seconds = float(found["clock s"])
                 floor = (read + of_cache) / rate
-                yield row | {"tokens/s": 1 / seconds, "ms a step": 1e3 * seconds * batch} | {
-                    "of the floor": floor / (seconds * batch)
-                }
+                yield (
+                    row
+                    | {"tokens/s": 1 / seconds, "ms a step": 1e3 * seconds * batch}
+                    | {"of the floor": floor / (seconds * batch)}
+                )
             device.empty_cache()
 
 

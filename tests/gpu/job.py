@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from checks import CHECK, FAIL, TESTS, at_most, passed
+from checks import CHECK, FAIL, at_most, passed
 from pairs import Options, Row
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -30,6 +30,7 @@ from nemo_eppo.tools.noun_task import MAX_RESPONSE_TOKENS, vocabulary, write_nou
 
 KILLED_AFTER = 1  # the step of whose checkpoint it is
 PATIENCE_S = 400.0
+ROOT = Path(__file__).resolve().parents[2]
 CLOCKED = ("second", "time", "memory")
 """Parts of the names of metrics that differ from run to run."""
 
@@ -64,7 +65,9 @@ def measure(options: Options) -> Iterator[Row]:
         kept = len(again.metrics())
         again.run()
         yield done("steps, resumed", [row["step"] for row in again.metrics()], list(range(1, steps + 1)))
-        yield passed({"what": "steps before it was killed", "found": kept}, f"{KILLED_AFTER} to {steps - 1}", kept < steps)
+        yield passed(
+            {"what": "steps before it was killed", "found": kept}, f"{KILLED_AFTER} to {steps - 1}", kept < steps
+        )
         largest = difference(rows, again.metrics())
         row: Row = {"what": "largest relative difference of a metric, resumed", "found": largest}
         yield row if device.on_gpu() else at_most(row, largest, 0.0)
@@ -131,9 +134,7 @@ class Launch:
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(self._file)]
-        return subprocess.Popen(
-            command, cwd=TESTS.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def run(self) -> None:
         """Run to the end; RuntimeError with what it said if it fails, or takes too long."""

@@ -31,10 +31,11 @@ def main() -> None:
         parser.error("torch sees no GPU (torch.cuda.is_available() is false); a CPU takes only --smallest")
     print(f"torch {torch.__version__}, {', '.join(device.describe()) or 'no GPU'}", flush=True)
     if len(arguments.only) > 1 and not options.smallest:  # in a process of its own each, which may lose its GPU
-        parts = [subprocess.run([sys.executable, *sys.argv, "--only", name], check=False) for name in arguments.only]
-        ok = not any(part.returncode for part in parts)
+        command = [sys.executable, *sys.argv, "--only"]
+        passed = [subprocess.run([*command, name], check=False).returncode == 0 for name in arguments.only]
     else:
-        ok = all([run(name, options, arguments.output) for name in arguments.only])
+        passed = [run(name, options, arguments.output) for name in arguments.only]
+    ok = all(passed)
     print("everything passed" if ok else "something FAILED", flush=True)
     sys.exit(0 if ok else 1)
 
