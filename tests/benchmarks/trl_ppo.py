@@ -68,9 +68,9 @@ class CPUTimers(Timers):
 class Work:
     """Size of the models and of a step, and files with models and prompts."""
 
-    def __init__(self, folder: Path, rounds: int, smallest: bool) -> None:
+    def __init__(self, folder: Path, rounds: int, smallest: bool, layers: int = 4, width: int = 256) -> None:
         self.folder, self.steps = folder, rounds + 1
-        self.layers, self.width = (2, 32) if smallest else (4, 256)
+        self.layers, self.width = (2, 32) if smallest else (layers, width)
         self.prompt, self.response, self.batch = (4, 8, 4) if smallest else (32, 64, 64)
         words = [f"w{number}" for number in range(VOCABULARY - 2)]
         torch.manual_seed(0)

@@ -25,6 +25,7 @@ from pairs import Options, Row
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from nemo_eppo.data.tokenizer import word_level
+from nemo_eppo.files import complete_lines
 from nemo_eppo.megatron import device
 from nemo_eppo.tools.noun_task import MAX_RESPONSE_TOKENS, vocabulary, write_noun_task
 
@@ -163,7 +164,7 @@ class Launch:
         return process.returncode
 
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.output / "actor" / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in complete_lines(self.output / "actor" / "metrics.jsonl")]
 
     def rollouts(self) -> dict[str, str]:
         return {file.name: file.read_text() for file in (self.output / "actor" / "rollouts").iterdir()}

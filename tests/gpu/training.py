@@ -1,21 +1,25 @@
 """Updates and log-prob passes at the shape of a 1B Llama in bf16: tokens a second, and what the energy probe costs.
 
 MFU is the floating-point operations that a pass needs (2 for each weight that a token meets, causal attention, three
-times that with the backward pass; nothing for recomputing the logits), over those that the device makes in the same
-time in a large bf16 matrix product, measured before. Lengths differ: padded micro-batches also compute padding.
+times that with the backward pass; nothing for padding, or for computing logits again), over those that the device makes
+in the same time in a large bf16 matrix product, measured before. Mixed lengths are new in every round, for which
+cuDNN's attention may have to plan anew: so packed batches are also measured with the kernels of decoding, which do not.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 
 import torch
 from checks import LLAMA_1B, TINY
 from networks import our_runner, rows_of
 from pairs import Contestant, Options, Row, compare, interleave, medians
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.attention import DECODING_KERNELS
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.model import ModelConfig
@@ -33,17 +37,34 @@ def measure(options: Options) -> Iterator[Row]:
 
 def speeds(case: str, model: ModelConfig, options: Options, rate: float) -> Iterator[Row]:
     longest, count, together = (16, 4, 2) if options.smallest else (1024, 32, 8)
-    lengths = torch.linspace(longest if case == "even" else longest // 8, longest, count)
-    rows = rows_of(lengths.long(), model.vocab_size)
+    batches = []
+    for _ in range(options.rounds + 1):  # one more, before it counts
+        lengths = torch.randint(longest if case == "even" else longest // 8, longest + 1, (count,))
+        batches.append(rows_of(lengths, model.vocab_size))
     build = partial(our_runner, model, together, precision="bf16", trained=True)
-    runners = {"padded": build(), "packed": build(micro_batch_tokens=together * longest)}
-    updates: dict[str, Contestant] = {name: partial(one.train_step, rows, loss) for name, one in runners.items()}
-    passes: dict[str, Contestant] = {name: partial(log_probs, one, rows) for name, one in runners.items()}
-    for what, work, times in (("update", updates, 3), ("log-probs", passes, 1)):
-        for row in compare(interleave(work, options.rounds), "padded"):
-            yield told({**row, "what": f"{what}, {row['what']}", "lengths": case}, model, rows, times, rate)
+    padded, packed = build(), build(micro_batch_tokens=together * longest)
+    for what, work, times in (("update", update, 3), ("log-probs", log_probs, 1)):
+        contestants: dict[str, Contestant] = {
+            "padded": on_the_next(batches, partial(work, padded)),
+            "packed": on_the_next(batches, partial(work, packed)),
+            "packed, decoding kernels": on_the_next(batches, sdpa_kernel(DECODING_KERNELS)(partial(work, packed))),
+        }
+        for row in compare(interleave(contestants, options.rounds), "padded"):
+            yield told({**row, "what": f"{what}, {row['what']}", "lengths": case}, model, batches[1:], times, rate)
     if case == "even":
-        yield from probe(model, rows, together, options)
+        yield from probe(model, batches[0], together, options)
+
+
+def on_the_next(batches: list[Rows], work: Callable[[Rows], None]) -> Contestant:
+    """Work on another batch each time; its unit is a token."""
+    order = cycle(batches)
+
+    def contestant() -> int:
+        rows = next(order)
+        work(rows)
+        return int(rows["lengths"].sum())
+
+    return contestant
 
 
 def probe(model: ModelConfig, rows: Rows, together: int, options: Options) -> Iterator[Row]:
@@ -55,12 +76,12 @@ def probe(model: ModelConfig, rows: Rows, together: int, options: Options) -> It
     yield from compare(interleave(contestants, 3 * options.rounds), "log-probs, no energies", lengths="even")
 
 
-def told(row: Row, model: ModelConfig, rows: Rows, times: int, rate: float) -> Row:
-    lengths = rows["lengths"].double()
-    attention = 2 * model.num_layers * model.num_attention_heads * model.head_width * lengths.square().sum()
-    operations = times * float(2 * weights(model) * lengths.sum() + attention)
+def told(row: Row, model: ModelConfig, batches: list[Rows], times: int, rate: float) -> Row:
+    lengths = torch.cat([rows["lengths"] for rows in batches]).double()
+    attention = 2 * model.num_layers * model.num_attention_heads * model.head_width * lengths.square().mean()
+    operations = times * float(2 * weights(model) * lengths.mean() + attention) / float(lengths.mean())  # of a token
     seconds = float(row["clock s"])
-    return row | {"tokens/s": float(lengths.sum()) / seconds, "MFU": operations / seconds / rate}
+    return row | {"tokens/s": 1 / seconds, "MFU": operations / seconds / rate}
 
 
 def weights(model: ModelConfig) -> int:
@@ -68,6 +89,10 @@ def weights(model: ModelConfig) -> int:
     attention = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_width
     layer = model.hidden_size * (attention + 3 * model.ffn_hidden_size)
     return model.num_layers * layer + model.hidden_size * model.vocab_size
+
+
+def update(runner: ModelRunner, rows: Rows) -> None:
+    runner.train_step(rows, loss)
 
 
 def log_probs(runner: ModelRunner, rows: Rows, energies: bool = False) -> None:
