@@ -26,7 +26,7 @@ def measure(options: Options) -> list[Row]:
     half = length // 2
     prompts = torch.randint(2, 32_000, (count, half)).tolist()
     answers = torch.randint(2, 32_000, (count, half)).tolist()
-    completions = [Completion(answer, [-1.0] * half, FinishReason.LENGTH, 1) for answer in answers]
+    completions = [Completion(answer, torch.full((half,), -1.0), FinishReason.LENGTH, 1) for answer in answers]
     text = "word " * half
     samples = [Sample(prompt=text, response=text, token_ids=tuple(answer), finished=False) for answer in answers]
     batch = RolloutBatch.from_completions(prompts, completions, pad_id=0)

@@ -74,7 +74,7 @@ def digests(runner: ModelRunner) -> Digests:
 
 def digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def on_a_cpu(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from checks import passed
 from pairs import Options, Row
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from trl_ppo import Work, our_job
 
