@@ -3,11 +3,13 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NODES = Path("/dev")
 
 
 class Gpus:
@@ -64,8 +66,8 @@ def visible_gpus() -> list[str]:
     """List this machine's GPUs, or those in CUDA_VISIBLE_DEVICES if that is set."""
     if VISIBLE in os.environ:
         return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
+    if shutil.which("nvidia-smi") is None:  # as in containers whose GPUs may only compute
+        return [str(number) for number, _ in enumerate(_NODES.glob("nvidia[0-9]*"))]
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     found = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(number) for number, line in enumerate(found) if line.startswith("GPU ")]

@@ -9,6 +9,7 @@ from pairs import Contestant, Options, Row, compare, interleave
 
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.settings.generation import SamplingParams
@@ -52,6 +53,7 @@ def engines(case: str, batch: int, new: int) -> dict[str, Contestant]:
             part = prompts[start : start + batch]
             longest = max(map(len, part))
             tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in part])
+            tokens = tokens.to(device.device())
             out = theirs.generate(tokens, attention_mask=(tokens != 0).long(), **settings)[:, longest:]
             ended = (out == eos).cumsum(1)
             count += int((ended - (out == eos).long() == 0).sum())

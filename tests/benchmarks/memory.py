@@ -1,8 +1,8 @@
 """Peak resident memory of actor, critic and reward model, beside the bytes of what they have to hold.
 
 Each is built and does its work of a step: log-probs, values or rewards, then an update of what is trained. The peak is
-that of the process above what it held before; `rest` is what the peak has beyond weights, gradients and optimizer:
-activations, logits and what the allocator keeps. MiB.
+that of the process, or of the tensors on its GPU, above what was held before; `rest` is what the peak has beyond
+weights, gradients and optimizer: activations, logits and what the C library keeps. MiB.
 """
 
 import ctypes
@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from networks import even_rows, mean_nll, our_runner, shape
 from pairs import Options, Row
 from torch import Tensor
 
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.settings.energy import EnergyProbeConfig
 
@@ -39,17 +41,15 @@ def measure(options: Options) -> list[Row]:
 
 def peak(build: Callable[[], ModelRunner], work: Callable[[ModelRunner], None]) -> dict[str, float]:
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present use again
-    before = status("VmRSS")
+    before = highest_use(restart=True)
     runner = build()
     work(runner)
-    highest = status("VmHWM") - before
+    highest = highest_use() - before
     weights = [parameter for chunk in runner.chunks for parameter in chunk.parameters()]
     trained = runner.optimizer is not None
     held = {
         "weights": sum(map(nbytes, weights)) / MIB,
-        "gradients": sum(map(nbytes, weights)) / MIB if trained else 0.0,
+        "gradients": sum(nbytes(weight.main_grad) for weight in weights) / MIB if trained else 0.0,
         "optimizer": optimizer_bytes(runner.optimizer) / MIB if trained else 0.0,
     }
     return held | {"peak": highest, "rest": highest - sum(held.values()), "peak / weights": highest / held["weights"]}
@@ -79,6 +79,18 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def highest_use(*, restart: bool = False) -> float:
+    """MiB at the peak so far; `restart` makes it the present use."""
+    if device.on_gpu():
+        if restart:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / MIB
+    if restart:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return status("VmHWM")
 
 
 def status(field: str) -> float:

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.megatron.runtime import initialize
+from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.energy import EnergyProbeConfig
-from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig
+from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig, Precision
 from nemo_eppo.settings.training import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-6)
@@ -33,16 +35,17 @@ def our_runner(
     micro_batch_size: int = 64,
     *,
     head: Head = "lm",
+    precision: Precision = "fp32",
     trained: bool = False,
     probe: EnergyProbeConfig | None = None,
     micro_batch_tokens: int | None = None,
 ) -> ModelRunner:
     initialize(ParallelConfig(), seed=1)
-    chunks = build_model(model, ParallelConfig(), head=head)
+    chunks = build_model(model, ParallelConfig(), head=head, precision=precision)
     optimizer = scheduler = None
     if trained:
-        chunks = wrap_data_parallel(chunks, OPTIMIZER, "fp32")
-        optimizer, scheduler = build_optimizer(chunks, OPTIMIZER, "fp32", total_steps=10_000)
+        chunks = wrap_data_parallel(chunks, OPTIMIZER, precision)
+        optimizer, scheduler = build_optimizer(chunks, OPTIMIZER, precision, total_steps=10_000)
     return ModelRunner(
         chunks,
         micro_batch_size,
@@ -53,18 +56,20 @@ def our_runner(
     )
 
 
-def their_model(model: ModelConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            vocab_size=model.vocab_size,
-            max_position_embeddings=model.max_sequence_length,
-            eos_token_id=model.vocab_size - 1,
-        )
+def their_model(model: ModelConfig, precision: Precision = "fp32") -> LlamaForCausalLM:
+    config = LlamaConfig(
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        tie_word_embeddings=model.tie_embeddings,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_sequence_length,
+        eos_token_id=model.vocab_size - 1,
     )
+    with device.device():
+        return LlamaForCausalLM._from_config(config, dtype=DTYPES[precision])
 
 
 def rows_of(lengths: Tensor, vocabulary: int) -> Rows:

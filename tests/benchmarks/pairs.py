@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from nemo_eppo.megatron import device
+
 Row = dict[str, str | float]
 Contestant = Callable[[], object]
 """Does the work that is measured; an int that it returns is how many units of work it was, else it was one."""
@@ -41,8 +43,10 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, work: Contestant) -> "Seconds":
+        device.synchronize()
         clock, cpu = time.perf_counter(), time.process_time()
         done = work()
+        device.synchronize()
         units = done if isinstance(done, int) else 1
         return cls((time.perf_counter() - clock) / units, (time.process_time() - cpu) / units)
 
@@ -105,7 +109,8 @@ def write(folder: Path, name: str, about: str, rows: Sequence[Row], rounds: int)
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     date, versions = datetime.date.today().isoformat(), {one: found for one in PACKAGES if (found := _version(one))}
-    machine = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    processor = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = ", ".join([*device.describe(), processor])
     result = {"benchmark": name, "date": date, "machine": machine, "versions": versions, "rounds": rounds, "rows": rows}
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     folder.mkdir(parents=True, exist_ok=True)

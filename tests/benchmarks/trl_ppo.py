@@ -24,12 +24,14 @@ from omegaconf import OmegaConf
 from pairs import Contestant, Options, Row, Seconds, compare, interleave
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from nemo_eppo.data.datasets import PromptItem
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.entry.settings import Source, check
 from nemo_eppo.observability.run import Run
 from nemo_eppo.observability.timers import Timers
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.run import ExpManagerConfig
+from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_job import PPOJob
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -66,9 +68,9 @@ class CPUTimers(Timers):
 class Work:
     """Size of the models and of a step, and files with models and prompts."""
 
-    def __init__(self, folder: Path, rounds: int, smallest: bool) -> None:
+    def __init__(self, folder: Path, rounds: int, smallest: bool, layers: int = 4, width: int = 256) -> None:
         self.folder, self.steps = folder, rounds + 1
-        self.layers, self.width = (2, 32) if smallest else (4, 256)
+        self.layers, self.width = (2, 32) if smallest else (layers, width)
         self.prompt, self.response, self.batch = (4, 8, 4) if smallest else (32, 64, 64)
         words = [f"w{number}" for number in range(VOCABULARY - 2)]
         torch.manual_seed(0)
@@ -109,8 +111,8 @@ def without_eos(network: Any) -> Any:
     return network
 
 
-def our_step(work: Work, name: str, stack: ExitStack, phases: Phases) -> Callable[[], None]:
-    """Return a function that makes the next step, having built the job in this process."""
+def our_job(work: Work, name: str, stack: ExitStack, **changes: Any) -> tuple[PPO, Callable[[], list[PromptItem]]]:
+    """Build one of OURS in this process; return it, and a function that gives the prompts of the next step."""
     method, settings = OURS[name]
     optimizer = {"lr": LR, "weight_decay": 0.0}
     values: dict[str, Any] = {
@@ -124,6 +126,7 @@ def our_step(work: Work, name: str, stack: ExitStack, phases: Phases) -> Callabl
         "critic": {"colocated": {"restore_from_path": str(work.folder / "reward"), "optimizer": optimizer}},
         "optimizer": optimizer,
         **settings,
+        **changes,
     }
     composed = Source("gpt_ppo_actor", [CONF], [f"method={method}"]).compose()
     for key, value in values.items():
@@ -135,11 +138,17 @@ def our_step(work: Work, name: str, stack: ExitStack, phases: Phases) -> Callabl
     assert ppo.critic is not None
     ppo.critic.begin(1, 0, False)
     ppo.policy.refit()
+    return ppo, lambda: [job.prompts[index] for index in next(job.batches)]
+
+
+def our_step(work: Work, name: str, stack: ExitStack, phases: Phases) -> Callable[[], None]:
+    """Return a function that makes the next step, having built the job in this process."""
+    ppo, prompts = our_job(work, name, stack)
     ppo.timers = timers = CPUTimers()
     numbers: Iterator[int] = iter(range(1, work.steps + 1))
 
     def step() -> None:
-        result = ppo.step(next(numbers), [job.prompts[index] for index in next(job.batches)])
+        result = ppo.step(next(numbers), prompts())
         assert result.batch.mask.sum() == work.batch * work.response
         for phase, parts in PHASES.items():
             clock = sum(result.metrics[f"seconds/{part}"] for part in parts)

@@ -12,6 +12,7 @@ from pairs import Contestant, Options, Row, compare, interleave
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.runner import Rows
 
 UPDATES = {"quickstart": (64, 64, 64, 36), "4 x 256": (256, 1024, 64, 96)}  # width, vocabulary, rows, tokens of a row
@@ -35,8 +36,8 @@ def measure(options: Options) -> list[Row]:
         model = shape(window=4096)
         rows, network = even_rows(batch, length, model.vocab_size), their_model(model).eval()
         contestants = {
-            "transformers": partial(their_pass, network, rows, False),
-            "transformers with entropies": partial(their_pass, network, rows, True),
+            "transformers": partial(their_pass, network, rows["tokens"], False),
+            "transformers with entropies": partial(their_pass, network, rows["tokens"], True),
             "ours": partial(our_runner(model).infer, *rows.values(), outputs=2),
         }
         seconds = interleave(contestants, options.rounds)
@@ -45,10 +46,11 @@ def measure(options: Options) -> list[Row]:
 
 
 def their_update(network: LlamaForCausalLM, rows: Rows) -> Contestant:
+    tokens = rows["tokens"].to(device.device())
     optimizer = torch.optim.AdamW(network.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, weight_decay=0.0)
 
     def update() -> None:
-        loss = -response_logprobs(network(rows["tokens"]).logits, rows["tokens"]).mean()
+        loss = -response_logprobs(network(tokens).logits, tokens).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.clip_grad)
         optimizer.step()
@@ -59,9 +61,10 @@ def their_update(network: LlamaForCausalLM, rows: Rows) -> Contestant:
 
 
 @torch.no_grad()
-def their_pass(network: LlamaForCausalLM, rows: Rows, entropies: bool) -> None:
-    logits = network(rows["tokens"]).logits
-    response_logprobs(logits, rows["tokens"])
+def their_pass(network: LlamaForCausalLM, tokens: Tensor, entropies: bool) -> None:
+    tokens = tokens.to(device.device())
+    logits = network(tokens).logits
+    response_logprobs(logits, tokens)
     if entropies:
         torch.distributions.Categorical(logits=logits).entropy()
 

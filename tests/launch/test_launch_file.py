@@ -13,9 +13,10 @@ from launched import eppo, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
+from nemo_eppo.launch import gpus as gpus_module
 from nemo_eppo.launch.command import CRITIC, REWARDS
 from nemo_eppo.launch.examination import check_launch, missing_servers
-from nemo_eppo.launch.gpus import Gpus
+from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
 from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
@@ -257,3 +258,14 @@ def test_jobs_that_run_together_get_gpus_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"jobs.sft.ranks_per_node: critic, reward, sft run together on 10 ranks"):
         Gpus(stages(server_needs=[]), [str(number) for number in range(8)])
     assert Gpus(stages(server_needs=[]), []).take("sft", launch.jobs["sft"]) == {}
+
+
+def test_gpus_are_found_where_there_is_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia1", "nvidia3", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(gpus_module, "_NODES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(VISIBLE, raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv(VISIBLE, "")
+    assert visible_gpus() == []

@@ -1,0 +1,96 @@
+"""A checkpoint of weights and optimizer that goes from a CPU to the device and back is the same, bit for bit.
+
+A process that sees no GPU trains and saves; this one loads that and saves it anew; the other loads it again.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from checks import PRECISIONS, TINY, passed
+from networks import even_rows, mean_nll, our_runner
+from pairs import Options, Row
+from torch import Tensor
+
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.checkpoint import load, save
+from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.weights import export_tensors
+from nemo_eppo.models.checkpoint_files import Manifest
+from nemo_eppo.settings.model import Precision
+
+MODEL = TINY
+MANIFEST = Manifest(head="lm", step=2, model=MODEL, optimizer=True)
+Digests = dict[str, str]
+
+
+def measure(options: Options) -> Iterator[Row]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, folder]
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            for precision in PRECISIONS:
+                saved: Digests = json.loads(other.stdout.readline())
+                here = through(Path(folder) / precision, precision)
+                other.stdin.write("\n")
+                other.stdin.flush()
+                again: Digests = json.loads(other.stdout.readline())
+                for what, found in (("loaded from a CPU", here), ("saved here, loaded on a CPU", again)):
+                    same = sum(found.get(name) == digest for name, digest in saved.items())
+                    row: Row = {"what": what, "precision": precision, "device": str(device.device())}
+                    ok = found == saved
+                    yield passed({**row, "found": f"{same} tensors are the same"}, f"all {len(saved)}", ok)
+
+
+def through(directory: Path, precision: Precision) -> Digests:
+    """Load a checkpoint on this process's device and save it again, beside."""
+    runner = our_runner(MODEL, precision=precision, trained=True)
+    load(directory, runner, optimizer=True)
+    found = digests(runner)
+    save(directory.with_suffix(".again"), runner, MANIFEST)
+    return found
+
+
+def digests(runner: ModelRunner) -> Digests:
+    """Digests of all weights, and of the optimizer's own copies and states."""
+    tensors = dict(export_tensors(runner.chunks, MODEL))
+    for part in runner.optimizer.chained_optimizers:
+        for group, parameters in enumerate(part.optimizer.param_groups):
+            for place, parameter in enumerate(parameters["params"]):
+                states = {"copy": parameter, **part.optimizer.state[parameter]}
+                tensors |= {f"optimizer {group} {place} {key}": value for key, value in states.items()}
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def on_a_cpu(folder: Path) -> None:
+    """The other process: it prints digests of what it has saved and then, when told to go on, of what it has loaded."""
+    assert not device.on_gpu()
+    for precision in PRECISIONS:
+        runner = our_runner(MODEL, precision=precision, trained=True)
+        for _ in range(2):
+            runner.train_step(even_rows(4, 16, MODEL.vocab_size), mean_nll)
+        save(folder / precision, runner, MANIFEST)
+        print(json.dumps(digests(runner)), flush=True)
+        sys.stdin.readline()
+        runner = our_runner(MODEL, precision=precision, trained=True)
+        load(folder / f"{precision}.again", runner, optimizer=True)
+        print(json.dumps(digests(runner)), flush=True)
+
+
+if __name__ == "__main__":
+    on_a_cpu(Path(sys.argv[1]))
