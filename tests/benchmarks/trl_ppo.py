@@ -2,7 +2,8 @@
 
 All have the same fp32 weights, whose EOS has no probability: every response is as long as it may be. All do one update
 of one micro-batch a step. `forwards` are log-probs, reference, values and rewards; eppo with own_response also
-generates the reference's answers there, to prompts that are new in every step, as in a run's first epoch.
+generates the reference's answers there, to prompts that are new in every step, as in a run's first epoch. TRL
+takes the policy's log-probs from generation; so do ours (`ppo.old_logprobs: engine`), but for the one that recomputes.
 """
 
 import gc
@@ -41,6 +42,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "eppo own_response": ("eppo", {}),
     "eppo same_response": ("eppo", {"energy.reference": "same_response"}),
     "ppo": ("ppo", {}),
+    "ppo, recompute": ("ppo", {"ppo.old_logprobs": "recompute"}),
 }
 PHASES = {
     "generate": ("generate",),
@@ -121,7 +123,12 @@ def our_job(work: Work, name: str, stack: ExitStack, **changes: Any) -> tuple[PP
         "data.train": str(work.folder / "prompts.jsonl"),
         "data.max_prompt_length": work.prompt,
         "generation.max_new_tokens": work.response,
-        "ppo": {"max_steps": work.steps, "rollout_batch_size": work.batch, "mini_batch_size": work.batch},
+        "ppo": {
+            "max_steps": work.steps,
+            "rollout_batch_size": work.batch,
+            "mini_batch_size": work.batch,
+            "old_logprobs": "engine",
+        },
         "rewards": [{"colocated": {"restore_from_path": str(work.folder / "reward")}}],
         "critic": {"colocated": {"restore_from_path": str(work.folder / "reward"), "optimizer": optimizer}},
         "optimizer": optimizer,
