@@ -128,12 +128,12 @@ class Frontend:
             RuntimeError: Triton did not start; the message has the last lines of its log.
             TimeoutError: Triton hung twice.
         """
+        remove_leftovers()
         self.port = free_port(self.host, self.port, patience=2 * EXIT_TIMEOUT_S)
         # The stubs that Triton starts load libpython by name, which only the interpreter's own folder is sure to have.
         libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(path for path in libraries if path)
         _quiet_tracker()
-        remove_leftovers()
         self.start()
         with self._running:
             shown = socket.gethostname() if self.host == "0.0.0.0" else self.host
@@ -296,7 +296,7 @@ def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
 
 
 def remove_leftovers() -> None:
-    """Remove folders and shared memory of servers that were killed: nobody holds the lock on their `owner` file."""
+    """Clear away what servers left that were killed: nobody holds the lock on their `owner` file."""
     for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/owner"):
         try:
             with open(owner, "r+") as file:
@@ -305,7 +305,17 @@ def remove_leftovers() -> None:
         except OSError:  # its owner is alive, it is another user's, or it has just been removed
             continue
         if prefix:  # else its owner is about to take the lock
+            _kill_orphans(owner.parent)
             _remove(owner.parent, prefix)
+
+
+def _kill_orphans(folder: Path) -> None:
+    """Kill the Triton of this folder, which has lost its server and may wait for ever for an answer from it; so may the
+    client that asked."""
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith(f"{folder}/"):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(os.getpgid(process.pid), signal.SIGKILL)
 
 
 def _remove(folder: Path, prefix: str) -> None:

@@ -119,7 +119,7 @@ def test_a_run_killed_in_every_phase_is_the_uninterrupted_one(whole: Runs, tmp_p
         for phase, call in (
             ("critic_train", 1),
             ("generate", 3),
-            ("logprobs", 7),
+            ("logprobs", 3),
             ("shape", 3),
             ("save", 2),
             ("actor_train", 3),
