@@ -66,10 +66,11 @@ def test_a_killed_reward_server_loses_no_step(models: Models, tmp_path: Path, pa
             job.stop()
     log = actor.log.read_text()
     lost = f"reward server at grpc://127.0.0.1:{reward_port} unavailable for reward_infer"
-    assert lost in log
-    assert ("all servers answer again" in log) == (patience > 0)
-    if not patience:
+    if patience:  # a server that is back within moments may not be missed at all
+        assert ("all servers answer again" in log) == (lost in log)
+    else:
         own, _, launchers = log.partition("failed (exitcode: 1)")
         assert launchers  # torchrun says so
         assert own.count(lost) == 1  # from one of two ranks
+        assert "all servers answer again" not in log
         assert "Traceback" not in own
