@@ -114,9 +114,9 @@ class Decoder:
         self._tensor_ranks, self.stages = self._models[0].tp_group, self._models[0].pp_group
         self._groups = config.num_query_groups // self._tensor_ranks.size()
         self._activation = ACTIVATIONS[self._description.activation]
-        self._reader = None if energy is None else EnergyReader(energy, config.num_layers, self._tensor_ranks)
+        self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
-        self._layers = [[_layer(layer, self._reader) for layer in model.decoder.layers] for model in self._models]
+        self._layers = [[_layer(layer, energy) for layer in model.decoder.layers] for model in self._models]
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
     def start(self, rows: int, columns: int) -> None:
@@ -304,7 +304,7 @@ def _rounded(columns: int) -> int:
     return -(-columns // multiple) * multiple
 
 
-def _layer(layer: Any, reader: EnergyReader | None) -> _Layer:
+def _layer(layer: Any, energy: EnergyProbeConfig | None) -> _Layer:
     weights = {FUSED_NORMS.get(name, name): parameter for name, parameter in layer.named_parameters()}
     modules = dict(layer.named_modules())
 
@@ -323,5 +323,5 @@ def _layer(layer: Any, reader: EnergyReader | None) -> _Layer:
         after_attention=weights.get("self_attn_bda.norm.weight"),
         after_mlp=weights.get("mlp_bda.norm.weight"),
         window=layer_window(layer.config, layer.layer_number),
-        energies=reader.columns(layer.layer_number - 1) if reader else [],
+        energies=energy.columns(layer.layer_number - 1, layer.config.num_layers) if energy else [],
     )

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_eppo.megatron.energy import l1_norms, l1_norms_of_shards
 from nemo_eppo.settings.energy import EnergyProbeConfig
 
 
@@ -31,19 +32,12 @@ class EnergyReader:
         tensor_ranks: the ranks over which the MLP's channels are split.
     """
 
-    def __init__(self, config: EnergyProbeConfig, num_layers: int, tensor_ranks: dist.ProcessGroup) -> None:
+    def __init__(self, config: EnergyProbeConfig, tensor_ranks: dist.ProcessGroup) -> None:
         self._config, self._ranks = config, tensor_ranks
-        self._layers = config.layer_indices(num_layers)
 
-    def columns(self, layer: int) -> list[slice]:
-        """Where the energies of a layer, counted from 0, stand among the E of a token; empty if none are wanted."""
-        size = self._config.energies_per_token() // len(self._layers)
-        return [slice(n * size, (n + 1) * size) for n, wanted in enumerate(self._layers) if wanted == layer]
-
-    def l1(self, x: Tensor) -> Tensor:
-        """Return the L1 norms [b, s, 1], fp32, of x [b, s, width], by the settings divided by the width."""
-        norms = x.abs().sum(-1, keepdim=True, dtype=torch.float32)
-        return norms / x.size(-1) if self._config.norm else norms
+    def l1(self, hidden: Tensor) -> Tensor:
+        """Return the L1 norms [b, s, 1] of hidden states [b, s, H]."""
+        return l1_norms(hidden, self._config)
 
     def read(self, entered: Tensor, mlp: MLPTensors, left: Tensor) -> Tensor:
         """Return a layer's energies [b, s, e]; `entered` are the norms of its input, `left` [b, s, H] is its output."""
@@ -63,10 +57,4 @@ class EnergyReader:
         return torch.cat([normed, normed, activated], -1) - after
 
     def _l1_of_shards(self, *shards: Tensor) -> Tensor:
-        """Return the norms [b, s, n] of n tensors of which this rank has [b, s, width / tp] each."""
-        norms = torch.cat([self.l1(shard) for shard in shards], -1)
-        if self._ranks.size() > 1:
-            dist.all_reduce(norms, group=self._ranks)
-            if self._config.norm:
-                norms /= self._ranks.size()
-        return norms
+        return l1_norms_of_shards(self._config, self._ranks, *shards)

@@ -20,7 +20,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.specs import has_transformer_engine
-from nemo_eppo.settings.energy import ENERGIES, EnergyProbeConfig, Preset
+from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
 
 _BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "down_proj")  # do not read what a norm gives a projection
 
@@ -28,6 +28,20 @@ _BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "down_proj")  # do not read 
 def readable_presets() -> tuple[Preset, ...]:
     """Return the presets that can be read on this machine: TransformerEngine, which fuses norms, leaves only two."""
     return _BESIDE_FUSED_NORMS if has_transformer_engine() else get_args(Preset)
+
+
+def l1_norms(hidden: Tensor, config: EnergyProbeConfig, width: int | None = None) -> Tensor:
+    """L1 norms [..., 1], fp32, of hidden states [..., H]; by the settings divided by `width`, which is H if None."""
+    norms = hidden.abs().sum(-1, keepdim=True, dtype=torch.float32)
+    return norms / (width or hidden.size(-1)) if config.norm else norms
+
+
+def l1_norms_of_shards(config: EnergyProbeConfig, group: dist.ProcessGroup, *shards: Tensor) -> Tensor:
+    """L1 norms [..., n] of n tensors whose width is split over the ranks of `group`, each shard [..., width / tp]."""
+    norms = torch.cat([l1_norms(shard, config, shard.size(-1) * group.size()) for shard in shards], dim=-1)
+    if group.size() > 1:
+        dist.all_reduce(norms, group=group)
+    return norms
 
 
 class EnergyProbe:
@@ -40,8 +54,6 @@ class EnergyProbe:
         self._passes: dict[int, list[Tensor]] = {}
         self._open: dict[int, Tensor] = {}
         self._recording = False
-        wanted = config.layer_indices(num_layers)
-        per_layer = ENERGIES[config.preset]
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
                 # checked on every rank, so that all fail together and none is left waiting for the others
@@ -50,9 +62,8 @@ class EnergyProbe:
                         f"energy.preset = {config.preset!r} reads the input of the MLP's first projection, which "
                         "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
                     )
-                for place, index in enumerate(wanted):
-                    if layer.layer_number - 1 == index:
-                        self._attach(layer, place * per_layer)
+                for columns in config.columns(layer.layer_number - 1, num_layers):
+                    self._attach(layer, columns.start)
 
     def energies_per_token(self) -> int:
         """E, the number of energies that are read for every token."""
@@ -114,8 +125,7 @@ class EnergyProbe:
     def _read_gate_up(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
             gate, up = output[0].chunk(2, dim=-1)
-            left = torch.cat([self._l1_of_shards(gate), self._l1_of_shards(up)], dim=-1)
-            self._open[column] = self._loss(self._l1(args[0]), left)
+            self._open[column] = self._loss(self._l1(args[0]), self._l1_of_shards(gate, up))
 
     def _read_down(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
@@ -129,7 +139,7 @@ class EnergyProbe:
     @torch.no_grad()
     def _l1(self, hidden: Tensor) -> Tensor:
         """L1 norms [s, b, 1] of hidden states [s, b, H], of which this rank may hold a part of the sequence."""
-        norms = self._norms(hidden, hidden.size(-1))
+        norms = l1_norms(hidden, self.config)
         if not self.sequence_parallel:
             return norms
         group = parallel_state.get_tensor_model_parallel_group()
@@ -138,17 +148,9 @@ class EnergyProbe:
         return torch.cat(shards)
 
     @torch.no_grad()
-    def _l1_of_shards(self, shard: Tensor) -> Tensor:
-        """L1 norms [s, b, 1] of hidden states [s, b, width / tp] whose width is split over tensor-parallel ranks."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        norms = self._norms(shard, shard.size(-1) * group.size())
-        if group.size() > 1:
-            dist.all_reduce(norms, group=group)
-        return norms
-
-    def _norms(self, hidden: Tensor, width: int) -> Tensor:
-        norms = hidden.abs().sum(-1, keepdim=True, dtype=torch.float32)
-        return norms / width if self.config.norm else norms
+    def _l1_of_shards(self, *shards: Tensor) -> Tensor:
+        """L1 norms [s, b, n] of hidden states [s, b, width / tp] whose width is split over tensor-parallel ranks."""
+        return l1_norms_of_shards(self.config, parallel_state.get_tensor_model_parallel_group(), *shards)
 
 
 class EnergyProbes:

@@ -33,3 +33,8 @@ class EnergyProbeConfig(Config):
             if not -num_layers <= layer < num_layers:
                 raise ConfigError(f"energy.layers: {layer} is not a layer of a model with {num_layers} layers")
         return [layer % num_layers for layer in self.layers]
+
+    def columns(self, layer: int, num_layers: int) -> list[slice]:
+        """Where the energies of a layer, counted from 0, stand among the E of a token; empty if none are read."""
+        size, wanted = ENERGIES[self.preset], self.layer_indices(num_layers)
+        return [slice(place * size, (place + 1) * size) for place, index in enumerate(wanted) if index == layer]

@@ -22,24 +22,29 @@ from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.settings.energy import EnergyProbeConfig
 
 MIB = 2**20
+Build = Callable[[], ModelRunner]
 
 
 def measure(options: Options) -> list[Row]:
     layers, width, batch, length = (2, 32, 2, 8) if options.smallest else (8, 512, 32, 256)
     model = shape(layers=layers, width=width, vocabulary=8192)
     rows = even_rows(batch, length, model.vocab_size)
-    critic_rows = {name: rows[name] for name in ("tokens", "lengths")}
     build = partial(our_runner, model, batch // 2)
-    parts: dict[str, tuple[Callable[[], ModelRunner], Callable[[ModelRunner], None]]] = {
-        "actor": (partial(build, trained=True, probe=EnergyProbeConfig()), partial(actor, rows)),
-        "critic": (partial(build, head="scalar", trained=True), partial(critic, critic_rows)),
-        "reward": (partial(build, head="scalar"), partial(values, critic_rows)),
-    }
     build()  # what all models share is loaded
-    return [{"what": name, **peak(*part)} for name, part in parts.items()]
+    return [{"what": name, **peak(*part)} for name, part in jobs(build, rows).items()]
 
 
-def peak(build: Callable[[], ModelRunner], work: Callable[[ModelRunner], None]) -> dict[str, float]:
+def jobs(build: Callable[..., ModelRunner], rows: Rows) -> dict[str, tuple[Build, Callable[[ModelRunner], None]]]:
+    """How each job's model is built, by `build` with further arguments of `our_runner`, and what it does in a step."""
+    scored = {name: rows[name] for name in ("tokens", "lengths")}
+    return {
+        "actor": (partial(build, trained=True, probe=EnergyProbeConfig()), partial(actor, rows)),
+        "critic": (partial(build, head="scalar", trained=True), partial(critic, scored)),
+        "reward": (partial(build, head="scalar"), partial(values, scored)),
+    }
+
+
+def peak(build: Build, work: Callable[[ModelRunner], None]) -> dict[str, float]:
     gc.collect()
     before = highest_use(restart=True)
     runner = build()

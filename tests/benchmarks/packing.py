@@ -3,11 +3,8 @@
 from functools import partial
 
 import torch
-from networks import our_runner, rows_of, shape
+from networks import our_runner, rows_of, shape, thousandth_nll
 from pairs import Contestant, Options, Row, compare, interleave
-from torch import Tensor
-
-from nemo_eppo.megatron.runner import Rows
 
 MICRO_BATCH = 8
 
@@ -25,12 +22,8 @@ def measure(options: Options) -> list[Row]:
         contestants: dict[str, Contestant] = {}
         for name, tokens in (("padded", None), ("packed", budget)):
             runner = our_runner(model, MICRO_BATCH, trained=True, micro_batch_tokens=tokens)
-            contestants[name] = partial(runner.train_step, rows, loss)
+            contestants[name] = partial(runner.train_step, rows, thousandth_nll)
         waste = 1 - int(lengths.sum()) / padded
         seconds = interleave(contestants, options.rounds)
         found += compare(seconds, "padded", **{"mean length": mean, "padding": waste})
     return found
-
-
-def loss(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-    return -output[..., 0].sum() / 1000, {}

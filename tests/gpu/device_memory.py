@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 from checks import LLAMA_1B, LLAMA_3B, TINY, passed
-from memory import MIB, actor, critic, peak, values
+from memory import MIB, jobs, peak
 from networks import even_rows, our_runner
 from pairs import Options, Row
 
 from nemo_eppo.launch.memory import Workload, estimate
 from nemo_eppo.megatron import device
-from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.model import ParallelConfig
 
 BEYOND = 1.2
@@ -26,14 +25,8 @@ def measure(options: Options) -> Iterator[Row]:
     batch, length = (2, 8) if options.smallest else (4, 1024)
     for name, model in shapes.items():
         rows = even_rows(2 * batch, length, model.vocab_size)
-        scored = {key: rows[key] for key in ("tokens", "lengths")}
         build = partial(our_runner, model, batch, precision="bf16")
-        jobs = {
-            "actor": (partial(build, trained=True, probe=EnergyProbeConfig()), partial(actor, rows)),
-            "critic": (partial(build, head="scalar", trained=True), partial(critic, scored)),
-            "reward": (partial(build, head="scalar"), partial(values, scored)),
-        }
-        for job, work in jobs.items():
+        for job, work in jobs(build, rows).items():
             found = peak(*work)
             workload = Workload(batch * length, trained=job != "reward")
             expected = estimate(model, ParallelConfig(), "bf16", workload, outputs=None if job == "actor" else 1)

@@ -13,9 +13,8 @@ from itertools import cycle
 
 import torch
 from checks import LLAMA_1B, TINY
-from networks import our_runner, rows_of
+from networks import our_runner, rows_of, thousandth_nll
 from pairs import Contestant, Options, Row, compare, interleave, medians
-from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.megatron import device
@@ -92,15 +91,11 @@ def weights(model: ModelConfig) -> int:
 
 
 def update(runner: ModelRunner, rows: Rows) -> None:
-    runner.train_step(rows, loss)
+    runner.train_step(rows, thousandth_nll)
 
 
 def log_probs(runner: ModelRunner, rows: Rows, energies: bool = False) -> None:
     runner.infer(*rows.values(), outputs=2, energies=energies)
-
-
-def loss(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-    return -output[..., 0].sum() / 1000, {}
 
 
 def matmul_rate(size: int) -> float:
