@@ -38,6 +38,24 @@ class WithinBatch(Term[WeightConfig]):
         return reward - self.config.eta * (rise - rise.mean(dim=0)).abs().sum(dim=1)
 
 
+class FrozenEnergies(Term[WeightConfig]):
+    """A penalty on the SFT model's energies of the policy's text: what is left of EPPO's without the policy's weights.
+
+    With `energy.reference: same_response`; in the first step the policy still is the SFT model, so the mean over its
+    responses is what the penalty measures from.
+    """
+
+    config_class = WeightConfig
+    needs = ("ref_energies",)
+
+    def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
+        assert inputs.ref_energies is not None
+        energies = inputs.ref_energies.double().sum(dim=1)
+        if not self.statistics.count:
+            self.statistics.update(energies)  # those of the first step stay
+        return reward - self.config.eta * (energies - self.statistics.mean).abs()
+
+
 class EnergyGatedKL(Term[WeightConfig]):
     """`r - eta * g * KL`: KL that is punished the more, the further the batch's mean energy loss has risen.
 

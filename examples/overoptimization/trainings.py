@@ -137,7 +137,8 @@ class Task:
         """
         method, lr, effort = about.get("method", "ppo"), self.size.ppo_lr, self.effort
         if term := about.get("term"):
-            settings = {"shaping.terms": [{"name": "own", "term": f"terms:{term}", "settings": dict(settings)}]}
+            own = {"name": "own", "term": f"terms:{term}", "settings": dict(settings)}
+            settings = {"shaping.terms": [own], **about.get("actor", {})}
         [single] = self._scorers(seed, SINGLE)
         _train(
             ("gpt_ppo_actor", PPOConfig, train_ppo),
