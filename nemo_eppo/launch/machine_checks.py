@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nemo_eppo.launch.findings import Finding, error, ok, warning
+from nemo_eppo.launch.gpus import visible_gpus
 
 _SHARED_MEMORY = 1 << 30  # bytes that PyTriton and NCCL need
 _OPEN_FILES = 4096  # files that a process should be able to open
@@ -64,11 +65,19 @@ def triton() -> Iterator[Finding]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """List the GPUs that torch finds."""
+    """List the GPUs that torch finds; without any here, torch is not asked, whose import takes seconds."""
+    here = visible_gpus()
+    if not here:
+        yield ok("GPUs", "none: jobs run on the CPU with gloo")
+        return
     from nemo_eppo.megatron import device
 
-    found = device.describe()
-    yield ok("GPUs", "; ".join(found) if found else "none: jobs run on the CPU with gloo")
+    if found := device.describe():
+        yield ok("GPUs", "; ".join(found))
+    else:
+        torch = f"torch {importlib.metadata.version('torch')}"
+        text = f"{len(here)} here, {torch} finds none: jobs run on the CPU"
+        yield warning("GPUs", text, "see nvidia-smi, and install torch for its CUDA")
 
 
 def resources() -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """`nemo-eppo doctor` finds each planted fault, says how to mend it, and passes what is sound."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_the_command_prints_a_table_and_exits_by_what_it_found(
     assert "world size 3 is not divisible by tensor_model_parallel_size 2" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_machine_without_gpus_is_examined_without_torch() -> None:
+    """Its import takes seconds."""
+    code = "import sys; from nemo_eppo.cli import main; main(['doctor']); print('torch' in sys.modules)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.splitlines()[-1] == "False"
+
+
 def test_a_wrong_layout(launch: Path, doctor: Any) -> None:
     stages = "jobs.critic.settings.model.parallel.pipeline_model_parallel_size=3"
     report = doctor(launch, stages, "jobs.critic.ranks_per_node=3")
@@ -162,7 +171,10 @@ def test_fewer_gpus_than_ranks(launch: Path, doctor: Any, monkeypatch: pytest.Mo
     found = only_error(doctor(launch), "GPUs of the jobs")
     assert "actor, critic, reward run together on 4 ranks, but there are 3 GPUs" in found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    assert doctor(launch)[0] == 0
+    status, findings = doctor(launch)
+    assert status == 0
+    assert findings["GPUs"]["status"] == "warning"  # torch has another opinion of this machine
+    assert "4 here, torch" in findings["GPUs"]["found"]
 
 
 def test_fewer_rows_than_a_batch(launch: Path, doctor: Any, models: Models) -> None:
