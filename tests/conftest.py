@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """From training's files, which take minutes, to those of algorithms: no long one is left alone at the end."""
+    items.sort(key=lambda item: str(item.path), reverse=True)
+
+
 def pytest_collection_finish() -> None:
     """What has been imported for all tests is left alone when a rank forked from here collects its garbage."""
     gc.freeze()

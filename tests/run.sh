@@ -15,4 +15,4 @@ echo "== imports"
 .venv/bin/lint-imports
 echo "== tests"
 # three processes, a file of tests to each: much of the time is spent waiting for jobs and servers to start
-exec .venv/bin/python -m pytest -n 3 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
