@@ -58,7 +58,8 @@ class Limits(NamedTuple):
     pad_id: int
     """Fills batches; never part of a response."""
     max_batch_size: int
-    """Sequences decoded at once; where one has ended, the next prompt joins."""
+    """Sequences decoded at once, with pipeline parallelism as many for each stage; where one has ended, the next prompt
+    joins."""
     max_sequence_length: int
     """Longest prompt and response together, in tokens."""
     tokenizer: Tokenizer | None = None

@@ -1,6 +1,10 @@
-"""Generation with the trainer's own Megatron weights: nothing is copied, converted or sent when they change."""
+"""Generation with the trainer's own Megatron weights: nothing is copied, converted or sent when they change.
 
-from collections.abc import Iterable
+Under pipeline parallelism there are up to as many lanes as stages, each with a batch and a cache of its own, so that a
+stage works on other lanes while one's newest tokens pass through the other stages.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +42,8 @@ class MegatronEngine:
         model = unwrap(chunks[0]).description
         limits.check(model)
         self._limits, self._vocab_size, self._reads = limits, model.vocab_size, energy is not None
-        self._decoder = Decoder(chunks, energy)
-        self._stages = self._decoder.stages
+        self._stages = unwrap(chunks[0]).pp_group
+        self._lanes = [Decoder(chunks, energy) for _ in range(self._stages.size())]
         self._version = 0
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -47,12 +51,13 @@ class MegatronEngine:
         self._version = version
 
     def sleep(self) -> None:
-        """Free the cache."""
-        self._decoder.release()
+        """Free the caches."""
+        for decoder in self._lanes:
+            decoder.release()
 
     def close(self) -> None:
-        """Free the cache."""
-        self._decoder.release()
+        """Free the caches."""
+        self.sleep()
 
     @torch.inference_mode()
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
@@ -70,31 +75,48 @@ class MegatronEngine:
         if not prompt_ids:
             return []
         stops = Stops(sampling.stop_strings, self._limits.eos_id, self._limits.tokenizer)
-        distribution = sampling.distribution(stops.ids)
-        seed = torch.tensor(seeds)
-        responses = [_Response(min(longest - len(prompt), sampling.max_new_tokens)) for prompt in prompt_ids]
-        room = max(len(prompt) + response.limit for prompt, response in zip(prompt_ids, responses, strict=True))
-        waiting = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # the last, and longest, join first
-        self._decoder.start(min(len(prompt_ids), at_once), room + _BLOCK)
+        limits = [min(longest - len(prompt), sampling.max_new_tokens) for prompt in prompt_ids]
+        work = _Work(
+            prompt_ids,
+            torch.tensor(seeds),
+            [_Response(limit) for limit in limits],
+            waiting=sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])),
+            distribution=sampling.distribution(stops.ids),
+            greedy=sampling.greedy,
+            stops=stops,
+        )
+        columns = _BLOCK + max(len(prompt) + limit for prompt, limit in zip(prompt_ids, limits, strict=True))
+        going = []
+        for decoder in self._lanes[: -(-len(prompt_ids) // at_once)]:
+            decoder.start(min(at_once, len(prompt_ids)), columns)
+            going.append(self._answer(decoder, work))
+        while going:  # in the same order on all ranks
+            going = [lane for lane in going if next(lane, "ended") is None]
+        return [response.completion(self._version, self._reads) for response in work.responses]
+
+    def _answer(self, decoder: Decoder, work: "_Work") -> Iterator[None]:
+        """Answer prompts until none waits; it yields while a token comes from the last stage."""
         batch: _Batch | None = None
-        while waiting or batch:
-            if waiting and (batch is None or len(batch.rows) < at_once):
-                free = at_once - (len(batch.rows) if batch else 0)
-                joining = [waiting.pop() for _ in range(min(len(waiting), free))]
-                new = self._begin(joining, [prompt_ids[i] for i in joining], distribution)
+        while work.waiting or batch:
+            free = self._limits.max_batch_size - (len(batch.rows) if batch else 0)
+            if work.waiting and free:
+                joining = [work.waiting.pop() for _ in range(min(len(work.waiting), free))]
+                new = self._begin(decoder, joining, [work.prompts[i] for i in joining], work.distribution)
                 batch = new if batch is None else batch.joined(new)
             assert batch is not None
-            drawn = torch.tensor([len(responses[i].tokens) for i in batch.rows])
-            steps = drawn[:, None] + torch.arange(min(_BLOCK, max(responses[i].left for i in batch.rows)))
-            uniforms = counter_uniform(seed[batch.rows, None], steps).to(device.device())
-            early = (steps < distribution.min_new_tokens).to(device.device())
-            token, tokens, read = self._decode(batch, uniforms, early, distribution, sampling.greedy)
-            for i, ids, passes in zip(batch.rows, tokens.tolist(), read, strict=True):
-                responses[i].take(ids, passes, stops)
-            batch = self._go_on(batch, token, responses)
-        return [response.completion(self._version, self._reads) for response in responses]
+            responses = [work.responses[i] for i in batch.rows]
+            drawn = torch.tensor([len(response.tokens) for response in responses])
+            steps = drawn[:, None] + torch.arange(min(_BLOCK, max(response.left for response in responses)))
+            uniforms = counter_uniform(work.seeds[batch.rows, None], steps).to(device.device())
+            early = (steps < work.distribution.min_new_tokens).to(device.device())
+            token, tokens, read = yield from self._decode(decoder, batch, uniforms, early, work)
+            for response, ids, passes in zip(responses, tokens.tolist(), read, strict=True):
+                response.take(ids, passes, work.stops)
+            batch = self._go_on(decoder, batch, token, work.responses)
 
-    def _begin(self, joining: list[int], prompts: list[list[int]], distribution: Distribution) -> "_Batch":
+    def _begin(
+        self, decoder: Decoder, joining: list[int], prompts: list[list[int]], distribution: Distribution
+    ) -> "_Batch":
         """Add prompts, those of the requests `joining`, to the decoder's rows."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = [torch.tensor(prompt) for prompt in prompts]
@@ -105,33 +127,33 @@ class MegatronEngine:
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
             seen = seen.to(device.device())
-        return _Batch(joining, self._decoder.add(padded, lengths), seen)
+        return _Batch(joining, decoder.add(padded, lengths), seen)
 
-    def _go_on(self, batch: "_Batch", token: Tensor, responses: list["_Response"]) -> "_Batch | None":
+    def _go_on(self, decoder: Decoder, batch: "_Batch", token: Tensor, responses: list["_Response"]) -> "_Batch | None":
         """Drop the rows whose responses have ended and run `token` [n], the newest of each, of the others.
 
         Where energies are read and a response ends with its newest token, this token is run, too.
         """
         kept = [row for row, i in enumerate(batch.rows) if not responses[i].ended or responses[i].unread(self._reads)]
-        order = self._decoder.keep(kept)
+        order = decoder.keep(kept)
         if not order:
             return None
-        batch = batch.reordered(order, self._decoder.step(token[order]))
+        batch = batch.reordered(order, decoder.step(token[order]))
         if all(not responses[i].ended for i in batch.rows):
             return batch
         last = nn.functional.pad(self._summed(batch.outputs.energies.clone()).cpu(), (_NUMBERS, 0))
         for i, read in zip(batch.rows, last.split(1), strict=True):
             if responses[i].ended:
                 responses[i].read.append(read)
-        order = self._decoder.keep([row for row, i in enumerate(batch.rows) if not responses[i].ended])
+        order = decoder.keep([row for row, i in enumerate(batch.rows) if not responses[i].ended])
         logits, energies = batch.outputs
         outputs = Outputs(None if logits is None else logits[order], energies[order])
         return batch.reordered(order, outputs) if order else None
 
     def _decode(
-        self, batch: "_Batch", uniforms: Tensor, early: Tensor, distribution: Distribution, greedy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode some more tokens of each row.
+        self, decoder: Decoder, batch: "_Batch", uniforms: Tensor, early: Tensor, work: "_Work"
+    ) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
+        """Decode some more tokens of each row; it yields while a token comes from the last stage.
 
         Args:
             uniforms: fp64 [n, steps], the random numbers of the next tokens.
@@ -145,11 +167,16 @@ class MegatronEngine:
         outputs, seen = batch.outputs, batch.seen
         for step, (uniform, too_early) in enumerate(zip(uniforms.unbind(1), early.unbind(1), strict=True)):
             if step:
-                outputs = self._decoder.step(tokens[-1])
+                outputs = decoder.step(tokens[-1])
             logits = outputs.logits
             if logits is not None:
-                logits = _sampling_logits(logits, too_early, seen, distribution)
-            token, numbers = self._choose(logits, uniform, greedy)
+                logits = _sampling_logits(logits, too_early, seen, work.distribution)
+            token, numbers = self._choose(logits, uniform, work.greedy)
+            if self._stages.size() > 1:
+                last = self._stages.size() - 1
+                coming = dist.broadcast(token, group=self._stages, group_src=last, async_op=True)
+                yield
+                coming.wait()
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             tokens.append(token)
@@ -162,8 +189,8 @@ class MegatronEngine:
         return tokens[-1], torch.stack(tokens, 1).cpu(), together
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-        """Choose the next token of each row: return it [n], on all stages, and its log-prob and, if it is read, its
-        distribution's entropy [n, _NUMBERS], which are 0 except on the last stage."""
+        """Choose the next token of each row: return it [n], and its log-prob and, if it is read, its distribution's
+        entropy [n, _NUMBERS]; the numbers are 0, and the token is unknown, except on the last stage."""
         numbers = torch.zeros(len(uniforms), _NUMBERS, device=uniforms.device)
         if logits is None:
             token = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
@@ -173,8 +200,6 @@ class MegatronEngine:
             numbers[:, 0] = logprobs.gather(-1, token[:, None])[:, 0]
             if self._reads:
                 numbers[:, 1] = torch.special.entr(logprobs.exp_()).sum(-1)
-        if self._stages.size() > 1:
-            dist.broadcast(token, group=self._stages, group_src=self._stages.size() - 1)
         return token, numbers
 
     def _summed(self, parts: Tensor) -> Tensor:
@@ -184,9 +209,24 @@ class MegatronEngine:
         return parts
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What one call of `generate` has to do, and has done; the lanes share it."""
+
+    prompts: list[list[int]]
+    seeds: Tensor
+    """int64, one for each prompt."""
+    responses: list["_Response"]
+    waiting: list[int]
+    """Numbers of the prompts that nobody has begun with; the last, and longest, are next."""
+    distribution: Distribution
+    greedy: bool
+    stops: Stops
+
+
 @dataclass
 class _Batch:
-    """The decoder's n rows."""
+    """The n rows of a decoder."""
 
     rows: list[int]
     """The request that each row answers."""

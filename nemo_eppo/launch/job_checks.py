@@ -73,7 +73,7 @@ def memory_of(job: Job) -> Memory:
             micro_batch_tokens=setup.micro_batch_tokens or sequences * job.longest,
             trained=optimizer is not None,
             reference=job.kind.samples,
-            sequences=job.setting("engine.max_batch_size") or 0,
+            sequences=(job.setting("engine.max_batch_size") or 0) * setup.parallel.pipeline_model_parallel_size,
             longest=job.longest,
         ),
         outputs=None if job.kind.head == "lm" else 1,

@@ -24,7 +24,7 @@ width F, A heads and vocabulary V, all but H divided by tp, and H too under sequ
                                                tensors computed from them
                 recompute: each layer keeps H only; add the above for one layer, or the logits if they are larger
     forward     n * b * (2 H + Q + 2 K + 3 F) + 12 * c, or n * S * A * 12 for capped logits if that is more
-    generation  N * S * 2 * K * L * b          the cache of N sequences of S tokens
+    generation  N * S * 2 * K * L * b          the cache of N sequences of S tokens, in pp batches
 
 On a CPU the C library may hold half as much again, in small pieces that were freed.
 """
@@ -48,7 +48,7 @@ class Workload:
     reference: bool = False
     """Whether a frozen copy is kept, as the actor does."""
     sequences: int = 0
-    """N, sequences decoded at once; 0 for no generation."""
+    """N, sequences that are being decoded; 0 for no generation."""
     longest: int = 0
     """S, tokens of the longest prompt and response together; 0 for the model's longest sequence."""
 

@@ -113,6 +113,7 @@ class EngineConfig(Config):
     name: Literal["megatron", "tensorrt_llm"] = "megatron"
     """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
     max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache. TensorRT-LLM has its own, tensorrt_llm.*."""
+    """Sequences that one replica decodes at once; bounds the KV cache. With pipeline parallelism as many for each stage
+    are under way. TensorRT-LLM has its own, tensorrt_llm.*."""
     tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
     """Settings of TensorRT-LLM; read only if it is the engine."""

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -79,6 +80,27 @@ def test_prompts_join_as_responses_end() -> None:
     waves = sum(max(lengths[i] for i in longest_first[start : start + size]) for start in range(0, len(PROMPTS), size))
     # until the last prompt has joined every row is at work
     assert on_one_rank(count_steps, size) <= sum(lengths) / size + max(lengths) < waves
+
+
+def steps_of_each_stage() -> tuple[list[list[int]], list[int]]:
+    """Responses, and the sequences whose lane is at work in each of this stage's steps."""
+    lanes, step = [], Decoder.step
+
+    def recorded(self: Decoder, tokens: torch.Tensor) -> Outputs:
+        lanes.append(id(self))
+        return step(self, tokens)
+
+    Decoder.step = recorded  # type: ignore[method-assign]
+    engine = build_engine(build_policy({"pipeline_model_parallel_size": 2}), max_batch_size=4)
+    return tokens_of(engine.generate(PROMPTS, HOT, SEEDS)), lanes
+
+
+def test_pipeline_stages_take_turns_with_lanes_of_sequences() -> None:
+    for responses, lanes in run_ranks(steps_of_each_stage, 2):
+        assert responses == tokens_of(alone())
+        assert len(set(lanes)) == 2
+        turns = sum(lane != following for lane, following in pairwise(lanes))
+        assert turns >= 0.8 * len(lanes)  # while a token is on its way, the stage steps in the other lane
 
 
 def generate_permuted(order: list[int]) -> list[list[int]]:
