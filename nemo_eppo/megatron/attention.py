@@ -11,6 +11,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from nemo_eppo.megatron import device
+
 DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Torch's kernels for shapes that change from call to call. cuDNN's would plan for each anew (42 ms against 0.25 ms on
 a GPU, pytorch PR 191576)."""
@@ -113,12 +115,15 @@ class CoreAttention(nn.Module):
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("this core attention takes neither a mask nor a bias")
         if packed_seq_params is not None:
-            sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
+            sizes = packed_seq_params.cu_seqlens_q.diff().tolist()  # in the host's memory: no wait for the device
             parts = [t.unsqueeze(1).split(sizes) for t in (query, key, value)]
             return torch.cat([self._attend(q, k, v) for q, k, v in zip(*parts, strict=True)]).squeeze(1)
         return self._attend(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        size = len(query)
+        if extra := -size % device.tokens_multiple():  # a row of a pack; it does not see what follows it
+            q, k, v = (F.pad(t, (0, 0, 0, extra)) for t in (q, k, v))
         out = attend(q, k, v, causal=True, window=self.window, scale=self.scale, softcap=self.softcap)
-        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        return out[:, :, :size].permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

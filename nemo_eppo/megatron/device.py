@@ -103,6 +103,15 @@ def cached_tokens_multiple() -> int:
     return 128 if on_gpu() else 1
 
 
+def tokens_multiple() -> int:
+    """Return the number to a multiple of which a forward pass rounds the tokens of its rows, or of its pack, up.
+
+    A GPU's attention kernels plan anew for every length, and its allocator reuses memory for equal shapes; a CPU only
+    computes more. TransformerEngine rounds the longest row of a pack to the same multiple if it is not told it.
+    """
+    return 64 if on_gpu() else 1
+
+
 def number() -> str:
     """Return this rank's entry of CUDA_VISIBLE_DEVICES or, where that is not set, its GPU's number on the machine."""
     visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","), int(os.environ.get("LOCAL_RANK", "0"))

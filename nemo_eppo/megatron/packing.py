@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron.specs import has_transformer_engine
+
 
 def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_size: int) -> list[list[int]]:
     """Deal items to packs of at most `budget` tokens and nearly equal work: longest first, to the least loaded pack.
@@ -62,21 +65,28 @@ def sequence_numbers(tokens: Tensor, packed: PackedSeqParams | None) -> Tensor:
     if packed is None:
         return torch.arange(tokens.size(0), device=tokens.device).unsqueeze(1).expand_as(tokens)
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    return torch.searchsorted(packed.cu_seqlens_q[1:].long(), positions, right=True)
+    return torch.searchsorted(packed.cu_seqlens_q[1:].to(tokens), positions, right=True)
 
 
 class Packing:
-    """Converts micro-batches between padded [b, s] and packed [1, n], where n is a multiple of `multiple`."""
+    """Converts micro-batches between padded [b, s] and packed [1, n].
 
-    def __init__(self, lengths: Tensor, width: int, multiple: int) -> None:
-        rows, columns = len(lengths), torch.arange(width, device=lengths.device)
-        self._shape = (rows, width)
-        self._places = (columns < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)  # [tokens] in the padded [b * s]
-        self._tail = -len(self._places) % multiple
+    Args:
+        lengths: [b] tokens of each row, in the host's memory; width: s; size: n, at least the sum of the lengths.
+    """
+
+    def __init__(self, lengths: Tensor, width: int, size: int) -> None:
+        columns = torch.arange(width)
+        self._shape, place = (len(lengths), width), device.device()
+        self._places = (columns < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1).to(place)  # [tokens] of [b * s]
+        self._tail = size - len(self._places)
         # the tail is a sequence of its own: nobody attends to it
-        sizes = torch.cat([lengths, lengths.new_full((1 if self._tail else 0,), self._tail)])
-        starts = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(sizes.max())
+        sizes = F.pad(lengths, (0, 1), value=self._tail) if self._tail else lengths
+        starts, longest = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32), int(sizes.max())
+        # Its kernels read `starts` on the device. Others split rows by them on the host, in every layer; and where the
+        # longest row is said to be as long as the pack, Megatron's rotary positions run on from row to row.
+        if has_transformer_engine():
+            starts, longest = starts.to(place), longest + -longest % device.tokens_multiple()
         self.params = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
         )

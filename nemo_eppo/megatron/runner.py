@@ -1,9 +1,8 @@
 """Forward passes and updates of one model over all ranks of a job.
 
 Inputs and outputs are the *global* batch, the same on every rank. Rows are dealt to data-parallel replicas by length,
-cut into micro-batches that are padded to their own longest row or packed without padding, run through Megatron's
-pipeline schedule, and put back in order. So layout, micro-batch size, padding and packing change no result beyond
-rounding.
+cut into micro-batches that are padded to their longest row or packed without padding, run through Megatron's pipeline
+schedule, and put back in order. So layout, micro-batch size, padding and packing change no result beyond rounding.
 """
 
 import math
@@ -37,15 +36,17 @@ RowReducer = Callable[[Tensor, Rows], Tensor]
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows of one forward pass, padded to the longest of them for losses, and optionally packed for the model."""
+    """Rows of one forward pass, cut to the longest of them for losses; padded further, or packed, for the model."""
 
     indices: Tensor
     rows: Rows
+    shape: tuple[int, int]
+    """[B, S] of the model's input, with rows and columns that losses do not see; [1, n] of packed rows."""
     packing: Packing | None
 
     @property
     def tokens(self) -> Tensor:
-        """Token ids [b, s], or packed [1, n]."""
+        """Token ids [*shape]."""
         return self._per_token(self.rows["tokens"], 0)
 
     def model_inputs(self) -> dict[str, Any]:
@@ -58,8 +59,9 @@ class _MicroBatch:
         return inputs
 
     def padded(self, output: Tensor) -> Tensor:
-        """Return the model's output as [b, s, C]."""
-        return output if self.packing is None else self.packing.unpack(output)
+        """Return the model's output [*shape, C] as [b, s, C]."""
+        rows, width = self.rows["tokens"].shape
+        return output[:rows, :width] if self.packing is None else self.packing.unpack(output)
 
     def as_given(self, output: Tensor, width: int) -> Tensor:
         """Return the model's output as [b, width, C], 0 beyond each row's length."""
@@ -68,7 +70,11 @@ class _MicroBatch:
         return nn.functional.pad(torch.where(inside.unsqueeze(-1), output, 0), (0, 0, 0, width - output.size(1)))
 
     def _per_token(self, padded: Tensor, fill: int) -> Tensor:
-        return padded if self.packing is None else self.packing.pack(padded, fill)
+        """[b, s] -> [*shape]."""
+        if self.packing is not None:
+            return self.packing.pack(padded, fill)
+        rows, width = self.shape
+        return nn.functional.pad(padded, (0, width - padded.size(1), 0, rows - len(padded)), value=fill)
 
 
 class ModelRunner:
@@ -123,7 +129,7 @@ class ModelRunner:
         if energies and probe is None:
             raise RuntimeError("energies were asked for, but this runner has no energy probe")
         batches = self._inference_batches(rows)
-        shapes = [(batch.tokens.size(0), batch.tokens.size(1)) for batch in batches]
+        shapes = [batch.shape for batch in batches]
         with probe.recording() if probe else nullcontext():
             parts = self._collect(batches, lambda _, output: output, shapes, outputs)
         if probe and batches:
@@ -186,7 +192,7 @@ class ModelRunner:
                     f"tokens: {len(rows['tokens'])} rows cannot fill the micro-batches of {len(shares)} data-parallel "
                     f"replicas: one would get {len(share)}, expected a multiple of {self._interleaved}"
                 )
-        batches = [self._cut(rows, indices) for indices in shares[self._replicas.rank()]]
+        batches = self._cut(rows, shares[self._replicas.rank()])
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -216,8 +222,7 @@ class ModelRunner:
         """Cut this replica's micro-batches, repeating the last to fill all stages; none if rows are too few."""
         self._check_tokens(rows["tokens"])
         mine = self._deal(rows["lengths"])[self._replicas.rank()]
-        mine = mine + mine[-1:] * (-len(mine) % self._interleaved)
-        return [self._cut(rows, indices) for indices in mine]
+        return self._cut(rows, mine + mine[-1:] * (-len(mine) % self._interleaved))
 
     def _collect(
         self,
@@ -270,8 +275,8 @@ class ModelRunner:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.size(1),
-            micro_batch_size=self.micro_batch_size,
+            seq_length=batches[0].shape[1],
+            micro_batch_size=batches[0].shape[0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
@@ -311,27 +316,35 @@ class ModelRunner:
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens: id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}")
 
-    def _cut(self, rows: Mapping[str, Tensor], indices: Tensor) -> _MicroBatch:
-        full = rows["tokens"].size(1)
-        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        lengths = rows["lengths"][indices]
-        size = int(lengths.max())
-        packing = None
-        if self.micro_batch_tokens is not None:
-            packing = Packing(lengths.to(device.device()), size, multiple)
-        else:
-            size = -(-size // multiple) * multiple
-        batch = {}
+    def _cut(self, rows: Mapping[str, Tensor], shares: Sequence[Tensor]) -> list[_MicroBatch]:
+        """Cut the micro-batches of these row indices out of the global batch.
+
+        The tokens of the model's input are rounded up as the device wants them. Pipeline stages do not tell each other
+        shapes, so there all micro-batches take the largest.
+        """
+        multiple = device.tokens_multiple()
+        if self.config.sequence_parallel:
+            multiple = math.lcm(multiple, self.config.tensor_model_parallel_size)
+        shapes = []
+        for indices in shares:
+            lengths = rows["lengths"][indices]
+            count, size = (len(indices), lengths.max()) if self.micro_batch_tokens is None else (1, lengths.sum())
+            shapes.append((count, -(-int(size) // multiple) * multiple))
+        if self._stages.size() > 1 and shapes:
+            counts, sizes = zip(*shapes, strict=True)
+            shapes = [(max(counts), max(sizes))] * len(shapes)
+        return [self._micro_batch(rows, indices, shape) for indices, shape in zip(shares, shapes, strict=True)]
+
+    def _micro_batch(self, rows: Mapping[str, Tensor], indices: Tensor, shape: tuple[int, int]) -> _MicroBatch:
+        full, lengths = rows["tokens"].size(1), rows["lengths"][indices]
+        size, batch = int(lengths.max()), {}
         for name, value in rows.items():
             picked = value[indices]
             if value.dim() > 1 and value.size(1) in (full, full - 1):
-                wanted = size - (full - value.size(1))
-                picked = picked[:, :wanted]
-                if picked.size(1) < wanted:
-                    padding = (0,) * (2 * (value.dim() - 2)) + (0, wanted - picked.size(1))
-                    picked = nn.functional.pad(picked, padding, value=IGNORE if name == "targets" else 0)
+                picked = picked[:, : size - (full - value.size(1))]
             batch[name] = picked.to(device.device()).contiguous()
-        return _MicroBatch(indices, batch, packing)
+        packing = None if self.micro_batch_tokens is None else Packing(lengths, size, shape[1])
+        return _MicroBatch(indices, batch, shape, packing)
 
     def _sum_reports(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reports[0])] if parallel_state.is_pipeline_last_stage() else [None]

@@ -84,9 +84,7 @@ def transformer_config(
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
-        # micro-batches are cut to their own longest sequence, so pipeline stages tell each other the shape
-        variable_seq_lengths=pipelined,
-        moe_token_dispatcher_type="alltoall",
+        variable_seq_lengths=False,  # else stages exchange shapes, and wait for the device, before every tensor
         # interleaving with batched sends gives wrong losses without an error (megatron-core 0.16, gloo)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=pipelined and not interleaved,

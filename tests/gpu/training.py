@@ -2,8 +2,8 @@
 
 MFU is the floating-point operations that a pass needs (2 for each weight that a token meets, causal attention, three
 times that with the backward pass; nothing for padding, or for computing logits again), over those that the device makes
-in the same time in a large bf16 matrix product, measured before. Mixed lengths are new in every round, for which
-cuDNN's attention may have to plan anew: so packed batches are also measured with the kernels of decoding, which do not.
+in the same time in a large bf16 matrix product, measured before. Mixed lengths are new in every round. Attention sees
+multiples of 64, for each of which cuDNN plans once: packed batches are also measured with kernels that do not plan.
 """
 
 import gc

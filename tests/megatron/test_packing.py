@@ -1,12 +1,18 @@
 """Packs are full, balanced and complete; rows that share a pack do not see each other."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from distributed import run_ranks
 from tiny import SP2, build_runner, random_batch
 from torch import Tensor
 
-from nemo_eppo.megatron.packing import Packing, balanced_packs
+from nemo_eppo.megatron import device
+from nemo_eppo.megatron import packing as packing_module
+from nemo_eppo.megatron.attention import CoreAttention
+from nemo_eppo.megatron.packing import Packing, balanced_packs, sequence_numbers
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,20 +81,57 @@ def test_the_work_of_packing_does_not_grow_with_the_square_of_the_rows(around: i
     assert needed[1] < 2 * 16 * needed[0]  # sixteen times the rows; their square would be 256 times the work
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
-def test_unpacking_undoes_packing(multiple: int) -> None:
+@pytest.mark.parametrize("tail", [0, 7])
+def test_unpacking_undoes_packing(tail: int) -> None:
     lengths, padded = torch.tensor([3, 5, 1]), torch.arange(1, 16).view(3, 5)
-    packing = Packing(lengths, 5, multiple)
+    packing = Packing(lengths, 5, 9 + tail)
     packed = packing.pack(padded, -1)
-    assert packed.tolist()[0] == [1, 2, 3, 6, 7, 8, 9, 10, 11] + [-1] * (-9 % multiple)
-    assert packing.params.cu_seqlens_q.tolist() == [0, 3, 8, 9] + ([16] if multiple == 8 else [])
+    assert packed.tolist()[0] == [1, 2, 3, 6, 7, 8, 9, 10, 11] + [-1] * tail
+    assert packing.params.cu_seqlens_q.tolist() == [0, 3, 8, 9] + ([16] if tail else [])
+    assert packing.params.max_seqlen_q == max(5, tail)
     values = packed.unsqueeze(-1).float().requires_grad_()
     unpacked = packing.unpack(values)
     inside = torch.arange(5) < lengths[:, None]
     assert torch.equal(unpacked[..., 0], torch.where(inside, padded, 0).float())
     unpacked.sum().backward()
     assert values.grad is not None
-    assert values.grad[0, :, 0].tolist() == [1.0] * 9 + [0.0] * (-9 % multiple)
+    assert values.grad[0, :, 0].tolist() == [1.0] * 9 + [0.0] * tail
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "device", lambda: torch.device("meta"))  # whose tensors nobody can read
+    monkeypatch.setattr(device, "tokens_multiple", lambda: 8)
+
+
+@pytest.mark.usefixtures("rounding")
+def test_attention_to_packed_rows_waits_for_nothing_on_the_device() -> None:
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    packing = Packing(torch.tensor([3, 5]), 5, 8)
+    tokens = packing.pack(torch.zeros(2, 5, dtype=torch.long, device="meta"), 0)
+    assert tokens.shape == sequence_numbers(tokens, packing.params).shape == (1, 8)
+    query = torch.zeros(8, 4, 6, device="meta")
+    alone: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    turned = _apply_rotary_pos_emb_thd(
+        query, packing.params.cu_seqlens_q, torch.zeros(5, 1, 1, 6, device="meta"), cp_group=alone
+    )
+    config: Any = SimpleNamespace(window_size=None, window_attn_skip_freq=None)
+    attention = CoreAttention(config, 1, config, "self")
+    assert attention(turned, turned, turned, packed_seq_params=packing.params).shape == (8, 24)
+    # the pack's own length would make Megatron's rotary positions run on from row to row
+    assert packing.params.max_seqlen_q == 5
+
+
+@pytest.mark.usefixtures("rounding")
+def test_transformer_engine_gets_places_on_the_device_and_a_rounded_longest_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing_module, "has_transformer_engine", lambda: True)
+    params = Packing(torch.tensor([3, 9, 1]), 9, 16).params
+    assert params.cu_seqlens_q.is_meta
+    assert params.cu_seqlens_q.shape == (5,)
+    assert params.max_seqlen_q == params.max_seqlen_kv == 16
 
 
 def one_row_changed(layout: dict[str, object]) -> tuple[Tensor, Tensor]:

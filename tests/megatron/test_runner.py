@@ -9,6 +9,7 @@ from tiny import MODEL, PP2, SP2, TP2, VPP2, Layout, build_runner, inputs, rando
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model, unwrap
 from nemo_eppo.megatron.runner import Rows
@@ -37,9 +38,10 @@ def infer_few(layout: Layout, counts: list[int]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [(VPP2, 2), ({}, 2)], ids=["PP2+VPP2", "DP2"])
-def test_any_number_of_rows_can_be_inferred(layout: Layout, ranks: int) -> None:
+def test_any_number_of_rows_can_be_inferred(layout: Layout, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [1, 2, 3, 5]
     everything = run_ranks(infer_few, 1, {}, [6])[0][0]
+    monkeypatch.setattr(device, "tokens_multiple", lambda: 8)
     for results in run_ranks(infer_few, ranks, layout, counts):
         for count, result in zip(counts, results, strict=True):
             assert torch.allclose(result, everything[:count], atol=1e-6)
@@ -53,9 +55,14 @@ def sum_of_row(output: Tensor, rows: Rows) -> Tensor:
     return output.sum(1)
 
 
-def infer_and_count(layout: Layout, micro_batches: dict[str, int]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """What two reducers give and what they would give of `infer`; numbers sent over each collective of the runner."""
-    runner = build_runner(layout, **micro_batches)  # type: ignore[arg-type]
+def infer_and_count(
+    layout: Layout, micro_batches: dict[str, int]
+) -> tuple[list[Tensor], list[Tensor], list[int], list[tuple[int, ...]]]:
+    """What two reducers give and what they would give of `infer`; numbers sent over each collective of the runner;
+    shapes of the model's inputs."""
+    runner, shapes = build_runner(layout, **micro_batches), []  # type: ignore[arg-type]
+    for chunk in runner.chunks:
+        chunk.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
     rows = random_batch() | {"back": torch.tensor([1, 2, 3, 1, 2, 3])}
     everything, _ = runner.infer(rows["tokens"], rows["lengths"], rows["targets"], outputs=2)
     sent, broadcast, all_reduce = [], torch.distributed.broadcast, torch.distributed.all_reduce
@@ -73,7 +80,7 @@ def infer_and_count(layout: Layout, micro_batches: dict[str, int]) -> tuple[list
         reduced = [runner.infer_rows(rows, reduce, outputs=2) for reduce in (at_last_token, sum_of_row)]
     finally:
         torch.distributed.broadcast, torch.distributed.all_reduce = broadcast, all_reduce
-    return reduced, [at_last_token(everything, rows), sum_of_row(everything, rows)], sent
+    return reduced, [at_last_token(everything, rows), sum_of_row(everything, rows)], sent, shapes
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -83,11 +90,17 @@ def infer_and_count(layout: Layout, micro_batches: dict[str, int]) -> tuple[list
     ids=["one", "TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2", "PP2+DP2"],
 )
 def test_a_reduced_row_is_what_infer_gives_and_no_token_of_it_travels(
-    layout: Layout, ranks: int, collectives: int, packed: bool
+    layout: Layout, ranks: int, collectives: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the model's inputs have few shapes as on GPUs, in a pipeline one, of which stages do not tell each other."""
     whole = run_ranks(infer_and_count, 1, {}, {})[0][0]
-    micro_batches = {"micro_batch_tokens": 20} if packed else {}
-    for reduced, expected, sent in run_ranks(infer_and_count, ranks, layout, micro_batches):
+    monkeypatch.setattr(device, "tokens_multiple", lambda: 8)
+    p2p = "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator"
+    monkeypatch.setattr(f"{p2p}._communicate_shapes", None)  # a stage that asks another for a shape fails
+    micro_batches = {"micro_batch_tokens": 20} if packed else {"micro_batch_size": 5}
+    for reduced, expected, sent, shapes in run_ranks(infer_and_count, ranks, layout, micro_batches):
+        assert all(tokens % 8 == 0 for _, tokens in shapes)
+        assert len(set(shapes)) == 1 or "pipeline_model_parallel_size" not in layout
         for got, same, alone in zip(reduced, expected, whole, strict=True):
             assert torch.equal(got, same)
             assert torch.allclose(got, alone, atol=1e-5)
