@@ -283,7 +283,7 @@ class ModelSetup(Config):
     parallel: ParallelConfig = ParallelConfig()
     """How the model is laid out over the job's ranks."""
     micro_batch_size: int = Field(4, ge=1)
-    """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them or, with
+    """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them; with
     pipeline parallelism, to the longest of all passes."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Most tokens per forward pass with sequence packing, which puts rows together without padding and balances them
