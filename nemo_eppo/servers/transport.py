@@ -60,6 +60,9 @@ class Transport:
             named = ("grpc.ssl_target_name_override", NAME)
             credentials = grpc.ssl_channel_credentials(ca, key, cert)
             self._channel = grpc.secure_channel(target, credentials, (*_OPTIONS, named))
+        # Without a listener gRPC looks after a connection that is being made only while a call waits for it, and every
+        # 5 s: calls that fail at once meanwhile would find a server up to 16 s (TLS) after it listens.
+        self._channel.subscribe(lambda state: None)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:
