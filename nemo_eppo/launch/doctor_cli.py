@@ -7,20 +7,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from nemo_eppo.launch.findings import Finding
+    from nemo_eppo.launch.job import Job
+    from nemo_eppo.launch.launch_file import LaunchConfig
+    from nemo_eppo.launch.step_time import StepEstimate
 
 _DESCRIPTION = """\
 Examine this machine, and the jobs of a launch file, before anything is started.
 
 The machine: Python, package versions, GPUs, shared memory. The jobs: unknown keys, layouts, checkpoints, differing
 tokenizers, data files row by row, windows, memory per rank, slow settings, disk, ports. Running servers: whether they
-answer, their protocol and limits. A failed check does not stop others; the exit status is 1 if there is an error."""
+answer, their protocol and limits. A failed check does not stop others; the exit status is 1 if there is an error.
+
+--estimate predicts a step of each actor from models, layout, batches and a cluster's figures: seconds of each phase
+and what bounds it (compute, memory, launches, links, host), what servers do meanwhile, bytes sent, memory. Figures are
+those of `h100` (datasheets and assumed shares, never compared with a GPU), of this machine (`here`, measured in about
+half a minute), or of a YAML file with the fields of nemo_eppo.launch.cluster.Cluster. Prompts and responses count as
+long as they may be: ask about shorter ones with generation.max_new_tokens."""
 
 _EPILOG = """\
 examples:
   nemo-eppo doctor
   nemo-eppo doctor run.yaml jobs.actor.settings.model.micro_batch_size=8
   nemo-eppo doctor run.yaml --server grpc://node7:5555 --certificates runs/eppo/certificates
+  nemo-eppo doctor run.yaml --estimate h100
+  nemo-eppo doctor run.yaml jobs.actor.settings.generation.max_new_tokens=300 --estimate here
   nemo-eppo doctor run.yaml --json | jq '.findings[] | select(.status == "error")'"""
 
 
@@ -36,23 +49,40 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--server", action="append", default=[], metavar="URL", help="a server that should be running")
     parser.add_argument("--certificates", type=Path, metavar="FOLDER", help="certificates of the --server's run")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object: findings (check, status, found, mend), errors"
+        "--estimate", metavar="CLUSTER", help="predict a step's time on h100, here, or by figures in a file"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object: findings (check, status, found, mend), errors, estimates"
     )
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    findings = _examine(arguments)
+    estimates: list[StepEstimate] = []
+    if arguments.estimate is not None:
+        from nemo_eppo.config import ConfigError
+        from nemo_eppo.launch.cluster import read_cluster
+
+        read_cluster(arguments.estimate)  # a wrong figure is told at once
+        if arguments.file is None:
+            raise ConfigError(f"--estimate {arguments.estimate}: expected a launch file before it")
+    findings = _examine(arguments, estimates)
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
-        print(json.dumps({"findings": [finding.model_dump() for finding in findings], "errors": errors}, indent=1))
+        told = {"findings": [finding.model_dump() for finding in findings], "errors": errors}
+        print(json.dumps(told | {"estimates": [estimate.model_dump() for estimate in estimates]}, indent=1))
     else:
         _print_table(findings, errors)
+        if estimates:
+            from nemo_eppo.launch.estimate_report import report
+
+            print("", *map(report, estimates), sep="\n")
     if errors:
         raise SystemExit(1)
 
 
-def _examine(arguments: argparse.Namespace) -> "list[Finding]":
+def _examine(arguments: argparse.Namespace, estimates: "list[StepEstimate]") -> "list[Finding]":
+    """Examine what was asked for; add what is predicted to `estimates`."""
     from nemo_eppo.launch import machine_checks
     from nemo_eppo.launch.findings import error, guarded
 
@@ -75,6 +105,8 @@ def _examine(arguments: argparse.Namespace) -> "list[Finding]":
             here = launch.slurm is None and launch.kubernetes is None
             found, jobs = examine(launch, here=here, files=True)
             findings += found + examine_jobs(launch, jobs, here=here)
+            if arguments.estimate is not None:
+                findings += guarded("estimate", _estimate)(arguments.estimate, launch, jobs, estimates)
             actor = next((job for job in jobs if job.kind.samples), None)
     if arguments.server:
         from nemo_eppo.launch.server_checks import examine_server
@@ -82,6 +114,21 @@ def _examine(arguments: argparse.Namespace) -> "list[Finding]":
         for url in arguments.server:
             findings += guarded(f"server {url}", examine_server)(url, arguments.certificates, actor)
     return findings
+
+
+def _estimate(
+    name: str, launch: "LaunchConfig", jobs: "Sequence[Job]", estimates: "list[StepEstimate]"
+) -> "Iterator[Finding]":
+    """Predict a step of each actor, and add it to `estimates`."""
+    from nemo_eppo.launch.calibration import measure_here
+    from nemo_eppo.launch.cluster import read_cluster
+    from nemo_eppo.launch.findings import ok
+    from nemo_eppo.launch.step_time import estimate_step
+
+    cluster = read_cluster(name) or measure_here({job.settings.model.precision for job in jobs})
+    for actor in (job for job in jobs if job.kind.samples):
+        estimates.append(estimate_step(launch, jobs, actor, cluster))
+        yield ok(f"{actor.name}: estimate", f"{estimates[-1].seconds:.3g} s a step, predicted for {name}")
 
 
 def _print_table(findings: "list[Finding]", errors: int) -> None:

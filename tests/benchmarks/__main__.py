@@ -11,6 +11,7 @@ from pairs import Options, write
 
 NAMES = (
     "trl_ppo", "generation", "update", "probe", "packing", "scaling", "servers", "host", "memory", "startup",
+    "cost_model",
 )  # fmt: skip
 
 

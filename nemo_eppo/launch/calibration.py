@@ -1,0 +1,252 @@
+"""Measures the figures of a cluster on this machine: `--estimate here`.
+
+Two processes measure at the same time, as two ranks of a job keep a machine busy, each with matrix products, copies,
+and forward passes, updates and decoding by models of two and of six layers; then they sum tensors together. Figures
+that this does not show, a request and the host's share of a step, are those of the preset.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_eppo.config import RunError
+from nemo_eppo.launch.cluster import H100, Cluster, Fixed, Link
+from nemo_eppo.launch.command import THREADS
+from nemo_eppo.launch.work import Shape, Work, ring
+from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
+
+_RANKS = 2
+_PATIENCE_S = 600
+_FEW, _MANY = 2, 6  # layers
+_SHORT, _LONG, _ROWS = 8, 96, 24  # tokens of a row, and rows of a large micro-batch
+_NEW = 16  # tokens of a response
+
+
+def measure_here(precisions: set[Precision]) -> Cluster:
+    """Measure this machine, with products in each of these precisions; RunError if a process fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [folder, *sorted(precisions)]
+        processes = []
+        for rank in range(_RANKS):
+            variables = {**os.environ, **THREADS, "LOCAL_RANK": str(rank), "CALIBRATION_RANK": str(rank)}
+            command = [sys.executable, "-m", "nemo_eppo.launch.calibration", *arguments]
+            processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+        try:
+            messages = [process.communicate(timeout=_PATIENCE_S)[1] for process in processes]
+        except subprocess.TimeoutExpired:
+            raise RunError(f"--estimate here: processes that measure took more than {_PATIENCE_S} s") from None
+        finally:
+            for process in processes:
+                process.kill()
+        for process, message in zip(processes, messages, strict=True):
+            if process.returncode:
+                raise RunError(
+                    f"--estimate here: a process that measures ended with {process.returncode}: {message[-2000:]}"
+                )
+        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(_RANKS)]
+    return Cluster.model_validate(_mean(found))
+
+
+def _mean(found: list[Any]) -> Any:
+    first = found[0]
+    if isinstance(first, dict):
+        return {key: _mean([one[key] for one in found]) for key in first}
+    return sum(found) / len(found) if isinstance(first, float) else first
+
+
+def _seconds(work: Callable[[], object], least: float = 0.25) -> float:
+    """Least seconds of a call, because what else runs only adds to it: of at least five calls and `least` seconds,
+    after two that do not count. On a CPU they are seconds of its one thread."""
+    from nemo_eppo.megatron import device
+
+    clock, times = time.perf_counter if device.on_gpu() else time.process_time, list[float]()
+    for _ in range(2):
+        work()
+    while sum(times) < least or len(times) < 5:
+        device.synchronize()
+        start = clock()
+        work()
+        device.synchronize()
+        times.append(clock() - start)
+    return min(times)
+
+
+def _measure(precisions: list[Precision], rank: int, folder: Path) -> Cluster:
+    import torch
+
+    from nemo_eppo.megatron import device
+    from nemo_eppo.models.numerics import DTYPES
+
+    gpu, where = device.on_gpu(), device.device()
+    width, wide, many = (4096, 14336, 4096) if gpu else (256, 1024, 512)
+    linear, products = torch.nn.functional.linear, dict[Precision, float]()
+    for precision in reversed(precisions):  # the first is that of what follows
+        weight = torch.randn(wide, width, dtype=DTYPES[precision], device=where)
+        rows = torch.randn(many, width, dtype=weight.dtype, device=where)
+        products[precision] = 2 * width * wide * many / _seconds(partial(linear, rows, weight))
+    large = torch.zeros(2**28 if gpu else 2**24, dtype=torch.uint8, device=where)
+    memory = 2 * large.nbytes / _seconds(large.clone)
+    if not gpu:  # weights that no cache holds, read for few rows, as in decoding
+        cold, few = torch.randn(64, wide, width, dtype=DTYPES[precisions[0]]), rows[:16]
+        spent = _seconds(lambda: [linear(few, weight) for weight in cold])
+        spent -= 2 * cold.numel() * len(few) / products[precisions[0]]
+        memory = min(memory, cold.nbytes / max(spent, 1e-6))
+    there = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=gpu)
+    host = large.nbytes / _seconds(partial(there.copy_, large))
+    query = torch.randn(8, 8, 128, width // 8, dtype=DTYPES[precisions[0]], device=where)
+    pairs = 8 * 128 * 129 / 2
+    attend = torch.nn.functional.scaled_dot_product_attention
+    attention = 4 * width * pairs / _seconds(partial(attend, query, query, query, is_causal=True))
+    found = Cluster(
+        products=products,
+        attention=attention,
+        memory=memory,
+        activations=1.0,
+        decoded=1.0,
+        host=host,
+        overlaps=gpu,
+        cores=None if gpu else os.cpu_count(),
+        inside=Link(bandwidth=1.0, latency=0.0),
+        between=Link(bandwidth=1.0, latency=0.0),
+        fixed=H100.fixed,
+    )
+    update = _layers(found, width, precisions[0])
+    link = _link(rank, folder)
+    return found.model_copy(update={**update, "inside": link, "between": link})
+
+
+def _layers(found: Cluster, width: int, precision: Precision) -> dict[str, Any]:
+    """Seconds of each kind of pass, however small, and the bandwidths that explain large ones."""
+    import torch
+
+    from nemo_eppo.generation.engine import Limits
+    from nemo_eppo.generation.megatron_engine import MegatronEngine
+    from nemo_eppo.megatron.logprobs import IGNORE
+    from nemo_eppo.megatron.model import build_model
+    from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from nemo_eppo.megatron.runner import ModelRunner
+    from nemo_eppo.megatron.runtime import initialize, shutdown
+    from nemo_eppo.settings.generation import SamplingParams
+    from nemo_eppo.settings.training import OptimizerConfig
+
+    initialize(ParallelConfig(), seed=1)
+    forward, large, decode, decode_large, train = {}, {}, {}, {}, {}
+
+    def rows(count: int, length: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(64, (count, length))
+        targets = tokens.roll(-1, 1)
+        targets[:, -1] = IGNORE
+        return {"tokens": tokens, "lengths": torch.full((count,), length), "targets": targets}
+
+    def loss(output: torch.Tensor, _: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -output[..., 0].sum() / 1000, {}
+
+    for layers in (_FEW, _MANY):
+        for size in (64, width):
+            model = ModelConfig(
+                num_layers=layers,
+                hidden_size=size,
+                ffn_hidden_size=4 * size,
+                num_attention_heads=8,
+                vocab_size=64,
+                max_sequence_length=_LONG,
+            )
+            chunks: Any = build_model(model, ParallelConfig(), head="lm", precision=precision)
+            limits = Limits(eos_id=0, pad_id=0, max_batch_size=_ROWS, max_sequence_length=_LONG)
+            engine, sampling = MegatronEngine(chunks, limits), SamplingParams(max_new_tokens=_NEW, min_new_tokens=_NEW)
+            if size == width:
+                runner = ModelRunner(chunks, _ROWS)
+                large[layers] = _seconds(partial(runner.infer, *rows(_ROWS, _LONG).values(), outputs=2))
+                response = partial(engine.generate, [[1]] * _ROWS, sampling, list(range(_ROWS)))
+                decode_large[layers] = _seconds(response) / _NEW
+                continue
+            decode[layers] = _seconds(partial(engine.generate, [[1]], sampling, [1])) / _NEW
+            settings = OptimizerConfig(lr=1e-6)
+            chunks = wrap_data_parallel(chunks, settings, precision)
+            optimizer, scheduler = build_optimizer(chunks, settings, precision, 10_000)
+            runner = ModelRunner(chunks, 1, optimizer=optimizer, scheduler=scheduler)
+            forward[layers] = _seconds(partial(runner.infer, *rows(1, _SHORT).values(), outputs=2))
+            for micro in (1, 4):
+                train[layers, micro] = _seconds(partial(runner.train_step, rows(micro, _SHORT), loss), 0.5)
+    shutdown()
+    more = _MANY - _FEW
+    layer, layer_decode = ((of[_MANY] - of[_FEW]) / more for of in (forward, decode))
+    each = {layers: (train[layers, 4] - train[layers, 1]) / 3 for layers in (_FEW, _MANY)}  # a micro-batch
+    once = {layers: train[layers, 1] - each[layers] for layers in (_FEW, _MANY)}
+    both, layer_update = ((of[_MANY] - of[_FEW]) / more for of in (each, once))
+    passes = Fixed(
+        layer=max(0.0, layer),
+        forward=max(0.0, forward[_FEW] - _FEW * layer),
+        layer_backward=max(0.0, both - layer),
+        backward=max(0.0, each[_FEW] - _FEW * both - (forward[_FEW] - _FEW * layer)),
+        layer_update=max(0.0, layer_update),
+        update=max(0.0, once[_FEW] - _FEW * layer_update),
+        layer_decode=max(0.0, layer_decode),
+        decode=max(0.0, decode[_FEW] - _FEW * layer_decode),
+        request=found.fixed.request,
+        step=found.fixed.step,
+        token=found.fixed.token,
+    )
+    one = Shape(model.model_copy(update={"num_layers": 1}), ParallelConfig(), precision, language=False)
+
+    def bandwidth(size: float, seconds: Mapping[int, float], work: Work, launches: float) -> float:
+        """Bandwidth at which `size` bytes take what a layer takes more than its products, memory and launches."""
+        known = work.products / found.products[precision] + work.attention / found.attention
+        known += work.memory / found.memory
+        known = max(known, launches) if found.overlaps else known + launches
+        left = (seconds[_MANY] - seconds[_FEW]) / more - known
+        return size / max(left, known / 20)  # noise may hide it
+
+    pass_, step = one.layers_forward(_ROWS, _LONG), one.decode(_ROWS, _NEW / 2)
+    return {
+        "fixed": passes,
+        "activations": bandwidth(pass_.activations, large, pass_, passes.layer),
+        "decoded": bandwidth(_ROWS * one.touched * one.bytes, decode_large, step, passes.layer_decode),
+    }
+
+
+def _link(rank: int, folder: Path) -> Link:
+    """Bandwidth and latency of sums over two ranks."""
+    import torch
+    import torch.distributed as dist
+
+    from nemo_eppo.megatron import device
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        device.distributed_backend(), init_method=f"file://{folder}/store", rank=rank, world_size=_RANKS
+    )
+    times = []
+    small, large = (torch.zeros(size, device=device.device()) for size in (256, 2**20))
+    for tensor in (small, large):
+        calls = []
+        for _ in range(200 if tensor is small else 20):  # the same number on both ranks
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            device.synchronize()
+            calls.append(time.perf_counter() - start)
+        times.append(min(calls))
+    dist.destroy_process_group()
+    return Link(bandwidth=ring(_RANKS) * large.nbytes / max(times[1] - times[0], 1e-9), latency=times[0])
+
+
+def main() -> None:
+    """Measure as one of the processes, and write what was found."""
+    from nemo_eppo.megatron import device
+
+    folder, *precisions = sys.argv[1:]
+    rank = int(os.environ["CALIBRATION_RANK"])
+    device.install()
+    figures = _measure(precisions, rank, Path(folder))  # type: ignore[arg-type]
+    (Path(folder) / f"{rank}.json").write_text(figures.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()
