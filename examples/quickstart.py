@@ -36,7 +36,7 @@ def main() -> None:
     started = time.monotonic()
     out: Path = options.output.absolute()
     make_anew(out)
-    sizes = {"sft_examples": 40_000, "preference_pairs": 16_000, "prompts": 12_000, "validation_examples": 256}
+    sizes = {"sft_examples": 24_000, "preference_pairs": 16_000, "prompts": 4_000, "validation_examples": 256}
     changes = {"output": out, **{f"variables.{name}": getattr(options, name) for name in ("seed", "steps", "eta")}}
     if options.fast:
         sizes = {"sft_examples": 512, "preference_pairs": 256, "prompts": 256, "validation_examples": 32}

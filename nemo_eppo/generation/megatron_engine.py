@@ -18,6 +18,7 @@ from nemo_eppo.generation.decoder import Decoder, Outputs
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.collectives import sibling
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.energy import EnergyProbeConfig
@@ -28,7 +29,7 @@ _NUMBERS = 2  # log-prob and entropy of a token, before its energies
 
 
 class MegatronEngine:
-    """An `Engine` over the chunks of a policy.
+    """An `Engine` over the chunks of a policy; all ranks of the job make it together.
 
     All ranks of a replica call `generate` with the same input and get the same completions. Replicas are independent:
     each may have prompts of its own, or none.
@@ -43,6 +44,9 @@ class MegatronEngine:
         limits.check(model)
         self._limits, self._vocab_size, self._reads = limits, model.vocab_size, energy is not None
         self._stages = unwrap(chunks[0]).pp_group
+        if self._stages.size() > 1:
+            # hidden states go through the decoders' group, and do not wait there for another lane's token
+            self._stages = sibling(self._stages)
         self._lanes = [Decoder(chunks, energy) for _ in range(self._stages.size())]
         self._version = 0
 

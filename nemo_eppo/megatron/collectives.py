@@ -64,6 +64,18 @@ def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = N
     return cast(ResultT, result)
 
 
+def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make another group of the same ranks; collective over the job, whose ranks name groups without a common rank.
+
+    NCCL does all that a group is asked for in turn, sends and receives included, so what one group has to wait for does
+    not hold up the other.
+    """
+    groups: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(groups, dist.get_process_group_ranks(group), group=runtime.control_group())
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in sorted(set(map(tuple, groups)))])
+    return cast(dist.ProcessGroup, own)
+
+
 def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[ResultT]]) -> list[ResultT]:
     """Deal items to the data-parallel replicas, largest first, and gather the results.
 

@@ -40,7 +40,8 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
                 use_distributed_optimizer=optimizer.distributed,
             ),
             module=chunk,
-            disable_bucketing=index > 0,
+            # as one bucket, a bf16 chunk and its fp32 head would be gathered in one call, which mixes them up with gloo
+            disable_bucketing=index > 0 and len({p.dtype for p in chunk.parameters()}) == 1,
         )
         for index, chunk in enumerate(chunks)
     ]

@@ -139,7 +139,8 @@ class ServerClient:
                 if waited >= told:
                     logger.info("waiting for the %s server at %s (%.0f s)", self.name, transport.url, waited)
                     told = waited + 30
-                time.sleep(0.5)
+                transport.server_ready(timeout=0.5)
+                time.sleep(0.1)
         differences = []
         for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, "max_batch_size": 1, **expect}.items():
             found = status.get(key)
@@ -199,7 +200,8 @@ class ServerClient:
                     raise self._unavailable(what, error) from error
                 turn += 1
                 if turn % len(self._transports) == 0:
-                    time.sleep(RETRY_PAUSE_S)
+                    transport.server_ready(timeout=RETRY_PAUSE_S)
+                    time.sleep(0.1)
             except ServerUnavailable:
                 raise
             except ServerError as error:

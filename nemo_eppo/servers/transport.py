@@ -60,9 +60,6 @@ class Transport:
             named = ("grpc.ssl_target_name_override", NAME)
             credentials = grpc.ssl_channel_credentials(ca, key, cert)
             self._channel = grpc.secure_channel(target, credentials, (*_OPTIONS, named))
-        # Without a listener gRPC looks after a connection that is being made only while a call waits for it, and every
-        # 5 s: calls that fail at once meanwhile would find a server up to 16 s (TLS) after it listens.
-        self._channel.subscribe(lambda state: None)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:
@@ -111,9 +108,15 @@ class Transport:
         return _decode(answer)
 
     def server_ready(self, timeout: float) -> bool:
-        """Return whether the server is up with all its endpoints."""
+        """Wait at most `timeout` seconds for the server to be up with all its endpoints; return whether it is.
+
+        gRPC looks after a connection that is being made while a call waits for it, else every 5 s: calls that fail at
+        once would find a server up to 16 s (TLS) after it listens. A channel's subscribers would do, too, but their
+        thread makes gRPC crash in processes that are forked, such as those which write checkpoints.
+        """
+        request = service_pb2.ServerReadyRequest()
         try:
-            return bool(self._stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=timeout).ready)
+            return bool(self._stub.ServerReady(request, timeout=timeout, wait_for_ready=True).ready)
         except grpc.RpcError:
             return False
 

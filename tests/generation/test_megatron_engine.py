@@ -103,6 +103,31 @@ def test_pipeline_stages_take_turns_with_lanes_of_sequences() -> None:
         assert turns >= 0.8 * len(lanes)  # while a token is on its way, the stage steps in the other lane
 
 
+def groups_of_communication() -> tuple[set[str], set[str]]:
+    """The names of the groups in which this stage sends or receives, and of those with collectives."""
+    names: dict[str, set[str]] = {"send": set(), "recv": set(), "broadcast": set(), "all_reduce": set()}
+
+    def note(name: str, function: Any) -> Any:
+        def noted(*args: Any, group: dist.ProcessGroup, **options: Any) -> Any:
+            names[name].add(group.group_name)
+            return function(*args, group=group, **options)
+
+        return noted
+
+    engine = build_engine(build_policy({"pipeline_model_parallel_size": 2}), max_batch_size=4)
+    for name in names:
+        setattr(dist, name, note(name, getattr(dist, name)))
+    engine.generate(PROMPTS, HOT, SEEDS)
+    return names["send"] | names["recv"], names["broadcast"] | names["all_reduce"]
+
+
+def test_hidden_states_do_not_wait_behind_the_tokens_of_another_lane() -> None:
+    for hidden_states, tokens in run_ranks(groups_of_communication, 2):
+        assert hidden_states
+        assert tokens
+        assert not hidden_states & tokens
+
+
 def generate_permuted(order: list[int]) -> list[list[int]]:
     engine = build_engine(build_policy({}), max_batch_size=5)
     return tokens_of(engine.generate([PROMPTS[i] for i in order], HOT, [SEEDS[i] for i in order]))

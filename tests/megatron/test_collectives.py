@@ -3,11 +3,12 @@
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
 from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas
+from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas, sibling
 from nemo_eppo.settings.model import ParallelConfig
 
 
@@ -69,3 +70,17 @@ def test_items_are_shared_by_the_replicas_and_come_back_in_order(tensor_ranks: i
     assert all(items == [f"item {index}" for index in range(5)] for _, items in results)
     shares = [sorted(mine) for mine, _ in results]
     assert shares == ([[1, 2, 4], [0, 3]] if tensor_ranks == 1 else [[0, 1, 2, 3, 4]] * 2)
+
+
+def _siblings() -> tuple[list[int], bool, float]:
+    runtime.initialize(ParallelConfig(), 1)
+    group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    other, number = sibling(group), torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(number, group=other)
+    dist.barrier()  # rank 0 has the store by which the other group's ranks meet
+    return dist.get_process_group_ranks(other), other is group, float(number)
+
+
+def test_a_sibling_has_the_same_ranks_but_is_another_group() -> None:
+    even, odd = ([0, 2], False, 2.0), ([1, 3], False, 4.0)
+    assert run_ranks(_siblings, 4) == [even, odd, even, odd]

@@ -241,3 +241,18 @@ def test_impossible_settings_are_refused() -> None:
         load_config(OptimizerConfig, decaying).arrival(9)
     with pytest.raises(ConfigError, match=r"min_lr = 0.1 is above lr = 0.01"):
         load_config(OptimizerConfig, {"lr": 0.01, "min_lr": 0.1})
+
+
+def train_bf16_critic(layout: Layout) -> Training:
+    optimizer = OPTIMIZER.model_copy(update={"distributed": True})
+    runner = build_runner(layout, head="scalar", precision="bf16", optimizer=optimizer)
+    rows = random_batch(rows=8)
+    del rows["targets"]
+    reports = [runner.train_step(rows, lambda output, rows: (output[:, 0].square().sum() / 50, {})) for _ in range(2)]
+    return reports, exported(runner)
+
+
+def test_sharded_updates_of_a_bf16_model_with_a_head_are_the_same_in_an_interleaved_pipeline() -> None:
+    (expected, _), (reports, _) = (run_ranks(train_bf16_critic, 2, layout)[0] for layout in (PP2, VPP2))
+    for report, other in zip(reports, expected, strict=True):
+        assert report["loss"] == pytest.approx(other["loss"], rel=1e-3)
