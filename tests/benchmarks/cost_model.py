@@ -63,7 +63,7 @@ def measure(options: Options) -> list[Row]:
     cluster = measure_here({"fp32"})
     print(cluster.model_dump_json(), flush=True)
     rows: list[Row] = []
-    chosen = {"the base": CASES["the base"]} if options.smallest else CASES
+    chosen = {"servers": CASES["servers"]} if options.smallest else CASES
     for case, (size, settings) in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             found = compared(case, Path(folder), size, settings, cluster, options)
