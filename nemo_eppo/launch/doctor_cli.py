@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from nemo_eppo.launch.cluster import Cluster
     from nemo_eppo.launch.findings import Finding
     from nemo_eppo.launch.job import Job
     from nemo_eppo.launch.launch_file import LaunchConfig
@@ -59,14 +60,15 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _doctor(arguments: argparse.Namespace) -> None:
     estimates: list[StepEstimate] = []
+    cluster: Cluster | None = None
     if arguments.estimate is not None:
         from nemo_eppo.config import ConfigError
         from nemo_eppo.launch.cluster import read_cluster
 
-        read_cluster(arguments.estimate)  # a wrong figure is told at once
+        cluster = read_cluster(arguments.estimate)  # a wrong figure is told at once
         if arguments.file is None:
             raise ConfigError(f"--estimate {arguments.estimate}: expected a launch file before it")
-    findings = _examine(arguments, estimates)
+    findings = _examine(arguments, cluster, estimates)
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
         told = {"findings": [finding.model_dump() for finding in findings], "errors": errors}
@@ -81,8 +83,10 @@ def _doctor(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def _examine(arguments: argparse.Namespace, estimates: "list[StepEstimate]") -> "list[Finding]":
-    """Examine what was asked for; add what is predicted to `estimates`."""
+def _examine(
+    arguments: argparse.Namespace, cluster: "Cluster | None", estimates: "list[StepEstimate]"
+) -> "list[Finding]":
+    """Examine what was asked for; add what is predicted to `estimates`, for `cluster` or, without one, this machine."""
     from nemo_eppo.launch import machine_checks
     from nemo_eppo.launch.findings import error, guarded
 
@@ -106,7 +110,7 @@ def _examine(arguments: argparse.Namespace, estimates: "list[StepEstimate]") -> 
             found, jobs = examine(launch, here=here, files=True)
             findings += found + examine_jobs(launch, jobs, here=here)
             if arguments.estimate is not None:
-                findings += guarded("estimate", _estimate)(arguments.estimate, launch, jobs, estimates)
+                findings += guarded("estimate", _estimate)(arguments.estimate, cluster, launch, jobs, estimates)
             actor = next((job for job in jobs if job.kind.samples), None)
     if arguments.server:
         from nemo_eppo.launch.server_checks import examine_server
@@ -117,15 +121,18 @@ def _examine(arguments: argparse.Namespace, estimates: "list[StepEstimate]") -> 
 
 
 def _estimate(
-    name: str, launch: "LaunchConfig", jobs: "Sequence[Job]", estimates: "list[StepEstimate]"
+    name: str,
+    cluster: "Cluster | None",
+    launch: "LaunchConfig",
+    jobs: "Sequence[Job]",
+    estimates: "list[StepEstimate]",
 ) -> "Iterator[Finding]":
     """Predict a step of each actor, and add it to `estimates`."""
     from nemo_eppo.launch.calibration import measure_here
-    from nemo_eppo.launch.cluster import read_cluster
     from nemo_eppo.launch.findings import ok
     from nemo_eppo.launch.step_time import estimate_step
 
-    cluster = read_cluster(name) or measure_here({job.settings.model.precision for job in jobs})
+    cluster = cluster or measure_here({job.settings.model.precision for job in jobs})
     for actor in (job for job in jobs if job.kind.samples):
         estimates.append(estimate_step(launch, jobs, actor, cluster))
         yield ok(f"{actor.name}: estimate", f"{estimates[-1].seconds:.3g} s a step, predicted for {name}")

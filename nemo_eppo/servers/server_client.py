@@ -139,8 +139,7 @@ class ServerClient:
                 if waited >= told:
                     logger.info("waiting for the %s server at %s (%.0f s)", self.name, transport.url, waited)
                     told = waited + 30
-                transport.server_ready(timeout=0.5)
-                time.sleep(0.1)
+                _pause(transport, 0.5)
         differences = []
         for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, "max_batch_size": 1, **expect}.items():
             found = status.get(key)
@@ -200,8 +199,7 @@ class ServerClient:
                     raise self._unavailable(what, error) from error
                 turn += 1
                 if turn % len(self._transports) == 0:
-                    transport.server_ready(timeout=RETRY_PAUSE_S)
-                    time.sleep(0.1)
+                    _pause(transport, RETRY_PAUSE_S)
             except ServerUnavailable:
                 raise
             except ServerError as error:
@@ -238,6 +236,12 @@ class ServerClient:
     def _failed(self, what: str, error: ServerError | RequestError) -> ServerError:
         message = f"{self.name} server at {self.config.url}, {what}: {error}"
         return ServerError(message, error.field, error.value, error.expected)
+
+
+def _pause(transport: Transport, seconds: float) -> None:
+    """Wait for a server to come up, at most `seconds`, and a moment, as it may be up and still refuse what is asked."""
+    transport.server_ready(timeout=seconds)
+    time.sleep(0.1)
 
 
 def _joined(
