@@ -105,7 +105,7 @@ class MegatronEngine:
             free = self._limits.max_batch_size - (len(batch.rows) if batch else 0)
             if work.waiting and free:
                 joining = [work.waiting.pop() for _ in range(min(len(work.waiting), free))]
-                new = self._begin(decoder, joining, [work.prompts[i] for i in joining], work.distribution)
+                new = self._begin(decoder, joining, work)
                 batch = new if batch is None else batch.joined(new)
             assert batch is not None
             responses = [work.responses[i] for i in batch.rows]
@@ -118,15 +118,14 @@ class MegatronEngine:
                 response.take(ids, passes, work.stops)
             batch = self._go_on(decoder, batch, token, work.responses)
 
-    def _begin(
-        self, decoder: Decoder, joining: list[int], prompts: list[list[int]], distribution: Distribution
-    ) -> "_Batch":
-        """Add prompts, those of the requests `joining`, to the decoder's rows."""
+    def _begin(self, decoder: Decoder, joining: list[int], work: "_Work") -> "_Batch":
+        """Add the prompts of the requests `joining` to the decoder's rows."""
+        prompts = [work.prompts[i] for i in joining]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = [torch.tensor(prompt) for prompt in prompts]
         padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._limits.pad_id)
         seen = None
-        if distribution.repetition_penalty != 1.0:
+        if work.distribution.repetition_penalty != 1.0:
             seen = torch.zeros(len(prompts), self._vocab_size, dtype=torch.bool)
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
