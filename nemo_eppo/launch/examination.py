@@ -110,7 +110,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: l
         f"PP {parallel.pipeline_model_parallel_size} x DP {replicas} for {planned.model.num_layers} layers "
         f"of width {planned.model.hidden_size}",
     )
-    if kind.samples:
+    if hasattr(settings, "check_model"):
         settings.check_model(planned.model, config.ranks)
     elif kind.rows_per_step:
         parallel.check_update(kind.rows_per_step, job.setting(kind.rows_per_step), config.ranks)

@@ -50,9 +50,7 @@ class Job:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the job works on; 0 if unknown."""
-        if self.kind.samples:
-            return int(self.settings.longest)
-        chosen = self.setting("data.max_sequence_length")
+        chosen = self.setting("longest") or self.setting("data.max_sequence_length")
         return int(chosen or (self.plan.model.max_sequence_length if self.plan else 0))
 
     def setting(self, key: str) -> Any:

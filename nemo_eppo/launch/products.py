@@ -36,6 +36,8 @@ def products(job: Job) -> dict[str, Product]:
     """Return the checkpoints that a job will make, by their path in its run directory."""
     from nemo_eppo.megatron.saving import CHECKPOINTS
 
+    if job.setting("optimizer") is None:  # it trains nothing
+        return {}
     if job.kind.head == "lm":
         made = {CHECKPOINTS: Product("lm", {})}
         if job.setting("critic.colocated") is not None:
@@ -43,7 +45,7 @@ def products(job: Job) -> dict[str, Product]:
         return made
     reward, ensemble = job.setting("reward"), job.setting("ensemble")
     if reward is None:
-        return {CHECKPOINTS: Product("scalar", {})} if job.kind.serves == "critic" else {}
+        return {CHECKPOINTS: Product("scalar", {})}
 
     from nemo_eppo.training.reward_losses import LOSSES
 

@@ -1,7 +1,7 @@
 """Predicts a PPO step of an actor and its critic and reward models: seconds of each phase, bytes sent, memory.
 
 Phases are those of `PPO.step`'s timers. All prompts and responses are taken to be as long as the settings allow, and
-prompts to be new, as in a run's first epoch. Reward functions count nothing.
+prompts to be new, as in a run's first epoch, unless a job of the launch answers them. Reward functions count nothing.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from nemo_eppo.launch.placement import Passes, Placement
 from nemo_eppo.launch.work import Work
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 
 
 class Phase(Config):
@@ -157,7 +158,8 @@ class _Step:
         passes = self._passes(self.policy, self.rows).passes.path
         if "ref_logprobs" in needs or (energies and same):
             work += passes
-        if energies and not same:
+        answered = any(isinstance(job.settings, ReferenceEnergiesConfig) for job in self.jobs.values())
+        if energies and not same and not answered:
             prompts = self.settings.ppo.rollout_batch_size
             work += self._generation(prompts)
             if self.settings.engine.name != "megatron":  # it reads no energies

@@ -4,10 +4,12 @@ What a job starts from is checked with the job itself (examination.py).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
 from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.launch_file import LaunchConfig
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig, answer_settings
 
 
 def examine_together(launch: LaunchConfig, jobs: Sequence[Job], *, files: bool) -> Iterator[Finding]:
@@ -17,12 +19,46 @@ def examine_together(launch: LaunchConfig, jobs: Sequence[Job], *, files: bool) 
         files: the actors' own code can be loaded here.
     """
     known = {job.name: job for job in jobs}
+    for job in jobs:
+        if isinstance(job.settings, ReferenceEnergiesConfig):
+            yield from _energy_cache(job, [other for other in jobs if other.kind.samples])
     for actor in (job for job in jobs if job.kind.samples):
         others = [known[name] for name in launch.order() if name in launch.before(actor.name) and name in known]
         yield from guarded(f"{actor.name}: rewards", _rewards)(launch, actor, known, files)
         for job in (actor, *others):
             yield from _windows(actor, job)
             yield from _tokenizers(actor, job)
+
+
+def _energy_cache(job: Job, actors: Sequence[Job]) -> Iterator[Finding]:
+    """Check that an actor of the launch, if it has one, reads the reference energies that a job writes."""
+    ours, check, differences = _of_answers(job), f"{job.name}: energy cache", []
+    for actor in actors:
+        theirs = _of_answers(actor)
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        if not differing:
+            yield ok(check, f"{actor.name} reads what is written to {job.settings.energy.cache}")
+            return
+        differences += [f"{name} = {ours[name]!r}, of {actor.name} {theirs[name]!r}" for name in differing]
+    if differences:
+        yield error(check, ", ".join(differences), "an actor uses answers of its own model and settings alone")
+
+
+def _of_answers(job: Job) -> dict[str, Any]:
+    """What decides whether an actor finds an answer, by setting."""
+    settings = answer_settings(job.settings)
+    return {
+        "energy.cache": str(job.settings.energy.cache),
+        "energy.reference": job.settings.energy.reference,
+        "model.restore_from_path": str(job.settings.model.restore_from_path),
+        "model.tokenizer": job.settings.model.tokenizer and str(job.settings.model.tokenizer),
+        "model.precision": settings["precision"],
+        **{
+            f"{section}.{name}": settings[section][name]
+            for section in ("generation", "energy")
+            for name in settings[section]
+        },
+    }
 
 
 def _rewards(launch: LaunchConfig, actor: Job, known: dict[str, Job], files: bool) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from nemo_eppo.config import Config
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.model import Head
 from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import SFTConfig
 
@@ -30,7 +31,7 @@ class JobKind:
     row_fields: tuple[str, ...] = ()
     """Names of the text fields of its data rows, the prompt first; empty if it reads no data."""
     rows_per_step: str | None = None
-    """Key of the setting that says how many rows a step takes; None if it reads no data."""
+    """Key of the setting that says how many rows a step takes; None if none have to fill one."""
 
     @property
     def sequences_per_row(self) -> int:
@@ -70,6 +71,13 @@ KINDS = {
         samples=True,
         row_fields=("prompt",),
         rows_per_step="ppo.rollout_batch_size",
+    ),
+    "read_reference_energies": JobKind(
+        "gpt_reference_energies",
+        ReferenceEnergiesConfig,
+        head="lm",
+        starts_from="lm",
+        row_fields=("prompt",),
     ),
 }
 """Job kinds by the name of their script, without its ending."""

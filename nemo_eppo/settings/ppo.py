@@ -132,8 +132,9 @@ class EnergyConfig(EnergyProbeConfig):
     window: EnergyWindow = "response"
     """Which hidden states count: those at the response tokens, or (generating) those one position earlier."""
     cache: Path | None = None
-    """Directory of the SFT model's answers and energies, which runs can share; null for <run directory>/energy_cache.
-    Entries of another model, tokenizer, generation or energy settings are never used."""
+    """Directory of the SFT model's answers and energies, which runs can share, and which read_reference_energies.py
+    fills before or beside them; null for <run directory>/energy_cache. Entries of another model, tokenizer, generation
+    or energy settings are never used."""
     max_tokens: int | None = Field(None, ge=1)
     """Number of response tokens that count, from the first (authors: 1024); null for all."""
 
@@ -149,6 +150,14 @@ class PromptsConfig(Config):
     """Longest prompt in tokens."""
     too_long: Literal["error", "drop"] = "error"
     """Whether a longer prompt is an error or is dropped."""
+
+    def check_window(self, max_new_tokens: int, window: int) -> None:
+        """Raise ConfigError if the longest prompt and response together do not fit a model's window."""
+        if self.max_prompt_length + max_new_tokens > window:
+            raise ConfigError(
+                f"data.max_prompt_length {self.max_prompt_length} + generation.max_new_tokens {max_new_tokens} is more "
+                f"than the model's window of {window} tokens"
+            )
 
 
 class ValidationConfig(Config):
@@ -199,12 +208,7 @@ class PPOConfig(Config):
 
     def check_model(self, model: ModelConfig, ranks: int) -> None:
         """Raise ConfigError if the model's window or layers or the number of ranks do not allow these settings."""
-        window, new = model.max_sequence_length, self.generation.max_new_tokens
-        if self.longest > window:
-            raise ConfigError(
-                f"data.max_prompt_length {self.data.max_prompt_length} + generation.max_new_tokens {new} is more than "
-                f"the model's window of {window} tokens"
-            )
+        self.data.check_window(self.generation.max_new_tokens, model.max_sequence_length)
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
         self.energy.layer_indices(model.num_layers)
 

@@ -1,20 +1,24 @@
 """A cache on disk of the reference's answers and energy losses, which are deterministic: each prompt is answered once.
 
 Each key (model, tokenizer, generation and energy settings) has a directory of its own with `key.json` and files of JSON
-lines. A process appends only to its own file, so runs can share the cache. A crash damages at most the last line of a
-file, which is then not read: its prompt is answered again.
+lines. A process appends only to its own file, so jobs can share the cache while all of them run. A crash damages at
+most the last line of a file, which is then not read: its prompt is answered again.
 """
 
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import complete_lines, json_object, write_atomically
+from nemo_eppo.files import json_object, write_atomically
+from nemo_eppo.models import checkpoint_files
+from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig, answer_settings
+from nemo_eppo.training.setup import Plan
 
 
 class EnergyCache:
@@ -29,24 +33,42 @@ class EnergyCache:
         self._key = json.dumps(key, sort_keys=True, indent=1)
         self.directory = directory / hashlib.sha256(self._key.encode()).hexdigest()[:32]
         self._file: Path | None = None
+        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines of each file that were read
 
     def load(self) -> dict[bytes, list[float]]:
-        """Read all entries as {digest of the prompt: energies}.
+        """Read the entries that were added since the last call, but by `append`, as {digest of the prompt: energies}.
 
         Raises:
             ConfigError: a line other than the last of a file is damaged; the message names it.
         """
         known: dict[bytes, list[float]] = {}
-        for path in sorted(self.directory.glob("*.jsonl")):
-            lines = complete_lines(path)
-            for number, line in enumerate(lines, start=1):
+        for path in sorted(set(self.directory.glob("*.jsonl")) - {self._file}):
+            offset, number = self._read.get(path, (0, 0))
+            with path.open("rb") as file:
+                file.seek(offset)
+                lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn, or still being written
+            last = number + len(lines)
+            for line in lines:
                 try:
                     row = json_object(line)
                     known[bytes.fromhex(row["prompt"])] = [float(energy) for energy in row["energies"]]
                 except (ValueError, KeyError, TypeError) as error:
-                    if number < len(lines):
-                        raise ConfigError(f"{path}, line {number} is damaged ({error}); remove the file") from None
+                    if number + 1 == last:
+                        break
+                    raise ConfigError(f"{path}, line {number + 1} is damaged ({error}); remove the file") from None
+                offset, number = offset + len(line) + 1, number + 1
+            self._read[path] = offset, number
         return known
+
+    def others(self) -> dict[str, list[str]]:
+        """Return the keys for which the folder has entries, by directory: where each differs from this cache's."""
+        own, found = dict(_leaves(json.loads(self._key))), {}
+        for file in self.directory.parent.glob("*/key.json"):
+            there = dict(_leaves(json.loads(file.read_text())))
+            if differing := sorted(name for name in own | there if own.get(name) != there.get(name)):
+                texts = (f"{name} = {there.get(name)!r}, here {own.get(name)!r}" for name in differing)
+                found[file.parent.name] = list(texts)
+        return found
 
     def append(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
         """Write `(prompt, answer, energies)` of new prompts; they are on disk when this returns."""
@@ -60,6 +82,27 @@ class EnergyCache:
                 file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def energy_cache(planned: Plan, config: PPOConfig | ReferenceEnergiesConfig, run_directory: Path) -> EnergyCache | None:
+    """Return the cache that the settings name; None for fresh weights, which nothing identifies."""
+    source = planned.source
+    if source is None:
+        return None
+    key = {
+        "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
+        "tokenizer": planned.tokenizer.digest(),
+        **answer_settings(config),
+    }
+    return EnergyCache(config.energy.cache or run_directory / "energy_cache", key)
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{path}.{name}" if path else name)
+    else:
+        yield path, node
 
 
 def prompt_digest(prompt: list[int]) -> bytes:

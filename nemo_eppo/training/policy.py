@@ -136,14 +136,19 @@ class Policy:
             if reads_responses:
                 outputs = self.infer(batch, energies=same)
             if energies and not same:
-                own = self._own_response_energies(prompts, batch.pad_id)
+                own = self.own_response_energies(prompts, batch.pad_id)
         if outputs is None:
             return ReferenceOutputs(None, own)
         return ReferenceOutputs(outputs.logprobs, outputs.energies if same else own)
 
-    def _own_response_energies(self, prompts: list[list[int]], pad_id: int) -> Tensor:
-        """Return energy losses [B, E] of the reference's own answers; each prompt is answered only once."""
+    def own_response_energies(self, prompts: list[list[int]], pad_id: int) -> Tensor:
+        """Return energy losses [B, E] of the reference's own answers, while the modules hold its weights.
+
+        Each prompt is answered only once, by whichever of the jobs that share the cache meets it first.
+        """
         keys = [prompt_digest(prompt) for prompt in prompts]
+        if self._cache is not None and not self._own_energies.keys() >= set(keys):
+            self._own_energies |= on_rank0(self._cache.load)
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
         if new:
             self.refit()

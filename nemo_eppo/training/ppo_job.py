@@ -12,19 +12,17 @@ from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_distribution
 from nemo_eppo.megatron.optimizer import allocate_state
-from nemo_eppo.models import checkpoint_files
 from nemo_eppo.monitor.monitor import HackingMonitor
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.functions import FunctionPool, check_function
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.shaping import build_terms
 from nemo_eppo.servers.certificates import Certificates
-from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.rewards import RewardKind, RewardSourceConfig
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
-from nemo_eppo.training.energy_cache import EnergyCache
+from nemo_eppo.training.energy_cache import energy_cache
 from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.recovery import Remote
@@ -100,10 +98,17 @@ class PPOJob:
             self.run_files.directory,
         )
         stack.callback(engine.close)
-        own_answers = sampling.as_greedy
-        policy = Policy(
-            runner, self.plan.model, reference, engine, config.energy, own_answers, self._energy_cache(own_answers)
-        )
+        cache = None
+        if "ref_energies" in self.pipeline.needs and config.energy.reference == "own_response":
+            cache = energy_cache(self.plan, config, self.run_files.directory)
+            if self.run_files.rank == 0 and cache is not None and not cache.directory.exists():
+                for directory, differences in cache.others().items():
+                    self.run_files.logger.warning(
+                        "the answers in %s are of other settings, and are not used: %s",
+                        cache.directory.with_name(directory),
+                        "; ".join(differences),
+                    )
+        policy = Policy(runner, self.plan.model, reference, engine, config.energy, sampling.as_greedy, cache)
         expect = {"tokenizer": tokenizer.digest(), "max_sequence_length": config.longest}
         critic: Critic | None = self._critic
         if config.critic is not None and config.critic.server is not None:
@@ -134,22 +139,6 @@ class PPOJob:
         self.pipeline.check_sources(rewards.columns, rewards.latent_size)
         self.monitor.check_latents(rewards.latent_size)
         return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, sampling, tokenizer, config.seed)
-
-    def _energy_cache(self, own_answers: SamplingParams) -> EnergyCache | None:
-        """Return the cache on disk; None if it is not needed, or for fresh weights, which nothing identifies."""
-        config, source = self.config, self.plan.source
-        if source is None or "ref_energies" not in self.pipeline.needs or config.energy.reference == "same_response":
-            return None
-        key = {
-            "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
-            "precision": config.model.precision,
-            "tokenizer": self.plan.tokenizer.digest(),
-            "generation": own_answers.model_dump(mode="json"),
-            "energy": config.energy.model_dump(
-                mode="json", include={"preset", "layers", "norm", "window", "max_tokens"}
-            ),
-        }
-        return EnergyCache(config.energy.cache or self.run_files.directory / "energy_cache", key)
 
 
 def check_own_code(config: PPOConfig) -> None:

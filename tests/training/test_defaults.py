@@ -11,11 +11,13 @@ from pydantic_core import PydanticUndefined
 from nemo_eppo.config import Config, config_types
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.ppo import PPOConfig
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import SFTConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 JOBS_OWN = {  # what sets the jobs apart, and so has another value than the schema that they share
+    "energy.cache",
     "exp_manager.name",
     "optimizer.schedule",
     "optimizer.warmup_steps",
@@ -51,6 +53,7 @@ def differences(
         ("serve_reward_model", RewardModelConfig),
         ("gpt_ppo_critic", CriticConfig),
         ("gpt_ppo_actor", PPOConfig),
+        ("gpt_reference_energies", ReferenceEnergiesConfig),
     ],
 )
 def test_yaml_and_schema_agree(file: str, schema: type[Config]) -> None:

@@ -1,7 +1,6 @@
 """The disk cache of the reference's answers: warm it costs nothing, torn it heals, and no change finds old entries."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,12 @@ from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.runner import ModelRunner
-from nemo_eppo.observability.run import Run
 from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
 from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.model import ModelSetup, ParallelConfig
 from nemo_eppo.settings.ppo import EnergyConfig, PPOConfig
-from nemo_eppo.settings.run import ExpManagerConfig
-from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
+from nemo_eppo.training.energy_cache import EnergyCache, energy_cache, prompt_digest
 from nemo_eppo.training.policy import Policy
-from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.setup import build, plan
 
 KEY = {"model": "a", "energy": {"preset": "paper"}}
@@ -111,6 +107,39 @@ def test_a_torn_last_record_is_not_read_and_written_again(kept: float, tmp_path:
     assert EnergyCache(tmp_path, KEY).load() == {prompt_digest(p): e for p, _, e in rows}  # to the last bit
 
 
+def test_a_reader_gets_what_another_job_has_added_and_nothing_twice(tmp_path: Path) -> None:
+    reader, writer = EnergyCache(tmp_path, KEY), EnergyCache(tmp_path, KEY)
+    assert reader.load() == {}
+    reader.append([([9], [9], [9.0])])
+    writer.append([([1], [2], [0.5])])
+    assert reader.load() == {prompt_digest([1]): [0.5]}  # not its own
+    (file,) = set(reader.directory.glob("*.jsonl")) - {reader._file}
+    whole = file.read_bytes()
+    torn = whole.replace(prompt_digest([1]).hex().encode(), prompt_digest([3]).hex().encode())
+    with file.open("ab") as appending:
+        appending.write(torn[:-9])
+        appending.flush()
+        assert reader.load() == {}
+        appending.write(torn[-9:])
+    assert reader.load() == {prompt_digest([3]): [0.5]}
+    assert reader.load() == {}
+    writer.append([([5], [2], [0.25])])
+    assert reader.load() == {prompt_digest([5]): [0.25]}
+    with file.open("ab") as appending:
+        appending.write(b"{}\n")
+    assert reader.load() == {}  # a crash may have torn it
+    writer.append([([7], [2], [0.125])])
+    with pytest.raises(ConfigError, match=f"{file.name}, line 4 is damaged"):
+        reader.load()
+
+
+def test_the_keys_of_others_are_told_by_what_differs(tmp_path: Path) -> None:
+    EnergyCache(tmp_path, {"model": "b", "energy": {"preset": "down_proj"}}).append([([1], [2], [0.5])])
+    EnergyCache(tmp_path, KEY).append([([1], [2], [0.5])])
+    [differences] = EnergyCache(tmp_path, KEY).others().values()
+    assert differences == ["energy.preset = 'down_proj', here 'paper'", "model = 'b', here 'a'"]
+
+
 def test_a_damaged_record_in_the_middle_is_named(tmp_path: Path) -> None:
     EnergyCache(tmp_path, KEY).append([([1], [2], [0.5]), ([3], [4], [0.5])])
     (file,) = EnergyCache(tmp_path, KEY).directory.glob("*.jsonl")
@@ -164,7 +193,7 @@ def directory_of(models: Models, tmp_path: Path, changes: dict[str, Any]) -> Pat
     }
     for section, extra in changes.items():
         values[section] = values.get(section, {}) | extra
-    job = PPOJob(load_config(PPOConfig, values), Run(tmp_path, 0, logging.getLogger(), ExpManagerConfig()))
-    cache = job._energy_cache(SamplingParams(max_new_tokens=job.config.generation.max_new_tokens, greedy=True))
+    config = load_config(PPOConfig, values)
+    cache = energy_cache(plan(config.model), config, tmp_path)
     assert cache is not None
     return cache.directory

@@ -22,6 +22,7 @@ READERS: dict[str, Callable[..., Any]] = {
     "train_gpt_sft": partial(SFTDataset, max_sequence_length=9),
     "train_reward_model": partial(PreferenceDataset, max_sequence_length=9),
     "train_gpt_ppo_actor": partial(PromptDataset, max_prompt_length=9),
+    "read_reference_energies": partial(PromptDataset, max_prompt_length=9),
 }
 
 
@@ -53,8 +54,10 @@ def test_an_entry_fits_the_settings(script: str) -> None:
     kind = KINDS[script]
     fields = kind.schema.model_fields.keys()
     assert ("server" in fields) == (kind.serves is not None)
-    assert ("generation" in fields) == hasattr(kind.schema, "check_model") == kind.samples
-    assert ("data" in fields) == bool(kind.row_fields) == (kind.rows_per_step is not None) == (script in READERS)
+    assert ("ppo" in fields) == kind.samples
+    assert ("generation" in fields) == hasattr(kind.schema, "check_model")
+    assert ("data" in fields) == bool(kind.row_fields) == (script in READERS)
+    assert ("optimizer" in fields) == bool(kind.rows_per_step) or kind.serves == "critic"
     if kind.rows_per_step:
         assert annotation(kind.schema, kind.rows_per_step) is int
         assert annotation(kind.schema, "data.train") is Path
