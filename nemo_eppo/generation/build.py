@@ -6,11 +6,14 @@ from typing import Any, assert_never
 
 import torch
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.generation.engine import Engine, Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.generation.replay import GraphRecorder
 from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine, map_sampling
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models import checkpoint_files
@@ -23,6 +26,13 @@ from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelConfig, sampling: SamplingParams) -> None:
     """Raise ConfigError, before anything is started, if the engine cannot work here or sample in this way."""
+    if config.cuda_graphs and not device.on_gpu():
+        raise ConfigError("engine.cuda_graphs = true: there is no GPU here, expected false")
+    if config.cuda_graphs and (stages := parallel.pipeline_model_parallel_size) > 1:
+        raise ConfigError(
+            f"engine.cuda_graphs = true: expected false with model.parallel.pipeline_model_parallel_size = {stages}, "
+            "whose stages send to each other in every step"
+        )
     if config.name == "tensorrt_llm":
         map_sampling(sampling, 0, 1, ())
         check_tensorrt_llm(config.tensorrt_llm, model, parallel)
@@ -49,7 +59,7 @@ def build_engine(
     """
     limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
     if config.name == "megatron":
-        return MegatronEngine(chunks, limits, energy)
+        return MegatronEngine(chunks, limits, energy, GraphRecorder() if config.cuda_graphs else None)
     if config.name == "tensorrt_llm":
         dtype: torch.dtype = unwrap(chunks[0]).config.params_dtype
         hf_directory = directory / "engine_model"

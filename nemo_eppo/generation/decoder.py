@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.generation.energies import EnergyReader, MLPTensors
+from nemo_eppo.generation.replay import Recorder, ReplayedSteps
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import DECODING_KERNELS, attend, layer_window
 from nemo_eppo.megatron.logprobs import soft_capped
@@ -102,9 +103,12 @@ class Decoder:
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
         energy: the energies that are read; None for none.
+        record: records steps, which are then replayed; only without pipeline parallelism. None for no recordings.
     """
 
-    def __init__(self, chunks: list[Any], energy: EnergyProbeConfig | None = None) -> None:
+    def __init__(
+        self, chunks: list[Any], energy: EnergyProbeConfig | None = None, record: Recorder | None = None
+    ) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
         config, self._description = self._models[0].config, self._models[0].description
         self._dtype, self._hidden_size, self._eps = config.params_dtype, config.hidden_size, config.layernorm_epsilon
@@ -117,6 +121,8 @@ class Decoder:
         self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
         self._layers = [[_layer(layer, energy) for layer in model.decoder.layers] for model in self._models]
+        self._record = record
+        self._replayed: ReplayedSteps | None = None
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
     def start(self, rows: int, columns: int) -> None:
@@ -130,6 +136,7 @@ class Decoder:
         self._columns = torch.arange(_rounded(columns), device=device.device())
         self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
+        self._replayed = ReplayedSteps(self._advance, rows, self._record) if self._record else None
 
     @torch.inference_mode()
     def add(self, tokens: Tensor, lengths: Tensor) -> Outputs:
@@ -161,8 +168,22 @@ class Decoder:
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
         longest, window = _rounded(int(self._lengths.max())), self._description.sliding_window
+        if self._replayed is not None:
+            replayed: Outputs = self._replayed(tokens, positions, longest)
+            return replayed
+        hides = int(self._lengths.min()) < longest or (window is not None and window < longest)
+        return self._advance(tokens, positions, longest, hides)
+
+    def _advance(self, tokens: Tensor, positions: Tensor, longest: int, hides: bool = True) -> Outputs:
+        """Append one token [n] at its position [n] to the first n rows.
+
+        Args:
+            longest: see `_Newest`.
+            hides: whether a row may not see all of these columns.
+        """
         visible = in_window = None
-        if int(self._lengths.min()) < longest or (window is not None and window < longest):
+        if hides:
+            window = self._description.sliding_window
             columns, places = self._columns[:longest], positions[:, None]
             seen = columns <= places
             # in the queries' dtype, which torch's memory-efficient attention wants
@@ -195,6 +216,7 @@ class Decoder:
 
     def release(self) -> None:
         """Free the cache."""
+        self._replayed = None
         self._cache = self._storage = self._storage.new_empty(0)
 
     @sdpa_kernel(DECODING_KERNELS)

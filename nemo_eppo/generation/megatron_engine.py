@@ -16,6 +16,7 @@ from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, repetition_slopes, sample_tokens
 from nemo_eppo.generation.decoder import Decoder, Outputs
 from nemo_eppo.generation.engine import Limits, check_requests
+from nemo_eppo.generation.replay import Recorder
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import sibling
@@ -37,9 +38,16 @@ class MegatronEngine:
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
         energy: the energies that completions bring, and with them entropies; None for neither.
+        record: see `Decoder`.
     """
 
-    def __init__(self, chunks: list[Any], limits: Limits, energy: EnergyProbeConfig | None = None) -> None:
+    def __init__(
+        self,
+        chunks: list[Any],
+        limits: Limits,
+        energy: EnergyProbeConfig | None = None,
+        record: Recorder | None = None,
+    ) -> None:
         model = unwrap(chunks[0]).description
         limits.check(model)
         self._limits, self._vocab_size, self._reads = limits, model.vocab_size, energy is not None
@@ -47,7 +55,7 @@ class MegatronEngine:
         if self._stages.size() > 1:
             # hidden states go through the decoders' group, and do not wait there for another lane's token
             self._stages = sibling(self._stages)
-        self._lanes = [Decoder(chunks, energy) for _ in range(self._stages.size())]
+        self._lanes = [Decoder(chunks, energy, record) for _ in range(self._stages.size())]
         self._version = 0
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:

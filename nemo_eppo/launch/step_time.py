@@ -135,7 +135,8 @@ class _Step:
         engine, policy = self.settings.engine, self.policy
         work = Work(token=prompts * self.new)
         if engine.name == "megatron":
-            return work + policy.generation(prompts, self.prompt, self.new, engine.max_batch_size)
+            made = policy.generation(prompts, self.prompt, self.new, engine.max_batch_size)
+            return work + made + Work(layer_decode=-made.layer_decode if engine.cuda_graphs else 0)
         tp = engine.tensorrt_llm.tensor_parallel_size
         parallel = policy.setup.parallel.model_copy(
             update={
@@ -147,8 +148,7 @@ class _Step:
         )
         engines = replace(policy, setup=policy.setup.model_copy(update={"parallel": parallel}))
         made = engines.generation(prompts, self.prompt, self.new, engine.tensorrt_llm.max_batch_size)
-        # its CUDA graphs launch all layers of a step at once
-        return work + made + Work(layer_decode=-made.layer_decode)
+        return work + made + Work(layer_decode=-made.layer_decode)  # it makes CUDA graphs
 
     def _reference(self) -> Work:
         """The frozen model's log-probs of the responses, and its own answers; see `Policy.infer_reference`."""

@@ -115,5 +115,14 @@ class EngineConfig(Config):
     max_batch_size: int = Field(64, ge=1)
     """Sequences that one replica decodes at once; bounds the KV cache. With pipeline parallelism as many for each stage
     are under way. TensorRT-LLM has its own, tensorrt_llm.*."""
+    cuda_graphs: bool = False
+    """Whether the Megatron engine launches all kernels of a decoding step at once, on GPUs and without pipeline
+    parallelism. One by one their launches bound the speed of deep models. Not run on a GPU yet."""
     tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
     """Settings of TensorRT-LLM; read only if it is the engine."""
+
+    @model_validator(mode="after")
+    def _graphs_are_megatrons(self) -> "EngineConfig":
+        if self.cuda_graphs and self.name != "megatron":
+            raise ValueError(f"cuda_graphs = true is for name = 'megatron'; {self.name} makes graphs of its own")
+        return self

@@ -1,4 +1,5 @@
 """What the engine reads while it decodes, against the trainer's pass over the same tokens; and how fast it decodes.
+On a GPU both with kernels that are launched one by one, and with CUDA graphs.
 
 `of the floor` is the time in which the device could read what a step needs, the weights and the keys and values so far,
 at the rate of a measured copy, over the time that a step took. Prompts, which are short, count as steps.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
+from nemo_eppo.generation.replay import GraphRecorder
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model
@@ -28,6 +30,7 @@ from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 from nemo_eppo.training.policy import next_token_targets
 
 PROBE = EnergyProbeConfig()
+RECORDERS = {"": None, **({", CUDA graphs": GraphRecorder} if device.on_gpu() else {})}
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -47,19 +50,20 @@ def agreements(model: ModelConfig, new: int) -> Iterator[Row]:
         runner = scorer(model, precision, weights)
         weights = {name: tensor.cpu() for name, tensor in export_tensors(runner.chunks, model)}
         limits = Limits(eos_id=1, pad_id=0, max_batch_size=4, max_sequence_length=model.max_sequence_length)
-        engine = MegatronEngine(runner.chunks, limits, PROBE)
-        completions = engine.generate(prompts, SamplingParams(max_new_tokens=new), list(range(len(prompts))))
-        engine.close()
-        batch = RolloutBatch.from_completions(prompts, completions, pad_id=0)
-        assert batch.engine_entropies is not None
-        assert batch.engine_energies is not None
-        read = (batch.engine_logprobs, batch.engine_entropies, batch.engine_energies[:, 1:])
-        trainer = scored(runner, batch)
-        judge = trainer if precision == "fp32" else scored(scorer(model, "fp32", weights), batch)
-        for name, *numbers in zip(("logprobs", "entropies", "energies"), read, trainer, judge, strict=True):
-            ours, peer, expected = (x[batch.mask] for x in numbers)
-            row: Row = {"what": f"engine's {name}", "tokens": len(ours)}
-            yield agreement(row, precision, ours, peer, expected)
+        judging = runner if precision == "fp32" else scorer(model, "fp32", weights)
+        for how, record in RECORDERS.items():
+            engine = MegatronEngine(runner.chunks, limits, PROBE, record and record())
+            completions = engine.generate(prompts, SamplingParams(max_new_tokens=new), list(range(len(prompts))))
+            engine.close()
+            batch = RolloutBatch.from_completions(prompts, completions, pad_id=0)
+            assert batch.engine_entropies is not None
+            assert batch.engine_energies is not None
+            read = (batch.engine_logprobs, batch.engine_entropies, batch.engine_energies[:, 1:])
+            trainer, judge = scored(runner, batch), scored(judging, batch)
+            for name, *numbers in zip(("logprobs", "entropies", "energies"), read, trainer, judge, strict=True):
+                ours, peer, expected = (x[batch.mask] for x in numbers)
+                row: Row = {"what": f"engine's {name}{how}", "tokens": len(ours)}
+                yield agreement(row, precision, ours, peer, expected)
 
 
 def scorer(model: ModelConfig, precision: Precision, weights: Mapping[str, Tensor]) -> ModelRunner:
@@ -90,9 +94,11 @@ def speeds(name: str, model: ModelConfig, options: Options, rate: float) -> Iter
         limits = Limits(model.vocab_size - 1, 0, max_batch_size=batch, max_sequence_length=model.max_sequence_length)
         work: dict[str, Callable[[], int]] = {
             "transformers": partial(their_tokens, network, tokens, new),
-            "ours": partial(our_tokens, MegatronEngine(chunks, limits), tokens, new),
-            "ours, reading energies": partial(our_tokens, MegatronEngine(chunks, limits, PROBE), tokens, new),
         }
+        for how, record in RECORDERS.items():
+            for reading, probe in {"": None, ", reading energies": PROBE}.items():
+                engine = MegatronEngine(chunks, limits, probe, record and record())
+                work[f"ours{reading}{how}"] = partial(our_tokens, engine, tokens, new)
         of_cache = batch * (prompt + new / 2) * 2 * model.kv_heads * model.head_width * model.num_layers * 2
         for what, one in work.items():  # one at a time: each may take all memory that is left
             row: Row = {"what": what, "model": name, "batch": batch, "new tokens": new}

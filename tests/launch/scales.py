@@ -37,11 +37,11 @@ ROWS = [  # size, replicas of the actor, of the critic
 ]
 HEADER = (
     "| model | GPUs, actor + critic | layout | step s | generate | logprobs, reference | actor_train | waits "
-    "| tokens/s | step s with TensorRT-LLM | GiB a GPU |"
+    "| tokens/s | step s with CUDA graphs | with TensorRT-LLM | GiB a GPU |"
 )
 
 
-def estimated(size: str, actors: int, critics: int, engine: str) -> StepEstimate:
+def estimated(size: str, actors: int, critics: int, engine: str, graphs: bool = False) -> StepEstimate:
     """A step of EPPO on 1,024 prompts of 1,024 tokens with answers of 1,024, and mini-batches of 256."""
     architecture, layout, recompute = SIZES[size]
     ranks = layout["tensor_model_parallel_size"] * layout.get("pipeline_model_parallel_size", 1)
@@ -72,7 +72,11 @@ def estimated(size: str, actors: int, critics: int, engine: str) -> StepEstimate
                 "model": model,
                 "data": {"train": "/nowhere", "max_prompt_length": 1024},
                 "generation.max_new_tokens": 1024,
-                "engine": {"name": engine, "tensorrt_llm": {"tensor_parallel_size": min(8, ranks)}},
+                "engine": {
+                    "name": engine,
+                    "cuda_graphs": graphs,
+                    "tensorrt_llm": {"tensor_parallel_size": min(8, ranks)},
+                },
                 "ppo": {"max_steps": 500, "rollout_batch_size": 1024, "mini_batch_size": 256},
                 "energy.reference": "same_response",
                 "optimizer": optimizer,
@@ -98,6 +102,7 @@ def table() -> str:
         layout = SIZES[size][1]
         tp, pp = layout["tensor_model_parallel_size"], layout.get("pipeline_model_parallel_size", 1)
         found, faster = (estimated(size, actors, critics, engine) for engine in ("megatron", "tensorrt_llm"))
+        graphs = f"{estimated(size, actors, critics, 'megatron', True).seconds:.0f}" if pp == 1 else "not with PP"
         phases = {phase.name: phase for phase in found.phases}
 
         def told(*names: str, phases: Any = phases) -> str:
@@ -107,7 +112,8 @@ def table() -> str:
         lines.append(
             f"| {size} | {actors * tp * pp} + {critics * tp * pp} | TP {tp} PP {pp} DP {actors} | {found.seconds:.0f} "
             f"| {told('generate')} | {told('logprobs', 'reference')} | {told('actor_train')} | {waits:.0f} "
-            f"| {found.tokens_per_second:,.0f} | {faster.seconds:.0f} | {max(found.memory.values()) / 2**30:.0f} |"
+            f"| {found.tokens_per_second:,.0f} | {graphs} | {faster.seconds:.0f} "
+            f"| {max(found.memory.values()) / 2**30:.0f} |"
         )
     return "\n".join(lines)
 
