@@ -128,36 +128,35 @@ class Policy:
             energies: whether the energies are needed.
         """
         same = self.energy.reference == "same_response"
+        own, outputs = energies and not same, None
+        unanswered = self.unanswered(prompts) if own else []
         reads_responses = logprobs or (energies and same)
-        if not reads_responses and not energies:
-            return ReferenceOutputs(None, None)
-        outputs = own = None
-        with self.reference.active():
-            if reads_responses:
-                outputs = self.infer(batch, energies=same)
-            if energies and not same:
-                own = self.own_response_energies(prompts, batch.pad_id)
-        if outputs is None:
-            return ReferenceOutputs(None, own)
-        return ReferenceOutputs(outputs.logprobs, outputs.energies if same else own)
+        if reads_responses or unanswered:
+            with self.reference.active():
+                if reads_responses:
+                    outputs = self.infer(batch, energies=same)
+                if unanswered:
+                    self.answer(unanswered, batch.pad_id)
+        if own:
+            found = torch.tensor([self._own_energies[prompt_digest(prompt)] for prompt in prompts])
+            return ReferenceOutputs(outputs.logprobs if outputs else None, found)
+        return ReferenceOutputs(outputs.logprobs, outputs.energies) if outputs else ReferenceOutputs(None, None)
 
-    def own_response_energies(self, prompts: list[list[int]], pad_id: int) -> Tensor:
-        """Return energy losses [B, E] of the reference's own answers, while the modules hold its weights.
-
-        Each prompt is answered only once, by whichever of the jobs that share the cache meets it first.
-        """
-        keys = [prompt_digest(prompt) for prompt in prompts]
-        if self._cache is not None and not self._own_energies.keys() >= set(keys):
+    def unanswered(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the prompts, each once, that the reference has not answered yet: in this job, or in another one with
+        which it shares the cache."""
+        by_key = {prompt_digest(prompt): prompt for prompt in prompts}
+        if self._cache is not None and not by_key.keys() <= self._own_energies.keys():
             self._own_energies |= on_rank0(self._cache.load)
-        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._own_energies}
-        if new:
-            self.refit()
-            unanswered = list(new.values())
-            answers = self.generate(unanswered, self._own_answers, torch.zeros(len(unanswered), dtype=torch.int64))
-            self.engine.sleep()
-            energies = self.read(RolloutBatch.from_completions(unanswered, answers, pad_id)).energies.tolist()
-            self._own_energies.update(zip(new, energies, strict=True))
-            if self._cache is not None:
-                cache, tokens = self._cache, [answer.token_ids for answer in answers]
-                on_rank0(lambda: cache.append(list(zip(unanswered, tokens, energies, strict=True))))
-        return torch.tensor([self._own_energies[key] for key in keys])
+        return [prompt for key, prompt in by_key.items() if key not in self._own_energies]
+
+    def answer(self, prompts: list[list[int]], pad_id: int) -> None:
+        """Answer prompts with the reference, whose weights the modules hold, and keep its energy losses."""
+        self.refit()
+        answers = self.generate(prompts, self._own_answers, torch.zeros(len(prompts), dtype=torch.int64))
+        self.engine.sleep()
+        energies = self.read(RolloutBatch.from_completions(prompts, answers, pad_id)).energies.tolist()
+        self._own_energies.update(zip(map(prompt_digest, prompts), energies, strict=True))
+        if self._cache is not None:
+            cache, tokens = self._cache, [answer.token_ids for answer in answers]
+            on_rank0(lambda: cache.append(list(zip(prompts, tokens, energies, strict=True))))

@@ -63,7 +63,8 @@ def read_reference_energies(config: ReferenceEnergiesConfig, run: Run) -> None:
         progress = stack.enter_context(Progress("batch", len(steps), {}, disable=dist.get_rank() != 0))
         for step, first in enumerate(steps, start=1):
             batch = [prompts[index].token_ids.tolist() for index in order[first : first + config.batch_size]]
-            policy.own_response_energies(batch, planned.tokenizer.pad_id)
+            if unanswered := policy.unanswered(batch):
+                policy.answer(unanswered, planned.tokenizer.pad_id)
             progress.update(step, {})
             if step < len(steps) and watch.due():
                 raise RunStopped

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ from nemo_eppo.config import ConfigError, RunStopped, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.observability.run import Run
-from nemo_eppo.rollout.batch import Completion
-from nemo_eppo.settings.generation import SamplingParams
+from nemo_eppo.rollout.batch import Completion, FinishReason, RolloutBatch
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 from nemo_eppo.settings.run import ExpManagerConfig
@@ -89,22 +88,22 @@ def by_actor(models: Models, prompts: Path, meanwhile: Callable[[], None] | None
         "optimizer": {"lr": 1e-6},
     }
     del values["batch_size"]
-    answered = 0
     with ExitStack() as stack:
         policy = PPOJob(load_config(PPOConfig, values), run_of(prompts.parent / "actor")).build(stack).policy
-        generate = policy.generate
-
-        def count(prompts: list[list[int]], sampling: SamplingParams, seeds: torch.Tensor) -> list[Completion]:
-            nonlocal answered
-            answered += len(prompts)
-            return generate(prompts, sampling, seeds)
-
-        policy.generate = count  # type: ignore[method-assign]
         if meanwhile is not None:
             meanwhile()
-        with policy.reference.active():
-            energies = policy.own_response_energies(ids(models, prompts), pad_id=0)
-    return energies, answered
+        asked = ids(models, prompts)
+        completions = [Completion([2, 1], torch.zeros(2), FinishReason.STOP, 0) for _ in asked]
+        batch = RolloutBatch.from_completions(asked, completions, 0)
+        if not (answered := len(policy.unanswered(asked))):
+            policy.reference.active = no_turn  # type: ignore[method-assign]
+        found = policy.infer_reference(batch, asked, logprobs=False, energies=True)
+    assert found.energies is not None
+    return found.energies, answered
+
+
+def no_turn() -> NoReturn:
+    raise AssertionError("the reference's weights take the policy's place, and have nothing to do")
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {})])
