@@ -128,19 +128,20 @@ class Policy:
             energies: whether the energies are needed.
         """
         same = self.energy.reference == "same_response"
-        own, outputs = energies and not same, None
-        unanswered = self.unanswered(prompts) if own else []
+        unanswered = self.unanswered(prompts) if energies and not same else []
         reads_responses = logprobs or (energies and same)
+        outputs = found = None
         if reads_responses or unanswered:
             with self.reference.active():
                 if reads_responses:
                     outputs = self.infer(batch, energies=same)
                 if unanswered:
                     self.answer(unanswered, batch.pad_id)
-        if own:
+        if same and outputs is not None:
+            found = outputs.energies
+        elif energies:
             found = torch.tensor([self._own_energies[prompt_digest(prompt)] for prompt in prompts])
-            return ReferenceOutputs(outputs.logprobs if outputs else None, found)
-        return ReferenceOutputs(outputs.logprobs, outputs.energies) if outputs else ReferenceOutputs(None, None)
+        return ReferenceOutputs(outputs.logprobs if outputs else None, found)
 
     def unanswered(self, prompts: list[list[int]]) -> list[list[int]]:
         """Return the prompts, each once, that the reference has not answered yet: in this job, or in another one with

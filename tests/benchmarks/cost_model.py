@@ -1,41 +1,28 @@
 """Seconds of a PPO step and its phases as `nemo-eppo doctor --estimate here` predicts them, and as a run takes them.
 
-Each setting is a launch file, run on ranks with a thread each (with servers by `nemo-eppo launch`); responses are as
-long as they may be. The figures of the machine are measured once, before, on other sizes than any setting has. Measured
-is the least of all steps but the first, because what else runs only adds; `cpu s` are those of rank 0's process. `case`
-is what differs from 4 layers x 256, 16 x (32 + 32) tokens, one micro-batch, critic and reward model on the actor's
-ranks. Phases of less than a tenth of a step are left out.
+Each setting is a launch file, which `nemo-eppo launch` runs; responses are as long as they may be. The figures of the
+machine are measured once, before, on other sizes than any setting has. Measured is the least of all steps but the
+first, because what else runs only adds. `case` is what differs from 4 layers x 256, 16 x (32 + 32) tokens, one
+micro-batch, critic and reward model on the actor's ranks. Phases of less than a tenth of a step are left out.
 """
 
 import json
-import logging
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pairs import Options, Row, Seconds
-from trl_ppo import LR, CPUTimers, Work
+from pairs import Options, Row
+from trl_ppo import LR, Work
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from distributed import run_ranks
-
-from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.calibration import measure_here
 from nemo_eppo.launch.cluster import Cluster
 from nemo_eppo.launch.colocation import colocated
-from nemo_eppo.launch.command import REPOSITORY, overrides
 from nemo_eppo.launch.examination import examine
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.step_time import StepEstimate, estimate_step
-from nemo_eppo.observability.run import Run
-from nemo_eppo.settings.kinds import KINDS
-from nemo_eppo.settings.run import ExpManagerConfig
-from nemo_eppo.training.ppo_job import PPOJob
 
 Settings = dict[str, Any]
 TP, PP = "model.parallel.tensor_model_parallel_size", "model.parallel.pipeline_model_parallel_size"
@@ -79,18 +66,14 @@ def compared(
     work = Work(folder, options.rounds, options.smallest, size.get("layers", 4), size.get("width", 256))
     file = launch_file(work, size, settings, options.smallest)
     expected = predicted(file, cluster)
-    steps = served(file) if "servers" in size else run_ranks(ran, size.get("ranks", 1), file, work.steps)[0]
+    steps = run(file)
     phases = {phase.name: phase.seconds for phase in expected.phases} | {"step": expected.seconds}
     rows: list[Row] = []
     for name in phases:
-        clock = min(step[name].clock for step in steps[1:])
-        if clock < LARGE * min(step["step"].clock for step in steps[1:]):
-            continue
-        row: Row = {"case": case, "what": name, "predicted s": phases[name], "clock s": clock}
-        row["predicted / clock"] = phases[name] / clock
-        if "servers" not in size:
-            row["cpu s"] = min(step[name].cpu for step in steps[1:])
-        rows.append(row)
+        clock = min(step[name] for step in steps[1:])
+        if clock >= LARGE * min(step["step"] for step in steps[1:]):
+            row: Row = {"case": case, "what": name, "predicted s": phases[name], "clock s": clock}
+            rows.append(row | {"predicted / clock": phases[name] / clock})
     return rows
 
 
@@ -135,40 +118,12 @@ def predicted(file: Path, cluster: Cluster) -> StepEstimate:
     return estimate_step(launch, jobs, next(job for job in jobs if job.kind.samples), cluster)
 
 
-def ran(file: Path, steps: int) -> list[dict[str, Seconds]]:
-    """Make the steps on this rank; seconds of each phase in each step."""
-    launch = colocated(read_launch(file))
-    kind = KINDS["train_gpt_ppo_actor"]
-    config: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, "actor", {}))
-    job = PPOJob(config, Run(file.parent, 0, logging.getLogger(), ExpManagerConfig()))
-    found = []
-    with ExitStack() as stack:
-        ppo = job.build(stack)
-        assert ppo.critic is not None
-        ppo.critic.begin(1, 0, False)
-        ppo.policy.refit()
-        ppo.timers = timers = CPUTimers()
-        for step in range(1, steps + 1):
-            result = ppo.step(step, [job.prompts[index] for index in next(job.batches)])
-            clock = {name.removeprefix("seconds/"): s for name, s in result.metrics.items() if "seconds/" in name}
-            cpu = {**timers.cpu, "step": sum(timers.cpu.values())}
-            found.append({name: Seconds(seconds, cpu.get(name, 0.0)) for name, seconds in clock.items()})
-            timers.cpu.clear()
-    return found
-
-
-def served(file: Path) -> list[dict[str, Seconds]]:
-    """The same by `nemo-eppo launch`, with jobs of their own; CPU seconds are not known."""
+def run(file: Path) -> list[dict[str, float]]:
+    """Launch the jobs; seconds of each phase in each step of the actor."""
     command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     lines = (file.parent / "run" / "actor" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name.removeprefix("seconds/"): Seconds(value, 0.0)
-            for name, value in json.loads(line).items()
-            if "seconds/" in name
-        }
-        for line in lines
-    ]
+    steps = map(json.loads, lines)
+    return [{key.removeprefix("seconds/"): s for key, s in step.items() if "seconds/" in key} for step in steps]

@@ -2,8 +2,9 @@
 
 All have the same fp32 weights, whose EOS has no probability: every response is as long as it may be. All do one update
 of one micro-batch a step. `forwards` are log-probs, reference, values and rewards; eppo with own_response also
-generates the reference's answers there, to prompts that are new in every step, as in a run's first epoch. TRL
-takes the policy's log-probs from generation; so do ours (`ppo.old_logprobs: engine`), but for the one that recomputes.
+generates the reference's answers there, to prompts that are new in every step, as in a run's first epoch; of those that
+were answered before (read_reference_energies.py) it only looks up the energies. TRL takes the policy's log-probs from
+generation; so do ours (`ppo.old_logprobs: engine`), but for the one that recomputes.
 """
 
 import gc
@@ -38,8 +39,10 @@ from nemo_eppo.training.ppo_job import PPOJob
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCABULARY, EOS, LR = 1024, 0, 1e-6
 INSTALL = "trl is not installed, ours runs alone: pip install -e '.[benchmarks]', or pip install --no-deps trl==1.12.0"
+ANSWERED = "eppo own_response, answered before"
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "eppo own_response": ("eppo", {}),
+    ANSWERED: ("eppo", {}),
     "eppo same_response": ("eppo", {"energy.reference": "same_response"}),
     "ppo": ("ppo", {}),
     "ppo, recompute": ("ppo", {"ppo.old_logprobs": "recompute"}),
@@ -144,6 +147,9 @@ def our_job(work: Work, name: str, stack: ExitStack, **changes: Any) -> tuple[PP
     ppo = job.build(stack)
     assert ppo.critic is not None
     ppo.critic.begin(1, 0, False)
+    if name == ANSWERED:
+        with ppo.policy.reference.active():
+            ppo.policy.answer([item.token_ids.tolist() for item in job.prompts.items], ppo.tokenizer.pad_id)
     ppo.policy.refit()
     return ppo, lambda: [job.prompts[index] for index in next(job.batches)]
 
