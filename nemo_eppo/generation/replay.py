@@ -13,9 +13,8 @@ from nemo_eppo.megatron import device
 
 _FEWEST_ROWS = 8
 
-Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-"""Runs a function of tensors once, in whatever way records it; returns its outputs, whose values may be anything, and a
-function that computes them again, in place, from what its inputs hold then."""
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Records what a function does with tensors, without doing it; the returned function does it, on the same tensors."""
 
 
 class Advance(Protocol):
@@ -45,35 +44,43 @@ class ReplayedSteps:
         self._advance, self._rows, self._record = advance, rows, record
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device.device())
         self._positions = self._tokens.clone()
-        self._recorded: dict[tuple[int, int], tuple[Any, Callable[[], None]] | None] = {}
+        self._outputs: Any = None
+        self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Any:
         """Advance tokens [n] at positions [n]; the outputs [n, ...] stay what they are."""
         used = len(tokens)
         self._tokens[:used], self._positions[:used], self._positions[used:] = tokens, positions, 0
         size = min(self._rows, max(_FEWEST_ROWS, 1 << (used - 1).bit_length()))
-        key = size, longest
-        step = partial(self._advance, self._tokens[:size], self._positions[:size], longest)
-        if key not in self._recorded:
-            self._recorded[key] = None
-            outputs = step()
+        step = partial(self._run, size, longest)
+        if (size, longest) not in self._recorded:
+            self._recorded[size, longest] = None
+            step()
         else:
-            recorded = self._recorded[key] or self._record(step)
-            self._recorded[key] = recorded
-            outputs, replay = recorded
+            replay = self._recorded[size, longest] or self._record(step)
+            self._recorded[size, longest] = replay
             replay()
-        return type(outputs)(*(output[:used].clone() for output in outputs))
+        return type(self._outputs)(*(output[:used].clone() for output in self._outputs))
+
+    def _run(self, size: int, longest: int) -> None:
+        """Advance the first rows; what comes of them goes to memory that all recordings share."""
+        outputs = self._advance(self._tokens[:size], self._positions[:size], longest)
+        if self._outputs is None:
+            self._outputs = type(outputs)(*(output.new_empty(self._rows, *output.shape[1:]) for output in outputs))
+        for kept, output in zip(self._outputs, outputs, strict=True):
+            kept[:size] = output
 
 
 class GraphRecorder:
-    """Records CUDA graphs, which share their memory: one runs at a time, and what a graph gives stays its own."""
+    """Records CUDA graphs, which share their memory, for one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks for events meanwhile, in a thread of its own
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = step()
-        return outputs, graph.replay
+            step()
+        replay: Callable[[], None] = graph.replay
+        return replay
