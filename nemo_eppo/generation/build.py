@@ -28,11 +28,6 @@ def check_engine(config: EngineConfig, model: ModelConfig, parallel: ParallelCon
     """Raise ConfigError, before anything is started, if the engine cannot work here or sample in this way."""
     if config.cuda_graphs and not device.on_gpu():
         raise ConfigError("engine.cuda_graphs = true: there is no GPU here, expected false")
-    if config.cuda_graphs and (stages := parallel.pipeline_model_parallel_size) > 1:
-        raise ConfigError(
-            f"engine.cuda_graphs = true: expected false with model.parallel.pipeline_model_parallel_size = {stages}, "
-            "whose stages send to each other in every step"
-        )
     if config.name == "tensorrt_llm":
         map_sampling(sampling, 0, 1, ())
         check_tensorrt_llm(config.tensorrt_llm, model, parallel)

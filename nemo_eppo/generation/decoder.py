@@ -9,6 +9,8 @@ others continue, and do not affect each other.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,59 +20,17 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.generation.energies import EnergyReader, MLPTensors
+from nemo_eppo.generation.layers import Layer, layer_weights
 from nemo_eppo.generation.replay import Recorder, ReplayedSteps
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.attention import DECODING_KERNELS, attend, layer_window
+from nemo_eppo.megatron.attention import DECODING_KERNELS, attend
 from nemo_eppo.megatron.logprobs import soft_capped
-from nemo_eppo.megatron.lora import SUFFIX, Adapter
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
-from nemo_eppo.megatron.specs import FUSED_NORMS
 from nemo_eppo.models.numerics import ACTIVATIONS
 from nemo_eppo.settings.energy import EnergyProbeConfig
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
-
-
-class _Linear(NamedTuple):
-    """A linear map's weight [out, in], with its bias [out] and its adapter where it has them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    adapter: Adapter | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
-        return out.add_(self.adapter.local(x)) if self.adapter is not None and self.adapter.enabled else out
-
-
-class _Layer(NamedTuple):
-    """This rank's weights of one decoder layer, as Megatron lays them out."""
-
-    attention_norm: Tensor
-    """Weight [H] of the norm before attention."""
-    qkv: _Linear
-    """Weight [G * (R + 2) * D, H]: for each of G key/value groups, R query heads, then key, then value."""
-    q_norm: Tensor | None
-    """Weight [D] of the norm on queries; None without one, as is `k_norm`."""
-    k_norm: Tensor | None
-    """Weight [D] of the norm on keys."""
-    projection: _Linear
-    """Weight [H, G * R * D]."""
-    mlp_norm: Tensor
-    """Weight [H] of the norm before the MLP."""
-    gate_up: _Linear
-    """Weight [2 * F, H]: gate rows, then up rows."""
-    down: _Linear
-    """Weight [H, F]."""
-    after_attention: Tensor | None
-    """Weight [H] of the norm on attention's output; None without one."""
-    after_mlp: Tensor | None
-    """Weight [H] of the norm on the MLP's output; None without one."""
-    window: int | None
-    """How many tokens, itself included, a token sees; None for all up to itself."""
-    energies: list[slice]
-    """Columns of the layer's energies; empty if none are read."""
 
 
 class Outputs(NamedTuple):
@@ -80,6 +40,14 @@ class Outputs(NamedTuple):
     """fp32 [n, V] of the token that follows; None except on the last pipeline stage."""
     energies: Tensor
     """fp32 [n, E]; 0 for layers of other pipeline stages."""
+
+
+class _Passed(NamedTuple):
+    """What a chunk of layers gives."""
+
+    out: Tensor
+    """Hidden states [n, s, H]; of the last chunk, where a token is appended to each row, logits [n, V]."""
+    energies: Tensor
 
 
 class _Newest(NamedTuple):
@@ -103,7 +71,8 @@ class Decoder:
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
         energy: the energies that are read; None for none.
-        record: records steps, which are then replayed; only without pipeline parallelism. None for no recordings.
+        record: records what a step does on this rank between one message of other stages and the next; it is then
+            replayed. None for no recordings.
     """
 
     def __init__(
@@ -120,9 +89,9 @@ class Decoder:
         self._activation = ACTIVATIONS[self._description.activation]
         self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
-        self._layers = [[_layer(layer, energy) for layer in model.decoder.layers] for model in self._models]
+        self._layers = [[layer_weights(layer, energy) for layer in model.decoder.layers] for model in self._models]
         self._record = record
-        self._replayed: ReplayedSteps | None = None
+        self._replayed: list[ReplayedSteps] = []
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
     def start(self, rows: int, columns: int) -> None:
@@ -132,11 +101,14 @@ class Decoder:
             self._storage = self._storage.new_empty(math.prod(shape))
         # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
         self._cache = self._storage[: math.prod(shape)].zero_().view(shape)
+        self._caches = self._cache.split(list(map(len, self._layers)))
         self._rotary = self._rotary_table(columns)
         self._columns = torch.arange(_rounded(columns), device=device.device())
         self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
-        self._replayed = ReplayedSteps(self._advance, rows, self._record) if self._record else None
+        if self._record is not None:
+            advances = [partial(self._advance_at, chunk) for chunk in range(len(self._models))]
+            self._replayed = [ReplayedSteps(advance, rows, self._record) for advance in advances]
 
     @torch.inference_mode()
     def add(self, tokens: Tensor, lengths: Tensor) -> Outputs:
@@ -153,14 +125,22 @@ class Decoder:
         at_once = max(1, _PREFILL_TOKENS // longest)  # rows
         last_hidden, energies = [], []
         for start in range(0, len(lengths), at_once):
-            part = slice(start, min(start + at_once, len(lengths)))
-            cache = self._cache[:, first + part.start : first + part.stop]
-            hidden, read = self._run(tokens[part], self._rotary[:, None, :longest], cache, None)
-            rows, last = torch.arange(len(read), device=read.device), lengths[part] - 1
-            energies.append(read[rows, last])
+            part = slice(start, start + at_once)
+            hidden, read = self._prefill(tokens[part], first + start)
+            places = torch.arange(len(read), device=read.device), lengths[part] - 1
+            energies.append(read[places])
             if hidden is not None:
-                last_hidden.append(hidden[rows, last])
+                last_hidden.append(hidden[places])
         return Outputs(self._logits(torch.cat(last_hidden)) if last_hidden else None, torch.cat(energies))
+
+    def _prefill(self, tokens: Tensor, first: int) -> tuple[Tensor | None, Tensor]:
+        """Run prompts [n, P] in n rows of the cache: hidden [n, P, H] on the last stage, energies [n, P, E]."""
+        rotary, rows = self._rotary[:, None, : tokens.size(1)], slice(first, first + len(tokens))
+
+        def through(chunk: int, entering: Tensor | None) -> _Passed:
+            return self._through(chunk, tokens, entering, rotary, self._caches[chunk][:, rows], None)
+
+        return self._pass_on(tokens.shape, through)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Outputs:
@@ -168,19 +148,34 @@ class Decoder:
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
         longest, window = _rounded(int(self._lengths.max())), self._description.sliding_window
-        if self._replayed is not None:
-            replayed: Outputs = self._replayed(tokens, positions, longest)
+        newest: _Newest | None = None
+        if not self._replayed:
+            hides = int(self._lengths.min()) < longest or (window is not None and window < longest)
+            newest = self._newest(positions, longest, hides)
+
+        def through(chunk: int, entering: Tensor | None) -> _Passed:
+            if newest is not None:
+                return self._advance(chunk, tokens, newest, entering)
+            given = (tokens, positions) if entering is None else (tokens, positions, entering)
+            replayed: _Passed = self._replayed[chunk](longest, *given)
             return replayed
-        hides = int(self._lengths.min()) < longest or (window is not None and window < longest)
-        return self._advance(tokens, positions, longest, hides)
 
-    def _advance(self, tokens: Tensor, positions: Tensor, longest: int, hides: bool = True) -> Outputs:
-        """Append one token [n] at its position [n] to the first n rows.
+        return Outputs(*self._pass_on((len(tokens), 1), through))
 
-        Args:
-            longest: see `_Newest`.
-            hides: whether a row may not see all of these columns.
-        """
+    def _advance_at(
+        self, chunk: int, longest: int, tokens: Tensor, positions: Tensor, entering: Tensor | None = None
+    ) -> _Passed:
+        return self._advance(chunk, tokens, self._newest(positions, longest, hides=True), entering)
+
+    def _advance(self, chunk: int, tokens: Tensor, newest: _Newest, entering: Tensor | None) -> _Passed:
+        """Append one token [n] to the first n rows in a chunk's layers; the last chunk gives logits [n, V]."""
+        rotary, cache = self._rotary[:, newest.positions[:, None]], self._caches[chunk][:, : len(tokens)]
+        hidden, energies = self._through(chunk, tokens[:, None], entering, rotary, cache, newest)
+        out = self._logits(hidden[:, 0]) if self._models[chunk].post_process else hidden
+        return _Passed(out, energies[:, 0])
+
+    def _newest(self, positions: Tensor, longest: int, hides: bool) -> _Newest:
+        """Describe new tokens at these positions [n]; `hides`: a row may not see all of the `longest` columns."""
         visible = in_window = None
         if hides:
             window = self._description.sliding_window
@@ -190,11 +185,8 @@ class Decoder:
             visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(self._dtype)
             if window is not None:
                 in_window = visible.masked_fill((columns <= places - window)[:, None, None], -torch.inf)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        newest = _Newest(rows, positions, longest, visible, in_window)
-        cache = self._cache[:, : len(tokens)]
-        hidden, energies = self._run(tokens[:, None], self._rotary[:, positions[:, None]], cache, newest)
-        return Outputs(None if hidden is None else self._logits(hidden[:, 0]), energies[:, 0])
+        rows = torch.arange(len(positions), device=positions.device)
+        return _Newest(rows, positions, longest, visible, in_window)
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
@@ -216,38 +208,61 @@ class Decoder:
 
     def release(self) -> None:
         """Free the cache."""
-        self._replayed = None
+        self._replayed, self._caches = [], ()
         self._cache = self._storage = self._storage.new_empty(0)
 
-    @sdpa_kernel(DECODING_KERNELS)
-    def _run(
-        self, tokens: Tensor, rotary: Tensor, cache: Tensor, newest: _Newest | None
+    def _pass_on(
+        self, shape: tuple[int, ...], through: Callable[[int, Tensor | None], _Passed]
     ) -> tuple[Tensor | None, Tensor]:
-        """Run tokens [b, s] through all stages, filling their rows of the cache.
+        """Take hidden states [*shape, H] through this rank's chunks, from stage to stage.
+
+        Args:
+            through: runs a chunk by its number, on hidden states of the stage before it; None for the first chunk.
 
         Returns:
-            hidden [b, s, H] on the last stage, else None; energies [b, s, E], 0 for other stages' layers.
+            what the last chunk gives, None on other ranks; energies, 0 for other stages' layers.
         """
-        caches = iter(cache)
-        energies = torch.zeros(*tokens.shape, self._energies_per_token, device=tokens.device)
-        for model, layers in zip(self._models, self._layers, strict=True):
-            if model.pre_process:
-                hidden = model.scaled(self._embed(tokens, model.embedding.word_embeddings.weight))
-            else:
-                hidden = torch.empty(*tokens.shape, self._hidden_size, dtype=self._dtype, device=tokens.device)
-                dist.recv(hidden, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
-            for layer in layers:
-                entered = self._reader.l1(hidden) if self._reader and layer.energies else None
-                self._attend(hidden, layer, next(caches), rotary, newest)
-                mlp = self._transform(hidden, layer)
-                if self._reader and entered is not None:
-                    for columns in layer.energies:
-                        energies[..., columns] = self._reader.read(entered, mlp, hidden)
+        out, parts = None, []
+        for chunk, model in enumerate(self._models):
+            entering = None
+            if not model.pre_process:
+                entering = torch.empty(*shape, self._hidden_size, dtype=self._dtype, device=device.device())
+                dist.recv(entering, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
+            out, energies = through(chunk, entering)
+            parts.append(energies)
             if not model.post_process:
-                dist.send(hidden, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
-        return hidden if model.post_process else None, energies
+                dist.send(out, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
+        return out if self._models[-1].post_process else None, sum(parts[1:], parts[0])
 
-    def _attend(self, hidden: Tensor, layer: _Layer, cache: Tensor, rotary: Tensor, newest: _Newest | None) -> None:
+    @sdpa_kernel(DECODING_KERNELS)
+    def _through(
+        self,
+        chunk: int,
+        tokens: Tensor,
+        entering: Tensor | None,
+        rotary: Tensor,
+        cache: Tensor,
+        newest: _Newest | None,
+    ) -> _Passed:
+        """Run a chunk's layers on tokens [b, s], filling their rows of its cache; `entering` becomes the output.
+
+        Returns:
+            hidden [b, s, H]; energies [b, s, E], 0 for layers of other chunks.
+        """
+        model, hidden = self._models[chunk], entering
+        if hidden is None:
+            hidden = model.scaled(self._embed(tokens, model.embedding.word_embeddings.weight))
+        energies = torch.zeros(*tokens.shape, self._energies_per_token, device=tokens.device)
+        for layer, columns_of_layer in zip(self._layers[chunk], cache, strict=True):
+            entered = self._reader.l1(hidden) if self._reader and layer.energies else None
+            self._attend(hidden, layer, columns_of_layer, rotary, newest)
+            mlp = self._transform(hidden, layer)
+            if self._reader and entered is not None:
+                for columns in layer.energies:
+                    energies[..., columns] = self._reader.read(entered, mlp, hidden)
+        return _Passed(hidden, energies)
+
+    def _attend(self, hidden: Tensor, layer: Layer, cache: Tensor, rotary: Tensor, newest: _Newest | None) -> None:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
         rows, size, _ = hidden.shape
         width, heads = self._head_width, self._heads_per_group
@@ -279,7 +294,7 @@ class Decoder:
         out = self._sum(layer.projection(out.reshape(rows, size, -1)))
         hidden += out if layer.after_attention is None else self._norm(out, layer.after_attention)
 
-    def _transform(self, hidden: Tensor, layer: _Layer) -> MLPTensors:
+    def _transform(self, hidden: Tensor, layer: Layer) -> MLPTensors:
         """Add the layer's MLP to hidden [b, s, H]."""
         normed = self._norm(hidden, layer.mlp_norm)
         gate, up = layer.gate_up(normed).chunk(2, -1)
@@ -324,26 +339,3 @@ class Decoder:
 def _rounded(columns: int) -> int:
     multiple = device.cached_tokens_multiple()
     return -(-columns // multiple) * multiple
-
-
-def _layer(layer: Any, energy: EnergyProbeConfig | None) -> _Layer:
-    weights = {FUSED_NORMS.get(name, name): parameter for name, parameter in layer.named_parameters()}
-    modules = dict(layer.named_modules())
-
-    def linear(name: str) -> _Linear:
-        return _Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), modules.get(name + SUFFIX))
-
-    return _Layer(
-        attention_norm=weights["input_layernorm.weight"],
-        qkv=linear("self_attention.linear_qkv"),
-        q_norm=weights.get("self_attention.q_layernorm.weight"),
-        k_norm=weights.get("self_attention.k_layernorm.weight"),
-        projection=linear("self_attention.linear_proj"),
-        mlp_norm=weights["pre_mlp_layernorm.weight"],
-        gate_up=linear("mlp.linear_fc1"),
-        down=linear("mlp.linear_fc2"),
-        after_attention=weights.get("self_attn_bda.norm.weight"),
-        after_mlp=weights.get("mlp_bda.norm.weight"),
-        window=layer_window(layer.config, layer.layer_number),
-        energies=energy.columns(layer.layer_number - 1, layer.config.num_layers) if energy else [],
-    )

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_eppo.megatron import device
-
 _FEWEST_ROWS = 8
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -20,21 +18,21 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 class Advance(Protocol):
     """Work that recordings hold."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Any:
-        """Append one token [n] at its position [n] to n rows, which see `longest` columns; returns a named tuple of
-        tensors [n, ...].
+    def __call__(self, longest: int, *inputs: Tensor) -> Any:
+        """Append one token to each of n rows, which see `longest` columns; inputs, and what the returned named tuple
+        holds, are [n, ...].
 
-        It does the same for all values of the tensors, and waits for none of them.
+        It does the same for all values of the inputs, and waits for none of them. With zeros for a free row it works.
         """
 
 
 class ReplayedSteps:
-    """The steps of a decoder between two calls of `Decoder.start`, while the tensors that they use stay where they are
-    and adapters stay on, or off.
+    """A part of the steps of a decoder between two calls of `Decoder.start`, while the tensors that it uses stay where
+    they are and adapters stay on, or off.
 
-    A step's first run with some number of rows and columns is an ordinary one, which also loads kernels and opens
+    Its first run with some number of rows and columns is an ordinary one, which also loads kernels and opens
     connections between ranks; the second records, all others replay. The number of rows is rounded up: free rows take
-    part with some token at position 0, and nobody looks at them.
+    part, their inputs are 0, and nobody looks at what comes of them.
 
     Args:
         rows: number of the cache's rows.
@@ -42,15 +40,16 @@ class ReplayedSteps:
 
     def __init__(self, advance: Advance, rows: int, record: Recorder) -> None:
         self._advance, self._rows, self._record = advance, rows, record
-        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device.device())
-        self._positions = self._tokens.clone()
+        self._inputs: list[Tensor] = []
         self._outputs: Any = None
         self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
 
-    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Any:
-        """Advance tokens [n] at positions [n]; the outputs [n, ...] stay what they are."""
-        used = len(tokens)
-        self._tokens[:used], self._positions[:used], self._positions[used:] = tokens, positions, 0
+    def __call__(self, longest: int, *inputs: Tensor) -> Any:
+        """Advance with these inputs [n, ...], always as many; the outputs [n, ...] stay what they are."""
+        used = len(inputs[0])
+        self._inputs = self._inputs or [given.new_empty(self._rows, *given.shape[1:]) for given in inputs]
+        for kept, given in zip(self._inputs, inputs, strict=True):
+            kept[:used], kept[used:] = given, 0
         size = min(self._rows, max(_FEWEST_ROWS, 1 << (used - 1).bit_length()))
         step = partial(self._run, size, longest)
         if (size, longest) not in self._recorded:
@@ -64,7 +63,7 @@ class ReplayedSteps:
 
     def _run(self, size: int, longest: int) -> None:
         """Advance the first rows; what comes of them goes to memory that all recordings share."""
-        outputs = self._advance(self._tokens[:size], self._positions[:size], longest)
+        outputs = self._advance(longest, *(kept[:size] for kept in self._inputs))
         if self._outputs is None:
             self._outputs = type(outputs)(*(output.new_empty(self._rows, *output.shape[1:]) for output in outputs))
         for kept, output in zip(self._outputs, outputs, strict=True):

@@ -116,8 +116,8 @@ class EngineConfig(Config):
     """Sequences that one replica decodes at once; bounds the KV cache. With pipeline parallelism as many for each stage
     are under way. TensorRT-LLM has its own, tensorrt_llm.*."""
     cuda_graphs: bool = False
-    """Whether the Megatron engine launches all kernels of a decoding step at once, on GPUs and without pipeline
-    parallelism. One by one their launches bound the speed of deep models. Not run on a GPU yet."""
+    """Whether the Megatron engine launches all kernels of a decoding step, or of a pipeline stage's part of it, at
+    once, on GPUs. One by one their launches bound the speed of deep models. Not run on a GPU yet."""
     tensorrt_llm: TensorRTLLMConfig = TensorRTLLMConfig()
     """Settings of TensorRT-LLM; read only if it is the engine."""
 

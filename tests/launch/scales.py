@@ -102,7 +102,7 @@ def table() -> str:
         layout = SIZES[size][1]
         tp, pp = layout["tensor_model_parallel_size"], layout.get("pipeline_model_parallel_size", 1)
         found, faster = (estimated(size, actors, critics, engine) for engine in ("megatron", "tensorrt_llm"))
-        graphs = f"{estimated(size, actors, critics, 'megatron', True).seconds:.0f}" if pp == 1 else "not with PP"
+        graphs = estimated(size, actors, critics, "megatron", graphs=True)
         phases = {phase.name: phase for phase in found.phases}
 
         def told(*names: str, phases: Any = phases) -> str:
@@ -112,7 +112,7 @@ def table() -> str:
         lines.append(
             f"| {size} | {actors * tp * pp} + {critics * tp * pp} | TP {tp} PP {pp} DP {actors} | {found.seconds:.0f} "
             f"| {told('generate')} | {told('logprobs', 'reference')} | {told('actor_train')} | {waits:.0f} "
-            f"| {found.tokens_per_second:,.0f} | {graphs} | {faster.seconds:.0f} "
+            f"| {found.tokens_per_second:,.0f} | {graphs.seconds:.0f} | {faster.seconds:.0f} "
             f"| {max(found.memory.values()) / 2**30:.0f} |"
         )
     return "\n".join(lines)
