@@ -213,7 +213,8 @@ def _layers(found: Cluster, width: int, precision: Precision) -> dict[str, Any]:
 
 
 def _link(rank: int, folder: Path) -> Link:
-    """Bandwidth and latency of sums over two ranks."""
+    """Bandwidth and latency of sums over two ranks, which come from work, as in a pass: one waits for the other,
+    and on a CPU threads of theirs have to wake."""
     import torch
     import torch.distributed as dist
 
@@ -223,18 +224,24 @@ def _link(rank: int, folder: Path) -> Link:
     dist.init_process_group(
         device.distributed_backend(), init_method=f"file://{folder}/store", rank=rank, world_size=_RANKS
     )
-    times = []
-    small, large = (torch.zeros(size, device=device.device()) for size in (256, 2**20))
-    for tensor in (small, large):
+    small, large, rows = (torch.zeros(size, device=device.device()) for size in (256, 2**20, (16, 256)))
+
+    def times(tensor: torch.Tensor, count: int) -> list[float]:  # the same count on both ranks
         calls = []
-        for _ in range(200 if tensor is small else 20):  # the same number on both ranks
+        for _ in range(count):
+            for _ in range(4):
+                torch.nn.functional.linear(rows, large.view(-1, 256))
+            device.synchronize()
             start = time.perf_counter()
             dist.all_reduce(tensor)
             device.synchronize()
             calls.append(time.perf_counter() - start)
-        times.append(min(calls))
+        return calls
+
+    few, many = times(small, 200), times(large, 20)
     dist.destroy_process_group()
-    return Link(bandwidth=ring(_RANKS) * large.nbytes / max(times[1] - times[0], 1e-9), latency=times[0])
+    latency = sum(few) / len(few)
+    return Link(bandwidth=ring(_RANKS) * large.nbytes / max(min(many) - min(few), 1e-9), latency=latency)
 
 
 def main() -> None:
