@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_eppo.megatron.rotary import rotation
+from nemo_eppo.megatron.elementwise import rotation, swiglu
 from nemo_eppo.processes import end_with_parent
 
 CPU = torch.device("cpu")
@@ -165,6 +165,7 @@ def install() -> None:
     _share_gloo_device()
     rope = _megatron("models.common.embeddings.rope_utils")
     rope._apply_rotary_pos_emb_bshd = rotation(rope._apply_rotary_pos_emb_bshd)
+    _megatron("transformer.mlp").bias_swiglu_impl = swiglu
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
 

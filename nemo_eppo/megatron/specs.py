@@ -93,7 +93,7 @@ def transformer_config(
         attention_backend=AttnBackend.auto if has_transformer_engine() else AttnBackend.local,
         # Megatron's own linears, of which the output projection is one, refuse it without APEX
         gradient_accumulation_fusion=has_transformer_engine() and _installed("fused_weight_gradient_mlp_cuda"),
-        bias_activation_fusion=gpu and model.activation == "silu",
+        bias_activation_fusion=model.activation == "silu",
         bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),

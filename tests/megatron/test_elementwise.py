@@ -1,4 +1,4 @@
-"""Our rotation is megatron-core's own, bit for bit."""
+"""Our rotation and SwiGLU are megatron-core's own, bit for bit."""
 
 import gc
 import importlib
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.rotary import rotation
+from nemo_eppo.megatron.elementwise import rotation, swiglu
 
 device.install()
 ROPE: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
@@ -17,10 +17,10 @@ ROPE: Any = importlib.import_module("megatron.core.models.common.embeddings.rope
 OWN: Any = ROPE._apply_rotary_pos_emb_bshd.__closure__[1].cell_contents
 
 
-def rotated(function: Any, t: torch.Tensor, angles: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def with_gradient(function: Any, t: torch.Tensor, *others: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and the gradient of a sum of it with weights."""
     given = t.clone().requires_grad_()
-    out = function(given, angles, **settings)
+    out = function(given, *others, **settings)
     weights = torch.arange(out.numel(), dtype=torch.float32).view_as(out).sin().to(out.dtype)
     (out * weights).sum().backward()
     assert given.grad is not None
@@ -38,16 +38,14 @@ def rotated(function: Any, t: torch.Tensor, angles: torch.Tensor, **settings: An
         (16, {"multi_latent_attention": True}),
     ],
 )
-def test_values_and_gradients(dtype: torch.dtype, width: int, settings: dict[str, Any]) -> None:
+def test_a_rotation_and_its_gradient(dtype: torch.dtype, width: int, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     t, angles = torch.randn(7, 2, 3, 16).to(dtype), torch.rand(7, 1, 1, width) * 50
     assert OWN.__module__ == ROPE.__name__
     function = rotation(OWN)
     for _ in range(2):  # the second time with what was kept
-        for ours, theirs in zip(
-            rotated(function, t, angles, **settings), rotated(OWN, t, angles, **settings), strict=True
-        ):
-            assert torch.equal(ours, theirs)
+        made, expected = (with_gradient(each, t, angles, **settings) for each in (function, OWN))
+        assert all(map(torch.equal, made, expected))
 
 
 def test_angles_of_other_tensors_are_not_mixed_up_nor_kept() -> None:
@@ -65,4 +63,19 @@ def test_a_table_of_an_inference_can_be_trained_with() -> None:
     function, t, angles = rotation(OWN), torch.randn(5, 1, 2, 8), torch.rand(5, 1, 1, 8)
     with torch.inference_mode():
         function(t, angles)
-    assert torch.equal(rotated(function, t, angles)[1], rotated(OWN, t, angles)[1])
+    assert torch.equal(with_gradient(function, t, angles)[1], with_gradient(OWN, t, angles)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 2, 10), (1, 7, 64)])
+def test_swiglu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As `MLP.forward` computes it where nothing is fused."""
+
+    def unfused(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * (up + 0.0)
+
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype) * 3
+    made, expected = with_gradient(swiglu, x, None, False, False), with_gradient(unfused, x)
+    assert all(map(torch.equal, made, expected))
