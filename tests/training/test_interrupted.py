@@ -187,6 +187,9 @@ def test_a_run_goes_on_in_another_layout(whole: Runs, tmp_path: Path) -> None:
     expected = [row for row in whole.trajectory() if row["step"] <= 2]
     for row, wanted in zip(runs.trajectory(), expected, strict=True):
         # the learning rate is constant, so that max_steps changes nothing
+        clipped = {name for name in wanted if name.endswith("clip_fraction")}  # one token may be right at the border
+        for name in clipped:
+            assert row.pop(name) == pytest.approx(wanted.pop(name), abs=0.01), name
         assert row == pytest.approx(wanted, abs=2e-5), row["step"]
 
 
