@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, flat
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         ConfigError: the settings have a value, or null, where the launcher fills one in.
     """
     job = launch.jobs[name]
-    settings = dict(_flat(job.settings))
+    settings = dict(flat(job.settings))
     filled: dict[str, Any] = {"exp_manager.explicit_log_dir": str(launch.output / name)}
     if job.serves:
         own = addresses[name]
@@ -90,14 +90,6 @@ def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -
 
 def _certificates(key: str, address: Address) -> dict[str, str]:
     return {key: str(address.certificates)} if address.certificates else {}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _hydra(value: Any) -> str:

@@ -6,10 +6,11 @@ What a job starts from is checked with the job itself (examination.py).
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nemo_eppo.config import flat
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
 from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.launch_file import LaunchConfig
-from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig, answer_settings
+from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 
 
 def examine_together(launch: LaunchConfig, jobs: Sequence[Job], *, files: bool) -> Iterator[Finding]:
@@ -46,18 +47,14 @@ def _energy_cache(job: Job, actors: Sequence[Job]) -> Iterator[Finding]:
 
 def _of_answers(job: Job) -> dict[str, Any]:
     """What decides whether an actor finds an answer, by setting."""
-    settings = answer_settings(job.settings)
+    energy, model, answers = job.settings.energy, job.settings.model, dict(flat(job.settings.answer_settings))
     return {
-        "energy.cache": str(job.settings.energy.cache),
-        "energy.reference": job.settings.energy.reference,
-        "model.restore_from_path": str(job.settings.model.restore_from_path),
-        "model.tokenizer": job.settings.model.tokenizer and str(job.settings.model.tokenizer),
-        "model.precision": settings["precision"],
-        **{
-            f"{section}.{name}": settings[section][name]
-            for section in ("generation", "energy")
-            for name in settings[section]
-        },
+        "energy.cache": str(energy.cache),
+        "energy.reference": energy.reference,
+        "model.restore_from_path": str(model.restore_from_path),
+        "model.tokenizer": model.tokenizer and str(model.tokenizer),
+        "model.precision": answers.pop("precision"),
+        **answers,
     }
 
 

@@ -1,7 +1,7 @@
 """Every setting of the PPO actor job (conf/gpt_ppo_actor.yaml)."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -151,14 +151,6 @@ class PromptsConfig(Config):
     too_long: Literal["error", "drop"] = "error"
     """Whether a longer prompt is an error or is dropped."""
 
-    def check_window(self, max_new_tokens: int, window: int) -> None:
-        """Raise ConfigError if the longest prompt and response together do not fit a model's window."""
-        if self.max_prompt_length + max_new_tokens > window:
-            raise ConfigError(
-                f"data.max_prompt_length {self.max_prompt_length} + generation.max_new_tokens {max_new_tokens} is more "
-                f"than the model's window of {window} tokens"
-            )
-
 
 class ValidationConfig(Config):
     """Rollouts on fixed prompts before the first step, after the last and in between."""
@@ -171,8 +163,8 @@ class ValidationConfig(Config):
     """Whether validation responses are greedy instead of sampled."""
 
 
-class PPOConfig(Config):
-    """The PPO actor job."""
+class AnsweringConfig(Config):
+    """What a job has that answers prompts and reads energies."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0, lt=2**31)
@@ -182,6 +174,38 @@ class PPOConfig(Config):
     data: PromptsConfig
     generation: SamplingParams
     engine: EngineConfig = EngineConfig()
+    if TYPE_CHECKING:  # each job has it, in its own place among the settings
+        energy: EnergyConfig
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prompt and response together."""
+        return self.data.max_prompt_length + self.generation.max_new_tokens
+
+    @property
+    def answer_settings(self) -> dict[str, Any]:
+        """The settings that the reference's own answers and their energies depend on, as plain containers."""
+        read = {"preset", "layers", "norm", "window", "max_tokens"}
+        return {
+            "precision": self.model.precision,
+            "generation": self.generation.as_greedy.model_dump(mode="json"),
+            "energy": self.energy.model_dump(mode="json", include=read),
+        }
+
+    def check_model(self, model: ModelConfig, ranks: int) -> None:
+        """Raise ConfigError if the model's window or layers or the number of ranks do not allow these settings."""
+        window, new = model.max_sequence_length, self.generation.max_new_tokens
+        if self.longest > window:
+            raise ConfigError(
+                f"data.max_prompt_length {self.data.max_prompt_length} + generation.max_new_tokens {new} is more than "
+                f"the model's window of {window} tokens"
+            )
+        self.energy.layer_indices(model.num_layers)
+
+
+class PPOConfig(AnsweringConfig):
+    """The PPO actor job."""
+
     ppo: PPOSettings
     energy: EnergyConfig = EnergyConfig()
     rewards: tuple[RewardSourceConfig, ...] = Field((HERE,), min_length=1)
@@ -207,15 +231,8 @@ class PPOConfig(Config):
     """Number of rows of each step's rollout that are written to rollouts/; null for all."""
 
     def check_model(self, model: ModelConfig, ranks: int) -> None:
-        """Raise ConfigError if the model's window or layers or the number of ranks do not allow these settings."""
-        self.data.check_window(self.generation.max_new_tokens, model.max_sequence_length)
+        super().check_model(model, ranks)
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
-        self.energy.layer_indices(model.num_layers)
-
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the longest prompt and response together."""
-        return self.data.max_prompt_length + self.generation.max_new_tokens
 
     @model_validator(mode="after")
     def _rollouts_are_sampled(self) -> "PPOConfig":

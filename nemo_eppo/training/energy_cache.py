@@ -9,15 +9,14 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, flat
 from nemo_eppo.files import json_object, write_atomically
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.settings.ppo import PPOConfig
-from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig, answer_settings
+from nemo_eppo.settings.ppo import AnsweringConfig
 from nemo_eppo.training.setup import Plan
 
 
@@ -62,9 +61,9 @@ class EnergyCache:
 
     def others(self) -> dict[str, list[str]]:
         """Return the keys for which the folder has entries, by directory: where each differs from this cache's."""
-        own, found = dict(_leaves(json.loads(self._key))), {}
+        own, found = dict(flat(json.loads(self._key))), {}
         for file in self.directory.parent.glob("*/key.json"):
-            there = dict(_leaves(json.loads(file.read_text())))
+            there = dict(flat(json.loads(file.read_text())))
             if differing := sorted(name for name in own | there if own.get(name) != there.get(name)):
                 texts = (f"{name} = {there.get(name)!r}, here {own.get(name)!r}" for name in differing)
                 found[file.parent.name] = list(texts)
@@ -84,7 +83,7 @@ class EnergyCache:
             os.fsync(file.fileno())
 
 
-def energy_cache(planned: Plan, config: PPOConfig | ReferenceEnergiesConfig, run_directory: Path) -> EnergyCache | None:
+def energy_cache(planned: Plan, config: AnsweringConfig, run_directory: Path) -> EnergyCache | None:
     """Return the cache that the settings name; None for fresh weights, which nothing identifies."""
     source = planned.source
     if source is None:
@@ -92,17 +91,9 @@ def energy_cache(planned: Plan, config: PPOConfig | ReferenceEnergiesConfig, run
     key = {
         "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
         "tokenizer": planned.tokenizer.digest(),
-        **answer_settings(config),
+        **config.answer_settings,
     }
     return EnergyCache(config.energy.cache or run_directory / "energy_cache", key)
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _leaves(value, f"{path}.{name}" if path else name)
-    else:
-        yield path, node
 
 
 def prompt_digest(prompt: list[int]) -> bytes:

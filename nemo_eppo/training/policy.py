@@ -1,11 +1,13 @@
 """The policy and its frozen SFT reference in one set of modules: rollouts, log-probs and energies of both."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.energy import energy_window, response_energy
+from nemo_eppo.generation.build import build_engine
 from nemo_eppo.generation.engine import Engine
 from nemo_eppo.generation.refit import RefitError
 from nemo_eppo.megatron.collectives import on_rank0, over_replicas
@@ -17,8 +19,9 @@ from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.rollout.batch import Completion, RolloutBatch
 from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.model import ModelConfig
-from nemo_eppo.settings.ppo import EnergyConfig
+from nemo_eppo.settings.ppo import AnsweringConfig, EnergyConfig
 from nemo_eppo.training.energy_cache import EnergyCache, prompt_digest
+from nemo_eppo.training.setup import Plan
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,28 @@ class ReferenceOutputs:
     """Log-probs [B, T] of the policy's response tokens, 0 outside the response."""
     energies: Tensor | None
     """Mean energy losses [B, E] of the reference on its own answers or on the policy's responses."""
+
+
+def build_policy(
+    planned: Plan,
+    config: AnsweringConfig,
+    runner: ModelRunner,
+    reference: FrozenWeights | AdaptersOff,
+    cache: EnergyCache | None,
+    run_directory: Path,
+) -> "Policy":
+    """Build the engine of a runner's model, and the policy with it; collective. Whoever builds it closes its engine."""
+    engine = build_engine(
+        config.engine,
+        runner.chunks,
+        planned.model,
+        planned.tokenizer,
+        planned.tokenizer_path,
+        config.longest,
+        config.energy,
+        run_directory,
+    )
+    return Policy(runner, planned.model, reference, engine, config.energy, config.generation.as_greedy, cache)
 
 
 def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:

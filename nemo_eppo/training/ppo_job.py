@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset, PromptItem
-from nemo_eppo.generation.build import build_engine, check_engine
+from nemo_eppo.generation.build import check_engine
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
@@ -23,7 +23,7 @@ from nemo_eppo.settings.rewards import RewardKind, RewardSourceConfig
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
 from nemo_eppo.training.energy_cache import energy_cache
-from nemo_eppo.training.policy import Policy
+from nemo_eppo.training.policy import build_policy
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.recovery import Remote
 from nemo_eppo.training.reward_sources import RewardSources, build_source
@@ -87,17 +87,6 @@ class PPOJob:
         set_distribution(runner.chunks, sampling.distribution(ending))
         reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
         allocate_state(runner.optimizer)  # the engine's KV cache is a share of what is free when it starts
-        engine = build_engine(
-            config.engine,
-            runner.chunks,
-            self.plan.model,
-            tokenizer,
-            self.plan.tokenizer_path,
-            config.longest,
-            config.energy,
-            self.run_files.directory,
-        )
-        stack.callback(engine.close)
         cache = None
         if "ref_energies" in self.pipeline.needs and config.energy.reference == "own_response":
             cache = energy_cache(self.plan, config, self.run_files.directory)
@@ -108,7 +97,8 @@ class PPOJob:
                         cache.directory.with_name(directory),
                         "; ".join(differences),
                     )
-        policy = Policy(runner, self.plan.model, reference, engine, config.energy, sampling.as_greedy, cache)
+        policy = build_policy(self.plan, config, runner, reference, cache, self.run_files.directory)
+        stack.callback(policy.engine.close)
         expect = {"tokenizer": tokenizer.digest(), "max_sequence_length": config.longest}
         critic: Critic | None = self._critic
         if config.critic is not None and config.critic.server is not None:

@@ -6,14 +6,14 @@ import torch.distributed as dist
 
 from nemo_eppo.config import ConfigError, RunStopped
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset
-from nemo_eppo.generation.build import build_engine, check_engine
+from nemo_eppo.generation.build import check_engine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
 from nemo_eppo.training.energy_cache import energy_cache
-from nemo_eppo.training.policy import Policy
+from nemo_eppo.training.policy import build_policy
 from nemo_eppo.training.setup import build, plan
 from nemo_eppo.training.stopping import StopWatch
 
@@ -39,26 +39,8 @@ def read_reference_energies(config: ReferenceEnergiesConfig, run: Run) -> None:
     with ExitStack() as stack:
         runtime.initialize(config.model.parallel, config.seed)
         runner = build(planned, "lm", probe=config.energy)
-        engine = build_engine(
-            config.engine,
-            runner.chunks,
-            planned.model,
-            planned.tokenizer,
-            planned.tokenizer_path,
-            config.longest,
-            config.energy,
-            run.directory,
-        )
-        stack.callback(engine.close)
-        policy = Policy(
-            runner,
-            planned.model,
-            AdaptersOff(runner.chunks),
-            engine,
-            config.energy,
-            config.generation.as_greedy,
-            cache,
-        )
+        policy = build_policy(planned, config, runner, AdaptersOff(runner.chunks), cache, run.directory)
+        stack.callback(policy.engine.close)
         watch = stack.enter_context(StopWatch(run))
         progress = stack.enter_context(Progress("batch", len(steps), {}, disable=dist.get_rank() != 0))
         for step, first in enumerate(steps, start=1):
