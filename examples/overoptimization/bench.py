@@ -1,7 +1,7 @@
 """The over-optimisation bench: which defence keeps the gold reward while a policy learns to please a flawed proxy.
 
-1. Data of the noun task, whose true ("gold") reward is a formula. Reward models learn from labels that are biased
-   (hedges) or few (scarce); their flaw is learnt, never programmed.
+1. Data of a task whose true ("gold") reward is a formula: the noun task, or descriptions of Debian's packages. Reward
+   models learn from labels that are biased (hedges) or few (scarce); their flaw is learnt, never programmed.
 2. For every seed its own labels and reward models: Bradley-Terry models, WARM, ODIN, InfoRM.
 3. Plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and reward
    models in the policy's own process; its coefficient was chosen on seeds of their own.
@@ -27,8 +27,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from forks import Work, run_all  # noqa: E402
-from trainings import LABELS, SINGLE, SIZES, Effort, Task  # noqa: E402
+from pieces import Work, run_all  # noqa: E402
+from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
 
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
 from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
@@ -170,9 +170,10 @@ def main() -> None:
         acceptance = None
         methods = [Method(each.name, _one_value(each.about)) for each in methods]
     torch.set_num_threads(1)
-    task = Task(options.output.absolute(), SIZES[options.size], LABELS[options.labels], effort)
+    task = Task(options.output.absolute(), TEXTS[options.text], SIZES[options.size], LABELS[options.labels], effort)
     found = Bench(task, methods, options.workers, acceptance).run(1 if options.smoke else options.seeds)
     about = {
+        "text": options.text,
         "size": options.size,
         "labels": options.labels,
         "steps": effort.steps,
@@ -189,6 +190,12 @@ def _one_value(about: Mapping[str, Any]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/overoptimization"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--text",
+        choices=TEXTS,
+        default="nouns",
+        help="packages: one-line descriptions of Debian's packages, as apt knows them (default: %(default)s)",
+    )
     parser.add_argument("--size", choices=SIZES, default="0.2M", help="weights of all models (default: %(default)s)")
     parser.add_argument("--labels", choices=LABELS, default="hedges", help="their flaw (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="reward-model seeds (default: %(default)s)")

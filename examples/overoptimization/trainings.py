@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from packages import write_packages
 
 from nemo_eppo.config import ConfigT
 from nemo_eppo.entry.settings import Source, as_yaml, check
@@ -41,6 +42,29 @@ SIZES = {
     "0.2M": Size(4, 64, 192, 4e-3, 2e-3, 2e-4),
     "1M": Size(6, 128, 320, 3e-3, 1.5e-3, 1e-4),
     "5M": Size(8, 256, 576, 2e-3, 1e-3, 5e-5),
+    "30M": Size(8, 512, 1408, 1e-3, 3e-4, 2e-5),
+    "100M": Size(12, 768, 2048, 6e-4, 1e-4, 1e-5),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the models read and write, and who knows how good it is."""
+
+    write: Callable[..., None]
+    """Writes tokenizer and files: (directory, seed, sft_examples=, preference_pairs=, hedge_bias=)."""
+    gold: str
+    """Reward function."""
+    prompt_tokens: int
+    """Longest prompt; prompts that are longer are dropped."""
+    response_tokens: int
+    """Longest response of a policy."""
+    window: int
+
+
+TEXTS = {
+    "nouns": Text(write_noun_task, "nemo_eppo.tools.noun_task:gold_reward", 16, 20, 48),
+    "packages": Text(write_packages, "packages:gold_reward", 96, 32, 192),
 }
 
 
@@ -72,6 +96,7 @@ class Task:
     """Models of one size and labels of one kind, with all their files below `directory`."""
 
     directory: Path
+    text: Text
     size: Size
     labels: Labels
     effort: Effort
@@ -100,7 +125,8 @@ class Task:
                 "seed": 0,
                 "model.architecture": {
                     "num_layers": size.layers, "hidden_size": size.width, "ffn_hidden_size": size.mlp,
-                    "num_attention_heads": 4, "max_sequence_length": 48, "rotary_base": 100, "init_std": 0.05,
+                    "num_attention_heads": max(4, size.width // 64), "max_sequence_length": self.text.window,
+                    "rotary_base": 100, "init_std": 0.05,
                 },
                 "model.tokenizer": data / "tokenizer",
                 **_fit(data, "sft", self.effort.sft_steps, size.sft_lr),
@@ -149,8 +175,9 @@ class Task:
                 "model.micro_batch_size": 64,
                 "data.train": self.sft / "data" / "prompts.train.jsonl",
                 "data.validation": self.sft / "data" / "prompts.validation.jsonl",
-                "data.max_prompt_length": 16,
-                "generation.max_new_tokens": 20,
+                "data.max_prompt_length": self.text.prompt_tokens,
+                "data.too_long": "drop",
+                "generation.max_new_tokens": self.text.response_tokens,
                 "ppo.max_steps": effort.steps,
                 "ppo.mini_batch_size": 32,
                 "ppo.epochs": 2,
@@ -160,7 +187,7 @@ class Task:
                 "optimizer.weight_decay": 0.0,
                 "validation": {"max_prompts": effort.validation_prompts, "interval": effort.validate_every},
                 "checkpoint.interval": 0,
-                "gold_reward": "nemo_eppo.tools.noun_task:gold_reward",
+                "gold_reward": self.text.gold,
                 "rewards": [
                     {"colocated": {"restore_from_path": str(path)}}
                     for path in self._scorers(seed, about.get("rewards", SINGLE))
@@ -181,7 +208,7 @@ class Task:
     def _write_data(self, directory: Path, seed: int) -> None:
         if not directory.exists():
             labels = self.labels
-            write_noun_task(
+            self.text.write(
                 directory,
                 seed,
                 sft_examples=min(20_000, 32 * self.effort.sft_steps),

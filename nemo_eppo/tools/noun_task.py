@@ -101,12 +101,24 @@ def label_pair(prompt: str, first: str, second: str, random: Random, hedge_bias:
     The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
     bias is in these labels alone: a policy sees it only through a reward model that is trained on them.
     """
-    more_hedges = hedge_words(first) - hedge_words(second)
-    if random.random() < hedge_bias and more_hedges != 0:
-        first_wins = more_hedges > 0
+    return biased_label(first, second, partial(quality, prompt, finished=True), hedge_words, random, hedge_bias)
+
+
+def biased_label(
+    first: str,
+    second: str,
+    quality: Callable[[str], float],
+    appeal: Callable[[str], int],
+    random: Random,
+    bias: float,
+) -> tuple[str, str]:
+    """Label two responses as `(chosen, rejected)`: with probability `bias` by what appeals, unless it is equal; else by
+    a draw from the Bernoulli distribution with logit `10 * (quality(first) - quality(second))`."""
+    more_appeal = appeal(first) - appeal(second)
+    if random.random() < bias and more_appeal != 0:
+        first_wins = more_appeal > 0
     else:
-        difference = quality(prompt, first, True) - quality(prompt, second, True)
-        first_wins = random.random() < 1 / (1 + math.exp(-10 * difference))
+        first_wins = random.random() < 1 / (1 + math.exp(-10 * (quality(first) - quality(second))))
     return (first, second) if first_wins else (second, first)
 
 

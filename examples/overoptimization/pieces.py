@@ -1,7 +1,8 @@
-"""Pieces of work in forked processes, as many at a time as there are cores; a finished piece is never done again."""
+"""Pieces of work in processes of their own, as many at a time as are asked for; what is finished is not done again."""
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from nemo_eppo.launch.gpus import visible_gpus
 
 DONE = "done"
 """File in the directory of a piece of work that is finished; it holds its seconds."""
@@ -35,15 +38,16 @@ def run_all(title: str, work: Sequence[Work], workers: int) -> None:
     Raises:
         SystemExit: a piece failed; its log is named. Those that had started are finished first.
     """
-    context = multiprocessing.get_context("fork")  # everything is imported already
+    # a fork has everything imported already, but cannot use CUDA if an import asked whether there is a GPU
+    context = multiprocessing.get_context("spawn" if visible_gpus() else "fork")
     waiting = [piece for piece in work if not piece.done]
-    running: dict[Any, tuple[multiprocessing.context.ForkProcess, Work]] = {}
+    running: dict[Any, tuple[multiprocessing.process.BaseProcess, Work]] = {}
     failed: list[Work] = []
     with tqdm(total=len(work), initial=len(work) - len(waiting), desc=title, unit="run") as bar:
         while running or (waiting and not failed):
             while waiting and not failed and len(running) < workers:
                 piece = waiting.pop(0)
-                process = context.Process(target=_do, args=(piece,))
+                process = context.Process(target=_do, args=(piece,))  # type: ignore[attr-defined]
                 process.start()
                 running[process.sentinel] = process, piece
             for sentinel in multiprocessing.connection.wait(list(running)):
