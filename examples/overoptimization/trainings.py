@@ -77,7 +77,7 @@ class Labels:
     pairs: int
 
 
-LABELS = {"hedges": Labels(0.5, 16_000), "scarce": Labels(0.0, 1_500)}
+LABELS = {"hedges": Labels(0.5, 16_000), "scarce": Labels(0.0, 3_000)}
 
 
 @dataclass(frozen=True)

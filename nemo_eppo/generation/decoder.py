@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.generation.energies import EnergyReader, MLPTensors
-from nemo_eppo.generation.layers import Layer, layer_weights
+from nemo_eppo.generation.layers import Layer, layer_weights, rotate
 from nemo_eppo.generation.replay import Recorder, ReplayedSteps
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import DECODING_KERNELS, attend
@@ -272,9 +272,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             query.copy_(self._norm(query, layer.q_norm))
             key.copy_(self._norm(key, layer.k_norm))
-        query_key = qkv[..., : heads + 1, :]
-        halves_swapped = query_key.roll(width // 2, -1)
-        query_key.mul_(rotary[0]).add_(halves_swapped.mul_(rotary[1]))  # rounds as Megatron does
+        rotate(qkv[..., : heads + 1, :], rotary)
         if newest is not None:
             cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
             keys, values = cache[..., : newest.longest, :].unbind(2)
@@ -330,10 +328,11 @@ class Decoder:
         return partial
 
     def _rotary_table(self, columns: int) -> Tensor:
-        """Return cosines and sines [2, W, 1, 1, D]; sines carry the sign of the rotation."""
+        """Return cosines and sines [2, W, 1, 1, D] for `rotate`; sines carry the sign of the rotation."""
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
-        table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
-        return table[:, :, None, None].to(self._storage)
+        table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])[:, :, None, None]
+        # a trainer with TransformerEngine's kernel rounds once, at the end
+        return table.float() if self._models[0].config.apply_rope_fusion else table.to(self._storage)
 
 
 def _rounded(columns: int) -> int:

@@ -74,3 +74,16 @@ def layer_weights(layer: Any, energy: EnergyProbeConfig | None) -> Layer:
         window=layer_window(layer.config, layer.layer_number),
         energies=energy.columns(layer.layer_number - 1, layer.config.num_layers) if energy else [],
     )
+
+
+def rotate(heads: Tensor, table: Tensor) -> None:
+    """Rotate queries and keys [..., D] in place by a table [2, ..., D] of cosines and signed sines.
+
+    Every operation rounds, as Megatron's do; with a table of higher precision than the heads the result alone does, as
+    in TransformerEngine's kernel.
+    """
+    halves_swapped = heads.roll(heads.size(-1) // 2, -1)
+    if table.dtype == heads.dtype:
+        heads.mul_(table[0]).add_(halves_swapped.mul_(table[1]))
+    else:
+        heads.copy_(heads * table[0] + halves_swapped * table[1])

@@ -5,6 +5,7 @@ launches one by one take a host longer than a GPU needs to run them. **Not run o
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -74,12 +75,15 @@ class GraphRecorder:
     """Records CUDA graphs, which share their memory, for one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        # torch refuses a pool of memory whose graphs are all gone, if something is left in it, as cuBLAS's workspace is
+        pool = next((other.pool() for other in self._alive), None)
         # NCCL's watchdog asks for events meanwhile, in a thread of its own
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
+        self._alive.add(graph)
         replay: Callable[[], None] = graph.replay
         return replay

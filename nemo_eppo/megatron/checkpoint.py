@@ -9,7 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import lora
@@ -63,6 +65,9 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
     request = dist_checkpointing.save(
         _sharded_state(runner, manifest.optimizer, is_loading=False),
         str(incomplete / WEIGHTS),
+        FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ),
         async_sharded_save=True,
     )
     if request.async_fn is not None:  # this rank writes

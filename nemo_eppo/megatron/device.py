@@ -142,8 +142,12 @@ def install() -> None:
         RuntimeError: megatron.core was imported before, or a listed function no longer names a CUDA device.
     """
     if on_gpu():
+        # TransformerEngine, and torch in NVIDIA's images, would compute fp32 in TF32
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         torch.cuda.set_device(device())
         return
+    for package in ("transformer_engine", "apex"):  # Megatron would take their optimizers, which want a GPU
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError
     # their warnings advise users of GPUs, on every rank, at every start
     for module in (r"megatron\.core", r"torch\.distributed\.(checkpoint|c10d_logger)"):
         warnings.filterwarnings("ignore", module=module)

@@ -120,14 +120,33 @@ def load_state(
     optimizer: Any, scheduler: OptimizerParamScheduler, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]
 ) -> None:
     """Resume with a checkpoint's moments and number of updates, but this job's settings, which may have changed."""
-    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     shards = optimizer_state.pop("param_state", None)  # of a distributed optimizer
+    if shards is None:
+        _count_where_it_is_counted(optimizer, optimizer_state)
     optimizer.load_state_dict(optimizer_state)
     if shards is not None:
         _load_shards(optimizer, shards)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update({name: own[name] for name in _SETTINGS})
+        for name in own.keys() - group.keys():  # of this machine's Adam, which may not be the one that was saved
+            group[name] = own[name]
     scheduler.load_state_dict(scheduler_state)
+
+
+def _count_where_it_is_counted(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Put a checkpoint's number of updates where this machine's Adam has it: torch's with each parameter, which
+    megatron-core (0.16) saves as one `common_step`; TransformerEngine's and Apex's FusedAdam with each group."""
+    parts = optimizer.chained_optimizers
+    for part, state in zip(parts, [saved] if len(parts) == 1 else [saved[key] for key in sorted(saved)], strict=True):
+        adam = state.get("optimizer", state)
+        in_groups = [group.pop("step") for group in adam["param_groups"] if "step" in group]
+        count = adam["state"].pop("common_step", in_groups[0] if in_groups else 0)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            adam["state"]["common_step"] = torch.tensor(float(count))
+        else:
+            for group in adam["param_groups"]:
+                group["step"] = int(count)
 
 
 def _load_shards(optimizer: Any, shards: dict[int, dict[str, Tensor]]) -> None:

@@ -72,6 +72,7 @@ class _Triton(Triton):
         # In a session of its own: torchrun signals whole process groups, and would end Triton's helpers before the last
         # answers have left. Triton still ends with this process (PyTriton sets its parent-death signal).
         server._server_path = Path(f"{shutil.which('setsid')} {server._server_path}")
+        server._gpus = [""]  # none: it would take memory of each one that it sees
 
     def _wait_for_server(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

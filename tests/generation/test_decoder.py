@@ -30,7 +30,7 @@ from small_models import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_eppo.generation import decoder
+from nemo_eppo.generation import decoder, layers
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import attend
 from nemo_eppo.megatron.energy import EnergyProbe
@@ -284,3 +284,25 @@ def decode_with_fused_names() -> list[Completion]:
 
 def test_norms_are_found_where_transformer_engine_keeps_them() -> None:
     assert tokens_of(run_ranks(decode_with_fused_names, 1)[0]) == tokens_of(decoded("one rank")[0]["greedy"][0])
+
+
+def rotate_bf16(fused: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys [b, s, G, R + 1, D], and what the decoder makes of them."""
+    chunks = build_policy({}, MODEL, precision="bf16")
+    unwrap(chunks[0]).config.apply_rope_fusion = fused
+    heads = torch.randn(3, 40, 2, 3, MODEL.head_width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotated = heads.clone()
+    layers.rotate(rotated, decoder.Decoder(chunks)._rotary_table(40)[:, None])
+    return heads, rotated
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rotations_round_as_the_trainers_do(fused: bool) -> None:
+    [(heads, found)] = run_ranks(rotate_bf16, 1, fused)
+    dtype = torch.float64 if fused else torch.bfloat16  # TransformerEngine's kernel rounds its result alone
+    half = MODEL.head_width // 2
+    angles = torch.arange(40)[:, None] * MODEL.rotary_base ** -(torch.arange(half) / half).double()
+    cos, sin = (torch.cat([f(angles)] * 2, -1)[:, None, None].to(dtype) for f in (torch.cos, torch.sin))
+    first, second = heads.to(dtype).chunk(2, -1)
+    expected = heads.to(dtype) * cos + torch.cat([-second, first], -1) * sin
+    assert (found != expected.bfloat16()).double().mean() < 0.002

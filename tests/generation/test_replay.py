@@ -1,5 +1,7 @@
 """Steps that are replayed give what steps give that are run; a tape stands in for the CUDA graphs of a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +26,7 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.generation.build import check_engine
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
-from nemo_eppo.generation.replay import ReplayedSteps
+from nemo_eppo.generation.replay import GraphRecorder, ReplayedSteps
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.lora import AdaptersOff, adapters, attach
 from nemo_eppo.rollout.batch import Completion
@@ -135,6 +137,45 @@ def test_free_rows_are_at_the_start_and_outputs_are_ones_own() -> None:
     assert seen[2][0][3:] == [0] * 5
     with pytest.raises(RuntimeError, match="waits for the device"):
         recorder(lambda: print(float(torch.ones(1))))
+
+
+def stand_in_graphs(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """In place of torch.cuda's graphs what they do with memory: a pool whose graphs are all gone is refused for ever.
+    Returns the number of graphs in each pool."""
+    users: dict[int, int] = {}
+
+    class CUDAGraph:
+        number: int
+
+        def __del__(self) -> None:
+            users[self.pool()] -= 1
+
+        def pool(self) -> int:
+            return self.number
+
+        def replay(self) -> None:
+            pass
+
+    @contextmanager
+    def capture(graph: Any, pool: int | None, capture_error_mode: str) -> Iterator[None]:
+        graph.number = len(users) if pool is None else pool
+        assert users.setdefault(graph.number, 1) > 0, "INTERNAL ASSERT FAILED"
+        users[graph.number] += pool is not None
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return users
+
+
+def test_graphs_share_memory_until_all_of_them_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    users, record = stand_in_graphs(monkeypatch), GraphRecorder()
+    for rollout in range(3):
+        recordings = [record(lambda: None) for _ in range(4)]
+        del recordings[0]
+        recordings.append(record(lambda: None))
+        assert users == {**dict.fromkeys(range(rollout), 0), rollout: 4}
+        recordings.clear()
 
 
 def generate_after_updates() -> tuple[list[Completion], list[Completion]]:

@@ -65,9 +65,11 @@ def digests(runner: ModelRunner) -> Digests:
     """Digests of all weights, and of the optimizer's own copies and states."""
     tensors = dict(export_tensors(runner.chunks, MODEL))
     for part in runner.optimizer.chained_optimizers:
-        for group, parameters in enumerate(part.optimizer.param_groups):
-            for place, parameter in enumerate(parameters["params"]):
+        for group, members in enumerate(part.optimizer.param_groups):
+            for place, parameter in enumerate(members["params"]):
                 states = {"copy": parameter, **part.optimizer.state[parameter]}
+                updates = states.get("step", members.get("step"))  # a fused Adam counts them with the group
+                states["step"] = torch.tensor(float(updates))
                 tensors |= {f"optimizer {group} {place} {key}": value for key, value in states.items()}
     return {name: digest(tensor) for name, tensor in tensors.items()}
 

@@ -1,8 +1,11 @@
 """The device layer: megatron-core on a CPU, and loud when megatron-core is not the one it knows."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +99,26 @@ def test_half_an_installation_is_not_mistaken_for_a_whole_one() -> None:
     first, second = run_ranks(fail_twice, 1)[0]
     assert "megatron.core.utils.divide no longer names a CUDA device" in first
     assert "has to run before megatron.core is imported" in second
+
+
+def test_on_a_cpu_megatron_takes_no_optimizer_that_wants_a_gpu(tmp_path: Path) -> None:
+    for package in ("transformer_engine", "apex"):
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('there is no GPU')")
+    program = "import nemo_eppo.megatron; from megatron.core import optimizer; print(optimizer.Adam.__module__)"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "torch.optim.adamw\n", done.stderr
+
+
+def test_fp32_is_fp32_on_a_gpu_unless_the_user_wants_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda of_rank: None)
+    for before, after in ((None, "0"), ("1", "1")):
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+        if before is not None:
+            monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", before)
+        device.install()
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == after
 
 
 def test_named_random_states_leave_the_outer_one_alone() -> None:

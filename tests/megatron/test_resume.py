@@ -1,6 +1,7 @@
 """Training that resumes from a checkpoint equals the training that was never interrupted."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,64 @@ def test_checkpoints_go_between_norms_with_and_without_an_extra_state(written: s
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     stored = FileSystemReader(tmp_path / "step_1" / checkpoint_files.WEIGHTS).read_metadata().state_dict_metadata
     assert not [name for name in stored if "_extra_state" in name]
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CountsInGroups(torch.optim.Optimizer):
+    """Stands for TransformerEngine's and Apex's FusedAdam, which count updates with each group of parameters."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **defaults: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"bias_correction": True, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            assert group["bias_correction"]
+            corrections = [1 - beta ** group["step"] for beta in group["betas"]]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                first, second = (state.setdefault(name, torch.zeros_like(parameter)) for name in MOMENTS)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                first.lerp_(parameter.grad, 1 - group["betas"][0])
+                second.lerp_(parameter.grad.square(), 1 - group["betas"][1])
+                size = (second / corrections[1]).sqrt() + group["eps"]
+                parameter.sub_(group["lr"] * first / corrections[0] / size)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        for state in state_dict["state"].values():
+            assert state.keys() == set(MOMENTS), "TransformerEngine's raises KeyError"
+        super().load_state_dict(state_dict)
+
+
+def with_another_adam(work: Any, *arguments: Any) -> dict[str, Tensor]:
+    vars(sys.modules["megatron.core.optimizer"]).update(Adam=CountsInGroups, USING_PYTORCH_OPTIMIZER=False)
+    result: dict[str, Tensor] = work(*arguments)
+    return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("written", ["by torch's", "by another"])
+def test_the_number_of_updates_goes_between_adams_that_count_in_other_places(
+    written: str, precision: str, tmp_path: Path
+) -> None:
+    case: tuple[Any, ...] = ({}, "lm", precision, tmp_path / "step_1")
+    work: Any = (interrupted, partial(with_another_adam, resumed))
+    if written == "by another":
+        work = (partial(with_another_adam, interrupted), resumed)
+    expected, found = (run_ranks(each, 1, *case)[0] for each in work)
+    close(f"{precision}, written {written} Adam", found, expected, 2e-5 if precision == "fp32" else 0.004)
+
+
+def test_replicas_share_the_writing_of_a_checkpoint(tmp_path: Path) -> None:
+    run_ranks(interrupted, 2, {}, "lm", "fp32", tmp_path / "step_1")
+    files = list((tmp_path / "step_1" / checkpoint_files.WEIGHTS).glob("*.distcp"))
+    written = [sum(file.stat().st_size for file in files if file.name.startswith(f"__{rank}_")) for rank in (0, 1)]
+    assert sum(written) == sum(file.stat().st_size for file in files)
+    assert max(written) < 1.5 * min(written)
 
 
 def resumed_with(settings: OptimizerConfig, precision: Any, directory: Path) -> tuple[list[float], dict[str, Any]]:

@@ -286,7 +286,8 @@ def test_any_rank_told_to_stop_ends_all_cleanly(tmp_path: Path) -> None:
     with running_server(tmp_path) as server, CriticClient(server.client_config) as client:
         pids = client.connect(EXPECT)["pids"]
         processes = server.processes()
-        assert any("tritonserver" in p.name() for p in processes)
+        [triton] = [p for p in processes if "tritonserver" in p.name()]
+        assert triton.environ()["CUDA_VISIBLE_DEVICES"] == "", "it would take memory of every GPU"
         os.kill(pids[1], signal.SIGTERM)
         assert end_of(server.torchrun, 60) == 0  # 0 only if all ranks give 0
         assert not psutil.wait_procs(processes, timeout=10)[1]
