@@ -275,8 +275,8 @@ class ModelSetup(Config):
     allow_other_tokenizer: bool = False
     """Allow a tokenizer with other token ids than the one that comes with the model."""
     precision: Precision = "fp32"
-    """Precision of weights and activations; heads, optimizer and losses are always fp32, which on a GPU is not TF32 unless
-    the environment has NVIDIA_TF32_OVERRIDE=1."""
+    """Precision of weights and activations; heads, optimizer and losses are always fp32. fp32 is not TF32 on a
+    GPU, unless the environment has NVIDIA_TF32_OVERRIDE=1."""
     recompute: bool = False
     """Recompute activations in the backward pass, which takes less memory and a third more time."""
     lora: LoRAConfig | None = None
