@@ -201,6 +201,7 @@ def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) 
     assert main(["launch", str(file)]) == 130
 
 
+@pytest.mark.slow  # that a job ends with its launcher is shown in tests/entry, and of its ranks in test_nursery.py
 def test_jobs_end_when_the_launcher_itself_is_killed(models: Models, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(write(eppo(models, output), tmp_path / "launch.yaml"), subprocess.DEVNULL)

@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hf_models import random_model, same_tensors, save, tensors_of
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -32,6 +33,7 @@ print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_model_needs_the_memory_of_one_file_and_one_layer(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=2048,
