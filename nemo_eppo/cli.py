@@ -1,6 +1,8 @@
 """The `nemo-eppo` command. The commands import large packages only when they run, so that `--help` answers at once."""
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -27,6 +29,7 @@ from nemo_eppo.tools.prepare_cli import add_prepare
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
+    atexit.register(gc.freeze)  # Python would look for garbage in all that was imported, for more than a second
     logging.basicConfig(format="%(levelname)s: %(message)s")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that `score` starts
     logging.getLogger("nemo_eppo").setLevel(logging.INFO if first else logging.WARNING)  # others log warnings only

@@ -11,9 +11,14 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from nemo_eppo.config import NOT_FINISHED
 from nemo_eppo.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import WorkerGroup
 
 HOST = "127.0.0.1"
 """The only address at which anything of a job on one machine listens."""
@@ -46,6 +51,7 @@ def main() -> None:
     """Run torchrun with a store at a free port of the loopback interface."""
     from torch.distributed.run import main as torchrun
 
+    _meet_signals_when_ranks_have_started()
     with _status_of_unfinished():
         torchrun([*_loopback_rendezvous(), *sys.argv[1:]])
 
@@ -57,8 +63,40 @@ def run_forked(ranks: int, function: Callable[[], None]) -> None:
     from torch.distributed.run import config_from_args, parse_args
 
     arguments = [*_loopback_rendezvous(), "--nproc-per-node", str(ranks), "--start-method", "fork", function.__name__]
+    _meet_signals_when_ranks_have_started()
     with _status_of_unfinished():
         elastic_launch(config_from_args(parse_args(arguments))[0], function)()
+
+
+def _meet_signals_when_ranks_have_started() -> None:
+    """Make torchrun meet a signal that comes while it starts ranks as soon as they have started.
+
+    Its handler raises an exception, which would be lost then, or would leave ranks behind of which it does not know.
+    """
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+
+    meet, start = api._terminate_process_handler, SimpleElasticAgent._initialize_workers
+    this, early, starting = os.getpid(), list[int](), False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if starting and os.getpid() == this:  # a forked rank has this handler, too, until it sets its own
+            early.append(signum)
+        else:
+            meet(signum, frame)
+
+    def undisturbed(agent: SimpleElasticAgent, group: "WorkerGroup") -> None:
+        nonlocal starting
+        starting = True
+        try:
+            start(agent, group)
+        finally:
+            starting = False
+        for number in early:
+            meet(number, None)
+
+    api._terminate_process_handler = handle
+    SimpleElasticAgent._initialize_workers = undisturbed  # type: ignore[method-assign]
 
 
 @contextmanager

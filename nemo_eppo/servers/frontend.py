@@ -90,6 +90,12 @@ class _Triton(Triton):
     def shared_memory_prefix(self) -> str:
         return str(self._python_backend_config["shm-region-prefix-name"])
 
+    def let_go_of_handlers(self) -> None:
+        """Tell all endpoints' threads to end: each looks once a second, and `stop` waits for one after another."""
+        for model in self._model_manager.models:
+            for connector in model._requests_respones_connectors:
+                connector.close()
+
     def processes(self) -> list[psutil.Process]:
         """Return Triton and its helpers, one or more for each endpoint."""
         triton = psutil.Process(self._triton_server._tritonserver_running_cmd.pid)
@@ -254,6 +260,7 @@ class Frontend:
         """Kill a Triton that hangs, and its helpers; if it were only asked to end, it would wait for them."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
+            self._triton.let_go_of_handlers()
             self._blocks |= _mapped_blocks([psutil.Process(), *self._triton.processes()])
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)

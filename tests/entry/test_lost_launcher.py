@@ -141,3 +141,33 @@ def test_a_rank_whose_torchrun_was_gone_before_it_looked_ends() -> None:
     rank = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (rank.returncode, rank.stdout) == (1, "")
     assert f"torchrun has ended: its store at 127.0.0.1:{port} does not answer" in rank.stderr
+
+
+_TOLD_TO_END_AT_THE_START = """
+import os, signal, time
+import torch.multiprocessing
+from nemo_eppo.entry.torchrun import run_forked
+
+start = torch.multiprocessing.start_processes
+
+def start_and_be_told(*arguments, **settings):
+    started = start(*arguments, **settings)
+    os.kill(os.getpid(), signal.SIGTERM)  # nobody knows of the ranks yet
+    return started
+
+def wait():
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+
+torch.multiprocessing.start_processes = start_and_be_told
+run_forked(2, wait)
+"""
+
+
+def test_a_signal_that_comes_while_ranks_start_ends_them_too() -> None:
+    repository = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", _TOLD_TO_END_AT_THE_START], cwd=repository, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert not [pid for pid in done.stdout.split() if psutil.pid_exists(int(pid))]
