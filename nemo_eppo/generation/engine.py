@@ -36,8 +36,8 @@ class Engine(Protocol):
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """Return one completion for each prompt, in order, with log-probs under the distribution sampled from, after
-        penalty, temperature and filters. A response ends where `Stops` says. Each engine defines the log-probs of
-        greedy responses.
+        penalty, temperature and filters (TensorRT-LLM's are those before filters). A response ends where `Stops` says.
+        Each engine defines the log-probs of greedy responses.
 
         Raises:
             ConfigError: an input that cannot work, named by its index (`check_requests`); nothing was computed.

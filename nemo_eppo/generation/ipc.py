@@ -13,7 +13,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-_DEVICE = 6  # index of the device number in a GPU tensor's handle
+_DEVICE, _MEMORY = 6, 7  # index of the device number, and of the memory's handle, in a GPU tensor's handle
 
 
 def allocate(size: int, device: torch.device) -> Tensor:
@@ -32,6 +32,11 @@ def handles(named: Sequence[tuple[str, Tensor]]) -> str:
     return base64.b64encode(ForkingPickler.dumps([(name, reduce_tensor(tensor)) for name, tensor in named])).decode()
 
 
+def _readable(handle: bytes) -> bytes:
+    # version, kind, content: for cudaMalloc's memory torch 2.13 writes version 3, which older ones refuse, for their 2
+    return b"\x02" + handle[1:] if handle[:2] == b"\x03c" else handle
+
+
 def open_handles(text: str, device_number: int) -> list[tuple[str, Tensor]]:
     """Open the tensors of `handles` without copying them.
 
@@ -42,6 +47,6 @@ def open_handles(text: str, device_number: int) -> list[tuple[str, Tensor]]:
     for name, (rebuild, arguments) in pickle.loads(base64.b64decode(text)):
         arguments = list(arguments)
         if len(arguments) > _DEVICE:
-            arguments[_DEVICE] = device_number
+            arguments[_DEVICE], arguments[_MEMORY] = device_number, _readable(arguments[_MEMORY])
         named.append((name, rebuild(*arguments)))
     return named

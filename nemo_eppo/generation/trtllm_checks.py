@@ -70,6 +70,12 @@ def check_tensorrt_llm(
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': CUDA_VISIBLE_DEVICES has to hold numbers, not {device.number()}"
         )
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
+            raise ConfigError(
+                f"engine.name = 'tensorrt_llm': {name} = {os.environ[name]!r}, whose memory cannot be shared with the "
+                "engine's workers; take expandable_segments out of it"
+            )
     python = config.interpreter
     look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
     try:

@@ -213,8 +213,8 @@ def _completion(tokens: list[int], logprobs: list[float], version: int, limit: i
 def map_sampling(sampling: SamplingParams, seed: int, room: int, stop_ids: Sequence[int]) -> dict[str, Any]:
     """Return the arguments of TensorRT-LLM's SamplingParams for one prompt.
 
-    Like ours, its log-probs are those after penalty and temperature; whether they are also after filters, as the
-    trainer's are, its documentation does not say. A difference would show as engine mismatch.
+    Its log-probs are those after penalty and temperature and, unlike the trainer's, before top_k and top_p: where these
+    keep a share m of the distribution, engine mismatch is -log(m).
 
     Args:
         seed: any 64-bit integer; TensorRT-LLM takes those from 0 to 2^64 - 1.

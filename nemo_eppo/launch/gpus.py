@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError
@@ -65,7 +66,8 @@ class Gpus:
 def visible_gpus() -> list[str]:
     """List this machine's GPUs, or those in CUDA_VISIBLE_DEVICES if that is set."""
     if VISIBLE in os.environ:
-        return [gpu for gpu in os.environ[VISIBLE].split(",") if gpu.strip()]
+        named = [gpu.strip() for gpu in os.environ[VISIBLE].split(",")]
+        return list(takewhile(lambda gpu: gpu not in ("", "-1", "NoDevFiles"), named))  # CUDA stops at the first one
     if shutil.which("nvidia-smi") is None:  # as in containers whose GPUs may only compute
         return [str(number) for number, _ in enumerate(_NODES.glob("nvidia[0-9]*"))]
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ import datetime
 import ipaddress
 import os
 import random
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from nemo_eppo.settings.model import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
 """How long ranks wait for work that one of them does for all: a server's answer, digests of a large checkpoint."""
+_OPEN_FILES = 65_536
 _control: dist.ProcessGroup | None = None
 
 
@@ -46,13 +48,20 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     global _control
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store = _store(timeout)
         if on_one_machine():
             for library in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")  # they would listen on an outer interface
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        else:
+            _check_own_name()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:  # 1,024 for most logins, and gloo connects to every rank
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         dist.init_process_group(
             device.distributed_backend(),
-            store=_store(timeout),
+            store=store,
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size(),
             timeout=timeout,
@@ -95,6 +104,20 @@ def _listen(host: str, port: int) -> int | None:
         raise ConfigError(
             f"MASTER_ADDR = {host}, MASTER_PORT = {port}: expected a free port of the machine of rank 0 ({error})"
         ) from None
+
+
+def _check_own_name() -> None:
+    """Raise ConfigError if gloo would tell ranks on other machines an address that is their own."""
+    name = socket.gethostname()
+    try:
+        address = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:  # gloo looks for another one then
+        return
+    if "GLOO_SOCKET_IFNAME" not in os.environ and ipaddress.ip_address(address).is_loopback:
+        raise ConfigError(
+            f"this machine knows its own name {name} as {address}, at which ranks on other machines do not find it: "
+            "set GLOO_SOCKET_IFNAME to the network interface that they reach (ip -brief address lists them)"
+        )
 
 
 def seed_all(seed: int, step: int = 0) -> None:

@@ -250,6 +250,17 @@ class PPOConfig(AnsweringConfig):
         return self
 
     @model_validator(mode="after")
+    def _weights_correct_what_differs(self) -> "PPOConfig":
+        filtered = self.generation.top_k or self.generation.top_p < 1
+        if self.engine.name == "tensorrt_llm" and self.ppo.importance_cap is not None and filtered:
+            raise ValueError(
+                f"ppo.importance_cap = {self.ppo.importance_cap:g}: TensorRT-LLM's log-probs are those before "
+                f"generation.top_k = {self.generation.top_k} and top_p = {self.generation.top_p:g}, so all weights "
+                "would be too large; expected null, or top_k 0 and top_p 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _learning_rates_decay(self) -> "PPOConfig":
         self.optimizer.arrival(self.ppo.updates)
         if self.critic is not None and self.critic.colocated is not None:

@@ -356,6 +356,7 @@ def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) 
         text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         raise EngineMismatchError(
             f"|logp_engine - logp_trainer| per token: {text}; the mean is above ppo.mismatch_limit = {limit:g}. The "
-            "engine computes with other weights, or with another precision or filter, than the trainer"
+            "engine computes with other weights, or in another precision, than the trainer; or it is TensorRT-LLM, "
+            "whose log-probs are those before generation.top_k and top_p"
         )
     return {f"rollout/engine_mismatch_{name}": value for name, value in found.items()}

@@ -105,6 +105,11 @@ ACTOR = [
         r"settings do not fit together: ppo\.old_logprobs = 'engine' needs engine\.name = 'megatron', not",
     ),
     Row(
+        "weights that would all be too large",
+        "ppo.importance_cap=2 generation.top_k=5 engine.name=tensorrt_llm",
+        r"importance_cap = 2: TensorRT-LLM's log-probs are those before generation\.top_k = 5 and top_p = 1, so all",
+    ),
+    Row(
         "a correction of nothing",
         "ppo.old_logprobs=engine ppo.importance_cap=2",
         r"ppo: importance_cap = 2 corrects for the difference between engine and trainer, but with old_logprobs =",

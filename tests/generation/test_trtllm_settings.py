@@ -1,10 +1,15 @@
 """What TensorRT-LLM is told: the stand-in refuses what version 1.2 would."""
 
+import base64
+import contextlib
 import os
+import pickle
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import run_ranks
@@ -12,9 +17,11 @@ from engines import STAND_IN, stand_in, trtllm_engine
 from small_models import MODEL, build_policy, random_prompts, random_weights
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.generation.trtllm_checks import engine_environment
+from nemo_eppo.generation import ipc
+from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm, engine_environment
 from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.settings.generation import PYTHON, SamplingParams, TensorRTLLMConfig
+from nemo_eppo.settings.model import ParallelConfig
 
 LONG = MODEL.model_copy(update={"max_sequence_length": 1200})
 PROMPTS = random_prompts([1100, 300, 5])
@@ -51,6 +58,30 @@ def test_the_engines_process_gets_nothing_that_was_meant_for_the_trainer(monkeyp
     assert not {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "SLURM_NTASKS", "RANK"} & got.keys()
     assert (got["HF_HOME"], got["NCCL_DEBUG"], got["OMP_NUM_THREADS"]) == ("/models", "INFO", "4")
     assert (got["TLLM_DISABLE_MPI"], got["RAY_memory_monitor_refresh_ms"]) == ("1", "0")
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_that_cannot_be_shared_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = partial(check_tensorrt_llm, TensorRTLLMConfig(), MODEL, ParallelConfig())
+    monkeypatch.setenv(name, "max_split_size_mb:512, Expandable_Segments : True")
+    with pytest.raises(ConfigError, match=f"{name} = .* whose memory cannot be shared with the engine's workers"):
+        check()
+    monkeypatch.setenv(name, "expandable_segments:False")
+    with contextlib.suppress(ConfigError):  # there may be no TensorRT-LLM
+        check()
+
+
+def echo(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
+
+
+@pytest.mark.parametrize(("written", "read"), [(b"\x03c", b"\x02c"), (b"\x02c", b"\x02c"), (b"\x03e", b"\x03e")])
+def test_handles_of_a_newer_torch_are_read_by_an_older_one(written: bytes, read: bytes) -> None:
+    memory = bytes(range(64))
+    arguments = (*range(6), "device", written + memory, *range(7))
+    text = base64.b64encode(pickle.dumps([("w", (echo, arguments))])).decode()
+    [(name, opened)] = ipc.open_handles(text, 5)
+    assert (name, opened) == ("w", (*range(6), 5, read + memory, *range(7)))
 
 
 def test_the_python_is_that_of_the_settings_else_of_the_image_else_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,5 +267,6 @@ def test_gpus_are_found_where_there_is_no_nvidia_smi(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(VISIBLE, raising=False)
     assert visible_gpus() == ["0", "1"]
-    monkeypatch.setenv(VISIBLE, "")
-    assert visible_gpus() == []
+    for named, seen in {"": [], "-1": [], "NoDevFiles": [], "2, GPU-ab": ["2", "GPU-ab"], "1,-1,0": ["1"]}.items():
+        monkeypatch.setenv(VISIBLE, named)
+        assert visible_gpus() == seen

@@ -191,8 +191,9 @@ class AsyncLLM:
             penalised, seen = logits.clone(), [*prompt, *tokens]
             positive = logits[seen] > 0
             penalised[seen] *= torch.where(positive, 1 / params.repetition_penalty, params.repetition_penalty)
-            scores = _filtered(penalised / params.temperature, params).log_softmax(-1)
-            token = int(scores.exp().nan_to_num(1).multinomial(1, generator=draw))
+            scores = (penalised / params.temperature).log_softmax(-1)  # of all tokens, whatever the filters keep
+            kept = _filtered(scores.clone(), params).softmax(-1).nan_to_num(1)
+            token = int(kept.multinomial(1, generator=draw))
             tokens.append(token)
             logprobs.append({token: SimpleNamespace(logprob=float(scores[token]))})
             ids = [token]
