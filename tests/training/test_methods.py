@@ -20,6 +20,7 @@ AT_WORK: dict[str, set[str]] = {
     "ppo_kl": set(),  # the policy is the reference in the first step
     "ppo_lp": {"reward/length_penalty"},
     "eppo": {"reward/energy_penalty"},
+    "eppo_kl": {"reward/energy_penalty"},
     "chi2": set(),
     "erm_mean": set(),
     "erm_wco": set(),
