@@ -18,9 +18,11 @@ import transformers.models.auto.tokenization_auto  # noqa: F401
 
 
 def free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections: nothing takes it before it is used."""
+    """A port that nothing takes before it is used: below those that the kernel gives to outgoing connections, and that
+    servers choose themselves, and no other worker's of pytest-xdist."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
-        port = random.SystemRandom().randrange(20000, 32000)
+        port = 12_000 + 1000 * (worker % 8) + random.SystemRandom().randrange(1000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
