@@ -169,16 +169,19 @@ class CountsInGroups(torch.optim.Optimizer):
 
 def with_another_adam(work: Any, *arguments: Any) -> dict[str, Tensor]:
     vars(sys.modules["megatron.core.optimizer"]).update(Adam=CountsInGroups, USING_PYTORCH_OPTIMIZER=False)
+    flags = {"HAVE_APEX_OR_TE": True, "USING_TE_OPTIMIZER": True}
+    vars(sys.modules["megatron.core.optimizer.distrib_optimizer"]).update(Adam=CountsInGroups, **flags)
     result: dict[str, Tensor] = work(*arguments)
     return result
 
 
+@pytest.mark.parametrize("optimizer", [OPTIMIZER, SHARDED], ids=["whole", "sharded"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("written", ["by torch's", "by another"])
 def test_the_number_of_updates_goes_between_adams_that_count_in_other_places(
-    written: str, precision: str, tmp_path: Path
+    written: str, precision: str, optimizer: OptimizerConfig, tmp_path: Path
 ) -> None:
-    case: tuple[Any, ...] = ({}, "lm", precision, tmp_path / "step_1")
+    case: tuple[Any, ...] = ({}, "lm", precision, tmp_path / "step_1", optimizer)
     work: Any = (interrupted, partial(with_another_adam, resumed))
     if written == "by another":
         work = (partial(with_another_adam, interrupted), resumed)
