@@ -37,7 +37,7 @@ shift
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../examples/nlp/gpt"
 for argument in "$@"; do
-    if [[ $argument == -h || $argument == --help || $argument == --cfg ]]; then
+    if [[ $argument == -h || $argument == --help || $argument == -c || $argument == --cfg ]]; then
         exec "$python" "$script" "exp_manager.explicit_log_dir=$run" "${settings[@]}" "$@"
     fi
 done

@@ -28,7 +28,9 @@ def check(state: Path) -> str:
         return "no job of nemo_eppo was started here"
     if not _alive(job["pid"]):
         raise RuntimeError(f"{job['job']}: process {job['pid']} has ended")
-    return _actor(Path(job["run"])) if job["job"] == "actor" else _server(job["job"], state / "ready.json")
+    if job["job"] == "actor":
+        return _actor(Path(job["run"]), state / "job.json")
+    return _server(job["job"], state / "ready.json")
 
 
 def _alive(pid: int) -> bool:
@@ -38,11 +40,11 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _actor(run: Path) -> str:
+def _actor(run: Path, started: Path) -> str:
     metrics, limit = run / "metrics.jsonl", float(os.environ.get("HEALTH_MAX_AGE", "7200"))
     if not metrics.exists():
         return "actor: starting, or in its first step"
-    age = time.time() - metrics.stat().st_mtime
+    age = time.time() - max(metrics.stat().st_mtime, started.stat().st_mtime)  # a run that is resumed has an old one
     if age > limit:
         raise RuntimeError(
             f"actor: the last row of {metrics} is {age:.0f} s old, more than HEALTH_MAX_AGE = {limit:.0f}"

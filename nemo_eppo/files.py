@@ -150,6 +150,14 @@ def put_in_place(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def remove_directory(directory: Path) -> None:
+    """Remove a directory, whose name is gone at once: a process that is killed meanwhile leaves no half of it there,
+    only what `remove_incomplete` finds."""
+    aside = unused_name(directory)
+    directory.rename(aside)
+    shutil.rmtree(aside)
+
+
 def remove_incomplete(folder: Path, name: str) -> None:
     """Remove directories that killed processes left incomplete; `name` is their final name, or a glob pattern of it."""
     for abandoned in folder.glob(f".{name}.{_INCOMPLETE}-*"):

@@ -16,7 +16,7 @@ from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.reward_model import RewardTrainingConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.settings.training import SFTConfig
-from nemo_eppo.tools.noun_task import write_noun_task
+from nemo_eppo.tools.noun_task import MAX_RESPONSE_TOKENS, write_noun_task
 from nemo_eppo.training.ppo_loop import train_ppo
 from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.sft import train_sft
@@ -63,7 +63,7 @@ class Text:
 
 
 TEXTS = {
-    "nouns": Text(write_noun_task, "nemo_eppo.tools.noun_task:gold_reward", 16, 20, 48),
+    "nouns": Text(write_noun_task, "nemo_eppo.tools.noun_task:gold_reward", 16, MAX_RESPONSE_TOKENS, 48),
     "packages": Text(write_packages, "packages:gold_reward", 96, 32, 192),
 }
 

@@ -8,7 +8,7 @@ Takes:
         "critic": [B, T] the critic's value of the state in which action `t` is taken; or [B, T + 1], whose column
         `last + 1` is the value after a row's last action.
         "greedy": [B, T] at every action the total reward of the greedy response to the same prompt.
-        "nothing": not read, may be None.
+        "group" (which wants several responses to each prompt), "nothing": not read, may be None.
     mask: bool [B, T] with one unbroken run of response tokens in each row, anywhere.
     groups: int64 [B] id of the prompt of each response; ids, their order and the sizes of groups are free.
     truncated: bool [B] True for a response that was cut off.

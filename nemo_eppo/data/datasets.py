@@ -138,7 +138,7 @@ class PreferenceDataset(Examples[PreferenceItem]):
 
 def _prompt_item(index: int, row: dict[str, Any], token_ids: TokenIds) -> PromptItem:
     others = {name: value for name, value in row.items() if name != "prompt"}
-    packed = (json.dumps(others, ensure_ascii=False).encode(errors="surrogatepass"),) if others else ()
+    packed = (json.dumps(others, ensure_ascii=False).encode(),) if others else ()
     return PromptItem(index, row["prompt"], token_ids, *packed)
 
 

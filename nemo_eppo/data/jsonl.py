@@ -39,7 +39,17 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json_object(line)
         except ValueError as error:
             raise ConfigError(f"{path}:{line_number}: {error}") from None
+        if b"\\ud" in line.lower():  # perhaps half of a surrogate pair: legal JSON, but not text
+            _check_unicode(row, f"{path}:{line_number}")
         yield line_number, row
+
+
+def _check_unicode(row: Mapping[str, Any], where: str) -> None:
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: field {name!a} is not valid Unicode ({error.reason})") from None
 
 
 def text_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
@@ -49,10 +59,7 @@ def text_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tu
             raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
         if not isinstance(row[field], str):
             raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text")
-        try:
-            row[field].encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair: legal JSON, but not text
-            raise ConfigError(f"{where}: field '{field}' is not valid Unicode ({error.reason})") from None
+        _check_unicode({field: row[field]}, where)
     return tuple(row[field] for field in fields)
 
 

@@ -208,8 +208,8 @@ def with_labels(energies: Energies, labels: Path | None) -> Energies:
 
 def _scores(path: Path) -> list[dict[str, Any]]:
     rows = [row for _, row in read_objects(path)]
-    if not rows:
-        raise ConfigError(f"{path}: no rows")
+    if len(rows) < 2:
+        raise ConfigError(f"{path}: rows: {len(rows)}; expected at least 2, or energies have no spread")
     return rows
 
 

@@ -57,7 +57,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
         "groups": {name: _summary(values, means[name]) for name, values in groups.items()},
         "rise": rise._asdict(),
         "share_risen": share_risen,
-        "detection": {detector.sign: _json(detector) for detector in detectors},
+        "detection": {detector.sign: detector.as_dict() for detector in detectors},
         "sweep": [entry._asdict() for entry in sweep],
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -195,15 +195,6 @@ def _group_rows(groups: Mapping[str, Floats], means: Mapping[str, Estimate]) -> 
         cell = f"{mean.value:.4f}<small>{mean.low:.4f} to {mean.high:.4f}</small>"
         rows.append((f"{name}<small>{len(values):,} responses</small>", cell, f"{values.std():.4f}"))
     return rows
-
-
-def _json(detector: Detector) -> dict[str, Any]:
-    return {
-        "auroc": detector.auroc._asdict(),
-        "auprc": detector.auprc._asdict(),
-        "threshold": detector.threshold,
-        "false_alarms_per_1000": detector.false_alarms,
-    }
 
 
 def _samples(energies: Energies) -> Sequence[dict[str, Any]]:

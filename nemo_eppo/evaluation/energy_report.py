@@ -84,6 +84,8 @@ class EnergyScoring:
 
     def _check(self, before_data: Path) -> None:
         old, new = self._jobs["before"], self._jobs["after"]
+        if len(new.rows) < 2:
+            raise ConfigError(f"{self.config.data}: rows: 1; expected at least 2, or energies have no spread")
         if (layers := old.plan.model.num_layers) != new.plan.model.num_layers:
             raise ConfigError(
                 f"--before has {layers} layers, --after has {new.plan.model.num_layers}: expected models of one kind"

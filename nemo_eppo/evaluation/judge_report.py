@@ -21,7 +21,6 @@ from nemo_eppo.observability.report_tables import plain_table, text_table
 
 Outcome = Literal["win", "tie", "lose"]
 _OUTCOMES: dict[Outcome, str] = {"win": COLORS[2], "tie": GRAY, "lose": COLORS[1]}
-_SCORE = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 _WORTH = {"win": 1.0, "tie": 0.5}
 _PERCENT = "% of pairs"
 _BARS = "Shares of the pairs, from the response's side."
@@ -104,8 +103,8 @@ def _result(judged: Sequence[Judged]) -> _Result:
 
     asked = [one.orders for one in judged if one.orders]
     # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
-    decided = [order == told for orders in asked for order, told in zip(orders, ("win", "lose"), strict=True)
-               if order != "tie"]  # fmt: skip
+    decided = [first == "win" for first, _ in asked if first != "tie"]
+    decided += [second == "lose" for _, second in asked if second != "tie"]
     return _Result(
         pairs=len(judged),
         prompts=len(prompts),

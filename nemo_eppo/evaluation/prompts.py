@@ -28,8 +28,8 @@ class _Given(NamedTuple):
     """None where the row has nothing but token ids."""
     rendered: str
     """What is tokenised."""
-    ids: list[int]
-    """Token ids; empty where the row has none."""
+    ids: list[int] | None
+    """Token ids, where the row has them."""
 
 
 def read_prompts(
@@ -50,8 +50,8 @@ def read_prompts(
     """
 
     def encode(block: list[_Given]) -> list[list[int]]:
-        encoded = iter(tokenizer.encode_prompts([given.rendered for given in block if not given.ids]))
-        return [given.ids or next(encoded) for given in block]
+        encoded = iter(tokenizer.encode_prompts([given.rendered for given in block if given.ids is None]))
+        return [next(encoded) if given.ids is None else given.ids for given in block]
 
     found = []
     for given, ids in encode_in_blocks(_read(path, tokenizer, vocab_size, chat_template), encode):
@@ -81,7 +81,7 @@ def render_chat(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> str:
 def _read(path: Path, tokenizer: Tokenizer, vocab_size: int, chat_template: bool) -> Iterator[_Given]:
     for line, row in read_objects(path):
         where = f"{path}:{line}"
-        ids = token_ids(row, _IDS, where, vocab_size) if _IDS in row else []
+        ids = token_ids(row, _IDS, where, vocab_size) if _IDS in row else None
         if _IDS in row and chat_template:
             raise ConfigError(f"{where}: field '{_IDS}' cannot be rendered with --chat-template")
         if _IDS in row and _PROMPT not in row:

@@ -49,6 +49,7 @@ class EnergyReader:
             return self.l1(mlp.normed) - out
         if preset == "down_proj":
             return self._l1_of_shards(mlp.activated) - out
+        assert preset in ("mlp_linears", "mlp_linears_out")
         gate, up, activated = self._l1_of_shards(mlp.gate, mlp.up, mlp.activated).split(1, -1)
         after = torch.cat([gate, up, out], -1)
         if preset == "mlp_linears_out":

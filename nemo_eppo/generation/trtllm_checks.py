@@ -37,9 +37,7 @@ def engine_environment(config: TensorRTLLMConfig, gpus: list[str]) -> dict[str, 
     }
 
 
-def check_tensorrt_llm(
-    config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig, where: str = "engine.tensorrt_llm"
-) -> None:
+def check_tensorrt_llm(config: TensorRTLLMConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise ConfigError if an engine with these settings cannot start here; starts only Python, to find the package."""
     size, ranks, family = config.tensor_parallel_size, parallel.model_parallel_size, family_of(model)
     unknown = [] if family.tensorrt_llm else [f"{family.name} models"]
@@ -54,16 +52,18 @@ def check_tensorrt_llm(
         )
     if ranks % size:
         raise ConfigError(
-            f"{where}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
+            f"engine.tensorrt_llm.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
         )
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.kv_heads)):
         if value % size:
-            raise ConfigError(f"{where}.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible")
+            raise ConfigError(
+                f"engine.tensorrt_llm.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible"
+            )
     world, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for engine in engines(parallel, world, size):
         if len({rank // here for rank in engine}) > 1:
             raise ConfigError(
-                f"{where}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
+                f"engine.tensorrt_llm.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
                 f"ranks {', '.join(map(str, engine))} would make one"
             )
     if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
@@ -83,13 +83,13 @@ def check_tensorrt_llm(
             [python, "-c", look], env=engine_environment(config, []), capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise ConfigError(f"{where}.python = {python!r} cannot be run: {error}") from None
+        raise ConfigError(f"engine.tensorrt_llm.python = {python!r} cannot be run: {error}") from None
     found = looked.stdout.strip()
     if not found.startswith(_VERSION):
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': {python} has "
             f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray 2.54 "
-            f"into an environment of their own and set {where}.python to its Python, as docker/Dockerfile's target "
+            f"into an environment of their own and set engine.tensorrt_llm.python to its Python, as docker/Dockerfile's target "
             "tensorrt_llm does, or use engine.name = 'megatron'"
         )
 

@@ -148,4 +148,4 @@ def _disk(launch: LaunchConfig, jobs: Sequence[Job]) -> Iterator[Finding]:
         memory, parallel = memory_of(job), job.settings.model.parallel
         kept = job.setting("checkpoint.keep") or 2
         needed += (memory.weights + memory.optimizer) * parallel.model_parallel_size * (kept + 1)
-    yield disk("disk", launch.output, needed)
+    yield disk(launch.output, needed)

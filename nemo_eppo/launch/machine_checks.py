@@ -97,13 +97,13 @@ def resources() -> Iterator[Finding]:
         yield ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
 
 
-def disk(check: str, directory: Path, needed: int) -> Finding:
+def disk(directory: Path, needed: int) -> Finding:
     """Check that a directory, which may not exist yet, can be written and has room for `needed` bytes."""
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK | os.X_OK):
-        return error(check, f"{existing} cannot be written to", "choose another output")
+        return error("disk", f"{existing} cannot be written to", "choose another output")
     free = shutil.disk_usage(existing).free
     text = f"{free / 2**30:.1f} GiB free at {existing}, {needed / 2**30:.1f} needed for checkpoints"
-    return ok(check, text) if free >= needed else error(check, text, "free space, or lower checkpoint.keep")
+    return ok("disk", text) if free >= needed else error("disk", text, "free space, or lower checkpoint.keep")

@@ -50,13 +50,13 @@ class _TokenHead(nn.Module):
 
 
 class ScalarHead(_TokenHead):
-    """A linear map to `outputs` numbers per token."""
+    """A linear map to one number per token."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, config: TransformerConfig, outputs: int = 1) -> None:
-        super().__init__(config, weight=(outputs, config.hidden_size), bias=(outputs,))
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, weight=(1, config.hidden_size), bias=(1,))
 
     def per_token(self, hidden: Tensor, seeds: Tensor | None) -> Tensor:
         return F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))

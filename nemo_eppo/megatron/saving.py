@@ -1,6 +1,5 @@
 """Writes the checkpoints of a run while training continues, and removes old ones."""
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nemo_eppo.files import disk_errors_name, remove_incomplete, replacing
+from nemo_eppo.files import disk_errors_name, remove_directory, remove_incomplete, replacing
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.megatron.runner import ModelRunner
@@ -117,4 +116,4 @@ def tidy(folder: Path, config: CheckpointConfig) -> None:
                 link.symlink_to(best.name)
     for path in saved:
         if path not in wanted:
-            shutil.rmtree(path)
+            remove_directory(path)

@@ -21,7 +21,16 @@ from pydantic import Field
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import fsync_tree, inside, json_object, put_in_place, sha256, unused_name, write_atomically
+from nemo_eppo.files import (
+    fsync_tree,
+    inside,
+    json_object,
+    put_in_place,
+    remove_directory,
+    sha256,
+    unused_name,
+    write_atomically,
+)
 from nemo_eppo.models.stored_pickles import read_metadata
 from nemo_eppo.settings.model import Head, LoRAConfig, ModelConfig, Precision
 
@@ -176,7 +185,7 @@ def complete(incomplete: Path, directory: Path, manifest: Manifest, tokenizer: P
     seal(incomplete, manifest, tokenizer)
     fsync_tree(incomplete)
     if directory.exists():
-        shutil.rmtree(directory)
+        remove_directory(directory)
     put_in_place(incomplete, directory)
 
 

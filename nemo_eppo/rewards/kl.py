@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_eppo.algorithms.controllers import AdaptiveKLController, FixedCoefficient
 from nemo_eppo.algorithms.divergences import kl_estimate
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.settings.shaping import KLPenaltyConfig
@@ -15,15 +14,9 @@ class KLPenalty:
 
     def __init__(self, config: KLPenaltyConfig) -> None:
         self.config = config
-        self._controller: FixedCoefficient | AdaptiveKLController = FixedCoefficient(config.coefficient)
-        self._is_set = False
-        if config.controller == "adaptive" and config.target and config.horizon:
-            self._controller = AdaptiveKLController(config.coefficient, config.target, config.horizon)
-
-    @property
-    def coefficient(self) -> float:
+        self.coefficient = config.coefficient
         """beta in this step."""
-        return self._controller.value
+        self._is_set = False
 
     @property
     def is_in_reward(self) -> bool:
@@ -37,7 +30,7 @@ class KLPenalty:
 
     def set_coefficient(self, coefficient: float) -> None:
         """Set beta from outside, as the hacking monitor does."""
-        self._controller.value, self._is_set = coefficient, True
+        self.coefficient, self._is_set = coefficient, True
 
     def token_rewards(self, inputs: RewardInputs) -> Tensor:
         """Return what the penalty adds to each action's reward: fp64 [B, T], zero outside the mask."""
@@ -46,8 +39,16 @@ class KLPenalty:
         return -self.coefficient * kl
 
     def end_step(self, kl: float, responses: int) -> None:
-        """Set beta for the next step; `kl` is the mean KL of this step's `responses`, in nats."""
-        self._controller.update(kl, responses)
+        """Set beta for the next step; `kl` is the mean KL of this step's `responses`, in nats.
+
+        The adaptive controller multiplies it by `1 + error * responses / horizon`, with the relative error of the KL
+        clipped to 0.2 (Ziegler et al. 2019, arXiv 1909.08593).
+        """
+        if self.config.controller == "adaptive":
+            assert self.config.target is not None
+            assert self.config.horizon is not None
+            error = min(max(kl / self.config.target - 1, -0.2), 0.2)
+            self.coefficient *= 1 + error * responses / self.config.horizon
 
     def state_dict(self) -> dict[str, Any]:
         is_adaptive = self.config.controller == "adaptive"
@@ -56,5 +57,5 @@ class KLPenalty:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume. A fixed coefficient that was never set from outside keeps its configured value, which may be new."""
         if state["is_set"] or (self.config.controller == "adaptive" and state["is_adaptive"]):
-            self._controller.value = float(state["coefficient"])
+            self.coefficient = float(state["coefficient"])
             self._is_set = bool(state["is_set"])

@@ -261,8 +261,8 @@ def _joined(
             if error is not None:
                 joined.set_exception(error)
             elif not left:
-                outputs, *more = [future.result() for future in futures]
                 try:
+                    outputs, *more = [future.result() for future in futures]
                     if more:  # else there may be JSON in it
                         outputs = {k: np.concatenate([part[k] for part in (outputs, *more)]) for k in outputs}
                     joined.set_result(finish(outputs))

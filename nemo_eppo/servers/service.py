@@ -1,4 +1,4 @@
-"""The interface of what a server serves (`Service`), and its address and limits (`ServerConfig`)."""
+"""The interface of what a server serves."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

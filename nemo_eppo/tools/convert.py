@@ -106,6 +106,8 @@ class MegatronToHf:
         _require_absent(output)
         self.source, self.output, self.head = checkpoint_files.find(source, "--input"), output, head
         self.manifest = checkpoint_files.read_manifest(self.source, head)
+        if self.manifest.head != head:
+            raise ConfigError(f"{self.source} has a head of kind {self.manifest.head}, which Hugging Face lacks")
         self.stored = checkpoint_files.stored_precision(self.source)
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes

@@ -1,6 +1,5 @@
 """The critic job: serves a value model, trains it on what the actor sends, and can serve a reward model as well."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.policy import value_loss
 from nemo_eppo.config import ConfigError
+from nemo_eppo.files import remove_directory
 from nemo_eppo.megatron import checkpoint, runtime
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.runner import ModelRunner, Rows
@@ -104,6 +104,8 @@ class CriticModel:
                 )
             self._saver.finish()
             aside = self._folder.with_name(f"{CHECKPOINTS}_of_run_{self._run}")
+            if on_rank0(aside.exists):
+                raise ServiceError(f"the critic's checkpoints of run {self._run} would become {aside}, which exists")
             on_rank0(lambda: self._folder.rename(aside) if self._folder.exists() else None)
         if step != self._step:
             self._saver.finish()
@@ -143,7 +145,7 @@ class CriticModel:
 
         def tidy() -> None:
             for path in set(checkpoint_files.complete_in(self._folder)) - needed:
-                shutil.rmtree(path)
+                remove_directory(path)
 
         manifest = checkpoint_files.Manifest(
             head="scalar", step=self._step, model=self.plan.model, optimizer=True, state={"run": self._run}

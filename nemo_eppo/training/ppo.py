@@ -114,12 +114,11 @@ class PPO:
         prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         with timers("generate"):
             rollout = self.roll_out(prompts, self.sampling, step_seed(self.seed, step))
-            baselines = self._greedy_baselines(prompts)
+            wait_for_values = self._greedy_baselines(prompts)
             self.policy.engine.sleep()
             batch = rollout.batch
-            values = None
             if self.critic is not None:
-                values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated is True)
+                wait_for_values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated is True)
             rewards, observed = self.ask(rollout)
         generated = time.perf_counter() - started
         with timers("logprobs"):
@@ -134,9 +133,9 @@ class PPO:
         with timers("server_wait"):
             raw = rewards()
             seen = {f"reward/{name}": answer() for name, answer in observed.items()}
-            critic_values = values() if values is not None else baselines() if baselines is not None else None
+            values = None if wait_for_values is None else wait_for_values()
         with timers("shape"):
-            experience, ledger = self._shape(step, rollout, outputs, reference, raw, critic_values)
+            experience, ledger = self._shape(step, rollout, outputs, reference, raw, values)
             ledger.observations |= seen
         metrics = self._train(step, batch, experience)
         with timers("refit"):

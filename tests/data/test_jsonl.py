@@ -42,6 +42,8 @@ def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
         ('{"a": 7}', "field 'a' = 7: expected text"),
         ('{"a": null}', "field 'a' = None: expected text"),
         ('{"a": "\\ud800"}', "field 'a' is not valid Unicode"),
+        ('{"a": "x", "b": ["y", "\\uDFFF"]}', "field 'b' is not valid Unicode"),  # it could not be written again
+        ('{"a": "x", "\\udfff": 1}', r"field '.udfff' is not valid Unicode"),
         ('{"a": "x", "a": "y"}', "field 'a' occurs more than once"),
         ('{"a": "x", "other": 1, "other": 1}', "field 'other' occurs more than once"),
     ],

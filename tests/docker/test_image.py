@@ -216,6 +216,8 @@ def test_an_actor_is_healthy_while_it_writes_metrics(image: Image, tmp_path: Pat
     hour_ago = time.time() - 3600
     os.utime(metrics, (hour_ago, hour_ago))
     assert health().returncode == 0
+    assert health(HEALTH_MAX_AGE=1800).returncode == 0  # the job has been resumed just now
+    os.utime(state / "job.json", (hour_ago, hour_ago))
     stuck = health(HEALTH_MAX_AGE=1800)
     assert stuck.returncode == 1
     assert "more than HEALTH_MAX_AGE = 1800" in stuck.stderr

@@ -306,6 +306,7 @@ def test_bad_choices_are_named_before_a_model_runs(
     data, short = write(tmp_path / "in.jsonl", rows(1)), write(tmp_path / "short.jsonl", rows(1)[:-1])
     other = write(tmp_path / "other.jsonl", [{"prompt": "w1", "response": "w2"}] * 19)
     scores = write(tmp_path / "scores.jsonl", [{"logprob": -1.0, "num_tokens": 2, "energy_loss": 0.1}] * 3)
+    single, row = write(tmp_path / "single.jsonl", rows(1)[:1]), write(tmp_path / "row.jsonl", [{"energy_loss": 0.1}])
     broken = write(tmp_path / "broken.jsonl", [{"logprob": -1.0, "num_tokens": 2}] * 3)
     pair = ["--before", str(models[0]), "--after", str(models[1])]
     for given, said in (
@@ -315,6 +316,8 @@ def test_bad_choices_are_named_before_a_model_runs(
         (["--table", str(data), "--before-data", str(data)], "--before-data: for --before and --after only"),
         ([*pair, "--data", str(data), "--before-data", str(short)], "short.jsonl has 18 rows"),
         ([*pair, "--data", str(data), "--before-data", str(other)], "other.jsonl:1: its prompt"),
+        ([*pair, "--data", str(single)], "single.jsonl: rows: 1; expected at least 2"),
+        (["--before-scores", str(row), "--after-scores", str(row)], "row.jsonl: rows: 1; expected at least 2"),
         ([*pair, "--data", str(data), "--layer", "2"], "2 is not a layer of a model with 2 layers"),
         ([*pair, "--data", str(data), "--preset", "mlp"], "preset = 'mlp'"),
         (["--before-scores", str(scores), "--after-scores", str(data)], "expected one for each"),

@@ -213,6 +213,7 @@ def test_two_processes_answer_a_terminal(model: Path) -> None:
         ('{"prompt": "strange"}', ":2: cannot be tokenised"),
         ('{"prompt": []}', ":2: field 'prompt': a chat without turns"),
         ('{"prompt": ["w1"]}', ":2: field 'prompt': turn 1 = 'w1': expected {\"role\", \"content\"} as texts"),
+        ('{"prompt_ids": []}', ":2: the prompt has 0 tokens; expected 1 to 52"),
         ('{"prompt_ids": [2, 67]}', ":2: field 'prompt_ids' = [2, 67]: expected a list of token ids below 67"),
         (json.dumps({"prompt": "w1 " * 53}), ":2: the prompt has 53 tokens; expected 1 to 52"),
     ],

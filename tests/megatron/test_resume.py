@@ -1,6 +1,7 @@
 """Training that resumes from a checkpoint equals the training that was never interrupted."""
 
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import sha256
+from nemo_eppo.files import remove_incomplete, sha256
 from nemo_eppo.megatron import checkpoint, runtime, specs
 from nemo_eppo.megatron import optimizer as megatron_optimizer
 from nemo_eppo.megatron.collectives import on_rank0
@@ -316,6 +317,26 @@ def test_training_resumes_in_another_layout(head: str, precision: str, tmp_path:
     for parameters in run_ranks(resumed, 2, VPP2, head, precision, tmp_path / "step_1"):
         tolerance = 1e-5 if precision == "fp32" else 0.02
         close(f"{head} {precision}, from TP2+SP to PP2+VPP2", parameters, expected, tolerance)
+
+
+def test_a_kill_while_old_checkpoints_are_removed_leaves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        run_ranks(interrupted, 1, {}, "lm", "fp32", tmp_path / f"step_{step}")
+
+    def begin(directory: Path) -> None:
+        (directory / checkpoint_files.WEIGHTS / ".metadata").unlink()  # manifest.json may well be the last to go
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", begin)
+    with pytest.raises(KeyboardInterrupt):
+        tidy(tmp_path, CheckpointConfig(keep=1))
+    monkeypatch.undo()
+    assert checkpoint_files.complete_in(tmp_path) == [tmp_path / "step_2"]
+    checkpoint_files.verify(tmp_path / "step_2")
+    remove_incomplete(tmp_path, "step_*")  # as the next start does
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
 def test_a_best_checkpoint_may_be_asked_for_later(tmp_path: Path) -> None:

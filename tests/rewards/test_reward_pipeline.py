@@ -229,6 +229,16 @@ def test_the_adaptive_coefficient_acts_from_the_next_step() -> None:
     assert second["reward/kl"] == pytest.approx(1.02 * first["reward/kl"])  # 1 + 0.2 * 6 / 60
 
 
+@pytest.mark.parametrize(("kl", "error"), [(6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)])
+def test_the_adaptive_coefficient_moves_by_a_clipped_relative_error(kl: float, error: float) -> None:
+    adaptive = {"coefficient": 0.2, "controller": "adaptive", "target": 6.0, "horizon": 1000}
+    penalty, fixed = (pipeline({"kl": settings}).kl for settings in (adaptive, {"coefficient": 0.2}))
+    for each in (penalty, fixed):
+        each.end_step(kl, responses=50)
+    assert penalty.coefficient == pytest.approx(0.2 * (1 + error * 50 / 1000))
+    assert fixed.coefficient == 0.2
+
+
 def test_a_resumed_pipeline_continues_as_if_never_stopped() -> None:
     steady, stopped, resumed = (pipeline(EVERYTHING) for _ in range(3))
     for seed in range(2):

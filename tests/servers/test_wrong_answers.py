@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nemo_eppo.servers.client import CriticClient, RewardClient
 from nemo_eppo.servers.protocol import PROTOCOL_VERSION
+from nemo_eppo.servers.server_client import _joined
 from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.settings.servers import ClientConfig
 
@@ -163,3 +164,12 @@ def test_servers_of_different_models_are_refused() -> None:
         pytest.raises(ServerError, match=r"the server at grpc://.* does not fit: reward is .*0\.5.* expected"),
     ):
         client.connect({})
+
+
+def test_an_answer_in_parts_ends_when_one_of_them_is_given_up() -> None:
+    parts: list[futures.Future[dict[str, Any]]] = [futures.Future(), futures.Future()]
+    whole = _joined(parts, lambda outputs: outputs)
+    parts[0].cancel()  # as the client does when it is closed
+    parts[1].set_result({"values": np.zeros((1, 2), np.float32)})
+    with pytest.raises(futures.CancelledError):
+        whole.result(timeout=5)

@@ -76,7 +76,7 @@ def test_what_a_critic_has_learnt_belongs_to_one_run(models: Models, tmp_path: P
     assert foreign.startswith("the critic has made 1 updates of another run")
 
 
-def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str]]:
+def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str], str]:
     service = started(models, directory, lr=1e-2)
     values = [service.endpoints["critic_infer"](request(2))]
     service.endpoints["critic_begin"](begin(1, 0))
@@ -85,12 +85,15 @@ def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str]
     values.append(service.endpoints["critic_infer"](request(2)))
     service.endpoints["critic_begin"](begin(2, 0, fresh=True))
     values.append(service.endpoints["critic_infer"](request(2)))
-    return values, service.step, sorted(path.name for path in directory.glob("checkpoints*/*"))
+    saved = sorted(path.name for path in directory.glob("checkpoints*/*"))
+    service.endpoints["critic_begin"](begin(1, 0, fresh=True))
+    service.endpoints["critic_train"](request(2, values=values[0]["values"]))
+    return values, service.step, saved, said(service, "critic_begin", begin(2, 0, fresh=True))
 
 
 def test_a_critic_begins_a_fresh_run_and_sets_the_other_aside(models: Models, tmp_path: Path) -> None:
-    [((untrained, trained, fresh), step, saved)] = run_ranks(anew, 1, models, tmp_path)
-    assert step == 0
+    [((untrained, trained, fresh), _, saved, again)] = run_ranks(anew, 1, models, tmp_path)
+    assert again.endswith("checkpoints_of_run_1, which exists")
     assert not torch.equal(untrained["values"], trained["values"])
     assert torch.equal(untrained["values"], fresh["values"])
     assert (tmp_path / "checkpoints_of_run_1" / "step_000001").is_dir()
