@@ -17,7 +17,7 @@ _PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_e
 _LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
 _TRAINER = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-_WHERE = "engine.tensorrt_llm"
+_KEY = "engine.tensorrt_llm"
 _VERSION = "1.2."  # 1.1 has no AsyncLLM, 1.3 other arguments
 
 
@@ -53,16 +53,16 @@ def check_tensorrt_llm(config: TensorRTLLMConfig, model: ModelConfig, parallel: 
         )
     if ranks % size:
         raise ConfigError(
-            f"{_WHERE}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
+            f"{_KEY}.tensor_parallel_size = {size}: expected a divisor of {ranks}, the ranks of a replica of the actor"
         )
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.kv_heads)):
         if value % size:
-            raise ConfigError(f"{_WHERE}.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible")
+            raise ConfigError(f"{_KEY}.tensor_parallel_size = {size}: the model's {name} = {value} is not divisible")
     world, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for engine in engines(parallel, world, size):
         if len({rank // here for rank in engine}) > 1:
             raise ConfigError(
-                f"{_WHERE}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
+                f"{_KEY}.tensor_parallel_size = {size}: expected engines within one machine, which runs {here} ranks; "
                 f"ranks {', '.join(map(str, engine))} would make one"
             )
     if not device.number().isdigit():  # its Ray workers read CUDA_VISIBLE_DEVICES as integers
@@ -82,13 +82,13 @@ def check_tensorrt_llm(config: TensorRTLLMConfig, model: ModelConfig, parallel: 
             [python, "-c", look], env=engine_environment(config, []), capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise ConfigError(f"{_WHERE}.python = {python!r} cannot be run: {error}") from None
+        raise ConfigError(f"{_KEY}.python = {python!r} cannot be run: {error}") from None
     found = looked.stdout.strip()
     if not found.startswith(_VERSION):
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': {python} has "
             f"{f'tensorrt_llm {found}' if found else 'no package tensorrt_llm'}. Install tensorrt_llm 1.2 and ray 2.54 "
-            f"into an environment of their own and set {_WHERE}.python to its Python, as docker/Dockerfile's target "
+            f"into an environment of their own and set {_KEY}.python to its Python, as docker/Dockerfile's target "
             "tensorrt_llm does, or use engine.name = 'megatron'"
         )
 
