@@ -125,7 +125,7 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
             resume, but the optimizer was not saved, or was saved with other adapters, in another precision, or sharded
             where this one is not, or the other way round.
     """
-    manifest = read_manifest(directory)
+    manifest = on_rank0(lambda: read_manifest(directory))  # it looks at every file
     if optimizer and not manifest.optimizer:
         raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
     if optimizer and manifest.lora != lora.attached(runner.chunks):
