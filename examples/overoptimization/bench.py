@@ -11,11 +11,12 @@ What is finished is kept: the same command goes on after an interruption.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
 
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
 from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
+from nemo_eppo.files import write_atomically  # noqa: E402
 
 TUNING_SEEDS = (1001, 1002)
 MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
@@ -169,6 +171,7 @@ def main() -> None:
         effort = Effort(sft_steps=20, reward_steps=5, steps=2, validate_every=1, validation_prompts=16)
         acceptance = None
         methods = [Method(each.name, _one_value(each.about)) for each in methods]
+    _claim(options.output, {"text": options.text, "size": options.size, "labels": options.labels, **asdict(effort)})
     torch.set_num_threads(1)
     task = Task(options.output.absolute(), TEXTS[options.text], SIZES[options.size], LABELS[options.labels], effort)
     found = Bench(task, methods, options.workers, acceptance).run(1 if options.smoke else options.seeds)
@@ -181,6 +184,15 @@ def main() -> None:
         "command": " ".join(sys.argv),
     }
     print(write_results(task.directory, found, about))
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Note what the models of this directory are; exit if there are others, which would count as finished."""
+    output.mkdir(parents=True, exist_ok=True)
+    file, text = output / "settings.json", json.dumps(settings)
+    if file.exists() and file.read_text() != text:
+        sys.exit(f"--output {output}: holds the models of another bench ({file.read_text()}); choose another directory")
+    write_atomically(file, text)
 
 
 def _one_value(about: Mapping[str, Any]) -> dict[str, Any]:

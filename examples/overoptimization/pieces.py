@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
 import os
+import signal
 import sys
 import time
 import traceback
@@ -15,6 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_eppo.launch.gpus import visible_gpus
+from nemo_eppo.observability.run import hold
+from nemo_eppo.processes import end_with_parent
 
 DONE = "done"
 """File in the directory of a piece of work that is finished; it holds its seconds."""
@@ -47,7 +50,7 @@ def run_all(title: str, work: Sequence[Work], workers: int) -> None:
         while running or (waiting and not failed):
             while waiting and not failed and len(running) < workers:
                 piece = waiting.pop(0)
-                process = context.Process(target=_do, args=(piece,))  # type: ignore[attr-defined]
+                process = context.Process(target=_do, args=(piece, os.getpid()))  # type: ignore[attr-defined]
                 process.start()
                 running[process.sentinel] = process, piece
             for sentinel in multiprocessing.connection.wait(list(running)):
@@ -60,12 +63,15 @@ def run_all(title: str, work: Sequence[Work], workers: int) -> None:
         sys.exit("".join(f"{piece.directory} failed: see {piece.directory / 'output.txt'}\n" for piece in failed))
 
 
-def _do(piece: Work) -> None:
+def _do(piece: Work, parent: int) -> None:
     """Do a piece in this process, which ends with it."""
     status = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the first process
-        piece.directory.mkdir(parents=True, exist_ok=True)
+        end_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before that was asked for
+            os._exit(1)
+        hold(piece.directory)
         output = os.open(piece.directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)

@@ -1,5 +1,6 @@
 """A .jsonl file that a command writes row by row, and goes on with when it is started again."""
 
+import fcntl
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -68,8 +69,21 @@ class RowsFile:
             raise ConfigError(f"--output: {self.path}: {error}; remove the file or choose another") from None
 
     def begin(self) -> None:
-        """Make the file, or cut off a last row that is not complete."""
+        """Make the file, or cut off a last row that is not complete, and keep others from writing to it.
+
+        Raises:
+            ConfigError: another process writes it, or has done so since this object was made.
+        """
         write_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
+        self._held = self.path.open("ab")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--output: {self.path} is being written by another process") from None
+        except OSError:  # a file system without locks
+            pass
+        if complete_lines(self.path) != self._complete:
+            raise ConfigError(f"--output: {self.path} has grown meanwhile: start the command again")
         with self.path.open("ab") as file:
             file.truncate(sum(len(line) + 1 for line in self._complete))
 

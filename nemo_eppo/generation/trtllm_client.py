@@ -34,6 +34,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                start_new_session=True,  # torchrun signals groups; this ends when its socket is closed
             )
         self._connection = Connection(os.dup(self._socket.fileno()))
 

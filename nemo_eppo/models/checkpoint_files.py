@@ -127,7 +127,8 @@ def latest(directory: Path) -> Path | None:
 
 def complete_in(directory: Path) -> list[Path]:
     """List the complete checkpoints `step_*` in a directory, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
+    found = (path for path in directory.glob("step_*") if (path / MANIFEST).is_file())
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # numbers of more than six digits, too
 
 
 def find(path: Path, where: str) -> Path:

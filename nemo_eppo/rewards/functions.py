@@ -93,6 +93,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 text=True,
                 encoding="utf-8",
+                start_new_session=True,  # torchrun's SIGTERM to groups is for ranks, which end a step with its rewards
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
         requests, answers = self._process.stdin, self._process.stdout

@@ -68,6 +68,11 @@ class MonitorConfig(Config):
         return [name for name in ("outliers", "csi") if getattr(self, name).action != "none"]
 
     @property
+    def may_stop(self) -> bool:
+        """Whether an alarm of any indicator ends the run."""
+        return any(isinstance(value, IndicatorConfig) and value.action == "stop" for _, value in self)
+
+    @property
     def raises_kl(self) -> list[str]:
         """Names of the indicators whose action is raise_kl."""
         return [name for name, value in self if isinstance(value, IndicatorConfig) and value.action == "raise_kl"]

@@ -137,7 +137,8 @@ class Fit:
                 row["seconds/step"] = time.perf_counter() - started
                 row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
                 stop = watch.due()
-                save = stop or step == last or due(step, saving.interval)
+                # a linear probe begins anew: it has no optimizer's state that could be saved
+                save = step == last or (not self.head_only and (stop or due(step, saving.interval)))
                 validation: dict[str, float] = {}
                 if save or due(step, settings.validation_interval):
                     validation = task.validate(runner)
@@ -159,7 +160,8 @@ class Fit:
                 if stop:
                     break
             saver.finish()
-        run.logger.info(SAVED, task.title, step, last, saver.path(step))
+        if step == last or not self.head_only:
+            run.logger.info(SAVED, task.title, step, last, saver.path(step))
         if step < last:
             raise RunStopped
         return saver.path(last)

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
-from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.recorder import RolloutRecorder, recorded_steps
 from nemo_eppo.observability.run import Run
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch, step_seed
@@ -36,11 +37,17 @@ def train_ppo(config: PPOConfig, run: Run) -> None:
         ppo = job.build(stack)
         recovery = Recovery(job.remotes, config.servers, run.logger)
         loop = PPOLoop(job, ppo)
+        watch = stack.enter_context(StopWatch(run))
         while True:
             try:
-                loop.run()
+                loop.run(watch)
                 return
             except (ServerUnavailable, PeerError) as error:
+                if watch.told():  # a run that is to end waits for no server
+                    if loop.save_lost():
+                        run.logger.info("told to end while a server is lost: the steps done are saved")
+                        raise RunStopped from error
+                    raise
                 recovery.recover(error, loop.done, loop.save_lost)
                 ppo.timers.discard()
                 loop = PPOLoop(job, ppo)
@@ -56,18 +63,22 @@ class PPOLoop:
         self.checkpoints = self.run_files.directory / CHECKPOINTS
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
         ppo.policy.engine.sleep()  # loading takes its memory; after a lost step the engine may be awake
+        self._ended = False  # by the monitor
+        self._reference = on_rank0(self._identity)
         self.done = self.saved = self._resume()
         self._state = self._state_now()
         ppo.policy.refit()
 
-    def run(self) -> None:
-        """Train to the last step."""
-        config, ppo, last, step = self.config, self.ppo, self.config.ppo.max_steps, self.done
+    def run(self, watch: StopWatch) -> None:
+        """Train to the last step, or to where `watch` or the monitor ends the run."""
+        config, ppo, step = self.config, self.ppo, self.done
+        last = self.done if self._ended and config.monitor.may_stop else config.ppo.max_steps
         stop = is_last = False
         if self.done >= last:
-            self.run_files.logger.info("%d steps are done, ppo.max_steps = %d: nothing is left to do", self.done, last)
+            why = "the monitor ended the run" if last < config.ppo.max_steps else f"ppo.max_steps = {last}"
+            self.run_files.logger.info("%d steps are done, %s: nothing is left to do", self.done, why)
+        watch.begin()
         with ExitStack() as stack:
-            watch = stack.enter_context(StopWatch(self.run_files))
             metrics, recorder = self._open_files(stack)
             progress = stack.enter_context(
                 Progress(
@@ -84,7 +95,8 @@ class PPOLoop:
                 result = ppo.step(step, [self.prompts[index] for index in next(self.batches)])
                 started = time.perf_counter()
                 row = result.metrics
-                is_last = self._watch(step, row, result.latents) or step == last
+                self._ended = self._watch(step, row, result.latents)
+                is_last = self._ended or step == last
                 self._state = self._state_now()
                 stop = watch.due()
                 save = stop or is_last or due(step, config.checkpoint.interval)
@@ -93,13 +105,13 @@ class PPOLoop:
                 validation = {}
                 if is_last or due(step, config.validation.interval) or (save and config.checkpoint.best):
                     validation = self._validate(step)
-                if save:
-                    self._save(step, validation)
-                self.saver.poll()
                 row |= validation
                 row["seconds/after_step"] = time.perf_counter() - started
                 if metrics is not None:
-                    metrics.log(step, row)
+                    metrics.log(step, row)  # before its checkpoint: a run that resumes drops rows, and makes none up
+                if save:
+                    self._save(step, validation)
+                self.saver.poll()
                 self.done = step
                 progress.update(step, row)
                 if is_last or stop:
@@ -113,8 +125,19 @@ class PPOLoop:
     def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
         if dist.get_rank():
             return None, None
+        for folder in ("rollouts", "validation"):
+            for step, file in recorded_steps(self.run_files.directory / folder).items():
+                if step > self.done:  # of steps that are made again, or never
+                    file.unlink()
         recorder = RolloutRecorder(self.run_files.directory / "rollouts", self.config.record_rollouts)
         return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
+
+    def _identity(self) -> str:
+        """Return which model the policy is compared with, as far as that depends on files outside of the run."""
+        source = self.plan.source
+        if source is None or self.config.model.lora is not None:  # that one's base is in its own checkpoints
+            return ""
+        return checkpoint_files.model_identity(source if isinstance(source, Path) else source.path)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Roll out on the validation prompts, write rows to validation/ and return means as metrics."""
@@ -172,6 +195,8 @@ class PPOLoop:
             "batches": self.batches.state_dict(),
             "pipeline": self.ppo.pipeline.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "ended": self._ended,
+            "reference": self._reference,
         }
 
     def _save(self, step: int, validation: dict[str, float]) -> None:
@@ -216,6 +241,8 @@ class PPOLoop:
                     f"{newest} was saved by a run with {had} critic, this run has {has}: choose another run directory"
                 )
             self.batches.load_state_dict(state["batches"])
+            self._ended = state.get("ended", False)
+            self._same_reference(newest, state.get("reference", self._reference))
         if ppo.critic is not None:
             assert self.config.critic is not None
             fresh = self.config.critic.fresh and newest is None
@@ -226,6 +253,16 @@ class PPOLoop:
         ppo.pipeline.load_state_dict(state["pipeline"])
         self.monitor.load_state_dict(state["monitor"])
         return manifest.step
+
+    def _same_reference(self, checkpoint: Path, before: str) -> None:
+        """Raise ConfigError if the model that this run began with is another one now; warn if only its files' times
+        tell so."""
+        if self._reference == before:
+            return
+        said = f"{self.plan.source} is not the model that the run of {checkpoint} began with, and compares itself with"
+        if isinstance(self.plan.source, Path):
+            raise ConfigError(f"{said}: give model.restore_from_path that checkpoint, or choose another run directory")
+        self.run_files.logger.warning("%s, or its files were copied", said)
 
     def _run_id(self) -> int:
         """Return the random number by which the critic recognises this run."""

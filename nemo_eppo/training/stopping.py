@@ -35,8 +35,12 @@ class StopWatch:
         for number, previous in self._previous.items():
             if previous is not signal.SIG_IGN:  # a shell starts background processes with Ctrl-C ignored
                 signal.signal(number, self._on_signal)
-        self._last = time.monotonic()
+        self.begin()
         return self
+
+    def begin(self) -> None:
+        """Begin to time a step."""
+        self._last = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -48,6 +52,12 @@ class StopWatch:
         self._signal = number
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
+
+    def told(self) -> bool:
+        """Return whether a signal has told any rank to end; collective."""
+        vote = torch.tensor(self._signal, dtype=torch.int32, device=device.device())
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote)
 
     def due(self) -> bool:
         """Return whether to save and end now. Call it after each step on all ranks, which get the same answer."""

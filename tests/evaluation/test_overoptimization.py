@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -142,6 +144,41 @@ def test_the_bench_runs_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> No
     again = bench(tmp_path / "first", "energy_gated_kl")
     assert (policy / "metrics.jsonl").read_bytes() == made, "it was not trained again"
     assert again["curves"] == found["curves"]
+
+
+def test_models_of_another_bench_do_not_count_as_finished(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "bench.py"), "--output", str(tmp_path), "--methods", "ppo_kl"]
+    (tmp_path / "settings.json").write_text('{"text": "nouns", "size": "0.2M", "sft_steps": 20}')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "holds the models of another bench" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+_TWO_PIECES = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from pieces import Work, run_all
+
+def work():
+    print(1, flush=True)
+    time.sleep(100)
+
+run_all("work", [Work(Path(sys.argv[2]), work)], 1)
+"""
+
+
+def test_pieces_of_work_end_with_the_bench(tmp_path: Path) -> None:
+    piece = tmp_path / "piece"
+    bench = subprocess.Popen([sys.executable, "-c", _TWO_PIECES, str(BENCH), str(piece)], cwd=BENCH.parents[1])
+    while not (piece / "output.txt").exists() or not (piece / "output.txt").read_text():
+        assert bench.poll() is None
+        time.sleep(0.05)
+    [work] = psutil.Process(bench.pid).children()
+    bench.kill()
+    bench.wait()
+    assert not psutil.wait_procs([work], timeout=10)[1]
 
 
 @pytest.mark.slow

@@ -339,6 +339,14 @@ def test_a_kill_while_old_checkpoints_are_removed_leaves_none_of_them(
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    names = ["step_999998", "step_999999", "step_1000000", "step_1000001"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoint_files.MANIFEST).touch()
+    assert [path.name for path in checkpoint_files.complete_in(tmp_path)] == names
+
+
 def test_a_best_checkpoint_may_be_asked_for_later(tmp_path: Path) -> None:
     config = CheckpointConfig(keep=1, best="validation/reward")
 

@@ -44,6 +44,11 @@ def test_functions_run_in_other_processes_that_end_with_the_pool(pool: FunctionP
     assert not running.stdout.split()
 
 
+def test_functions_outlive_a_signal_to_the_ranks_process_group(pool: FunctionPool) -> None:
+    found = {int(number) for number in pool.submit("own_functions:process", [sample("a")] * 20).result()}
+    assert os.getpgid(0) not in {os.getpgid(number) for number in found}  # torchrun's SIGTERM, which ranks put off
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

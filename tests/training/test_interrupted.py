@@ -267,3 +267,27 @@ def test_a_critic_that_does_not_fit_is_refused(whole: Runs, tmp_path: Path) -> N
         assert "the critic cannot go back to update 10" in log(actor)
     finally:
         critic.stop()
+
+
+def test_files_of_steps_that_were_undone_go_and_another_reference_is_refused(whole: Runs, tmp_path: Path) -> None:
+    runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
+    for kind in ("actor", "critic"):
+        shutil.copytree(whole.root / kind, tmp_path / kind, symlinks=True)
+    later = [tmp_path / "actor" / folder / "step_000099.jsonl" for folder in ("rollouts", "validation")]
+    for file in later:
+        shutil.copy(file.with_name("step_000005.jsonl"), file)
+    other = tmp_path / "sft"
+    shutil.copytree(whole.models.sft, other)
+    critic = runs.critic(port)
+    try:
+        actor = runs.actor(port, model={"restore_from_path": other})  # a copy
+        assert actor.wait(100) == 0, log(actor)
+        assert not [file for file in later if file.exists()]
+        manifest = other / checkpoint_files.MANIFEST
+        manifest.write_text(manifest.read_text().replace('"step": 0', '"step": 1'))
+        actor = runs.actor(port, model={"restore_from_path": other})
+        assert actor.wait(100) == 2, log(actor)
+    finally:
+        critic.stop()
+    assert f"{other} is not the model that the run of" in log(actor)
+    assert runs.trajectory() == whole.trajectory()

@@ -53,9 +53,10 @@ def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, t
         for ranks, length, max_steps in (
             (1, {"action": "raise_kl", "patience": 1}, 4),
             (2, {"action": "stop", "patience": 2}, 1000),  # one verdict for all ranks, or they wait for each other
+            (1, {"action": "stop", "patience": 2}, 1000),  # it has ended
         ):
             values = settings(models, reward_url, f"grpc://127.0.0.1:{port}", ranks, length, max_steps)
-            jobs.append(Job("actor", ranks, values, tmp_path / str(length["action"]), run))
+            jobs.append(Job("actor", ranks, values, tmp_path / f"actor_{len(jobs)}", run))
             assert jobs[-1].wait(240) == 0, jobs[-1].log.read_text()[-4000:]
     finally:
         for job in jobs:
@@ -72,7 +73,8 @@ def test_alarms_raise_the_kl_and_stop_the_run(models: Models, reward_url: str, t
     stop = steps[-1]
     assert [row["step"] for row in steps if row["step"] > 4 and row["monitor/length/alarm"]] == [stop["step"]]
     assert 6 <= stop["step"] < 1000
-    log = jobs[-1].log.read_text()
+    assert f"{stop['step']} steps are done, the monitor ended the run: nothing is left" in jobs[-1].log.read_text()
+    log = jobs[-2].log.read_text()
     assert f"step {stop['step']}: signs of reward hacking: monitor/length = {stop['monitor/length']:.3g}" in log
     assert "above its threshold of 1e-09 for 2 steps; action: stop" in log
     assert "validation/energy_loss" in stop  # the last step of a run is validated, whyever it is the last

@@ -1,5 +1,6 @@
 """Ensembles and WARM: what members share and where they differ, which are averaged, and what the average is."""
 
+import contextlib
 import itertools
 import logging
 import re
@@ -11,7 +12,7 @@ import torch
 from distributed import run_ranks
 from jobs import WARM, Models, _train_warm, reward_training
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, RunStopped
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
@@ -65,6 +66,20 @@ def test_what_is_trained_already_is_not_trained_again(models: Models, trained: d
     assert len(files) == 4
     run_ranks(_train_warm, 1, models, trained["warm"].parent)
     assert {path: path.read_text() for path in files} == before
+
+
+def _stop_in_the_probe(models: Models, directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    run = Run(directory, 0, logging.getLogger(), ExpManagerConfig(max_time_per_run="00:00:00:00"))
+    ensemble = WARM | {"linear_probe_steps": 3}
+    with contextlib.suppress(RunStopped):
+        train_reward_model(reward_training(models, "bradley_terry", ensemble=ensemble), run)
+
+
+def test_a_probe_that_was_stopped_begins_anew(models: Models, tmp_path: Path) -> None:
+    for _ in range(2):
+        run_ranks(_stop_in_the_probe, 1, models, tmp_path / "warm")
+    assert not list((tmp_path / "warm").glob("**/step_*"))
 
 
 def probe(models: Models, parallel: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
