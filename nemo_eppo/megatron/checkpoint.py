@@ -1,5 +1,8 @@
 """Saves weights and optimizer of a running job to a checkpoint and loads them, under any layout."""
 
+import multiprocessing.process
+import os
+import signal
 from collections import ChainMap
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,7 +74,8 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
         async_sharded_save=True,
     )
     if request.async_fn is not None:  # this rank writes
-        request = request._replace(async_fn=partial(_write_and_note_digests, incomplete, request.async_fn))
+        write = partial(_write_and_note_digests, incomplete, request.async_fn, os.getpid())
+        request = request._replace(async_fn=write)
     return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)}), incomplete
 
 
@@ -169,12 +173,21 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
 
 
 def _write_and_note_digests(
-    incomplete: Path, write: Callable[..., None], rank: int, buckets: list[tuple[str, str, Any]], results: Any
+    incomplete: Path, write: Callable[..., None], job: int, rank: int, buckets: list[tuple[str, str, Any]], results: Any
 ) -> None:
     """Replace megatron-core's function that writes a rank's files (path, name, data), in a process of its own."""
+    if os.getpid() != job:
+        signal.signal(signal.SIGCHLD, _end_without_a_worker)
     write(rank, buckets, results)  # an error goes into `results`
     with suppress(OSError):  # of files that could not be written, too: a checkpoint that is complete meets it in `seal`
         note_digests(incomplete, [f"{WEIGHTS}/{name}" for _, name, _ in buckets], rank)
+
+
+def _end_without_a_worker(signum: int, frame: Any) -> None:
+    """End a writer, of which the job then knows that it failed: megatron-core (0.16) would wait for a worker of it that
+    was killed, and the job for both, for ever."""
+    if any(worker.exitcode for worker in multiprocessing.process._children.copy()):  # type: ignore[attr-defined]
+        os._exit(1)
 
 
 def _is_sharded(directory: Path) -> bool:

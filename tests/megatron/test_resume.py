@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from distributed import run_ranks
 from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, random_batch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemo_eppo.config import ConfigError
@@ -308,6 +310,26 @@ def test_a_checkpoint_written_while_training_goes_on_holds_the_weights_of_its_st
     for there, then, loaded in run_ranks(saved_while_training, 2, SP2, tmp_path):
         assert there == [False, True]
         assert all(torch.equal(loaded[name], then[name]) for name in then)
+
+
+def saved_by_a_worker_that_is_killed(folder: Path) -> tuple[str, bool]:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    FileSystemWriterAsync.write_preloaded_data = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    runner = build_runner({}, optimizer=OPTIMIZER)
+    saver = CheckpointSaver(folder, None, asynchronous=True)
+    try:
+        saver.save(runner, checkpoint_files.Manifest(head="lm", step=1, model=MODEL, optimizer=True))
+        saver.finish()
+    except CheckpointException as error:
+        return str(error), saver.path(1).exists()
+    return "", saver.path(1).exists()
+
+
+def test_a_job_is_told_when_what_writes_its_checkpoint_is_killed(tmp_path: Path) -> None:
+    [(said, exists)] = run_ranks(saved_by_a_worker_that_is_killed, 1, tmp_path, timeout=60)
+    assert said
+    assert not exists
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
