@@ -4,7 +4,7 @@ import fcntl
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_atomically
@@ -20,6 +20,9 @@ def parts_folder(output: Path, what: str) -> Path:
     if output.exists() and not parts.is_dir() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {output} holds something else than {what}; choose another")
     return parts
+
+
+_held: dict[Path, BinaryIO] = {}  # files that this process has locked
 
 
 class RowsFile:
@@ -75,9 +78,11 @@ class RowsFile:
             ConfigError: another process writes it, or has done so since this object was made.
         """
         write_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
-        self._held = self.path.open("ab")
+        if earlier := _held.pop(self.path, None):  # of a command that failed, called from the same program
+            earlier.close()
+        held = _held[self.path] = self.path.open("ab")
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--output: {self.path} is being written by another process") from None
         except OSError:  # a file system without locks

@@ -38,19 +38,17 @@ while [[ $1 == --* ]]; do
     case $1 in --ntasks=*) tasks=${1#*=} ;; --output=*) exec >>"${1#*=}" 2>&1 ;; esac
     shift
 done
-started=()
-trap 'kill -KILL "${started[@]}"; wait "${started[@]}"; exit 143' TERM
-trap 'handed_on=yes; kill -USR1 "${started[@]}"' USR1
+trap 'kill -KILL $(jobs -p); wait; exit 143' TERM
+trap 'handed_on=yes; kill -USR1 $(jobs -p)' USR1
 for ((task = 0; task < tasks; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
-    started+=($!)
 done
 status=0
 while ((tasks)); do
     handed_on=
     wait -n && code=0 || code=$?
     [[ $handed_on ]] && continue
-    ((code)) && { status=$code; kill -KILL "${started[@]}" 2>/dev/null; }
+    ((code)) && { status=$code; kill -KILL $(jobs -p) 2>/dev/null; }
     ((tasks--))
 done
 wait
