@@ -39,7 +39,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json_object(line)
         except ValueError as error:
             raise ConfigError(f"{path}:{line_number}: {error}") from None
-        if b"\\ud" in line.lower():  # perhaps half of a surrogate pair: legal JSON, but not text
+        if b"\\ud" in line or b"\\uD" in line:  # perhaps half of a surrogate pair: legal JSON, but not text
             _check_unicode(row, f"{path}:{line_number}")
         yield line_number, row
 
@@ -47,7 +47,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _check_unicode(row: Mapping[str, Any], where: str) -> None:
     for name, value in row.items():
         try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
+            (name + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))).encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{where}: field {name!a} is not valid Unicode ({error.reason})") from None
 

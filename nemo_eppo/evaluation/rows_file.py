@@ -89,8 +89,7 @@ class RowsFile:
             pass
         if complete_lines(self.path) != self._complete:
             raise ConfigError(f"--output: {self.path} has grown meanwhile: start the command again")
-        with self.path.open("ab") as file:
-            file.truncate(sum(len(line) + 1 for line in self._complete))
+        held.truncate(sum(len(line) + 1 for line in self._complete))
 
     def append(self, lines: Iterable[str]) -> None:
         """Write rows, each a line of JSON with its end."""

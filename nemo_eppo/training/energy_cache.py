@@ -15,7 +15,6 @@ from typing import Any
 
 from nemo_eppo.config import ConfigError, flat
 from nemo_eppo.files import json_object, write_atomically
-from nemo_eppo.models import checkpoint_files
 from nemo_eppo.settings.ppo import AnsweringConfig
 from nemo_eppo.training.setup import Plan
 
@@ -85,11 +84,10 @@ class EnergyCache:
 
 def energy_cache(planned: Plan, config: AnsweringConfig, run_directory: Path) -> EnergyCache | None:
     """Return the cache that the settings name; None for fresh weights, which nothing identifies."""
-    source = planned.source
-    if source is None:
+    if planned.source is None:
         return None
     key = {
-        "model": checkpoint_files.model_identity(source if isinstance(source, Path) else source.path),
+        "model": planned.identity(),
         "tokenizer": planned.tokenizer.digest(),
         **config.answer_settings,
     }

@@ -64,7 +64,8 @@ class PPOLoop:
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
         ppo.policy.engine.sleep()  # loading takes its memory; after a lost step the engine may be awake
         self._ended = False  # by the monitor
-        self._reference = on_rank0(self._identity)
+        # what the policy is compared with, as far as that is outside of the run: adapters' base is in its checkpoints
+        self._reference = None if job.config.model.lora else on_rank0(job.plan.identity)
         self.done = self.saved = self._resume()
         self._state = self._state_now()
         ppo.policy.refit()
@@ -131,13 +132,6 @@ class PPOLoop:
                     file.unlink()
         recorder = RolloutRecorder(self.run_files.directory / "rollouts", self.config.record_rollouts)
         return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
-
-    def _identity(self) -> str:
-        """Return which model the policy is compared with, as far as that depends on files outside of the run."""
-        source = self.plan.source
-        if source is None or self.config.model.lora is not None:  # that one's base is in its own checkpoints
-            return ""
-        return checkpoint_files.model_identity(source if isinstance(source, Path) else source.path)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Roll out on the validation prompts, write rows to validation/ and return means as metrics."""
@@ -254,7 +248,7 @@ class PPOLoop:
         self.monitor.load_state_dict(state["monitor"])
         return manifest.step
 
-    def _same_reference(self, checkpoint: Path, before: str) -> None:
+    def _same_reference(self, checkpoint: Path, before: str | None) -> None:
         """Raise ConfigError if the model that this run began with is another one now; warn if only its files' times
         tell so."""
         if self._reference == before:

@@ -33,6 +33,11 @@ class Plan:
     """Checkpoint directory or Hugging Face directory; None for fresh weights."""
     manifest: checkpoint_files.Manifest | None
 
+    def identity(self) -> str | None:
+        """Name the model that is started from, as `checkpoint_files.model_identity` does; None for fresh weights."""
+        source = self.source.path if isinstance(self.source, HfDirectory) else self.source
+        return None if source is None else checkpoint_files.model_identity(source)
+
 
 def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:
     """Read and check everything the model needs, without building it.
