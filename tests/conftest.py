@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks share two cores
 # set at all, so that NeMo does not: with its value a forked process that tokenises waits for threads it does not have
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which some of its functions want
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest

@@ -11,7 +11,7 @@ others continue, and do not affect each other.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,27 @@ class _Newest(NamedTuple):
     longest: int
     """Number of columns that attention reads: all that any row sees, on a GPU rounded up."""
     visible: Tensor | None
-    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers."""
+    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers, or
+    nothing reads it."""
     in_window: Tensor | None
     """The same for layers with a sliding window."""
+
+
+class DecodingAttention(Protocol):
+    """Attention of each row's newest token to the columns of the cache up to its own; see `flash_decode`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        positions: Tensor,
+        longest: int,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Query [n, G, R, D], cache [n, G, 2, W, D], positions [n] -> [n, G, R, D]."""
 
 
 class Decoder:
@@ -73,10 +91,15 @@ class Decoder:
         energy: the energies that are read; None for none.
         record: records what a step does on this rank between one message of other stages and the next; it is then
             replayed. None for no recordings.
+        attention: of steps; None for `flash_decode` on a GPU, and torch's on a CPU.
     """
 
     def __init__(
-        self, chunks: list[Any], energy: EnergyProbeConfig | None = None, record: Recorder | None = None
+        self,
+        chunks: list[Any],
+        energy: EnergyProbeConfig | None = None,
+        record: Recorder | None = None,
+        attention: DecodingAttention | None = None,
     ) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
         config, self._description = self._models[0].config, self._models[0].description
@@ -90,7 +113,7 @@ class Decoder:
         self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
         self._layers = [[layer_weights(layer, energy) for layer in model.decoder.layers] for model in self._models]
-        self._record = record
+        self._record, self._decoding_attention = record, attention or _attention_of_device()
         self._replayed: list[ReplayedSteps] = []
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
@@ -177,7 +200,7 @@ class Decoder:
     def _newest(self, positions: Tensor, longest: int, hides: bool) -> _Newest:
         """Describe new tokens at these positions [n]; `hides`: a row may not see all of the `longest` columns."""
         visible = in_window = None
-        if hides:
+        if hides and self._decoding_attention is None:
             window = self._description.sliding_window
             columns, places = self._columns[:longest], positions[:, None]
             seen = columns <= places
@@ -275,10 +298,14 @@ class Decoder:
         rotate(qkv[..., : heads + 1, :], rotary)
         if newest is not None:
             cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
-            keys, values = cache[..., : newest.longest, :].unbind(2)
-            # the heads of a group are rows that share its keys
-            visible = newest.visible if layer.window is None else newest.in_window
-            out = attend(query[:, 0], keys, values, visible, **self._attention)
+            if self._decoding_attention is not None:
+                seen = (newest.positions, newest.longest)
+                out = self._decoding_attention(query[:, 0], cache, *seen, window=layer.window, **self._attention)
+            else:
+                keys, values = cache[..., : newest.longest, :].unbind(2)
+                # the heads of a group are rows that share its keys
+                visible = newest.visible if layer.window is None else newest.in_window
+                out = attend(query[:, 0], keys, values, visible, **self._attention)
         else:  # a prompt's own tokens come before its padding
             cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
             out = attend(
@@ -333,6 +360,14 @@ class Decoder:
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])[:, :, None, None]
         # a trainer with TransformerEngine's kernel rounds once, at the end
         return table.float() if self._models[0].config.apply_rope_fusion else table.to(self._storage)
+
+
+def _attention_of_device() -> DecodingAttention | None:
+    if not device.on_gpu():
+        return None
+    from nemo_eppo.generation.flash_decoding import flash_decode  # Triton comes with torch for GPUs only
+
+    return flash_decode
 
 
 def _rounded(columns: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, repetition_slopes, sample_tokens
-from nemo_eppo.generation.decoder import Decoder, Outputs
+from nemo_eppo.generation.decoder import Decoder, DecodingAttention, Outputs
 from nemo_eppo.generation.engine import Limits, check_requests
 from nemo_eppo.generation.replay import Recorder
 from nemo_eppo.generation.stops import Stops
@@ -38,7 +38,7 @@ class MegatronEngine:
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
         energy: the energies that completions bring, and with them entropies; None for neither.
-        record: see `Decoder`.
+        record, attention: see `Decoder`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class MegatronEngine:
         limits: Limits,
         energy: EnergyProbeConfig | None = None,
         record: Recorder | None = None,
+        attention: DecodingAttention | None = None,
     ) -> None:
         model = unwrap(chunks[0]).description
         limits.check(model)
@@ -55,7 +56,7 @@ class MegatronEngine:
         if self._stages.size() > 1:
             # hidden states go through the decoders' group, and do not wait there for another lane's token
             self._stages = sibling(self._stages)
-        self._lanes = [Decoder(chunks, energy, record) for _ in range(self._stages.size())]
+        self._lanes = [Decoder(chunks, energy, record, attention) for _ in range(self._stages.size())]
         self._version = 0
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:

@@ -146,7 +146,7 @@ def install() -> None:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         torch.cuda.set_device(device())
         return
-    for package in ("transformer_engine", "apex"):  # Megatron would take their optimizers, which want a GPU
+    for package in ("transformer_engine", "apex", "triton"):  # Megatron would take their kernels, which want a GPU
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError
     # their warnings advise users of GPUs, on every rank, at every start
     for module in (r"megatron\.core", r"torch\.distributed\.(checkpoint|c10d_logger)"):

@@ -101,8 +101,8 @@ def test_half_an_installation_is_not_mistaken_for_a_whole_one() -> None:
     assert "has to run before megatron.core is imported" in second
 
 
-def test_on_a_cpu_megatron_takes_no_optimizer_that_wants_a_gpu(tmp_path: Path) -> None:
-    for package in ("transformer_engine", "apex"):
+def test_on_a_cpu_megatron_takes_no_kernels_that_want_a_gpu(tmp_path: Path) -> None:
+    for package in ("transformer_engine", "apex", "triton"):
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('there is no GPU')")
     program = "import nemo_eppo.megatron; from megatron.core import optimizer; print(optimizer.Adam.__module__)"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
