@@ -81,7 +81,7 @@ def accelerators() -> Iterator[Finding]:
 
 
 def resources() -> Iterator[Finding]:
-    """Check shared memory and the limit of open files."""
+    """Check shared memory and how many files a process may open: ranks raise their limit to what the machine allows."""
     shared = shutil.disk_usage("/dev/shm")
     text = f"{shared.free / 2**30:.1f} GiB free of {shared.total / 2**30:.1f} in /dev/shm"
     if shared.free < _SHARED_MEMORY:
@@ -90,11 +90,11 @@ def resources() -> Iterator[Finding]:
         )
     else:
         yield ok("shared memory", text)
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        yield warning("open files", f"at most {soft}", f"ulimit -n {_OPEN_FILES}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _OPEN_FILES:
+        yield warning("open files", f"at most {hard}", f"raise the hard limit (ulimit -Hn) to {_OPEN_FILES}")
     else:
-        yield ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+        yield ok("open files", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}")
 
 
 def disk(directory: Path, needed: int) -> Finding:

@@ -191,7 +191,12 @@ class PPOLoop:
             "monitor": self.monitor.state_dict(),
             "ended": self._ended,
             "reference": self._reference,
+            "rewards": self._scales(),
         }
+
+    def _scales(self) -> list[list[float]]:
+        """Mean and standard deviation of each reward: no two reward models have the same."""
+        return [[column.mean, column.std] for column in self.ppo.sources.columns]
 
     def _save(self, step: int, validation: dict[str, float]) -> None:
         """Save actor and critic. The actor's checkpoint appears after the critic's, so that every actor that can be
@@ -237,6 +242,11 @@ class PPOLoop:
             self.batches.load_state_dict(state["batches"])
             self._ended = state.get("ended", False)
             self._same_reference(newest, state.get("reference", self._reference))
+            if (before := state.get("rewards", self._scales())) != self._scales():
+                self.run_files.logger.warning(
+                    "the run of %s had other rewards, by their means and standard deviations %s; they are %s now",
+                    *(newest, before, self._scales()),
+                )
         if ppo.critic is not None:
             assert self.config.critic is not None
             fresh = self.config.critic.fresh and newest is None

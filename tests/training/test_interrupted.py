@@ -269,7 +269,7 @@ def test_a_critic_that_does_not_fit_is_refused(whole: Runs, tmp_path: Path) -> N
         critic.stop()
 
 
-def test_files_of_steps_that_were_undone_go_and_another_reference_is_refused(whole: Runs, tmp_path: Path) -> None:
+def test_undone_steps_leave_no_files_and_other_models_are_noticed(whole: Runs, tmp_path: Path) -> None:
     runs, port = Runs(whole.models, whole.reward_url, tmp_path), free_port()
     for kind in ("actor", "critic"):
         shutil.copytree(whole.root / kind, tmp_path / kind, symlinks=True)
@@ -280,8 +280,11 @@ def test_files_of_steps_that_were_undone_go_and_another_reference_is_refused(who
     shutil.copytree(whole.models.sft, other)
     critic = runs.critic(port)
     try:
-        actor = runs.actor(port, model={"restore_from_path": other})  # a copy
+        rewards = [{"server": {"url": runs.reward_url}, "mean": 0.125}]  # as another reward model might have
+        actor = runs.actor(port, model={"restore_from_path": other}, rewards=rewards)  # a copy
         assert actor.wait(100) == 0, log(actor)
+        assert "had other rewards" in log(actor)
+        assert "they are [[0.125, " in log(actor)
         assert not [file for file in later if file.exists()]
         manifest = other / checkpoint_files.MANIFEST
         manifest.write_text(manifest.read_text().replace('"step": 0', '"step": 1'))
