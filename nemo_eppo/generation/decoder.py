@@ -8,9 +8,10 @@ A row of the cache belongs to one sequence; its columns are the sequence's posit
 others continue, and do not affect each other.
 """
 
+import logging
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,8 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.models.numerics import ACTIVATIONS
 from nemo_eppo.settings.energy import EnergyProbeConfig
+
+logger = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of activations
 
@@ -91,7 +94,7 @@ class Decoder:
         energy: the energies that are read; None for none.
         record: records what a step does on this rank between one message of other stages and the next; it is then
             replayed. None for no recordings.
-        attention: of steps; None for `flash_decode` on a GPU, and torch's on a CPU.
+        attention: of steps; None for `attention_of_device`.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class Decoder:
         self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
         self._layers = [[layer_weights(layer, energy) for layer in model.decoder.layers] for model in self._models]
-        self._record, self._decoding_attention = record, attention or _attention_of_device()
+        self._record, self._decoding_attention = record, attention or attention_of_device()
         self._replayed: list[ReplayedSteps] = []
         self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
 
@@ -362,11 +365,19 @@ class Decoder:
         return table.float() if self._models[0].config.apply_rope_fusion else table.to(self._storage)
 
 
-def _attention_of_device() -> DecodingAttention | None:
+@cache
+def attention_of_device() -> DecodingAttention | None:
+    """Return `flash_decode` on a GPU; None, which stands for torch's, on a CPU and where Triton cannot make kernels."""
     if not device.on_gpu():
         return None
-    from nemo_eppo.generation.flash_decoding import flash_decode  # Triton comes with torch for GPUs only
+    try:
+        from nemo_eppo.generation.flash_decoding import flash_decode  # Triton comes with torch for GPUs only
 
+        one = torch.zeros(1, 1, 2, 16, 16, device=device.device())
+        flash_decode(one[:, :, 0, :1], one, torch.zeros(1, dtype=torch.int64, device=one.device), 1)
+    except Exception as error:  # it wants a C compiler and Python's headers, and tells that in many ways
+        logger.warning("decoding is slower, with torch's attention: Triton cannot make a kernel here (%r)", error)
+        return None
     return flash_decode
 
 

@@ -25,6 +25,7 @@ from small_models import (
 )
 from torch import Tensor
 
+from nemo_eppo.generation.decoder import attention_of_device
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import device
@@ -139,6 +140,21 @@ def test_responses_are_those_of_torchs_attention(layout: str, model: ModelConfig
         assert one.token_ids == other.token_ids
         for name in ("logprobs", "entropies", "energies"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=5e-6, rtol=1e-5)
+
+
+def test_where_triton_makes_no_kernels_torch_attends_and_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("nemo_eppo.generation.flash_decoding.flash_decode", no_compiler)
+    attention_of_device.cache_clear()
+    assert attention_of_device() is None
+    attention_of_device.cache_clear()
+    assert "Failed to find C compiler" in caplog.text
 
 
 COMPILE = """

@@ -5,19 +5,23 @@ On a GPU both with kernels that are launched one by one, and with CUDA graphs.
 at the rate of a measured copy, over the time that a step took. Prompts, which are short, count as steps.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from checks import LLAMA_1B, LLAMA_8B, PRECISIONS, TINY, agreement
+from checks import LLAMA_1B, LLAMA_8B, PRECISIONS, TINY, agreement, passed
 from networks import their_model
-from pairs import Options, Row, interleave, medians
+from pairs import Options, Row, compare, interleave, medians
 from torch import Tensor
 
+from nemo_eppo.generation.decoder import attention_of_device
 from nemo_eppo.generation.engine import Limits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.replay import GraphRecorder
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.attention import attend
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.runner import ModelRunner
@@ -38,6 +42,7 @@ def measure(options: Options) -> Iterator[Row]:
     yield from agreements(TINY if options.smallest else LLAMA_1B, new=8 if options.smallest else 96)
     rate = copy_rate(2**20 if options.smallest else 2**32)
     yield {"what": "device copy", "TB/s, read and written": rate / 1e12}
+    yield from decoding_kernel(options, rate)
     shapes = {"tiny": TINY} if options.smallest else {"1B": LLAMA_1B, "8B": LLAMA_8B}
     for name, model in shapes.items():
         yield from speeds(name, model, options, rate)
@@ -64,6 +69,38 @@ def agreements(model: ModelConfig, new: int) -> Iterator[Row]:
                 ours, peer, expected = (x[batch.mask] for x in numbers)
                 row: Row = {"what": f"engine's {name}{how}", "tokens": len(ours)}
                 yield agreement(row, precision, ours, peer, expected)
+
+
+def decoding_kernel(options: Options, rate: float) -> Iterator[Row]:
+    """The Triton kernel of decoding steps against torch's attention, over rows of many lengths."""
+    if device.on_gpu():
+        found = "Triton's kernel" if attention_of_device() else "torch's attention"
+        yield passed(
+            {"what": "attention of decoding steps", "found": found}, "Triton's kernel", bool(attention_of_device())
+        )
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.modules.pop("triton", None)  # which `device.install()` hides on a CPU
+    from nemo_eppo.generation.flash_decoding import flash_decode
+
+    rows, groups, heads, width, columns = (2, 2, 2, 16, 256) if options.smallest else (64, 8, 4, 128, 4096)
+    positions = torch.randint(columns // 8, columns, (rows,), device=device.device())
+    hidden = torch.arange(columns, device=device.device()) > positions[:, None]
+    query = torch.randn(rows, groups, heads, width, device=device.device())
+    cache = torch.randn(rows, groups, 2, columns, width, device=device.device())
+    for precision in PRECISIONS if device.on_gpu() else ("fp32",):  # Triton's interpreter does not multiply in bf16
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        mask = torch.zeros(rows, 1, 1, columns, dtype=dtype, device=device.device())
+        mask.masked_fill_(hidden[:, None, None], -torch.inf)
+        q, kv = query.to(dtype), cache.to(dtype)
+        ours = partial(flash_decode, q, kv, positions, columns, blocks=None if device.on_gpu() else 4)
+        theirs = partial(attend, q, kv[:, :, 0], kv[:, :, 1], mask)
+        judge = attend(q.double(), kv[:, :, 0].double(), kv[:, :, 1].double(), mask.double())
+        yield agreement({"what": "attention of decoding steps"}, precision, ours(), theirs(), judge)
+        times = interleave({"Triton's kernel": ours, "torch's attention": theirs}, options.rounds)
+        seen = 2 * groups * width * kv.element_size() * int((positions + 1).sum())  # bytes
+        for row in compare(times, "torch's attention", precision=precision):
+            yield row | {"of the floor": seen / rate / float(row["clock s"])}
 
 
 def scorer(model: ModelConfig, precision: Precision, weights: Mapping[str, Tensor]) -> ModelRunner:
