@@ -17,6 +17,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "critic_train": (RemoteCritic, "train"),
     "actor_train": (PPO, "_train_policy"),
     "save": (checkpoint_files, "complete"),
+    "saved": (checkpoint_files, "complete"),
     "critic": (CriticService, "_train"),
 }
 

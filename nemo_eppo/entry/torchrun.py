@@ -11,10 +11,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nemo_eppo.config import NOT_FINISHED
+from nemo_eppo.config import NOT_FINISHED, RunStopped
 from nemo_eppo.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -62,10 +63,19 @@ def run_forked(ranks: int, function: Callable[[], None]) -> None:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
+    @wraps(function)
+    def rank() -> None:
+        try:
+            function()
+        except SystemExit as end:
+            if end.code == 0 and isinstance(end.__context__, RunStopped):
+                os._exit(0)  # it would wait until torchrun reads what it returns, which one told to end does not do
+            raise
+
     arguments = [*_loopback_rendezvous(), "--nproc-per-node", str(ranks), "--start-method", "fork", function.__name__]
     _meet_signals_when_ranks_have_started()
     with _status_of_unfinished():
-        elastic_launch(config_from_args(parse_args(arguments))[0], function)()
+        elastic_launch(config_from_args(parse_args(arguments))[0], rank)()
 
 
 def _meet_signals_when_ranks_have_started() -> None:
@@ -101,11 +111,15 @@ def _meet_signals_when_ranks_have_started() -> None:
 
 @contextmanager
 def _status_of_unfinished() -> Iterator[None]:
-    """End with the exit status of ranks that were told to end before their last step."""
+    """End with the exit status of ranks that were told to end before their last step; or, if torchrun was told it,
+    without a stack."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         yield
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         if error.get_first_failure()[1].exitcode != NOT_FINISHED:
             raise

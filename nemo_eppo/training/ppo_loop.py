@@ -43,12 +43,7 @@ def train_ppo(config: PPOConfig, run: Run) -> None:
                 loop.run(watch)
                 return
             except (ServerUnavailable, PeerError) as error:
-                if watch.told():  # a run that is to end waits for no server
-                    if loop.save_lost():
-                        run.logger.info("told to end while a server is lost: the steps done are saved")
-                        raise RunStopped from error
-                    raise
-                recovery.recover(error, loop.done, loop.save_lost)
+                recovery.recover(error, loop.done, loop.save_lost, watch)
                 ppo.timers.discard()
                 loop = PPOLoop(job, ppo)
 

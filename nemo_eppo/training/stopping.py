@@ -53,9 +53,14 @@ class StopWatch:
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has told this rank to end."""
+        return self._signal != 0
+
     def told(self) -> bool:
         """Return whether a signal has told any rank to end; collective."""
-        vote = torch.tensor(self._signal, dtype=torch.int32, device=device.device())
+        vote = torch.tensor(self.signalled, dtype=torch.int32, device=device.device())
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote)
 

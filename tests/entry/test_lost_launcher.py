@@ -164,10 +164,33 @@ run_forked(2, wait)
 """
 
 
-def test_a_signal_that_comes_while_ranks_start_ends_them_too() -> None:
+_TOLD_TO_END_LATER = """
+import os, signal, time
+from nemo_eppo.config import RunStopped
+from nemo_eppo.entry.job import errors_end_the_job
+from nemo_eppo.entry.torchrun import run_forked
+
+def train():
+    told = []
+    signal.signal(signal.SIGTERM, lambda *about: told.append(about))
+    rank = int(os.environ["RANK"])
+    with errors_end_the_job(rank):
+        print(os.getpid(), flush=True)
+        if rank == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        while not told:
+            time.sleep(0.1)
+        raise RunStopped
+
+run_forked(2, train)
+"""
+
+
+@pytest.mark.parametrize("program", [_TOLD_TO_END_AT_THE_START, _TOLD_TO_END_LATER])
+def test_a_torchrun_that_is_told_to_end_ends_soon_with_its_ranks(program: str) -> None:
     repository = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", _TOLD_TO_END_AT_THE_START], cwd=repository, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1, done.stderr
+    done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "forcefully exiting" not in done.stderr  # after 30 seconds
     assert not [pid for pid in done.stdout.split() if psutil.pid_exists(int(pid))]
