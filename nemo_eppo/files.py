@@ -224,7 +224,9 @@ def json_object(text: str | bytes) -> dict[str, Any]:
             or has the same key twice in an object (json.loads would silently take the last).
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        # json.loads itself would take halves of surrogate pairs in bytes, which are not UTF-8
+        read = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(read, object_pairs_hook=_unique_keys)
     except NotAnObject:
         raise
     except ValueError as error:

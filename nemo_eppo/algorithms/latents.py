@@ -20,15 +20,14 @@ class Gaussian(NamedTuple):
     """fp64 [d, d], lower triangular: the covariance is `factor @ factor.T`."""
 
 
-def fit_gaussian(latents: Tensor, shrinkage: float | None = None) -> Gaussian:
+def fit_gaussian(latents: Tensor) -> Gaussian:
     """Fit a Gaussian with the covariance `(1 - s) S + s tr(S)/d I` to latents.
 
-    S is the sample covariance (divided by N). Shrinking keeps it invertible even for N < d.
+    S is the sample covariance (divided by N). Shrinking keeps it invertible even for N < d; s is that of least expected
+    squared error (Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance matrices).
 
     Args:
         latents: [N, d], N at least 2.
-        shrinkage: s in [0, 1]; None chooses the s of least expected squared error (Ledoit and Wolf 2004, A
-            well-conditioned estimator for large-dimensional covariance matrices).
 
     Raises:
         ValueError: there are fewer than 2 latents, a number is not finite, or the covariance is singular even after
@@ -36,8 +35,6 @@ def fit_gaussian(latents: Tensor, shrinkage: float | None = None) -> Gaussian:
     """
     if latents.dim() != 2 or latents.shape[0] < 2 or latents.shape[1] < 1:
         raise ValueError(f"latents: shape {tuple(latents.shape)}; expected [N, d] with N at least 2")
-    if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage: {shrinkage}; expected 0 to 1, or None")
     require_finite("latents", latents)
     x = latents.double()
     mean = x.mean(dim=0)
@@ -46,17 +43,14 @@ def fit_gaussian(latents: Tensor, shrinkage: float | None = None) -> Gaussian:
     covariance = x.T @ x / count
     identity = torch.eye(width, dtype=x.dtype, device=x.device)
     target = covariance.trace() / width * identity
-    if shrinkage is None:
-        distance = (covariance - target).square().sum()
-        # error of S itself: mean over samples of ||x x^T - S||^2, over N; expanded, as x x^T is [d, d] per sample
-        error = (x.square().sum(dim=1).square().mean() - covariance.square().sum()) / count
-        shrinkage = 1.0 if error >= distance else float(error / distance)
+    distance = (covariance - target).square().sum()
+    # error of S itself: mean over samples of ||x x^T - S||^2, over N; expanded, as x x^T is [d, d] per sample
+    error = (x.square().sum(dim=1).square().mean() - covariance.square().sum()) / count
+    shrinkage = 1.0 if error >= distance else float(error / distance)
     factor, failed = torch.linalg.cholesky_ex((1 - shrinkage) * covariance + shrinkage * target)
     pivots = factor.diagonal().square()  # rounding may leave a tiny positive pivot where there should be none
     if failed or pivots.min() <= 1e-14 * pivots.max():
-        raise ValueError(
-            f"latents: the covariance of these {count} latents of width {width} is singular with shrinkage {shrinkage}"
-        )
+        raise ValueError(f"latents: the covariance of these {count} latents of width {width} is singular")
     return Gaussian(mean, factor)
 
 

@@ -28,15 +28,6 @@ class PolicyStats(NamedTuple):
     """Probability ratio of the policy to the old policy."""
 
 
-class ValueStats(NamedTuple):
-    """Detached scalars: add them up over micro-batches and ranks."""
-
-    tokens: Tensor
-    """Number of response tokens."""
-    clipped: Tensor
-    """Number of tokens whose loss is the clipped one; divided by `tokens` it is the value clip fraction."""
-
-
 def aggregate(per_token: Tensor, mask: Tensor, aggregation: Aggregation, denominator: float | Tensor) -> Tensor:
     """Return this micro-batch's share of a mean over the global mini-batch: of losses, entropies or KL estimates.
 
@@ -119,7 +110,7 @@ def value_loss(
     mask: Tensor,
     clip: float | None,
     denominator: float | Tensor,
-) -> tuple[Tensor, ValueStats]:
+) -> tuple[Tensor, Tensor]:
     """Sum `0.5 * max((V-R)^2, (clip(V, V_old-clip, V_old+clip)-R)^2)` over tokens, divided by the global token count.
 
     Args:
@@ -131,7 +122,7 @@ def value_loss(
         denominator: response tokens of the global mini-batch.
 
     Returns:
-        scalar loss share, and the sums for metrics.
+        scalar loss share, and the number of tokens whose loss is the clipped one, detached.
     """
     values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
     unclipped = (values - returns).square()
@@ -139,11 +130,7 @@ def value_loss(
     if clip is not None:
         clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
     loss = 0.5 * masked_sum(torch.maximum(unclipped, clipped), mask) / denominator
-    with torch.no_grad():
-        stats = ValueStats(
-            tokens=mask.sum().to(loss.dtype), clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask)
-        )
-    return loss, stats
+    return loss, masked_sum((clipped > unclipped).to(loss.dtype), mask)
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ _tell_once = cache(logger.info)  # INFO: other ranks than 0 show warnings only
 class Tokenizer:
     """Turns text into token ids and back.
 
-    A sequence is `encode_prompt(prompt) + encode_response(response)`: each is encoded without the other and the ids
-    are concatenated, so a prompt has the same tokens before every response.
+    A sequence is an encoded prompt and an encoded response: each is encoded without the other and the ids are
+    concatenated, so a prompt has the same tokens before every response.
     """
 
     eos_id: int
@@ -149,10 +149,6 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Encode one prompt as `encode_prompts` does."""
         return self.encode_prompts([text])[0]
-
-    def encode_response(self, text: str, end: bool = True) -> list[int]:
-        """Encode one response as `encode_responses` does."""
-        return self.encode_responses([text], end)[0]
 
     def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
         """Turn `ids` into text, with or without the special tokens (EOS, padding, BOS)."""

@@ -14,6 +14,9 @@ from scipy.special import gammaln
 
 Floats = NDArray[np.float64]
 FitKind = Literal["best_of_n", "rl"]
+_DRAWS = 1_000  # of the bootstrap
+_LEVEL = 0.95  # share of the draws that an interval, and the band at each place, holds
+_POINTS = 33  # places of a curve
 
 
 def best_of_n(proxy: ArrayLike, scores: ArrayLike, sizes: Sequence[int]) -> Floats:
@@ -91,16 +94,7 @@ class GaoFit:
     """Upper end."""
 
 
-def fit_gao(
-    kind: FitKind,
-    d: ArrayLike,
-    scores: ArrayLike,
-    *,
-    seed: int = 0,
-    draws: int = 1_000,
-    level: float = 0.95,
-    points: int = 33,
-) -> GaoFit:
+def fit_gao(kind: FitKind, d: ArrayLike, scores: ArrayLike, *, seed: int = 0) -> GaoFit:
     """Fit score(d) = start + d (a - b d), or for RL start + d (a - b log d), by least squares.
 
     Start is the mean score at d = 0. Bootstrap draws take prompts with replacement, all their d together.
@@ -108,9 +102,6 @@ def fit_gao(
     Args:
         d: [K] ascending, the first 0 and at least two more.
         scores: [P, K] of P prompts.
-        draws: bootstrap draws behind the intervals and the band.
-        level: share of the draws that each interval, and the band at each place, holds.
-        points: places of the curve.
 
     Raises:
         ValueError: d is not as described.
@@ -118,13 +109,13 @@ def fit_gao(
     d, scores = np.asarray(d, np.float64), np.asarray(scores, np.float64)
     if len(d) < 3 or d[0] != 0 or (np.diff(d) <= 0).any():
         raise ValueError(f"d: {d.tolist()}; expected 0 and at least two larger values, ascending")
-    prompts, places = len(scores), np.linspace(0, d[-1], points)
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
+    prompts, places = len(scores), np.linspace(0, d[-1], _POINTS)
+    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=_DRAWS)
     means = np.concatenate([np.full((1, prompts), 1.0), counts]) @ scores / prompts  # [1 + draws, K]
     start = means[:, :1]
     coefficients = (means - start)[:, 1:] @ np.linalg.pinv(_features(kind, d[1:])).T  # [1 + draws, 2]
     curves = start + coefficients @ _features(kind, places).T
-    ends = (1 - level) / 2, (1 + level) / 2
+    ends = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
     (a_low, b_low), (a_high, b_high) = np.quantile(coefficients[1:], ends, axis=0).tolist()
     low, high = np.quantile(curves[1:], ends, axis=0)
     (a, b) = coefficients[0].tolist()

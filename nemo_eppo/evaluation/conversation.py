@@ -5,7 +5,7 @@ from functools import partial
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.generate import Generator, GeneratorConfig
-from nemo_eppo.evaluation.prompts import render_chat
+from nemo_eppo.evaluation.responses import render_chat
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rollout.batch import FinishReason
 

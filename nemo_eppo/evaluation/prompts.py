@@ -1,13 +1,13 @@
 """Files of prompts: rows of texts, of chats, or of token ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import read_objects, text_fields
 from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
-from nemo_eppo.evaluation.responses import token_ids
+from nemo_eppo.evaluation.responses import render_chat, token_ids
 
 _PROMPT, _IDS = "prompt", "prompt_ids"
 
@@ -66,16 +66,6 @@ def read_prompts(
     if not found:
         raise ConfigError(f"{path}: no rows")
     return found
-
-
-def render_chat(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> str:
-    """Render a chat up to the beginning of the model's next turn; ConfigError if the template refuses it."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.render_chat(chat, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ConfigError(f"the tokenizer's chat template refuses this chat: {error}") from None
 
 
 def _read(path: Path, tokenizer: Tokenizer, vocab_size: int, chat_template: bool) -> Iterator[_Given]:

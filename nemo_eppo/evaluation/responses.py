@@ -1,6 +1,6 @@
 """Files of responses: rows of texts, or of the token ids that a run recorded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,16 @@ def require_chat_template(tokenizer: Tokenizer, model: Path) -> None:
     """Raise ConfigError if --chat-template was given for a model whose tokenizer has no template."""
     if tokenizer.chat_template is None:
         raise ConfigError(f"--chat-template: the tokenizer of {model} has none")
+
+
+def render_chat(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> str:
+    """Render a chat up to the beginning of the model's next turn; ConfigError if the template refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.render_chat(chat, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ConfigError(f"the tokenizer's chat template refuses this chat: {error}") from None
 
 
 class _Given(NamedTuple):
@@ -121,8 +131,7 @@ def _encode(block: list[_Given], tokenizer: Tokenizer, chat_template: bool) -> l
     texts = [given.text for given in block if not given.ids]
     prompts, responses = zip(*texts, strict=True) if texts else ((), ())
     if chat_template:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tuple(tokenizer.render_chat(chat, add_generation_prompt=True) for chat in turns)
+        prompts = tuple(render_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts)
     encoded = iter(zip(tokenizer.encode_prompts(prompts), tokenizer.encode(responses), strict=True))
     found: list[tuple[list[int], ...]] = []
     for given in block:

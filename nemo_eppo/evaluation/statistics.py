@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 Floats = NDArray[np.float64]
+_DRAWS = 2_000
+_LEVEL = 0.95  # share of the draws that an interval holds
 _BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
 
 
@@ -23,38 +25,33 @@ class Estimate(NamedTuple):
     high: float
 
 
-def bootstrap_mean(values: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95) -> Estimate:
+def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.
 
     Args:
         values: [N], one of each sample; N > 0.
-        level: share of the draws that the interval holds.
     """
     sample = np.asarray(values, dtype=np.float64)
-    means = [counts @ sample / len(sample) for counts in _resampled(len(sample), seed, draws)]
-    return _estimate(float(sample.mean()), np.concatenate(means), level)
+    means = [counts @ sample / len(sample) for counts in _resampled(len(sample), seed)]
+    return _estimate(float(sample.mean()), np.concatenate(means))
 
 
-def bootstrap_auroc(
-    labels: ArrayLike, scores: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95
-) -> Estimate:
+def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
     """Estimate the area under the ROC curve: how often a sample to be found has the higher score, ties half.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(roc_auc_score, _aurocs, labels, scores, seed, draws, level)
+    return _bootstrap(roc_auc_score, _aurocs, labels, scores, seed)
 
 
-def bootstrap_auprc(
-    labels: ArrayLike, scores: ArrayLike, seed: int, draws: int = 2_000, level: float = 0.95
-) -> Estimate:
+def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
     """Estimate the average precision, which is the share of labels that are True where scores say nothing.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed, draws, level)
+    return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed)
 
 
 def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float | None:
@@ -93,8 +90,6 @@ def _bootstrap(
     labels: ArrayLike,
     scores: ArrayLike,
     seed: int,
-    draws: int,
-    level: float,
 ) -> Estimate:
     truth, ranked = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     if truth.all() or not truth.any():
@@ -103,11 +98,11 @@ def _bootstrap(
     # places in the sorted samples where a new score begins: equal scores are found together
     starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))
     areas = []
-    for counts in _resampled(len(truth), seed, draws):
+    for counts in _resampled(len(truth), seed):
         weights = counts[:, descending]
         positives = np.add.reduceat(weights * truth[descending], starts, axis=1)
         areas.append(of_draws(positives, np.add.reduceat(weights, starts, axis=1) - positives))
-    return _estimate(float(exact(truth, ranked)), np.concatenate(areas), level)
+    return _estimate(float(exact(truth, ranked)), np.concatenate(areas))
 
 
 def _aurocs(positives: Floats, negatives: Floats) -> Floats:
@@ -126,16 +121,16 @@ def _average_precisions(positives: Floats, negatives: Floats) -> Floats:
     return area
 
 
-def _resampled(size: int, seed: int, draws: int) -> Iterator[Floats]:
+def _resampled(size: int, seed: int) -> Iterator[Floats]:
     """Yield blocks [some draws, size]: how often each sample is in each draw of `size` samples with replacement."""
     draw = np.random.default_rng(seed)
     block = max(1, _BLOCK // size)
-    for first in range(0, draws, block):
-        rows = min(block, draws - first)
+    for first in range(0, _DRAWS, block):
+        rows = min(block, _DRAWS - first)
         drawn = draw.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
-def _estimate(value: float, draws: Floats, level: float) -> Estimate:
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _estimate(value: float, draws: Floats) -> Estimate:
+    low, high = np.nanquantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Estimate(value, float(low), float(high))

@@ -35,18 +35,21 @@ def measure_here(precisions: set[Precision]) -> Cluster:
         arguments = [folder, *sorted(precisions)]
         processes = []
         for rank in range(_RANKS):
-            variables = {**os.environ, **THREADS, "LOCAL_RANK": str(rank), "CALIBRATION_RANK": str(rank)}
             command = [sys.executable, "-m", "nemo_eppo.launch.calibration", *arguments]
-            processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+            with (Path(folder) / f"{rank}.log").open("w") as log:  # a pipe that nobody reads may fill up
+                variables = {**os.environ, **THREADS, "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=variables, stderr=log))
         try:
-            messages = [process.communicate(timeout=_PATIENCE_S)[1] for process in processes]
+            for process in processes:
+                process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             raise RunError(f"--estimate here: processes that measure took more than {_PATIENCE_S} s") from None
         finally:
             for process in processes:
                 process.kill()
-        for process, message in zip(processes, messages, strict=True):
+        for rank, process in enumerate(processes):
             if process.returncode:
+                message = (Path(folder) / f"{rank}.log").read_text(errors="replace")
                 raise RunError(
                     f"--estimate here: a process that measures ended with {process.returncode}: {message[-2000:]}"
                 )
@@ -249,7 +252,7 @@ def main() -> None:
     from nemo_eppo.megatron import device
 
     folder, *precisions = sys.argv[1:]
-    rank = int(os.environ["CALIBRATION_RANK"])
+    rank = int(os.environ["LOCAL_RANK"])
     device.install()
     figures = _measure(precisions, rank, Path(folder))  # type: ignore[arg-type]
     (Path(folder) / f"{rank}.json").write_text(figures.model_dump_json())

@@ -194,7 +194,8 @@ class Supervisor:
                     start_new_session=True,  # Ctrl-C reaches only this process, which ends the jobs in order
                     preexec_fn=partial(end_with_parent, signal.SIGTERM),  # when the launcher itself is killed
                 )
-        row.state, row.started = State.STARTING if job.serves else State.RUNNING, time.monotonic()
+        row.state = State.STARTING if job.serves else State.RUNNING
+        row.started, row.ended = time.monotonic(), 0.0
 
     def _watch(self, name: str) -> None:
         job, row = self._launch.jobs[name], self._rows[name]

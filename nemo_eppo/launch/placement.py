@@ -72,7 +72,7 @@ class Placement:
             for end in (True, False)
         )
         distributed, layers = self.optimizer.distributed, shape.layers
-        step = update(self.weights, self.trained, layers, self.replicas, distributed, shape.bytes)
+        step = update(self.trained, layers, self.replicas, distributed, shape.bytes)
         return Passes(last * count + step, other * self._bubble)
 
     def hidden(self, cluster: Cluster, rows: int, length: int, targets: int) -> float:

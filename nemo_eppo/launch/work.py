@@ -241,11 +241,11 @@ class Shape:
         )
 
 
-def update(parameters: float, trained: float, layers: int, replicas: int, distributed: bool, each: int) -> Work:
+def update(trained: float, layers: int, replicas: int, distributed: bool, each: int) -> Work:
     """Sum gradients over replicas and update a rank's weights with AdamW.
 
     Args:
-        parameters: weights of a rank, of which `trained` learn, with `each` bytes a number.
+        trained: weights of a rank that learn, with `each` bytes a number.
         distributed: whether each replica updates its share and gathers those of the others.
     """
     share = trained / replicas if distributed else trained

@@ -35,6 +35,7 @@ Row = Mapping[str, Any]
 Means = Mapping[str, float | None]
 
 _STEP = "PPO step"
+_FIRST, _RISING = 6, 3  # responses shown: of the first prompts, and of those whose energy loss rose most
 _MINUS = "\N{MINUS SIGN}"
 _MEASURES = {  # column of a validation row -> name, unit
     "proxy_reward": ("Proxy reward", "standardised score of the reward model"),
@@ -288,13 +289,13 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     return figures
 
 
-def _samples(pairs: Sequence[tuple[Row, Row]], first: int = 6, rising: int = 3) -> str:
-    by_rise = sorted(pairs[first:], key=lambda pair: pair[0]["energy_loss"] - pair[1]["energy_loss"])
-    cards = [_card(a, b) for a, b in pairs[:first]]
+def _samples(pairs: Sequence[tuple[Row, Row]]) -> str:
+    by_rise = sorted(pairs[_FIRST:], key=lambda pair: pair[0]["energy_loss"] - pair[1]["energy_loss"])
+    cards = [_card(a, b) for a, b in pairs[:_FIRST]]
     if by_rise:
         cards.append("<h2>Largest rise in energy loss</h2>")
         cards.append('<p class="soft">Of the other prompts, those whose answers changed most in this respect.</p>')
-        cards += [_card(a, b) for a, b in by_rise[:rising]]
+        cards += [_card(a, b) for a, b in by_rise[:_RISING]]
     return "<h2>Responses before and after</h2>\n<p class='soft'>The first validation prompts.</p>\n" + "\n".join(cards)
 
 

@@ -1,9 +1,8 @@
 """Settings of a model: architecture, head, adapters, numeric precision, layout."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -144,17 +143,6 @@ class ModelConfig(Config):
     """Layers, counted from 0, to which sliding_window does not apply."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of freshly initialised weights."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_older_key(cls, values: Any) -> Any:
-        """Read `rope_scaling_factor`, which older checkpoints have in place of `rope_scaling`: Llama 3.1's factor."""
-        if not isinstance(values, Mapping) or "rope_scaling_factor" not in values:
-            return values
-        factor = values["rope_scaling_factor"]
-        constants = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-        scaling = None if factor is None else {"rope_type": "llama3", "factor": factor, **constants}
-        return {**{k: v for k, v in values.items() if k != "rope_scaling_factor"}, "rope_scaling": scaling}
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":

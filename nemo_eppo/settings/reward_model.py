@@ -115,8 +115,6 @@ class RewardModelConfig(Config):
     """The reward job (conf/serve_reward_model.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(1234, ge=0, lt=2**31)
-    """Seed of the process; it has no effect on a trained model."""
     model: ModelSetup
     """A checkpoint of train_reward_model.py, or a Hugging Face *ForSequenceClassification directory with one output and
     with "nemo_eppo_reward": {"mean", "std"} in its config.json."""

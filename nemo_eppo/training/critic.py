@@ -129,8 +129,8 @@ class CriticModel:
         clip = self._value_clip
 
         def loss_function(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, stats = value_loss(output[:, :-1, 0], rows["values"], rows["returns"], rows["mask"], clip, tokens)
-            return loss, {"value_clip_fraction": stats.clipped / tokens}
+            loss, clipped = value_loss(output[:, :-1, 0], rows["values"], rows["returns"], rows["mask"], clip, tokens)
+            return loss, {"value_clip_fraction": clipped / tokens}
 
         rows = {name: request[name] for name in ("tokens", "lengths", "returns", "values", "mask")}
         try:

@@ -143,7 +143,7 @@ def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
     if run.rank == 0:
         check_server(config.server)
     model = RewardModel(config.model)
-    runtime.initialize(config.model.parallel, config.seed)
+    runtime.initialize(config.model.parallel, seed=0)
     model.build()
     serve(model, ENDPOINTS, config.server, group=runtime.control_group())
     runtime.shutdown()

@@ -62,8 +62,7 @@ def policy_objective(**options: Any) -> Function:
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor) -> tuple[Tensor, ...]:
-    value, stats = policy.value_loss(values, old, returns, MASK, 0.2, 7.0)
-    return value, *stats
+    return policy.value_loss(values, old, returns, MASK, 0.2, 7.0)
 
 
 def mean_energy(x: Tensor) -> Tensor:

@@ -54,11 +54,18 @@ def test_a_bad_line_is_named(write_rows: Callable[..., Path], line: str, complai
         list(read_jsonl(path, ("a",)))
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(b'{"a": "caf\xe9"}\n')
-    with pytest.raises(ConfigError, match=r"latin\.jsonl:1: not JSON"):
+@pytest.mark.parametrize("line", [b'{"a": "caf\xe9"}\n', b'{"a": "x", "b": "\xed\xa0\x80"}\n'], ids=["Latin", "half"])
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: not JSON"):
         list(read_jsonl(path, ("a",)))
+
+
+def test_a_mark_of_the_byte_order_at_the_beginning_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "x"}\n')
+    assert list(read_jsonl(path, ("a",))) == [(1, ("x",))]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-200], lambda data: b"plain text", lambda data: data[:40] * 3])

@@ -47,7 +47,7 @@ def edited_copy(source: Path, target: Path, **settings: Any) -> Path:
 def test_bpe_round_trips_any_text_without_a_change(bpe_directory: Path) -> None:
     tokenizer = Tokenizer.from_directory(bpe_directory)
     text = "\n\nHuman: café 漢字 \U0001f9ed  two  spaces , kept .\t"
-    assert tokenizer.decode(tokenizer.encode_prompt(text) + tokenizer.encode_response(text)) == text + text
+    assert tokenizer.decode(tokenizer.encode_prompt(text) + tokenizer.encode_responses([text])[0]) == text + text
 
 
 def test_bpe_has_the_size_asked_for_and_learns_merges(bpe_directory: Path) -> None:
@@ -94,21 +94,21 @@ def test_bos_that_is_defined_but_never_added_stays_out(with_bos: Path, tmp_path:
 def test_response_has_no_bos_and_one_eos(with_bos: Path) -> None:
     tokenizer = Tokenizer.from_directory(with_bos)
     plain = AutoTokenizer.from_pretrained(with_bos)(TEXTS[1], add_special_tokens=False)["input_ids"]
-    assert tokenizer.encode_response(TEXTS[1]) == [*plain, tokenizer.eos_id]
-    assert tokenizer.encode_response(TEXTS[1] + "<eos>") == [*plain, tokenizer.eos_id]
-    assert tokenizer.encode_response(TEXTS[1], end=False) == plain
-    assert tokenizer.encode_response("") == [tokenizer.eos_id]
+    assert tokenizer.encode_responses([TEXTS[1]])[0] == [*plain, tokenizer.eos_id]
+    assert tokenizer.encode_responses([TEXTS[1] + "<eos>"])[0] == [*plain, tokenizer.eos_id]
+    assert tokenizer.encode_responses([TEXTS[1]], end=False)[0] == plain
+    assert tokenizer.encode_responses([""])[0] == [tokenizer.eos_id]
 
 
 def test_response_that_spells_eos_before_its_end_is_refused(bpe_directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"before its end.*stop<eos>go"):
-        Tokenizer.from_directory(bpe_directory).encode_response("stop<eos>go")
+        Tokenizer.from_directory(bpe_directory).encode_responses(["stop<eos>go"])
 
 
 def test_batches_equal_single_texts(with_bos: Path) -> None:
     tokenizer = Tokenizer.from_directory(with_bos)
     assert tokenizer.encode_prompts(TEXTS) == [tokenizer.encode_prompt(text) for text in TEXTS]
-    assert tokenizer.encode_responses(TEXTS) == [tokenizer.encode_response(text) for text in TEXTS]
+    assert tokenizer.encode_responses(TEXTS) == [tokenizer.encode_responses([text])[0] for text in TEXTS]
     assert tokenizer.encode_prompts([]) == []
 
 
@@ -119,7 +119,7 @@ def test_decode_drops_special_tokens(words: Tokenizer) -> None:
 def test_word_level_is_one_token_per_word(words: Tokenizer) -> None:
     assert words.vocab_size == 8
     assert words.encode_prompt("three red  red") == [7, 2, 2]
-    assert words.encode_response("blue") == [4, words.eos_id]
+    assert words.encode_responses(["blue"])[0] == [4, words.eos_id]
 
 
 def test_word_outside_the_vocabulary_is_an_error(words: Tokenizer) -> None:

@@ -225,7 +225,7 @@ def test_finished_responses_by_several_proxies_and_a_server(
         assert by_model == pytest.approx(expected, abs=1e-4)
         assert row["proxy_reward"] == pytest.approx(np.mean(row["proxy_rewards"]))
         ends = row["prompt"] != texts[2]["prompt"]
-        assert row["response_ids"] == own.encode_response(row["response"], end=ends)
+        assert row["response_ids"] == own.encode_responses([row["response"]], end=ends)[0]
         bonus = next(place for place, text in enumerate(texts) if text["prompt"] == row["prompt"])
         assert row["gold_reward"] == 10 * bonus + len(row["response_ids"]) + 0.5 * ends
     latents = torch.tensor([part["latents"] for part in read_rows(tmp_path / "out" / "parts" / "proxy_3.jsonl")])

@@ -122,7 +122,7 @@ def test_files_are_of_packages_of_their_own_and_the_seed_draws_among_them(tmp_pa
         assert not elsewhere & {row["prompt"] for row in rows[f"{kind}.train.jsonl"]}, "a package stays of its kind"
     tokenizer = Tokenizer.from_directory(tmp_path / "first" / "tokenizer")
     text = rows["preferences.train.jsonl"][0]["chosen"]
-    assert tokenizer.decode(tokenizer.encode_response(text, end=False)) == text
+    assert tokenizer.decode(tokenizer.encode_responses([text], end=False)[0]) == text
     assert all(row["chosen"] != row["rejected"] for row in rows["preferences.train.jsonl"])
 
 

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, word_level
 from nemo_eppo.evaluation.responses import read_responses
@@ -26,3 +28,15 @@ def test_texts_are_tokenised_as_in_training_with_bos(tmp_path: Path) -> None:
     trained = SFTDataset(path, tokenizer, max_sequence_length=10)[0]
     assert found.prompt.tolist() == trained.prompt_ids.tolist() == [fast.bos_token_id, *tokenizer.encode(["red"])[0]]
     assert found.response.tolist() == trained.response_ids.tolist()
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
+    word_level(["red", "green"], tmp_path / "words")
+    tokenizer = Tokenizer.from_directory(tmp_path / "words")
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'red' %}{{ raise_exception('not red') }}{% endif %}{{ messages[0].content }}"
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "response": "red"}) + "\n" for text in ("green", "red")))
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: the tokenizer's chat template refuses this chat: not red"):
+        read_responses(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)

@@ -37,8 +37,9 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
     sample: tuple[np.ndarray, np.ndarray],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", DRAWS)
     labels, scores = sample
-    found = bootstrap(labels, scores, seed=5, draws=DRAWS)
+    found = bootstrap(labels, scores, seed=5)
     draw = np.random.default_rng(5)
     areas = []
     for _ in range(DRAWS):
@@ -47,14 +48,17 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
     wanted = Estimate(sklearn(labels, scores), *np.quantile(areas, [0.025, 0.975]))
     assert found == pytest.approx(wanted, abs=1e-12)
     monkeypatch.setattr(statistics, "_BLOCK", 7 * 150)
-    assert bootstrap(labels, scores, seed=5, draws=DRAWS) == found, "whatever the size of a block"
+    assert bootstrap(labels, scores, seed=5) == found, "whatever the size of a block"
 
 
-def test_the_interval_of_a_mean_is_that_of_scipy(sample: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_interval_of_a_mean_is_that_of_scipy(
+    sample: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", 20_000)
     values = sample[1]
-    found = bootstrap_mean(values, seed=1, draws=20_000, level=0.9)
+    found = bootstrap_mean(values, seed=1)
     wanted = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile", rng=np.random.default_rng(2)
+        (values,), np.mean, n_resamples=20_000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
     assert found.value == pytest.approx(values.mean())
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)

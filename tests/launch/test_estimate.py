@@ -1,6 +1,7 @@
 """The estimate of a step, by hand: micro-batches, pipelines, links, what overlaps what; and as `doctor` tells it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from launched import eppo, write
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
+from nemo_eppo.launch import calibration
 from nemo_eppo.launch.cluster import H100, Cluster, Fixed, Link, read_cluster
 from nemo_eppo.launch.placement import Placement
 from nemo_eppo.launch.work import Work
@@ -45,6 +47,20 @@ def placed(ranks: int = 1, node: int = 8, **setup: Any) -> Placement:
     layout = {"architecture": MODEL, "tokenizer": Path("words"), **setup}
     optimizer = OptimizerConfig(lr=1e-6)
     return Placement("actor", MODEL, ModelSetup(**layout), ranks, node, True, 100.0, 100.0, optimizer)
+
+
+def test_processes_that_measure_may_warn_at_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\n"
+        "folder = Path(sys.argv[3])\nsys.stderr.write('warning\\n' * 20_000)\n"
+        f"(folder / f'{{os.environ[\"LOCAL_RANK\"]}}.json').write_text({SECOND.model_dump_json()!r})\n"
+        "while len(list(folder.glob('*.json'))) < 2:\n    time.sleep(0.01)\n"  # ranks wait for each other
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.setattr(calibration, "_PATIENCE_S", 10)
+    assert calibration.measure_here({"fp32"}) == SECOND
 
 
 def test_rows_fill_micro_batches_of_replicas() -> None:

@@ -25,7 +25,7 @@ from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, Supervisor, run_local
-from nemo_eppo.launch.status import Status
+from nemo_eppo.launch.status import State, Status
 from nemo_eppo.observability.metrics import read_metrics
 
 
@@ -97,6 +97,21 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     assert [block for block in blocks if block.exists()] == []
     for word in ("address", "grpc://127.0.0.1:", "starting", "ready", "running", "failed", "stopped"):
         assert word in shown.decode()
+
+
+def test_a_server_that_is_started_again_counts_its_time_anew(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_eppo.launch.local._argv", lambda *_: [sys.executable, "-c", ""])
+    launch = read_launch(write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml"))
+    supervisor = Supervisor(launch, Gpus(launch, []))
+    row = next(row for row in supervisor.rows if row.name == "reward")
+    supervisor._start("reward")
+    row.url = "grpc://127.0.0.1:1"  # it had been ready
+    while not supervisor._restarts["reward"]:
+        supervisor._watch("reward")
+        time.sleep(0.01)
+    assert (row.state, row.ended) == (State.STARTING, 0.0)
 
 
 def test_jobs_that_are_told_to_end_show_how_long_they_may_take(

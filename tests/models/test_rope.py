@@ -96,13 +96,6 @@ def test_frequencies_are_the_formulas() -> None:
     assert inverse_frequencies(4, 100.0, linear).tolist() == pytest.approx([0.5, 0.05])
 
 
-def test_checkpoints_from_before_keep_their_factor() -> None:
-    older = MODEL.model_dump(exclude={"rope_scaling"})
-    assert load_config(ModelConfig, older | {"rope_scaling_factor": None}) == MODEL
-    found = load_config(ModelConfig, older | {"rope_scaling_factor": 32.0}).rope_scaling
-    assert found == RopeScaling(rope_type="llama3", factor=32, original_max_position_embeddings=8192, **FACTORS)
-
-
 @pytest.mark.parametrize(
     ("scaling", "said"),
     [

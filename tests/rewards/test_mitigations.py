@@ -53,14 +53,14 @@ def test_every_pair_of_terms_adds_up(one: str, other: str) -> None:
 
 
 def test_the_latent_penalty_is_the_mahalanobis_distance() -> None:
-    from sklearn.covariance import EmpiricalCovariance
+    from sklearn.covariance import LedoitWolf
 
     sft = torch.randn(500, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 3
     latents = 3 + 2 * torch.randn(B, 5, dtype=torch.float64)
-    gaussian = fit_gaussian(sft, shrinkage=0.0)
+    gaussian = fit_gaussian(sft)
     whitened = torch.linalg.solve_triangular(gaussian.factor, (latents - gaussian.mean).T, upper=False).T
     penalty = pipeline({"latent_penalty": {"gamma": 0.3}})(make_inputs(latents=whitened))
-    expected = EmpiricalCovariance().fit(sft.numpy()).mahalanobis(latents.numpy()) ** 0.5
+    expected = LedoitWolf().fit(sft.numpy()).mahalanobis(latents.numpy()) ** 0.5
     assert penalty.ledger.contributions["reward/latent_penalty"].tolist() == pytest.approx((-0.3 * expected).tolist())
     with pytest.raises(ValueError, match=r"latents: needed for shaping\.latent_penalty"):
         pipeline({"latent_penalty": {"gamma": 0.3}})(make_inputs(latents=None))

@@ -164,7 +164,7 @@ def test_every_text_fits_the_tokenizer(task: Path) -> None:
     tokenizer = Tokenizer.from_directory(task / "tokenizer")
     for row in read_rows(task / "sft.train.jsonl"):
         assert tokenizer.decode(tokenizer.encode_prompt(row["prompt"])) == row["prompt"]
-        assert tokenizer.decode(tokenizer.encode_response(row["response"])) == row["response"]
+        assert tokenizer.decode(tokenizer.encode_responses([row["response"]])[0]) == row["response"]
 
 
 def test_files_depend_on_the_seed_and_their_own_size_only(tmp_path: Path) -> None:
