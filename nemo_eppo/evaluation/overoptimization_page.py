@@ -2,14 +2,13 @@
 
 import html
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_eppo.evaluation.overoptimization import Curves, compare
+from nemo_eppo.evaluation.overoptimization import Curves, compare, half_interval, over_distance
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.pictures import lines, write_picture
@@ -47,7 +46,8 @@ def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Ma
     write_picture(
         out / "curves.png",
         [
-            lines(_over_steps(shown, of_seeds, name), "PPO step", f"{name} reward", f"{name.capitalize()} reward")
+            lines(series(shown, of_seeds, name), x_label, f"{name} reward", f"{name.capitalize()} reward")
+            for series, x_label in _CURVES
             for name in ("gold", "proxy")
         ],
     )
@@ -84,21 +84,20 @@ def _body(
     figures = []
     for group in groups:
         shown = [_PLAIN, _OURS, *group]
-        for name in ("gold", "proxy"):
-            chart = line_chart(_over_steps(shown, of_seeds, name), "PPO step", f"{name} reward")
-            figures.append(figure(f"{name.capitalize()} reward", ", ".join(shown), chart))
-        if fits := _over_distance(shown, found):
-            about_fits = "Fits of d (a - b log d) to the gold reward, at distances that all runs of a method reached."
-            chart = line_chart(fits, "d, the square root of KL in nats", "gold reward")
-            figures.append(figure("Gold reward by distance", about_fits, chart))
+        for series, x_label in _CURVES:
+            for name in ("gold", "proxy"):
+                chart = line_chart(series(shown, of_seeds, name), x_label, f"{name} reward")
+                figures.append(figure(f"{name.capitalize()} reward", ", ".join(shown), chart))
     return [
         "<h1>Over-optimisation</h1>",
         f'<p class="lead">{html.escape(verdict(found))}</p>',
         f'<p class="soft">{html.escape(facts)}; reward-model seeds {", ".join(map(str, found["seeds"]))}</p>',
         "<h2>All methods</h2>",
-        '<p class="soft">Means over seeds, with 95% intervals by bootstrap over seeds.</p>',
+        '<p class="soft">Means over seeds, with Student\'s 95% intervals; on how many seeds a method is better than '
+        "plain PPO, and the p-value of Wilcoxon's test. In brackets: how many seeds went so far from the SFT model, if "
+        "not all.</p>",
         plain_table(_rows(found, order)),
-        section("Curves", "Means over seeds, with 95% bands.", figures),
+        section("Curves", "Means over seeds, with Student's 95% bands; distances that all seeds reach.", figures),
     ]
 
 
@@ -107,16 +106,19 @@ def _rows(found: Mapping[str, Any], order: Sequence[str]) -> list[list[str]]:
 
 
 def _row(found: Mapping[str, Any], method: str) -> list[str]:
-    measured = found["methods"][method]
+    measured, seeds = found["methods"][method], len(found["seeds"])
     cells = [method]
     for name in _COLUMNS:
         if name == "less":
             less = measured["final"]["less"].get(_PLAIN)
-            cells.append("" if less is None else _interval(less))
+            cells.append("" if less is None else f"{_interval(less)}, {less['higher']:.0f}/{seeds}, p {less['p']:.3f}")
         elif name == f"wins_over_{_OURS}" and method == _OURS:
             cells.append("")
         else:
             cells.append(_interval(measured[name]) if name == "final" else f"{measured[name]['value']:.3f}")
+        reached = round(seeds * measured["reaches_equal_kl"]["value"])
+        if name == "equal_kl" and reached < seeds:
+            cells[-1] += f" ({reached})"
     return cells
 
 
@@ -125,23 +127,29 @@ def _interval(estimate: Mapping[str, float]) -> str:
 
 
 def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:
-    series = []
-    for number, method in enumerate(methods):
-        values = np.array([getattr(run, name) for run in of_seeds[method]])
-        spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-        error = 1.96 * spread / math.sqrt(len(values))
-        mean, steps = values.mean(axis=0).tolist(), of_seeds[method][0].steps
-        series.append(Series(method, COLORS[number % len(COLORS)], steps, mean, error.tolist()))
-    return series
+    read = ((of_seeds[method][0].steps, [getattr(run, name) for run in of_seeds[method]]) for method in methods)
+    return _bands(methods, read)
 
 
-def _over_distance(methods: Sequence[str], found: Mapping[str, Any]) -> list[Series]:
-    series = []
-    for number, method in enumerate(methods):
-        if (fit := found["fits"][method]) is not None:
-            error = (np.subtract(fit["high"], fit["low"]) / 2).tolist()
-            series.append(Series(method, COLORS[number % len(COLORS)], fit["d"], fit["curve"], error))
-    return series
+def _over_distance(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:
+    return _bands(methods, (over_distance(of_seeds[method], name) for method in methods))
+
+
+def _bands(methods: Sequence[str], read: Iterable[tuple[Any, Any]]) -> list[Series]:
+    """Means of values [seeds, places] at their places, with bands."""
+    return [
+        Series(
+            method,
+            COLORS[number % len(COLORS)],
+            list(places),
+            np.mean(values, axis=0).tolist(),
+            [half_interval(of_place) for of_place in np.transpose(values)],
+        )
+        for number, (method, (places, values)) in enumerate(zip(methods, read, strict=True))
+    ]
+
+
+_CURVES = ((_over_steps, "PPO step"), (_over_distance, "square root of the KL to the SFT model, in nats"))
 
 
 def _curves(run: Curves) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """The comparison of an over-optimisation bench against numpy and closed forms, and the bench itself, hardly trained."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from scipy import stats
 
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, over_distance, win_rate
 from nemo_eppo.evaluation.overoptimization_page import verdict, write_results
@@ -34,11 +36,11 @@ def curves(gold: list[float], kl: list[float] | None = None, **other: Any) -> Cu
 
 def test_gold_at_a_distance_is_interpolated() -> None:
     run = curves([0.0, 1.0, 0.5], kl=[0.0, 4.0, 8.0])
-    assert [run.gold_at(kl) for kl in (0.0, 1.0, 4.0, 6.0, 8.0)] == [0.0, 0.25, 1.0, 0.75, 0.5]
-    assert run.gold_at(9.0) == 0.5, "never so far: the last step's"
+    assert [run.at(kl, run.gold) for kl in (0.0, 1.0, 4.0, 6.0, 8.0)] == [0.0, 0.25, 1.0, 0.75, 0.5]
+    assert run.at(9.0, run.gold) == 0.5, "never so far: the last step's"
     back = curves([0.0, 1.0, 0.5, 0.2], kl=[0.0, 4.0, 2.0, 8.0])
-    assert back.gold_at(3.0) == 0.75, "the first time counts"
-    assert back.gold_at(6.0) == pytest.approx(0.35)
+    assert back.at(3.0, back.gold) == 0.75, "the first time counts"
+    assert back.at(6.0, back.gold) == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +75,17 @@ def test_methods_are_compared_in_pairs() -> None:
         differences = final["other"] - final[name]
         less = other["final"]["less"][name]
         assert less["value"] == pytest.approx(differences.mean())
-        # the interval of the mean by the normal distribution is near that by the bootstrap
-        error = 1.96 * differences.std() / 6**0.5
-        assert less["high"] - less["low"] == pytest.approx(2 * error, rel=0.15)
+        interval = stats.ttest_rel(final["other"], final[name]).confidence_interval(0.95)
+        assert (less["low"], less["high"]) == pytest.approx((interval.low, interval.high))
+        assert less["higher"] == (differences > 0).sum()
+        # of all ways to give the ranks signs, the share with a sum as far from half of all ranks
+        ranks = stats.rankdata(abs(differences))
+        sums = [np.dot(signs, ranks) for signs in itertools.product((0, 1), repeat=6)]
+        far = abs(np.dot(differences > 0, ranks) - 10.5)
+        assert less["p"] == pytest.approx(np.mean([abs(total - 10.5) >= far for total in sums]))
         assert other[f"wins_over_{name}"]["seeds"] == (final["other"] > final[name]).astype(float).tolist()
     assert found["methods"]["eppo"]["equal_kl"]["value"] == 2.0, "plain PPO's peak is theirs as well"
+    assert found["methods"]["eppo"]["reaches_equal_kl"]["value"] == 1.0
     assert "eppo" not in found["methods"]["eppo"]["final"]["less"]
 
 
@@ -87,7 +95,7 @@ def test_the_fit_over_the_distance_finds_what_made_the_curves() -> None:
     d = np.maximum.accumulate(kl) ** 0.5
     gold = 0.2 + d * (0.8 - 0.5 * np.log(np.maximum(d, 1e-9)))
     runs = {name: {seed: curves(gold.tolist(), kl.tolist()) for seed in (1, 2)} for name in ("ppo", "eppo")}
-    places, values = over_distance(list(runs["ppo"].values()), points=4)
+    places, values = over_distance(list(runs["ppo"].values()), "gold", points=4)
     assert places.tolist() == [0.0, 1.0, 2.0, 3.0]
     assert values[0][[0, 2, 3]] == pytest.approx(0.2 + np.array([0, 2, 3]) * (0.8 - 0.5 * np.log([1, 2, 3])))
     fit = compare(runs, ("ppo",))["fits"]["eppo"]
