@@ -17,6 +17,8 @@ from nemo_eppo.megatron import device
 
 PARTS = ("parity", "decoder", "job", "training", "device_memory", "checkpoint", "device_idle")
 """In the order of what they teach, should time end."""
+LIMIT_S = 480
+"""Seconds that a part may take."""
 
 
 def main() -> None:
@@ -32,12 +34,21 @@ def main() -> None:
     print(f"torch {torch.__version__}, {', '.join(device.describe()) or 'no GPU'}", flush=True)
     if len(arguments.only) > 1 and not options.smallest:  # in a process of its own each, which may lose its GPU
         command = [sys.executable, *sys.argv, "--only"]
-        passed = [subprocess.run([*command, name], check=False).returncode == 0 for name in arguments.only]
+        passed = [in_time([*command, name]) for name in arguments.only]
     else:
         passed = [run(name, options, arguments.output) for name in arguments.only]
     ok = all(passed)
     print("everything passed" if ok else "something FAILED", flush=True)
     sys.exit(0 if ok else 1)
+
+
+def in_time(command: list[str]) -> bool:
+    """Run a part in a process of its own, and tell whether it passed; its rows so far are kept if its time is over."""
+    try:
+        return subprocess.run(command, check=False, timeout=LIMIT_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{command[-1]}: not ended after {LIMIT_S} s", flush=True)
+        return False
 
 
 def run(name: str, options: Options, output: Path) -> bool:

@@ -15,6 +15,7 @@ from checks import CHECK, FAIL, PASS, agreement
 from pairs import Options, Row
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.gpu
 
 
 def ran(parts: list[str], output: Path) -> None:
@@ -40,6 +41,17 @@ def test_all_parts_but_the_launches_pass_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_launches_pass_on_a_cpu(tmp_path: Path) -> None:
     ran(["job"], tmp_path)
+
+
+def test_a_part_whose_time_is_over_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "LIMIT_S", 0.5)
+    assert not suite.in_time(
+        [sys.executable, "-c", "import time; print('a row', flush=True); time.sleep(60)", "parity"]
+    )
+    assert capfd.readouterr().out == "a row\nparity: not ended after 0.5 s\n"
+    assert not suite.in_time([sys.executable, "-c", "raise SystemExit(1)", "parity"])
 
 
 def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What this machine's modules cannot compute is refused by name."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from features import GEMMA2, MISTRAL, YARN
@@ -30,3 +31,15 @@ def test_features_are_told_to_megatron_in_its_own_words() -> None:
     assert (llama.window_size, llama.softmax_scale, llama.layernorm_zero_centered_gamma) == (None, 8**-0.5, False)
     yarn = specs.transformer_config(MODEL.model_copy(update={"rope_scaling": YARN}), ParallelConfig(), "fp32")
     assert yarn.softmax_scale == pytest.approx(8**-0.5 * (1 + 0.1 * math.log(4)) ** 2)
+
+
+@pytest.mark.parametrize("has_te", [False, True])
+@pytest.mark.parametrize("installed", ["fused_weight_gradient_mlp_cuda", "another"])
+def test_weight_gradients_are_fused_where_transformer_engine_and_apex_are(
+    monkeypatch: pytest.MonkeyPatch, has_te: bool, installed: str
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: has_te)
+    monkeypatch.setattr(specs, "_installed", lambda name: name == installed)
+    monkeypatch.setattr(specs, "TransformerConfig", SimpleNamespace)  # Megatron's asks for TransformerEngine itself
+    config = specs.transformer_config(MODEL, ParallelConfig(), "fp32")
+    assert config.gradient_accumulation_fusion == (has_te and installed != "another")
