@@ -140,16 +140,19 @@ class TensorRTLLMEngine:
             return []
         size = self._config.tensor_parallel_size
         engines = self._replica.size() // size
-        number = self._mine.start // size
+        mine = requests[self._mine.start // size :: engines]
+
+        def answer(process: EngineProcess) -> list[Completion]:
+            version, answered = process.ask("generate", {"requests": mine})
+            return [
+                _completion(tokens, logprobs, version, params["max_tokens"], stops)
+                for (tokens, logprobs), (_, params) in zip(answered, mine, strict=True)
+            ]
+
         gathered: list[Any] = [None] * self._replica.size()
-        dist.all_gather_object(gathered, self._ask("generate", requests=requests[number::engines]), self._replica)
-        answers = gathered[::size]  # answers of the ranks that have a process
-        completions = []
-        for index, (_, params) in enumerate(requests):
-            version, answered = answers[index % engines]
-            tokens, logprobs = answered[index // engines]
-            completions.append(_completion(tokens, logprobs, version, params["max_tokens"], stops))
-        return completions
+        dist.all_gather_object(gathered, self._on_process(answer), self._replica)
+        answers = gathered[::size]  # of the ranks that have a process
+        return [answers[index % engines][index // engines] for index in range(len(requests))]
 
     def sleep(self) -> None:
         """Free all of the engine's GPU memory, to give it to training; the weights have to be sent again."""

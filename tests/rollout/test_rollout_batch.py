@@ -1,6 +1,7 @@
 """Rollout batches: layout of tokens and actions, selection, validation, seeds and mini-batches."""
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -191,3 +192,14 @@ def test_greedy_responses_begin_and_end_as_sampled_ones() -> None:
     }
     sampled = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, **ends)
     assert sampled.as_greedy == SamplingParams(greedy=True, **ends)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_completions_travel_whole(reads: bool) -> None:
+    read = (torch.rand(3), torch.rand(4, 2)) if reads else (None, None)
+    sent = Completion([7, 128_000, 0], torch.tensor([-1.5, -0.1, 0.0]), FinishReason.LENGTH, 12, *read)
+    got = pickle.loads(pickle.dumps(sent))
+    assert (got.token_ids, got.finish_reason, got.weight_version) == (sent.token_ids, FinishReason.LENGTH, 12)
+    for name in ("logprobs", "entropies", "energies"):
+        one, other = getattr(got, name), getattr(sent, name)
+        assert (one is None and other is None) or torch.equal(one, other)
