@@ -33,13 +33,20 @@ class RunStopped(RunError):
 NOT_FINISHED = os.EX_TEMPFAIL
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested settings with its dotted key."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def flat(node: Any, path: str = "", *, lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested settings with its dotted key.
+
+    Args:
+        lists: also those in lists of sections, after the length of such a list.
+    """
+    if lists and isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        yield path, f"a list of {len(node)}"
+        node = dict(enumerate(node))
+    if isinstance(node, Mapping) and (node or not path):
+        for name, value in node.items():
+            yield from flat(value, f"{path}.{name}" if path else str(name), lists=lists)
+    else:
+        yield path, node
 
 
 class Config(BaseModel):

@@ -86,6 +86,11 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, as `write_atomically` does; ValueError if a number is NaN or infinite."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
 @contextmanager
 def directory_made_whole(path: Path) -> Iterator[Path]:
     """Give a new directory to fill, which becomes `path` when the block succeeds; until then `path` is not touched.

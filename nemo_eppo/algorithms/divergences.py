@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.choices import DivergenceKind, KLEstimator
-from nemo_eppo.algorithms.masking import zero_outside
-from nemo_eppo.algorithms.policy import MAX_LOG_RATIO
+from nemo_eppo.algorithms.masking import masked_log_ratio
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEstimator) -> Tensor:
@@ -29,8 +28,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: KLEs
     Returns:
         [B, T] in nats, zero outside the mask.
     """
-    log_ratio = zero_outside(logprobs, mask) - zero_outside(ref_logprobs, mask)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = masked_log_ratio(logprobs, ref_logprobs, mask)
     if kind == "k1":
         return log_ratio
     if kind == "k2":
@@ -68,8 +66,7 @@ def sequence_divergence(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) ->
         ref_logprobs: [B, T].
         mask: bool [B, T].
     """
-    log_ratio = zero_outside(logprobs, mask) - zero_outside(ref_logprobs, mask)
-    total = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(dim=1)
+    total = masked_log_ratio(logprobs, ref_logprobs, mask).sum(dim=1)
     ratio, inverse = _expm1_with_tail(total), _expm1_with_tail(-total)
     return SequenceDivergence(total, ratio, total + inverse, ratio + inverse)
 

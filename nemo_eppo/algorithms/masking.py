@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_MAX_LOG_RATIO = 20.0  # e^20 is 5e8, as good as infinite, and nothing overflows
+
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, sequence_length: int) -> Tensor:
     """Return True where action `t` predicts a response token: `prompt_length <= t + 1 < length`.
@@ -41,6 +43,12 @@ def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool or x.shape != mask.shape:
         raise ValueError(f"mask: expected bool {tuple(x.shape)} as the values, got {mask.dtype} {tuple(mask.shape)}")
     return torch.where(mask, x if x.dtype == torch.float64 else x.float(), 0.0)
+
+
+def masked_log_ratio(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Return `clamp(logprob - ref_logprob, -20, 20)` [B, T], zero outside the mask [B, T]."""
+    log_ratio = zero_outside(logprobs, mask) - zero_outside(ref_logprobs, mask)
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.choices import Aggregation
-from nemo_eppo.algorithms.masking import masked_mean, masked_sum, zero_outside
-
-MAX_LOG_RATIO = 20.0
-"""A token's log-ratio is clamped to +-20 before exp: e^20 is 5e8, as good as infinite, and nothing overflows."""
+from nemo_eppo.algorithms.masking import masked_log_ratio, masked_mean, masked_sum, zero_outside
 
 
 class PolicyStats(NamedTuple):
@@ -82,8 +79,7 @@ def policy_loss(
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip: {dual_clip}; expected a number above 1, or None")
     advantages = zero_outside(advantages, mask)
-    log_ratio = zero_outside(logprobs, mask) - zero_outside(old_logprobs, mask)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = masked_log_ratio(logprobs, old_logprobs, mask)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -143,8 +139,7 @@ def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, 
         mask: bool [B, T]; the weights are zero outside.
         cap: largest weight, above 0.
     """
-    log_weights = zero_outside(old_logprobs, mask) - zero_outside(engine_logprobs, mask)
-    return zero_outside(log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), mask)
+    return zero_outside(masked_log_ratio(old_logprobs, engine_logprobs, mask).exp().clamp(max=cap), mask)
 
 
 @torch.no_grad()

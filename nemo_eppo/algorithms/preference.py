@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.choices import ScoreReduction
 from nemo_eppo.algorithms.masking import last_action, masked_mean, masked_sum, response_mask
+from nemo_eppo.algorithms.odin import pearson
 
 CALIBRATION_BINS = 10
 
@@ -94,8 +95,6 @@ def preference_metrics(
         0, bins, correct - confidence
     )
 
-    scores_off, lengths_off = scores - scores.mean(), lengths - lengths.mean()
-    spread = scores_off.norm() * lengths_off.norm()
     return {
         "accuracy": correct.mean().item(),
         "margin": lead.mean().item(),
@@ -105,6 +104,6 @@ def preference_metrics(
         "chosen_std": chosen.std(correction=0).item(),
         "rejected_mean": rejected.mean().item(),
         "rejected_std": rejected.std(correction=0).item(),
-        "length_correlation": ((scores_off * lengths_off).sum() / spread).item() if spread > 0 else 0.0,
+        "length_correlation": pearson(scores, lengths).item(),
         "ece": (gap.abs().sum() / len(lead)).item(),
     }

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import json_object
+from nemo_eppo.files import json_object, write_atomically
 
 DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -100,11 +100,9 @@ def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable
         yield cast(BinaryIO, file), lambda: bar.update(stored.tell() - bar.n)
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write one JSON object per line, UTF-8."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json_line(row))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by one JSON object per line, UTF-8; it is complete or as before."""
+    write_atomically(path, "".join(map(json_line, rows)))
 
 
 def json_line(row: Mapping[str, Any]) -> str:

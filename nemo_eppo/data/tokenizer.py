@@ -165,12 +165,9 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder
         return {token.content: index for index, token in added.items() if token.special}
 
-    def digest(self) -> str:
-        """Return the SHA-256 of vocabulary and special ids: with the same digest, all token ids mean the same."""
-        return self._digest
-
     @cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """SHA-256 of vocabulary and special ids: with the same digest, all token ids mean the same."""
         # cached, because a large vocabulary takes 0.3 s and every status request reads it
         content = [sorted(self._tokenizer.get_vocab().items()), self._bos, self._adds_bos, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

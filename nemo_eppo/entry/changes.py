@@ -1,13 +1,11 @@
 """The settings of a run between its starts: which of them may change, and which would make another run out of it."""
 
-from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import Config, ConfigError, flat
 from nemo_eppo.entry.settings import as_yaml
 from nemo_eppo.settings.run import ExpManagerConfig
 
@@ -56,10 +54,10 @@ def changes(config: Config, settings: ExpManagerConfig) -> list[str]:
     file = directory / "config.yaml"
     if not file.exists() or not _has_checkpoint(directory):
         return []
-    was = dict(_leaves(yaml.safe_load(file.read_text())))
-    now = dict(_leaves(yaml.safe_load(as_yaml(config))))
+    was = dict(flat(yaml.safe_load(file.read_text()), lists=True))
+    now = dict(flat(yaml.safe_load(as_yaml(config)), lists=True))
     # a key that the file lacks is new in this version, and its default is what the run was started with
-    chosen = dict(_leaves(config.model_dump(mode="json", exclude_defaults=True)))
+    chosen = dict(flat(config.model_dump(mode="json", exclude_defaults=True), lists=True))
     told, refused = [], []
     for key in dict.fromkeys([*was, *now]):
         old, new = was.get(key), now.get(key)
@@ -83,15 +81,3 @@ def changes(config: Config, settings: ExpManagerConfig) -> list[str]:
 def _has_checkpoint(directory: Path) -> bool:
     """Whether a job or a part of it, such as a member of an ensemble, has saved what a start would resume from."""
     return any(any(directory.glob(f"{part}checkpoints/step_*")) for part in ("", "*/"))
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value below sections and lists of sections with its dotted key, and the length of such lists."""
-    if isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
-        yield path, f"a list of {len(node)}"
-        node = dict(enumerate(node))
-    if isinstance(node, Mapping) and node:
-        for name, value in node.items():
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
-    else:
-        yield path, node

@@ -1,6 +1,6 @@
 """The settings of a job: Hydra composes them from YAML files and the command line, and the job's schema checks them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -134,6 +134,14 @@ def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
 def plain(composed: DictConfig) -> dict[str, Any]:
     """Return composed settings as nested dicts and lists; `???` stands for a value that is required and not set."""
     return cast(dict[str, Any], OmegaConf.to_container(composed))
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace dotted keys by nested mappings, so that overrides find them."""
+    result = OmegaConf.create({})
+    for key, value in settings.items():
+        OmegaConf.update(result, str(key), nested(value) if isinstance(value, dict) else value, force_add=True)
+    return plain(result)
 
 
 def as_yaml(config: Config) -> str:

@@ -1,7 +1,6 @@
 """The energy report: page, pictures, numbers and samples of what RLHF did to the energy loss of a model."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table
 from nemo_eppo.evaluation.energies import Energies
 from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart
 from nemo_eppo.observability.pictures import histogram, lines, write_picture
 from nemo_eppo.observability.report_page import figure, page, sample_card, section
@@ -66,8 +65,8 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     curves, measure = _curves(sweep)
     if curves:
         write_picture(output / "sweep.png", [lines(curves, "layer", measure, "Every layer, every preset")])
-    write_atomically(output / "samples.jsonl", "".join(map(json_line, samples)))
-    write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_jsonl(output / "samples.jsonl", samples)
+    write_json(output / "report.json", report)
     body = [
         "<h1>Energy loss before and after RLHF</h1>",
         f'<p class="soft">{len(energies.after):,} prompts; {" against ".join(map(html.escape, names))}</p>',

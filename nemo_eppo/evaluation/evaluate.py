@@ -12,7 +12,7 @@ from nemo_eppo.evaluation.evaluation_page import write_page
 from nemo_eppo.evaluation.evaluation_results import join_rows, results_of, write_results
 from nemo_eppo.evaluation.generate import GenerateConfig, Generating
 from nemo_eppo.evaluation.responses import Response, read_responses
-from nemo_eppo.evaluation.reward_scoring import RewardScoring, check_fits
+from nemo_eppo.evaluation.reward_scoring import RewardScoring
 from nemo_eppo.evaluation.rows_file import RowsFile, parts_folder
 from nemo_eppo.evaluation.score import ScoreConfig, Scoring
 from nemo_eppo.evaluation.source_scoring import SourceScoring, sample_of
@@ -102,10 +102,10 @@ class Evaluation:
         }
         self._parts.mkdir(parents=True, exist_ok=True)
         self._generating, depends_on = self._answers()
-        for model in models.values():
-            model.check_fits(owner.tokenizer, self._longest, f"{owner.setup.restore_from_path}")
+        for key, model in models.items():
+            model.plan.check_fits(options[key], owner.tokenizer, f"{owner.setup.restore_from_path}", self._longest)
         if reference is not None:
-            check_fits(reference, "--reference", owner.tokenizer, self._longest, f"{config.model}")
+            reference.check_fits("--reference", owner.tokenizer, f"{config.model}", self._longest)
         self._scorers = [
             (key, scorer, RowsFile(self._parts / f"{key}.jsonl", "evaluate", scorer.identity | depends_on))
             for key, scorer in scorers.items()

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from nemo_eppo.algorithms.ensembles import combine_scores
-from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.best_of_n import Floats, GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
 from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
 from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.rewards.sample import Sample
 
 Row = dict[str, Any]
@@ -186,7 +186,7 @@ def write_results(directory: Path, results: Results, settings: Mapping[str, Any]
     The second is a list of {"instruction", "answers", "answers_ids", "proxy_scores", "gold_scores"}, one for each
     prompt, as NeMo-Aligner's users and the authors of the methods read it; scores that were not asked for are [].
     """
-    write_atomically(directory / "samples.jsonl", "".join(map(json_line, results.rows)))
+    write_jsonl(directory / "samples.jsonl", results.rows)
     instructions = [
         {
             "instruction": of_one[0]["prompt"],
@@ -207,4 +207,4 @@ def write_results(directory: Path, results: Results, settings: Mapping[str, Any]
         "best_of_n": {name: asdict(selection) for name, selection in results.best_of_n.items()},
         "detectors": {found.sign: found.as_dict() for found in results.detectors},
     }
-    write_atomically(directory / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_json(directory / "summary.json", summary)

@@ -1,7 +1,6 @@
 """What `nemo-eppo judge` writes: verdicts.jsonl, summary.json, report.html and report.png."""
 
 import html
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.pairs import Pair
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
 from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
 from nemo_eppo.observability.report_page import figure, page, sample_card, section
@@ -73,7 +72,7 @@ def write_judgement(
     """
     results = {name: _result(pairs) for name, pairs in judged.items()}
     rows = (_row(name, one) for name, pairs in judged.items() for one in pairs)
-    write_atomically(directory / "verdicts.jsonl", "".join(map(json_line, rows)))
+    write_jsonl(directory / "verdicts.jsonl", rows)
     against = str(baseline) if baseline else "actor_num0_response of each row"
     about = [f"{name.replace('_', ' ')}: {value}" for name, value in {"baseline": against, **judge}.items()]
     body = ["<h1>Pairwise judgement</h1>", f'<p class="soft">{html.escape("; ".join(about))}</p>']
@@ -82,7 +81,7 @@ def write_judgement(
     write_picture(directory / "report.png", _panels(results))
     checkpoints = {name: _plain(result) for name, result in results.items()}
     summary = {"judge": dict(judge), "baseline": against, "checkpoints": checkpoints}
-    write_atomically(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_json(directory / "summary.json", summary)
     return text_table("Against the baseline, with 95% intervals", _table_rows(results))
 
 

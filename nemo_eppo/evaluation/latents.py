@@ -62,11 +62,11 @@ class LatentReading:
             batch_size=config.batch_size,
             parallel=config.parallel,
         )
-        if not scoring.statistics["latent_size"]:
-            kind = scoring.statistics["kind"]
+        if not scoring.model.latent_size:
+            kind = scoring.model.statistics()["kind"]
             raise ConfigError(f"--model: {config.model} is of kind {kind!r} and has no latents; expected 'inform'")
         if config.chat_template:
-            require_chat_template(scoring.tokenizer, config.model)
+            require_chat_template(scoring.plan.tokenizer, config.model)
         self._rows = {name: self._read(path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))}
         if len(self._rows["sft"]) <= NEIGHBOURS:
             raise ConfigError(
@@ -91,10 +91,8 @@ class LatentReading:
         return write_latents(config.output, sft, rlhf, told, config.alpha, config.perplexity)
 
     def _read(self, path: Path) -> list[Response]:
-        scoring = self._scoring
-        return read_responses(
-            path, scoring.tokenizer, scoring.vocab_size, scoring.max_sequence_length, self.config.chat_template
-        )
+        model, tokenizer = self._scoring.model, self._scoring.plan.tokenizer
+        return read_responses(path, tokenizer, model.vocab_size, model.max_sequence_length, self.config.chat_template)
 
     def _file(self, parts: Path, name: str, data: Path) -> RowsFile:
         settings = self._scoring.identity | {"data_sha256": sha256(data), "chat_template": self.config.chat_template}
@@ -102,7 +100,7 @@ class LatentReading:
 
     def _latents(self, name: str) -> Latents:
         found = read_rows(self._files[name].path)
-        samples = [sample_of(row, self._scoring.tokenizer) for row in self._rows[name]]
+        samples = [sample_of(row, self._scoring.plan.tokenizer) for row in self._rows[name]]
         texts = [(sample.prompt, sample.response) for sample in samples]
         latents: Tensor = torch.tensor([row["latents"] for row in found], dtype=torch.float64)
         return Latents(latents, [row["reward"] for row in found], [row.line for row in self._rows[name]], texts)

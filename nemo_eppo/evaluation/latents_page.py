@@ -1,7 +1,6 @@
 """What `nemo-eppo latents` writes: samples.jsonl, latents.json, report.html and latents.png."""
 
 import html
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
-from nemo_eppo.data.jsonl import json_line
+from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
 from nemo_eppo.observability.pictures import histogram, scatter, write_picture
@@ -79,7 +78,7 @@ def write_latents(
             group.lines, group.rewards, distances[name], chances[name], where[name].tolist(), strict=True
         )
     )
-    write_atomically(directory / "samples.jsonl", "".join(map(json_line, rows)))
+    write_jsonl(directory / "samples.jsonl", rows)
     results: dict[str, Any] = {
         **told,
         "latent_size": sft.latents.shape[1],
@@ -104,7 +103,7 @@ def write_latents(
     write_atomically(directory / "report.html", page("Latents", body))
     panels = [scatter(cloud, "t-SNE 1", "t-SNE 2", _MAP[0]), histogram(spread, _DISTANCE, _HISTOGRAM[0])]
     write_picture(directory / "latents.png", panels)
-    write_atomically(directory / "latents.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(directory / "latents.json", results)
     return text_table("Latents", shown)
 
 

@@ -1,7 +1,6 @@
 """The results of an over-optimisation bench: results.json, report.html, curves.png and a table for the terminal."""
 
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemo_eppo.evaluation.overoptimization import Curves, compare, half_interval, over_distance
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.pictures import lines, write_picture
 from nemo_eppo.observability.report_page import figure, page, section
@@ -37,7 +36,7 @@ def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Ma
         method: {str(seed): _curves(of_seed[seed]) for seed in found["seeds"]} for method, of_seed in runs.items()
     }
     results = {"about": dict(about), **found, "curves": curves}
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     order = _order(found)
     of_seeds = {method: [runs[method][seed] for seed in found["seeds"]] for method in order}
     write_atomically(out / "report.html", page("Over-optimisation", _body(found, order, of_seeds, about)))

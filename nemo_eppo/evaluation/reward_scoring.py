@@ -9,7 +9,6 @@ import torch
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.jsonl import json_line
-from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.rows_file import RowsFile
@@ -18,7 +17,6 @@ from nemo_eppo.megatron import runtime
 from nemo_eppo.servers.client import Rewards
 from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
 from nemo_eppo.training.reward_service import RewardModel
-from nemo_eppo.training.setup import Plan
 
 
 class RewardScoring:
@@ -47,47 +45,14 @@ class RewardScoring:
     ) -> None:
         setup = ModelSetup(restore_from_path=path, precision=precision, parallel=parallel, micro_batch_size=batch_size)
         self._path, self._where = path, where
-        self._model = RewardModel(setup, where, ranks=parallel.model_parallel_size)
+        self.model = RewardModel(setup, where, ranks=parallel.model_parallel_size)
+        self.plan = self.model.plan
         self._built = False
-
-    @property
-    def plan(self) -> Plan:
-        """The checked model."""
-        return self._model.plan
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model."""
-        return self.plan.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids have to be below it."""
-        return self._model.vocab_size
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Tokens that a prompt and its response may have together."""
-        return self._model.max_sequence_length
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Mean and std of the scores on validation data, kind, latent size; see `RewardModel.statistics`."""
-        return self._model.statistics()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What rows of this model depend on, beside the responses; for `RowsFile`."""
         return {"model": model_name(self.plan.source), "precision": self.plan.setup.precision}
-
-    def check_fits(self, tokenizer: Tokenizer, longest: int, of: str) -> None:
-        """Raise ConfigError if responses of another model, which `of` names, cannot be scored.
-
-        Args:
-            tokenizer: what their token ids belong to.
-            longest: tokens of the longest prompt and response together.
-        """
-        check_fits(self.plan, self._where, tokenizer, longest, of)
 
     def score(self, rows: Sequence[Response]) -> Rewards:
         """Score responses: raw rewards [N, 1], and latents [N, d] (d = 0 unless the model is an InfoRM); collective.
@@ -96,8 +61,8 @@ class RewardScoring:
         Mahalanobis distance.
         """
         self._load()
-        tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.tokenizer.pad_id)
-        out = self._model.infer({"tokens": tokens, "prompt_lengths": prompt_lengths, "lengths": lengths})
+        tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.plan.tokenizer.pad_id)
+        out = self.model.infer({"tokens": tokens, "prompt_lengths": prompt_lengths, "lengths": lengths})
         rewards = Rewards(out["rewards"], out.get("latents", torch.zeros(len(rows), 0)))
         wrong = ~torch.isfinite(torch.cat(rewards, dim=1)).all(dim=1)
         if wrong.any():
@@ -119,12 +84,13 @@ class RewardScoring:
         if output.done == len(rows):
             return
         for row in rows:
-            if (largest := max(row.prompt.max(), row.response.max())) >= self.vocab_size:
+            if (largest := max(row.prompt.max(), row.response.max())) >= self.model.vocab_size:
                 raise ConfigError(
                     f"{self._where}: the response in line {row.line} has the token id {largest}, but {self._path} has "
-                    f"a vocabulary of {self.vocab_size}"
+                    f"a vocabulary of {self.model.vocab_size}"
                 )
-        (mean,), (std,) = self.statistics["mean"], self.statistics["std"]
+        statistics = self.model.statistics()
+        (mean,), (std,) = statistics["mean"], statistics["std"]
 
         def lines(window: slice) -> list[str]:
             return reward_lines(self.score(rows[window]), mean, std)
@@ -135,7 +101,7 @@ class RewardScoring:
     def _load(self) -> None:
         if not self._built:
             runtime.initialize(self.plan.setup.parallel, seed=0)
-            self._model.build()
+            self.model.build()
             self._built = True
 
 
@@ -145,22 +111,3 @@ def reward_lines(found: Rewards, mean: float, std: float) -> list[str]:
         json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
         for reward, latent in zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
     ]
-
-
-def check_fits(model: Plan, where: str, tokenizer: Tokenizer, longest: int, of: str) -> None:
-    """Raise ConfigError if a model cannot read responses of another one.
-
-    Args:
-        where: the option that names the model, for messages.
-        tokenizer: what the responses' token ids belong to.
-        longest: tokens of the longest prompt and response together.
-        of: names the other model.
-    """
-    path, window = model.setup.restore_from_path, model.model.max_sequence_length
-    if model.tokenizer.digest() != tokenizer.digest():
-        raise ConfigError(f"{where}: {path} has another tokenizer than {of}")
-    if window < longest:
-        raise ConfigError(
-            f"{where}: {path} has a window of {window} tokens; expected at least {longest}, the longest prompt and "
-            "response together"
-        )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_atomically
+from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_json
 
 
 def parts_folder(output: Path, what: str) -> Path:
@@ -77,7 +77,7 @@ class RowsFile:
         Raises:
             ConfigError: another process writes it, or has done so since this object was made.
         """
-        write_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
+        write_json(self._settings_file, self._settings)
         if earlier := _held.pop(self.path, None):  # of a command that failed, called from the same program
             earlier.close()
         held = _held[self.path] = self.path.open("ab")

@@ -1,7 +1,6 @@
 """The report of `nemo-eppo detect`: page, picture and numbers of the signs of reward hacking in a run."""
 
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 
 from nemo_eppo.evaluation.detection import COMBINED, Detector, detectors_table
 from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, PATIENCE, RunDetection
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.pictures import lines, write_picture
@@ -54,7 +53,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         lines(shares, _STEP, "share of responses", "Hacked, and above a threshold"),
     ]
     write_picture(output / "detection.png", panels)
-    write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(output / "report.json", report)
     curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
     of_run = alarms_table(curves, config)

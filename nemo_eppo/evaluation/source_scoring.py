@@ -65,7 +65,7 @@ class SourceScoring:
         """
         pool = FunctionPool(FunctionsConfig())
         stack.callback(pool.close)
-        expect = {"tokenizer": self._tokenizer.digest(), "max_sequence_length": longest}
+        expect = {"tokenizer": self._tokenizer.digest, "max_sequence_length": longest}
         self._asked = build_source(self._source, expect, "any", pool)
         stack.callback(self._asked.close)
         if len(self._asked.columns) > 1:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.engine import Limits, check_requests
-from nemo_eppo.generation.refit import aligned, pack
+from nemo_eppo.generation.refit import Bucket, TensorInfo, aligned, pack
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.generation.trtllm_client import EngineProcess, EngineProcessError
 from nemo_eppo.megatron import device
@@ -66,8 +66,8 @@ class TensorRTLLMEngine:
         size, rank = config.tensor_parallel_size, self._replica.rank()
         self._mine = slice(rank - rank % size, rank - rank % size + size)
         """The ranks, within the replica, of this rank's engine."""
-        expected = [(name, shape, str(dtype)) for name, shape in hf_names(model)]
-        whole = sum(aligned(math.prod(shape) * dtype.itemsize) for _, shape, _ in expected)
+        expected = [TensorInfo(name, shape, str(dtype)) for name, shape in hf_names(model)]
+        whole = sum(aligned(math.prod(info.shape) * dtype.itemsize) for info in expected)
         self._bucket_bytes = min(config.bucket_megabytes * 2**20, whole)
         start = {
             "model": str(hf_directory),
@@ -107,7 +107,7 @@ class TensorRTLLMEngine:
         for number, bucket in enumerate(packed):
             digests = torch.stack([digest for _, digest, _ in bucket]).tolist()
             infos = [
-                (name, tuple(tensor.shape), str(tensor.dtype), value)
+                TensorInfo(name, tuple(tensor.shape), str(tensor.dtype), value)
                 for (name, _, tensor), value in zip(bucket, digests, strict=True)
             ]
             device.synchronize()  # the other process does not wait for what this one has queued
@@ -115,7 +115,7 @@ class TensorRTLLMEngine:
             dist.all_gather_object(handles, ipc.handles([(name, t) for name, _, t in bucket]), group=self._replica)
             if number:
                 self._on_process(EngineProcess.answer)
-            self._tell("bucket", header=(version, number, infos), handles=handles[self._mine])
+            self._tell("bucket", bucket=Bucket(version, number, infos), handles=handles[self._mine])
         self._on_process(EngineProcess.answer)
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:

@@ -49,7 +49,7 @@ class EngineServer:
         self,
         model: str,
         gpus: int,
-        expected: list[tuple[str, tuple[int, ...], str]],
+        expected: list[TensorInfo],
         pad_id: int,
         free_gpu_memory_fraction: float,
         max_seq_len: int,
@@ -72,7 +72,7 @@ class EngineServer:
             runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
         )
         self._sampling_params, self._pad_id = SamplingParams, pad_id
-        self._receiver = Receiver([TensorInfo(*info) for info in expected])
+        self._receiver = Receiver(expected)
         self._released: set[str] = set()
         self._llm = AsyncLLM(
             model=model,
@@ -102,10 +102,8 @@ class EngineServer:
         self._receiver.begin(version)
         await self._take(_ALL_BUT_CACHE)
 
-    async def bucket(self, header: tuple[int, int, list[tuple[Any, ...]]], handles: list[str]) -> None:
+    async def bucket(self, bucket: Bucket, handles: list[str]) -> None:
         """Load the tensors of every GPU's shared buffer, and check what the workers have loaded."""
-        version, number, tensors = header
-        bucket = Bucket(version, number, [TensorInfo(*info) for info in tensors])
         self._receiver.expect(bucket)
         loaded = await self._load("load_bucket", handles)
         self._receiver.check(bucket, [[TensorInfo(*info) for info in infos] for infos in loaded])

@@ -4,8 +4,8 @@ import copy
 from typing import Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.entry.settings import read_settings
-from nemo_eppo.launch.command import CRITIC, HELD_OUT, REPOSITORY, REWARDS, Address, overrides
+from nemo_eppo.launch.command import CRITIC, HELD_OUT, REWARDS
+from nemo_eppo.launch.job import job_settings
 from nemo_eppo.launch.launch_file import LaunchConfig
 
 
@@ -50,12 +50,11 @@ def colocated(launch: LaunchConfig) -> LaunchConfig:
 
 def _models(launch: LaunchConfig, name: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The critic of a server's settings, as the actor's `critic.colocated`, and its reward models, as `rewards`."""
-    kind, values = launch.jobs[name].kind, overrides(launch, name, {name: Address("")})
-    config: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, values)
+    config = job_settings(launch, name)
     source = config.model.restore_from_path
     if source is None:
         raise ConfigError(f"jobs.{name}: a colocated model needs model.restore_from_path")
-    if kind.serves == "reward":
+    if launch.jobs[name].kind.serves == "reward":
         return None, [{"colocated": {"restore_from_path": str(source)}}]
     critic = {
         "restore_from_path": str(source),

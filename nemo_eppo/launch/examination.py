@@ -4,7 +4,6 @@
 valid settings (job_checks.py).
 """
 
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.entry.settings import read_settings
-from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, Address, overrides, own_address, script
+from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
-from nemo_eppo.launch.job import DATA, Job
+from nemo_eppo.launch.job import DATA, Job, job_settings
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.products import maker, product, stand_in
 from nemo_eppo.launch.together import examine_together
+from nemo_eppo.servers.ports import obstacle
 
 if TYPE_CHECKING:
     from nemo_eppo.settings.model import Head
@@ -83,9 +82,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: l
     Args:
         root: a directory for what stands in for checkpoints that earlier jobs will make; None if no file is looked at.
     """
-    config, kind = launch.jobs[name], launch.jobs[name].kind
-    nowhere = dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
-    settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, name, nowhere))
+    config, kind, settings = launch.jobs[name], launch.jobs[name].kind, job_settings(launch, name)
     job = Job(name, kind, config.ranks, settings)
     jobs.append(job)
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
@@ -210,9 +207,5 @@ def _ports(launch: LaunchConfig) -> Iterator[Finding]:
             yield error("ports", f"{where}: the job {owners[own.port]} has it already", mend)
         if own.port:
             owners[own.port] = name
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((own.host, own.port))
-            except OSError as fault:
-                yield error("ports", f"{where}: cannot listen there, {fault.strerror}", mend)
+        if fault := obstacle(own.host, own.port):
+            yield error("ports", f"{where}: cannot listen there, {fault}", mend)

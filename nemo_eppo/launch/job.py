@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nemo_eppo.entry.settings import read_settings
+from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.settings.kinds import JobKind
 
 if TYPE_CHECKING:
@@ -59,3 +62,9 @@ class Job:
         for part in key.split("."):
             value = getattr(value, part, None)
         return value
+
+
+def job_settings(launch: LaunchConfig, name: str) -> Any:
+    """Return the checked settings of a job before any server has an address; ConfigError as the job would report it."""
+    kind, nowhere = launch.jobs[name].kind, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
+    return read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, name, nowhere))

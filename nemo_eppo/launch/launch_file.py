@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
+from nemo_eppo.entry.settings import nested
 from nemo_eppo.settings.kinds import KINDS, JobKind
 
 _SIZES = {"nodes": "nodes", "ntasks": "ranks_per_node", "ntasks-per-node": "ranks_per_node"}
@@ -245,7 +246,7 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
         jobs = loaded.get("jobs")
         for job in jobs.values() if isinstance(jobs, dict) else ():
             if isinstance(job, dict) and isinstance(job.get("settings"), dict):
-                job["settings"] = _nested(job["settings"])
+                job["settings"] = nested(job["settings"])
         merged = OmegaConf.merge(loaded, changes)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -273,12 +274,3 @@ def _parsed(overrides: Sequence[str]) -> Any:
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"{override}: expected KEY=VALUE ({' '.join(str(error).split())})") from None
     return OmegaConf.from_dotlist(list(overrides))
-
-
-def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace dotted keys by nested mappings, so that overrides find them."""
-    result = OmegaConf.create({})
-    for key, value in settings.items():
-        OmegaConf.update(result, str(key), _nested(value) if isinstance(value, dict) else value, force_add=True)
-    nested: Any = OmegaConf.to_container(result)
-    return nested

@@ -1,6 +1,5 @@
 """Runs a launch on this machine: starts its jobs in order, watches them, and ends every process."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -16,12 +15,13 @@ from types import FrameType
 
 import psutil
 
-from nemo_eppo.config import NOT_FINISHED, ConfigError
+from nemo_eppo.config import NOT_FINISHED
 from nemo_eppo.launch.command import THREADS, Address, environment, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.nursery import ForkedJob, Nursery
 from nemo_eppo.launch.status import Row, State, Status
+from nemo_eppo.observability.run import hold
 from nemo_eppo.processes import adopt_orphans, end_with_parent
 from nemo_eppo.servers import certificates
 from nemo_eppo.servers.ports import free_port
@@ -59,7 +59,8 @@ def run_local(launch: LaunchConfig, nursery: Nursery | None = None) -> None:
         ConfigError: a launch with the same output is running, or there are too few GPUs.
         LaunchError: a job failed or a signal came. In any case all jobs have been stopped.
     """
-    with _only_one(launch), _stop_signals():
+    hold(launch.output)
+    with _stop_signals():
         supervisor = Supervisor(launch, Gpus(launch, visible_gpus()), nursery)
         with Status(supervisor.rows) as status:
             try:
@@ -256,17 +257,6 @@ def _with_port(address: Address) -> Address:
     """Choose a port now, so that clients can be started together with the server."""
     port = free_port(address.host, address.port)
     return replace(address, port=port, url=f"grpc://{address.host}:{port}")
-
-
-@contextmanager
-def _only_one(launch: LaunchConfig) -> Iterator[None]:
-    launch.output.mkdir(parents=True, exist_ok=True)
-    with (launch.output / "launch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
-        except OSError:
-            raise ConfigError(f"output = {launch.output}: a launch with this output is running") from None
-        yield
 
 
 def _ignore_signals() -> None:

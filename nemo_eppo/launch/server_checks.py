@@ -38,5 +38,5 @@ def examine_server(url: str, certificates: Path | None, actor: Job | None = None
         return
     if actor.longest > window:
         yield error(check, f"takes {window} tokens, the actor sends {actor.longest}", "lower the actor's lengths")
-    if actor.plan is not None and status["tokenizer"] != actor.plan.tokenizer.digest():
+    if actor.plan is not None and status["tokenizer"] != actor.plan.tokenizer.digest:
         yield error(check, "another tokenizer than the actor's", "serve a model of the same family")

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nemo_eppo.observability.metrics import FILE_NAME
-from nemo_eppo.observability.progress import PPO_COLUMNS
+from nemo_eppo.observability.progress import PPO_COLUMNS, clock
 
 LINE_INTERVAL_S = 5.0  # seconds between lines with a job's metrics
 _TAIL_BYTES = 65536  # read from the end of the metrics, more than their last row
@@ -69,11 +69,7 @@ class Row:
         return f"{self.state}{left}"
 
     def uptime(self) -> str:
-        if not self.started:
-            return ""
-        minutes, seconds = divmod(round((self.ended or time.monotonic()) - self.started), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return clock((self.ended or time.monotonic()) - self.started) if self.started else ""
 
     def metrics(self) -> str:
         """Return the newest row of its metrics: step and the columns of PPO, or the first two values of another job."""

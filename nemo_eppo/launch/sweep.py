@@ -11,9 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.colocation import colocated
-from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.job import job_settings
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 
 
@@ -106,6 +105,4 @@ def _is_complete(launch: LaunchConfig, actor: str, directory: Path) -> bool:
     newest = checkpoint_files.latest(directory / CHECKPOINTS)
     if newest is None:
         return False
-    kind, nowhere = launch.jobs[actor].kind, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
-    settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, actor, nowhere))
-    return checkpoint_files.read_manifest(newest).step >= int(settings.ppo.max_steps)
+    return checkpoint_files.read_manifest(newest).step >= int(job_settings(launch, actor).ppo.max_steps)

@@ -53,7 +53,6 @@ def load_tensors(
 
     Args:
         source: returns the tensor of a name, KeyError if there is none; called only for what this rank's stage holds.
-            A missing `score.bias` means zero.
         fresh_head: leave a scalar head as it was initialised, because a language model's checkpoint has none.
 
     Raises:
@@ -74,10 +73,8 @@ def load_tensors(
             try:
                 tensor = source(hf_name)
             except KeyError:
-                if hf_name != "score.bias":
-                    problems.append(f"{hf_name}: expected {shape}, found no such tensor")
-                    continue
-                tensor = torch.zeros(shape)
+                problems.append(f"{hf_name}: expected {shape}, found no such tensor")
+                continue
             if tensor.shape == shape:
                 whole.append(tensor)
             else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -75,7 +76,12 @@ class HfDirectory:
         return (path / CONFIG).is_file() and not (path / checkpoint_files.MANIFEST).is_file()
 
     def tensor(self, name: str) -> Tensor:
-        """Read a whole tensor in its stored dtype, on the CPU; KeyError if there is none. Keeps one file open."""
+        """Read a whole tensor in its stored dtype, on the CPU; KeyError if there is none. Keeps one file open.
+
+        Of a scalar head that has no `score.bias`, it is zero.
+        """
+        if self.head == "scalar" and name == "score.bias" and name not in self._stored:
+            return torch.zeros(1)
         file = self._stored[name].file
         if self._open is None or self._open[0] != file:
             self._open = (file, safe_open(file, framework="pt"))

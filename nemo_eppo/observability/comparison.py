@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.files import write_atomically
+from nemo_eppo.config import flat
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.accounts import compared_accounts
 from nemo_eppo.observability.charts import COLORS, Series, line_chart
 from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
@@ -28,7 +29,7 @@ _MEASURES = {  # metric -> title, what it is, unit
     "energy/policy": ("Energy loss", "L1 energy that the last layer takes away from the policy's responses.", "energy"),
     "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
 }
-_OF_EVERY_RUN = ("exp_manager.",)  # settings that differ, but say nothing
+_OF_EVERY_RUN = "exp_manager."  # settings that differ, but say nothing, as do addresses of servers
 _SAMPLES = 6
 
 
@@ -50,7 +51,8 @@ class _Run:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings by their dotted paths."""
-        return {key: value for key, value in _flat(self.config, "") if not key.startswith(_OF_EVERY_RUN)}
+        found = flat(self.config, lists=True)
+        return {key: value for key, value in found if not key.startswith(_OF_EVERY_RUN) and not key.endswith(".url")}
 
 
 def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
@@ -86,7 +88,7 @@ def _summarise(runs: Mapping[str, _Run], stem: Path) -> str:
         }
         for name, run in runs.items()
     }
-    write_atomically(stem.with_suffix(".json"), json.dumps({"runs": found}, indent=2) + "\n")
+    write_json(stem.with_suffix(".json"), {"runs": found})
     panels = [lines(_series(runs, name), _STEP, _MEASURES[name][2], _MEASURES[name][0]) for name in _measured(runs)]
     if panels:
         write_picture(stem.with_suffix(".png"), panels)
@@ -98,14 +100,6 @@ def _read(directories: Mapping[str, Path]) -> dict[str, _Run]:
         name: _Run(directory, read_metrics(directory / FILE_NAME), read_config(directory / "config.yaml")[0])
         for name, directory in directories.items()
     }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("url", "token"):  # of servers: another at every start
-            yield f"{prefix}{key}", value
 
 
 def _differing(runs: Mapping[str, _Run]) -> list[str]:

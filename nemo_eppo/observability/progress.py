@@ -72,7 +72,7 @@ class Progress:
             self._live.update(self._task, completed=step, metrics=text)
         elif not self._disable and (step % _EVERY == 0 or step == self._total):
             seconds = (time.perf_counter() - self._start) / max(step - self._done, 1)
-            left = _clock(seconds * (self._total - step))
+            left = clock(seconds * (self._total - step))
             self._tell(f"{step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left")
 
     def _tell(self, text: str) -> None:
@@ -110,7 +110,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as H:MM:SS, or as M:SS below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

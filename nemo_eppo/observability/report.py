@@ -5,7 +5,6 @@ Everything is read from the actor's run directory: metrics.jsonl, validation/ste
 
 import html
 import io
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.accounts import accounts
 from nemo_eppo.observability.charts import (
     COLORS,
@@ -152,7 +151,7 @@ def write_summary(
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "seconds": seconds,
     }
-    write_atomically(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_json(path, summary)
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:

@@ -1,6 +1,5 @@
 """The queue of requests on rank 0: Triton's threads check them and wait until the main thread has the answer."""
 
-import json
 import logging
 import os
 import queue
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_eppo.files import write_atomically
+from nemo_eppo.files import write_json
 from nemo_eppo.servers.frontend import Frontend
 from nemo_eppo.servers.protocol import (
     PROTOCOL_VERSION,
@@ -73,7 +72,7 @@ class Intake:
             try:
                 if ready:
                     content = {"url": url, "pid": os.getpid(), "job": self._service.name, "protocol": PROTOCOL_VERSION}
-                    write_atomically(ready, json.dumps(content))
+                    write_json(ready, content)
                 logger.info("%s server listens on %s", self._service.name, url)
                 yield
             finally:

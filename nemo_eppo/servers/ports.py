@@ -21,13 +21,19 @@ def free_port(host: str, port: int, patience: float = 0.0) -> int:
     deadline = time.monotonic() + patience
     while True:
         for candidate in [port] if port else random.SystemRandom().sample(range(*FREE_PORTS), 20):
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((host, candidate))
-                    return candidate
-                except OSError as error:
-                    why = error.strerror
+            if (why := obstacle(host, candidate)) is None:
+                return candidate
         if time.monotonic() >= deadline:
             raise ConfigError(f"port = {port}: cannot listen on {host}:{candidate}, {why}")
         time.sleep(_LOOK_S)
+
+
+def obstacle(host: str, port: int) -> str | None:
+    """Say why a server cannot listen there; None if it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None

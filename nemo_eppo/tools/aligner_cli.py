@@ -82,8 +82,8 @@ def check(result: "Conversion") -> Config:
     Raises:
         ConfigError: the settings do not fit the schema.
     """
+    from nemo_eppo.entry.settings import nested
     from nemo_eppo.settings.kinds import KINDS
-    from nemo_eppo.tools.aligner_config import nested
     from nemo_eppo.tools.aligner_rules import REQUIRED
 
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}

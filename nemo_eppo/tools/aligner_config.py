@@ -9,7 +9,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_eppo.config import ConfigError, yaml_fault
+from nemo_eppo.config import ConfigError, flat, yaml_fault
+from nemo_eppo.entry.settings import nested
 from nemo_eppo.tools.aligner_jobs import JOBS
 from nemo_eppo.tools.aligner_keys import KINDS, Rules
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
@@ -82,16 +83,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, found a list")
-    return dict(_leaves(loaded, OmegaConf.to_container(loaded, resolve=False), ""))
-
-
-def _leaves(config: DictConfig, node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(config, value, f"{key}.")
-        else:
-            yield key, _resolved(config, key, value)
+    return {key: _resolved(loaded, key, value) for key, value in flat(OmegaConf.to_container(loaded))}
 
 
 def _resolved(config: DictConfig, key: str, value: Any) -> Any:
@@ -162,18 +154,6 @@ def _put(key: str, value: Any, rule: Rule, result: Conversion) -> Row:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key} = {value!r}: {error}") from None
     return Row(key, value, "mapped", rule.target, rule.note)
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, name = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
 
 
 def as_yaml(result: Conversion, header: list[str]) -> str:

@@ -55,12 +55,8 @@ class HfToMegatron:
         with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
 
             def source(name: str) -> Tensor:
-                """Read a tensor; a missing score.bias is zero."""
                 bar.update()
-                try:
-                    return self.source.tensor(name)
-                except KeyError:  # HfDirectory has checked that no other is missing
-                    return torch.zeros(1)
+                return self.source.tensor(name)
 
             with directory_made_whole(self.output) as incomplete:
                 weights = incomplete / checkpoint_files.WEIGHTS

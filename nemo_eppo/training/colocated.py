@@ -41,9 +41,7 @@ class _Local:
     """
 
     def __init__(self, service: CriticModel | RewardModel, where: str, actor: Plan, longest: int) -> None:
-        if service.plan.tokenizer.digest() != actor.tokenizer.digest():
-            path = service.plan.setup.restore_from_path
-            raise ConfigError(f"{where}.restore_from_path: {path} has another tokenizer than the policy")
+        service.plan.check_fits(f"{where}.restore_from_path", actor.tokenizer, "the policy")
         if service.max_sequence_length < longest:
             raise ConfigError(
                 f"{where}.restore_from_path: the model takes {service.max_sequence_length} tokens, expected at least "

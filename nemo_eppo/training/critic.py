@@ -80,7 +80,7 @@ class CriticModel:
 
     def status(self) -> dict[str, Any]:
         """Return the tokenizer's digest for the status reply."""
-        return {"tokenizer": self.plan.tokenizer.digest()}
+        return {"tokenizer": self.plan.tokenizer.digest}
 
     def close(self) -> None:
         """Wait until a checkpoint that is being written is complete."""
@@ -170,8 +170,7 @@ class CriticService(CriticModel):
         self._reward = None
         if config.reward_model is not None:
             self._reward = RewardModel(config.model.beside(config.reward_model), "reward_model")
-            if self._reward.tokenizer_digest != self.plan.tokenizer.digest():
-                raise ConfigError(f"reward_model: {config.reward_model} has another tokenizer than the critic")
+            self._reward.plan.check_fits("reward_model", self.plan.tokenizer, "the critic")
             self.endpoints |= self._reward.endpoints
         runtime.initialize(config.model.parallel, config.seed)
         self.build(directory, config.checkpoint.asynchronous)

@@ -88,7 +88,7 @@ def energy_cache(planned: Plan, config: AnsweringConfig, run_directory: Path) ->
         return None
     key = {
         "model": planned.identity(),
-        "tokenizer": planned.tokenizer.digest(),
+        "tokenizer": planned.tokenizer.digest,
         **config.answer_settings,
     }
     return EnergyCache(config.energy.cache or run_directory / "energy_cache", key)

@@ -99,7 +99,7 @@ class PPOJob:
                     )
         policy = build_policy(self.plan, config, runner, reference, cache, self.run_files.directory)
         stack.callback(policy.engine.close)
-        expect = {"tokenizer": tokenizer.digest(), "max_sequence_length": config.longest}
+        expect = {"tokenizer": tokenizer.digest, "max_sequence_length": config.longest}
         critic: Critic | None = self._critic
         if config.critic is not None and config.critic.server is not None:
             critic = remote = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)

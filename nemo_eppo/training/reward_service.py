@@ -45,7 +45,6 @@ class RewardModel:
         self.score, self.head = state["score"], self.plan.manifest.head
         self.latent_size: int = self._statistics["latent_size"]
         self._gaussian = read_gaussian(state["sft_latents"]) if self.latent_size else None
-        self.tokenizer_digest = self.plan.tokenizer.digest()
         self.vocab_size, self.max_sequence_length = self.plan.model.vocab_size, self.plan.model.max_sequence_length
         self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {"reward_infer": self.infer}
 
@@ -56,7 +55,7 @@ class RewardModel:
 
     def status(self) -> dict[str, Any]:
         """Return the tokenizer's digest and the statistics."""
-        return {"tokenizer": self.tokenizer_digest, "reward": self.statistics()}
+        return {"tokenizer": self.plan.tokenizer.digest, "reward": self.statistics()}
 
     def statistics(self) -> dict[str, Any]:
         """Return for the status reply: k, mean and std of each of k models on validation data, kind, latent size."""

@@ -38,6 +38,24 @@ class Plan:
         source = self.source.path if isinstance(self.source, HfDirectory) else self.source
         return None if source is None else checkpoint_files.model_identity(source)
 
+    def check_fits(self, where: str, tokenizer: Tokenizer, of: str, longest: int = 0) -> None:
+        """Raise ConfigError if this model cannot read the sequences of another one.
+
+        Args:
+            where: the option or config key that names this model, for messages.
+            tokenizer: what the sequences' token ids belong to.
+            of: names the other model.
+            longest: tokens of the longest prompt and response together.
+        """
+        path, window = self.setup.restore_from_path, self.model.max_sequence_length
+        if self.tokenizer.digest != tokenizer.digest:
+            raise ConfigError(f"{where}: {path} has another tokenizer than {of}")
+        if window < longest:
+            raise ConfigError(
+                f"{where}: {path} has a window of {window} tokens; expected at least {longest}, the longest prompt and "
+                "response together"
+            )
+
 
 def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:
     """Read and check everything the model needs, without building it.
@@ -90,7 +108,7 @@ def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: st
     if not any(own.glob("tokenizer*")):  # a model that comes without one
         return
     try:
-        if Tokenizer.from_directory(own).digest() == tokenizer.digest():
+        if Tokenizer.from_directory(own).digest == tokenizer.digest:
             return
         difference = "which has another vocabulary or other special tokens"
     except ConfigError as error:

@@ -176,7 +176,7 @@ def test_digest_survives_saving_and_sees_every_difference(
 ) -> None:
     tokenizer = Tokenizer.from_directory(bpe_directory)
     tokenizer.save(tmp_path / "copy")
-    assert Tokenizer.from_directory(tmp_path / "copy").digest() == tokenizer.digest()
+    assert Tokenizer.from_directory(tmp_path / "copy").digest == tokenizer.digest
     word_level(["green", "red", "blue", "one", "two", "three"], tmp_path / "swapped")
     others = [
         Tokenizer.from_directory(with_bos),
@@ -184,7 +184,7 @@ def test_digest_survives_saving_and_sees_every_difference(
         Tokenizer.from_directory(tmp_path / "swapped"),
         Tokenizer.from_directory(edited_copy(bpe_directory, tmp_path / "other_eos", eos_token="<pad>")),
     ]
-    assert len({tokenizer.digest(), *(other.digest() for other in others)}) == 5
+    assert len({tokenizer.digest, *(other.digest for other in others)}) == 5
 
 
 def test_a_digest_is_computed_once(bpe_directory: Path) -> None:
@@ -197,9 +197,9 @@ def test_a_digest_is_computed_once(bpe_directory: Path) -> None:
 
     tokenizer = Tokenizer(Counted.from_pretrained(bpe_directory), "counted")
     Counted.reads = 0
-    first = tokenizer.digest()
-    assert first == Tokenizer.from_directory(bpe_directory).digest()
-    assert [tokenizer.digest() for _ in range(3)] == [first] * 3
+    first = tokenizer.digest
+    assert first == Tokenizer.from_directory(bpe_directory).digest
+    assert [tokenizer.digest for _ in range(3)] == [first] * 3
     assert Counted.reads == 1
 
 

@@ -70,7 +70,7 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
     with terminal() as (stdout, shown), start(file, stdout) as process:
         try:
             wait_for(lambda: b"step 2" in shown, process)
-            with pytest.raises(ConfigError, match="a launch with this output is running"):
+            with pytest.raises(ConfigError, match=rf"{output} is in use by .*, process {process.pid}, started "):
                 run_local(read_launch(file))
             blocks = shared_memory_of(process.pid)
             assert blocks

@@ -121,6 +121,7 @@ def test_runs_are_compared_by_curves_and_by_the_settings_that_differ(tmp_path: P
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(
             f"seed: 1\nexp_manager: {{explicit_log_dir: {name}}}\ncritic: {{server: {{url: u{name}}}}}\n"
+            f"rewards: [{{weight: 1, server: {{url: r{name}}}}}, {{function: module:name}}]\n"
             f"shaping: {{energy_penalty: {{eta: {eta}}}}}\n"
         )
         rows = [{"step": step, "time": 0, "reward/gold": value} for step, value in enumerate(gold, start=1)]

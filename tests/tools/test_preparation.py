@@ -179,7 +179,7 @@ def test_a_tokenizer_is_trained_on_the_usable_training_rows_alone(
     train = read_rows(tmp_path / "out" / "preferences.train.jsonl")
     train_bpe((text for row in train for text in row.values()), 400, tmp_path / "expected")
     trained, expected = (Tokenizer.from_directory(tmp_path / name) for name in ("out/tokenizer", "expected"))
-    assert trained.digest() == expected.digest()
+    assert trained.digest == expected.digest
 
 
 def test_rows_beyond_the_token_limits_are_dropped_by_a_given_tokenizer(
@@ -193,7 +193,7 @@ def test_rows_beyond_the_token_limits_are_dropped_by_a_given_tokenizer(
     assert counts.dropped == {"prompt longer than 50 tokens": 1, "response longer than 50 tokens": 1}
     assert [row["line"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")] == [21, 22]
     original, copy = (Tokenizer.from_directory(tmp_path / name) for name in ("bytes", "out/tokenizer"))
-    assert copy.digest() == original.digest()
+    assert copy.digest == original.digest
 
 
 def test_what_a_given_tokenizer_cannot_encode_is_dropped(write_rows: Callable[..., Path], tmp_path: Path) -> None:
