@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 
 class ConfigError(ValueError):
@@ -61,6 +62,26 @@ class Config(BaseModel):
         allow_inf_nan=False,
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_other_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take for something else: true for 1, an empty path for the working directory."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("expected a number")
+        if value == "" and Path in kinds and str not in kinds:
+            raise ValueError("expected a path")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that a field may have itself, which those of a list's items are not."""
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for one in get_args(annotation) for kind in _kinds(one)}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return {annotation}
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -86,11 +107,9 @@ def _describe(schema: type[Config], issue: Any) -> str:
     path = ".".join(str(part) for part in issue["loc"])
     if issue["type"] == "extra_forbidden":
         owner: Any = schema
-        for part in issue["loc"][:-1]:
-            if isinstance(part, int):  # the place in a list of sections
-                continue
-            field = getattr(owner, "model_fields", {}).get(part)
-            owner = next((t for t in config_types(field.annotation)), None) if field else None
+        for part in issue["loc"][:-1]:  # others are the place in a list of sections, or the name of one
+            if (field := owner.model_fields.get(part)) is not None:
+                owner = next(iter(config_types(field.annotation)), owner)
         known = list(getattr(owner, "model_fields", {}))
         close = difflib.get_close_matches(str(issue["loc"][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"

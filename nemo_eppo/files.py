@@ -29,6 +29,7 @@ _ADVICE = {
     errno.EPERM: _NOT_ALLOWED,
     errno.ENOTDIR: _IN_THE_WAY,
     errno.EEXIST: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 _PROBE_BYTES = 1 << 16  # more than a full disk has left after a failed write
 
@@ -225,13 +226,14 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        NotAnObject: the text is not JSON (or not UTF-8), is another JSON value, is nested deeper than Python can read,
-            or has the same key twice in an object (json.loads would silently take the last).
+        NotAnObject: the text is not JSON (or not UTF-8, or has NaN or Infinity, which Python writes and reads), is
+            another JSON value, is nested deeper than Python can read, or has the same key twice in an object
+            (json.loads would silently take the last).
     """
     try:
         # json.loads itself would take halves of surrogate pairs in bytes, which are not UTF-8
         read = text if isinstance(text, str) else text.decode("utf-8-sig")
-        value = json.loads(read, object_pairs_hook=_unique_keys)
+        value = json.loads(read, object_pairs_hook=_unique_keys, parse_constant=_no_number)
     except NotAnObject:
         raise
     except ValueError as error:
@@ -241,6 +243,10 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NotAnObject("not a JSON object", type(value).__name__)
     return value
+
+
+def _no_number(name: str) -> None:
+    raise NotAnObject("not JSON", f"{name} is no number there")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

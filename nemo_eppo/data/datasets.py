@@ -246,10 +246,10 @@ class GlobalBatches(Iterator[list[int]]):
         """
         for name, value in self._settings.items():
             if state[name] != value:
-                what = "the digest of the training data" if name == "digest" else name
+                what = {"digest": "the digest of its rows", "num_items": "its num_items"}.get(name, name)
                 raise ConfigError(
-                    f"cannot resume the data order: {what} was {state[name]}, and is now {value}; "
-                    "choose another run directory for these data"
+                    f"cannot resume the order of data.train: {what} was {state[name]}, and is now {value}; set it "
+                    "back, or choose another run directory"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]

@@ -58,7 +58,8 @@ def text_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tu
         if field not in row:
             raise ConfigError(f"{where}: field '{field}' is missing (the line has: {', '.join(row) or 'no fields'})")
         if not isinstance(row[field], str):
-            raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text")
+            hint = "; `nemo-eppo prepare chat` makes it of conversations" if isinstance(row[field], list) else ""
+            raise ConfigError(f"{where}: field '{field}' = {row[field]!r:.80}: expected text{hint}")
         _check_unicode({field: row[field]}, where)
     return tuple(row[field] for field in fields)
 

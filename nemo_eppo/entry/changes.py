@@ -72,8 +72,8 @@ def changes(config: Config, settings: ExpManagerConfig) -> list[str]:
         keys = ",".join(key for key, _ in refused)
         raise ConfigError(
             f"{directory} holds a run that was started with other settings:{lines}\n"
-            "They would make another run out of it: set them back, choose another exp_manager.explicit_log_dir, name "
-            f"or version, or accept them with 'exp_manager.may_change=[{keys}]'"
+            "They would make another run out of it: set them back, choose another run directory (output of a launch, "
+            f"or exp_manager.explicit_log_dir, name or version), or accept them with 'exp_manager.may_change=[{keys}]'"
         )
     return told
 

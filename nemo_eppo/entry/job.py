@@ -81,9 +81,10 @@ def job(
                 with errors_end_the_job(rank, _settings(config).directory):
                     if rank == 0:
                         hold(_settings(config).directory)
-                        _refuse_foreign_run(_settings(config), script.name)
-                        changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
-                        _run_through_nemo(schema, main, source, script.name)
+                        with _refused_settings_leave_no_trace(_settings(config).directory):
+                            _refuse_foreign_run(_settings(config), script.name)
+                            changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
+                            _run_through_nemo(schema, main, source, script.name)
                     else:
                         main(config, _open_run(config, rank, script.name))
 
@@ -124,6 +125,19 @@ def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[Non
             raise
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+@contextlib.contextmanager
+def _refused_settings_leave_no_trace(directory: Path) -> Iterator[None]:
+    """Put a run's config.yaml back if the settings turn out not to work: the run goes on with those that it had."""
+    file = directory / "config.yaml"
+    before = file.read_text() if file.exists() else None
+    try:
+        yield
+    except ConfigError:
+        if before is not None:
+            write_atomically(file, before)
+        raise
 
 
 def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, argparse.Namespace]:

@@ -16,7 +16,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_eppo.config import Config, ConfigError, ConfigT, load_config, yaml_fault
+from nemo_eppo.config import Config, ConfigError, ConfigT, flat, load_config, yaml_fault
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Source:
         forced = []
         parser = OverridesParser.create()
         for given in self.overrides:
-            if "=" not in given and not given.startswith("~"):
+            if not given.partition("=")[0] or ("=" not in given and not given.startswith("~")):
                 raise ConfigError(f"{given}: expected KEY=VALUE")
             try:
                 override = parser.parse_override(given)
@@ -83,7 +83,10 @@ class Source:
             if (earlier := first.setdefault(f"{key}@{override.package}", text)) is not text:
                 raise ConfigError(f"{key} is given twice on the command line: {earlier} and {text}")
             chooses_file = key.startswith("hydra") or any((directory / key).is_dir() for directory in self.directories)
-            force = override.type is OverrideType.CHANGE and not chooses_file
+            changes = override.type is OverrideType.CHANGE
+            if changes and chooses_file and not key.startswith("hydra") and not isinstance(override.value(), str):
+                raise ConfigError(f"{given}: expected {key}=NAME, the name of a file in conf/{key}")
+            force = changes and not chooses_file
             forced.append(f"++{text}" if force else text)
         return forced
 
@@ -123,12 +126,14 @@ def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     if not missing:
         return load_config(schema, plain(composed))
-    message = "required, but not set (??? in the YAML file): " + ", ".join(sorted(missing))
+    message = ""
     try:  # report wrong keys in the same message: a misspelt key is often the one that is missing
         load_config(schema, _set_only(plain(composed)))
     except ConfigError as error:
-        message = f"{error}\n{message}"
-    raise ConfigError(message)
+        message = f"{error}\n"
+    if left := [key for key in sorted(missing) if f"{key}: required" not in message]:
+        message += f"required, but not set (??? in the YAML file): {', '.join(left)}"
+    raise ConfigError(message.rstrip("\n"))
 
 
 def plain(composed: DictConfig) -> dict[str, Any]:
@@ -136,8 +141,16 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(composed))
 
 
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace dotted keys by nested mappings, so that overrides find them."""
+def nested(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Replace dotted keys by nested mappings, so that overrides find them.
+
+    Raises:
+        ConfigError: a key is given twice; the message has it after `where`.
+    """
+    keys = [key for key, _ in flat(settings)]
+    for key in keys:
+        if keys.count(key) > 1 or any(other.startswith(f"{key}.") for other in keys):
+            raise ConfigError(f"{where}{key} is given twice")
     result = OmegaConf.create({})
     for key, value in settings.items():
         OmegaConf.update(result, str(key), nested(value) if isinstance(value, dict) else value, force_add=True)

@@ -39,6 +39,8 @@ class RowsFile:
     """
 
     def __init__(self, path: Path, command: str, settings: Mapping[str, Any]) -> None:
+        if not path.name or path.suffix == ".gz":
+            raise ConfigError(f"--output: {path}: expected the name of a file, which is not compressed")
         self.path = path
         self._settings = settings
         self._settings_file = path.with_name(path.name + ".settings.json")

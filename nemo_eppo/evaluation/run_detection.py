@@ -78,6 +78,8 @@ class RunDetection:
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
+        if not config.run.is_dir():
+            raise ConfigError(f"{config.run}: no such directory; expected the directory of an actor's run")
         files = recorded_steps(config.run / "rollouts")
         if len(files) <= config.calm_steps:
             raise ConfigError(

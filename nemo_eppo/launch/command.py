@@ -80,7 +80,12 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         if not asked_for and any(f"{other}.".startswith(f"{key}.") for other in filled):
             raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
     settings |= filled
-    return [f"{key}={_hydra(value)}" for key, value in settings.items()]
+    return [override(key, value) for key, value in settings.items()]
+
+
+def override(key: str, value: Any) -> str:
+    """Return the argument that gives a script's setting this value."""
+    return f"{key}={_hydra(value)}"
 
 
 def _reward(launch: LaunchConfig, name: str, addresses: Mapping[str, Address]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.entry.changes import changes
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
 from nemo_eppo.launch.job import DATA, Job, job_settings
@@ -85,6 +86,8 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: l
     config, kind, settings = launch.jobs[name], launch.jobs[name].kind, job_settings(launch, name)
     job = Job(name, kind, config.ranks, settings)
     jobs.append(job)
+    if root is not None:
+        changes(settings, settings.exp_manager)  # as the job itself would refuse them, when its servers run
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
     if kind.samples:
         yield from missing_servers(launch, job)

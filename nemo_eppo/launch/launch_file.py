@@ -244,9 +244,9 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: expected a mapping with name, output and jobs")
         jobs = loaded.get("jobs")
-        for job in jobs.values() if isinstance(jobs, dict) else ():
+        for name, job in jobs.items() if isinstance(jobs, dict) else ():
             if isinstance(job, dict) and isinstance(job.get("settings"), dict):
-                job["settings"] = nested(job["settings"])
+                job["settings"] = nested(job["settings"], f"{file}: jobs.{name}.settings.")
         merged = OmegaConf.merge(loaded, changes)
         missing = OmegaConf.missing_keys(merged)
         if missing:

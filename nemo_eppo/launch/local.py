@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from nemo_eppo.config import NOT_FINISHED
-from nemo_eppo.launch.command import THREADS, Address, environment, overrides, own_address, script, torchrun
+from nemo_eppo.launch.command import THREADS, Address, environment, override, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.nursery import ForkedJob, Nursery
@@ -179,7 +179,7 @@ class Supervisor:
         if job.serves:
             ready = self._ready_file(name)
             ready.unlink(missing_ok=True)
-            argv.append(f"server.ready_file={ready}")
+            argv.append(override("server.ready_file", str(ready)))
         file = self._logs / f"{name}.log"
         with file.open("a") as log:
             print(f"\n$ {shlex.join(argv)}", file=log, flush=True)

@@ -72,8 +72,11 @@ class Row:
         return clock((self.ended or time.monotonic()) - self.started) if self.started else ""
 
     def metrics(self) -> str:
-        """Return the newest row of its metrics: step and the columns of PPO, or the first two values of another job."""
+        """Return the newest row of its metrics: step and the columns of PPO, or the first two values of another job;
+        nothing of an earlier start."""
         try:
+            if (self.directory / FILE_NAME).stat().st_mtime < time.time() - (time.monotonic() - self.started):
+                return ""
             with (self.directory / FILE_NAME).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
                 row = json.loads(file.read().splitlines()[-1])

@@ -39,7 +39,7 @@ def variants(file: Path, changes: Sequence[str], sweep: str) -> dict[str, Launch
     prefix = ""
     if key.partition(".")[0] not in LaunchConfig.model_fields:
         prefix = f"jobs.{_actor(read_launch(file, changes))}.settings."
-    short = re.sub(r"^jobs\.\w+\.settings\.", "", key)
+    short = re.sub(r"^jobs\.(\w+)\.settings\.", r"\1.", key)
     found = {}
     for value in values:
         shown = value if isinstance(value, str) else json.dumps(value)

@@ -210,7 +210,11 @@ def _headers(path: Path) -> dict[str, _Stored]:
     blobs = path.resolve().parent.parent / "blobs"  # in the hub's cache, which a snapshot's files link to
     files = [inside(path, name, path / INDEX, blobs) for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ConfigError(f"{path} lacks {', '.join(missing)} (expected {WEIGHTS}, or {INDEX} and the files it lists)")
+        pickled = any(path.glob("pytorch_model*.bin"))
+        hint = "; it has pickled weights: load it with transformers and save_pretrained() it" if pickled else ""
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)} (expected {WEIGHTS}, or {INDEX} and the files it lists){hint}"
+        )
     stored = {}
     for file in files:
         try:

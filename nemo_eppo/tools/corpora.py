@@ -108,7 +108,46 @@ def read_alpaca_farm(fields: Fields) -> Iterator[Example]:
     yield Example(prompt, answers, (_turn("user", request),), request)
 
 
+def read_chat(fields: Fields) -> Iterator[Example]:
+    if "messages" in fields:
+        turns = _turns(fields, "messages")
+        for index, turn in enumerate(turns):
+            if turn["role"] == "assistant" and index:
+                yield _chat(turns[:index], turn)
+        if turns[-1]["role"] != "assistant":
+            yield _chat(turns)
+        return
+    prompt = _turns(fields, "prompt") if isinstance(fields.get("prompt"), list) else []
+    if "chosen" in fields:
+        chosen, rejected = (prompt + _turns(fields, name) for name in ("chosen", "rejected"))
+        if chosen[:-1] != rejected[:-1]:
+            raise Malformed("prompts differ")
+        yield _chat(chosen[:-1], chosen[-1], rejected[-1])
+    elif prompt:
+        yield _chat(prompt, *(_turns(fields, "completion") if fields.get("completion") is not None else ()))
+    else:
+        raise Malformed(NO_LAYOUT)
+
+
+def _turns(fields: Fields, name: str) -> list[Turn]:
+    said = _typed(fields, name, list)
+    if not said or not all(isinstance(turn, dict) for turn in said):
+        raise Malformed(f"field '{name}' is not a list of objects")
+    turns = [_turn(_text(turn, "role"), _text(turn, "content").strip()) for turn in said]
+    if any(turn["role"] not in ("system", "user", "assistant") for turn in turns):
+        raise Malformed(f"field '{name}' has a role that is none of system, user and assistant")
+    return turns
+
+
+def _chat(before: list[Turn], *answers: Turn) -> Example:
+    if any(answer["role"] != "assistant" for answer in answers):
+        raise Malformed("no assistant turn at the end")
+    return Example(_hh_text(before), tuple(f" {turn['content']}" for turn in answers), tuple(before), _opening(before))
+
+
 def read_prompts(fields: Fields) -> Iterator[Example]:
+    if isinstance(fields.get("prompt"), list):
+        raise Malformed("field 'prompt' is a conversation, which `nemo-eppo prepare chat` reads")
     yield one_turn(_text(fields, "prompt" if "prompt" in fields else "text"))
 
 
@@ -247,6 +286,7 @@ CORPORA = {
     "hh": Corpus(read_hh),
     "tldr": Corpus(read_tldr),
     "alpaca_farm": Corpus(read_alpaca_farm),
+    "chat": Corpus(read_chat),
     "prompts": Corpus(read_prompts),
     "nemo_aligner": nemo_aligner(),
 }

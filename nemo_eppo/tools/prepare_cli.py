@@ -38,6 +38,19 @@ Instructions of AlpacaFarm. Fields read, row by row ("input" may be empty or abs
 "preference" is the number of the better output. Without a chat template the prompt is
 "### Instruction:\\n...\\n\\n### Input:\\n...\\n\\n### Response:\\n", its middle part only where there is an input."""
 
+_CHAT = """\
+Conversations, as most data sets for chat models have them. A turn is {"role": "system" | "user" | "assistant",
+"content": text}. Fields read, row by row:
+
+  {"chosen": [turn, ...], "rejected": [turn, ...]}               pairs, whose turns differ in the last alone
+  {"prompt": [turn, ...], "chosen": [turn], "rejected": [turn]}  pairs
+  {"messages": [turn, ...]}                                      demonstrations, and a prompt if a user speaks last
+  {"prompt": [turn, ...], "completion": [turn]}                  demonstrations
+  {"prompt": [turn, ...]}                                        prompts
+
+Each turn of the assistant in "messages" becomes one demonstration, its prompt all turns before it. Without a chat
+template a conversation is written in the manner of HH."""
+
 _PROMPTS = """\
 Prompts alone. Fields read:
 
@@ -90,6 +103,7 @@ No prompt is in both train and validation. An existing directory is never overwr
     _add_corpus(corpora, "hh", "Anthropic HH dialogues, or any in their format", _HH)
     _add_corpus(corpora, "tldr", "summaries of Reddit posts: comparisons or demonstrations", _TLDR)
     _add_corpus(corpora, "alpaca_farm", "AlpacaFarm: comparisons, demonstrations or instructions", _ALPACA_FARM)
+    _add_corpus(corpora, "chat", "conversations: comparisons, demonstrations or prompts", _CHAT)
     _add_corpus(corpora, "prompts", "prompts for PPO alone", _PROMPTS)
     aligner = _add_corpus(corpora, "nemo_aligner", "NeMo-Aligner's training files", _NEMO_ALIGNER)
     aligner.add_argument(

@@ -11,6 +11,7 @@ ACTOR = [
         "method=epo",
         r"cannot read the settings .*gpt_ppo_actor\.yaml: In 'gpt_ppo_actor': Could not find 'method/epo'",
     ),
+    Row("a number as method", "method=1", "method=1: expected method=NAME, the name of a file in conf/method"),
     Row(
         "a method twice",
         "method=eppo method=ppo",

@@ -78,6 +78,13 @@ SCORING = [
         rows(_ROW),
     ),
     Row("no template", f"{SCORE} --chat-template", "--chat-template: the tokenizer of sft has none", rows(_ROW)),
+    Row("an output without a name", f"{SCORE} --output ''", r"--output: \.: expected the name of a file", rows(_ROW)),
+    Row(
+        "a compressed output",
+        f"{SCORE} --output scores.jsonl.gz",
+        r"--output: scores\.jsonl\.gz: expected the name of a file, which is not compressed",
+        rows(_ROW),
+    ),
     Row(
         "an output below a file",
         f"{SCORE} --output rows.jsonl/scores",

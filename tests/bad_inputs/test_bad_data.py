@@ -39,6 +39,18 @@ DATA = [
         rows(_ROW, '{"prompt": "apple", "response": '),
     ),
     Row(
+        "NaN, as Python writes it",
+        _TRAIN,
+        r"rows\.jsonl:2: not JSON \(NaN is no number there\)",
+        rows(_ROW, '{"prompt": "apple", "response": "the", "score": NaN}'),
+    ),
+    Row(
+        "a conversation",
+        _TRAIN,
+        r"rows\.jsonl:1: field 'prompt' = \[\{'role': 'user'.*: expected text; `nemo-eppo prepare chat` makes it",
+        rows('{"prompt": [{"role": "user", "content": "apple"}], "response": "the"}'),
+    ),
+    Row(
         "nothing but NUL",
         _TRAIN,
         r"rows\.jsonl:1: not JSON \(Expecting value: line 1 column 1 \(char 0\)\)",
@@ -53,7 +65,7 @@ DATA = [
     Row(
         "UTF-16",
         _TRAIN,
-        r"rows\.jsonl:1: not JSON \('utf-16-le' codec can't decode byte 0x0a in position 82: truncated data\)",
+        r"rows\.jsonl:1: not JSON \('utf-8' codec can't decode byte 0xff in position 0: invalid start byte\)",
         {"rows.jsonl": (json.dumps(_ROW) + "\n").encode("utf-16")},
     ),
     Row(
@@ -75,10 +87,10 @@ DATA = [
         rows('{"prompt": ' + "1" * 10_000 + ', "response": "queen"}'),
     ),
     Row(
-        "NaN for a text",
+        "a number for a text",
         _TRAIN,
-        r"rows\.jsonl:1: field 'prompt' = nan: expected text",
-        rows('{"prompt": NaN, "response": "river"}'),
+        r"rows\.jsonl:1: field 'prompt' = 3: expected text",
+        rows('{"prompt": 3, "response": "river"}'),
     ),
     Row(
         "null for a text",

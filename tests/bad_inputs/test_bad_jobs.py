@@ -99,9 +99,7 @@ REWARD_SERVER = [
         "model.lora={rank:8}",
         r"model\.lora is for models that are trained; adapters of a checkpoint are merged on load",
     ),
-    Row(
-        "an optimizer", "optimizer.lr=1e-6", r"optimizer: unknown key \(known keys: exp_manager, seed, model, server\)"
-    ),
+    Row("an optimizer", "optimizer.lr=1e-6", r"optimizer: unknown key \(known keys: exp_manager, model, server\)"),
     Row(
         "a ready file below a file",
         "server.ready_file=file/ready",

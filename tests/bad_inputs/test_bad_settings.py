@@ -15,6 +15,15 @@ def yaml_file(text: str | bytes) -> dict[str, str | bytes]:
 
 MINE = "--config-dir settings --config-name mine"
 SETTINGS = [
+    Row("true for a number", "fit.max_steps=true", r"fit\.max_steps = True: expected a number"),
+    Row("an empty path", "exp_manager.explicit_log_dir=", r"exp_manager\.explicit_log_dir = '': expected a path"),
+    Row("an empty key", "=1", "=1: expected KEY=VALUE"),
+    Row(
+        "a name that is too long",
+        f"exp_manager.explicit_log_dir={'x' * 300}",
+        "x: File name too long; choose a shorter name",
+        status=1,
+    ),
     Row(
         "YAML: a key twice",
         MINE,

@@ -12,7 +12,7 @@ from jobs import Models
 from launched import eppo, write
 
 from nemo_eppo.cli import main
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, flat
 from nemo_eppo.launch import gpus as gpus_module
 from nemo_eppo.launch.command import CRITIC, REWARDS
 from nemo_eppo.launch.examination import check_launch, missing_servers
@@ -28,7 +28,13 @@ from nemo_eppo.settings.servers import ClientConfig
 
 
 def settings(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda launch: launch["jobs"][job]["settings"].update(values)
+    def change(launch: dict[str, Any]) -> None:
+        own = launch["jobs"][job]["settings"]
+        own |= dict(flat(own)) | values
+        for key in [key for key, value in own.items() if isinstance(value, dict) and key not in values]:
+            del own[key]
+
+    return change
 
 
 def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -73,6 +79,11 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             settings("actor", **{"shaping.terms": [{"name": "mine", "term": "nowhere:Term"}]}),
             "shaping.terms.mine.term = 'nowhere:Term': expected 'module:Class'",
         ),
+        (
+            settings("actor", **{"ppo.max_steps": 2, "ppo": {"max_steps": 3}}),
+            "jobs.actor.settings.ppo.max_steps is given twice",
+        ),
+        (lambda values: values["jobs"]["actor"].update(rank_per_node=2), "did you mean 'ranks_per_node'?"),
         (settings("critic", optimzer={"lr": 1}), "jobs.critic: invalid configuration:\n  - optimzer: unknown key"),
         (
             settings("reward", **{"model.restore_from_path": "/nowhere/rm"}),

@@ -33,7 +33,7 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 tell("+")
 if ready:
-    path = pathlib.Path(ready.partition("=")[2])
+    path = pathlib.Path(ready.partition("=")[2].strip("'"))  # quoted, as Hydra wants a value with "="
     path.with_suffix(".new").write_text(json.dumps({"url": "grpc://127.0.0.1:1"}))
     path.with_suffix(".new").rename(path)
     time.sleep(100)

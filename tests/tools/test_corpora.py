@@ -139,6 +139,25 @@ def test_a_conversation_trains_on_each_turn_that_its_mask_leaves() -> None:
     assert (swapped.turns, swapped.responses) == ((assistant("Hi"), user("Hello.")), (" Why?",))
 
 
+def test_conversations_give_pairs_demonstrations_and_prompts() -> None:
+    read, system = CORPORA["chat"].read, {"role": "system", "content": "Be brief."}
+    said = [system, user("Hi"), assistant("Hello."), user(" Why? ")]
+    for fields in (
+        {"chosen": [*said, assistant("So.")], "rejected": [*said, assistant("No.")], "prompt": "Why?"},
+        {"prompt": said, "chosen": [assistant("So.")], "rejected": [assistant("No.")]},
+    ):
+        [pair] = read(fields)
+        assert (pair.responses, pair.opening) == ((" So.", " No."), "Hi")
+        assert pair.prompt == "Be brief.\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+        assert pair.turns == (system, user("Hi"), assistant("Hello."), user("Why?"))
+    first, second = read({"messages": said})
+    assert (first.turns, first.responses) == ((system, user("Hi")), (" Hello.",))
+    assert (second.prompt, second.responses) == (pair.prompt, ())
+    [alone], [answered] = read({"prompt": said}), read({"prompt": said, "completion": [assistant("So.")]})
+    assert (alone.responses, answered.responses) == ((), (" So.",))
+    assert alone.turns == answered.turns == pair.turns
+
+
 PAIR = {"chosen": dialogue("a", "x"), "rejected": dialogue("a", "y")}
 COMPARISON = {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
 TURNS = [{"from": "User", "value": "a"}, {"from": "Bot", "value": "b"}]
@@ -148,6 +167,13 @@ TURNS = [{"from": "User", "value": "a"}, {"from": "Bot", "value": "b"}]
     ("corpus", "fields", "complaint"),
     [
         ("hh", {"chosen": "x"}, "field 'rejected' is missing"),
+        ("chat", {"prompt": "a"}, "the fields fit no layout that is read"),
+        ("chat", {"messages": []}, "field 'messages' is not a list of objects"),
+        ("chat", {"messages": [{"role": "tool", "content": "a"}]}, "field 'messages' has a role that is none of"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "field 'content' is not text"),
+        ("chat", {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}, "prompts differ"),
+        ("chat", {"chosen": [user("a")], "rejected": [user("b")]}, "no assistant turn at the end"),
+        ("prompts", {"prompt": [user("a")]}, "field 'prompt' is a conversation, which `nemo-eppo prepare chat` reads"),
         ("hh", {**PAIR, "chosen": None}, "field 'chosen' is missing"),
         ("hh", {**PAIR, "chosen": 3}, "field 'chosen' is not text"),
         ("hh", {**PAIR, "chosen": "\ud800"}, "field 'chosen' is not valid Unicode"),
