@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemo_eppo.evaluation.best_of_n import fit_gao
-from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.evaluation.statistics import Floats, bootstrap_mean
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -166,10 +163,10 @@ def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str],
         "methods": {
             method: {
                 measure: {
-                    **_as_dict(bootstrap_mean(values, seed)),
+                    **bootstrap_mean(values, seed)._asdict(),
                     "seeds": values,
                     "less": {
-                        name: _as_dict(bootstrap_mean(np.subtract(values, found[name][measure]), seed))
+                        name: bootstrap_mean(np.subtract(values, found[name][measure]), seed)._asdict()
                         for name in references
                         if name != method and measure in found[name]
                     },
@@ -179,7 +176,3 @@ def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str],
             for method, of_method in found.items()
         },
     }
-
-
-def _as_dict(estimate: Estimate) -> dict[str, float]:
-    return estimate._asdict()
