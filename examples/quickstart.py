@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemo_eppo.files import write_json
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, open_nursery, run_local
 from nemo_eppo.observability.charts import COLORS, Series
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.pictures import lines, write_picture
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-from nemo_eppo.observability.report import report_from_run, summary_table, validation_means, write_summary
+from nemo_eppo.observability.report import report_from_run, summary_table, validation_means
 from nemo_eppo.tools.noun_task import write_noun_task
 
 LAUNCH_FILE = Path(__file__).resolve().parent / "launch" / "quickstart.yaml"
@@ -63,8 +64,9 @@ def main() -> None:
     report_from_run(out / "actor", report)
     draw_curves(out / "actor", out / "curves.png")
     before, after = before_and_after(out / "actor" / "validation")
+    summary = {"before": before, "after": after, "steps": options.steps, "seconds": time.monotonic() - started}
     ranks = launch.jobs["actor"].ranks  # all tensor-parallel
-    write_summary(out / "summary.json", before, after, options.steps, ranks, time.monotonic() - started)
+    write_json(out / "summary.json", summary | {"tensor_model_parallel_size": ranks})
     print(summary_table(before, after))
     print(f"Report: {report}\nSummary: {out / 'summary.json'}")
 

@@ -83,6 +83,11 @@ def save(network: Any, directory: Path, max_shard_size: str = "20KB") -> Path:
     return directory
 
 
+def ids(text: str) -> list[int]:
+    """Token ids of some of WORDS."""
+    return [2 + WORDS.index(word) for word in text.split()]
+
+
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -83,8 +83,8 @@ def job(
                         hold(_settings(config).directory)
                         with _refused_settings_leave_no_trace(_settings(config).directory):
                             _refuse_foreign_run(_settings(config), script.name)
-                            changes(config, _settings(config))  # here as well, because NeMo's import takes seconds
-                            _run_through_nemo(schema, main, source, script.name)
+                            changed = changes(config, _settings(config))  # before NeMo's import, which takes seconds
+                            _run_through_nemo(schema, main, source, script.name, changed)
                     else:
                         main(config, _open_run(config, rank, script.name))
 
@@ -160,7 +160,9 @@ def _parse(script: Path, config_name: str, config_path: str) -> tuple[Source, ar
     return Source(name, [directory.resolve() for directory in directories], arguments.overrides), arguments
 
 
-def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None], source: Source, script: str) -> None:
+def _run_through_nemo(
+    schema: type[ConfigT], main: Callable[[ConfigT, Run], None], source: Source, script: str, changed: Sequence[str]
+) -> None:
     failures: list[BaseException] = []
 
     def start(composed: DictConfig) -> None:
@@ -169,7 +171,7 @@ def _run_through_nemo(schema: type[ConfigT], main: Callable[[ConfigT, Run], None
         try:
             config = check(schema, composed)
             gc.freeze()  # what is imported stays: PyTriton alone collects garbage 14 times when it ends, 0.5 s each
-            main(config, _open_run(config, 0, script))
+            main(config, _open_run(config, 0, script, changed))
         except BaseException as error:  # Hydra would print a shortened stack, the arguments and advice of its own
             failures.append(error)
 
@@ -214,12 +216,10 @@ def _refuse_foreign_run(settings: ExpManagerConfig, script: str) -> None:
         raise ConfigError(f"{settings.directory} is the run directory of another job ({first_line[2:]}): {another}")
 
 
-def _open_run(config: Config, rank: int, script: str) -> Run:
+def _open_run(config: Config, rank: int, script: str, changed: Sequence[str] = ()) -> Run:
     settings = _settings(config)
     directory, wandb = settings.directory, None
-    changed: list[str] = []
     if rank == 0:
-        changed = changes(config, settings)
         directory.mkdir(parents=True, exist_ok=True)
         wandb = _start_exp_manager(settings)
         start = f"{START}{json.dumps(_start())}"

@@ -9,10 +9,11 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import gammaln
 
-Floats = NDArray[np.float64]
+from nemo_eppo.evaluation.statistics import Floats
+
 FitKind = Literal["best_of_n", "rl"]
 _DRAWS = 1_000  # of the bootstrap
 _LEVEL = 0.95  # share of the draws that an interval, and the band at each place, holds

@@ -155,8 +155,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     rows = [
         (
             detector.sign,
-            _area(detector.auroc),
-            _area(detector.auprc),
+            detector.auroc.cell(),
+            detector.auprc.cell(),
             f"{detector.false_alarms:.0f}<small>from {detector.threshold:.3g}</small>",
         )
         for detector in detectors
@@ -167,10 +167,6 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
         "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Combined: logistic "
         "regression, each fifth of the responses predicted from the others.</p>"
     )
-
-
-def _area(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f}<small>{estimate.low:.2f}&ndash;{estimate.high:.2f}</small>"
 
 
 def _detector(sign: str, hacked: Bools, values: Floats, seed: int) -> Detector:

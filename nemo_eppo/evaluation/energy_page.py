@@ -190,9 +190,8 @@ def _summary(values: Floats, mean: Estimate) -> dict[str, Any]:
 def _group_rows(groups: Mapping[str, Floats], means: Mapping[str, Estimate]) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for name, values in groups.items():
-        mean = means[name]
-        cell = f"{mean.value:.4f}<small>{mean.low:.4f} to {mean.high:.4f}</small>"
-        rows.append((f"{name}<small>{len(values):,} responses</small>", cell, f"{values.std():.4f}"))
+        label = f"{name}<small>{len(values):,} responses</small>"
+        rows.append((label, means[name].cell(4), f"{values.std():.4f}"))
     return rows
 
 

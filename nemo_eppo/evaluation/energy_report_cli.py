@@ -55,9 +55,6 @@ example:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the report")
     parser.add_argument("--preset", default="paper", help="energies that the report is about, see `nemo-eppo score`")
     parser.add_argument("--layer", type=int, default=-1, metavar="N", help="decoder layer of these; -1 is the last")
-    parser.add_argument(
-        "--chat-template", action="store_true", help="make prompts the user's turn of the tokenizer's chat template"
-    )
     add_model_arguments(parser)
     parser.set_defaults(run=_energy_report)
 

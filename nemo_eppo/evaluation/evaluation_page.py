@@ -10,6 +10,7 @@ import numpy as np
 from nemo_eppo.evaluation.best_of_n import GaoFit
 from nemo_eppo.evaluation.detection import Detector, detectors_table
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
+from nemo_eppo.evaluation.statistics import Estimate
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart, scatter_chart
 from nemo_eppo.observability.pictures import Panel, histogram, lines, scatter, write_picture
@@ -89,7 +90,7 @@ def _verdict(selections: Mapping[str, Selection]) -> Iterator[str]:
 
 def _means(results: Results) -> list[list[str]]:
     return [
-        [f"{MEASURES[name][0]}<small>{MEASURES[name][1]}</small>", _with_interval(*estimate)]
+        [f"{MEASURES[name][0]}<small>{MEASURES[name][1]}</small>", estimate.cell()]
         for name, estimate in results.means.items()
     ]
 
@@ -146,7 +147,7 @@ def _selected(selections: Mapping[str, Selection]) -> str:
             if values is not None:
                 fitted = ["", ""]
                 if fit:
-                    fitted = [_with_interval(fit.a, *fit.a_interval), _with_interval(fit.b, *fit.b_interval)]
+                    fitted = [Estimate(fit.a, *fit.a_interval).cell(), Estimate(fit.b, *fit.b_interval).cell()]
                 chosen = f"{html.escape(name)}<small>{reward} reward</small>"
                 rows.append([chosen, f"{values[-1]:.3f}<small>{values[0]:.3f} of all</small>", *fitted])
     if not rows:
@@ -154,10 +155,6 @@ def _selected(selections: Mapping[str, Selection]) -> str:
     most = next(iter(selections.values())).n[-1]
     text = "Mean of the best answer and of all, and the fits with 95% bootstrap intervals: a larger b turns earlier."
     return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {most}", "a", "b"], rows, "fits")}'
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    return f"{value:.3f}<small>{low:.3f} to {high:.3f}</small>"
 
 
 def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:

@@ -41,11 +41,8 @@ example:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how prompts are rendered and their responses sampled."""
+    """Add how responses are sampled."""
     parser.add_argument("--samples-per-prompt", type=int, default=1, metavar="N", help="responses to each prompt")
-    parser.add_argument(
-        "--chat-template", action="store_true", help="make a text the user's turn of the tokenizer's chat template"
-    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a response")
     parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="fewest tokens of a response")

@@ -35,9 +35,6 @@ example:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--alpha", type=float, default=0.01, metavar="P", help="p-value below which one is an outlier")
     parser.add_argument("--perplexity", type=float, default=30.0, metavar="N", help="neighbours that t-SNE preserves")
-    parser.add_argument(
-        "--chat-template", action="store_true", help="make prompts the user's turn of the tokenizer's chat template"
-    )
     add_model_arguments(parser)
     parser.set_defaults(run=_latents)
 

@@ -139,9 +139,8 @@ def _table(results: Mapping[str, Any], outliers: Mapping[str, Estimate]) -> list
         row = [label, f"{results['responses'][name]:,}", f"{results['mean_reward'][name]:.4g}"]
         row += [f"{results['mean_mahalanobis'][name]:.4g}"]
         row += [f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"]
-        rows.append(
-            [*row, *([f"{results[key]:.4g}" for key in ("csi", "csi_per_response")] if name == "rlhf" else "  ")]
-        )
+        row += [f"{results[key]:.4g}" if name == "rlhf" else "" for key in ("csi", "csi_per_response")]
+        rows.append(row)
     return rows
 
 

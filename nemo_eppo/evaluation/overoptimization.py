@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from nemo_eppo.evaluation.best_of_n import fit_gao
+from nemo_eppo.evaluation.statistics import Floats
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

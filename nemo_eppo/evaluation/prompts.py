@@ -76,15 +76,16 @@ def _read(path: Path, tokenizer: Tokenizer, vocab_size: int, chat_template: bool
             raise ConfigError(f"{where}: field '{_IDS}' cannot be rendered with --chat-template")
         if _IDS in row and _PROMPT not in row:
             yield _Given(line, row, None, "", ids)
-        elif isinstance(row.get(_PROMPT), list):
+        else:
+            given = row.get(_PROMPT)
+            text = "" if isinstance(given, list) else text_fields(row, (_PROMPT,), where)[0]
             try:
-                text = render_chat(tokenizer, _chat(row[_PROMPT], tokenizer))
+                if isinstance(given, list):
+                    text = rendered = render_chat(tokenizer, _chat(given, tokenizer))
+                else:
+                    rendered = render_chat(tokenizer, [{"role": "user", "content": text}]) if chat_template else text
             except ConfigError as error:
                 raise ConfigError(f"{where}: field '{_PROMPT}': {error}") from None
-            yield _Given(line, row, text, text, ids)
-        else:
-            (text,) = text_fields(row, (_PROMPT,), where)
-            rendered = render_chat(tokenizer, [{"role": "user", "content": text}]) if chat_template else text
             yield _Given(line, row, text, rendered, ids)
 
 

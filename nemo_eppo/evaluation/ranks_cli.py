@@ -1,4 +1,4 @@
-"""What the commands that run a model share: their arguments for its layout, and one process for each rank."""
+"""What the commands that run a model share: their arguments for prompts, precision and layout, a process per rank."""
 
 import argparse
 import os
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, per_pass: str = "rows per forward pass") -> None:
-    """Add --precision, --batch-size, --tp and --pp."""
+    """Add --chat-template, --precision, --batch-size, --tp and --pp."""
+    parser.add_argument(
+        "--chat-template", action="store_true", help="make texts the user's turn of the tokenizer's chat template"
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help=per_pass)
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="number of tensor-parallel processes")
@@ -16,7 +19,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, per_pass: str = "row
 
 
 def model_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return these arguments, and those of `add_model_arguments`, as settings of a command that runs a model."""
+    """Return these arguments, with precision, batch size and layout, as settings of a command that runs a model."""
     settings = {name: getattr(arguments, name) for name in (*names, "precision", "batch_size")}
     layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
     return settings | {"parallel": layout}

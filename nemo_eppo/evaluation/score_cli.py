@@ -43,9 +43,6 @@ example:
         action="store_true",
         help='also write "energies", of every layer under every preset, which energy-report compares',
     )
-    parser.add_argument(
-        "--chat-template", action="store_true", help="make the prompt the user's turn of the tokenizer's chat template"
-    )
     add_model_arguments(parser)
     parser.set_defaults(run=_score)
 

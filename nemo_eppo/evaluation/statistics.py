@@ -24,6 +24,11 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def cell(self, digits: int = 3) -> str:
+        """Return the value above its interval, as HTML for a cell of a table."""
+        value, low, high = (f"{number:.{digits}f}" for number in self)
+        return f"{value}<small>{low} to {high}</small>"
+
 
 def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
 from nemo_eppo.settings.training import OptimizerConfig
@@ -114,6 +115,19 @@ def allocate_state(optimizer: Any) -> None:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):  # they count updates for each parameter
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.zeros(()))
+
+
+def train_head_only(chunks: list[nn.Module], optimizer: Any) -> None:
+    """Remove all parameters but the head's from the optimizer, which makes training a linear probe. Gradients are still
+    computed everywhere, so every layout works as in full training; only the head's are clipped and applied."""
+    heads = set()
+    for chunk in chunks:
+        for name, parameter in unwrap(chunk).named_parameters():
+            if name.startswith("head."):
+                heads |= {id(parameter), id(getattr(parameter, "main_param", None))}
+    for part in optimizer.chained_optimizers:
+        for group in part.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in heads]
 
 
 def load_state(

@@ -4,17 +4,13 @@ Everything is read from the actor's run directory: metrics.jsonl, validation/ste
 """
 
 import html
-import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from nemo_eppo.files import write_atomically, write_json
+from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.accounts import accounts
 from nemo_eppo.observability.charts import (
     COLORS,
@@ -28,7 +24,7 @@ from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
-from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table
+from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table, text_table
 
 Row = Mapping[str, Any]
 Means = Mapping[str, float | None]
@@ -128,30 +124,9 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
 
 def summary_table(before: Means, after: Means) -> str:
     """Return the comparison as text for the terminal; the arguments are what `validation_means` returns."""
-    table = Table(title="Validation", title_justify="left")
-    table.add_column("")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for name, (label, _) in _MEASURES.items():
-        if cells := _cells(before[name], after[name]):
-            table.add_row(label, *cells)
-    text = io.StringIO()
-    Console(file=text, width=80).print(table)
-    return text.getvalue()
-
-
-def write_summary(
-    path: Path, before: Means, after: Means, steps: int, tensor_model_parallel_size: int, seconds: float
-) -> None:
-    """Write summary.json: the means before and after training, and how long the run took in seconds."""
-    summary = {
-        "before": {name: before[name] for name in _MEASURES},
-        "after": {name: after[name] for name in _MEASURES},
-        "steps": steps,
-        "tensor_model_parallel_size": tensor_model_parallel_size,
-        "seconds": seconds,
-    }
-    write_json(path, summary)
+    cells = {label: _cells(before[name], after[name]) for name, (label, _) in _MEASURES.items()}
+    rows = [[label, *found] for label, found in cells.items() if found]
+    return text_table("Validation", [["", "before", "after", "change"], *rows], width=80)
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:

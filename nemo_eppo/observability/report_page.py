@@ -135,5 +135,7 @@ def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
 
 def _chat(text: str) -> str:
     """Turns of a chat as HTML, each under its role."""
-    labels = (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "" for turn in turns(text))
-    return "".join(label + html.escape(turn.text) for label, turn in zip(labels, turns(text), strict=True))
+    return "".join(
+        (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "") + html.escape(turn.text)
+        for turn in turns(text)
+    )

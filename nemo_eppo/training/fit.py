@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nemo_eppo.config import RunStopped
 from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
-from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.optimizer import train_head_only
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.models import checkpoint_files
@@ -91,8 +91,8 @@ class Fit:
         Raises:
             RunStopped: the run was told to end before its last step; its checkpoint is saved.
         """
-        task, plan, settings, saving, run = self.task, self.plan, self.settings, self.saving, self.run
-        saving.check_best(task.validated)
+        task, plan, settings, run = self.task, self.plan, self.settings, self.run
+        self.saving.check_best(task.validated)
         batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
         last = settings.max_steps or len(task.train) // settings.global_batch_size * (settings.epochs or 1)
         self.optimizer.arrival(last)
@@ -120,39 +120,42 @@ class Fit:
             resume=resume,
         )
         if self.head_only:
-            train_head_only(runner)
-        saver = CheckpointSaver(folder, plan.tokenizer_path, saving.asynchronous)
+            train_head_only(runner.chunks, runner.optimizer)
+        saver = CheckpointSaver(folder, plan.tokenizer_path, self.saving.asynchronous)
+        step = self._steps(runner, batches, saver, done, last)
+        if step == last or not self.head_only:
+            run.logger.info(SAVED, task.title, step, last, saver.path(step))
+        if step < last:
+            raise RunStopped
+        return saver.path(last)
+
+    def _steps(self, runner: ModelRunner, batches: GlobalBatches, saver: CheckpointSaver, done: int, last: int) -> int:
+        """Make the steps after `done`; return the one that was made last, which is `last` unless the run has to end."""
+        task, run, saving = self.task, self.run, self.saving
         with ExitStack() as stack:
             is_first = dist.get_rank() == 0
             watch = stack.enter_context(StopWatch(run))
             metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
             progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
             for step in range(done + 1, last + 1):
-                started = time.perf_counter()
-                if self.dropout:
-                    runtime.seed_all(self.seed, step)  # dropout depends on the step alone, also after a resume
-                rows = task.prepare(task.rows(next(batches)), runner, step)
-                update = runner.train_step(rows, task.loss_function(rows), group=task.group)
-                row = {f"train/{name}": value for name, value in update.items()}
-                row["seconds/step"] = time.perf_counter() - started
-                row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
+                row = self._update(runner, next(batches), step)
                 stop = watch.due()
                 # a linear probe begins anew: it has no optimizer's state that could be saved
                 save = step == last or (not self.head_only and (stop or due(step, saving.interval)))
                 validation: dict[str, float] = {}
-                if save or due(step, settings.validation_interval):
+                if save or due(step, self.settings.validation_interval):
                     validation = task.validate(runner)
                     row |= validation
                 if save:
                     manifest = checkpoint_files.Manifest(
                         head=task.head,
                         step=step,
-                        model=plan.model,
+                        model=self.plan.model,
                         metrics=validation,
                         optimizer=not self.head_only,
                         state={"batches": batches.state_dict(), **task.state()},
                     )
-                    saver.save(runner, manifest, after=lambda: tidy(folder, saving))
+                    saver.save(runner, manifest, after=lambda: tidy(run.directory / CHECKPOINTS, saving))
                 saver.poll()
                 if metrics is not None:
                     metrics.log(step, row)
@@ -160,21 +163,16 @@ class Fit:
                 if stop:
                     break
             saver.finish()
-        if step == last or not self.head_only:
-            run.logger.info(SAVED, task.title, step, last, saver.path(step))
-        if step < last:
-            raise RunStopped
-        return saver.path(last)
+        return step
 
-
-def train_head_only(runner: ModelRunner) -> None:
-    """Remove all parameters but the head's from the optimizer, which makes training a linear probe. Gradients are still
-    computed everywhere, so every layout works as in full training; only the head's are clipped and applied."""
-    heads = set()
-    for chunk in runner.chunks:
-        for name, parameter in unwrap(chunk).named_parameters():
-            if name.startswith("head."):
-                heads |= {id(parameter), id(getattr(parameter, "main_param", None))}
-    for part in runner.optimizer.chained_optimizers:
-        for group in part.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) in heads]
+    def _update(self, runner: ModelRunner, indices: list[int], step: int) -> dict[str, float]:
+        """Train on one global batch, and return the step's metrics."""
+        started = time.perf_counter()
+        if self.dropout:
+            runtime.seed_all(self.seed, step)  # dropout depends on the step alone, also after a resume
+        rows = self.task.prepare(self.task.rows(indices), runner, step)
+        update = runner.train_step(rows, self.task.loss_function(rows), group=self.task.group)
+        row = {f"train/{name}": value for name, value in update.items()}
+        row["seconds/step"] = time.perf_counter() - started
+        row["train/tokens_per_second"] = float(rows["lengths"].sum()) / row["seconds/step"]
+        return row

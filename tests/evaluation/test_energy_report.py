@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
-from hf_models import WORDS, random_model, save
+from hf_models import WORDS, ids, random_model, save
 from small_data import read_rows
 from torch import Tensor
 
@@ -122,7 +122,7 @@ def measured(network: Any, found: list[dict[str, str]]) -> dict[str, Tensor]:
     handles = [module.register_forward_hook(listen(key), with_kwargs=True) for key, module in modules.items()]
     result: dict[str, list[Any]] = {}
     for row in found:
-        prompt, response = ([2 + WORDS.index(word) for word in row[name].split()] for name in ("prompt", "response"))
+        prompt, response = (ids(row[name]) for name in ("prompt", "response"))
         at = torch.arange(len(prompt), len(prompt) + len(response))
         logprobs = network(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         result.setdefault("logprob", []).append(logprobs[at - 1, torch.tensor(response)].sum())

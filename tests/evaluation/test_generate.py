@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from hf_models import VOCABULARY, WORDS, random_model, save
+from hf_models import VOCABULARY, WORDS, ids, random_model, save
 from small_data import read_rows
 
 from nemo_eppo.cli import main
@@ -24,10 +24,6 @@ from nemo_eppo.tools.convert import HfToMegatron
 
 EOS, NEW = 0, 12
 PROMPTS = ["w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11 w12", "w13 w14", "w15 w16 w17 w18", "w19 w20"]
-
-
-def ids(text: str) -> list[int]:
-    return [2 + WORDS.index(word) for word in text.split()]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

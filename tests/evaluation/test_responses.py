@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, word_level
+from nemo_eppo.evaluation.prompts import read_prompts
 from nemo_eppo.evaluation.responses import read_responses
 
 
@@ -40,3 +41,5 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> Non
     path.write_text("".join(json.dumps({"prompt": text, "response": "red"}) + "\n" for text in ("green", "red")))
     with pytest.raises(ConfigError, match=r"rows\.jsonl:2: the tokenizer's chat template refuses this chat: not red"):
         read_responses(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: field 'prompt': the tokenizer's chat template refuses"):
+        read_prompts(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from hf_models import WORDS, random_model, save
+from hf_models import WORDS, ids, random_model, save
 from small_data import read_rows
 from torch import Tensor
 
@@ -43,10 +43,6 @@ def data(rows: list[dict[str, str]], tmp_path: Path) -> Path:
 
 def run_job(config: ScoreConfig) -> None:
     Scoring(config).run()
-
-
-def ids(text: str) -> list[int]:
-    return [2 + WORDS.index(word) for word in text.split()]
 
 
 @torch.no_grad()

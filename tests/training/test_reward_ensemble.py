@@ -14,13 +14,13 @@ from jobs import WARM, Models, _train_warm, reward_training
 
 from nemo_eppo.config import ConfigError, RunStopped
 from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.optimizer import train_head_only
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.model import ModelSetup, ParallelConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.settings.training import OptimizerConfig
-from nemo_eppo.training.fit import train_head_only
 from nemo_eppo.training.reward_model import RewardTask, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import build, plan
@@ -89,7 +89,7 @@ def probe(models: Models, parallel: dict[str, Any]) -> tuple[dict[str, torch.Ten
     task = RewardTask(config.data, config.reward, planned, seed=5)
     runtime.initialize(setup.parallel, 1)
     runner = build(planned, "scalar", optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-4))
-    train_head_only(runner)
+    train_head_only(runner.chunks, runner.optimizer)
     before = {name: tensor.clone() for name, tensor in export_tensors(runner.chunks, planned.model)}
     rows = task.rows(list(range(8)))
     report = runner.train_step(rows, task.loss_function(rows), group=2)
