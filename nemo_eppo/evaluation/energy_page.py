@@ -49,7 +49,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     detectors: Sequence[Detector] = ()
     if energies.hacked is not None:
         own = {ENERGY: energies.after, RISE: energies.after - energies.before}
-        detectors = compare_signs(energies.hacked, {**energies.signs, **own})
+        detectors = compare_signs(energies.hacked, {**energies.signs, **own}, energies.index)
     sweep = _sweep(energies)
     share_risen = float((energies.after > energies.before).mean())
     report = {

@@ -96,6 +96,10 @@ class RunDetection:
         """Numbers of the recorded steps."""
         self.step_of = np.repeat(self.steps, [len(found) for found in per_step.values()])
         """[N] the step of each response."""
+        numbers: dict[Any, int] = {}
+        names = (tuple(row["prompt_ids"]) if "prompt_ids" in row else place for place, row in enumerate(rows))
+        self.prompts = np.array([numbers.setdefault(name, len(numbers)) for name in names])
+        """[N] the number of each response's prompt; every response has its own in a run that recorded none."""
         self.proxy, self.gold = (np.array([row[name] for row in rows], dtype=np.float64) for name in _REWARDS)
         self.baseline, self.sft_proxy, self.sft_gold = self._baseline(config.run, per_step)
         self.hacked: Bools = (self.gold < self.sft_gold) & (self.proxy > self.sft_proxy)
@@ -113,14 +117,14 @@ class RunDetection:
     @cached_property
     def detectors(self) -> list[Detector]:
         """How well each sign tells hacked from normal responses of the whole run."""
-        return compare_signs(self.hacked, self.signs)
+        return compare_signs(self.hacked, self.signs, self.prompts)
 
     @cached_property
     def alarms(self) -> dict[str, Alarm]:
         """What each sign, and all combined, would have said; in the order of `detectors`."""
         values = dict(self.signs)
         if any(detector.sign == COMBINED for detector in self.detectors):
-            values[COMBINED] = combine_signs(self.hacked, self.signs)
+            values[COMBINED] = combine_signs(self.hacked, self.signs, self.prompts)
         return {detector.sign: self._alarm(values[detector.sign]) for detector in self.detectors}
 
     @cached_property

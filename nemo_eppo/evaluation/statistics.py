@@ -1,6 +1,7 @@
-"""Statistics of the reports, with percentile-bootstrap intervals over samples that the same seed makes the same.
+"""Statistics of the reports, with percentile-bootstrap intervals that the same seed makes the same.
 
-Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely.
+Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely; groups are [N], what
+samples that are not independent have in common, as the answers to one prompt: a draw takes or leaves all of a group.
 """
 
 import math
@@ -32,26 +33,26 @@ def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
         values: [N], one of each sample; N > 0.
     """
     sample = np.asarray(values, dtype=np.float64)
-    means = [counts @ sample / len(sample) for counts in _resampled(len(sample), seed)]
+    means = [counts @ sample / len(sample) for counts in _resampled(np.arange(len(sample)), seed)]
     return _estimate(float(sample.mean()), np.concatenate(means))
 
 
-def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
+def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
     """Estimate the area under the ROC curve: how often a sample to be found has the higher score, ties half.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(roc_auc_score, _aurocs, labels, scores, seed)
+    return _bootstrap(roc_auc_score, _aurocs, labels, scores, groups, seed)
 
 
-def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
+def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
     """Estimate the average precision, which is the share of labels that are True where scores say nothing.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed)
+    return _bootstrap(average_precision_score, _average_precisions, labels, scores, groups, seed)
 
 
 def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float | None:
@@ -89,6 +90,7 @@ def _bootstrap(
     of_draws: Callable[[Floats, Floats], Floats],
     labels: ArrayLike,
     scores: ArrayLike,
+    groups: ArrayLike,
     seed: int,
 ) -> Estimate:
     truth, ranked = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
@@ -98,7 +100,7 @@ def _bootstrap(
     # places in the sorted samples where a new score begins: equal scores are found together
     starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))
     areas = []
-    for counts in _resampled(len(truth), seed):
+    for counts in _resampled(groups, seed):
         weights = counts[:, descending]
         positives = np.add.reduceat(weights * truth[descending], starts, axis=1)
         areas.append(of_draws(positives, np.add.reduceat(weights, starts, axis=1) - positives))
@@ -121,14 +123,16 @@ def _average_precisions(positives: Floats, negatives: Floats) -> Floats:
     return area
 
 
-def _resampled(size: int, seed: int) -> Iterator[Floats]:
-    """Yield blocks [some draws, size]: how often each sample is in each draw of `size` samples with replacement."""
-    draw = np.random.default_rng(seed)
-    block = max(1, _BLOCK // size)
+def _resampled(groups: ArrayLike, seed: int) -> Iterator[Floats]:
+    """Yield blocks [some draws, N]: how often each sample is in each draw of as many groups, with replacement."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    size, draw = len(names), np.random.default_rng(seed)
+    block = max(1, _BLOCK // len(group_of))
     for first in range(0, _DRAWS, block):
         rows = min(block, _DRAWS - first)
         drawn = draw.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+        counts = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+        yield counts[:, group_of].astype(np.float64)
 
 
 def _estimate(value: float, draws: Floats) -> Estimate:

@@ -31,7 +31,9 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("bootstrap", "sklearn"), [(bootstrap_auroc, roc_auc_score), (bootstrap_auprc, average_precision_score)]
 )
+@pytest.mark.parametrize("answers", [1, 4])
 def test_areas_of_every_draw_are_those_of_scikit_learn(
+    answers: int,
     bootstrap: Callable[..., Estimate],
     sklearn: Callable[..., float],
     sample: tuple[np.ndarray, np.ndarray],
@@ -39,16 +41,18 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
 ) -> None:
     monkeypatch.setattr(statistics, "_DRAWS", DRAWS)
     labels, scores = sample
-    found = bootstrap(labels, scores, seed=5)
+    groups = np.arange(150) // answers  # the last is smaller
+    size = groups[-1] + 1
+    found = bootstrap(labels, scores, groups, seed=5)
     draw = np.random.default_rng(5)
     areas = []
     for _ in range(DRAWS):
-        drawn = draw.integers(150, size=150)
+        drawn = np.concatenate([np.flatnonzero(groups == group) for group in draw.integers(size, size=size)])
         areas.append(sklearn(labels[drawn], scores[drawn]))
     wanted = Estimate(sklearn(labels, scores), *np.quantile(areas, [0.025, 0.975]))
     assert found == pytest.approx(wanted, abs=1e-12)
     monkeypatch.setattr(statistics, "_BLOCK", 7 * 150)
-    assert bootstrap(labels, scores, seed=5) == found, "whatever the size of a block"
+    assert bootstrap(labels, scores, groups, seed=5) == found, "whatever the size of a block"
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy(
@@ -65,13 +69,13 @@ def test_the_interval_of_a_mean_is_that_of_scipy(
 
 
 def test_a_draw_without_one_of_the_labels_is_left_out() -> None:
-    found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], seed=0)
+    found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], range(3), seed=0)
     assert found == Estimate(1.0, 1.0, 1.0)
 
 
 def test_labels_of_one_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="all 2 are True"):
-        bootstrap_auroc([True, True], [1.0, 2.0], seed=0)
+        bootstrap_auroc([True, True], [1.0, 2.0], range(2), seed=0)
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
