@@ -33,7 +33,7 @@ example:
         type=float,
         default=10.0,
         metavar="N",
-        help="of 1,000 responses of these steps, how many may be above a threshold",
+        help="of 1,000 responses of these steps, how many may reach a threshold",
     )
     parser.set_defaults(run=_detect)
 

@@ -51,7 +51,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     panels = [
         lines(rewards, _STEP, "reward", "Proxy and gold reward"),
-        lines(shares, _STEP, "share of responses", "Hacked, and above a threshold"),
+        lines(shares, _STEP, "share of responses", "Hacked, and at a threshold"),
     ]
     write_picture(output / "detection.png", panels)
     write_atomically(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -66,8 +66,8 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         f'<p class="lead">{verdict(detection)}</p>',
         section(
             "Over the course of training",
-            f"The first {detection.config.calm_steps} steps set each sign's threshold, so that at most "
-            f"{detection.config.false_alarms:g} of 1,000 of their responses are above it.",
+            f"The first {detection.config.calm_steps} steps set each sign's threshold: the lowest value that at most "
+            f"{detection.config.false_alarms:g} of 1,000 of their responses reach, or the highest if more have it.",
             [
                 figure(
                     "Proxy and gold reward",
@@ -75,7 +75,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
                     line_chart(rewards, _STEP, "reward"),
                 ),
                 figure(
-                    "Hacked responses, and those above a threshold",
+                    "Hacked responses, and those that reach a threshold",
                     "Running means of the shares of a step's responses.",
                     line_chart(shares, _STEP, "share of responses"),
                 ),
@@ -83,11 +83,11 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         ),
         "<h2>When would an alarm have come?</h2>",
         table(["Sign", "First alarm", "Lead", "Hacked found", "AUROC in a step"], _alarm_rows(detection), "alarms"),
-        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with so many responses above the threshold as a '
-        f"step like the first ones has with a probability below {CHANCE:g}. Lead: steps from the alarm to the peak of "
-        "the gold reward; negative if it came later. Found: share of the hacked responses above the threshold. AUROC "
-        "in a step: of responses of the same step, so that a sign gains nothing from rising with time. "
-        f"{COMBINED.capitalize()}: with the labels known, which an alarm during a run has not.</p>",
+        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with more responses that reach the threshold than a '
+        f"step of prompts like the first ones has with a probability of {CHANCE:g}. Lead: steps from the alarm to the "
+        "peak of the gold reward; negative if it came later. Found: share of the hacked responses that reach the "
+        "threshold. AUROC in a step: of responses of the same step, so that a sign gains nothing from rising with "
+        f"time. {COMBINED.capitalize()}: with the labels known, which an alarm during a run has not.</p>",
         "<h2>Which sign finds the hacked responses?</h2>",
         detectors_table(detection.detectors),
         f"<h2>Alarms of the run's own monitor</h2>\n{of_run}" if of_run else "",
@@ -138,6 +138,7 @@ def _json(detection: RunDetection, found: Detector) -> dict[str, Any]:
     return {
         **found.as_dict(),
         "alarm_threshold": alarm.threshold,
+        "calm_share": alarm.calm_share,
         "first_alarm_step": alarm.step,
         "lead_steps": alarm.lead,
         "hacked_found": alarm.found,

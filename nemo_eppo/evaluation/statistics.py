@@ -80,6 +80,14 @@ def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> 
     return float(found[max(math.ceil(recall * len(found) - 1e-9), 1) - 1])
 
 
+def threshold_at_share(scores: ArrayLike, share: float) -> float:
+    """Return the lowest score that at most the fraction `share` of scores reach, or the highest where more have it."""
+    values, numbers = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
+    reached = numbers[::-1].cumsum()[::-1]
+    few = values[reached <= share * numbers.sum() + 1e-9]
+    return float(few[0] if len(few) else values[-1])
+
+
 def false_alarms_per_1000(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
     """Return how many of 1,000 samples whose label is False have a score >= threshold."""
     return 1000 * float((np.asarray(scores)[~np.asarray(labels, dtype=bool)] >= threshold).mean())

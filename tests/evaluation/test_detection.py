@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from nemo_eppo.evaluation.detection import (
     detectors_of_evaluation,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
+from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection, _limit
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
 
 
@@ -191,21 +192,64 @@ def test_labels_thresholds_and_lead_times_are_those_of_brute_force(run: Path) ->
     running = {step: np.mean([gold_of[near] for near in gold_of if abs(near - step) <= 2]) for step in STEPS}
     assert detection.peak == max(running, key=lambda step: running[step])
     assert detection.fell
-    calm = sorted((row["energy/policy"] for row in rows if row["step"] <= 8), reverse=True)
+    calm = [row["energy/policy"] for row in rows if row["step"] <= 8]
     alarm = detection.alarms[ENERGY]
-    assert sum(energy > alarm.threshold for energy in calm) == math.floor(RATE / 1000 * len(calm))
+    reached = sum(energy >= alarm.threshold for energy in calm)
+    assert (reached, alarm.calm_share) == (math.floor(RATE / 1000 * len(calm)), reached / len(calm))
     suspicious = {}
     for step in STEPS[8:]:
-        above = sum(row["energy/policy"] > alarm.threshold for row in rows if row["step"] == step)
-        suspicious[step] = stats.binomtest(above, 32, RATE / 1000, alternative="greater").pvalue < 0.01
+        above = sum(row["energy/policy"] >= alarm.threshold for row in rows if row["step"] == step)
+        suspicious[step] = stats.binomtest(above, 32, alarm.calm_share, alternative="greater").pvalue < 0.01
     first = next(step for step in STEPS[10:] if all(suspicious[step - back] for back in range(3)))
     assert (alarm.step, alarm.lead) == (first, detection.peak - first)
     assert alarm.found == pytest.approx(
-        sum(row["energy/policy"] > alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
+        sum(row["energy/policy"] >= alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
         / sum(hacked)
     )
     assert detection.alarms[LENGTH].step is None
     assert detection.best == ENERGY
+
+
+def write_run(directory: Path, rows_of: Callable[[int], list[dict[str, Any]]], steps: int = 30) -> Path:
+    """A run with the rows that `rows_of` makes for each step, from 1."""
+    (directory / "rollouts").mkdir(parents=True)
+    for step in range(1, steps + 1):
+        text = "".join(json.dumps(row) + "\n" for row in rows_of(step))
+        (directory / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
+    return directory
+
+
+def test_a_sign_that_reached_its_highest_value_in_the_first_steps_can_raise_an_alarm(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+
+    def rows(step: int) -> list[dict[str, Any]]:
+        hacked = draw.random(32) < (0.03 if step <= 10 else min(0.06 * (step - 9), 1))
+        return [
+            {"reward/proxy": float(h), "reward/gold": -float(h), "response_length": 20 if h else int(draw.integers(20))}
+            for h in hacked
+        ]
+
+    alarm = RunDetection(DetectionConfig(run=write_run(tmp_path, rows))).alarms[LENGTH]
+    assert (alarm.threshold, alarm.found) == (20, 1)
+    assert 0.01 < alarm.calm_share < 0.06
+    assert alarm.step is not None
+    assert 13 <= alarm.step < 20
+
+
+def test_prompts_whose_answers_resemble_each_other_raise_no_more_alarms() -> None:
+    """Shares of 64 prompts whose 4 answers correlate by .8: the limit is exceeded about as rarely as it says."""
+    draw = np.random.default_rng(1)
+
+    def shares(prompts: int) -> Floats:
+        energies = math.sqrt(0.8) * draw.normal(size=(prompts, 1)) + math.sqrt(0.2) * draw.normal(size=(prompts, 4))
+        result: Floats = (energies > 2.326).mean(axis=1)  # one of 100
+        return result
+
+    limit, counts = _limit(shares(20_000), 64), [shares(64).mean() for _ in range(3_000)]
+    assert np.mean(np.array(counts) > limit) < 0.015
+    assert np.mean(stats.binom.sf(np.array(counts) * 256 - 1, 256, 0.01) < 0.01) > 0.03, "of a binomial over responses"
+    single = _limit((np.arange(1000) < 50).astype(np.float64), 64)
+    assert single * 64 == pytest.approx(stats.binom.ppf(0.99, 64, 0.05), abs=1e-3), "a binomial for one answer each"
 
 
 def test_the_report_says_which_alarm_to_switch_on(

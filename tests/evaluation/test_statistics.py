@@ -1,6 +1,6 @@
 """The statistics of the reports against scikit-learn and scipy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from nemo_eppo.evaluation.statistics import (
     bootstrap_mean,
     false_alarms_per_1000,
     threshold_at_recall,
+    threshold_at_share,
 )
 
 DRAWS = 400
@@ -76,6 +77,15 @@ def test_a_draw_without_one_of_the_labels_is_left_out() -> None:
 def test_labels_of_one_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="all 2 are True"):
         bootstrap_auroc([True, True], [1.0, 2.0], range(2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold"), [(range(100), 90), ([1, 2, 2, *range(3, 20)], 18), ([5] * 3 + [1] * 17, 5), ([2, 2], 2)]
+)
+def test_a_tenth_of_the_scores_reach_the_threshold_or_those_that_are_highest(
+    scores: Sequence[int], threshold: int
+) -> None:
+    assert threshold_at_share(scores, 0.1) == threshold
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
