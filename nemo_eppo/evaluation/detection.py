@@ -159,8 +159,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     rows = [
         (
             detector.sign,
-            _area(detector.auroc),
-            _area(detector.auprc),
+            area_cell(detector.auroc),
+            area_cell(detector.auprc),
             f"{detector.false_alarms:.0f}<small>from {detector.threshold:.3g}</small>",
         )
         for detector in detectors
@@ -173,7 +173,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     )
 
 
-def _area(estimate: Estimate) -> str:
+def area_cell(estimate: Estimate) -> str:
+    """Return an AUROC or average precision, with its interval below, as a cell of an HTML table."""
     return f"{estimate.value:.3f}<small>{estimate.low:.2f}&ndash;{estimate.high:.2f}</small>"
 
 

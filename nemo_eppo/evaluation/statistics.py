@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 Floats = NDArray[np.float64]
 _DRAWS = 2_000
 _LEVEL = 0.95  # share of the draws that an interval holds
+_FEWEST_GROUPS = 5
 _BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
 
 
@@ -55,23 +56,28 @@ def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, see
     return _bootstrap(average_precision_score, _average_precisions, labels, scores, groups, seed)
 
 
-def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float | None:
-    """Return the AUROC over pairs of one group, so that what differs between groups alone does not count.
+def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate | None:
+    """Estimate the AUROC over pairs of one group, so that what differs between groups alone does not count.
 
     Args:
-        groups: [N], for instance the step of a run.
+        groups: [N], for instance the step of a run; the bootstrap draws them.
 
     Returns:
-        None if no group has both labels.
+        None if fewer than five groups have both labels, of which an interval says nothing.
     """
     truth, values, group = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64), np.asarray(groups)
-    wins, pairs = 0.0, 0
+    areas, pairs = [], []
     for member in (group == name for name in np.unique(group)):
         number = int(truth[member].sum()) * int((~truth[member]).sum())
         if number:
-            wins += number * float(roc_auc_score(truth[member], values[member]))
-            pairs += number
-    return wins / pairs if pairs else None
+            areas.append(float(roc_auc_score(truth[member], values[member])))
+            pairs.append(number)
+    if len(pairs) < _FEWEST_GROUPS:
+        return None
+    weights = np.array(pairs)
+    wins = weights * areas
+    draws = [counts @ wins / (counts @ weights) for counts in _resampled(np.arange(len(pairs)), seed)]
+    return _estimate(float(wins.sum() / weights.sum()), np.concatenate(draws))
 
 
 def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,13 @@ from nemo_eppo.evaluation.detection import (
     detectors_of_evaluation,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection, _limit
+from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", 300)
 
 
 @pytest.fixture
@@ -103,9 +107,8 @@ def test_signs_are_ranked_and_combined(signs: tuple[np.ndarray, dict[str, Floats
     assert [detector.sign for detector in compare_signs(hacked, {KL: columns[KL]}, np.arange(200))] == [KL]
 
 
-def test_answers_to_one_prompt_count_as_what_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_to_one_prompt_count_as_what_they_share() -> None:
     """Labels and signs that prompts decide, but not one the other: 32 prompts x 8 answers, 20 times."""
-    monkeypatch.setattr(statistics, "_DRAWS", 300)
     draw, covered, combined = np.random.default_rng(0), 0, []
     prompts = np.arange(256) // 8
     for _ in range(20):
@@ -125,13 +128,24 @@ def test_auroc_within_groups_counts_pairs_of_one_group(signs: tuple[np.ndarray, 
     groups = np.arange(200) // 20
     values = columns[LENGTH] + 1000 * groups * 0.5  # groups differ, which must not count
     wins = pairs = 0.0
+    per_group = []
     for group in range(10):
         mine, labels = values[groups == group], hacked[groups == group]
         if labels.any() and not labels.all():
             wins += stats.mannwhitneyu(mine[labels], mine[~labels]).statistic
             pairs += labels.sum() * (~labels).sum()
-    assert within_groups_auroc(hacked, values, groups) == pytest.approx(wins / pairs)
-    assert within_groups_auroc([True, False], [1.0, 2.0], [0, 1]) is None
+            per_group.append(
+                (stats.mannwhitneyu(mine[labels], mine[~labels]).statistic, labels.sum() * (~labels).sum())
+            )
+    found = within_groups_auroc(hacked, values, groups, seed=0)
+    assert found is not None
+    assert found.value == pytest.approx(wins / pairs)
+    resampled = stats.bootstrap(
+        np.array(per_group).T, lambda won, of, axis: won.sum(axis) / of.sum(axis), paired=True, method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(resampled, abs=0.01)
+    assert within_groups_auroc([True, False] * 4, range(8), np.arange(8) // 2, seed=0) is None
 
 
 def test_signs_are_read_from_the_columns_that_all_rows_have() -> None:
@@ -208,48 +222,6 @@ def test_labels_thresholds_and_lead_times_are_those_of_brute_force(run: Path) ->
     )
     assert detection.alarms[LENGTH].step is None
     assert detection.best == ENERGY
-
-
-def write_run(directory: Path, rows_of: Callable[[int], list[dict[str, Any]]], steps: int = 30) -> Path:
-    """A run with the rows that `rows_of` makes for each step, from 1."""
-    (directory / "rollouts").mkdir(parents=True)
-    for step in range(1, steps + 1):
-        text = "".join(json.dumps(row) + "\n" for row in rows_of(step))
-        (directory / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
-    return directory
-
-
-def test_a_sign_that_reached_its_highest_value_in_the_first_steps_can_raise_an_alarm(tmp_path: Path) -> None:
-    draw = np.random.default_rng(3)
-
-    def rows(step: int) -> list[dict[str, Any]]:
-        hacked = draw.random(32) < (0.03 if step <= 10 else min(0.06 * (step - 9), 1))
-        return [
-            {"reward/proxy": float(h), "reward/gold": -float(h), "response_length": 20 if h else int(draw.integers(20))}
-            for h in hacked
-        ]
-
-    alarm = RunDetection(DetectionConfig(run=write_run(tmp_path, rows))).alarms[LENGTH]
-    assert (alarm.threshold, alarm.found) == (20, 1)
-    assert 0.01 < alarm.calm_share < 0.06
-    assert alarm.step is not None
-    assert 13 <= alarm.step < 20
-
-
-def test_prompts_whose_answers_resemble_each_other_raise_no_more_alarms() -> None:
-    """Shares of 64 prompts whose 4 answers correlate by .8: the limit is exceeded about as rarely as it says."""
-    draw = np.random.default_rng(1)
-
-    def shares(prompts: int) -> Floats:
-        energies = math.sqrt(0.8) * draw.normal(size=(prompts, 1)) + math.sqrt(0.2) * draw.normal(size=(prompts, 4))
-        result: Floats = (energies > 2.326).mean(axis=1)  # one of 100
-        return result
-
-    limit, counts = _limit(shares(20_000), 64), [shares(64).mean() for _ in range(3_000)]
-    assert np.mean(np.array(counts) > limit) < 0.015
-    assert np.mean(stats.binom.sf(np.array(counts) * 256 - 1, 256, 0.01) < 0.01) > 0.03, "of a binomial over responses"
-    single = _limit((np.arange(1000) < 50).astype(np.float64), 64)
-    assert single * 64 == pytest.approx(stats.binom.ppf(0.99, 64, 0.05), abs=1e-3), "a binomial for one answer each"
 
 
 def test_the_report_says_which_alarm_to_switch_on(
