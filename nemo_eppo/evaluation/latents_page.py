@@ -24,7 +24,7 @@ from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
 _SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of the bootstrap
-_FOLDS = 5
+_FOLDS = 20  # with fewer, Gaussians of fewer latents would call the held-out ones outliers more often
 _FARTHEST = 6  # responses that the page shows
 _DISTANCE = "Mahalanobis distance"
 _MAP = ("t-SNE of the latents", "Near points are near in latent space; distances between groups mean little.")
@@ -52,10 +52,10 @@ def write_latents(
 ) -> str:
     """Write all files about the latents of the SFT model's and the policy's responses into `directory`.
 
-    Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage); for each fifth
-    of these, to the other four, since a Gaussian is nearer to its own latents than to others of their distribution. MOP
-    is the fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does, with
-    the radius of the SFT latents (InfoRM, arXiv 2402.09345), and for one half of these against the other.
+    Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage); for each
+    twentieth of these, to the rest, since a Gaussian is nearer to its own latents than to others of their distribution.
+    MOP is the fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does,
+    with the radius of the SFT latents (InfoRM, arXiv 2402.09345), and for one half of these against the other.
 
     Args:
         told: what is known of model and files.
@@ -118,9 +118,9 @@ def _measure(latents: Tensor, sft: Tensor) -> Tensor:
 
 
 def _held_out(sft: Tensor) -> Tensor:
-    """Return `_measure` [N, 2] of SFT latents [N, d], of each fifth under a Gaussian of the other four."""
+    """Return `_measure` [N, 2] of SFT latents [N, d], of each twentieth under a Gaussian of the rest."""
     found = torch.empty(len(sft), 2, dtype=torch.float64)
-    for seen, unseen in KFold(_FOLDS, shuffle=True, random_state=_SEED).split(sft):
+    for seen, unseen in KFold(min(_FOLDS, len(sft)), shuffle=True, random_state=_SEED).split(sft):
         found[unseen] = _measure(sft[unseen], sft[seen])
     return found
 
@@ -184,7 +184,7 @@ def _body(
     yield (
         '<p class="soft">Means over the responses. Outliers have a p-value below '
         f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets "
-        "hold 95% intervals. Each fifth of the SFT responses is compared with the others. CSI grows with clusters of "
+        "hold 95% intervals. Each twentieth of the SFT responses is compared with the rest. CSI grows with clusters of "
         "RLHF responses that are far from all SFT responses; that of SFT is of one half of them against the other.</p>"
     )
     yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
