@@ -286,6 +286,16 @@ def test_a_table_without_labels_takes_those_of_a_file(tmp_path: Path) -> None:
         (TABLE, "{}", "labels.json: expected a JSON list"),
         (TABLE, '[{"query_id": 0}]', "labels.json: entry 1 is {'query_id': 0}: expected an integer 'question_id'"),
         (TABLE, '[{"question_id": 0, "response": "yes"}]', "entry 1: field 'response' = 'yes': expected 'Yes'"),
+        (
+            TABLE,
+            '[{"question_id": 0, "response": "Yes"}, {"question_id": 0, "response": "No"}]',
+            "entry 2: field 'response' = 'No': contradicts an earlier entry with question_id 0",
+        ),
+        (
+            TABLE.replace("\n1,", "\n0,"),
+            '[{"question_id": 0, "response": "Yes"}]',
+            "labels.json: names samples by their index, but several have index 0",
+        ),
         (TABLE, '[{"question_id": 0, "response": "Yes"}]', "no entry has question_id 1; 1 samples have no label"),
     ],
 )
@@ -298,6 +308,26 @@ def test_bad_tables_and_labels_are_named(
     assert main([*command, *(["--labels", str(tmp_path / "labels.json")] if labels else [])]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("preset", "mlp_block"), ("layer", 0), ("precision", "bf16")])
+def test_scores_of_other_settings_are_not_compared(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"preset": "paper", "layer": -1, "precision": "fp32", "chat_template": False, "data_sha256": "",
+                "fields": []}  # fmt: skip
+    rows = [{"logprob": -1.0, "num_tokens": 2, "energy_loss": number / 10} for number in range(3)]
+    old, new = (write(tmp_path / file, rows) for file in ("old.jsonl", "new.jsonl"))
+    for path, own in ((old, settings), (new, settings | {name: value})):
+        path.with_name(f"{path.name}.settings.json").write_text(json.dumps(own))
+    command = ["energy-report", "--before-scores", str(old), "--after-scores", str(new)]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"old.jsonl has {name} = {settings[name]!r}" in said
+    assert f"new.jsonl has {name} = {value!r}" in said
+    assert (
+        main(["energy-report", "--before-scores", str(new), "--after-scores", str(new), "--output", str(tmp_path)]) == 0
+    )
 
 
 def test_bad_choices_are_named_before_a_model_runs(
