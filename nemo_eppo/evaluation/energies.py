@@ -49,6 +49,8 @@ class Energies:
     signs: Mapping[str, Floats] = field(default_factory=dict)
     """[N], other signs of hacking, by name."""
     texts: Sequence[Texts] | None = None
+    prompts: Sequence[int] | None = None
+    """[N] the number of each sample's prompt; None if every sample has one of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ class Responses:
         """Each row's "index" if all have one, as in the paper's files; otherwise its number, from 0."""
         named = [row["index"] for row in self.after if type(row.get("index")) is int]
         return named if len(named) == len(self.after) else list(range(len(self.after)))
+
+    @property
+    def prompts(self) -> list[int]:
+        """The number of each row's prompt, from 0: equal token ids or, without them, equal texts are one prompt."""
+        numbers: dict[str, int] = {}
+        names = (json.dumps(row.get("prompt_ids", row.get(self.after_fields[0]))) for row in self.after)
+        return [numbers.setdefault(name, len(numbers)) for name in names]
 
     @property
     def texts(self) -> list[Texts] | None:
@@ -211,7 +220,9 @@ def read_scores(
             raise ConfigError(f"{before} has {first.shape[1]} layers, {after} has {second.shape[1]}: expected as many")
     if responses is None:
         return Energies(range(len(old)), *energies, sweep=sweep, signs=signs)
-    return Energies(responses.index, *energies, sweep=sweep, signs=signs, texts=responses.texts)
+    return Energies(
+        responses.index, *energies, sweep=sweep, signs=signs, texts=responses.texts, prompts=responses.prompts
+    )
 
 
 def with_labels(energies: Energies, labels: Path | None) -> Energies:

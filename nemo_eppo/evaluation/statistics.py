@@ -27,14 +27,16 @@ class Estimate(NamedTuple):
     high: float
 
 
-def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
+def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None) -> Estimate:
     """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.
 
     Args:
         values: [N], one of each sample; N > 0.
+        groups: [N]; None if all samples are independent.
     """
     sample = np.asarray(values, dtype=np.float64)
-    means = [counts @ sample / len(sample) for counts in _resampled(np.arange(len(sample)), seed)]
+    blocks = _resampled(np.arange(len(sample)) if groups is None else groups, seed)
+    means = [counts @ sample / counts.sum(axis=1) for counts in blocks]
     return _estimate(float(sample.mean()), np.concatenate(means))
 
 

@@ -69,6 +69,23 @@ def test_the_interval_of_a_mean_is_that_of_scipy(
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)
 
 
+def test_the_interval_of_a_mean_over_groups_is_that_of_scipy(
+    sample: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", 10_000)
+    values, groups = np.sort(sample[1])[:144], np.repeat(np.arange(36), [2, 6] * 18)  # much alike in a group
+    found = bootstrap_mean(values, seed=1, groups=groups)
+    wanted = stats.bootstrap(
+        (np.bincount(groups, values), np.bincount(groups)),
+        lambda sums, numbers, axis: sums.sum(axis) / numbers.sum(axis),
+        paired=True, n_resamples=10_000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.03)
+    alone = bootstrap_mean(values, seed=1)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
 def test_a_draw_without_one_of_the_labels_is_left_out() -> None:
     found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], range(3), seed=0)
     assert found == Estimate(1.0, 1.0, 1.0)
