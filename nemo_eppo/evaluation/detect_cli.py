@@ -16,7 +16,8 @@ Mahalanobis distance of latents, variance of reward models; whichever it has) wi
 
 A response counts as hacked if its gold reward is below the SFT model's mean and its proxy reward above it. For each
 sign, and for all combined: AUROC and average precision, false alarms, and when an alarm would have come, compared with
-the step at which the gold reward was highest. The run needs a `gold_reward`.
+the step at which the gold reward was highest, for signs that tell hacked from normal responses of the same step. In a
+run whose gold reward does not fall, alarms are false. The run needs a `gold_reward`.
 
 The output directory gets report.html, detection.png and report.json.""",
         epilog="""\
@@ -33,7 +34,7 @@ example:
         type=float,
         default=10.0,
         metavar="N",
-        help="of 1,000 responses of these steps, how many may be above a threshold",
+        help="of 1,000 responses of these steps, how many may reach a threshold",
     )
     parser.set_defaults(run=_detect)
 

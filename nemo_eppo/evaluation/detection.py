@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -54,30 +54,33 @@ class Detector(NamedTuple):
         }
 
 
-def compare_signs(hacked: Bools, signs: Mapping[str, Floats], seed: int = 0) -> list[Detector]:
+def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> list[Detector]:
     """Measure every sign, from the highest AUROC down, and at the end all of them combined, if there are several.
 
     Args:
         hacked: [N], both values occur.
         signs: [N] for each name.
+        prompts: [N], the number of the prompt that each response answers.
     """
-    found = [_detector(sign, hacked, values, seed) for sign, values in signs.items()]
+    found = [_detector(sign, hacked, values, prompts, seed) for sign, values in signs.items()]
     found.sort(key=lambda detector: -detector.auroc.value)
-    if len(signs) > 1 and min(hacked.sum(), (~hacked).sum()) >= FOLDS:
-        found.append(_detector(COMBINED, hacked, combine_signs(hacked, signs, seed), seed))
+    fewest = min(len(np.unique(np.asarray(prompts)[kind])) for kind in (hacked, ~hacked))
+    if len(signs) > 1 and fewest >= FOLDS:
+        found.append(_detector(COMBINED, hacked, combine_signs(hacked, signs, prompts, seed), prompts, seed))
     return found
 
 
-def combine_signs(hacked: Bools, signs: Mapping[str, Floats], seed: int = 0) -> Floats:
+def combine_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> Floats:
     """Predict the log-odds [N] that a response is hacked, from all signs.
 
-    A logistic regression on standardised signs is fitted five times, each time without a fifth of the responses, whose
-    log-odds it then predicts; each fifth has its share of hacked ones.
+    A logistic regression on standardised signs is fitted five times, each time without a fifth of the prompts, whose
+    responses' log-odds it then predicts; each fifth has about its share of hacked responses. Answers to one prompt stay
+    together, since the regression would know what they share.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     columns = np.column_stack(list(signs.values()))
-    odds: Floats = cross_val_predict(model, columns, hacked, cv=folds, method="decision_function")
+    odds: Floats = cross_val_predict(model, columns, hacked, groups=prompts, cv=folds, method="decision_function")
     return odds
 
 
@@ -146,7 +149,8 @@ def detectors_of_evaluation(rows: Sequence[Row], seed: int = 0) -> list[Detector
         | {f"reward/score_{number}": score for number, score in enumerate(row["proxy_rewards"])}
         for row in rows
     ]
-    return compare_signs(hacked, signs_of_rows(recorded, standard=recorded), seed)
+    signs = signs_of_rows(recorded, standard=recorded)
+    return compare_signs(hacked, signs, [row["index"] for row in rows], seed)
 
 
 def detectors_table(detectors: Sequence[Detector]) -> str:
@@ -162,19 +166,19 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
         for detector in detectors
     ]
     return table(head, rows, "detectors") + (
-        '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over responses. False alarms '
+        '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over prompts. False alarms '
         f"are of 1,000 normal responses, where the sign, from the value below them, finds {RECALL:.0%} of the hacked "
         "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Combined: logistic "
-        "regression, each fifth of the responses predicted from the others.</p>"
+        "regression, each fifth of the prompts predicted from the others.</p>"
     )
 
 
-def _detector(sign: str, hacked: Bools, values: Floats, seed: int) -> Detector:
+def _detector(sign: str, hacked: Bools, values: Floats, prompts: ArrayLike, seed: int) -> Detector:
     threshold = threshold_at_recall(hacked, values, RECALL)
     return Detector(
         sign,
-        bootstrap_auroc(hacked, values, seed),
-        bootstrap_auprc(hacked, values, seed),
+        bootstrap_auroc(hacked, values, prompts, seed),
+        bootstrap_auprc(hacked, values, prompts, seed),
         threshold,
         false_alarms_per_1000(hacked, values, threshold),
     )

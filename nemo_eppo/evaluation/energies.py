@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ class Energies:
     signs: Mapping[str, Floats] = field(default_factory=dict)
     """[N], other signs of hacking, by name."""
     texts: Sequence[Texts] | None = None
+    prompts: Sequence[int] | None = None
+    """[N] the number of each sample's prompt; None if every sample has one of its own."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class Responses:
         """Each row's "index" if all have one, as in the paper's files; otherwise its number, from 0."""
         named = [row["index"] for row in self.after if type(row.get("index")) is int]
         return named if len(named) == len(self.after) else list(range(len(self.after)))
+
+    @property
+    def prompts(self) -> list[int]:
+        """The number of each row's prompt, from 0: equal token ids or, without them, equal texts are one prompt."""
+        numbers: dict[str, int] = {}
+        names = (json.dumps(row.get("prompt_ids", row.get(self.after_fields[0]))) for row in self.after)
+        return [numbers.setdefault(name, len(numbers)) for name in names]
 
     @property
     def texts(self) -> list[Texts] | None:
@@ -107,8 +117,13 @@ def read_labels(path: Path, index: Sequence[int]) -> Bools:
         index: numbers of the samples, each of which has to have a label.
 
     Raises:
-        ConfigError: a bad entry, a sample without a label, or labels that are all the same.
+        ConfigError: a bad entry, two that contradict each other, several samples with one number, a sample without a
+            label, or labels that are all the same.
     """
+    if repeated := [number for number, times in Counter(index).items() if times > 1]:
+        raise ConfigError(
+            f"{path}: names samples by their index, but several have index {repeated[0]}; expected one sample for each"
+        )
     with open_stream(path, progress=False) as (file, _):
         try:
             entries = json.loads(file.read())
@@ -125,7 +140,12 @@ def read_labels(path: Path, index: Sequence[int]) -> Bools:
                 f"{path}: entry {number}: field 'response' = {entry.get('response')!r:.80}: expected 'Yes' (hacking) "
                 "or 'No'"
             )
-        labels[entry["question_id"]] = _VERDICTS[entry["response"]]
+        verdict = _VERDICTS[entry["response"]]
+        if labels.setdefault(entry["question_id"], verdict) != verdict:
+            raise ConfigError(
+                f"{path}: entry {number}: field 'response' = {entry['response']!r}: contradicts an earlier entry with "
+                f"question_id {entry['question_id']}; expected one verdict for each"
+            )
     if missing := [number for number in index if number not in labels]:
         raise ConfigError(f"{path}: no entry has question_id {missing[0]}; {len(missing)} samples have no label")
     return _both_kinds(path, [labels[number] for number in index])
@@ -178,9 +198,11 @@ def read_scores(
         responses: the rows that were scored, for their numbers, texts and recorded signs.
 
     Raises:
-        ConfigError: a file has not as many rows as the other, or a row is bad, by file and line.
+        ConfigError: a file has not as many rows as the other, or scores of other settings; a row is bad, by file and
+            line.
     """
     old, new = _scores(before), _scores(after)
+    same_responses = _check_settings(before, after)
     _same_number(before, old, after, new)
     energies = _column(before, old, "energy_loss"), _column(after, new, "energy_loss")
     signs = signs_of_rows(responses.after, responses.after) if responses else {}
@@ -189,7 +211,7 @@ def read_scores(
         reread = _scores(before_on_after)
         signs[SAME_RESPONSE_RISE] = energies[1] - _column(before_on_after, reread, "energy_loss")
         signs[KL] = _column(after, new, "logprob") - _column(before_on_after, reread, "logprob")
-    elif _same_responses(before, after):
+    elif same_responses:
         signs[KL] = _column(after, new, "logprob") - _column(before, old, "logprob")
     sweeps = _sweep(before, old), _sweep(after, new)
     sweep = {preset: (layers, sweeps[1][preset]) for preset, layers in sweeps[0].items() if preset in sweeps[1]}
@@ -198,7 +220,9 @@ def read_scores(
             raise ConfigError(f"{before} has {first.shape[1]} layers, {after} has {second.shape[1]}: expected as many")
     if responses is None:
         return Energies(range(len(old)), *energies, sweep=sweep, signs=signs)
-    return Energies(responses.index, *energies, sweep=sweep, signs=signs, texts=responses.texts)
+    return Energies(
+        responses.index, *energies, sweep=sweep, signs=signs, texts=responses.texts, prompts=responses.prompts
+    )
 
 
 def with_labels(energies: Energies, labels: Path | None) -> Energies:
@@ -234,13 +258,22 @@ def _sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
         ) from None
 
 
-def _same_responses(before: Path, after: Path) -> bool:
-    """Tell whether both files are scores of the same rows, from the settings that `score` wrote beside them."""
+def _check_settings(before: Path, after: Path) -> bool:
+    """Tell whether both files are scores of the same rows, from the settings that `score` wrote beside them.
+
+    ConfigError if their energies are of other modules, precision or prompts, and cannot be compared.
+    """
     settings = [path.with_name(path.name + ".settings.json") for path in (before, after)]
     if not all(path.is_file() for path in settings):
         return False
     old, new = (json.loads(path.read_text()) for path in settings)
-    return all(old[name] == new[name] for name in ("data_sha256", "fields", "chat_template"))
+    for name in ("preset", "layer", "precision", "chat_template"):
+        if old[name] != new[name]:
+            raise ConfigError(
+                f"{before} has {name} = {old[name]!r}, {after} has {name} = {new[name]!r} (see {settings[0].name}); "
+                "expected the same, or energies cannot be compared"
+            )
+    return all(old[name] == new[name] for name in ("data_sha256", "fields"))
 
 
 def _same_number(path: Path, rows: Sequence[Any], other: Path, others: Sequence[Any]) -> None:

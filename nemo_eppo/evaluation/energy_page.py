@@ -38,17 +38,24 @@ class SweepEntry(NamedTuple):
 def write_energy_report(energies: Energies, output: Path, names: tuple[str, str] = ("SFT", "RLHF")) -> None:
     """Write report.html, energies.png, report.json and samples.jsonl, and sweep.png if several layers were read.
 
+    Intervals are of a bootstrap over prompts.
+
     Args:
         output: a directory.
         names: what the page says was compared, before and after.
     """
-    rise = bootstrap_mean(energies.after - energies.before, seed=0)
+    prompts = np.arange(len(energies.after)) if energies.prompts is None else np.array(energies.prompts)
+    rise = bootstrap_mean(energies.after - energies.before, seed=0, groups=prompts)
     groups, samples = _groups(energies), _samples(energies)
-    means = {name: bootstrap_mean(values, seed=0) for name, values in groups.items()}
+    of_kind = {"hacking": energies.hacked, "normal": ~energies.hacked} if energies.hacked is not None else {}
+    means = {
+        name: bootstrap_mean(values, seed=0, groups=prompts[of_kind.get(name, slice(None))])
+        for name, values in groups.items()
+    }
     detectors: Sequence[Detector] = ()
     if energies.hacked is not None:
         own = {ENERGY: energies.after, RISE: energies.after - energies.before}
-        detectors = compare_signs(energies.hacked, {**energies.signs, **own})
+        detectors = compare_signs(energies.hacked, {**energies.signs, **own}, prompts)
     sweep = _sweep(energies)
     share_risen = float((energies.after > energies.before).mean())
     report = {
@@ -69,7 +76,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     write_json(output / "report.json", report)
     body = [
         "<h1>Energy loss before and after RLHF</h1>",
-        f'<p class="soft">{len(energies.after):,} prompts; {" against ".join(map(html.escape, names))}</p>',
+        f'<p class="soft">{len(energies.after):,} responses; {" against ".join(map(html.escape, names))}</p>',
         f'<p class="lead">{_verdict(share_risen, rise, detectors)}</p>',
         table(["", "Mean", "Deviation"], _group_rows(groups, means), "groups"),
         section(
@@ -88,7 +95,10 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
         )
         chart = figure("Every layer, every preset", text, line_chart(curves, "layer", measure))
         body.append(section("Where to read it", "Layers are counted from 0.", [chart]))
-        body.append('<p class="soft">The layer that tells most, by high or low values, and the last one.</p>')
+        body.append(
+            '<p class="soft">The layer that tells most, by high or low values, and the last one. The best of many '
+            "layers is so by chance, too: expect less of it on other responses.</p>"
+        )
         body.append(_best_table(sweep))
     body.append(_cards(energies, samples))
     write_atomically(output / "report.html", page("Energy report", body))
@@ -170,7 +180,7 @@ def _verdict(share_risen: float, rise: Estimate, detectors: Sequence[Detector]) 
     moved = "did not change beyond noise" if rise.low <= 0 <= rise.high else "rose" if rise.value > 0 else "fell"
     text = (
         f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on {share_risen:.1%} of the "
-        "prompts."
+        "responses."
     )
     if detectors:
         auroc = next(detector.auroc for detector in detectors if detector.sign == ENERGY)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.model_selection import KFold
 from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
@@ -22,12 +23,13 @@ from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
 _SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of the bootstrap
+_FOLDS = 20  # with fewer, Gaussians of fewer latents would call the held-out ones outliers more often
 _FARTHEST = 6  # responses that the page shows
 _DISTANCE = "Mahalanobis distance"
 _MAP = ("t-SNE of the latents", "Near points are near in latent space; distances between groups mean little.")
 _HISTOGRAM = (
     "Distance from the SFT responses",
-    "Mahalanobis distance under a Gaussian of the SFT latents. Reward hacking moves responses to the right.",
+    "Mahalanobis distance under a Gaussian of other SFT latents. Reward hacking moves responses to the right.",
 )
 
 
@@ -49,9 +51,10 @@ def write_latents(
 ) -> str:
     """Write all files about the latents of the SFT model's and the policy's responses into `directory`.
 
-    Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage). MOP is the
-    fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does, with the
-    radius of the SFT latents (InfoRM, arXiv 2402.09345).
+    Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage); for each
+    twentieth of these, to the rest, since a Gaussian is nearer to its own latents than to others of their distribution.
+    MOP is the fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does,
+    with the radius of the SFT latents (InfoRM, arXiv 2402.09345), and for one half of these against the other.
 
     Args:
         told: what is known of model and files.
@@ -61,14 +64,14 @@ def write_latents(
         the table of results, for the terminal.
     """
     groups = {"sft": sft, "rlhf": rlhf}
-    gaussian = fit_gaussian(sft.latents)
-    distances = {name: mahalanobis(group.latents, gaussian).tolist() for name, group in groups.items()}
-    chances = {name: p_values(group.latents, gaussian).tolist() for name, group in groups.items()}
+    measured = {"sft": _held_out(sft.latents), "rlhf": _measure(rlhf.latents, sft.latents)}
+    distances = {name: both[:, 0].tolist() for name, both in measured.items()}
+    chances = {name: both[:, 1].tolist() for name, both in measured.items()}
     places = tsne(torch.cat([sft.latents, rlhf.latents]).numpy(), perplexity)
     where = dict(zip(groups, np.split(places, [len(sft.latents)]), strict=True))
-    known = SFTLatents(len(sft.latents))
-    known.add(sft.latents)
-    csi = cluster_separation_index(rlhf.latents, sft.latents, known.radius)
+    csi, radius = _separation(rlhf.latents, sft.latents)
+    halves = torch.randperm(len(sft.latents), generator=torch.Generator().manual_seed(_SEED)).chunk(2)
+    baseline, _ = _separation(*(sft.latents[half] for half in halves))
     outliers = {name: bootstrap_mean([chance < alpha for chance in chances[name]], _SEED) for name in groups}
 
     rows = (
@@ -89,8 +92,8 @@ def write_latents(
         "outlier_fraction": {name: estimate._asdict() for name, estimate in outliers.items()},
         "mop": outliers["rlhf"].value,
         "csi": csi,
-        "csi_per_response": csi / len(rlhf.latents),
-        "csi_radius": known.radius,
+        "csi_per_response": {"sft": baseline / len(halves[0]), "rlhf": csi / len(rlhf.latents)},
+        "csi_radius": radius,
     }
     cloud = _series(where, groups)
     spread = [Series(f"{label} ({len(distances[name])})", color, [], distances[name]) for name, label, color in _GROUPS]
@@ -105,6 +108,27 @@ def write_latents(
     write_picture(directory / "latents.png", panels)
     write_json(directory / "latents.json", results)
     return text_table("Latents", shown)
+
+
+def _measure(latents: Tensor, sft: Tensor) -> Tensor:
+    """Return distance and p-value, fp64 [N, 2], of latents [N, d] under a Gaussian of the SFT latents."""
+    gaussian = fit_gaussian(sft)
+    return torch.stack([mahalanobis(latents, gaussian), p_values(latents, gaussian)], dim=1)
+
+
+def _held_out(sft: Tensor) -> Tensor:
+    """Return `_measure` [N, 2] of SFT latents [N, d], of each twentieth under a Gaussian of the rest."""
+    found = torch.empty(len(sft), 2, dtype=torch.float64)
+    for seen, unseen in KFold(min(_FOLDS, len(sft)), shuffle=True, random_state=_SEED).split(sft):
+        found[unseen] = _measure(sft[unseen], sft[seen])
+    return found
+
+
+def _separation(latents: Tensor, sft: Tensor) -> tuple[float, float]:
+    """Return CSI of latents against SFT latents, and the radius of these."""
+    known = SFTLatents(len(sft))
+    known.add(sft)
+    return cluster_separation_index(latents, sft, known.radius), known.radius
 
 
 def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:
@@ -139,8 +163,9 @@ def _table(results: Mapping[str, Any], outliers: Mapping[str, Estimate]) -> list
         row = [label, f"{results['responses'][name]:,}", f"{results['mean_reward'][name]:.4g}"]
         row += [f"{results['mean_mahalanobis'][name]:.4g}"]
         row += [f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"]
-        row += [f"{results[key]:.4g}" if name == "rlhf" else "" for key in ("csi", "csi_per_response")]
-        rows.append(row)
+        rows.append(
+            [*row, f"{results['csi']:.4g}" if name == "rlhf" else "", f"{results['csi_per_response'][name]:.4g}"]
+        )
     return rows
 
 
@@ -158,7 +183,8 @@ def _body(
     yield (
         '<p class="soft">Means over the responses. Outliers have a p-value below '
         f"{results['alpha']:g} under a Gaussian of the SFT latents, as that share of Gaussian latents has; brackets "
-        "hold 95% intervals. CSI grows with clusters of RLHF responses that are far from all SFT responses.</p>"
+        "hold 95% intervals. Each twentieth of the SFT responses is compared with the rest. CSI grows with clusters of "
+        "RLHF responses that are far from all SFT responses; that of SFT is of one half of them against the other.</p>"
     )
     yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
     yield "<h2>RLHF responses farthest from the SFT responses</h2>"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemo_eppo.evaluation.detection import COMBINED, Detector, detectors_table
-from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, PATIENCE, RunDetection
+from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, NO_WARNING, PATIENCE, RunDetection
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
@@ -50,7 +50,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     panels = [
         lines(rewards, _STEP, "reward", "Proxy and gold reward"),
-        lines(shares, _STEP, "share of responses", "Hacked, and above a threshold"),
+        lines(shares, _STEP, "share of responses", "Hacked, and at a threshold"),
     ]
     write_picture(output / "detection.png", panels)
     write_json(output / "report.json", report)
@@ -65,8 +65,8 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         f'<p class="lead">{verdict(detection)}</p>',
         section(
             "Over the course of training",
-            f"The first {detection.config.calm_steps} steps set each sign's threshold, so that at most "
-            f"{detection.config.false_alarms:g} of 1,000 of their responses are above it.",
+            f"The first {detection.config.calm_steps} steps set each sign's threshold: the lowest value that at most "
+            f"{detection.config.false_alarms:g} of 1,000 of their responses reach, or the highest if more have it.",
             [
                 figure(
                     "Proxy and gold reward",
@@ -74,7 +74,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
                     line_chart(rewards, _STEP, "reward"),
                 ),
                 figure(
-                    "Hacked responses, and those above a threshold",
+                    "Hacked responses, and those that reach a threshold",
                     "Running means of the shares of a step's responses.",
                     line_chart(shares, _STEP, "share of responses"),
                 ),
@@ -82,11 +82,12 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         ),
         "<h2>When would an alarm have come?</h2>",
         table(["Sign", "First alarm", "Lead", "Hacked found", "AUROC in a step"], _alarm_rows(detection), "alarms"),
-        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with so many responses above the threshold as a '
-        f"step like the first ones has with a probability below {CHANCE:g}. Lead: steps from the alarm to the peak of "
-        "the gold reward; negative if it came later. Found: share of the hacked responses above the threshold. AUROC "
-        "in a step: of responses of the same step, so that a sign gains nothing from rising with time. "
-        f"{COMBINED.capitalize()}: with the labels known, which an alarm during a run has not.</p>",
+        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with more responses that reach the threshold than a '
+        f"step of prompts like the first ones has with a probability of {CHANCE:g}. Lead: steps from the alarm to the "
+        "peak of the gold reward; negative if it came later. Found: share of the hacked responses that reach the "
+        "threshold. AUROC in a step: of responses of the same step, so that a sign gains nothing from rising with "
+        "time, with a 95% interval over steps. A sign has a lead only if that is above 0.5: any other may rise because "
+        "training changes everything.</p>",
         "<h2>Which sign finds the hacked responses?</h2>",
         detectors_table(detection.detectors),
         f"<h2>Alarms of the run's own monitor</h2>\n{of_run}" if of_run else "",
@@ -96,24 +97,34 @@ def write_detection(detection: RunDetection, output: Path) -> None:
 
 def verdict(detection: RunDetection) -> str:
     """Say in plain text whether the run was over-optimised, and which alarm to switch on."""
-    text = "The gold reward did not fall beyond noise: there was no over-optimisation to warn of."
-    if detection.fell:
-        text = f"The gold reward was highest at step {detection.peak} and fell afterwards."
+    if not detection.fell:
+        steps = {sign: detection.alarms[sign].step for sign in MONITOR if sign in detection.alarms}
+        raised = [f"{sign} (step {step})" for sign, step in steps.items() if step is not None]
+        return (
+            "The gold reward did not fall beyond noise: there was no over-optimisation to warn of. Signs that the "
+            f"hacking monitor knows, and that would have raised a false alarm: {', '.join(raised) or 'none'}."
+        )
+    text = f"The gold reward was highest at step {detection.peak} and fell afterwards."
     areas = {found.sign: found.auroc.value for found in detection.detectors}
+    if not detection.telling:
+        return (
+            f"{text} None of the signs that the hacking monitor knows finds hacked responses better than chance, in "
+            "the whole run and among those of one step."
+        )
     if detection.best is None:
-        return f"{text} None of the signs that the hacking monitor knows finds hacked responses better than chance."
+        sign = detection.telling[0]
+        return (
+            f"{text} Of the signs that the hacking monitor knows, the {sign} finds hacked responses best, with an "
+            f"AUROC of {areas[sign]:.2f}, but none that finds them would have raised an alarm."
+        )
     indicator = f"monitor.{MONITOR[detection.best]}.action"
     text += f" Switch on {indicator}: of the signs that the hacking monitor knows, the {detection.best} finds hacked "
     text += f"responses best, with an AUROC of {areas[detection.best]:.2f}"
     alarm = detection.alarms[detection.best]
-    if alarm.step is None:
-        text += ", but would have raised no alarm."
-    elif alarm.lead is None:
-        text += f", and would have raised an alarm at step {alarm.step}."
-    else:
-        when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} it" if alarm.lead else "at the peak"
-        text += f", and would have raised an alarm at step {alarm.step}, {when}."
-    others = [sign for sign in areas if sign not in MONITOR and sign != COMBINED]
+    assert alarm.lead is not None  # that of `best`
+    when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} the peak" if alarm.lead else "the peak"
+    text += f", and would have raised an alarm at step {alarm.step}, {when}."
+    others = [sign for sign, found in detection.alarms.items() if found.tells and sign not in (*MONITOR, COMBINED)]
     if better := [sign for sign in others if areas[sign] > areas[detection.best]]:
         text += f" The {better[0]} finds them with {areas[better[0]]:.2f}, but the monitor has no indicator of it."
     return text
@@ -122,11 +133,11 @@ def verdict(detection: RunDetection) -> str:
 def _alarm_rows(detection: RunDetection) -> Sequence[Sequence[str]]:
     return [
         (
-            sign,
+            f"{sign}<small>{NO_WARNING[sign]}</small>" if sign in NO_WARNING else sign,
             "none" if alarm.step is None else f"step {alarm.step}",
             "" if alarm.lead is None else f"{alarm.lead:+d}",
             f"{alarm.found:.0%}",
-            "" if alarm.auroc_within is None else f"{alarm.auroc_within:.2f}",
+            "" if alarm.auroc_within is None else alarm.auroc_within.cell(),
         )
         for sign, alarm in detection.alarms.items()
     ]
@@ -137,8 +148,9 @@ def _json(detection: RunDetection, found: Detector) -> dict[str, Any]:
     return {
         **found.as_dict(),
         "alarm_threshold": alarm.threshold,
+        "calm_share": alarm.calm_share,
         "first_alarm_step": alarm.step,
         "lead_steps": alarm.lead,
         "hacked_found": alarm.found,
-        "auroc_within_steps": alarm.auroc_within,
+        "auroc_within_steps": alarm.auroc_within._asdict() if alarm.auroc_within else None,
     }

@@ -1,6 +1,7 @@
-"""Statistics of the reports, with percentile-bootstrap intervals over samples that the same seed makes the same.
+"""Statistics of the reports, with percentile-bootstrap intervals that the same seed makes the same.
 
-Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely.
+Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely; groups are [N], what
+samples that are not independent have in common, as the answers to one prompt: a draw takes or leaves all of a group.
 """
 
 import math
@@ -14,6 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 Floats = NDArray[np.float64]
 _DRAWS = 2_000
 _LEVEL = 0.95  # share of the draws that an interval holds
+_FEWEST_GROUPS = 5
 _BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
 
 
@@ -30,58 +32,73 @@ class Estimate(NamedTuple):
         return f"{value}<small>{low} to {high}</small>"
 
 
-def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
+def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None) -> Estimate:
     """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.
 
     Args:
         values: [N], one of each sample; N > 0.
+        groups: [N]; None if all samples are independent.
     """
     sample = np.asarray(values, dtype=np.float64)
-    means = [counts @ sample / len(sample) for counts in _resampled(len(sample), seed)]
+    blocks = _resampled(np.arange(len(sample)) if groups is None else groups, seed)
+    means = [counts @ sample / counts.sum(axis=1) for counts in blocks]
     return _estimate(float(sample.mean()), np.concatenate(means))
 
 
-def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
+def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
     """Estimate the area under the ROC curve: how often a sample to be found has the higher score, ties half.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(roc_auc_score, _aurocs, labels, scores, seed)
+    return _bootstrap(roc_auc_score, _aurocs, labels, scores, groups, seed)
 
 
-def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, seed: int) -> Estimate:
+def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
     """Estimate the average precision, which is the share of labels that are True where scores say nothing.
 
     Raises:
         ValueError: not both labels occur.
     """
-    return _bootstrap(average_precision_score, _average_precisions, labels, scores, seed)
+    return _bootstrap(average_precision_score, _average_precisions, labels, scores, groups, seed)
 
 
-def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float | None:
-    """Return the AUROC over pairs of one group, so that what differs between groups alone does not count.
+def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate | None:
+    """Estimate the AUROC over pairs of one group, so that what differs between groups alone does not count.
 
     Args:
-        groups: [N], for instance the step of a run.
+        groups: [N], for instance the step of a run; the bootstrap draws them.
 
     Returns:
-        None if no group has both labels.
+        None if fewer than five groups have both labels, of which an interval says nothing.
     """
     truth, values, group = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64), np.asarray(groups)
-    wins, pairs = 0.0, 0
+    areas, pairs = [], []
     for member in (group == name for name in np.unique(group)):
         number = int(truth[member].sum()) * int((~truth[member]).sum())
         if number:
-            wins += number * float(roc_auc_score(truth[member], values[member]))
-            pairs += number
-    return wins / pairs if pairs else None
+            areas.append(float(roc_auc_score(truth[member], values[member])))
+            pairs.append(number)
+    if len(pairs) < _FEWEST_GROUPS:
+        return None
+    weights = np.array(pairs)
+    wins = weights * areas
+    draws = [counts @ wins / (counts @ weights) for counts in _resampled(np.arange(len(pairs)), seed)]
+    return _estimate(float(wins.sum() / weights.sum()), np.concatenate(draws))
 
 
 def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> float:
     """Return the highest threshold at which scores >= threshold find at least the fraction `recall` of True labels."""
     found = np.sort(np.asarray(scores, dtype=np.float64)[np.asarray(labels, dtype=bool)])[::-1]
     return float(found[max(math.ceil(recall * len(found) - 1e-9), 1) - 1])
+
+
+def threshold_at_share(scores: ArrayLike, share: float) -> float:
+    """Return the lowest score that at most the fraction `share` of scores reach, or the highest where more have it."""
+    values, numbers = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
+    reached = numbers[::-1].cumsum()[::-1]
+    few = values[reached <= share * numbers.sum() + 1e-9]
+    return float(few[0] if len(few) else values[-1])
 
 
 def false_alarms_per_1000(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
@@ -94,6 +111,7 @@ def _bootstrap(
     of_draws: Callable[[Floats, Floats], Floats],
     labels: ArrayLike,
     scores: ArrayLike,
+    groups: ArrayLike,
     seed: int,
 ) -> Estimate:
     truth, ranked = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
@@ -103,7 +121,7 @@ def _bootstrap(
     # places in the sorted samples where a new score begins: equal scores are found together
     starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))
     areas = []
-    for counts in _resampled(len(truth), seed):
+    for counts in _resampled(groups, seed):
         weights = counts[:, descending]
         positives = np.add.reduceat(weights * truth[descending], starts, axis=1)
         areas.append(of_draws(positives, np.add.reduceat(weights, starts, axis=1) - positives))
@@ -126,14 +144,16 @@ def _average_precisions(positives: Floats, negatives: Floats) -> Floats:
     return area
 
 
-def _resampled(size: int, seed: int) -> Iterator[Floats]:
-    """Yield blocks [some draws, size]: how often each sample is in each draw of `size` samples with replacement."""
-    draw = np.random.default_rng(seed)
-    block = max(1, _BLOCK // size)
+def _resampled(groups: ArrayLike, seed: int) -> Iterator[Floats]:
+    """Yield blocks [some draws, N]: how often each sample is in each draw of as many groups, with replacement."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    size, draw = len(names), np.random.default_rng(seed)
+    block = max(1, _BLOCK // len(group_of))
     for first in range(0, _DRAWS, block):
         rows = min(block, _DRAWS - first)
         drawn = draw.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+        counts = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+        yield counts[:, group_of].astype(np.float64)
 
 
 def _estimate(value: float, draws: Floats) -> Estimate:

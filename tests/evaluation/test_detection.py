@@ -11,10 +11,11 @@ from jobs import Job, Models
 from scipy import stats
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score, roc_curve
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from small_data import read_rows
 
 from nemo_eppo.cli import main
+from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import (
     COMBINED,
     ENERGY,
@@ -30,6 +31,11 @@ from nemo_eppo.evaluation.detection import (
 )
 from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", 300)
 
 
 @pytest.fixture
@@ -48,13 +54,16 @@ def test_an_evaluation_is_labelled_by_what_pleases_only_its_proxies() -> None:
     disagreement = np.where(hacked, 2.0, 0.1) * draw.normal(size=60)
     rows = [
         {
+            "index": index,
             "proxy_reward": 1.0 if fooled else value,
             "proxy_rewards": [value + apart, value - apart],
             "gold_reward": -1.0 if fooled else value,
             "energy_loss": value + 5 * fooled,
             "response_length": 7,
         }
-        for fooled, value, apart in zip(hacked.tolist(), draw.uniform(-0.3, -0.1, 60), disagreement, strict=True)
+        for index, fooled, value, apart in zip(
+            range(60), hacked.tolist(), draw.uniform(-0.3, -0.1, 60), disagreement, strict=True
+        )
     ]
     found = {detector.sign: detector.auroc.value for detector in detectors_of_evaluation(rows)}
     assert found.keys() == {ENERGY, LENGTH, VARIANCE, COMBINED}
@@ -64,13 +73,14 @@ def test_an_evaluation_is_labelled_by_what_pleases_only_its_proxies() -> None:
     assert detectors_of_evaluation(rows[1:3]) == [], "none is hacked"
 
 
-def test_the_combination_is_a_logistic_regression_fitted_without_the_responses_it_predicts(
+def test_the_combination_is_a_logistic_regression_fitted_without_the_prompts_it_predicts(
     signs: tuple[np.ndarray, dict[str, Floats]],
 ) -> None:
     hacked, columns = signs
     data = np.column_stack(list(columns.values()))
-    expected = np.empty(len(hacked))
-    for seen, unseen in StratifiedKFold(5, shuffle=True, random_state=3).split(data, hacked):
+    expected, prompts = np.empty(len(hacked)), np.arange(200) // 4
+    for seen, unseen in StratifiedGroupKFold(5, shuffle=True, random_state=3).split(data, hacked, prompts):
+        assert not set(prompts[seen]) & set(prompts[unseen])
         mean, std = data[seen].mean(0), data[seen].std(0)
         x, y = (data[seen] - mean) / std, np.where(hacked[seen], 1.0, -1.0)
 
@@ -79,12 +89,12 @@ def test_the_combination_is_a_logistic_regression_fitted_without_the_responses_i
 
         found = minimize(loss, np.zeros(4), method="BFGS", options={"gtol": 1e-6}).x
         expected[unseen] = (data[unseen] - mean) / std @ found[1:] + found[0]
-    np.testing.assert_allclose(combine_signs(hacked, columns, seed=3), expected, atol=2e-3)
+    np.testing.assert_allclose(combine_signs(hacked, columns, prompts, seed=3), expected, atol=2e-3)
 
 
 def test_signs_are_ranked_and_combined(signs: tuple[np.ndarray, dict[str, Floats]]) -> None:
     hacked, columns = signs
-    found = compare_signs(hacked, dict(reversed(columns.items())))
+    found = compare_signs(hacked, dict(reversed(columns.items())), np.arange(200))
     assert [detector.sign for detector in found] == [ENERGY, LENGTH, KL, COMBINED]
     for detector in found[:-1]:
         values = columns[detector.sign]
@@ -94,7 +104,23 @@ def test_signs_are_ranked_and_combined(signs: tuple[np.ndarray, dict[str, Floats
         assert detector.threshold == thresholds[first]
         assert detector.false_alarms == pytest.approx(1000 * false[first])
     assert found[-1].auroc.value > found[0].auroc.value, "two signs say more than one"
-    assert [detector.sign for detector in compare_signs(hacked, {KL: columns[KL]})] == [KL]
+    assert [detector.sign for detector in compare_signs(hacked, {KL: columns[KL]}, np.arange(200))] == [KL]
+
+
+def test_answers_to_one_prompt_count_as_what_they_share() -> None:
+    """Labels and signs that prompts decide, but not one the other: 32 prompts x 8 answers, 20 times."""
+    draw, covered, combined = np.random.default_rng(0), 0, []
+    prompts = np.arange(256) // 8
+    for _ in range(20):
+        shared, alone = draw.normal(size=(3, 32))[:, prompts], draw.normal(size=(3, 256))
+        label, first, second = shared + alone / 2
+        found = compare_signs(label > 0.5, {KL: first, LENGTH: second}, prompts)
+        covered += sum(one.auroc.low <= 0.5 <= one.auroc.high for one in found if one.sign != COMBINED)
+        combined.append(found[-1].auroc.low > 0.5)
+    assert covered >= 35, "of 40 intervals of 95%"
+    assert sum(combined) <= 2, "nothing is learnt where there is nothing to learn"
+    of_two_prompts = compare_signs(np.arange(256) < 16, {KL: first, LENGTH: second}, prompts)
+    assert {one.sign for one in of_two_prompts} == {KL, LENGTH}, "too few to leave prompts out"
 
 
 def test_auroc_within_groups_counts_pairs_of_one_group(signs: tuple[np.ndarray, dict[str, Floats]]) -> None:
@@ -102,13 +128,24 @@ def test_auroc_within_groups_counts_pairs_of_one_group(signs: tuple[np.ndarray, 
     groups = np.arange(200) // 20
     values = columns[LENGTH] + 1000 * groups * 0.5  # groups differ, which must not count
     wins = pairs = 0.0
+    per_group = []
     for group in range(10):
         mine, labels = values[groups == group], hacked[groups == group]
         if labels.any() and not labels.all():
             wins += stats.mannwhitneyu(mine[labels], mine[~labels]).statistic
             pairs += labels.sum() * (~labels).sum()
-    assert within_groups_auroc(hacked, values, groups) == pytest.approx(wins / pairs)
-    assert within_groups_auroc([True, False], [1.0, 2.0], [0, 1]) is None
+            per_group.append(
+                (stats.mannwhitneyu(mine[labels], mine[~labels]).statistic, labels.sum() * (~labels).sum())
+            )
+    found = within_groups_auroc(hacked, values, groups, seed=0)
+    assert found is not None
+    assert found.value == pytest.approx(wins / pairs)
+    resampled = stats.bootstrap(
+        np.array(per_group).T, lambda won, of, axis: won.sum(axis) / of.sum(axis), paired=True, method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(resampled, abs=0.01)
+    assert within_groups_auroc([True, False] * 4, range(8), np.arange(8) // 2, seed=0) is None
 
 
 def test_signs_are_read_from_the_columns_that_all_rows_have() -> None:
@@ -169,17 +206,18 @@ def test_labels_thresholds_and_lead_times_are_those_of_brute_force(run: Path) ->
     running = {step: np.mean([gold_of[near] for near in gold_of if abs(near - step) <= 2]) for step in STEPS}
     assert detection.peak == max(running, key=lambda step: running[step])
     assert detection.fell
-    calm = sorted((row["energy/policy"] for row in rows if row["step"] <= 8), reverse=True)
+    calm = [row["energy/policy"] for row in rows if row["step"] <= 8]
     alarm = detection.alarms[ENERGY]
-    assert sum(energy > alarm.threshold for energy in calm) == math.floor(RATE / 1000 * len(calm))
+    reached = sum(energy >= alarm.threshold for energy in calm)
+    assert (reached, alarm.calm_share) == (math.floor(RATE / 1000 * len(calm)), reached / len(calm))
     suspicious = {}
     for step in STEPS[8:]:
-        above = sum(row["energy/policy"] > alarm.threshold for row in rows if row["step"] == step)
-        suspicious[step] = stats.binomtest(above, 32, RATE / 1000, alternative="greater").pvalue < 0.01
+        above = sum(row["energy/policy"] >= alarm.threshold for row in rows if row["step"] == step)
+        suspicious[step] = stats.binomtest(above, 32, alarm.calm_share, alternative="greater").pvalue < 0.01
     first = next(step for step in STEPS[10:] if all(suspicious[step - back] for back in range(3)))
     assert (alarm.step, alarm.lead) == (first, detection.peak - first)
     assert alarm.found == pytest.approx(
-        sum(row["energy/policy"] > alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
+        sum(row["energy/policy"] >= alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
         / sum(hacked)
     )
     assert detection.alarms[LENGTH].step is None

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from nemo_eppo.cli import main
 from nemo_eppo.evaluation.detection import KL, LENGTH
 from nemo_eppo.evaluation.energies import SAME_RESPONSE_RISE, Energies, read_data, read_labels
+from nemo_eppo.evaluation.energy_page import write_energy_report
 from nemo_eppo.evaluation.energy_report import EnergyReportConfig, EnergyScoring
 from nemo_eppo.settings.model import ParallelConfig
 
@@ -44,7 +46,7 @@ def test_the_published_table_gives_the_published_figures(tmp_path: Path) -> None
     assert areas["rise of the energy loss"]["value"] == pytest.approx(0.991, abs=5e-4)
     assert areas["rise of the energy loss"]["low"] < 0.991 < areas["rise of the energy loss"]["high"]
     page = (tmp_path / "report.html").read_text()
-    assert "it is higher on 97.5% of the prompts" in page
+    assert "it is higher on 97.5% of the responses" in page
     assert len(read_rows(tmp_path / "samples.jsonl")) == 774
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "report.json", "energies.png", "samples.jsonl"}
 
@@ -223,6 +225,8 @@ def test_each_model_may_have_responses_of_its_own(
     assert energies.hacked is not None
     assert energies.hacked.tolist() == hacked
     assert energies.texts is not None
+    assert energies.prompts is not None
+    assert len(set(energies.prompts)) == len({row["prompt"] for row in sft})
     assert energies.texts[3] == (sft[3]["prompt"], sft[3]["response"], rlhf[3]["response"])
 
 
@@ -286,6 +290,16 @@ def test_a_table_without_labels_takes_those_of_a_file(tmp_path: Path) -> None:
         (TABLE, "{}", "labels.json: expected a JSON list"),
         (TABLE, '[{"query_id": 0}]', "labels.json: entry 1 is {'query_id': 0}: expected an integer 'question_id'"),
         (TABLE, '[{"question_id": 0, "response": "yes"}]', "entry 1: field 'response' = 'yes': expected 'Yes'"),
+        (
+            TABLE,
+            '[{"question_id": 0, "response": "Yes"}, {"question_id": 0, "response": "No"}]',
+            "entry 2: field 'response' = 'No': contradicts an earlier entry with question_id 0",
+        ),
+        (
+            TABLE.replace("\n1,", "\n0,"),
+            '[{"question_id": 0, "response": "Yes"}]',
+            "labels.json: names samples by their index, but several have index 0",
+        ),
         (TABLE, '[{"question_id": 0, "response": "Yes"}]', "no entry has question_id 1; 1 samples have no label"),
     ],
 )
@@ -298,6 +312,40 @@ def test_bad_tables_and_labels_are_named(
     assert main([*command, *(["--labels", str(tmp_path / "labels.json")] if labels else [])]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_to_one_prompt_are_no_independent_evidence(tmp_path: Path) -> None:
+    """30 answers to each of 4 prompts, which decide the rise: 120 responses would put it above zero."""
+    rise = np.repeat([0.3, 0.3, 0.2, -0.4], 30) + np.random.default_rng(0).normal(size=120) / 100
+    prompts = np.repeat(range(4), 30).tolist()
+    alone = Energies(range(120), np.zeros(120), rise)
+    found = []
+    for energies in (alone, replace(alone, prompts=prompts)):
+        write_energy_report(energies, tmp_path)
+        found.append(json.loads((tmp_path / "report.json").read_text()))
+    assert found[0]["rise"]["low"] > 0 > found[1]["rise"]["low"]
+    assert found[0]["rise"]["value"] == found[1]["rise"]["value"]
+    assert "did not change beyond noise" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "value"), [("preset", "mlp_block"), ("layer", 0), ("precision", "bf16")])
+def test_scores_of_other_settings_are_not_compared(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"preset": "paper", "layer": -1, "precision": "fp32", "chat_template": False, "data_sha256": "",
+                "fields": []}  # fmt: skip
+    rows = [{"logprob": -1.0, "num_tokens": 2, "energy_loss": number / 10} for number in range(3)]
+    old, new = (write(tmp_path / file, rows) for file in ("old.jsonl", "new.jsonl"))
+    for path, own in ((old, settings), (new, settings | {name: value})):
+        path.with_name(f"{path.name}.settings.json").write_text(json.dumps(own))
+    command = ["energy-report", "--before-scores", str(old), "--after-scores", str(new)]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"old.jsonl has {name} = {settings[name]!r}" in said
+    assert f"new.jsonl has {name} = {value!r}" in said
+    assert (
+        main(["energy-report", "--before-scores", str(new), "--after-scores", str(new), "--output", str(tmp_path)]) == 0
+    )
 
 
 def test_bad_choices_are_named_before_a_model_runs(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import look, needs_chromium
 from distributed import run_ranks
 from jobs import LATENTS, Models
@@ -15,10 +16,12 @@ from scipy.stats import chi2
 from sklearn.cluster import DBSCAN
 from sklearn.covariance import LedoitWolf
 from sklearn.manifold import TSNE
+from sklearn.model_selection import KFold
 from sklearn.neighbors import NearestNeighbors
 from small_data import read_rows
 
 from nemo_eppo.cli import main
+from nemo_eppo.evaluation.latents_page import _held_out, _measure
 from nemo_eppo.tools.noun_task import HEDGES, sample_prompt, sample_sft_response
 
 ALPHA = 0.05
@@ -78,10 +81,16 @@ def results(output: Path) -> dict[str, Any]:
 
 def test_distances_and_p_values_are_those_of_scipy(output: Path, latents: dict[str, np.ndarray]) -> None:
     assert latents["sft"].shape == (60, LATENTS)
-    fitted = LedoitWolf().fit(latents["sft"])
-    inverse = np.linalg.inv(fitted.covariance_)
-    for name in ("sft", "rlhf"):
-        expected = [mahalanobis(one, fitted.location_, inverse) for one in latents[name]]
+
+    def measured(seen: np.ndarray, unseen: np.ndarray) -> list[float]:
+        fitted = LedoitWolf().fit(seen)
+        inverse = np.linalg.inv(fitted.covariance_)
+        return [mahalanobis(one, fitted.location_, inverse) for one in unseen]
+
+    held_out = np.empty(60)
+    for seen, unseen in KFold(20, shuffle=True, random_state=0).split(latents["sft"]):
+        held_out[unseen] = measured(latents["sft"][seen], latents["sft"][unseen])
+    for name, expected in (("sft", held_out.tolist()), ("rlhf", measured(latents["sft"], latents["rlhf"]))):
         assert samples(output, name, "mahalanobis") == pytest.approx(expected, rel=1e-9)
         chances = chi2.sf(np.square(expected), LATENTS)
         assert samples(output, name, "p_value") == pytest.approx(list(chances), rel=1e-9)
@@ -101,7 +110,33 @@ def test_csi_is_that_of_dbscan_clusters(output: Path, latents: dict[str, np.ndar
         members = latents["rlhf"][labels == label]
         total += len(members) * np.linalg.norm(latents["sft"] - members.mean(axis=0), axis=1).min()
     assert results(output)["csi"] == pytest.approx(total, rel=1e-6)
-    assert results(output)["csi_per_response"] == pytest.approx(total / 40, rel=1e-6)
+    assert results(output)["csi_per_response"]["rlhf"] == pytest.approx(total / 40, rel=1e-6)
+
+
+def test_csi_of_one_half_of_the_sft_responses_against_the_other_is_beside_it(
+    output: Path, latents: dict[str, np.ndarray]
+) -> None:
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    new, sft = latents["sft"][order[:30]], latents["sft"][order[30:]]
+    near = NearestNeighbors(n_neighbors=6).fit(sft).kneighbors(sft)[0]
+    labels = DBSCAN(eps=np.quantile(near[:, 5], 0.95), min_samples=5).fit_predict(new)
+    members = [new[labels == label] for label in range(labels.max() + 1)]
+    total = sum(len(one) * np.linalg.norm(sft - one.mean(axis=0), axis=1).min() for one in members)
+    assert results(output)["csi_per_response"]["sft"] == pytest.approx(total / 30, rel=1e-5)
+
+
+def test_responses_of_one_distribution_are_equally_far() -> None:
+    """A Gaussian that was fitted to the SFT latents would call them nearer than others of the same distribution."""
+    draw = torch.Generator().manual_seed(0)
+    both = torch.randn(2, 900, 128, generator=draw, dtype=torch.float64) / torch.arange(1, 129).sqrt()
+    sft, others = both
+    measured = (_measure(sft, sft), _held_out(sft), _measure(others, sft))
+    fitted, held_out, new = (one[:, 0].mean().item() for one in measured)
+    assert new > 1.04 * fitted
+    assert held_out == pytest.approx(new, rel=0.025)
+    outliers = [(one[:, 1] < ALPHA).double().mean().item() for one in measured]
+    assert outliers[1] == pytest.approx(outliers[2], abs=0.03)
+    assert outliers[2] > 10 * outliers[0]
 
 
 def test_the_map_is_scikit_learn_s_from_principal_components(output: Path, latents: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,6 @@
 """The statistics of the reports against scikit-learn and scipy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from nemo_eppo.evaluation.statistics import (
     bootstrap_mean,
     false_alarms_per_1000,
     threshold_at_recall,
+    threshold_at_share,
 )
 
 DRAWS = 400
@@ -31,7 +32,9 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("bootstrap", "sklearn"), [(bootstrap_auroc, roc_auc_score), (bootstrap_auprc, average_precision_score)]
 )
+@pytest.mark.parametrize("answers", [1, 4])
 def test_areas_of_every_draw_are_those_of_scikit_learn(
+    answers: int,
     bootstrap: Callable[..., Estimate],
     sklearn: Callable[..., float],
     sample: tuple[np.ndarray, np.ndarray],
@@ -39,16 +42,18 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
 ) -> None:
     monkeypatch.setattr(statistics, "_DRAWS", DRAWS)
     labels, scores = sample
-    found = bootstrap(labels, scores, seed=5)
+    groups = np.arange(150) // answers  # the last is smaller
+    size = groups[-1] + 1
+    found = bootstrap(labels, scores, groups, seed=5)
     draw = np.random.default_rng(5)
     areas = []
     for _ in range(DRAWS):
-        drawn = draw.integers(150, size=150)
+        drawn = np.concatenate([np.flatnonzero(groups == group) for group in draw.integers(size, size=size)])
         areas.append(sklearn(labels[drawn], scores[drawn]))
     wanted = Estimate(sklearn(labels, scores), *np.quantile(areas, [0.025, 0.975]))
     assert found == pytest.approx(wanted, abs=1e-12)
     monkeypatch.setattr(statistics, "_BLOCK", 7 * 150)
-    assert bootstrap(labels, scores, seed=5) == found, "whatever the size of a block"
+    assert bootstrap(labels, scores, groups, seed=5) == found, "whatever the size of a block"
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy(
@@ -64,14 +69,40 @@ def test_the_interval_of_a_mean_is_that_of_scipy(
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)
 
 
+def test_the_interval_of_a_mean_over_groups_is_that_of_scipy(
+    sample: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_DRAWS", 10_000)
+    values, groups = np.sort(sample[1])[:144], np.repeat(np.arange(36), [2, 6] * 18)  # much alike in a group
+    found = bootstrap_mean(values, seed=1, groups=groups)
+    wanted = stats.bootstrap(
+        (np.bincount(groups, values), np.bincount(groups)),
+        lambda sums, numbers, axis: sums.sum(axis) / numbers.sum(axis),
+        paired=True, n_resamples=10_000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.03)
+    alone = bootstrap_mean(values, seed=1)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
 def test_a_draw_without_one_of_the_labels_is_left_out() -> None:
-    found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], seed=0)
+    found = bootstrap_auroc([True, False, False], [3.0, 1.0, 2.0], range(3), seed=0)
     assert found == Estimate(1.0, 1.0, 1.0)
 
 
 def test_labels_of_one_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="all 2 are True"):
-        bootstrap_auroc([True, True], [1.0, 2.0], seed=0)
+        bootstrap_auroc([True, True], [1.0, 2.0], range(2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold"), [(range(100), 90), ([1, 2, 2, *range(3, 20)], 18), ([5] * 3 + [1] * 17, 5), ([2, 2], 2)]
+)
+def test_a_tenth_of_the_scores_reach_the_threshold_or_those_that_are_highest(
+    scores: Sequence[int], threshold: int
+) -> None:
+    assert threshold_at_share(scores, 0.1) == threshold
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
