@@ -433,10 +433,22 @@ def test_a_setting_that_makes_another_run_is_refused_and_any_other_change_is_tol
         f"{script.parent / 'run'} holds a run that was started with other settings:",
         "  - mode was 'down', now 'up'",
         "  - model.path was 'x', now 'y'",
-        "They would make another run out of it: set them back, choose another exp_manager.explicit_log_dir, name or "
-        "version, or accept them with 'exp_manager.may_change=[mode,model.path]'",
+        "They would make another run out of it: set them back, choose another run directory (output of a launch, or "
+        "exp_manager.explicit_log_dir, name or version), or accept them with "
+        "'exp_manager.may_change=[mode,model.path]'",
         "heavy imports: []",
     ]
+
+
+def test_settings_with_which_a_run_cannot_start_do_not_become_its_own(
+    runs: dict[str, dict[str, Any]], script: Path
+) -> None:
+    file = script.parent / "run" / "config.yaml"
+    before = file.read_bytes()
+    arguments = ["model.path=x", "steps=13", "exp_manager.may_change=[steps]"]
+    status, output = _run(script, "--config-dir=settings", *arguments, WIDTH="48")
+    assert (status, "steps = 13: an unlucky number" in output) == (2, True), output
+    assert file.read_bytes() == before
 
 
 def test_a_mistake_in_the_code_keeps_its_stack_and_hydra_adds_nothing(script: Path) -> None:

@@ -17,8 +17,10 @@ from jobs import Models
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import word_level
+from nemo_eppo.entry.settings import as_yaml
 from nemo_eppo.launch import machine_checks
 from nemo_eppo.launch.examination import check_launch
+from nemo_eppo.launch.job import job_settings
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.servers.client import RewardClient
@@ -223,6 +225,17 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
     assert str(nowhere) in findings["actor: data.train"]["found"]
     report = doctor(launch, "jobs.critic.settings.model.restore_from_path=/nowhere/rm")
     assert "/nowhere/rm" in only_error(report, "critic: settings and model")
+
+
+def test_a_run_that_does_not_go_on_with_these_settings(launch: Path, doctor: Any) -> None:
+    config = read_launch(launch)
+    run = config.output / "actor"
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(as_yaml(job_settings(config, "actor")))
+    assert doctor(launch, "jobs.actor.settings.ppo.max_steps=9")[0] == 0
+    report = doctor(launch, "jobs.actor.settings.shaping.energy_penalty.eta=9")
+    found = only_error(report, "actor: settings and model")
+    assert "holds a run that was started with other settings:\n  - shaping.energy_penalty.eta was" in found
 
 
 def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from nemo_eppo.launch.examination import check_launch
 from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, Supervisor, run_local
-from nemo_eppo.launch.status import State, Status
+from nemo_eppo.launch.status import Row, State, Status
 from nemo_eppo.observability.metrics import read_metrics
 
 
@@ -112,6 +112,16 @@ def test_a_server_that_is_started_again_counts_its_time_anew(
         supervisor._watch("reward")
         time.sleep(0.01)
     assert (row.state, row.ended) == (State.STARTING, 0.0)
+
+
+def test_metrics_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
+    row = Row("actor", 1, tmp_path, started=time.monotonic())
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 78, "time": 0.0, "loss": 1.5}\n')
+    os.utime(metrics, (time.time() - 60, time.time() - 60))
+    assert row.metrics() == ""
+    os.utime(metrics, (time.time() + 1, time.time() + 1))
+    assert row.metrics() == "step 78  loss 1.5"
 
 
 def test_jobs_that_are_told_to_end_show_how_long_they_may_take(
