@@ -2,8 +2,9 @@
 
 Torch's fused kernels give one block of a GPU all columns of a row and group, read columns that a shorter row does not
 have, and want a mask. Here the columns are split between blocks that work side by side, whose results are joined by
-their softmax denominators (Flash-Decoding, Dao et al. 2023), and a row reads what it sees. **Not run on a GPU yet**:
-the tests run the kernel in Triton's interpreter, and compile it for GPUs.
+their softmax denominators (Flash-Decoding, Dao et al. 2023), and a row reads what it sees. A kernel of our own needs no
+package beside torch, knows sliding windows and capped logits, and can be tested without a GPU. **Not run on one yet**:
+the tests run it in Triton's interpreter, and compile it for GPUs.
 """
 
 import torch

@@ -20,7 +20,8 @@ CRITIC, REWARDS, HELD_OUT = "critic", "rewards", "held_out_reward"
 """Settings of an actor that hold the addresses of its servers."""
 FIRST_PORT = 5555
 MASTER_PORT = 29500
-THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # Megatron's overlaps need the second
+# Jobs wait for each other, and their threads would fight for cores; Megatron's overlaps need the second.
+THREADS = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 @dataclass(frozen=True)
