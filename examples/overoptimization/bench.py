@@ -3,9 +3,9 @@
 1. Data of a task whose true ("gold") reward is a formula: the noun task, or descriptions of Debian's packages. Reward
    models learn from labels that are biased (hedges) or few (scarce); their flaw is learnt, never programmed.
 2. For every seed its own labels and reward models: Bradley-Terry models, WARM, ODIN, InfoRM.
-3. Plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and reward
-   models in the policy's own process; its coefficient was chosen on seeds of their own.
-4. results.json, report.html, curves.png in the output directory.
+3. A run of plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and
+   reward models in the policy's own process; its coefficient was chosen on seeds of their own.
+4. results.json, alarms.json, report.html, curves.png in the output directory.
 
 What is finished is kept: the same command goes on after an interruption.
 """
@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from alarms import write_alarms  # noqa: E402
 from pieces import Work, run_all  # noqa: E402
 from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
 
@@ -38,6 +39,7 @@ from nemo_eppo.files import write_atomically  # noqa: E402
 TUNING_SEEDS = (1001, 1002)
 MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
 ALWAYS = "ppo"
+ACCEPTANCE, ACCEPTANCE_SEED = "acceptance", 10_000  # the run that accepts a seed, and what is added to its own
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ class Bench:
         return chosen | {method.name: max(method.values, key=partial(final, method)) for method in open_ones}
 
     def _accepted(self, wanted: int, candidates: range) -> list[int]:
-        """Train reward models and plain PPO on seeds until as many as are wanted count."""
+        """Train reward models of seeds until as many as are wanted count.
+
+        The run of plain PPO that tells is compared with nothing: the fall that accepts it may be chance.
+        """
+        if self.acceptance is None:
+            self._train_rewards(candidates[:wanted], set())
+            return list(candidates[:wanted])
         counted: list[int] = []
         plain = next(method for method in self.methods if method.name == ALWAYS)
         left = list(candidates)
@@ -124,10 +132,16 @@ class Bench:
             if not batch:
                 sys.exit(f"only seeds {counted} count, {wanted} are wanted: see protocol.md")
             self._train_rewards(batch, set())
-            run_all("plain PPO", [self._policy(plain, seed, {}) for seed in batch], self.workers)
+            work = [
+                Work(
+                    self.task.policy(seed, ACCEPTANCE),
+                    partial(self.task.train_policy, seed, ACCEPTANCE, plain.about, {}, ACCEPTANCE_SEED + seed),
+                )
+                for seed in batch
+            ]
+            run_all("plain PPO", work, self.workers)
             for seed in batch:
-                run = read_curves(self.task.policy(seed, ALWAYS))
-                refusal = self.acceptance.refusal(run) if self.acceptance else ""
+                refusal = self.acceptance.refusal(read_curves(self.task.policy(seed, ACCEPTANCE)))
                 print(f"seed {seed}: " + (refusal or "counts"), flush=True)
                 counted += [] if refusal else [seed]
         return counted
@@ -184,6 +198,8 @@ def main() -> None:
         "command": " ".join(sys.argv),
     }
     print(write_results(task.directory, found, about))
+    plain = ALWAYS if options.smoke else ACCEPTANCE  # of all seeds that were tried, so that some did not fall
+    print(write_alarms(task.directory, sorted(task.directory.glob(f"seed_*/policies/{plain}"))))
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:

@@ -146,6 +146,7 @@ def test_the_bench_runs_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> No
     assert set(found["methods"]) == {"ppo", "eppo", "energy_gated_kl"}
     assert found["seeds"] == [1]
     assert found["curves"]["eppo"]["1"]["steps"] == [0, 1, 2]
+    assert json.loads((tmp_path / "first" / "alarms.json").read_text()) == {"fell": {}, "signs": {}}  # two steps
     policy = tmp_path / "first" / "seed_1" / "policies" / "eppo"
     made = (policy / "metrics.jsonl").read_bytes()
     (policy.parent / "energy_gated_kl" / "done").unlink()  # as if it had been killed just before its end
