@@ -16,7 +16,7 @@ from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.best_of_n import Floats, GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
 from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
 from nemo_eppo.evaluation.responses import Response
-from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean, estimate_share
 from nemo_eppo.files import write_atomically
 from nemo_eppo.rewards.sample import Sample
 
@@ -132,7 +132,7 @@ def results_of(rows: list[Row], seed: int) -> Results:
     for measure in MEASURES:
         if measure in rows[0]:
             per_prompt = [sum(float(row[measure]) for row in of_one) / len(of_one) for of_one in answers]
-            means[measure] = bootstrap_mean(per_prompt, seed)
+            means[measure] = estimate_share(per_prompt) if measure == "finished" else bootstrap_mean(per_prompt, seed)
     fewest = min(map(len, answers))
     curves = {}
     if "proxy_rewards" in rows[0] and fewest > 1:
