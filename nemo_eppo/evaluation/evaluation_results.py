@@ -125,8 +125,12 @@ def _rewards(here: Mapping[str, Row]) -> Row:
     return row
 
 
-def results_of(rows: list[Row], seed: int) -> Results:
-    """Compute means and best-of-n curves of the rows that `join_rows` made."""
+def results_of(rows: list[Row], reward_models: bool, seed: int) -> Results:
+    """Compute means, best-of-n curves and detectors of the rows that `join_rows` made.
+
+    Args:
+        reward_models: all proxies are reward models, none is a function.
+    """
     answers = _by_prompt(rows)
     means = {}
     for measure in MEASURES:
@@ -140,7 +144,7 @@ def results_of(rows: list[Row], seed: int) -> Results:
         ends = np.cumsum([len(of_one) for of_one in answers])[:-1]
         for name, values in _choices(scores).items():
             curves[name] = _selection(np.split(values, ends), answers, subset_sizes(fewest), seed)
-    return Results(rows, len(answers), means, curves, detectors_of_evaluation(rows, seed))
+    return Results(rows, len(answers), means, curves, detectors_of_evaluation(rows, reward_models, seed))
 
 
 def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
