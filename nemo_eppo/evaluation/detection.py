@@ -84,7 +84,7 @@ def combine_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike
     return odds
 
 
-def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: bool = True) -> dict[str, Floats]:
+def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: bool) -> dict[str, Floats]:
     """Read the signs that a run recorded of its responses: those whose columns all of `rows` have.
 
     Args:
@@ -132,11 +132,14 @@ _AS_RECORDED = {  # column of an evaluation -> that of a run
 }
 
 
-def detectors_of_evaluation(rows: Sequence[Row], seed: int = 0) -> list[Detector]:
+def detectors_of_evaluation(rows: Sequence[Row], reward_models: bool, seed: int = 0) -> list[Detector]:
     """Tell how well each sign finds the responses that please the proxy and not the gold reward.
 
     Such a response has a proxy reward above the mean of all `rows`, and a gold reward below it. The list is empty
     without both rewards, and if there are no such responses, or no others.
+
+    Args:
+        reward_models: all proxies are reward models, so that their variance means something.
     """
     if not all(name in rows[0] for name in ("proxy_reward", "gold_reward")):
         return []
@@ -149,7 +152,7 @@ def detectors_of_evaluation(rows: Sequence[Row], seed: int = 0) -> list[Detector
         | {f"reward/score_{number}": score for number, score in enumerate(row["proxy_rewards"])}
         for row in rows
     ]
-    signs = signs_of_rows(recorded, standard=recorded)
+    signs = signs_of_rows(recorded, recorded, reward_models)
     return compare_signs(hacked, signs, [row["index"] for row in rows], seed)
 
 

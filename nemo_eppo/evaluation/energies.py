@@ -205,7 +205,9 @@ def read_scores(
     same_responses = _check_settings(before, after)
     _same_number(before, old, after, new)
     energies = _column(before, old, "energy_loss"), _column(after, new, "energy_loss")
-    signs = signs_of_rows(responses.after, responses.after) if responses else {}
+    signs: dict[str, Floats] = {}
+    if responses is not None:  # which do not tell whether their scores are a model's or a function's
+        signs = signs_of_rows(responses.after, responses.after, reward_models=False)
     signs[LENGTH] = _column(after, new, "num_tokens")
     if before_on_after is not None:
         reread = _scores(before_on_after)

@@ -181,7 +181,8 @@ class Evaluation:
         keys += [key for key, source in optional.items() if source is not None]
         parts = {key: read_rows(self._parts / f"{key}.jsonl") for key in keys}
         samples = [sample_of(response, self._owner.tokenizer) for response in responses]
-        results = results_of(join_rows(responses, samples, parts), config.seed)
+        only_models = all(Path(name).exists() or name.startswith("grpc://") for name in config.proxies)
+        results = results_of(join_rows(responses, samples, parts), only_models, config.seed)
         settings = config.model_dump(mode="json", exclude={"output", "certificates"})
         write_results(config.output, results, settings)
         write_page(config.output, results, settings)

@@ -57,7 +57,7 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
         f'<p class="soft">{results.prompts:,} prompts, {len(results.rows):,} responses</p>',
         *_verdict(results.best_of_n),
         table(["", "Mean"], _means(results), "means"),
-        '<p class="soft">Means over prompts of the mean over their answers, with 95% bootstrap intervals.</p>',
+        '<p class="soft">Means over prompts of the mean over their answers, with 95% intervals over prompts.</p>',
         "<h2>What was evaluated</h2>",
         table([], list(_settings(settings)), "settings"),
         section(

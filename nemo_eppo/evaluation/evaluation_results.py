@@ -16,7 +16,7 @@ from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.best_of_n import GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
 from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
 from nemo_eppo.evaluation.responses import Response
-from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
+from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean, estimate_share
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.rewards.sample import Sample
 
@@ -125,14 +125,18 @@ def _rewards(here: Mapping[str, Row]) -> Row:
     return row
 
 
-def results_of(rows: list[Row], seed: int) -> Results:
-    """Compute means and best-of-n curves of the rows that `join_rows` made."""
+def results_of(rows: list[Row], reward_models: bool, seed: int) -> Results:
+    """Compute means, best-of-n curves and detectors of the rows that `join_rows` made.
+
+    Args:
+        reward_models: all proxies are reward models, none is a function.
+    """
     answers = _by_prompt(rows)
     means = {}
     for measure in MEASURES:
         if measure in rows[0]:
             per_prompt = [sum(float(row[measure]) for row in of_one) / len(of_one) for of_one in answers]
-            means[measure] = bootstrap_mean(per_prompt, seed)
+            means[measure] = estimate_share(per_prompt) if measure == "finished" else bootstrap_mean(per_prompt, seed)
     fewest = min(map(len, answers))
     curves = {}
     if "proxy_rewards" in rows[0] and fewest > 1:
@@ -140,7 +144,7 @@ def results_of(rows: list[Row], seed: int) -> Results:
         ends = np.cumsum([len(of_one) for of_one in answers])[:-1]
         for name, values in _choices(scores).items():
             curves[name] = _selection(np.split(values, ends), answers, subset_sizes(fewest), seed)
-    return Results(rows, len(answers), means, curves, detectors_of_evaluation(rows, seed))
+    return Results(rows, len(answers), means, curves, detectors_of_evaluation(rows, reward_models, seed))
 
 
 def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:

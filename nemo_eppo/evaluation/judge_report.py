@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.pairs import Pair
-from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.evaluation.statistics import Estimate, estimate_share
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
 from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
@@ -24,7 +24,6 @@ _WORTH = {"win": 1.0, "tie": 0.5}
 _PERCENT = "% of pairs"
 _BARS = "Shares of the pairs, from the response's side."
 _LINE = "Win + 0.5 tie; one half is as good as the baseline. The band is a 95% interval."
-_SEED = 0  # of the bootstrap
 _SHOWN = 2  # pairs of each outcome and checkpoint on the page
 
 
@@ -98,7 +97,7 @@ def _result(judged: Sequence[Judged]) -> _Result:
 
     def estimate(worth: Mapping[str, float]) -> Estimate:
         per_prompt = [np.mean([worth.get(outcome, 0.0) for outcome in outcomes]) for outcomes in prompts.values()]
-        return bootstrap_mean(per_prompt, _SEED)
+        return estimate_share(per_prompt)
 
     asked = [one.orders for one in judged if one.orders]
     # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
@@ -133,7 +132,7 @@ def _table_rows(results: Mapping[str, _Result]) -> list[list[str]]:
 
 def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]) -> Iterator[str]:
     yield plain_table(_table_rows(results))
-    text = "Shares of the pairs, each prompt counted alike, with 95% intervals by a bootstrap over prompts."
+    text = "Shares of the pairs, each prompt counted alike, with 95% intervals (Wilson's) over prompts."
     if any(result.flips is not None for result in results.values()):
         text += (
             " Each pair was asked about in both orders; it is won or lost if both say so, and a tie otherwise. Flips: "

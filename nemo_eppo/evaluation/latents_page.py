@@ -1,6 +1,7 @@
 """What `nemo-eppo latents` writes: samples.jsonl, latents.json, report.html and latents.png."""
 
 import html
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
 from nemo_eppo.data.jsonl import write_jsonl
-from nemo_eppo.evaluation.statistics import Estimate, bootstrap_mean
+from nemo_eppo.evaluation.statistics import Estimate, estimate_share
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
@@ -22,7 +23,7 @@ from nemo_eppo.observability.report_page import figure, page, sample_card, secti
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
-_SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of the bootstrap
+_SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of what is held out
 _FOLDS = 20  # with fewer, Gaussians of fewer latents would call the held-out ones outliers more often
 _FARTHEST = 6  # responses that the page shows
 _DISTANCE = "Mahalanobis distance"
@@ -53,8 +54,9 @@ def write_latents(
 
     Distances and p-values are those under a Gaussian that is fitted to the SFT latents (with shrinkage); for each
     twentieth of these, to the rest, since a Gaussian is nearer to its own latents than to others of their distribution.
-    MOP is the fraction of the policy's responses whose p-value is below `alpha`; CSI is computed as the monitor does,
-    with the radius of the SFT latents (InfoRM, arXiv 2402.09345), and for one half of these against the other.
+    MOP is the fraction of the policy's responses whose p-value is below `alpha`, each prompt counted alike; CSI is
+    computed as the monitor does, with the radius of the SFT latents (InfoRM, arXiv 2402.09345), and for one half of
+    these against the other.
 
     Args:
         told: what is known of model and files.
@@ -72,7 +74,7 @@ def write_latents(
     csi, radius = _separation(rlhf.latents, sft.latents)
     halves = torch.randperm(len(sft.latents), generator=torch.Generator().manual_seed(_SEED)).chunk(2)
     baseline, _ = _separation(*(sft.latents[half] for half in halves))
-    outliers = {name: bootstrap_mean([chance < alpha for chance in chances[name]], _SEED) for name in groups}
+    outliers = {name: _outliers(group, np.array(chances[name]) < alpha) for name, group in groups.items()}
 
     rows = (
         {"set": name, "line": line, "reward": reward, "mahalanobis": distance, "p_value": chance, "tsne": place}
@@ -129,6 +131,14 @@ def _separation(latents: Tensor, sft: Tensor) -> tuple[float, float]:
     known = SFTLatents(len(sft))
     known.add(sft)
     return cluster_separation_index(latents, sft, known.radius), known.radius
+
+
+def _outliers(group: Latents, is_outlier: NDArray[np.bool_]) -> Estimate:
+    """Estimate the share of outliers, each prompt counted alike: answers to one are not independent."""
+    prompts: dict[str, list[bool]] = defaultdict(list)
+    for (prompt, _), outlier in zip(group.texts, is_outlier.tolist(), strict=True):
+        prompts[prompt].append(outlier)
+    return estimate_share([np.mean(answers) for answers in prompts.values()])
 
 
 def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import norm
 
 from nemo_eppo.config import Config, ConfigError
 from nemo_eppo.evaluation.detection import (
@@ -29,6 +28,7 @@ from nemo_eppo.evaluation.detection import (
     signs_of_rows,
 )
 from nemo_eppo.evaluation.statistics import Estimate, Floats, threshold_at_share, within_groups_auroc
+from nemo_eppo.observability.peak import Peak, find_peak, running_mean
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_tables import read_config
 
@@ -145,7 +145,7 @@ class RunDetection:
             values[COMBINED] = combine_signs(self.hacked, self.signs, self.prompts)
         return {detector.sign: self._alarm(detector.sign, values[detector.sign]) for detector in self.detectors}
 
-    @cached_property
+    @property
     def gold_curve(self) -> Floats:
         """Mean gold reward [steps], a running mean."""
         return self.curve(self.gold)
@@ -153,20 +153,12 @@ class RunDetection:
     @property
     def peak(self) -> int:
         """The step at which `gold_curve` is highest."""
-        return self.steps[int(self.gold_curve.argmax())]
+        return self.steps[self._peak.place]
 
-    @cached_property
+    @property
     def fell(self) -> bool:
-        """Whether the gold reward at the end is below that at the peak beyond noise.
-
-        The peak is the highest of many windows, by noise too: Bonferroni's limit at 2.5%, of as many as do not overlap.
-        """
-        top, size = int(self.gold_curve.argmax()), self._window
-        per_step = [self._per_prompt(self.gold, step) for step in self.steps]
-        high = np.concatenate(per_step[max(top - size // 2, 0) : top + size // 2 + 1])
-        low = np.concatenate(per_step[-size:])
-        error = math.sqrt(high.var() / len(high) + low.var() / len(low))
-        return bool(high.mean() - low.mean() > norm.isf(0.025 * size / len(self.steps)) * error)
+        """Whether the gold reward at the end is below that at the peak beyond noise."""
+        return self._peak.fell
 
     @property
     def telling(self) -> list[str]:
@@ -182,10 +174,7 @@ class RunDetection:
 
     def curve(self, values: Floats) -> Floats:
         """Return the means [steps] of each step's values, as a running mean over a tenth of the steps."""
-        means = np.array([values[self.step_of == step].mean() for step in self.steps])
-        ones = np.ones(self._window)
-        result: Floats = np.convolve(means, ones, "same") / np.convolve(np.ones(len(means)), ones, "same")
-        return result
+        return running_mean(self._step_means(values))
 
     def _alarm(self, sign: str, values: Floats) -> Alarm:
         threshold = threshold_at_share(values[self._calm], self.config.false_alarms / 1000)
@@ -212,22 +201,25 @@ class RunDetection:
         warns = self.fell and alarm.tells and sign not in NO_WARNING
         return replace(alarm, lead=self.peak - first) if first is not None and warns else alarm
 
-    def _per_prompt(self, values: Bools | Floats, step: int) -> Floats:
-        """Return for each prompt of a step the mean of its responses' `values` [N]."""
+    @cached_property
+    def _peak(self) -> Peak:
+        return find_peak(self._step_means(self.gold))
+
+    def _step_means(self, values: Floats) -> Floats:
+        return np.array([values[self.step_of == step].mean() for step in self.steps])
+
+    def _per_prompt(self, above: Bools, step: int) -> Floats:
+        """Return for each prompt of a step the share of its responses that are `above` [N]."""
         here = self.step_of == step
         _, prompt_of = np.unique(self.prompts[here], return_inverse=True)
-        means: Floats = np.bincount(prompt_of, values[here]) / np.bincount(prompt_of)
-        return means
+        shares: Floats = np.bincount(prompt_of, above[here]) / np.bincount(prompt_of)
+        return shares
 
     @property
     def _calm(self) -> Bools:
         """[N] whether a response belongs to the first steps."""
         calm: Bools = self.step_of <= self.steps[self.config.calm_steps - 1]
         return calm
-
-    @property
-    def _window(self) -> int:
-        return max(len(self.steps) // 10, 1) | 1
 
     @staticmethod
     def _baseline(run: Path, per_step: Mapping[int, list[dict[str, Any]]], greedy: bool) -> tuple[str, float, float]:

@@ -1,4 +1,4 @@
-"""Statistics of the reports, with percentile-bootstrap intervals that the same seed makes the same.
+"""Statistics of the reports: Wilson's intervals of shares, percentile-bootstrap intervals that a seed makes the same.
 
 Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely; groups are [N], what
 samples that are not independent have in common, as the answers to one prompt: a draw takes or leaves all of a group.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 Floats = NDArray[np.float64]
@@ -43,6 +44,24 @@ def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None
     blocks = _resampled(np.arange(len(sample)) if groups is None else groups, seed)
     means = [counts @ sample / counts.sum(axis=1) for counts in blocks]
     return _estimate(float(sample.mean()), np.concatenate(means))
+
+
+def estimate_share(values: ArrayLike) -> Estimate:
+    """Estimate the mean of numbers from 0 to 1 by Wilson's score interval (1927), which has a width even if all agree.
+
+    Numbers between 0 and 1, as a tie, vary less than ones and zeros of the same mean: they count as so many of these as
+    have their variance, to which a zero and a one are added lest it be 0.
+
+    Args:
+        values: [N], one of each independent sample; N > 0.
+    """
+    shares = np.asarray(values, dtype=np.float64)
+    share, z = float(shares.mean()), float(norm.isf((1 - _LEVEL) / 2))
+    variance = share * (1 - share)
+    size = len(shares) * max(1.0, variance / np.append(shares, [0, 1]).var())
+    centre, half = share + z**2 / (2 * size), z * math.sqrt(variance / size + (z / (2 * size)) ** 2)
+    low, high = ((centre + side) / (1 + z**2 / size) for side in (-half, half))
+    return Estimate(share, max(low, 0.0), min(high, 1.0))  # which rounding may pass
 
 
 def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:

@@ -1,5 +1,6 @@
 """Where the reward comes from and where the time goes: the ledger's terms and the seconds of each phase of a step."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +10,7 @@ from nemo_eppo.observability.report_page import figure
 
 _STEP = "PPO step"
 _LONGEST = 6  # phases that a comparison shows
-_NO_TERMS = ("score_", "gold", "held_out", "latent_distance")  # metrics reward/... that are no part of the sum
+_NO_TERMS = re.compile(r"score_\d+|gold|held_out|latent_distance")  # metrics reward/... that are no part of the sum
 
 
 def accounts(curves: Curves) -> list[str]:
@@ -73,7 +74,7 @@ def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> 
 def _ledger(curves: Curves) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
     """The terms that add up to the final reward, and that itself."""
     terms = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
-    return {term: curve for term, curve in terms.items() if not term.startswith(_NO_TERMS)}
+    return {term: curve for term, curve in terms.items() if not _NO_TERMS.fullmatch(term)}
 
 
 def _seconds(curves: Curves) -> dict[str, list[float]]:

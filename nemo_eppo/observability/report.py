@@ -22,6 +22,7 @@ from nemo_eppo.observability.charts import (
 )
 from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.peak import find_peak
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table, text_table
@@ -77,7 +78,7 @@ def report_from_run(run_dir: Path, out: Path) -> None:
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{steps:,} PPO steps, {len(pairs):,} validation prompts</p>',
-        f'<p class="lead">{_verdict(pairs)}</p>',
+        f'<p class="lead">{_verdict(pairs, curves)}</p>',
         f'<div class="card scroll">{_comparison(pairs, old, new)}</div>',
         '<p class="soft">Means over the validation prompts; &plusmn; is the standard error of the change.</p>',
         titled("Settings", settings_table(config, start)),
@@ -143,7 +144,7 @@ def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]
     return pairs
 
 
-def _verdict(pairs: Sequence[tuple[Row, Row]]) -> str:
+def _verdict(pairs: Sequence[tuple[Row, Row]], curves: Curves) -> str:
     moved = {}
     for name in _MEASURES:
         if _has(pairs[0], name):
@@ -156,7 +157,11 @@ def _verdict(pairs: Sequence[tuple[Row, Row]]) -> str:
         return f"Proxy reward {moved['proxy_reward']}; there is no gold reward to compare it with. {energy}"
     if (moved["proxy_reward"], moved["gold_reward"]) == ("rose", "fell"):
         return f"Proxy reward rose while gold reward fell, the mark of over-optimisation. {energy}"
-    return f"Proxy reward {moved['proxy_reward']}, gold reward {moved['gold_reward']}. {energy}"
+    gold, (steps, values) = moved["gold_reward"], curves.get("reward/gold", ((), ()))
+    if values and gold != "fell" and (peak := find_peak(values)).fell:
+        gold += f" over all, but fell by {peak.fall:.2g} from its peak at step {steps[peak.place]}"
+        gold += ", the mark of over-optimisation" if moved["proxy_reward"] == "rose" else ""
+    return f"Proxy reward {moved['proxy_reward']}, gold reward {gold}. {energy}"
 
 
 def _paired_change(pairs: Sequence[tuple[Row, Row]], name: str) -> tuple[float, float]:

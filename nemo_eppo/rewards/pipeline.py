@@ -136,10 +136,10 @@ def _observe(inputs: RewardInputs) -> dict[str, Tensor]:
     seen = {f"reward/score_{i}": column.double() for i, column in enumerate(inputs.scores.unbind(dim=1))}
     if inputs.latents is not None:
         seen["reward/latent_distance"] = inputs.latents.double().norm(dim=1)
-    seen["energy/policy"] = inputs.energies.double().mean(dim=1)
+    seen["energy/policy"] = inputs.energies.double().sum(dim=1)  # over modules, as the penalty and `nemo-eppo score` do
     if inputs.ref_energies is not None:
-        seen["energy/reference"] = inputs.ref_energies.double().mean(dim=1)
-        seen["energy/difference"] = (inputs.ref_energies.double() - inputs.energies.double()).abs().mean(dim=1)
+        seen["energy/reference"] = inputs.ref_energies.double().sum(dim=1)
+        seen["energy/difference"] = (inputs.ref_energies.double() - inputs.energies.double()).abs().sum(dim=1)
     if inputs.ref_logprobs is not None:
         kl = kl_estimate(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask, "k1")
         seen["kl/policy_reference"] = kl.sum(dim=1)

@@ -141,7 +141,7 @@ class PPOLoop:
         energies = ppo.policy.read(rollout.batch).energies
         columns = {
             "proxy_reward": ppo.pipeline.combine(rewards().scores, ppo.sources.columns).tolist(),
-            "energy_loss": energies.mean(1).tolist(),
+            "energy_loss": energies.double().sum(1).tolist(),
             "response_length": [len(sample.token_ids) for sample in rollout.samples],
             **{f"{name}_reward": answer().tolist() for name, answer in observed.items()},
         }

@@ -65,12 +65,13 @@ def test_an_evaluation_is_labelled_by_what_pleases_only_its_proxies() -> None:
             range(60), hacked.tolist(), draw.uniform(-0.3, -0.1, 60), disagreement, strict=True
         )
     ]
-    found = {detector.sign: detector.auroc.value for detector in detectors_of_evaluation(rows)}
+    found = {detector.sign: detector.auroc.value for detector in detectors_of_evaluation(rows, True)}
     assert found.keys() == {ENERGY, LENGTH, VARIANCE, COMBINED}
     assert (found[ENERGY], found[LENGTH]) == (1.0, 0.5)
     assert 0.8 < found[VARIANCE] < 1.0
-    assert detectors_of_evaluation([{k: v for k, v in row.items() if k != "gold_reward"} for row in rows]) == []
-    assert detectors_of_evaluation(rows[1:3]) == [], "none is hacked"
+    assert detectors_of_evaluation([{k: v for k, v in row.items() if k != "gold_reward"} for row in rows], True) == []
+    assert VARIANCE not in {one.sign for one in detectors_of_evaluation(rows, reward_models=False)}, "of functions"
+    assert detectors_of_evaluation(rows[1:3], True) == [], "none is hacked"
 
 
 def test_the_combination_is_a_logistic_regression_fitted_without_the_prompts_it_predicts(
@@ -154,14 +155,14 @@ def test_signs_are_read_from_the_columns_that_all_rows_have() -> None:
              "reward/score_1", "reward/score_2")  # fmt: skip
     numbers = draw.normal(size=(30, len(names)))
     rows = [dict(zip(names, row.tolist(), strict=True)) | {"response_length": 3} for row in numbers]
-    found = signs_of_rows(rows, standard=rows[:10])
+    found = signs_of_rows(rows, rows[:10], reward_models=True)
     assert set(found) == {ENERGY, RISE, KL, MAHALANOBIS, LENGTH, VARIANCE}
     np.testing.assert_allclose(found[RISE], numbers[:, 0] - numbers[:, 1])
     scores = (numbers[:, 4:] - numbers[:10, 4:].mean(0)) / numbers[:10, 4:].std(0)
     np.testing.assert_allclose(found[VARIANCE], scores.var(axis=1))
     assert VARIANCE not in signs_of_rows(rows, standard=rows, reward_models=False)
     del rows[7]["kl/policy_reference"]
-    assert KL not in signs_of_rows(rows, standard=rows)
+    assert KL not in signs_of_rows(rows, rows, reward_models=True)
 
 
 STEPS, PEAK, RATE = range(1, 41), 20, 20.0

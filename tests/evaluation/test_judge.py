@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from browser import look, needs_chromium
 from judge_server import KEY, JudgeServer, judge_server
+from scipy.stats import binomtest
 from small_data import read_rows
 
 from nemo_eppo.cli import main
 from nemo_eppo.evaluation.names_cli import named
 from nemo_eppo.evaluation.pairs import read_pairs
-from nemo_eppo.evaluation.statistics import bootstrap_mean
+from nemo_eppo.evaluation.statistics import estimate_share
 from nemo_eppo.tools.noun_task import quality, sample_prompt, sample_sft_response
 
 FAULTS = ("429", "500", "cut", "no JSON", "half", "wrong JSON", "wrong verdict", "no choices")
@@ -88,8 +89,8 @@ def test_every_fault_is_outlived_and_both_orders_are_asked_once(answers: Path, b
     assert found["first_preferred"] == 0.5
     shares = {name: found[name]["value"] for name in ("win", "tie", "lose", "score")}
     assert shares == {"win": 4 / 8, "tie": 2 / 8, "lose": 2 / 8, "score": 5 / 8}
-    low, high = bootstrap_mean([1] * 4 + [0.5] + [0] * 2 + [0.5], seed=0)[1:]
-    assert (found["score"]["low"], found["score"]["high"]) == (low, high)
+    interval = binomtest(4, 8).proportion_ci(method="wilson")
+    assert (found["win"]["low"], found["win"]["high"]) == pytest.approx((interval.low, interval.high))
     # what failed with an answer was paid for too: 4 of 8 faults have a usage, "no JSON", "no choices" and errors none
     told = json.loads((output / "summary.json").read_text())["judge"]
     billed = sum(fault in ("half", "wrong JSON", "wrong verdict") for fault in (FAULTS * 2)[:14])
@@ -269,7 +270,7 @@ def test_an_interval_is_over_prompts_that_count_alike(tmp_path: Path) -> None:
     found = summary(tmp_path / "out", "left")
     assert (found["pairs"], found["prompts"]) == (4, 2)
     assert found["win"]["value"] == pytest.approx((2 / 3 + 0) / 2)
-    assert found["win"]["high"] == pytest.approx(2 / 3)
+    assert (found["win"]["low"], found["win"]["high"]) == pytest.approx(estimate_share([2 / 3, 0])[1:])
 
 
 def test_the_gold_reward_decides_without_an_endpoint(tmp_path: Path) -> None:

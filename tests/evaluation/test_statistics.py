@@ -13,6 +13,7 @@ from nemo_eppo.evaluation.statistics import (
     bootstrap_auprc,
     bootstrap_auroc,
     bootstrap_mean,
+    estimate_share,
     false_alarms_per_1000,
     threshold_at_recall,
     threshold_at_share,
@@ -84,6 +85,25 @@ def test_the_interval_of_a_mean_over_groups_is_that_of_scipy(
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.03)
     alone = bootstrap_mean(values, seed=1)
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize(("ones", "number"), [(8, 8), (0, 8), (3, 40), (1, 1)])
+def test_the_interval_of_a_share_is_wilsons(ones: int, number: int) -> None:
+    found = estimate_share([1.0] * ones + [0.0] * (number - ones))
+    wanted = stats.binomtest(ones, number).proportion_ci(method="wilson")
+    assert found == pytest.approx((ones / number, wanted.low, wanted.high), abs=1e-12)
+
+
+def test_the_interval_of_a_score_with_ties_holds_it_as_often_as_it_says() -> None:
+    draw, outcomes, chances = np.random.default_rng(0), [0.0, 0.5, 1.0], [0.1, 0.5, 0.4]
+    held, widths = 0, []
+    for _ in range(2_000):
+        _, low, high = estimate_share(draw.choice(outcomes, size=60, p=chances))
+        held += low <= 0.65 <= high
+        widths.append(high - low)
+    assert 0.935 < held / 2_000 < 0.97
+    assert np.mean(widths) < 0.17, "ones and zeros of this mean have 0.23"
+    assert estimate_share([0.5] * 8).low < 0.45, "equal values are no certainty"
 
 
 def test_a_draw_without_one_of_the_labels_is_left_out() -> None:

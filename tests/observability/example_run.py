@@ -70,7 +70,7 @@ def _training(done: float, rng: random.Random) -> dict[str, float]:
         "reward/missing_eos": missing,
         "reward/clip": 0.0,
         "reward/divergence": divergence,
-        "reward/bonus": 0.3,  # a term of the user's own
+        "reward/gold_bonus": 0.3,  # a term of the user's own
         "reward/kl": kl,
         "reward/final": proxy + penalty + missing + divergence + 0.3 + kl,
         "reward/score_0": 3 * proxy + 1,

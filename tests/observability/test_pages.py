@@ -77,7 +77,7 @@ def test_several_runs_are_compared_in_every_respect(pages: dict[str, Path], runs
         "Response length",
         *(
             f"Ledger: {term}"
-            for term in ("proxy", "energy_penalty", "missing_eos", "divergence", "bonus", "kl", "final")
+            for term in ("proxy", "energy_penalty", "missing_eos", "divergence", "gold_bonus", "kl", "final")
         ),
         "Seconds per phase",
     ]

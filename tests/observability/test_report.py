@@ -253,7 +253,7 @@ def test_charts_show_values_on_hover(charts: dict[str, list[dict[str, Any]]], ru
 
 def test_the_reward_ledger_shows_every_term_and_adds_up(charts: dict[str, list[dict[str, Any]]], run_dir: Path) -> None:
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])
-    terms = ["proxy", "energy_penalty", "missing_eos", "divergence", "bonus", "kl", "final"]
+    terms = ["proxy", "energy_penalty", "missing_eos", "divergence", "gold_bonus", "kl", "final"]
     shown = _read(charts["Reward ledger"], step=7)
     assert shown == pytest.approx({term: row[f"reward/{term}"] for term in terms}, rel=1e-6)
     final = shown.pop("final")

@@ -155,8 +155,13 @@ def test_energy_is_needed_only_for_the_penalty_and_reported_whenever_given() -> 
     assert inputs.ref_energies is not None
     means = off(inputs).ledger.means()
     assert "reward/energy_penalty" not in means  # a term that does nothing has no row
-    assert means["energy/policy"] == pytest.approx(float(inputs.energies.double().mean()))
-    assert means["energy/difference"] == pytest.approx(float((inputs.energies - inputs.ref_energies).abs().mean()))
+    assert means["energy/policy"] == pytest.approx(float(inputs.energies.double().sum(1).mean()))
+    difference = (inputs.energies - inputs.ref_energies).abs().sum(1).mean()
+    assert means["energy/difference"] == pytest.approx(float(difference))
+    several: dict[str, Any] = {"energies": torch.tensor([[1.0, 2.0, 3.0]] * B), "ref_energies": torch.zeros(B, 3)}
+    ledger = pipeline({"energy_penalty": {"eta": 1.0}})(make_inputs(**several)).ledger.means()
+    assert (ledger["energy/policy"], ledger["energy/difference"]) == (6.0, 6.0), "of three modules"
+    assert ledger["reward/energy_penalty"] == -6.0, "the penalty is eta times the recorded difference"
 
 
 def test_energy_schedule_and_sides() -> None:
