@@ -248,7 +248,7 @@ def test_runs_that_cannot_be_judged_are_refused(run: Path, tmp_path: Path, capsy
     for step in range(1, 5):
         (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for directory, calm, said in (
-        (tmp_path / "nowhere", "10", "rollouts has 0 recorded steps; expected the directory of an actor's run"),
+        (tmp_path / "nowhere", "10", "nowhere: no such directory; expected the directory of an actor's run"),
         (run, "40", "rollouts has 40 recorded steps; expected the directory of an actor's run with more than"),
         (tmp_path, "2", "step_000001.jsonl: rows without reward/proxy or reward/gold"),
         (run, "1", "calm_steps = 1"),
