@@ -206,4 +206,7 @@ def _best(answers: Sequence[Row], reward: str) -> Row:
 def _facts(row: Row) -> str:
     known = {"proxy": "proxy_reward", "gold": "gold_reward", "energy loss": "energy_loss", "KL": "kl"}
     facts = [f"{label} {row[name]:.3f}" for label, name in known.items() if name in row]
-    return ", ".join([*facts, f"{row['response_length']} tokens", "finished" if row["finished"] else "cut off"])
+    facts.append(f"{row['response_length']} tokens")
+    if "finished" in row:
+        facts.append("finished" if row["finished"] else "cut off")
+    return ", ".join(facts)
