@@ -14,7 +14,8 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "evaluate",
         help="measure a policy's answers: proxy and gold rewards, best-of-n, energy loss, KL, length",
         description="""\
-Answer prompts with a policy, or take finished responses, and measure them.
+Answer prompts with a policy, or take finished responses, and measure them. A text counts as finished in a row that has
+neither "finished" nor "finish_reason".
 
 --proxy (any number) and --gold take a reward checkpoint, the address grpc://HOST:PORT of a running reward server, or a
 function module:function, as in training: a reward model's scores are standardised by its validation mean and std. With

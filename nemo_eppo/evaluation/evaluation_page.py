@@ -122,21 +122,20 @@ def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[_Chart]:
             values, fit = getattr(selection, reward), getattr(selection, f"{reward}_fit")
             if values is not None:
                 label = "estimate" if len(selections) == 1 else f"chosen by {name}"
-                band = _band(fit, selection.kl) if fit and len(selections) > 1 else ()
+                band = _band(fit, selection.kl, values) if fit and len(selections) > 1 else ()
                 series.append(Series(label, color, selection.kl, values, band))
                 if fit and len(selections) == 1:
                     kl = [d**2 for d in fit.d]
-                    series.append(Series("fit", GRAY, kl, fit.curve, _band(fit, kl)))
+                    series.append(Series("fit", GRAY, kl, fit.curve, _band(fit, kl, fit.curve)))
         if series:
             title, unit = f"{reward.capitalize()} reward of best-of-n", f"{reward} reward"
             yield _Chart(title, _FITTED, line_chart(series, _KL, unit), lines(series, _KL, unit, title))
 
 
-def _band(fit: GaoFit, kl: Sequence[float]) -> list[float]:
-    """Half the height of the fit's band at each KL divergence."""
-    half = (np.array(fit.high) - np.array(fit.low)) / 2
-    at: list[float] = np.interp(np.sqrt(kl), fit.d, half).tolist()
-    return at
+def _band(fit: GaoFit, kl: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """How far the fit's band reaches below and above the values that are drawn at each KL divergence."""
+    low, high = (np.interp(np.sqrt(kl), fit.d, edge) for edge in (fit.low, fit.high))
+    return (values - low).tolist(), (high - values).tolist()
 
 
 def _selected(selections: Mapping[str, Selection]) -> str:
@@ -203,4 +202,7 @@ def _best(answers: Sequence[Row], reward: str) -> Row:
 def _facts(row: Row) -> str:
     known = {"proxy": "proxy_reward", "gold": "gold_reward", "energy loss": "energy_loss", "KL": "kl"}
     facts = [f"{label} {row[name]:.3f}" for label, name in known.items() if name in row]
-    return ", ".join([*facts, f"{row['response_length']} tokens", "finished" if row["finished"] else "cut off"])
+    facts.append(f"{row['response_length']} tokens")
+    if "finished" in row:
+        facts.append("finished" if row["finished"] else "cut off")
+    return ", ".join(facts)

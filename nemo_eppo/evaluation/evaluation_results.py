@@ -15,7 +15,7 @@ from nemo_eppo.algorithms.ensembles import combine_scores
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.best_of_n import GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
 from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
-from nemo_eppo.evaluation.responses import Response
+from nemo_eppo.evaluation.responses import Response, says_how_it_ended
 from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean, estimate_share
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.rewards.sample import Sample
@@ -71,6 +71,8 @@ def join_rows(
 ) -> list[Row]:
     """Put together what each part says of the responses; those of a prompt become neighbours.
 
+    Rows have "finished" if the rows of all responses say how these ended.
+
     Args:
         samples: the responses as texts.
         parts: rows of "policy" and "reference", as `Scoring` writes them, and of "gold" and any number of proxies
@@ -79,11 +81,13 @@ def join_rows(
     groups: dict[Any, list[int]] = defaultdict(list)
     for place, response in enumerate(responses):
         groups[response.row.get("index"), response.prompt.tobytes()].append(place)
+    told = all(says_how_it_ended(response.row) for response in responses)
     rows = []
     for index, places in enumerate(groups.values()):
         for number, place in enumerate(places):
             here = {name: part[place] for name, part in parts.items()}
             row = _texts(index, number, responses[place], samples[place]) | _likelihoods(here) | _rewards(here)
+            row |= {"finished": samples[place].finished} if told else {}
             rows.append(row | ({"fields": samples[place].fields} if samples[place].fields else {}))
     return rows
 
@@ -96,7 +100,6 @@ def _texts(index: int, number: int, response: Response, sample: Sample) -> Row:
         "response": sample.response,
         "prompt_ids": response.prompt.tolist(),
         "response_ids": response.response.tolist(),
-        "finished": sample.finished,
         "response_length": len(response.response),
     }
 

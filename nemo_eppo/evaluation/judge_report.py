@@ -183,5 +183,6 @@ def _scores(results: Mapping[str, _Result]) -> Series | None:
     if not len(steps) == len(results) > 1:
         return None
     ordered = sorted(steps.items())
-    values, errors = zip(*((score.value, (score.high - score.low) / 2) for _, score in ordered), strict=True)
-    return Series("score", COLORS[0], [step for step, _ in ordered], values, errors)
+    scores = [score for _, score in ordered]
+    band = [score.value - score.low for score in scores], [score.high - score.value for score in scores]
+    return Series("score", COLORS[0], [step for step, _ in ordered], [score.value for score in scores], band)

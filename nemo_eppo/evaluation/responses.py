@@ -110,6 +110,11 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
         yield _Given(line, row, text, ids, row_finished(row, where))
 
 
+def says_how_it_ended(row: dict[str, Any]) -> bool:
+    """Tell whether a row says how its response ended: in words, or by token ids, which have EOS or have none."""
+    return any(name in row for name in ("finished", "finish_reason", "response_ids"))
+
+
 def row_finished(row: dict[str, Any], where: str) -> bool:
     """Tell whether a row says that its response finished; ConfigError, which begins with `where`, if that is odd."""
     finished = row.get("finished", row.get("finish_reason") == "stop")

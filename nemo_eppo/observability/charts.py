@@ -35,8 +35,9 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     """As long as `x`."""
-    error: Sequence[float] = ()
-    """Half the height of a band around the line at every point; empty: no band."""
+    error: Sequence[float] | tuple[Sequence[float], Sequence[float]] = ()
+    """Half the height of a band around the line at every point, or how far it reaches below and above the points, as
+    matplotlib's yerr; empty: no band."""
     notes: Sequence[str] = ()
     """Plain text for every point, shown under the pointer before the values; used by `scatter_chart`."""
 
@@ -49,10 +50,10 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> "Figure"
         style: dict[str, Any] = {"type": "scatter", "name": one.label, "legendgroup": one.label}
         quiet = style | {"hoverinfo": "skip", "mode": "lines"}
         if len(one.error):
-            error = np.asarray(one.error)
+            below, above = np.broadcast_to(one.error, (2, len(x)))
             edge = {"showlegend": False, "line": {"width": 0}, "fillcolor": _transparent(one.color, 0.2)}
-            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y - error)})
-            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y + error), "fill": "tonexty"})
+            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y - below)})
+            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y + above), "fill": "tonexty"})
         line = {"color": one.color, "width": 2}
         marks = "lines+markers" if len(x) < _SINGLE_POINTS else "lines"
         if window > 1:

@@ -65,8 +65,8 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, title: str) -> P
             y = np.asarray(one.y, dtype=float)
             axes.plot(one.x, y, color=one.color, label=one.label, marker="o" if len(y) < 25 else None, markersize=4)
             if len(one.error):
-                error = np.asarray(one.error)
-                axes.fill_between(one.x, y - error, y + error, color=one.color, alpha=0.2, linewidth=0)
+                below, above = np.broadcast_to(one.error, (2, len(y)))
+                axes.fill_between(one.x, y - below, y + above, color=one.color, alpha=0.2, linewidth=0)
         if all(float(value).is_integer() for one in series for value in one.x):  # steps, layers
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label(axes, title, x_label, y_label, len(series))

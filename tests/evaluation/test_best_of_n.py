@@ -9,6 +9,7 @@ from scipy.optimize import curve_fit
 from scipy.special import comb
 
 from nemo_eppo.evaluation.best_of_n import best_of_n, best_of_n_kl, fit_gao, subset_sizes
+from nemo_eppo.evaluation.evaluation_page import _band
 
 
 def over_all_subsets(proxy: Any, scores: Any, n: int) -> float:
@@ -102,3 +103,13 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.M
 def test_too_few_or_unordered_places_are_refused(d: list[float]) -> None:
     with pytest.raises(ValueError, match="expected 0 and at least two larger values"):
         fit_gao("best_of_n", d, np.zeros((3, len(d))))
+
+
+def test_the_band_on_the_page_is_that_of_the_fit_and_no_other() -> None:
+    kl = best_of_n_kl([1, 2, 4, 8])
+    scores = np.random.default_rng(0).exponential(size=(20, 4)).cumsum(axis=1)  # skew
+    fit = fit_gao("best_of_n", np.sqrt(kl), scores)
+    points = np.add(scores.mean(axis=0), [0, 0.5, -0.5, 0.5])  # which the fit does not pass through
+    below, above = _band(fit, kl.tolist(), points.tolist())
+    assert points - below == pytest.approx(np.interp(np.sqrt(kl), fit.d, fit.low))
+    assert points + above == pytest.approx(np.interp(np.sqrt(kl), fit.d, fit.high))

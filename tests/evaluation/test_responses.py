@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -10,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, word_level
+from nemo_eppo.evaluation.evaluation_results import join_rows
 from nemo_eppo.evaluation.prompts import read_prompts
 from nemo_eppo.evaluation.responses import read_responses
+from nemo_eppo.evaluation.source_scoring import sample_of
 
 
 def test_texts_are_tokenised_as_in_training_with_bos(tmp_path: Path) -> None:
@@ -29,6 +32,30 @@ def test_texts_are_tokenised_as_in_training_with_bos(tmp_path: Path) -> None:
     trained = SFTDataset(path, tokenizer, max_sequence_length=10)[0]
     assert found.prompt.tolist() == trained.prompt_ids.tolist() == [fast.bos_token_id, *tokenizer.encode(["red"])[0]]
     assert found.response.tolist() == trained.response_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("said", "finished"),
+    [
+        ({}, True),
+        ({"finished": False}, False),
+        ({"finish_reason": "length"}, False),
+        ({"finish_reason": "stop"}, True),
+        ({"prompt_ids": [2], "response_ids": [3, 2]}, False),
+    ],
+)
+def test_a_text_that_does_not_say_how_it_ended_is_finished_but_not_counted_as_such(
+    said: dict[str, Any], finished: bool, tmp_path: Path
+) -> None:
+    word_level(["red", "green"], tmp_path / "words")
+    tokenizer = Tokenizer.from_directory(tmp_path / "words")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "red", "response": "green red", **said}) + "\n")
+    found = read_responses(path, tokenizer, tokenizer.vocab_size, 10)
+    sample = sample_of(found[0], tokenizer)
+    assert sample.finished == finished
+    [row] = join_rows(found, [sample], {})
+    assert row.get("finished") == (finished if said else None)
 
 
 def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:

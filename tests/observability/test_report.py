@@ -339,6 +339,12 @@ def test_a_short_line_shows_its_points() -> None:
     assert (list(line.x), list(line.y), line.mode) == ([0, 5, 10], [-1.0, 3.0, 1.0], "lines+markers")
 
 
+def test_a_band_reaches_as_far_below_and_above_as_it_says() -> None:
+    for error, low, high in (([1.0, 2.0], [2.0, 2.0], [4.0, 6.0]), (([1.0, 2.0], [0.0, 5.0]), [2.0, 2.0], [3.0, 9.0])):
+        lower, upper, _ = line_chart([Series("a", GRAY, [0, 1], [3.0, 4.0], error)], "PPO step", "reward").data
+        assert (list(lower.y), list(upper.y)) == (low, high)
+
+
 def test_a_very_long_run_stays_a_small_file() -> None:
     steps = range(200_000)  # a running mean that adds up its window for every point would take minutes
     chart = line_chart([Series("a", GRAY, steps, [math.sin(s / 9000) for s in steps])], "PPO step", "reward")
