@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nemo_eppo.algorithms.sampling import counter_hash
 from nemo_eppo.config import Config, ConfigError
@@ -55,6 +55,14 @@ class GenerateConfig(GeneratorConfig):
     """Responses to each prompt."""
     chat_template: bool = False
     """Render a prompt that is text as the user's turn in the tokenizer's own chat template."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.sampling.greedy and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"--samples-per-prompt {self.samples_per_prompt}: greedy responses to a prompt are equal, expected 1"
+            )
+        return self
 
 
 class Generator:

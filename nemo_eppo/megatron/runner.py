@@ -320,7 +320,7 @@ class ModelRunner:
         """Cut the micro-batches of these row indices out of the global batch.
 
         The tokens of the model's input are rounded up as the device wants them. Pipeline stages do not tell each other
-        shapes, so there all micro-batches take the largest.
+        shapes, so there all micro-batches take the largest; elsewhere that would only be more padding.
         """
         multiple = device.tokens_multiple()
         if self.config.sequence_parallel:

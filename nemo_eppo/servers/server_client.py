@@ -137,7 +137,10 @@ class ServerClient:
                 if waited > self.config.connect_timeout:
                     raise ServerUnavailable(f"{error} (waited {waited:.0f} s)") from None
                 if waited >= told:
-                    logger.info("waiting for the %s server at %s (%.0f s)", self.name, transport.url, waited)
+                    most = self.config.connect_timeout
+                    logger.info(
+                        "waiting for the %s server at %s (%.0f of %.0f s)", self.name, transport.url, waited, most
+                    )
                     told = waited + 30
                 _pause(transport, 0.5)
         differences = []
