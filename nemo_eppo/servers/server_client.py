@@ -137,10 +137,8 @@ class ServerClient:
                 if waited > self.config.connect_timeout:
                     raise ServerUnavailable(f"{error} (waited {waited:.0f} s)") from None
                 if waited >= told:
-                    most = self.config.connect_timeout
-                    logger.info(
-                        "waiting for the %s server at %s (%.0f of %.0f s)", self.name, transport.url, waited, most
-                    )
+                    where, most = f"the {self.name} server at {transport.url}", self.config.connect_timeout
+                    logger.info("waiting for %s (%.0f of %.0f s)", where, waited, most)
                     told = waited + 30
                 _pause(transport, 0.5)
         differences = []

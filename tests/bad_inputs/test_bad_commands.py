@@ -78,6 +78,11 @@ SCORING = [
         rows(_ROW),
     ),
     Row("no template", f"{SCORE} --chat-template", "--chat-template: the tokenizer of sft has none", rows(_ROW)),
+    Row(
+        "equal samples",
+        "generate --model sft --prompts data/prompts.train.jsonl --output out.jsonl --greedy --samples-per-prompt 2",
+        "--samples-per-prompt 2: greedy responses to a prompt are equal, expected 1",
+    ),
     Row("an output without a name", f"{SCORE} --output ''", r"--output: \.: expected the name of a file", rows(_ROW)),
     Row(
         "a compressed output",
