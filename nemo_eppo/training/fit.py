@@ -146,6 +146,8 @@ class Fit:
                 if save or due(step, self.settings.validation_interval):
                     validation = task.validate(runner)
                     row |= validation
+                if metrics is not None:
+                    metrics.log(step, row)  # before its checkpoint: a run that resumes drops rows, and makes none up
                 if save:
                     manifest = checkpoint_files.Manifest(
                         head=task.head,
@@ -157,8 +159,6 @@ class Fit:
                     )
                     saver.save(runner, manifest, after=lambda: tidy(run.directory / CHECKPOINTS, saving))
                 saver.poll()
-                if metrics is not None:
-                    metrics.log(step, row)
                 progress.update(step, row)
                 if stop:
                     break

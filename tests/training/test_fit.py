@@ -22,6 +22,7 @@ from nemo_eppo.config import ConfigError, RunStopped, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import disk_trouble
+from nemo_eppo.megatron.saving import CheckpointSaver
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.reward_model import RewardTrainingConfig
@@ -151,7 +152,7 @@ def test_a_run_that_goes_on_with_another_model_or_other_data_is_refused(models: 
     assert "(precision = 'fp32', now 'bf16')" in said["bf16"]
     assert "(rotary_base = 10000.0, now 500000.0)" in said["another base"]
     assert "(head = 'lm', now 'scalar')" in said["reward model"]
-    assert "the digest of the training data was" in said["data"]
+    assert "the digest of its rows was" in said["data"]
     assert all("choose another run directory" in message for message in said.values())
 
 
@@ -190,6 +191,25 @@ def refused(directory: Path, values: dict[str, Any]) -> str | None:
 def test_a_checkpoint_that_the_disk_refuses_names_its_directory(models: Models, tmp_path: Path) -> None:
     told = run_ranks(refused, 2, tmp_path / "run", settings(models, "sft", 1))
     assert all(text.startswith(f"{tmp_path / 'run' / 'checkpoints'}: File too large; raise") for text in told)
+
+
+def rows_before_checkpoints(directory: Path, values: dict[str, Any]) -> list[tuple[int, int]]:
+    """Of each checkpoint its step, and that of the newest row of metrics when it begins to be saved."""
+    seen, save = [], CheckpointSaver.save
+
+    def look(saver: CheckpointSaver, runner: Any, manifest: checkpoint_files.Manifest, **others: Any) -> None:
+        rows = (directory / "metrics.jsonl").read_text().splitlines()
+        seen.append((manifest.step, json.loads(rows[-1])["step"] if rows else 0))
+        save(saver, runner, manifest, **others)
+
+    CheckpointSaver.save = look  # type: ignore[assignment]  # in a process of its own
+    train("sft", directory, values)
+    return seen
+
+
+def test_a_kill_right_after_a_checkpoint_loses_no_metrics(models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", 4) | {"checkpoint": {"interval": 2}}
+    assert run_ranks(rows_before_checkpoints, 1, tmp_path / "run", values) == [[(2, 2), (4, 4)]]
 
 
 def interrupted(directory: Path, values: dict[str, Any]) -> list[dict[str, float]]:
