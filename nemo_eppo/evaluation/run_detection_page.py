@@ -118,12 +118,12 @@ def verdict(detection: RunDetection) -> str:
             f"AUROC of {areas[sign]:.2f}, but none that finds them would have raised an alarm."
         )
     indicator = f"monitor.{MONITOR[detection.best]}.action"
-    text += f" Switch on {indicator}: of the signs that the hacking monitor knows, the {detection.best} finds hacked "
-    text += f"responses best, with an AUROC of {areas[detection.best]:.2f}"
+    text += f" Switch on {indicator}: of the signs that the hacking monitor knows and that would have raised an alarm, "
+    text += f"the {detection.best} finds hacked responses best, with an AUROC of {areas[detection.best]:.2f}"
     alarm = detection.alarms[detection.best]
     assert alarm.lead is not None  # that of `best`
     when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} the peak" if alarm.lead else "the peak"
-    text += f", and would have raised an alarm at step {alarm.step}, {when}."
+    text += f"; it would have raised an alarm at step {alarm.step}, {when}."
     others = [sign for sign, found in detection.alarms.items() if found.tells and sign not in (*MONITOR, COMBINED)]
     if better := [sign for sign in others if areas[sign] > areas[detection.best]]:
         text += f" The {better[0]} finds them with {areas[better[0]]:.2f}, but the monitor has no indicator of it."

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nemo_eppo.cli import main
 from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH
 from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection, _limit
-from nemo_eppo.evaluation.run_detection_page import verdict
+from nemo_eppo.evaluation.run_detection_page import verdict, write_detection
 from nemo_eppo.evaluation.statistics import Floats
 
 
@@ -49,9 +48,7 @@ def test_a_sign_that_reached_its_highest_value_in_the_first_steps_can_raise_an_a
     assert 13 <= alarm.step < 20
 
 
-def of_run(
-    directory: Path, falls: bool, says: bool, validation: float | None = None
-) -> tuple[RunDetection, dict[str, Any], str]:
+def of_run(directory: Path, falls: bool, says: bool, validation: float | None = None) -> RunDetection:
     """A run with an energy loss and a KL that rise in training; the energy loss `says` which responses are hacked.
 
     Args:
@@ -78,36 +75,34 @@ def of_run(
         row = {"proxy_reward": 0.0, "gold_reward": validation}
         (run / "validation" / "step_000000.jsonl").write_text(json.dumps(row) + "\n")
         (run / "config.yaml").write_text("validation: {greedy: true}\n")
-    assert main(["detect", str(run), "--output", str(directory / "out")]) == 0
-    report = json.loads((directory / "out" / "report.json").read_text())
-    found = RunDetection(DetectionConfig(run=run))
-    return found, report, verdict(found)
+    return RunDetection(DetectionConfig(run=run))
 
 
 def test_a_sign_that_rises_with_training_alone_is_no_early_warning(tmp_path: Path) -> None:
-    found, report, text = of_run(tmp_path, falls=True, says=False)
+    found = of_run(tmp_path, falls=True, says=False)
     assert found.fell
     assert found.alarms[ENERGY].step is not None, "it rises"
-    assert (found.alarms[ENERGY].lead, found.best, report["switch_on"]) == (None, None, None)
-    assert "None of the signs that the hacking monitor knows finds hacked responses" in text
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "rises in any training" in page
+    assert (found.alarms[ENERGY].lead, found.best) == (None, None)
+    assert "None of the signs that the hacking monitor knows finds hacked responses" in verdict(found)
+    write_detection(found, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["switch_on"] is None
+    assert "rises in any training" in (tmp_path / "report.html").read_text()
 
 
 def test_the_alarm_of_a_sign_that_tells_has_a_lead_and_that_of_kl_has_none(tmp_path: Path) -> None:
-    found, report, text = of_run(tmp_path, falls=True, says=True)
+    found = of_run(tmp_path, falls=True, says=True)
     alarm = found.alarms[ENERGY]
     assert alarm.auroc_within is not None
     assert alarm.auroc_within.low > 0.9
-    assert alarm.lead == report["signs"][ENERGY]["lead_steps"] == found.peak - (alarm.step or 0)
+    assert alarm.lead == found.peak - (alarm.step or 0)
     assert (found.best, found.alarms[KL].lead) == (ENERGY, None)
-    assert "Switch on monitor.energy.action" in text
+    assert "Switch on monitor.energy.action" in verdict(found)
 
 
 def test_alarms_of_a_run_whose_gold_reward_does_not_fall_are_false(tmp_path: Path) -> None:
-    found, report, text = of_run(tmp_path, falls=False, says=True)
-    assert not found.fell
-    assert report["switch_on"] is None
+    found = of_run(tmp_path, falls=False, says=True)
+    assert (found.fell, found.best) == (False, None)
+    text = verdict(found)
     assert f"would have raised a false alarm: {ENERGY} (step {found.alarms[ENERGY].step})." in text
     assert "Switch on" not in text
 
@@ -124,8 +119,8 @@ def test_a_gold_reward_that_only_fluctuates_does_not_fall(tmp_path: Path) -> Non
 
 
 def test_greedy_responses_are_no_baseline_for_sampled_ones(tmp_path: Path) -> None:
-    found, report, _ = of_run(tmp_path, falls=True, says=True, validation=50.0)
-    assert report["baseline"]["of"] == "step 1"
+    found = of_run(tmp_path, falls=True, says=True, validation=50.0)
+    assert found.baseline == "step 1"
     assert found.sft_gold < 1
 
 
