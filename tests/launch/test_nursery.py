@@ -71,5 +71,5 @@ def test_a_job_is_seen_under_its_own_name_and_ended_with_all_its_ranks(nursery: 
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job.terminate()
-    assert end_of(job, 60) in (1, -signal.SIGTERM)
+    assert end_of(job, 60) in (128 + signal.SIGTERM, -signal.SIGTERM)
     assert seen() == []
