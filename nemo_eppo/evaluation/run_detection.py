@@ -28,7 +28,8 @@ from nemo_eppo.evaluation.detection import (
     signs_of_rows,
 )
 from nemo_eppo.evaluation.statistics import Estimate, Floats, threshold_at_share, within_groups_auroc
-from nemo_eppo.observability.peak import Peak, find_peak, running_mean
+from nemo_eppo.observability.charts import running_mean
+from nemo_eppo.observability.peak import Peak, find_peak, peak_window
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_tables import read_config
 
@@ -174,7 +175,7 @@ class RunDetection:
 
     def curve(self, values: Floats) -> Floats:
         """Return the means [steps] of each step's values, as a running mean over a tenth of the steps."""
-        return running_mean(self._step_means(values))
+        return running_mean(self._step_means(values), peak_window(len(self.steps)))
 
     def _alarm(self, sign: str, values: Floats) -> Alarm:
         threshold = threshold_at_share(values[self._calm], self.config.false_alarms / 1000)

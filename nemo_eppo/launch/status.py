@@ -75,7 +75,8 @@ class Row:
         """Return the newest row of its metrics: step and the columns of PPO, or the first two values of another job;
         nothing of an earlier start."""
         try:
-            if (self.directory / FILE_NAME).stat().st_mtime < time.time() - (time.monotonic() - self.started):
+            begun = time.time() - (time.monotonic() - self.started)
+            if not self.started or (self.directory / FILE_NAME).stat().st_mtime < begun:
                 return ""
             with (self.directory / FILE_NAME).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))

@@ -60,7 +60,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> "Figure"
             line = {"color": _transparent(one.color, 0.35), "width": 1}
         traces.append(style | {"x": _thin(x), "y": _thin(y), "mode": marks, "line": line, "showlegend": window == 1})
         if window > 1:
-            mean = _thin(_running_mean(y, window))
+            mean = _thin(running_mean(y, window))
             traces.append(quiet | {"x": _thin(x), "y": mean, "line": {"color": one.color, "width": 2.2}})
     return _figure(traces, x_label, y_label, hovermode="x unified")
 
@@ -145,6 +145,13 @@ def smoothing_window(points: int) -> int:
     return points // 20 | 1 if points >= 40 else 1
 
 
+def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
+    """Return the means, as many as there are values, over windows of an odd number of them, cut at both ends."""
+    ones = np.ones(window)
+    result: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+    return result
+
+
 def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short: int = 16, **layout: Any) -> "Figure":
     # labels of up to `short` characters stand in two columns, on a phone too; a legend that flows may never settle
     from plotly.graph_objects import Figure
@@ -176,14 +183,6 @@ def _thin(values: np.ndarray) -> np.ndarray:
     starts = np.arange(0, len(values), math.ceil(len(values) / _MOST_POINTS))
     sums = np.add.reduceat(values.astype(float), starts)
     return (sums / np.diff(starts, append=len(values))).astype(np.float32)  # seven digits, and half the file
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    # at both ends the window is cut to the curve, so that the mean is as long as the curve
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    middle = np.arange(len(values))
-    low, high = np.maximum(middle - window // 2, 0), np.minimum(middle + window // 2 + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
 
 
 def _note(text: str) -> str:

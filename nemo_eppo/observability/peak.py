@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
+from nemo_eppo.observability.charts import running_mean
+
 _LEVEL = 0.025  # probability that a curve which only fluctuates is said to fall
 
 
@@ -16,16 +18,9 @@ class Peak(NamedTuple):
     place: int
     """Of the values, from 0."""
     fall: float
-    """From the mean around the peak to the mean at the end; their windows are those of `running_mean`."""
+    """From the mean around the peak to the mean at the end; their windows are those of the running mean."""
     fell: bool
     """Whether the fall is beyond noise."""
-
-
-def running_mean(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the means [steps] over windows of a tenth of the steps, which are shorter at both ends."""
-    ones = np.ones(_window(len(values)))
-    result: NDArray[np.float64] = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
-    return result
 
 
 def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
@@ -37,8 +32,8 @@ def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
     Args:
         values: [steps], at least one.
     """
-    curve, size = np.asarray(values, dtype=np.float64), _window(len(values))
-    top = int(running_mean(curve).argmax())
+    curve, size = np.asarray(values, dtype=np.float64), peak_window(len(values))
+    top = int(running_mean(curve, size).argmax())
     high, low = curve[max(top - size // 2, 0) : top + size // 2 + 1], curve[-size:]
     fall = float(high.mean() - low.mean())
     if len(curve) < 3 or top + size // 2 >= len(curve) - size:  # the windows share steps
@@ -49,5 +44,6 @@ def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
     return Peak(top, fall, bool(fall > limit))
 
 
-def _window(steps: int) -> int:
+def peak_window(steps: int) -> int:
+    """Return how many steps a running mean takes in which a peak is looked for: a tenth of all, an odd number."""
     return max(steps // 10, 1) | 1

@@ -122,6 +122,7 @@ def test_metrics_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
     assert row.metrics() == ""
     os.utime(metrics, (time.time() + 1, time.time() + 1))
     assert row.metrics() == "step 78  loss 1.5"
+    assert Row("waits", 1, tmp_path).metrics() == ""
 
 
 def test_jobs_that_are_told_to_end_show_how_long_they_may_take(

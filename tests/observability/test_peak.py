@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from nemo_eppo.observability.peak import find_peak, running_mean
+from nemo_eppo.observability.charts import running_mean
+from nemo_eppo.observability.peak import find_peak, peak_window
 from nemo_eppo.observability.report import _verdict
 
 
 def test_the_peak_and_its_fall_are_those_of_brute_force() -> None:
     values = np.random.default_rng(0).normal(size=57) + np.minimum(np.arange(57), 90 - 2 * np.arange(57)) / 5
     means = [values[max(step - 2, 0) : step + 3].mean() for step in range(57)]
-    assert running_mean(values) == pytest.approx(means)
+    assert running_mean(values, peak_window(len(values))) == pytest.approx(means)
     found = find_peak(values)
     assert found.place == int(np.argmax(means))
     assert found.fall == pytest.approx(max(means) - values[-5:].mean())
