@@ -125,21 +125,14 @@ class Bench:
             self._train_rewards(candidates[:wanted], set())
             return list(candidates[:wanted])
         counted: list[int] = []
-        plain = next(method for method in self.methods if method.name == ALWAYS)
         left = list(candidates)
         while (missing := wanted - len(counted)) > 0:
             batch, left = left[:missing], left[missing:]
             if not batch:
                 sys.exit(f"only seeds {counted} count, {wanted} are wanted: see protocol.md")
             self._train_rewards(batch, set())
-            work = [
-                Work(
-                    self.task.policy(seed, ACCEPTANCE),
-                    partial(self.task.train_policy, seed, ACCEPTANCE, plain.about, {}, ACCEPTANCE_SEED + seed),
-                )
-                for seed in batch
-            ]
-            run_all("plain PPO", work, self.workers)
+            plain = {seed: Method(ACCEPTANCE, {"settings": {"seed": ACCEPTANCE_SEED + seed}}) for seed in batch}
+            run_all("plain PPO", [self._policy(method, seed, {}) for seed, method in plain.items()], self.workers)
             for seed in batch:
                 refusal = self.acceptance.refusal(read_curves(self.task.policy(seed, ACCEPTANCE)))
                 print(f"seed {seed}: " + (refusal or "counts"), flush=True)

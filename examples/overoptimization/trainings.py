@@ -153,21 +153,13 @@ class Task:
             },
         )
 
-    def train_policy(
-        self,
-        seed: int,
-        variant: str,
-        about: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        policy_seed: int | None = None,
-    ) -> None:
+    def train_policy(self, seed: int, variant: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Train a policy against the reward models of a seed.
 
         Args:
             variant: name of its directory.
             about: entry of methods.yaml.
             settings: settings of the method, their values chosen.
-            policy_seed: of the policy; None for that of the reward models.
         """
         method, lr, effort = about.get("method", "ppo"), self.size.ppo_lr, self.effort
         if term := about.get("term"):
@@ -178,7 +170,7 @@ class Task:
             ("gpt_ppo_actor", PPOConfig, train_ppo),
             self.policy(seed, variant),
             {
-                "seed": seed if policy_seed is None else policy_seed,
+                "seed": seed,
                 "model.restore_from_path": self.sft / "checkpoints",
                 "model.micro_batch_size": 64,
                 "data.train": self.sft / "data" / "prompts.train.jsonl",
