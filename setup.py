@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["nemo_eppo", "nemo_eppo.*"]),
     package_data={"nemo_eppo": ["VERSION", "py.typed"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # mm with an out_dtype
         "megatron-core>=0.16,<0.17",
         "setproctitle",
         "psutil",  # megatron.core.dist_checkpointing needs it and does not declare it

@@ -54,10 +54,12 @@ rm -f .venv/installed
 # 3. the packages
 log=.venv/install.log
 echo "environment: installing about 170 packages into .venv, a dot for each (a few minutes; all messages in $log)"
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile \
     --constraint constraints.txt --editable '.[dev]' 2>&1 | tee "$log" |
     awk '/^ *(Collecting|Obtaining)/ { printf "."; fflush() }
          /^Installing collected/ { printf "\nenvironment: unpacking\n"; fflush() }' ||
     fail "$(tail -n 20 "$log")" "the installation failed; see $log"
+# on all cores, where pip takes one; packages hold files for newer Pythons, too, which this one does not compile
+.venv/bin/python -m compileall -q -j 0 .venv/lib >>"$log" 2>&1 || true
 echo "$wanted" >.venv/installed
 echo "environment: ready, $(du -sh .venv | cut -f 1) in .venv"

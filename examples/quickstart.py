@@ -5,16 +5,19 @@
 2. A tiny Llama-style model is fine-tuned on imperfect demonstrations, and a reward model on the biased preferences.
 3. The reward model and the critic start as PyTriton servers.
 4. EPPO trains the policy on two tensor-parallel ranks against them, with the energy-loss penalty.
-5. A report compares what the reward model says (proxy) with what is true (gold), before and after.
+5. A report compares what the reward model says (proxy) with what is true (gold), before and after. The last lines are
+   commands that look further into the run: nemo-eppo detect and energy-report.
 
 launch/quickstart.yaml names the jobs of 2 to 4, which `nemo-eppo launch` runs. Everything is written to the output
 directory: report.html, summary.json, and the run directories and logs of every job.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,9 @@ def main() -> None:
     ranks = launch.jobs["actor"].ranks  # all tensor-parallel
     write_json(out / "summary.json", summary | {"tensor_model_parallel_size": ranks})
     print(summary_table(before, after))
-    print(f"Report: {report}\nSummary: {out / 'summary.json'}")
+    print(f"Report: {report}\nSummary: {out / 'summary.json'}\nMore about this run:")
+    for command in further_commands(out):
+        print(f"  {shlex.join(map(str, command))}")
 
 
 def make_anew(directory: Path) -> None:
@@ -98,6 +103,17 @@ def before_and_after(validation: Path) -> list[Any]:
     """Means over the validation prompts at the first and the last step."""
     files = recorded_steps(validation)
     return [validation_means(read_rows(files[step])) for step in (min(files), max(files))]
+
+
+def further_commands(out: Path) -> Iterator[list[Any]]:
+    """Give the commands that tell which sign of hacking came first, and what PPO did to the energy loss."""
+    program, actor = Path(sys.executable).with_name("nemo-eppo"), out / "actor"
+    rollouts = recorded_steps(actor / "rollouts")
+    if len(rollouts) > 2:  # of which at least two set the thresholds
+        calm = max(2, min(10, len(rollouts) // 2))
+        yield [program, "detect", actor, "--calm-steps", calm, "--output", out / "detection"]
+    models = ["--before", out / "sft" / "checkpoints", "--after", actor / "checkpoints"]
+    yield [program, "energy-report", *models, "--data", rollouts[max(rollouts)], "--output", out / "energies"]
 
 
 def parse() -> argparse.Namespace:

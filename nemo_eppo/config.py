@@ -66,7 +66,7 @@ class Config(BaseModel):
     @classmethod
     def _no_other_kind(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would take for something else: true for 1, an empty path for the working directory."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        kinds = kinds_of(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("expected a number")
         if value == "" and Path in kinds and str not in kinds:
@@ -74,16 +74,17 @@ class Config(BaseModel):
         return value
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds_of(annotation: Any) -> set[Any]:
     """Return the types that a field may have itself, which those of a list's items are not."""
     if get_origin(annotation) in (Union, UnionType):
-        return {kind for one in get_args(annotation) for kind in _kinds(one)}
+        return {kind for one in get_args(annotation) for kind in kinds_of(one)}
     if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
+        return kinds_of(get_args(annotation)[0])
     return {annotation}
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+ClassT = TypeVar("ClassT")
 
 
 def load_config(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -97,7 +98,7 @@ def load_config(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     except ValidationError as error:
         issues = error.errors(include_url=False)
         # a list with a wrong item counts as too short as well
-        inner = {issue["loc"][:-1] for issue in issues} | {issue["loc"][:-2] for issue in issues}
+        inner = {issue["loc"][:depth] for issue in issues for depth in range(len(issue["loc"]))}
         told = [issue for issue in issues if issue["type"] != "too_short" or issue["loc"] not in inner]
         lines = [_describe(schema, issue) for issue in told]
         raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {line}" for line in lines)) from None
@@ -143,6 +144,18 @@ def yaml_fault(error: yaml.YAMLError | UnicodeDecodeError, file: Path) -> str:
             lines.pop()
         return f"{mark.name}:{len(lines)}: {getattr(error, 'problem', error)}: {''.join(lines[-1:])!r}"
     return f"{file}: {' '.join(str(error).split())}"
+
+
+def load_subclass(key: str, path: str, base: type[ClassT]) -> type[ClassT]:
+    """Import the user's subclass "module:Class" of `base`.
+
+    Raises:
+        ConfigError: there is none, or it is no such class; the message has the config key.
+    """
+    found = load_named(key, path, "module:Class")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{key} = {path!r} is no subclass of {base.__module__}.{base.__qualname__}")
+    return found
 
 
 def load_named(key: str, path: str, form: str) -> Any:

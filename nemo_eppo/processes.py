@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,6 +13,13 @@ _libc = ctypes.CDLL(None)
 def end_with_parent(signal_number: int) -> None:
     """Let the kernel send this process a signal as soon as its parent is gone, even if that was killed."""
     _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal_number)
+
+
+def serve_parent() -> None:
+    """Live exactly as long as the parent: signals that tell a whole process group to end are the parent's to obey."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
 
 
 def adopt_orphans() -> None:

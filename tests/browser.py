@@ -57,6 +57,19 @@ def look(page: Path, width: int, picture: Path | None = None) -> dict[str, Any]:
         picture: PNG file for a screenshot of the whole page.
 
     Returns:
+        What `look_at` gives for this width.
+    """
+    return look_at(page, [width], picture)[0]
+
+
+def look_at(page: Path, widths: list[int], picture: Path | None = None) -> list[dict[str, Any]]:
+    """Open a page in a browser, at each width in a tab of its own.
+
+    Args:
+        picture: PNG file for a screenshot of the whole page, at the last width.
+
+    Returns:
+        For each width
         {page, window: widths; wide: elements that stick out of the window and cannot be scrolled to inside of the
         page; cut: texts that their box or chart cuts off; charts, figures: how many were drawn, of how many; console:
         what was logged; requests: addresses it asked for}.
@@ -68,23 +81,38 @@ def look(page: Path, width: int, picture: Path | None = None) -> dict[str, Any]:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            return asyncio.run(_look(Path(profile), page, width, picture))
+            return asyncio.run(_look(Path(profile), page, widths, picture))
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # with its helpers, which would write into the profile
             process.wait()
 
 
-async def _look(profile: Path, page: Path, width: int, picture: Path | None) -> dict[str, Any]:
+def assert_fits(page: Path) -> None:
+    """Assert that a page which needs no other file shows all of itself, and draws all of its charts, on a phone and on
+    a desktop, and that nothing was logged."""
+    widths, figures = [390, 1280], page.read_text().count("<figure>")
+    assert figures
+    for width, seen in zip(widths, look_at(page, widths), strict=True):
+        assert (seen["window"], seen["page"], seen["charts"], seen["figures"]) == (width, width, figures, figures)
+        assert (seen["wide"], seen["cut"], seen["console"]) == ([], [], [])
+        asked = {url for url in seen["requests"] if not url.startswith("data:")}  # these are in the page
+        assert asked == {page.resolve().as_uri()}
+
+
+async def _look(profile: Path, page: Path, widths: list[int], picture: Path | None) -> list[dict[str, Any]]:
     started, port_file = time.monotonic(), profile / "DevToolsActivePort"
     while not port_file.exists() or not port_file.read_text().strip():
         assert time.monotonic() - started < 60, "Chromium did not start"
         await asyncio.sleep(0.05)
     port = port_file.read_text().split()[0]
+    found = []
     async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-            (tab,) = [target for target in await answer.json() if target["type"] == "page"]
-        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            return await _Tab(socket).measure(page, width, picture)
+        for width in widths:
+            async with session.put(f"http://127.0.0.1:{port}/json/new") as answer:
+                tab = await answer.json()
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                found.append(await _Tab(socket).measure(page, width, picture))
+    return found
 
 
 class _Tab:

@@ -1,12 +1,16 @@
 """Settings shared by all tests."""
 
+import fcntl
 import gc
 import logging
 import os
+import pickle
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks share two cores
 # set at all, so that NeMo does not: with its value a forked process that tokenises waits for threads it does not have
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from jobs import Models
 
 torch.set_num_threads(1)
+Made = TypeVar("Made")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,23 +56,39 @@ def _logger() -> Iterator[None]:
 # Once for all folders; their makers bring Megatron, which many tests do without.
 
 
+def _made_once(name: str, make: Callable[[Path], Made], folders: pytest.TempPathFactory) -> Made:
+    """What `make` returns, which fills a folder: the first of pytest-xdist's workers makes it, for all of them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make(folders.mktemp(name))
+    folder = folders.getbasetemp().parent / name
+    result = folder.with_suffix(".pickle")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # of this process: those that `make` forks do not hold it
+        if not result.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            result.write_bytes(pickle.dumps(make(folder)))
+        made: Made = pickle.loads(result.read_bytes())
+    return made
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> "Models":
     from jobs import make_models
 
-    return make_models(tmp_path_factory.mktemp("models"))
+    return _made_once("models", make_models, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def trained(models: "Models", tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from jobs import train_models
 
-    return train_models(models, tmp_path_factory.mktemp("reward_models"))
+    return _made_once("reward_models", partial(train_models, models), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def reward_url(models: "Models") -> Iterator[str]:
+def reward_url(models: "Models", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from jobs import reward_server
 
-    with reward_server(models) as url:
+    with reward_server(models, tmp_path_factory.mktemp("reward_server") / "job") as url:
         yield url

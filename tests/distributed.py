@@ -51,7 +51,8 @@ def _worker(rank: int, world_size: int, port: int, pipe: Any, fn: Callable[..., 
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
-        pipe.close()
+        with contextlib.suppress(EOFError):  # to the end of all: rank 0 has the store by which the others' groups meet
+            pipe.recv()
         os._exit(0)  # no atexit hooks inherited from the parent
 
 
@@ -61,11 +62,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(rank, world_size, port, sender, fn, args))
+        here, there = context.Pipe()
+        process = context.Process(target=_worker, args=(rank, world_size, port, there, fn, args))
         process.start()
-        sender.close()
-        pipes.append(receiver)
+        there.close()
+        pipes.append(here)
         processes.append(process)
     try:
         results, waiting = {}, dict(enumerate(pipes))

@@ -24,7 +24,7 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.servers.transport import ServerError
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.ppo import PPOConfig
-from nemo_eppo.settings.reward_model import RewardModelConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.training.critic import serve_critic
 from nemo_eppo.training.ppo import EngineMismatchError
@@ -63,7 +63,6 @@ def run_methods(methods: dict[str, dict[str, Any]], run: Run) -> None:
             job = PPOJob(load_config(PPOConfig, values), run)
             with ExitStack() as stack:
                 ppo = job.build(stack)  # and no resume: the critic has learnt from others
-                ppo.policy.refit()
                 result = ppo.step(1, [job.prompts[index] for index in next(job.batches)])
             made[name] = {
                 "metrics": result.metrics,
@@ -91,7 +90,7 @@ def main(kind: str, config_file: Path, directory: Path) -> None:
     if kind == "critic":
         serve_critic(load_config(CriticConfig, values), run)
     elif kind == "reward":
-        serve_reward_model(load_config(RewardModelConfig, values), run)
+        serve_reward_model(load_config(RewardServerConfig, values), run)
     elif kind == "actor":
         with errors_end_the_job(run.rank, directory):
             train_ppo(load_config(PPOConfig, values), run)

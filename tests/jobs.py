@@ -203,10 +203,10 @@ def train_models(models: Models, root: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def reward_server(models: Models) -> Iterator[str]:
-    """The URL of a server of the reward model."""
+def reward_server(models: Models, directory: Path) -> Iterator[str]:
+    """The URL of a server of the reward model, whose job runs in `directory`."""
     port = free_port()
     settings = {"model": {"restore_from_path": models.rm}, "server": {"port": port}}
-    job = Job("reward", 1, settings, models.root / "reward")
+    job = Job("reward", 1, settings, directory)
     yield f"grpc://127.0.0.1:{port}"
     job.stop()

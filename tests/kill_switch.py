@@ -12,8 +12,6 @@ from nemo_eppo.training.ppo import PPO
 
 PHASES: dict[str, tuple[Any, str]] = {
     "generate": (Policy, "generate"),
-    "logprobs": (Policy, "infer"),
-    "shape": (PPO, "_shape"),
     "critic_train": (RemoteCritic, "train"),
     "actor_train": (PPO, "_train_policy"),
     "save": (checkpoint_files, "complete"),

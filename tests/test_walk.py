@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from distributed import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -29,7 +30,7 @@ SMALLER = {
 def commands() -> str:
     """The commands of the section of examples/README.md, made small, with ports that are free."""
     text = (REPOSITORY / "examples" / "README.md").read_text()
-    section = text.split("## From a Hugging Face model to an aligned one")[1]
+    section = text.split("## Step by step, with a small model on a CPU")[1]
     script = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
     for name, settings in SMALLER.items():
         script, count = re.subn(rf"(.*{name}.*)", rf"\1 {settings}", script)
@@ -71,6 +72,7 @@ def logprob(network: AutoModelForCausalLM, prompt: list[int], response: list[int
     return float(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None]).sum())
 
 
+@pytest.mark.slow
 def test_the_readme_leads_from_a_hugging_face_directory_to_an_aligned_one(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")

@@ -5,9 +5,10 @@
 2. For every seed its own labels and reward models: Bradley-Terry models, WARM, ODIN, InfoRM.
 3. A run of plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and
    reward models in the policy's own process; its coefficient was chosen on seeds of their own.
-4. results.json, alarms.json, report.html, curves.png in the output directory.
+4. results.json, report.html, curves.png in the output directory; in alarms/, which alarms would have helped.
 
-What is finished is kept: the same command goes on after an interruption.
+What is finished is kept: the same command goes on after an interruption. A policy whose method or chosen value has
+changed since is named, and has to be removed first.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,22 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from alarms import write_alarms  # noqa: E402
 from pieces import Work, run_all  # noqa: E402
 from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
 
+from nemo_eppo.config import ConfigError  # noqa: E402
+from nemo_eppo.evaluation.alarms import Alarms  # noqa: E402
+from nemo_eppo.evaluation.alarms_page import verdict, write_alarms  # noqa: E402
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
 from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
 from nemo_eppo.files import write_atomically  # noqa: E402
+from nemo_eppo.settings.evaluation import DetectionConfig  # noqa: E402
 
 TUNING_SEEDS = (1001, 1002)
 MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
 ALWAYS = "ppo"
+DETECTED = ("eppo", "inform", "erm_mean")
+"""Methods whose runs have signs that plain PPO's lack: the energy loss's rise, latents, variance of reward models."""
 ACCEPTANCE, ACCEPTANCE_SEED = "acceptance", 10_000  # the run that accepts a seed, and what is added to its own
 
 
@@ -85,6 +91,10 @@ class Bench:
 
     def __init__(self, task: Task, methods: list[Method], workers: int, acceptance: Acceptance | None) -> None:
         self.task, self.methods, self.workers, self.acceptance = task, methods, workers, acceptance
+        self.tuning: dict[str, Any] = {}
+        """Of each method with several values: the one that was chosen, and the last gold reward by value and seed."""
+        self.candidates: dict[int, Any] = {}
+        """Of each seed that was tried: correlation of proxy and gold reward, and why it does not count, if so."""
 
     def run(self, seeds: int) -> dict[str, dict[int, Curves]]:
         """Return the curves of every method by seed, of the seeds that count."""
@@ -109,12 +119,18 @@ class Bench:
         trials = [(method, value, seed) for method in open_ones for value in method.values for seed in TUNING_SEEDS]
         run_all("tuning", [self._policy(method, seed, {}, value) for method, value, seed in trials], self.workers)
 
-        def final(method: Method, value: float) -> float:
-            runs = [read_curves(self.task.policy(seed, f"{method.name}={value:g}")) for seed in TUNING_SEEDS]
-            return sum(float(run.gold[-1]) for run in runs)
-
         chosen = {method.name: method.values[0] for method in tuned}
-        return chosen | {method.name: max(method.values, key=partial(final, method)) for method in open_ones}
+        for method in open_ones:
+            gold = {
+                value: {
+                    seed: float(read_curves(self.task.policy(seed, f"{method.name}={value:g}")).gold[-1])
+                    for seed in TUNING_SEEDS
+                }
+                for value in method.values
+            }
+            chosen[method.name] = max(gold, key=lambda value: sum(gold[value].values()))
+            self.tuning[method.name] = {"chosen": chosen[method.name], "gold": gold}
+        return chosen
 
     def _accepted(self, wanted: int, candidates: range) -> list[int]:
         """Train reward models of seeds until as many as are wanted count.
@@ -134,7 +150,9 @@ class Bench:
             plain = {seed: Method(ACCEPTANCE, {"settings": {"seed": ACCEPTANCE_SEED + seed}}) for seed in batch}
             run_all("plain PPO", [self._policy(method, seed, {}) for seed, method in plain.items()], self.workers)
             for seed in batch:
-                refusal = self.acceptance.refusal(read_curves(self.task.policy(seed, ACCEPTANCE)))
+                curves = read_curves(self.task.policy(seed, ACCEPTANCE))
+                refusal = self.acceptance.refusal(curves)
+                self.candidates[seed] = {"correlation": curves.correlation, "refusal": refusal}
                 print(f"seed {seed}: " + (refusal or "counts"), flush=True)
                 counted += [] if refusal else [seed]
         return counted
@@ -154,13 +172,22 @@ class Bench:
     def _policy(self, method: Method, seed: int, chosen: Mapping[str, float], value: float | None = None) -> Work:
         variant = method.name if value is None else f"{method.name}={value:g}"
         settings = method.settings(chosen, value)
-        directory = self.task.policy(seed, variant)
-        return Work(directory, partial(self.task.train_policy, seed, variant, method.about, settings))
+        train = partial(self.task.train_policy, seed, variant, method.about, settings)
+        entry = {key: value for key, value in method.about.items() if key != "tune"}  # a new value leaves others as is
+        return Work(self.task.policy(seed, variant), train, {**entry, "settings": settings})
 
 
-def read_methods(names: list[str]) -> Iterator[Method]:
-    """The methods of methods.yaml with these names, and those that they need; all if there are no names."""
+def read_methods(names: list[str], values: Mapping[str, float]) -> Iterator[Method]:
+    """The methods of methods.yaml with these names, and those that they need; all if there are no names.
+
+    Those with an entry in `values` have this value instead of several.
+    """
     table = {name: Method(name, about) for name, about in yaml.safe_load((HERE / "methods.yaml").read_text()).items()}
+    for name, value in values.items():
+        if name not in table or not table[name].tuned:
+            tuned = ", ".join(other for other, method in table.items() if method.tuned)
+            sys.exit(f"--values {name}={value:g}: expected of {tuned}")
+        table[name] = Method(name, {**table[name].about, "tune": {table[name].tuned: [value]}})
     if unknown := [name for name in names if name not in table]:
         sys.exit(f"--methods {unknown[0]}: expected of {', '.join(table)}")
     wanted = {ALWAYS, "eppo", *names} if names else set(table)
@@ -171,28 +198,48 @@ def read_methods(names: list[str]) -> Iterator[Method]:
 def main() -> None:
     options = parse()
     started = time.monotonic()
-    methods = list(read_methods(options.methods.split(",") if options.methods else []))
-    effort = Effort(steps=options.steps)
+    methods = list(read_methods(options.methods.split(",") if options.methods else [], options.values))
+    size, effort = SIZES[options.size], Effort(steps=options.steps)
     acceptance: Acceptance | None = Acceptance()
     if options.smoke:
-        effort = Effort(sft_steps=20, reward_steps=5, steps=2, validate_every=1, validation_prompts=16)
+        size = replace(size, reward_steps=5)
+        effort = Effort(sft_steps=20, steps=2, validate_every=1, validation_prompts=16)
         acceptance = None
         methods = [Method(each.name, _one_value(each.about)) for each in methods]
-    _claim(options.output, {"text": options.text, "size": options.size, "labels": options.labels, **asdict(effort)})
+    task_of = {"text": options.text, "size": options.size, "labels": options.labels}
+    _claim(options.output, {**task_of, **asdict(size), **asdict(effort)})
     torch.set_num_threads(1)
-    task = Task(options.output.absolute(), TEXTS[options.text], SIZES[options.size], LABELS[options.labels], effort)
-    found = Bench(task, methods, options.workers, acceptance).run(1 if options.smoke else options.seeds)
+    task = Task(options.output.absolute(), TEXTS[options.text], size, LABELS[options.labels], effort)
+    bench = Bench(task, methods, options.workers, acceptance)
+    found = bench.run(1 if options.smoke else options.seeds)
     about = {
-        "text": options.text,
-        "size": options.size,
-        "labels": options.labels,
+        **task_of,
         "steps": effort.steps,
         "seconds": round(time.monotonic() - started),
         "command": " ".join(sys.argv),
     }
-    print(write_results(task.directory, found, about))
+    print(write_results(task.directory, found, about, {"tuning": bench.tuning, "candidates": bench.candidates}))
     plain = ALWAYS if options.smoke else ACCEPTANCE  # of all seeds that were tried, so that some did not fall
-    print(write_alarms(task.directory, sorted(task.directory.glob(f"seed_*/policies/{plain}"))))
+    detect(task, found, plain)
+
+
+def detect(task: Task, found: Mapping[str, Iterable[int]], plain: str) -> None:
+    """Write into alarms/<method>/ which alarms would have helped, in the runs of plain PPO and in those of DETECTED.
+
+    Args:
+        found: the seeds of each method that ran.
+        plain: what plain PPO's runs are called.
+    """
+    runs = {ALWAYS: sorted(task.directory.glob(f"seed_*/policies/{plain}"))}
+    runs |= {method: [task.policy(seed, method) for seed in found[method]] for method in DETECTED if method in found}
+    for method, of_method in runs.items():
+        try:
+            alarms = Alarms({run.parents[1].name: DetectionConfig(run=run) for run in of_method})
+        except ConfigError as error:  # too short, as a smoke test's, or nothing was hacked
+            print(f"no alarms of {method}: {error}", flush=True)
+            continue
+        table = write_alarms(alarms, task.directory / "alarms" / method)
+        print(f"{method}: {verdict(alarms)}\n{table}", flush=True)
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
@@ -206,6 +253,13 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
 
 def _one_value(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "tune": {key: values[:1] for key, values in about.get("tune", {}).items()}}
+
+
+def _values(text: str) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD=NUMBER, with commas between") from None
 
 
 def parse() -> argparse.Namespace:
@@ -223,9 +277,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="PPO steps of a run (default: %(default)s)")
     parser.add_argument("--methods", metavar="A,B", help="only these methods, plain PPO and EPPO (default: all)")
     parser.add_argument(
+        "--values",
+        metavar="A=X,B=Y",
+        type=_values,
+        default={},
+        help="take these values, as ppo_kl=0.1,eppo=8, instead of choosing from several on seeds of their own",
+    )
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs side by side, a core each (default: %(default)s)"
     )
-    parser.add_argument("--smoke", action="store_true", help="hardly train anything, only to see all of it run")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="hardly train anything, only to see all of it run: with all methods, five minutes of one core",
+    )
     options = parser.parse_args()
     for name in ("seeds", "steps", "workers"):
         if getattr(options, name) < 1:

@@ -1,4 +1,4 @@
-"""Terms of the reward that only the bench uses: controls of the energy penalty, and one of our own."""
+"""Terms of the reward that only the bench uses: controls of the energy penalty, and two of our own."""
 
 import torch
 from pydantic import Field
@@ -76,3 +76,27 @@ class EnergyGatedKL(Term[WeightConfig]):
         gate = max(0.0, float(rise.mean() - self.statistics.mean) / max(self.statistics.std, 1e-12))
         ratios = torch.where(inputs.mask, inputs.logprobs.double() - inputs.ref_logprobs.double(), 0.0)
         return reward - self.config.eta * gate * ratios.sum(dim=1)
+
+
+class EnergyAboveRecent(Term[WeightConfig]):
+    """`r - eta * max(0, z)^2`: z is how far a response's energy loss is above what was usual in the steps before.
+
+    A baseline of each prompt's own energies in earlier steps would be empty here: a run of 60 steps of 64 prompts takes
+    3,840 of 12,000, each once; the first would come back at step 188. So what is usual for a prompt is the reference's
+    energy of it, plus a running mean of earlier steps' rises over the reference, in which each step has a weight of .1.
+    z is in standard deviations of the rise in the first step, which is not punished. A rise that all responses share
+    moves every z; since the square is not linear, their differences then weigh more, and whitening cannot cancel it.
+    """
+
+    config_class = WeightConfig
+    needs = ("ref_energies",)
+
+    def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
+        assert inputs.ref_energies is not None
+        rise = (inputs.energies.double() - inputs.ref_energies.double()).sum(dim=1)
+        if not self.statistics.count:
+            self.statistics.update(rise)  # whose deviation stays
+            return reward
+        z = (rise - self.statistics.mean) / max(self.statistics.std, 1e-12)
+        self.statistics.mean += 0.1 * (rise.mean().item() - self.statistics.mean)
+        return reward - self.config.eta * z.clamp(min=0).square()

@@ -36,12 +36,16 @@ class Size:
     sft_lr: float
     reward_lr: float
     ppo_lr: float
+    reward_steps: int = 800
+    reward_l2: float = 0.001
+    pairs: int = 16_000
+    """Preference pairs, where their number is not what is wrong with them."""
 
 
 SIZES = {
     "0.2M": Size(4, 64, 192, 4e-3, 2e-3, 2e-4),
-    "1M": Size(6, 128, 320, 3e-3, 1.5e-3, 1e-4),
-    "5M": Size(8, 256, 576, 2e-3, 1e-3, 5e-5),
+    "1M": Size(6, 128, 320, 3e-3, 5e-4, 1e-4, 2400, 0.02, 76_800),
+    "5M": Size(8, 256, 576, 2e-3, 3e-4, 5e-5, 2400, 0.02, 76_800),
     "30M": Size(8, 512, 1408, 1e-3, 3e-4, 2e-5),
     "100M": Size(12, 768, 2048, 6e-4, 1e-4, 1e-5),
 }
@@ -74,10 +78,11 @@ class Labels:
 
     hedge_bias: float
     """Share of the labels that favours hedges."""
-    pairs: int
+    pairs: int | None
+    """How many there are; None for as many as a size wants."""
 
 
-LABELS = {"hedges": Labels(0.5, 16_000), "scarce": Labels(0.0, 3_000)}
+LABELS = {"hedges": Labels(0.5, None), "scarce": Labels(0.0, 3_000)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,6 @@ class Effort:
     """How long everything is trained."""
 
     sft_steps: int = 1250
-    reward_steps: int = 800
     steps: int = 60
     validate_every: int = 5
     validation_prompts: int = 256
@@ -147,8 +151,8 @@ class Task:
                 "seed": seed + (kind == "ensemble"),  # members take seeds from here on, the first is the single one's
                 "model.restore_from_path": self.sft / "checkpoints",
                 "reward.score": "sum",
-                "reward.l2": 0.001,
-                **_fit(data, "preferences", self.effort.reward_steps, self.size.reward_lr),
+                "reward.l2": self.size.reward_l2,
+                **_fit(data, "preferences", self.size.reward_steps, self.size.reward_lr),
                 **_REWARDS[kind](self, data),
             },
         )
@@ -207,13 +211,13 @@ class Task:
 
     def _write_data(self, directory: Path, seed: int) -> None:
         if not directory.exists():
-            labels = self.labels
+            pairs = self.labels.pairs or self.size.pairs
             self.text.write(
                 directory,
                 seed,
                 sft_examples=min(20_000, 32 * self.effort.sft_steps),
-                preference_pairs=min(labels.pairs, 32 * self.effort.reward_steps),
-                hedge_bias=labels.hedge_bias,
+                preference_pairs=min(pairs, 32 * self.size.reward_steps),
+                hedge_bias=self.labels.hedge_bias,
             )
 
 
@@ -222,7 +226,7 @@ _REWARDS: dict[str, Callable[[Task, Path], dict[str, Any]]] = {
     "ensemble": lambda task, data: {"ensemble.members": MEMBERS - 1},
     "warm": lambda task, data: {
         "ensemble": {"members": 3, "lrs": [0.5 * task.size.reward_lr, task.size.reward_lr], "dropouts": [0.0, 0.05]},
-        "ensemble.linear_probe_steps": max(1, task.effort.reward_steps // 10),
+        "ensemble.linear_probe_steps": max(1, task.size.reward_steps // 10),
         "ensemble.average": True,
     },
     "odin": lambda task, data: {"reward.kind": "odin"},

@@ -76,9 +76,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     The result is zero outside the mask.
     """
     x = zero_outside(x, mask)
-    mean = masked_mean(x, mask)
-    scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
-    return zero_outside(scaled, mask)
+    wide = x.double()  # an fp32 mean is off by rounding, which the division magnifies
+    off = wide - masked_mean(wide, mask)
+    scaled = off * torch.rsqrt(masked_mean(off.square(), mask) + 1e-8)
+    return zero_outside(scaled, mask).to(x.dtype)
 
 
 def last_action(mask: Tensor) -> Tensor:

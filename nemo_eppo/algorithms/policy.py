@@ -18,7 +18,7 @@ class PolicyStats(NamedTuple):
     response tokens of the global mini-batch to get a mean."""
 
     clipped: Tensor
-    """Number of tokens whose loss is the clipped one; its mean is the clip fraction."""
+    """Number of tokens whose loss is the clipped one or bound by `dual_clip`; its mean is the clip fraction."""
     approx_kl: Tensor
     """k3 estimate of KL(old policy || policy), in nats."""
     ratio: Tensor
@@ -86,14 +86,15 @@ def policy_loss(
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
+    is_clipped = per_token != unclipped
     if importance_weights is not None:
         per_token = per_token * zero_outside(importance_weights, mask).detach()
     loss = aggregate(per_token, mask, aggregation, denominator)
 
     with torch.no_grad():
         stats = PolicyStats(
-            clipped=masked_sum((clipped > unclipped).to(loss.dtype), mask),
-            approx_kl=masked_sum(ratio - 1 - log_ratio, mask),
+            clipped=masked_sum(is_clipped.to(loss.dtype), mask),
+            approx_kl=masked_sum(log_ratio.expm1() - log_ratio, mask),
             ratio=masked_sum(ratio, mask),
         )
     return loss, stats
@@ -144,11 +145,13 @@ def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, 
 
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Return `1 - Var(R - V) / Var(R)` over the response tokens of [B, T]: at best 1; 0 if returns are constant."""
+    """Return `1 - Var(R - V) / Var(R)` over the response tokens of [B, T]: at best 1; 0 if returns are constant but for
+    their rounding, 1e-6."""
     values, returns = zero_outside(values, mask), zero_outside(returns, mask)
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
     total = variance(returns)
-    return torch.where(total == 0, 0.0, 1 - variance(returns - values) / total)
+    constant = total <= 1e-12 * masked_mean(returns.square(), mask)
+    return torch.where(constant, 0.0, 1 - variance(returns - values) / total)

@@ -43,9 +43,9 @@ _FREE = (
 those others, because a checkpoint holds its weights in the run's precision."""
 
 
-def changes(config: Config, settings: ExpManagerConfig) -> list[str]:
-    """Describe what has changed since the last start of the run that a job with these settings resumes; nothing if its
-    directory holds no checkpoint, from which anything could be resumed.
+def check_changes(config: Config, settings: ExpManagerConfig) -> list[str]:
+    """Check, and describe, what has changed since the last start of the run that a job with these settings resumes;
+    nothing if its directory holds no checkpoint, from which anything could be resumed.
 
     Raises:
         ConfigError: a change would make another run out of it, and exp_manager.may_change does not name it.

@@ -26,14 +26,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nemo_eppo.config import NOT_FINISHED, Config, ConfigError, ConfigT, RunError, RunStopped
-from nemo_eppo.entry.changes import changes
+from nemo_eppo.entry.changes import check_changes
 from nemo_eppo.entry.settings import Source, as_yaml, check, plain
 from nemo_eppo.entry.settings_help import settings_help
 from nemo_eppo.entry.torchrun import end_with_torchrun
 from nemo_eppo.files import disk_trouble, write_atomically
 from nemo_eppo.observability.metrics import MetricsSink
 from nemo_eppo.observability.report_tables import START, VERSIONS
-from nemo_eppo.observability.run import Run, hold
+from nemo_eppo.observability.run import Run, hold, run_id
 from nemo_eppo.settings.run import ExpManagerConfig
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
@@ -83,7 +83,8 @@ def job(
                         hold(_settings(config).directory)
                         with _refused_settings_leave_no_trace(_settings(config).directory):
                             _refuse_foreign_run(_settings(config), script.name)
-                            changed = changes(config, _settings(config))  # before NeMo's import, which takes seconds
+                            # before NeMo's import, which takes seconds
+                            changed = check_changes(config, _settings(config))
                             _run_through_nemo(schema, main, source, script.name, changed)
                     else:
                         main(config, _open_run(config, rank, script.name))
@@ -221,7 +222,7 @@ def _open_run(config: Config, rank: int, script: str, changed: Sequence[str] = (
     directory, wandb = settings.directory, None
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        wandb = _start_exp_manager(settings)
+        wandb = _start_exp_manager(config)
         start = f"{START}{json.dumps(_start())}"
         write_atomically(directory / "config.yaml", f"{_HEADER.format(script)}\n{start}\n{as_yaml(config)}")
     logger = _logger(directory, rank)
@@ -240,7 +241,7 @@ def _start() -> dict[str, str]:
     }
 
 
-def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
+def _start_exp_manager(config: Config) -> MetricsSink | None:
     """Let NeMo's experiment manager record this start in <run directory>/nemo, and return its logger for W&B.
 
     It keeps the command line, the git commit and the uncommitted changes, NeMo's and Lightning's logs, and those of
@@ -256,6 +257,10 @@ def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
     nemo_logging.remove_stream_handlers()  # its messages go to files
     lightning_logger = logging.getLogger("lightning.pytorch")
     lightning_logger.handlers = [h for h in lightning_logger.handlers if type(h) is not logging.StreamHandler]
+    settings = _settings(config)
+    wandb = dict(settings.wandb_logger_kwargs)
+    if settings.create_wandb_logger:
+        wandb.setdefault("id", str(run_id(settings.directory)))  # every start goes on with the same curves
     # exp_manager hangs its loggers on a trainer; an explicit environment keeps it from asking Slurm or torchrun
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, plugins=[LightningEnvironment()])
     exp_manager(
@@ -265,9 +270,11 @@ def _start_exp_manager(settings: ExpManagerConfig) -> MetricsSink | None:
             "create_tensorboard_logger": False,
             "create_checkpoint_callback": False,
             "create_wandb_logger": settings.create_wandb_logger,
-            "wandb_logger_kwargs": settings.wandb_logger_kwargs,
+            "wandb_logger_kwargs": wandb,
         },
     )
+    if trainer.logger is not None:
+        trainer.logger.log_hyperparams(config.model_dump(mode="json"))
     return trainer.logger
 
 

@@ -75,7 +75,7 @@ class Source:
             except HydraException as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(
-                    f"{given}: expected KEY=VALUE, see --help for how to quote a value ({reason})"
+                    f"{given}: expected KEY=VALUE; quote a value with signs of its own as \"KEY='VALUE'\" ({reason})"
                 ) from None
             if override.is_sweep_override():
                 raise ConfigError(f"{given}: expected one value; a list is {given.partition('=')[0]}=[A,B]")

@@ -19,6 +19,7 @@ Any setting below can be given as KEY=VALUE. Examples:
   python {script} exp_manager.explicit_log_dir=runs/first
   torchrun --nproc-per-node 2 {script} exp_manager.explicit_log_dir=runs/second
   python {script} 'KEY=[a, b]' KEY=null                      a list, quoted for the shell; no value
+  python {script} "KEY='a, b = c'"                           a text with signs that settings have a use for
   python {script} --config-dir settings --config-name mine   your own settings/mine.yaml; your files win over ours
   python {script} --cfg job                                  check the settings, print them and stop
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.evaluation.generate import Generator, GeneratorConfig
+from nemo_eppo.evaluation.generate import Generator
 from nemo_eppo.evaluation.responses import render_chat
 from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rollout.batch import FinishReason
+from nemo_eppo.settings.evaluation import GeneratorConfig
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends."
 

@@ -4,47 +4,55 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import load_config
+from nemo_eppo.evaluation.names_cli import add_names, named
+from nemo_eppo.evaluation.options_cli import add_options, chosen
+from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 def add_detect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "detect",
-        help="find out which sign of reward hacking a finished run gave, how early, and which alarm to switch on",
+        help="find out which sign of reward hacking finished runs gave, how early, and which alarm to switch on",
         description="""\
 Compare the signs that a run recorded of its responses (energy loss, its rise over the SFT model's, KL, length,
 Mahalanobis distance of latents, variance of reward models; whichever it has) with what its gold reward says.
 
 A response counts as hacked if its gold reward is below the SFT model's mean and its proxy reward above it. For each
-sign, and for all combined: AUROC and average precision, false alarms, and when an alarm would have come, compared with
-the step at which the gold reward was highest, for signs that tell hacked from normal responses of the same step. In a
-run whose gold reward does not fall, alarms are false. The run needs a `gold_reward`.
+sign, for energy loss with KL, and for all combined: AUROC and average precision, false alarms, and when an alarm would
+have come, compared with the step at which the gold reward was highest, for signs that tell hacked from normal responses
+of the same step. In a run whose gold reward does not fall, alarms are false. The run needs a `gold_reward`.
+
+Of several runs: how often the alarm of each sign came where the gold reward fell and where it did not, its median lead,
+and the medians of its AUROC over all responses and among those of a step. A run in which no response is hacked, or all
+are, is left out and named.
 
 The output directory gets report.html, detection.png and report.json.""",
         epilog="""\
-example:
-  nemo-eppo detect runs/quickstart/actor --output detection""",
+examples:
+  nemo-eppo detect runs/quickstart/actor --output detection
+  nemo-eppo detect runs/seed_*/actor --output detection""",
     )
-    parser.add_argument("directory", type=Path, metavar="RUN", help="directory of the actor's run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of an actor's run")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the report")
-    parser.add_argument(
-        "--calm-steps", type=int, default=10, metavar="N", help="first steps, whose responses set the thresholds"
-    )
-    parser.add_argument(
-        "--false-alarms",
-        type=float,
-        default=10.0,
-        metavar="N",
-        help="of 1,000 responses of these steps, how many may reach a threshold",
-    )
+    add_options(parser, DetectionConfig, calm_steps="N", false_alarms="N")
+    add_names(parser, "RUN")
     parser.set_defaults(run=_detect)
 
 
 def _detect(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
-    from nemo_eppo.evaluation.run_detection_page import verdict, write_detection
+    from nemo_eppo.evaluation import alarms_page, run_detection_page
+    from nemo_eppo.evaluation.alarms import Alarms
+    from nemo_eppo.evaluation.run_detection import RunDetection
 
-    values = {"run": arguments.directory}
-    values |= {name: getattr(arguments, name) for name in ("calm_steps", "false_alarms")}
-    detection = RunDetection(load_config(DetectionConfig, values))
-    write_detection(detection, arguments.output)
-    print(f"{verdict(detection)}\nwrote {arguments.output / 'report.html'}")
+    configs = {
+        name: load_config(DetectionConfig, chosen(arguments, DetectionConfig) | {"run": run})
+        for name, run in named(arguments.runs, arguments.names).items()
+    }
+    if len(configs) > 1:
+        alarms = Alarms(configs)
+        print(f"{alarms_page.write_alarms(alarms, arguments.output)}{alarms_page.verdict(alarms)}")
+    else:
+        [detection] = map(RunDetection, configs.values())
+        run_detection_page.write_detection(detection, arguments.output)
+        print(run_detection_page.verdict(detection))
+    print(f"wrote {arguments.output / 'report.html'}")

@@ -26,9 +26,10 @@ from nemo_eppo.observability.report_tables import table
 Bools = NDArray[np.bool_]
 Row = Mapping[str, Any]
 
-ENERGY, RISE, COMBINED = "energy loss", "rise of the energy loss", "all combined"
+ENERGY, RISE = "energy loss", "rise of the energy loss"
 KL, LENGTH = "KL to the reference", "response length"
 MAHALANOBIS, VARIANCE = "Mahalanobis distance", "variance of the reward models"
+ENERGY_AND_KL, COMBINED = "energy loss and KL", "all combined"
 RECALL = 0.9  # share of hacked responses that a threshold has to find
 FOLDS = 5
 
@@ -37,6 +38,8 @@ class Detector(NamedTuple):
     """How well one sign tells hacked from normal responses."""
 
     sign: str
+    values: Floats
+    """Of the sign [N], or log-odds by several signs."""
     auroc: Estimate
     auprc: Estimate
     threshold: float
@@ -55,7 +58,7 @@ class Detector(NamedTuple):
 
 
 def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> list[Detector]:
-    """Measure every sign, from the highest AUROC down, and at the end all of them combined, if there are several.
+    """Measure every sign, from the highest AUROC down, and at the end what `_combinations` makes of them.
 
     Args:
         hacked: [N], both values occur.
@@ -64,14 +67,26 @@ def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike
     """
     found = [_detector(sign, hacked, values, prompts, seed) for sign, values in signs.items()]
     found.sort(key=lambda detector: -detector.auroc.value)
-    fewest = min(len(np.unique(np.asarray(prompts)[kind])) for kind in (hacked, ~hacked))
-    if len(signs) > 1 and fewest >= FOLDS:
-        found.append(_detector(COMBINED, hacked, combine_signs(hacked, signs, prompts, seed), prompts, seed))
+    for combination, odds in _combinations(hacked, signs, prompts, seed).items():
+        found.append(_detector(combination, hacked, odds, prompts, seed))
     return found
 
 
+def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> dict[str, Floats]:
+    """Return what `combine_signs` makes of energy loss and KL, where there are more signs than these, and of all signs.
+
+    Of a single sign, or with too few prompts that have hacked (or other) responses to leave some out, that is nothing.
+    """
+    fewest = min(len(np.unique(np.asarray(prompts)[kind])) for kind in (hacked, ~hacked))
+    if len(signs) < 2 or fewest < FOLDS:
+        return {}
+    pair = {sign: values for sign, values in signs.items() if sign in (ENERGY, KL)}
+    chosen = {ENERGY_AND_KL: pair} if len(pair) == 2 < len(signs) else {}
+    return {name: combine_signs(hacked, of, prompts, seed) for name, of in {**chosen, COMBINED: signs}.items()}
+
+
 def combine_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> Floats:
-    """Predict the log-odds [N] that a response is hacked, from all signs.
+    """Predict the log-odds [N] that a response is hacked, from these signs together.
 
     A logistic regression on standardised signs is fitted five times, each time without a fifth of the prompts, whose
     responses' log-odds it then predicts; each fifth has about its share of hacked responses. Answers to one prompt stay
@@ -171,8 +186,8 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
     return table(head, rows, "detectors") + (
         '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over prompts. False alarms '
         f"are of 1,000 normal responses, where the sign, from the value below them, finds {RECALL:.0%} of the hacked "
-        "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Combined: logistic "
-        "regression, each fifth of the prompts predicted from the others.</p>"
+        "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Several signs: "
+        "logistic regression, each fifth of the prompts predicted from the others.</p>"
     )
 
 
@@ -180,6 +195,7 @@ def _detector(sign: str, hacked: Bools, values: Floats, prompts: ArrayLike, seed
     threshold = threshold_at_recall(hacked, values, RECALL)
     return Detector(
         sign,
+        values,
         bootstrap_auroc(hacked, values, prompts, seed),
         bootstrap_auprc(hacked, values, prompts, seed),
         threshold,

@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines, read_objects
-from nemo_eppo.evaluation.detection import KL, LENGTH, Bools, signs_of_rows
+from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH, RISE, Bools, signs_of_rows
 from nemo_eppo.evaluation.statistics import Floats
 
 SAME_RESPONSE_RISE = "rise on the same response"
@@ -208,6 +208,8 @@ def read_scores(
     signs: dict[str, Floats] = {}
     if responses is not None:  # which do not tell whether their scores are a model's or a function's
         signs = signs_of_rows(responses.after, responses.after, reward_models=False)
+    for recorded in (ENERGY, RISE):  # of the run's policy: these two are here what both models say
+        signs.pop(recorded, None)
     signs[LENGTH] = _column(after, new, "num_tokens")
     if before_on_after is not None:
         reread = _scores(before_on_after)

@@ -3,42 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.energies import Energies, read_data, read_labels, read_scores, with_labels
-from nemo_eppo.evaluation.score import ScoreConfig, Scoring
-from nemo_eppo.settings.energy import Preset
-from nemo_eppo.settings.model import ParallelConfig, Precision
-
-
-class EnergyReportConfig(Config):
-    """Settings of `nemo-eppo energy-report` on two models."""
-
-    before: Path
-    """The SFT model: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
-    after: Path
-    """The RLHF model."""
-    data: Path
-    """Rows of the RLHF model's responses, see `read_data`."""
-    before_data: Path | None = None
-    """Rows of the SFT model's responses to the same prompts; null: both models read `data`."""
-    labels: Path | None = None
-    """Labels of the RLHF model's responses, see `read_labels`."""
-    output: Path
-    """Directory of the report and of the scores that an interrupted command left."""
-    preset: Preset = "paper"
-    """The modules whose energy losses the report is about; the sweep has all."""
-    layer: int = -1
-    """Decoder layer of these modules, counted from 0; negative numbers count from the end."""
-    chat_template: bool = False
-    """Render prompts as the user's turn in the tokenizer's own chat template."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations."""
-    batch_size: int = Field(8, ge=1)
-    """Rows per forward pass."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How a model is laid out over the job's ranks."""
+from nemo_eppo.evaluation.score import Scoring
+from nemo_eppo.settings.evaluation import EnergyReportConfig, ModelRunConfig, ScoreConfig
 
 
 class EnergyScoring:
@@ -57,7 +26,7 @@ class EnergyScoring:
         if config.labels is not None:
             read_labels(config.labels, responses.index)
         config.output.mkdir(parents=True, exist_ok=True)
-        shared = config.model_dump(include={"preset", "layer", "chat_template", "precision", "batch_size", "parallel"})
+        shared = config.model_dump(include={"preset", "layer", "chat_template", *ModelRunConfig.model_fields})
 
         def job(name: str, model: Path, data: Path, fields: tuple[str, str]) -> Scoring:
             output = config.output / f"{name}.jsonl"

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
+from nemo_eppo.config import ConfigError
+from nemo_eppo.evaluation.options_cli import add_options
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.settings.evaluation import EnergyReportConfig
 
 _SOURCES = {  # arguments that go together
     "models": ("before", "after", "data"),
@@ -36,26 +38,12 @@ example:
   nemo-eppo energy-report --before models/sft --after models/ppo --data answers.jsonl --output energies
   nemo-eppo energy-report --table published_energies.csv --output energies""",
     )
-    for option, what, help_text in (
-        ("--before", "DIR", "the SFT model: Hugging Face directory or checkpoint"),
-        ("--after", "DIR", "the RLHF model"),
-        ("--data", "FILE", "responses to read, .jsonl or .jsonl.gz"),
-        ("--before-data", "FILE", "the SFT model's responses to the same prompts, in order"),
-        ("--before-scores", "FILE", "scores of the SFT model"),
-        ("--after-scores", "FILE", "scores of the RLHF model"),
-        ("--table", "FILE", "CSV file of both models' energy losses"),
-        (
-            "--labels",
-            "FILE",
-            'which responses of the RLHF model are hacked: a JSON list of {"question_id": 0, "response": "Yes" or '
-            '"No"}; ids are the rows\' "index" or, without it, their numbers from 0',
-        ),
-    ):
-        parser.add_argument(option, type=Path, metavar=what, help=help_text)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the report")
-    parser.add_argument("--preset", default="paper", help="energies that the report is about, see `nemo-eppo score`")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="decoder layer of these; -1 is the last")
-    add_model_arguments(parser)
+    add_options(parser, EnergyReportConfig, required=False, before="DIR", after="DIR", data="FILE", before_data="FILE")
+    parser.add_argument("--before-scores", type=Path, metavar="FILE", help="scores of the SFT model")
+    parser.add_argument("--after-scores", type=Path, metavar="FILE", help="scores of the RLHF model")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="CSV file of both models' energy losses")
+    add_options(parser, EnergyReportConfig, labels="FILE", output="DIR", preset=None, layer="N")
+    add_model_arguments(parser, EnergyReportConfig)
     parser.set_defaults(run=_energy_report)
 
 
@@ -78,13 +66,10 @@ def _energy_report(arguments: argparse.Namespace) -> None:
 
 
 def _of_models(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.entry.torchrun import end_with_torchrun
     from nemo_eppo.evaluation.energy_page import write_energy_report
-    from nemo_eppo.evaluation.energy_report import EnergyReportConfig, EnergyScoring
+    from nemo_eppo.evaluation.energy_report import EnergyScoring
 
-    end_with_torchrun()
-    names = ("before", "after", "data", "before_data", "preset", "layer", "chat_template", "labels", "output")
-    job = EnergyScoring(load_config(EnergyReportConfig, model_settings(arguments, *names)))
+    job = EnergyScoring(model_config(arguments, EnergyReportConfig))
     if run_on_ranks(arguments, job.run):
         write_energy_report(job.energies(), arguments.output, (str(arguments.before), str(arguments.after)))
         print(f"wrote {arguments.output / 'report.html'}")

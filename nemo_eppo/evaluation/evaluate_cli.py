@@ -2,11 +2,12 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 
-from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.generate_cli import add_sampling_arguments, sampling
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
+from nemo_eppo.evaluation.options_cli import add_options
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.settings.evaluation import EvaluateConfig
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,31 +37,23 @@ example:
   nemo-eppo evaluate --responses answers.jsonl --proxy models/rm_1 --proxy models/rm_2 --gold my_rewards:quality \\
       --output evaluation""",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="policy: Hugging Face directory or checkpoint")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to answer, as in nemo-eppo generate")
-    parser.add_argument("--responses", type=Path, metavar="FILE", help="finished responses, as in nemo-eppo score")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="model that the policy is compared with")
-    parser.add_argument("--proxy", action="append", metavar="REWARD", help="proxy reward; may be repeated")
-    parser.add_argument("--gold", metavar="REWARD", help="gold reward")
-    parser.add_argument("--certificates", type=Path, metavar="DIR", help="certificates of the reward servers")
-    add_sampling_arguments(parser)
-    add_model_arguments(parser, per_pass="responses decoded at once, and rows per forward pass")
+    add_options(parser, EvaluateConfig, model="DIR", prompts="FILE", responses="FILE", output="DIR", reference="DIR")
+    parser.add_argument(
+        "--proxy", dest="proxies", action="append", default=[], metavar="REWARD", help="proxy reward; may be repeated"
+    )
+    add_options(parser, EvaluateConfig, gold="REWARD", certificates="DIR")
+    add_sampling_arguments(parser, EvaluateConfig)
+    add_model_arguments(parser, EvaluateConfig)
     parser.set_defaults(run=partial(_evaluate, parser))
 
 
 def _evaluate(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    from nemo_eppo.entry.torchrun import end_with_torchrun
-    from nemo_eppo.evaluation.evaluate import EvaluateConfig, Evaluation
+    from nemo_eppo.evaluation.evaluate import Evaluation
 
     if arguments.responses is not None:
         for name in ("samples_per_prompt", *sampling(arguments), "stop"):
             if name in arguments and getattr(arguments, name) != parser.get_default(name):
                 raise ConfigError(f"--{name.replace('_', '-')}: says how --prompts are answered, not --responses")
-    end_with_torchrun()
-    names = ["model", "prompts", "responses", "output", "reference", "gold", "certificates", "samples_per_prompt"]
-    settings = model_settings(arguments, *names, "chat_template", "seed")
-    settings |= {"proxies": arguments.proxy or (), "sampling": sampling(arguments)}
-    job = Evaluation(load_config(EvaluateConfig, settings))
+    job = Evaluation(model_config(arguments, EvaluateConfig, sampling=sampling(arguments)))
     if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output / 'report.html'}")

@@ -1,14 +1,12 @@
 """`nemo-eppo generate`: responses of a model to a file of prompts, and the generator that other commands use."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
 from nemo_eppo.algorithms.sampling import counter_hash
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
@@ -17,52 +15,14 @@ from nemo_eppo.evaluation.responses import require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
 from nemo_eppo.files import sha256
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.collectives import over_replicas
 from nemo_eppo.rollout.batch import Completion, FinishReason
-from nemo_eppo.settings.generation import SamplingParams
-from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
+from nemo_eppo.settings.evaluation import GenerateConfig, GeneratorConfig
 from nemo_eppo.training.energy_cache import prompt_digest
 from nemo_eppo.training.setup import build, plan
-
-
-class GeneratorConfig(Config):
-    """Which model answers, and how its answers are sampled."""
-
-    model: Path
-    """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
-    sampling: SamplingParams
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the sampling."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations."""
-    batch_size: int = Field(8, ge=1)
-    """Responses that are decoded at once; bounds the KV cache."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the model is laid out over the job's ranks."""
-
-
-class GenerateConfig(GeneratorConfig):
-    """Settings of `nemo-eppo generate`."""
-
-    prompts: Path
-    """File of rows {"prompt"} (text, or a list of {"role", "content"}) or {"prompt_ids"}, .jsonl or .jsonl.gz."""
-    output: Path
-    """File for one row per response, see `Generating`."""
-    samples_per_prompt: int = Field(1, ge=1)
-    """Responses to each prompt."""
-    chat_template: bool = False
-    """Render a prompt that is text as the user's turn in the tokenizer's own chat template."""
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> Self:
-        if self.sampling.greedy and self.samples_per_prompt > 1:
-            raise ValueError(
-                f"--samples-per-prompt {self.samples_per_prompt}: greedy responses to a prompt are equal, expected 1"
-            )
-        return self
 
 
 class Generator:
@@ -76,8 +36,7 @@ class Generator:
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
-        setup = ModelSetup(restore_from_path=config.model, precision=config.precision, parallel=config.parallel)
-        self._plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        self._plan = plan(config.setup(config.model), "--model", head="lm", ranks=config.parallel.model_parallel_size)
         self.model, self.name = self._plan.model, model_name(self._plan.source)
         self.tokenizer: Tokenizer = self._plan.tokenizer
         self.longest_prompt = self.model.max_sequence_length - config.sampling.max_new_tokens
@@ -94,7 +53,9 @@ class Generator:
         runner = build(self._plan, "lm")
         special = self.tokenizer.eos_id, self.tokenizer.pad_id
         longest = self.model.max_sequence_length
-        self._engine = MegatronEngine(runner.chunks, Limits(*special, self.config.batch_size, longest, self.tokenizer))
+        self._engine = MegatronEngine(
+            runner.chunks, EngineLimits(*special, self.config.batch_size, longest, self.tokenizer)
+        )
 
     def answer(self, prompts: Sequence[list[int]], samples: Sequence[int]) -> list[Completion]:
         """Return one completion for each prompt; collective.

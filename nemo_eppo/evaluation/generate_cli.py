@@ -1,11 +1,12 @@
 """The arguments of `nemo-eppo generate`, and those of sampling, which other commands share."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
+from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.evaluation.options_cli import add_options
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.settings.evaluation import GenerateConfig, GeneratorConfig
 
 
 def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,19 +32,17 @@ example:
   nemo-eppo generate --model models/Qwen3-8B --prompts chats.jsonl --output answers.jsonl --greedy --tp 2
   nemo-eppo generate --model models/aligned --interactive --temperature 0.7""",
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or checkpoint")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="rows to answer, .jsonl or .jsonl.gz")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="new .jsonl file, or the one of an interrupted run")
+    add_options(parser, GenerateConfig, model="DIR")
+    add_options(parser, GenerateConfig, required=False, prompts="FILE", output="FILE")
     parser.add_argument("--interactive", action="store_true", help="talk to the model instead of answering a file")
-    add_sampling_arguments(parser)
-    add_model_arguments(parser, per_pass="responses that are decoded at once")
+    add_sampling_arguments(parser, GenerateConfig)
+    add_model_arguments(parser, GenerateConfig)
     parser.set_defaults(run=_generate)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, schema: type[Config]) -> None:
     """Add how responses are sampled."""
-    parser.add_argument("--samples-per-prompt", type=int, default=1, metavar="N", help="responses to each prompt")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    add_options(parser, schema, samples_per_prompt="N", seed="N")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a response")
     parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="fewest tokens of a response")
     parser.add_argument(
@@ -69,30 +68,24 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.entry.torchrun import end_with_torchrun
-
     files = (arguments.prompts, arguments.output)
     others = arguments.samples_per_prompt != 1 or arguments.chat_template
     if arguments.interactive and (files != (None, None) or others):
         raise ConfigError("--interactive takes no --prompts, --output, --samples-per-prompt and --chat-template")
     if not arguments.interactive and None in files:
         raise ConfigError("--prompts and --output are required, or --interactive")
-    end_with_torchrun()
-    settings = model_settings(arguments, "model", "seed") | {"sampling": sampling(arguments)}
     if arguments.interactive:
-        _talk(arguments, settings)
+        _talk(arguments)
         return
-    from nemo_eppo.evaluation.generate import GenerateConfig, Generating
+    from nemo_eppo.evaluation.generate import Generating
 
-    names = ("prompts", "output", "samples_per_prompt", "chat_template")
-    job = Generating(load_config(GenerateConfig, settings | {name: getattr(arguments, name) for name in names}))
+    job = Generating(model_config(arguments, GenerateConfig, sampling=sampling(arguments)))
     if run_on_ranks(arguments, job.run):
         print(f"wrote {arguments.output}")
 
 
-def _talk(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+def _talk(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.conversation import Conversation, talk
-    from nemo_eppo.evaluation.generate import GeneratorConfig
 
-    conversation = Conversation(load_config(GeneratorConfig, settings))
+    conversation = Conversation(model_config(arguments, GeneratorConfig, sampling=sampling(arguments)))
     run_on_ranks(arguments, lambda: talk(conversation))

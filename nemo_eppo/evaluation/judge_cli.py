@@ -6,9 +6,8 @@ from pathlib import Path
 
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.evaluation.names_cli import add_names, named
-
-_ENDPOINT = ("model", "base_url", "key_variable", "question", "temperature", "max_tokens", "concurrency", "retries",
-             "time_limit", "price_in", "price_out")  # fmt: skip
+from nemo_eppo.evaluation.options_cli import add_options, chosen
+from nemo_eppo.settings.evaluation import EndpointConfig, JudgeConfig
 
 
 def add_judge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,11 +23,13 @@ without --baseline has both: {"input", "actor_num0_response", "actor_latest_resp
 A model behind any OpenAI-compatible endpoint is asked about each pair twice, with the responses in both orders. A pair
 is won, or lost, if both verdicts say so; otherwise it is a tie. What it will take is shown before the first question
 and has to be confirmed. Questions that fail are asked again, after a wait that doubles; one that fails for good ends
-the command. Answers are kept in the output directory: the same command, or one with more files, asks only what is
-missing. The API key is read from an environment variable, and written nowhere.
+the command. The API key is read from an environment variable, and written nowhere.
 
 With --judge gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
 finished, and the row's other fields; no token ids) and gives a number; the higher wins. No endpoint is asked.
+
+Answers and gold rewards are kept one by one in answers.jsonl of the output directory: the same command, or one with
+more files, asks only what is missing.
 
 The directory gets verdicts.jsonl, summary.json, report.html and report.png: win, tie and lose with 95% intervals over
 prompts, win + 0.5 tie over the checkpoints if their names end in numbers, and how often the order decides.""",
@@ -42,46 +43,23 @@ examples:
     --output judged""",
     )
     parser.add_argument("responses", type=Path, nargs="+", metavar="FILE", help="responses to judge, .jsonl(.gz)")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="responses to compare them with, .jsonl(.gz)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="new directory, or that of an earlier endpoint's judge",
-    )
+    add_options(parser, JudgeConfig, baseline="FILE", output="DIR")
     add_names(parser, "FILE")
-    parser.add_argument("--judge", choices=["endpoint", "gold"], default="endpoint", help="who decides")
-    parser.add_argument("--gold", metavar="MODULE:FUNCTION", help="gold reward function of --judge gold")
+    add_options(parser, JudgeConfig, judge=None, gold="MODULE:FUNCTION")
     endpoint = parser.add_argument_group("the endpoint")
-    endpoint.add_argument("--model", help="name of the judge's model")
-    endpoint.add_argument("--base-url", metavar="URL", default="https://api.openai.com/v1", help="the API's address")
-    endpoint.add_argument(
-        "--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="environment variable with the API key"
-    )
-    endpoint.add_argument(
-        "--question", default="Which response is more helpful, honest and harmless?", help="what the judge is asked"
-    )
-    endpoint.add_argument("--temperature", type=float, default=0.0, metavar="T", help="the judge's temperature")
-    endpoint.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="longest answer, reasoning included"
-    )
-    endpoint.add_argument("--concurrency", type=int, default=8, metavar="N", help="questions that wait at one time")
-    endpoint.add_argument("--retries", type=int, default=5, metavar="N", help="how often a failed question is repeated")
-    endpoint.add_argument("--time-limit", type=float, default=120.0, metavar="SECONDS", help="wait for one answer")
-    endpoint.add_argument("--price-in", type=float, metavar="PRICE", help="price of a million tokens asked")
-    endpoint.add_argument("--price-out", type=float, metavar="PRICE", help="price of a million tokens answered")
+    add_options(endpoint, EndpointConfig, required=False, model="MODEL", base_url="URL", key_variable="NAME")
+    add_options(endpoint, EndpointConfig, question="QUESTION", temperature="T", max_tokens="N", concurrency="N")
+    add_options(endpoint, EndpointConfig, retries="N", time_limit="SECONDS", price_in="PRICE", price_out="PRICE")
     endpoint.add_argument("--yes", action="store_true", help="start without asking whether the cost is right")
     parser.set_defaults(run=_judge)
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.evaluation.judge import EndpointJudging, GoldJudging, JudgeConfig
+    from nemo_eppo.evaluation.judge import EndpointJudging, GoldJudging
 
-    values = {name: getattr(arguments, name) for name in ("baseline", "output", "judge", "gold")}
-    values["responses"] = named(arguments.responses, arguments.names)
+    values = chosen(arguments, JudgeConfig) | {"responses": named(arguments.responses, arguments.names)}
     if arguments.model is not None:
-        values["endpoint"] = {name: getattr(arguments, name) for name in _ENDPOINT}
+        values["endpoint"] = chosen(arguments, EndpointConfig)
     config = load_config(JudgeConfig, values)
     if config.judge == "gold":
         results = GoldJudging(config).run()

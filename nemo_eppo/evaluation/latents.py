@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.latents_page import Latents, write_latents
 from nemo_eppo.evaluation.responses import Response, read_responses, require_chat_template
 from nemo_eppo.evaluation.reward_scoring import RewardScoring
@@ -15,32 +14,7 @@ from nemo_eppo.evaluation.source_scoring import sample_of
 from nemo_eppo.files import sha256
 from nemo_eppo.monitor.indicators import NEIGHBOURS
 from nemo_eppo.observability.recorder import read_rows
-from nemo_eppo.settings.model import ParallelConfig, Precision
-
-
-class LatentsConfig(Config):
-    """Settings of `nemo-eppo latents`."""
-
-    model: Path
-    """An InfoRM reward model: checkpoint, or directory of checkpoints, of which the newest is read."""
-    sft: Path
-    """Responses of the SFT model, see `read_responses`."""
-    rlhf: Path
-    """Responses of the policy, likewise."""
-    output: Path
-    """Directory for the results."""
-    alpha: float = Field(0.01, gt=0, lt=1)
-    """A response is an outlier if its p-value under the SFT latents' Gaussian is below this."""
-    perplexity: float = Field(30.0, gt=1)
-    """How many neighbours of each point t-SNE preserves; lowered where there are fewer than three times as many."""
-    chat_template: bool = False
-    """Render prompts as the user's turn in the tokenizer's own chat template."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations."""
-    batch_size: int = Field(8, ge=1)
-    """Rows per forward pass."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the model is laid out over the job's ranks."""
+from nemo_eppo.settings.evaluation import LatentsConfig
 
 
 class LatentReading:
@@ -55,15 +29,9 @@ class LatentReading:
 
     def __init__(self, config: LatentsConfig) -> None:
         self.config = config
-        self._scoring = scoring = RewardScoring(
-            config.model,
-            "--model",
-            precision=config.precision,
-            batch_size=config.batch_size,
-            parallel=config.parallel,
-        )
+        self._scoring = scoring = RewardScoring(config.setup(config.model), "--model")
         if not scoring.model.latent_size:
-            kind = scoring.model.statistics()["kind"]
+            kind = scoring.model.statistics["kind"]
             raise ConfigError(f"--model: {config.model} is of kind {kind!r} and has no latents; expected 'inform'")
         if config.chat_template:
             require_chat_template(scoring.plan.tokenizer, config.model)

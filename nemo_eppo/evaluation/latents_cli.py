@@ -1,10 +1,10 @@
 """The arguments of `nemo-eppo latents`."""
 
 import argparse
-from pathlib import Path
 
-from nemo_eppo.config import load_config
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_settings, run_on_ranks
+from nemo_eppo.evaluation.options_cli import add_options
+from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.settings.evaluation import LatentsConfig
 
 
 def add_latents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,24 +27,14 @@ latents themselves. The same command resumes an interrupted run.""",
 example:
   nemo-eppo latents --model models/inform --sft sft.jsonl --rlhf aligned.jsonl --output latents""",
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint of an InfoRM reward model")
-    parser.add_argument(
-        "--sft", type=Path, required=True, metavar="FILE", help="the SFT model's responses, .jsonl(.gz)"
-    )
-    parser.add_argument("--rlhf", type=Path, required=True, metavar="FILE", help="the policy's responses, .jsonl(.gz)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the results")
-    parser.add_argument("--alpha", type=float, default=0.01, metavar="P", help="p-value below which one is an outlier")
-    parser.add_argument("--perplexity", type=float, default=30.0, metavar="N", help="neighbours that t-SNE preserves")
-    add_model_arguments(parser)
+    add_options(parser, LatentsConfig, model="DIR", sft="FILE", rlhf="FILE", output="DIR", alpha="P", perplexity="N")
+    add_model_arguments(parser, LatentsConfig)
     parser.set_defaults(run=_latents)
 
 
 def _latents(arguments: argparse.Namespace) -> None:
-    from nemo_eppo.entry.torchrun import end_with_torchrun
-    from nemo_eppo.evaluation.latents import LatentReading, LatentsConfig
+    from nemo_eppo.evaluation.latents import LatentReading
 
-    end_with_torchrun()
-    names = ("model", "sft", "rlhf", "output", "alpha", "perplexity", "chat_template")
-    job = LatentReading(load_config(LatentsConfig, model_settings(arguments, *names)))
+    job = LatentReading(model_config(arguments, LatentsConfig))
     if run_on_ranks(arguments, job.run):
         print(f"{job.write()}wrote {arguments.output}/report.html")

@@ -29,13 +29,20 @@ _COLUMNS = {  # measure -> heading
 _PER_CHART = 5  # methods in one chart, beside plain PPO and EPPO
 
 
-def write_results(out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Mapping[str, Any]) -> str:
-    """Write the results about `runs`, curves by method and seed, into `out`; return the table for the terminal."""
+def write_results(
+    out: Path, runs: Mapping[str, Mapping[int, Curves]], about: Mapping[str, Any], decisions: Mapping[str, Any]
+) -> str:
+    """Write the results about `runs`, curves by method and seed, into `out`; return the table for the terminal.
+
+    Args:
+        about: facts for the page's head.
+        decisions: how values and seeds were chosen; results.json has it as it is.
+    """
     found = compare(runs, (_PLAIN, _OURS))
     curves = {
         method: {str(seed): _curves(of_seed[seed]) for seed in found["seeds"]} for method, of_seed in runs.items()
     }
-    results = {"about": dict(about), **found, "curves": curves}
+    results = {"about": dict(about), **decisions, **found, "curves": curves}
     write_json(out / "results.json", results)
     order = _order(found)
     of_seeds = {method: [runs[method][seed] for seed in found["seeds"]] for method in order}

@@ -6,23 +6,27 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nemo_eppo.config import ConfigT, load_config
+from nemo_eppo.entry.torchrun import end_with_torchrun
+from nemo_eppo.evaluation.options_cli import add_options, chosen
+from nemo_eppo.settings.evaluation import ModelRunConfig
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, per_pass: str = "rows per forward pass") -> None:
+
+def add_model_arguments(parser: argparse.ArgumentParser, schema: type[ModelRunConfig]) -> None:
     """Add --chat-template, --precision, --batch-size, --tp and --pp."""
-    parser.add_argument(
-        "--chat-template", action="store_true", help="make texts the user's turn of the tokenizer's chat template"
-    )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help=per_pass)
+    add_options(parser, schema, chat_template=None, precision=None, batch_size="N")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="number of tensor-parallel processes")
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="number of pipeline-parallel processes")
 
 
-def model_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return these arguments, with precision, batch size and layout, as settings of a command that runs a model."""
-    settings = {name: getattr(arguments, name) for name in (*names, "precision", "batch_size")}
+def model_config(arguments: argparse.Namespace, schema: type[ConfigT], **others: Any) -> ConfigT:
+    """Check the options of a command that runs a model, with `others`, as its settings; before all that takes time.
+
+    A process that torchrun started ends with it from now on.
+    """
+    end_with_torchrun()
     layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
-    return settings | {"parallel": layout}
+    return load_config(schema, chosen(arguments, schema) | {"parallel": layout} | others)
 
 
 def run_on_ranks(arguments: argparse.Namespace, run: Callable[[], None]) -> bool:

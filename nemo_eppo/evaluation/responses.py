@@ -11,7 +11,6 @@ from nemo_eppo.data.datasets import TokenIds
 from nemo_eppo.data.jsonl import read_objects, text_fields
 from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
-TEXTS = ("prompt", "response")
 """Fields of a row that have texts, unless a caller says otherwise."""
 _IDS = ("prompt_ids", "response_ids")
 
@@ -61,7 +60,7 @@ def read_responses(
     vocab_size: int,
     longest: int,
     chat_template: bool = False,
-    texts: tuple[str, str] = TEXTS,
+    texts: tuple[str, str] = ("prompt", "response"),
 ) -> list[Response]:
     """Read rows {"prompt", "response"} or {"prompt_ids", "response_ids"} of a .jsonl or .jsonl.gz file.
 

@@ -1,7 +1,6 @@
 """Scores, and latents, of given responses by a trained reward model: what its server would answer, without a server."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +14,27 @@ from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
 from nemo_eppo.megatron import runtime
 from nemo_eppo.servers.client import Rewards
-from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
+from nemo_eppo.settings.model import ModelSetup
 from nemo_eppo.training.reward_service import RewardModel
 
 
 class RewardScoring:
-    """Scores responses by the reward model in `path`, in any layout.
+    """Scores responses by a trained reward model, in any layout.
 
     Creating it checks files and layout. The first `append` loads the weights; they stay as long as this object.
 
     Args:
-        path: a checkpoint of train_reward_model.py, a directory of checkpoints, of which the newest is read, or a
-            Hugging Face *ForSequenceClassification directory, as `RewardModelConfig.model` explains.
+        setup: a checkpoint of train_reward_model.py, a directory of checkpoints, of which the newest is read, or a
+            Hugging Face *ForSequenceClassification directory, as `RewardServerConfig.model` explains.
         where: the option that names it, for messages.
-        batch_size: rows per forward pass.
 
     Raises:
         ConfigError: it is no trained reward model, its files are damaged, or the layout does not fit.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        where: str,
-        *,
-        precision: Precision = "fp32",
-        batch_size: int = 8,
-        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  # it is frozen
-    ) -> None:
-        setup = ModelSetup(restore_from_path=path, precision=precision, parallel=parallel, micro_batch_size=batch_size)
-        self._path, self._where = path, where
-        self.model = RewardModel(setup, where, ranks=parallel.model_parallel_size)
+    def __init__(self, setup: ModelSetup, where: str) -> None:
+        self._path, self._where = setup.restore_from_path, where
+        self.model = RewardModel(setup, where, ranks=setup.parallel.model_parallel_size)
         self.plan = self.model.plan
         self._built = False
 
@@ -89,13 +78,13 @@ class RewardScoring:
                     f"{self._where}: the response in line {row.line} has the token id {largest}, but {self._path} has "
                     f"a vocabulary of {self.model.vocab_size}"
                 )
-        statistics = self.model.statistics()
+        statistics = self.model.statistics
         (mean,), (std,) = statistics["mean"], statistics["std"]
 
         def lines(window: slice) -> list[str]:
             return reward_lines(self.score(rows[window]), mean, std)
 
-        self._load()
+        self._load()  # joins the ranks, which append_rows expects
         append_rows(output, len(rows), self.plan.setup.micro_batch_size * WINDOW, lines, what)
 
     def _load(self) -> None:

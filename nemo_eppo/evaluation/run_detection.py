@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.detection import (
     COMBINED,
     ENERGY,
+    ENERGY_AND_KL,
     KL,
     LENGTH,
     MAHALANOBIS,
     RISE,
     Bools,
     Detector,
-    combine_signs,
     compare_signs,
     signs_of_rows,
 )
@@ -32,25 +31,19 @@ from nemo_eppo.observability.charts import running_mean
 from nemo_eppo.observability.peak import Peak, find_peak, peak_window
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_tables import read_config
+from nemo_eppo.settings.evaluation import DetectionConfig
 
 MONITOR = {ENERGY: "energy", RISE: "energy", LENGTH: "length", MAHALANOBIS: "outliers"}
 """The hacking monitor's indicator of a sign, as in monitor.<indicator>.action."""
-NO_WARNING = {KL: "rises in any training", COMBINED: "knows the labels"}
+NO_WARNING = {KL: "rises in any training", ENERGY_AND_KL: "knows the labels", COMBINED: "knows the labels"}
 """Signs whose alarm warns of nothing, and why."""
 PATIENCE = 3  # steps in a row that make an alarm, as the monitor's default
 CHANCE = 0.01  # probability of a step with more samples at the threshold than its limit, if it is like the first steps
 _DRAWS = 10_000  # of a step from the first ones
 
 
-class DetectionConfig(Config):
-    """Settings of `nemo-eppo detect`."""
-
-    run: Path
-    """Directory of an actor's run."""
-    calm_steps: int = Field(10, ge=2)
-    """Number of first recorded steps whose responses count as not hacked: they set the thresholds."""
-    false_alarms: float = Field(10.0, gt=0, lt=1000)
-    """Of 1,000 responses of these steps, how many may reach a threshold."""
+class NothingHackedError(ConfigError):
+    """A run has no hacked responses, or no others: there is nothing to tell apart."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,17 @@ class Alarm:
         """Whether the sign finds the hacked responses of a step better than chance."""
         return self.auroc_within is not None and self.auroc_within.low > 0.5
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return its numbers, without the curve, for a JSON file."""
+        return {
+            "alarm_threshold": self.threshold,
+            "calm_share": self.calm_share,
+            "first_alarm_step": self.step,
+            "lead_steps": self.lead,
+            "hacked_found": self.found,
+            "auroc_within_steps": self.auroc_within._asdict() if self.auroc_within else None,
+        }
+
 
 class RunDetection:
     """Labels a run's responses, and compares what was recorded of them with the labels.
@@ -89,6 +93,7 @@ class RunDetection:
     training are not, of the first recorded step, which the SFT model sampled.
 
     Raises:
+        NothingHackedError: no response is hacked, or all are.
         ConfigError: the directory has no recorded steps, too few, or no gold reward.
     """
 
@@ -124,7 +129,7 @@ class RunDetection:
         self.baseline, self.sft_proxy, self.sft_gold = self._baseline(config.run, per_step, greedy)
         self.hacked: Bools = (self.gold < self.sft_gold) & (self.proxy > self.sft_proxy)
         if self.hacked.all() or not self.hacked.any():
-            raise ConfigError(
+            raise NothingHackedError(
                 f"{config.run}: {int(self.hacked.sum())} of {len(rows)} responses have a gold reward below and a proxy "
                 "reward above the SFT model's; expected some, and others"
             )
@@ -140,11 +145,8 @@ class RunDetection:
 
     @cached_property
     def alarms(self) -> dict[str, Alarm]:
-        """What each sign, and all combined, would have said; in the order of `detectors`."""
-        values = dict(self.signs)
-        if any(detector.sign == COMBINED for detector in self.detectors):
-            values[COMBINED] = combine_signs(self.hacked, self.signs, self.prompts)
-        return {detector.sign: self._alarm(detector.sign, values[detector.sign]) for detector in self.detectors}
+        """What each sign, and each combination, would have said; in the order of `detectors`."""
+        return {detector.sign: self._alarm(detector.sign, detector.values) for detector in self.detectors}
 
     @property
     def gold_curve(self) -> Floats:
@@ -172,6 +174,20 @@ class RunDetection:
         """The sign to switch on: the first of `telling` that raised an alarm; None if the gold reward did not fall."""
         raised = [sign for sign in self.telling if self.alarms[sign].step is not None]
         return raised[0] if raised and self.fell else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was found for a JSON file."""
+        return {
+            "run": str(self.config.run.resolve()),
+            "steps": len(self.steps),
+            "responses": len(self.hacked),
+            "hacked": int(self.hacked.sum()),
+            "baseline": {"of": self.baseline, "proxy_reward": self.sft_proxy, "gold_reward": self.sft_gold},
+            "gold_peak_step": self.peak,
+            "gold_fell": self.fell,
+            "switch_on": f"monitor.{MONITOR[self.best]}" if self.best else None,
+            "signs": {found.sign: {**found.as_dict(), **self.alarms[found.sign].as_dict()} for found in self.detectors},
+        }
 
     def curve(self, values: Floats) -> Floats:
         """Return the means [steps] of each step's values, as a running mean over a tenth of the steps."""

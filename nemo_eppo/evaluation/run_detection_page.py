@@ -3,11 +3,10 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nemo_eppo.evaluation.detection import COMBINED, Detector, detectors_table
+from nemo_eppo.evaluation.detection import COMBINED, ENERGY_AND_KL, detectors_table
 from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, NO_WARNING, PATIENCE, RunDetection
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
@@ -32,28 +31,13 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     colors = [color for color in COLORS if color not in (_PROXY, _GOLD)]
     for color, (sign, alarm) in zip(colors, detection.alarms.items(), strict=False):
         shares.append(Series(sign, color, steps, alarm.shares.tolist()))
-    report = {
-        "run": str(run.resolve()),
-        "steps": len(steps),
-        "responses": len(detection.hacked),
-        "hacked": int(detection.hacked.sum()),
-        "baseline": {
-            "of": detection.baseline,
-            "proxy_reward": detection.sft_proxy,
-            "gold_reward": detection.sft_gold,
-        },
-        "gold_peak_step": detection.peak,
-        "gold_fell": detection.fell,
-        "switch_on": f"monitor.{MONITOR[detection.best]}" if detection.best else None,
-        "signs": {found.sign: _json(detection, found) for found in detection.detectors},
-    }
     output.mkdir(parents=True, exist_ok=True)
     panels = [
         lines(rewards, _STEP, "reward", "Proxy and gold reward"),
         lines(shares, _STEP, "share of responses", "Hacked, and at a threshold"),
     ]
     write_picture(output / "detection.png", panels)
-    write_json(output / "report.json", report)
+    write_json(output / "report.json", detection.as_dict())
     curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
     of_run = alarms_table(curves, config)
@@ -124,7 +108,8 @@ def verdict(detection: RunDetection) -> str:
     assert alarm.lead is not None  # that of `best`
     when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} the peak" if alarm.lead else "the peak"
     text += f"; it would have raised an alarm at step {alarm.step}, {when}."
-    others = [sign for sign, found in detection.alarms.items() if found.tells and sign not in (*MONITOR, COMBINED)]
+    known = (*MONITOR, ENERGY_AND_KL, COMBINED)
+    others = [sign for sign, found in detection.alarms.items() if found.tells and sign not in known]
     if better := [sign for sign in others if areas[sign] > areas[detection.best]]:
         text += f" The {better[0]} finds them with {areas[better[0]]:.2f}, but the monitor has no indicator of it."
     return text
@@ -141,16 +126,3 @@ def _alarm_rows(detection: RunDetection) -> Sequence[Sequence[str]]:
         )
         for sign, alarm in detection.alarms.items()
     ]
-
-
-def _json(detection: RunDetection, found: Detector) -> dict[str, Any]:
-    alarm = detection.alarms[found.sign]
-    return {
-        **found.as_dict(),
-        "alarm_threshold": alarm.threshold,
-        "calm_share": alarm.calm_share,
-        "first_alarm_step": alarm.step,
-        "lead_steps": alarm.lead,
-        "hacked_found": alarm.found,
-        "auroc_within_steps": alarm.auroc_within._asdict() if alarm.auroc_within else None,
-    }

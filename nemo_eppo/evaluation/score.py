@@ -4,15 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field
-
 from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
-from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
-from nemo_eppo.evaluation.responses import TEXTS, Response, read_responses, require_chat_template
+from nemo_eppo.evaluation.responses import Response, read_responses, require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.files import sha256
 from nemo_eppo.megatron import runtime
@@ -20,38 +18,10 @@ from nemo_eppo.megatron.energy import EnergyProbes, readable_presets
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.models.checkpoint_files import model_identity
 from nemo_eppo.models.hf_directory import HfDirectory
-from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
-from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
+from nemo_eppo.settings.energy import EnergyProbeConfig
+from nemo_eppo.settings.evaluation import ScoreConfig
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import build, plan
-
-
-class ScoreConfig(Config):
-    """Settings of `nemo-eppo score`."""
-
-    model: Path
-    """A policy: Hugging Face directory, checkpoint, or directory of checkpoints, of which the newest is read."""
-    data: Path
-    """File of rows {"prompt", "response"}, .jsonl or .jsonl.gz. `prompt_ids` and `response_ids`, as rollout files have
-    them, are taken as they are; a response that is only there as text gets EOS if its row says that it finished."""
-    output: Path
-    """File for rows {"logprob", "num_tokens", "energy_loss"}, in the order of `data`."""
-    fields: tuple[str, str] = TEXTS
-    """Names of the fields that have prompt and response as text."""
-    preset: Preset = "paper"
-    """The modules whose energy losses are read, see `EnergyProbeConfig`."""
-    layer: int = -1
-    """Decoder layer of these modules, counted from 0; negative numbers count from the end."""
-    sweep: bool = False
-    """Also write {"energies": {preset: [of each layer]}}, for all presets that can be read on this machine."""
-    chat_template: bool = False
-    """Render the prompt as the user's turn in the tokenizer's own chat template."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations."""
-    batch_size: int = Field(8, ge=1)
-    """Rows per forward pass."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the model is laid out over the job's ranks."""
 
 
 class Scoring:
@@ -69,13 +39,7 @@ class Scoring:
 
     def __init__(self, config: ScoreConfig) -> None:
         self.config = config
-        setup = ModelSetup(
-            restore_from_path=config.model,
-            precision=config.precision,
-            parallel=config.parallel,
-            micro_batch_size=config.batch_size,
-        )
-        self.plan = plan(setup, "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        self.plan = plan(config.setup(config.model), "--model", head="lm", ranks=config.parallel.model_parallel_size)
         one = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
         one.layer_indices(self.plan.model.num_layers)
         every = tuple(range(self.plan.model.num_layers))
@@ -110,12 +74,12 @@ class Scoring:
         runner.probe = EnergyProbes(self._probes, runner.chunks, self.plan.model.num_layers)
 
         def lines(window: slice) -> list[str]:
-            return self._score(runner, self.rows[window], window.start)
+            return self._score(runner, self.rows[window])
 
         append_rows(self._output, len(self.rows), self.config.batch_size * WINDOW, lines)
 
-    def _score(self, runner: ModelRunner, rows: Sequence[Response], first: int) -> list[str]:
-        """Make the output lines of `rows`, which begin at row `first` (from 0) of the data."""
+    def _score(self, runner: ModelRunner, rows: Sequence[Response]) -> list[str]:
+        """Make the output lines of `rows`."""
         tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
         out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
@@ -129,7 +93,8 @@ class Scoring:
         for index, (row, logprob) in enumerate(zip(rows, logprobs.tolist(), strict=True)):
             energy = layers[0][index].item()
             if not math.isfinite(logprob) or not energies[index].isfinite().all():
-                raise ConfigError(f"row {first + index + 1}: log-probability {logprob}, energy loss {energy}")
+                found = f"log-probability {logprob}, energy loss {energy}"
+                raise ConfigError(f"{self.config.data}:{row.line}: {self.config.model} gives NaN or infinity: {found}")
             written = {"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}
             if self.config.sweep:
                 of_presets = zip(self._probes[1:], layers[1:], strict=True)

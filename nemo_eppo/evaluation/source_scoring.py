@@ -1,6 +1,5 @@
 """Scores of given responses by a running reward server or a reward function, as an actor asks them."""
 
-import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,20 +7,19 @@ from typing import Any
 
 import torch
 
-from nemo_eppo.config import ConfigError, load_config, load_named
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import append_rows
 from nemo_eppo.evaluation.responses import Response, says_how_it_ended
 from nemo_eppo.evaluation.reward_scoring import reward_lines
 from nemo_eppo.evaluation.rows_file import RowsFile
-from nemo_eppo.files import sha256
-from nemo_eppo.rewards.functions import FunctionPool, check_function
+from nemo_eppo.rewards.functions import FunctionPool, check_function, source_sha256
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.settings.rewards import FunctionsConfig, RewardSourceConfig
-from nemo_eppo.training.reward_sources import build_source
+from nemo_eppo.training.reward_sources import ServerSource, build_source
 
 _AT_ONCE = 256  # responses of one request
 _CONNECT_S = 60.0  # a running server answers at once; one that has just been started may still load its model
@@ -47,18 +45,17 @@ class SourceScoring:
         if name.startswith("grpc://"):
             server = {"url": name, "certificates": certificates, "connect_timeout": _CONNECT_S}
             self._source = load_config(RewardSourceConfig, {"server": server})
-            self.identity: dict[str, Any] = {"server": name}
+            self.identity: dict[str, Any] = {"server": name}  # until it has said which model it serves
             if certificates is not None:
                 Certificates.of(certificates)
         else:
             check_function(where, name)
             self._source = RewardSourceConfig(function=name)
-            file = inspect.getsourcefile(load_named(where, name, "module:function"))
-            self.identity = {"function": name, "source_sha256": sha256(Path(file)) if file else None}
+            self.identity = {"function": name, "source_sha256": source_sha256(name)}
 
     def connect(self, longest: int, stack: ExitStack) -> None:
-        """Connect to a server and check that it fits, or prepare the function's process; closed with `stack`;
-        collective.
+        """Connect to a server, check that it fits and add its model to the identity, or prepare the function's process;
+        closed with `stack`; collective.
 
         Args:
             longest: tokens of the longest prompt and response together.
@@ -70,9 +67,11 @@ class SourceScoring:
         stack.callback(self._asked.close)
         if len(self._asked.columns) > 1:
             raise ConfigError(f"{self._where}: the server has {len(self._asked.columns)} reward models; expected one")
+        if isinstance(self._asked, ServerSource):
+            self.identity["reward model"] = self._asked.statistics
 
     def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
-        """Append the missing rows, as `RewardScoring.append` does; collective. If any are, `connect` comes before.
+        """Append the missing rows, as `RewardScoring.append` does; collective; `connect` comes before.
 
         Raises:
             ServerError: the server failed.

@@ -8,7 +8,7 @@ import torch
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.generation.engine import Engine, Limits
+from nemo_eppo.generation.engine import Engine, EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.replay import GraphRecorder
 from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm
@@ -52,7 +52,7 @@ def build_engine(
         energy: the energies that completions bring if the engine can read any.
         directory: the run directory, where an engine in a process of its own leaves its log and the model's settings.
     """
-    limits = Limits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
+    limits = EngineLimits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
     if config.name == "megatron":
         return MegatronEngine(chunks, limits, energy, GraphRecorder() if config.cuda_graphs else None)
     if config.name == "tensorrt_llm":

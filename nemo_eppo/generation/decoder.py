@@ -9,7 +9,6 @@ others continue, and do not affect each other.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from nemo_eppo.generation.cache import KeyValueCache, rounded
 from nemo_eppo.generation.energies import EnergyReader, MLPTensors
 from nemo_eppo.generation.layers import Layer, layer_weights, rotate
 from nemo_eppo.generation.replay import Recorder, ReplayedSteps
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import DECODING_KERNELS, attend
-from nemo_eppo.megatron.logprobs import soft_capped
+from nemo_eppo.megatron.logprobs import full_logits, soft_capped
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
 from nemo_eppo.models.numerics import ACTIVATIONS
@@ -118,21 +118,19 @@ class Decoder:
         self._layers = [[layer_weights(layer, energy) for layer in model.decoder.layers] for model in self._models]
         self._record, self._decoding_attention = record, attention or attention_of_device()
         self._replayed: list[ReplayedSteps] = []
-        self._cache = self._storage = torch.zeros(0, dtype=self._dtype, device=device.device())
+        self._cache = KeyValueCache(list(map(len, self._layers)), self._groups, self._head_width, self._dtype)
 
-    def start(self, rows: int, columns: int) -> None:
-        """Forget all sequences; make room for `rows` sequences of up to `columns` tokens."""
-        shape = (sum(map(len, self._layers)), rows, self._groups, 2, _rounded(columns), self._head_width)
-        if self._storage.numel() < math.prod(shape):
-            self._storage = self._storage.new_empty(math.prod(shape))
-        # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
-        self._cache = self._storage[: math.prod(shape)].zero_().view(shape)
-        self._caches = self._cache.split(list(map(len, self._layers)))
+    def start(self, columns: int) -> None:
+        """Forget all sequences; those that begin from now on have up to `columns` tokens each."""
+        self._cache.start(columns)
         self._rotary = self._rotary_table(columns)
-        self._columns = torch.arange(_rounded(columns), device=device.device())
+        self._columns = torch.arange(rounded(columns), device=device.device())
         self._lengths = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence, on the host
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
-        if self._record is not None:
+
+    def _make_room(self, columns: int) -> None:
+        """Make room for the present sequences of up to so many tokens; recordings end where the cache moves."""
+        if self._cache.make_room(rows := len(self._lengths), columns) and self._record is not None:
             advances = [partial(self._advance_at, chunk) for chunk in range(len(self._models))]
             self._replayed = [ReplayedSteps(advance, rows, self._record) for advance in advances]
 
@@ -146,6 +144,7 @@ class Decoder:
         """
         first, longest = len(self._lengths), tokens.size(1)
         self._lengths = torch.cat([self._lengths, lengths])
+        self._make_room(longest)
         tokens, lengths = tokens.to(device.device()), lengths.to(device.device())
         self._positions = torch.cat([self._positions, lengths])
         at_once = max(1, _PREFILL_TOKENS // longest)  # rows
@@ -164,7 +163,7 @@ class Decoder:
         rotary, rows = self._rotary[:, None, : tokens.size(1)], slice(first, first + len(tokens))
 
         def through(chunk: int, entering: Tensor | None) -> _Passed:
-            return self._through(chunk, tokens, entering, rotary, self._caches[chunk][:, rows], None)
+            return self._through(chunk, tokens, entering, rotary, rows, None)
 
         return self._pass_on(tokens.shape, through)
 
@@ -173,7 +172,8 @@ class Decoder:
         """Append one token [n] to each row."""
         positions = self._positions
         self._lengths, self._positions = self._lengths + 1, positions + 1
-        longest, window = _rounded(int(self._lengths.max())), self._description.sliding_window
+        longest, window = rounded(int(self._lengths.max())), self._description.sliding_window
+        self._make_room(longest)
         newest: _Newest | None = None
         if not self._replayed:
             hides = int(self._lengths.min()) < longest or (window is not None and window < longest)
@@ -195,8 +195,8 @@ class Decoder:
 
     def _advance(self, chunk: int, tokens: Tensor, newest: _Newest, entering: Tensor | None) -> _Passed:
         """Append one token [n] to the first n rows in a chunk's layers; the last chunk gives logits [n, V]."""
-        rotary, cache = self._rotary[:, newest.positions[:, None]], self._caches[chunk][:, : len(tokens)]
-        hidden, energies = self._through(chunk, tokens[:, None], entering, rotary, cache, newest)
+        rotary, rows = self._rotary[:, newest.positions[:, None]], slice(len(tokens))
+        hidden, energies = self._through(chunk, tokens[:, None], entering, rotary, rows, newest)
         out = self._logits(hidden[:, 0]) if self._models[chunk].post_process else hidden
         return _Passed(out, energies[:, 0])
 
@@ -227,15 +227,15 @@ class Decoder:
         order = list(range(size))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        filled = int(self._lengths.max())
-        self._cache[:, holes, ..., :filled, :] = self._cache[:, movers, ..., :filled, :]
+        for hole, mover in zip(holes, movers, strict=True):  # one by one: together they would be copied twice
+            self._cache.copy(mover, hole, int(self._lengths[mover]))
         self._lengths, self._positions = self._lengths[order], self._positions[order]
         return order
 
     def release(self) -> None:
         """Free the cache."""
-        self._replayed, self._caches = [], ()
-        self._cache = self._storage = self._storage.new_empty(0)
+        self._replayed = []
+        self._cache.start(0)
 
     def _pass_on(
         self, shape: tuple[int, ...], through: Callable[[int, Tensor | None], _Passed]
@@ -267,10 +267,10 @@ class Decoder:
         tokens: Tensor,
         entering: Tensor | None,
         rotary: Tensor,
-        cache: Tensor,
+        rows: slice,
         newest: _Newest | None,
     ) -> _Passed:
-        """Run a chunk's layers on tokens [b, s], filling their rows of its cache; `entering` becomes the output.
+        """Run a chunk's layers on tokens [b, s], filling these b rows of its cache; `entering` becomes the output.
 
         Returns:
             hidden [b, s, H]; energies [b, s, E], 0 for layers of other chunks.
@@ -279,9 +279,9 @@ class Decoder:
         if hidden is None:
             hidden = model.scaled(self._embed(tokens, model.embedding.word_embeddings.weight))
         energies = torch.zeros(*tokens.shape, self._energies_per_token, device=tokens.device)
-        for layer, columns_of_layer in zip(self._layers[chunk], cache, strict=True):
+        for layer, columns_of_layer in zip(self._layers[chunk], self._cache.chunks[chunk], strict=True):
             entered = self._reader.l1(hidden) if self._reader and layer.energies else None
-            self._attend(hidden, layer, columns_of_layer, rotary, newest)
+            self._attend(hidden, layer, columns_of_layer[rows], rotary, newest)
             mlp = self._transform(hidden, layer)
             if self._reader and entered is not None:
                 for columns in layer.energies:
@@ -342,12 +342,12 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] -> fp32 logits [n, V], without the vocabulary's padding."""
         model = self._models[-1]
-        logits = F.linear(self._norm(hidden, model.decoder.final_layernorm.weight), model.projection_weight())
+        logits = full_logits(self._norm(hidden, model.decoder.final_layernorm.weight), model.projection_weight())
         if self._tensor_ranks.size() > 1:
             shards = [torch.empty_like(logits) for _ in range(self._tensor_ranks.size())]
             dist.all_gather(shards, logits, group=self._tensor_ranks)
             logits = torch.cat(shards, -1)
-        return soft_capped(logits[:, : self._description.vocab_size].float(), self._description.logit_softcap)
+        return soft_capped(logits[:, : self._description.vocab_size], self._description.logit_softcap)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self._eps, self._description.norm_plus_one)
@@ -362,7 +362,8 @@ class Decoder:
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])[:, :, None, None]
         # a trainer with TransformerEngine's kernel rounds once, at the end
-        return table.float() if self._models[0].config.apply_rope_fusion else table.to(self._storage)
+        fused = self._models[0].config.apply_rope_fusion
+        return table.to(device.device(), torch.float32 if fused else self._dtype)
 
 
 @cache
@@ -379,8 +380,3 @@ def attention_of_device() -> DecodingAttention | None:
         logger.warning("decoding is slower, with torch's attention: Triton cannot make a kernel here (%r)", error)
         return None
     return flash_decode
-
-
-def _rounded(columns: int) -> int:
-    multiple = device.cached_tokens_multiple()
-    return -(-columns // multiple) * multiple

@@ -50,7 +50,7 @@ class Engine(Protocol):
         """End all that the engine has started."""
 
 
-class Limits(NamedTuple):
+class EngineLimits(NamedTuple):
     """Special tokens and sizes that every engine is built for."""
 
     eos_id: int

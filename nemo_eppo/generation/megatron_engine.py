@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from nemo_eppo.algorithms.choices import Distribution
 from nemo_eppo.algorithms.sampling import counter_uniform, filter_logits, repetition_slopes, sample_tokens
 from nemo_eppo.generation.decoder import Decoder, DecodingAttention, Outputs
-from nemo_eppo.generation.engine import Limits, check_requests
+from nemo_eppo.generation.engine import EngineLimits, check_requests
 from nemo_eppo.generation.replay import Recorder
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.collectives import sibling
+from nemo_eppo.megatron.logprobs import columns_of
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.energy import EnergyProbeConfig
@@ -44,7 +45,7 @@ class MegatronEngine:
     def __init__(
         self,
         chunks: list[Any],
-        limits: Limits,
+        limits: EngineLimits,
         energy: EnergyProbeConfig | None = None,
         record: Recorder | None = None,
         attention: DecodingAttention | None = None,
@@ -64,9 +65,10 @@ class MegatronEngine:
         self._version = version
 
     def sleep(self) -> None:
-        """Free the caches."""
+        """Free the caches, for good: training would keep small tensors where the next caches have to fit."""
         for decoder in self._lanes:
             decoder.release()
+        device.empty_cache()
 
     def close(self) -> None:
         """Free the caches."""
@@ -101,7 +103,7 @@ class MegatronEngine:
         columns = _BLOCK + max(len(prompt) + limit for prompt, limit in zip(prompt_ids, limits, strict=True))
         going = []
         for decoder in self._lanes[: -(-len(prompt_ids) // at_once)]:
-            decoder.start(min(at_once, len(prompt_ids)), columns)
+            decoder.start(columns)
             going.append(self._answer(decoder, work))
         while going:  # in the same order on all ranks
             going = [lane for lane in going if next(lane, "ended") is None]
@@ -305,7 +307,7 @@ def _sampling_logits(logits: Tensor, early: Tensor, seen: Tensor | None, distrib
         logits = logits * repetition_slopes(logits, seen, distribution.repetition_penalty)
     if distribution.min_new_tokens:
         barred = torch.zeros_like(logits, dtype=torch.bool)
-        barred[:, list(distribution.ending)] = early[:, None]
+        barred[:, columns_of(distribution.ending, 0, logits.size(1), logits.device)] = early[:, None]
         logits = logits.masked_fill(barred, -torch.inf)
     if distribution.temperature != 1.0:
         logits = logits / distribution.temperature

@@ -28,8 +28,8 @@ class Advance(Protocol):
 
 
 class ReplayedSteps:
-    """A part of the steps of a decoder between two calls of `Decoder.start`, while the tensors that it uses stay where
-    they are and adapters stay on, or off.
+    """A part of the steps of a decoder between two moves of its cache, while the tensors that it uses stay where they
+    are and adapters stay on, or off.
 
     Its first run with some number of rows and columns is an ordinary one, which also loads kernels and opens
     connections between ranks; the second records, all others replay. The number of rows is rounded up: free rows take

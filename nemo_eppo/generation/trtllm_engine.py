@@ -5,8 +5,8 @@ A replica's ranks form as many engines as they can, each of consecutive ranks. A
 The engines of a replica share its prompts. A failure on one rank is raised on all.
 
 Trainer and engine take turns with the GPU's memory. An engine sleeps from its start on: it has neither weights nor a KV
-cache while the trainer trains, saves or loads. Torch gives back what it keeps for later tensors before an engine takes
-its weights, and again before it takes its KV cache, when the buffers of the refit are gone.
+cache while the trainer trains or loads. Torch gives back what it keeps for later tensors before an engine takes its
+weights, and again before it takes its KV cache, when the buffers of the refit are gone.
 """
 
 import math
@@ -21,17 +21,20 @@ from torch import Tensor
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
-from nemo_eppo.generation.engine import Limits, check_requests
-from nemo_eppo.generation.refit import Bucket, TensorInfo, aligned, pack
+from nemo_eppo.generation.engine import EngineLimits, check_requests
+from nemo_eppo.generation.refit import Bucket, RefitError, TensorInfo, aligned, pack
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.generation.trtllm_client import EngineProcess, EngineProcessError
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.collectives import all_or_none
+from nemo_eppo.megatron.collectives import PeerError, all_or_none
 from nemo_eppo.megatron.runtime import PATIENCE, control_group
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.generation import SamplingParams, TensorRTLLMConfig
 from nemo_eppo.settings.model import ModelConfig
+
+_TOLD = (RefitError, EngineProcessError, PeerError, ConfigError, FloatingPointError)
+"""Errors that a replica's ranks raise together, so that none waits for another in the midst of a refit."""
 
 
 class TensorRTLLMEngine:
@@ -53,7 +56,7 @@ class TensorRTLLMEngine:
         model: ModelConfig,
         dtype: torch.dtype,
         config: TensorRTLLMConfig,
-        limits: Limits,
+        limits: EngineLimits,
         *,
         hf_directory: Path,
         log: Path,
@@ -91,7 +94,7 @@ class TensorRTLLMEngine:
         if named_weights is None:
             raise TypeError("a TensorRT-LLM engine needs the weights themselves")
         weights = named_weights
-        all_or_none(lambda: self._refit(weights, version))
+        all_or_none(lambda: self._refit(weights, version), expected=_TOLD)
 
     def _refit(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._give_memory()
@@ -126,7 +129,7 @@ class TensorRTLLMEngine:
             RefitError: the engine has no weights.
             FloatingPointError: the model gives NaN.
         """
-        return all_or_none(lambda: self._generate(prompt_ids, sampling, seeds))
+        return all_or_none(lambda: self._generate(prompt_ids, sampling, seeds), expected=_TOLD)
 
     def _generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         longest = self._limits.max_sequence_length

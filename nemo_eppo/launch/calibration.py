@@ -14,13 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_eppo.config import RunError
 from nemo_eppo.launch.cluster import H100, Cluster, Fixed, Link
 from nemo_eppo.launch.command import THREADS
+from nemo_eppo.launch.gpus import visible_gpus
 from nemo_eppo.launch.work import Shape, Work, ring
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
+
+if TYPE_CHECKING:
+    import torch
 
 _RANKS = 2
 _PATIENCE_S = 600
@@ -30,7 +34,13 @@ _NEW = 16  # tokens of a response
 
 
 def measure_here(precisions: set[Precision]) -> Cluster:
-    """Measure this machine, with products in each of these precisions; RunError if a process fails."""
+    """Measure this machine, with products in each of these precisions.
+
+    Raises:
+        RunError: a process fails, or there is one GPU only: the link between two cannot be measured.
+    """
+    if len(visible_gpus()) == 1:
+        raise RunError("--estimate here: measures two GPUs and the link between them, found one")
     with tempfile.TemporaryDirectory() as folder:
         arguments = [folder, *sorted(precisions)]
         processes = []
@@ -120,18 +130,54 @@ def _measure(precisions: list[Precision], rank: int, folder: Path) -> Cluster:
         between=Link(bandwidth=1.0, latency=0.0),
         fixed=H100.fixed,
     )
-    update = _layers(found, width, precisions[0])
+    seconds = _seconds_of_models(width, precisions[0])
+    found = found.model_copy(update={"fixed": _fixed(seconds)})
     link = _link(rank, folder)
-    return found.model_copy(update={**update, "inside": link, "between": link})
+    bandwidths = _bandwidths(found, seconds, width, precisions[0])
+    return found.model_copy(update={**bandwidths, "inside": link, "between": link})
 
 
-def _layers(found: Cluster, width: int, precision: Precision) -> dict[str, Any]:
-    """Seconds of each kind of pass, however small, and the bandwidths that explain large ones."""
+class _Seconds(NamedTuple):
+    """Seconds of passes of models with _FEW and with _MANY layers, by that number."""
+
+    forward: dict[int, float]
+    """A forward pass over a short row, by narrow layers."""
+    decode: dict[int, float]
+    """A token of one response, by narrow layers."""
+    train: dict[tuple[int, int], float]
+    """An update on that many short rows (the second number), a micro-batch each, by narrow layers."""
+    large: dict[int, float]
+    """A forward pass over _ROWS long rows, by wide layers."""
+    decode_large: dict[int, float]
+    """A token of each of _ROWS responses, by wide layers."""
+
+
+def _model(layers: int, width: int) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=4 * width,
+        num_attention_heads=8,
+        vocab_size=64,
+        max_sequence_length=_LONG,
+    )
+
+
+def _rows(count: int, length: int) -> "dict[str, torch.Tensor]":
     import torch
 
-    from nemo_eppo.generation.engine import Limits
-    from nemo_eppo.generation.megatron_engine import MegatronEngine
     from nemo_eppo.megatron.logprobs import IGNORE
+
+    tokens = torch.randint(64, (count, length))
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    return {"tokens": tokens, "lengths": torch.full((count,), length), "targets": targets}
+
+
+def _seconds_of_models(width: int, precision: Precision) -> _Seconds:
+    """Measure models with narrow layers, whose passes are nearly all overhead, and with layers of `width` channels."""
+    from nemo_eppo.generation.engine import EngineLimits
+    from nemo_eppo.generation.megatron_engine import MegatronEngine
     from nemo_eppo.megatron.model import build_model
     from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
     from nemo_eppo.megatron.runner import ModelRunner
@@ -139,79 +185,73 @@ def _layers(found: Cluster, width: int, precision: Precision) -> dict[str, Any]:
     from nemo_eppo.settings.generation import SamplingParams
     from nemo_eppo.settings.training import OptimizerConfig
 
-    initialize(ParallelConfig(), seed=1)
-    forward, large, decode, decode_large, train = {}, {}, {}, {}, {}
-
-    def rows(count: int, length: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(64, (count, length))
-        targets = tokens.roll(-1, 1)
-        targets[:, -1] = IGNORE
-        return {"tokens": tokens, "lengths": torch.full((count,), length), "targets": targets}
-
-    def loss(output: torch.Tensor, _: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(output: "torch.Tensor", _: Any) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
         return -output[..., 0].sum() / 1000, {}
 
+    initialize(ParallelConfig(), seed=1)
+    found = _Seconds({}, {}, {}, {}, {})
+    limits = EngineLimits(eos_id=0, pad_id=0, max_batch_size=_ROWS, max_sequence_length=_LONG)
+    sampling, settings = SamplingParams(max_new_tokens=_NEW, min_new_tokens=_NEW), OptimizerConfig(lr=1e-6)
     for layers in (_FEW, _MANY):
-        for size in (64, width):
-            model = ModelConfig(
-                num_layers=layers,
-                hidden_size=size,
-                ffn_hidden_size=4 * size,
-                num_attention_heads=8,
-                vocab_size=64,
-                max_sequence_length=_LONG,
-            )
-            chunks: Any = build_model(model, ParallelConfig(), head="lm", precision=precision)
-            limits = Limits(eos_id=0, pad_id=0, max_batch_size=_ROWS, max_sequence_length=_LONG)
-            engine, sampling = MegatronEngine(chunks, limits), SamplingParams(max_new_tokens=_NEW, min_new_tokens=_NEW)
-            if size == width:
-                runner = ModelRunner(chunks, _ROWS)
-                large[layers] = _seconds(partial(runner.infer, *rows(_ROWS, _LONG).values(), outputs=2))
-                response = partial(engine.generate, [[1]] * _ROWS, sampling, list(range(_ROWS)))
-                decode_large[layers] = _seconds(response) / _NEW
-                continue
-            decode[layers] = _seconds(partial(engine.generate, [[1]], sampling, [1])) / _NEW
-            settings = OptimizerConfig(lr=1e-6)
-            chunks = wrap_data_parallel(chunks, settings, precision)
-            optimizer, scheduler = build_optimizer(chunks, settings, precision, 10_000)
-            runner = ModelRunner(chunks, 1, optimizer=optimizer, scheduler=scheduler)
-            forward[layers] = _seconds(partial(runner.infer, *rows(1, _SHORT).values(), outputs=2))
-            for micro in (1, 4):
-                train[layers, micro] = _seconds(partial(runner.train_step, rows(micro, _SHORT), loss), 0.5)
-    shutdown()
-    more = _MANY - _FEW
-    layer, layer_decode = ((of[_MANY] - of[_FEW]) / more for of in (forward, decode))
-    each = {layers: (train[layers, 4] - train[layers, 1]) / 3 for layers in (_FEW, _MANY)}  # a micro-batch
-    once = {layers: train[layers, 1] - each[layers] for layers in (_FEW, _MANY)}
-    both, layer_update = ((of[_MANY] - of[_FEW]) / more for of in (each, once))
-    passes = Fixed(
-        layer=max(0.0, layer),
-        forward=max(0.0, forward[_FEW] - _FEW * layer),
-        layer_backward=max(0.0, both - layer),
-        backward=max(0.0, each[_FEW] - _FEW * both - (forward[_FEW] - _FEW * layer)),
-        layer_update=max(0.0, layer_update),
-        update=max(0.0, once[_FEW] - _FEW * layer_update),
-        layer_decode=max(0.0, layer_decode),
-        decode=max(0.0, decode[_FEW] - _FEW * layer_decode),
-        request=found.fixed.request,
-        step=found.fixed.step,
-        token=found.fixed.token,
-    )
-    one = Shape(model.model_copy(update={"num_layers": 1}), ParallelConfig(), precision, language=False)
+        narrow: Any = build_model(_model(layers, 64), ParallelConfig(), head="lm", precision=precision)
+        engine = MegatronEngine(narrow, limits)
+        found.decode[layers] = _seconds(partial(engine.generate, [[1]], sampling, [1])) / _NEW
+        narrow = wrap_data_parallel(narrow, settings, precision)
+        optimizer, scheduler = build_optimizer(narrow, settings, precision, 10_000)
+        runner = ModelRunner(narrow, 1, optimizer=optimizer, scheduler=scheduler)
+        found.forward[layers] = _seconds(partial(runner.infer, *_rows(1, _SHORT).values(), outputs=2))
+        for count in (1, 4):
+            found.train[layers, count] = _seconds(partial(runner.train_step, _rows(count, _SHORT), loss), 0.5)
 
-    def bandwidth(size: float, seconds: Mapping[int, float], work: Work, launches: float) -> float:
-        """Bandwidth at which `size` bytes take what a layer takes more than its products, memory and launches."""
+        wide: Any = build_model(_model(layers, width), ParallelConfig(), head="lm", precision=precision)
+        engine, runner = MegatronEngine(wide, limits), ModelRunner(wide, _ROWS)
+        found.large[layers] = _seconds(partial(runner.infer, *_rows(_ROWS, _LONG).values(), outputs=2))
+        response = partial(engine.generate, [[1]] * _ROWS, sampling, list(range(_ROWS)))
+        found.decode_large[layers] = _seconds(response) / _NEW
+    shutdown()
+    return found
+
+
+def _of_a_layer(seconds: Mapping[int, float]) -> float:
+    return (seconds[_MANY] - seconds[_FEW]) / (_MANY - _FEW)
+
+
+def _fixed(seconds: _Seconds) -> Fixed:
+    """Solve for the seconds of each kind of pass, and of each layer in it, however small they are."""
+    layer, layer_decode = _of_a_layer(seconds.forward), _of_a_layer(seconds.decode)
+    each = {layers: (seconds.train[layers, 4] - seconds.train[layers, 1]) / 3 for layers in (_FEW, _MANY)}
+    once = {layers: seconds.train[layers, 1] - each[layers] for layers in (_FEW, _MANY)}  # whatever the micro-batches
+    both, layer_update = _of_a_layer(each), _of_a_layer(once)
+    forward = seconds.forward[_FEW] - _FEW * layer
+    solved = {
+        "layer": layer,
+        "forward": forward,
+        "layer_backward": both - layer,
+        "backward": each[_FEW] - _FEW * both - forward,
+        "layer_update": layer_update,
+        "update": once[_FEW] - _FEW * layer_update,
+        "layer_decode": layer_decode,
+        "decode": seconds.decode[_FEW] - _FEW * layer_decode,
+    }
+    return H100.fixed.model_copy(update={name: max(0.0, value) for name, value in solved.items()})
+
+
+def _bandwidths(found: Cluster, seconds: _Seconds, width: int, precision: Precision) -> dict[str, float]:
+    """Bandwidths of activations and of decoding: they explain what a wide layer takes beyond its known work."""
+    one = Shape(_model(1, width), ParallelConfig(), precision, language=False)
+    pass_, step, fixed = one.layers_forward(_ROWS, _LONG), one.decode(_ROWS, _NEW / 2), found.fixed
+
+    def bandwidth(size: float, measured: float, work: Work, launches: float) -> float:
         known = work.products / found.products[precision] + work.attention / found.attention
         known += work.memory / found.memory
         known = max(known, launches) if found.overlaps else known + launches
-        left = (seconds[_MANY] - seconds[_FEW]) / more - known
-        return size / max(left, known / 20)  # noise may hide it
+        return size / max(measured - known, known / 20)  # noise may hide it
 
-    pass_, step = one.layers_forward(_ROWS, _LONG), one.decode(_ROWS, _NEW / 2)
     return {
-        "fixed": passes,
-        "activations": bandwidth(pass_.activations, large, pass_, passes.layer),
-        "decoded": bandwidth(_ROWS * one.touched * one.bytes, decode_large, step, passes.layer_decode),
+        "activations": bandwidth(pass_.activations, _of_a_layer(seconds.large), pass_, fixed.layer),
+        "decoded": bandwidth(
+            _ROWS * one.touched * one.bytes, _of_a_layer(seconds.decode_large), step, fixed.layer_decode
+        ),
     }
 
 
@@ -254,6 +294,7 @@ def main() -> None:
     folder, *precisions = sys.argv[1:]
     rank = int(os.environ["LOCAL_RANK"])
     device.install()
+    device.select()
     figures = _measure(precisions, rank, Path(folder))  # type: ignore[arg-type]
     (Path(folder) / f"{rank}.json").write_text(figures.model_dump_json())
 

@@ -69,11 +69,16 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
         for critic in launch.critics(name):
             filled[f"{CRITIC}.server.url"] = addresses[critic].url
             filled |= _certificates(f"{CRITIC}.server.certificates", addresses[critic])
-        if rewards := [_reward(launch, need, addresses) for need in launch.rewards(name)]:
-            own_rewards = settings.get(REWARDS)  # functions and models on the actor's ranks
-            if isinstance(own_rewards, list) and all("server" not in reward for reward in own_rewards):
-                rewards = settings.pop(REWARDS) + rewards
-            filled[REWARDS] = rewards
+        if served := {need: _reward(launch, need, addresses) for need in launch.rewards(name)}:
+            own = settings.get(REWARDS, [])
+            if isinstance(own, list) and all("job" in reward or "server" not in reward for reward in own):
+                settings.pop(REWARDS, None)
+                filled[REWARDS] = with_models_of_jobs(own, served)
+            else:
+                raise ConfigError(
+                    f"{REWARDS} = {own!r}: expected no value here, the launcher sets it; {{job: NAME, weight: 0.5}} "
+                    "gives weight, mean or std of a reward model that a job serves"
+                )
         if job.held_out is not None:
             filled[HELD_OUT] = _reward(launch, job.held_out, addresses)
     for key in settings:
@@ -82,6 +87,26 @@ def overrides(launch: LaunchConfig, name: str, addresses: Mapping[str, Address])
             raise ConfigError(f"{key} = {settings[key]!r}: expected no value here, the launcher sets it")
     settings |= filled
     return [override(key, value) for key, value in settings.items()]
+
+
+def with_models_of_jobs(rewards: Sequence[Any], models: Mapping[str, dict[str, Any]]) -> list[Any]:
+    """Return an actor's `rewards`, in which {job: NAME, ...} became a source of reward.
+
+    Args:
+        rewards: its own: functions, models on its ranks, and jobs.
+        models: what says where each job's reward model is, by the job; those that `rewards` do not name come last.
+    """
+    found, unnamed = list[Any](), dict(models)
+    for reward in rewards:
+        if "job" not in reward:
+            found.append(reward)
+            continue
+        model = unnamed.pop(reward["job"])
+        own = {key: value for key, value in reward.items() if key not in ("job", "server")}
+        if "server" in model:
+            model = {"server": reward.get("server", {}) | model["server"]}
+        found.append(own | model)
+    return found + list(unnamed.values())
 
 
 def override(key: str, value: Any) -> str:

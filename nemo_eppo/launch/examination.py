@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.entry.changes import changes
+from nemo_eppo.entry.changes import check_changes
 from nemo_eppo.launch.command import CRITIC, REPOSITORY, REWARDS, own_address, script
 from nemo_eppo.launch.findings import Finding, error, guarded, ok
 from nemo_eppo.launch.job import DATA, Job, job_settings
@@ -54,16 +54,17 @@ def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Find
     if not Path(script(next(iter(launch.jobs.values())))).exists():
         found = f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
         return [error("repository", found, "see the message")], []
-    findings, jobs = list[Finding](), list[Job]()
+    findings, jobs = list[Finding](), dict[str, Job]()
     findings += guarded("output", _output)(launch)
     with tempfile.TemporaryDirectory() as root:
         for name in launch.order():  # a job that makes a model comes before those that start from it
             check = guarded(f"{name}: settings and model", _job)
             findings += check(launch, name, here, Path(root) if files else None, jobs)
-        findings += guarded("jobs together", examine_together)(launch, jobs, files=files)
+        findings += guarded("jobs together", examine_together)(launch, [*jobs.values()], files=files)
     if here:
         findings += guarded("ports", _ports)(launch)
-    return [finding.model_copy(update={"found": finding.found.replace(root, "")}) for finding in findings], jobs
+    shown = [finding.model_copy(update={"found": finding.found.replace(root, "")}) for finding in findings]
+    return shown, [*jobs.values()]
 
 
 def _output(launch: LaunchConfig) -> Iterator[Finding]:
@@ -75,19 +76,19 @@ def _output(launch: LaunchConfig) -> Iterator[Finding]:
     yield ok("output", f"{launch.output}")
 
 
-def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: list[Job]) -> Iterator[Finding]:
+def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: dict[str, Job]) -> Iterator[Finding]:
     """Examine settings, servers, data files, then the models and their layout.
 
-    A job with valid settings is added to `jobs`, and replaced there when its models are known.
+    With valid settings it is put into `jobs`, at the end with its models.
 
     Args:
         root: a directory for what stands in for checkpoints that earlier jobs will make; None if no file is looked at.
     """
     config, kind, settings = launch.jobs[name], launch.jobs[name].kind, job_settings(launch, name)
     job = Job(name, kind, config.ranks, settings)
-    jobs.append(job)
+    jobs[name] = job
     if root is not None:
-        changes(settings, settings.exp_manager)  # as the job itself would refuse them, when its servers run
+        check_changes(settings, settings.exp_manager)  # as the job itself would, when its servers run
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
     if kind.samples:
         yield from missing_servers(launch, job)
@@ -102,7 +103,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: l
     parallel = settings.model.parallel
     replicas = parallel.data_parallel_size(config.ranks)
     yield from _models(launch, job, root, jobs)
-    if (planned := jobs[-1].plan) is None:
+    if (planned := jobs[name].plan) is None:
         return
     yield ok(
         f"{name}: layout",
@@ -121,8 +122,8 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: l
         check_ensemble(ensemble, planned, LOSSES[settings.reward.kind].head, settings.optimizer)
 
 
-def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) -> Iterator[Finding]:
-    """Plan the models of a job, and replace the newest of `jobs` by one that has them; see `_job` for `root`."""
+def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: dict[str, Job]) -> Iterator[Finding]:
+    """Plan the models of a job, and put it with them into `jobs`, which has those before it; see `_job` for `root`."""
     from nemo_eppo.training.reward_service import read_statistics, statistics_of
     from nemo_eppo.training.setup import plan
 
@@ -133,9 +134,8 @@ def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) 
         source, name = setup.restore_from_path, key if key == "reward_model" else f"{key}.restore_from_path"
         for setting, path in ((name, source), (f"{key}.tokenizer", setup.tokenizer)):
             yield from _exists(launch, job, setting, path, look=root is not None)
-        if source is not None and maker(launch, source):
-            by = next((other for other in jobs if other.name == maker(launch, source)), None)
-            if by is None:  # whose own fault is told
+        if source is not None and (made_by := maker(launch, source)):
+            if (by := jobs.get(made_by)) is None:  # whose own fault is told
                 continue
             try:
                 made = product(launch, by, source, head)
@@ -151,7 +151,7 @@ def _models(launch: LaunchConfig, job: Job, root: Path | None, jobs: list[Job]) 
         plans[key] = plan(setup, key, head, job.ranks)
         if head == "scalar":
             rewards[key] = read_statistics(plans[key], key)
-    jobs[-1] = replace(job, plans=plans, rewards=rewards)
+    jobs[job.name] = replace(job, plans=plans, rewards=rewards)
 
 
 def _own_code(settings: Any) -> Iterator[Finding]:

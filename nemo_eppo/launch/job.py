@@ -11,6 +11,7 @@ from nemo_eppo.settings.kinds import JobKind
 
 if TYPE_CHECKING:
     from nemo_eppo.settings.model import ModelSetup
+    from nemo_eppo.settings.training import OptimizerConfig
     from nemo_eppo.training.setup import Plan
 
 DATA = ("data.train", "data.validation")
@@ -44,11 +45,24 @@ class Job:
             found["reward_model"] = model.beside(path)
         if critic := self.setting("critic.colocated"):
             found["critic.colocated"] = model.beside(critic.restore_from_path, critic.lora)
-        sources = {f"rewards[{index}]": source for index, source in enumerate(self.setting("rewards") or ())}
-        for key, source in (sources | {"held_out_reward": self.setting("held_out_reward")}).items():
-            if source is not None and source.colocated is not None:
+        for key, source in (self.setting("reward_sources") or {}).items():
+            if source.colocated is not None:
                 found[f"{key}.colocated"] = model.beside(source.colocated.restore_from_path)
         return found
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether all its models are known."""
+        return self.plans.keys() == self.models.keys()
+
+    def is_language_model(self, key: str) -> bool:
+        """Tell whether the model under this key gives logits; all others give numbers per token."""
+        return key == "model" and self.kind.head == "lm"
+
+    def optimizer(self, key: str) -> "OptimizerConfig | None":
+        """Return the optimizer of the model under this key; None if that is not trained."""
+        settings = {"model": "optimizer", "critic.colocated": "critic.colocated.optimizer"}
+        return self.setting(settings[key]) if key in settings else None
 
     @property
     def longest(self) -> int:

@@ -14,8 +14,10 @@ from nemo_eppo.launch.gpus import Gpus, visible_gpus
 from nemo_eppo.launch.job import DATA, Job
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.machine_checks import disk
-from nemo_eppo.launch.memory import Memory, Workload, estimate
+from nemo_eppo.launch.memory import JobMemory, Memory, Workload, estimate
 from nemo_eppo.megatron import device
+from nemo_eppo.settings.model import ParallelConfig
+from nemo_eppo.settings.training import CheckpointConfig
 
 _PROCESS = 600 * 2**20  # bytes that a rank takes without a model
 _SECONDS_PER_FILE = 4.0
@@ -60,28 +62,32 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
                 yield ok(check, f"{path}: {rows} rows{'' if whole else ' and more'}")
 
 
-def memory_of(job: Job) -> Memory:
-    """Estimate the memory of the job's rank that needs most."""
-    assert job.plan is not None
-    setup, optimizer = job.settings.model, job.setting("optimizer")
-    sequences = setup.micro_batch_size * job.kind.sequences_per_row
-    return estimate(
-        job.plan.model,
-        setup.parallel,
-        setup.precision,
-        Workload(
-            micro_batch_tokens=setup.micro_batch_tokens or sequences * job.longest,
-            trained=optimizer is not None,
-            reference=job.kind.samples,
-            sequences=(job.setting("engine.max_batch_size") or 0) * setup.parallel.pipeline_model_parallel_size,
-            longest=job.longest,
-        ),
-        outputs=None if job.kind.head == "lm" else 1,
-        replicas=setup.parallel.data_parallel_size(job.ranks),
-        distributed_optimizer=bool(optimizer and optimizer.distributed),
-        recompute=setup.recompute,
-        lora=setup.lora,
-    )
+def memory_of(job: Job) -> JobMemory:
+    """Estimate the memory of the job's rank that needs most; all models of the job have to be known."""
+    staying, colocated = dict[str, Memory](), dict[str, Memory]()
+    for key, setup in job.models.items():
+        main, optimizer, stages = key == "model", job.optimizer(key), setup.parallel.pipeline_model_parallel_size
+        sequences = setup.micro_batch_size * job.kind.sequences_per_row
+        decodes = main and job.setting("engine.name") == "megatron"  # TensorRT-LLM's cache takes what is free
+        memory = estimate(
+            job.plans[key].model,
+            setup.parallel,
+            setup.precision,
+            Workload(
+                micro_batch_tokens=setup.micro_batch_tokens or sequences * job.longest,
+                trained=optimizer is not None,
+                reference=main and job.kind.samples,
+                sequences=stages * job.setting("engine.max_batch_size") if decodes else 0,
+                longest=job.longest,
+            ),
+            outputs=None if job.is_language_model(key) else 1,
+            replicas=setup.parallel.data_parallel_size(job.ranks),
+            distributed_optimizer=bool(optimizer and optimizer.distributed),
+            recompute=setup.recompute,
+            lora=setup.lora,
+        )
+        (colocated if key.endswith(".colocated") else staying)[key] = memory
+    return JobMemory(staying, colocated)
 
 
 def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
@@ -89,19 +95,23 @@ def _memory(jobs: Sequence[Job]) -> Iterator[Finding]:
     import psutil
 
     capacities, together = device.capacities(), 0
-    for job in (job for job in jobs if job.plan is not None):
+    for job in (job for job in jobs if job.is_examined):
         memory = memory_of(job)
-        parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
-        parts |= {"reference": memory.reference, "work": memory.work}
+        parts = {
+            name: sum(getattr(model, name) for model in memory.staying.values())
+            for name in ("weights", "gradients", "optimizer")
+        }
+        parts |= {"work": max(model.work for model in memory.staying.values())}
+        parts |= {f"{key} in its turn": model.states + model.work for key, model in memory.colocated.items()}
+        parts |= {"in the host's memory": memory.host}
         told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
-        on_device = memory.total - memory.reference  # the reference lies in the host's memory
-        text, check = f"{on_device / 2**30:.2f} GiB a rank at its peak (GiB: {told})", f"{job.name}: memory"
-        if capacities and on_device > min(capacities):
+        text, check = f"{memory.device / 2**30:.2f} GiB a rank at its peak (GiB: {told})", f"{job.name}: memory"
+        if capacities and memory.device > min(capacities):
             hint = "more tensor or pipeline parallelism, model.recompute, a smaller micro-batch, or model.lora"
             yield error(check, f"{text}; a GPU has {min(capacities) / 2**30:.0f}", hint)
         else:
             yield ok(check, text)
-        together += job.ranks * (_PROCESS + (memory.reference if capacities else memory.total))
+        together += job.ranks * (_PROCESS + (memory.host if capacities else memory.total))
     available = psutil.virtual_memory().available
     text = f"{together / 2**30:.1f} GiB for all jobs, {available / 2**30:.1f} free on this machine"
     if together > available:
@@ -131,6 +141,9 @@ def _speed(jobs: Sequence[Job]) -> Iterator[Finding]:
                 slow["optimizer.overlap_grad_reduce = false"] = "null, which sums gradients during the backward pass"
         if slow:
             yield warning(f"{job.name}: speed", f"slow on GPUs: {', '.join(slow)}", f"set {'; '.join(slow.values())}")
+        if job.setting("engine.name") == "megatron" and not job.setting("engine.cuda_graphs"):
+            why = "off until proven on your GPU: bash tests/gpu/run.sh --only decoder tells what they gain"
+            yield ok(f"{job.name}: CUDA graphs", f"engine.cuda_graphs = false, {why}")
 
 
 def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
@@ -144,8 +157,14 @@ def _gpus(launch: LaunchConfig) -> Iterator[Finding]:
 def _disk(launch: LaunchConfig, jobs: Sequence[Job]) -> Iterator[Finding]:
     """Check the disk space for checkpoints: the ones kept, and one being written."""
     needed = 0
-    for job in (job for job in jobs if job.plan is not None and job.setting("optimizer") is not None):
-        memory, parallel = memory_of(job), job.settings.model.parallel
-        kept = job.setting("checkpoint.keep") or 2
-        needed += (memory.weights + memory.optimizer) * parallel.model_parallel_size * (kept + 1)
+    for job in (job for job in jobs if job.is_examined):
+        asked_by = (actor for actor in jobs if actor.kind.samples and job.name in launch.jobs[actor.name].needs)
+        owner = next(asked_by, job) if job.kind.serves else job  # an actor decides what its critic keeps
+        kept = (owner.setting("checkpoint.keep") or CheckpointConfig().keep) + bool(owner.setting("checkpoint.best"))
+        number = kept * (job.setting("ensemble.members") or 1) + 1
+        for key in (key for key in job.models if job.optimizer(key) is not None):
+            setup, outputs = job.models[key], None if job.is_language_model(key) else 1
+            model, layout = job.plans[key].model, ParallelConfig()  # a checkpoint is as large in every layout
+            whole = estimate(model, layout, setup.precision, Workload(1), outputs=outputs, lora=setup.lora)
+            needed += number * (whole.weights + whole.optimizer)
     yield disk(launch.output, needed)

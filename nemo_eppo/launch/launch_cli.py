@@ -13,8 +13,8 @@ certificates are filled in. Everything is checked before anything starts. The sa
 
   local        starts the jobs, with a log each in <output>/logs, and shows their state. Ctrl-C, or the first job that
                fails, stops all of them; the exit status is that of the failed job.
-  slurm        writes a batch script: a heterogeneous job with pyxis containers, requeued before its time is over. Of
-               several trainings, a script that submits a job for each, which waits for those before.
+  slurm        writes a batch script: a heterogeneous job, in pyxis containers or not, requeued before its time is over.
+               Of several trainings, a script that submits a job for each, which waits for those before.
   kubernetes   writes manifests: an Indexed Job and a headless Service for each training and its servers, suspended
                until those before are complete."""
 
@@ -22,7 +22,7 @@ _EPILOG = """\
 examples:
   nemo-eppo launch examples/launch/quickstart.yaml --dry-run
   nemo-eppo launch run.yaml jobs.actor.settings.ppo.max_steps=200
-  nemo-eppo launch run.yaml jobs.actor.colocate=true            critic and reward models inside the actor, no servers
+  nemo-eppo launch run.yaml jobs.actor.colocate=true  # critic and reward models inside the actor, no servers
   nemo-eppo launch run.yaml --sweep shaping.energy_penalty.eta=0,2,5
   nemo-eppo launch examples/launch/llama3_8b_2_nodes.yaml --backend slurm --output run.sbatch && sbatch run.sbatch"""
 
@@ -43,9 +43,9 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--sweep",
         metavar="KEY=V1,V2,...",
-        help="run the actor, with a fresh critic, once for each value of a key of the launch file or of the actor's "
-        "settings; reward servers and trainings run once. Results are in <output>/KEY=VALUE, and side by side in "
-        "<output>/comparison.html; values that are complete are skipped",
+        help="run the actor, with a fresh critic, once for each value of a key of the actor's settings, or of the "
+        "launch file if it changes these two jobs alone; reward servers and trainings run once. Results are in "
+        "<output>/KEY=VALUE, and side by side in <output>/comparison.html; values that are complete are skipped",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would be run, write nothing"
@@ -56,6 +56,7 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _launch(arguments: argparse.Namespace) -> None:
     from nemo_eppo.config import ConfigError
     from nemo_eppo.files import write_atomically
+    from nemo_eppo.launch.colocation import colocated
     from nemo_eppo.launch.kubernetes import manifests
     from nemo_eppo.launch.launch_file import read_launch
     from nemo_eppo.launch.local import LaunchError, commands, open_nursery, run_local
@@ -71,11 +72,7 @@ def _launch(arguments: argparse.Namespace) -> None:
 
         launch, actors = swept(variants(arguments.file, arguments.overrides, arguments.sweep))
     else:
-        launch = read_launch(arguments.file, arguments.overrides)
-        if any(job.colocate for job in launch.jobs.values()):
-            from nemo_eppo.launch.colocation import colocated
-
-            launch = colocated(launch)
+        launch = colocated(read_launch(arguments.file, arguments.overrides))
     nursery = open_nursery(launch) if local and not arguments.dry_run else None  # imports during the examination
     from nemo_eppo.launch.examination import check_launch  # brings torch, which a fault of the file need not wait for
 

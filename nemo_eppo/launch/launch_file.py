@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
 from nemo_eppo.entry.settings import nested
@@ -17,6 +17,7 @@ from nemo_eppo.settings.kinds import KINDS, JobKind
 
 _SIZES = {"nodes": "nodes", "ntasks": "ranks_per_node", "ntasks-per-node": "ranks_per_node"}
 _RESOURCES = {"nvidia.com/gpu": "the jobs' ranks_per_node", "memory": "kubernetes.memory", "cpu": "kubernetes.cpus"}
+_FILLED_IN = {"colocated", "function", "server.url", "server.job", "server.certificates"}  # for a reward of a job
 _POD_KEYS = ("restartPolicy", "subdomain")
 _CONTAINER_KEYS = ("image", "command", "args")
 
@@ -55,7 +56,8 @@ class JobConfig(Config):
     one out."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the script, nested as in conf/ or with dots in the keys. Run directory, addresses and certificates
-    are filled in."""
+    are filled in. In an actor's `rewards`, {job: NAME, weight: 0.5, ...} stands for the reward model that one of its
+    needs serves, with the settings of a source of reward; either none of these needs is named so, or each once."""
 
     @property
     def kind(self) -> JobKind:
@@ -71,6 +73,12 @@ class JobConfig(Config):
         return self.kind.serves == "reward" or self.setting("reward_model") is not None
 
     @property
+    def rewards_of_jobs(self) -> list[dict[str, Any]]:
+        """Those of its `rewards` that name a job; usually none."""
+        rewards = self.setting("rewards")
+        return [own for own in rewards if isinstance(own, dict) and "job" in own] if isinstance(rewards, list) else []
+
+    @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
@@ -82,24 +90,28 @@ class JobConfig(Config):
         return value
 
 
-class ImageConfig(Config):
-    """The container image of a cluster's jobs; the defaults fit that of docker/Dockerfile."""
+class InstalledConfig(Config):
+    """What the jobs of a cluster run; the defaults fit the image of docker/Dockerfile."""
 
-    image: str
-    """Name of the image; pyxis (Slurm) takes registry#name:tag, or a .sqsh file."""
     code: PurePosixPath = PurePosixPath("/opt/nemo_eppo")
-    """Path of this repository in the image."""
+    """Path of this repository where the jobs run."""
     server_python: str = "/opt/servers/bin/python"
-    """Path, in the image, of the Python that has PyTriton and runs the servers."""
+    """The Python there that has PyTriton and runs the servers."""
 
     def python(self, job: JobConfig) -> str:
         """Return the Python that runs a job's script."""
         return self.server_python if job.serves else "python"
 
 
-class SlurmConfig(ImageConfig):
-    """How each stage of the run becomes a heterogeneous Slurm job with pyxis containers."""
+class SlurmConfig(InstalledConfig):
+    """How each stage of the run becomes a heterogeneous Slurm job, in pyxis containers or without any."""
 
+    image: str | None = None
+    """Container image of all jobs, registry#name:tag or a .sqsh file; needs pyxis. null runs them without containers,
+    in an environment that `setup` makes on all nodes, and needs `code` and `server_python` as they are there."""
+    setup: str = ""
+    """Lines of shell that begin the batch script, such as `module load cuda` or `source /venv/bin/activate`; all
+    ranks get the variables that they export, among them the PATH on which `python` is found."""
     mounts: tuple[str, ...] = ()
     """Directories of the cluster to mount in the containers, source:target."""
     sbatch: SbatchOptions = Field(default_factory=dict)
@@ -111,9 +123,21 @@ class SlurmConfig(ImageConfig):
     """Seconds before the time limit at which the run is told to save after its step, and is requeued to resume. If a
     step and its checkpoint take longer, it is ended before and resumes from the previous checkpoint."""
 
+    @model_validator(mode="after")
+    def _without_an_image_all_is_known(self) -> "SlurmConfig":
+        if self.image is None:
+            if missing := [name for name in ("code", "server_python") if name not in self.model_fields_set]:
+                raise ValueError(f"{missing[0]}: required without image, expected its path on the nodes")
+            if self.mounts:
+                raise ValueError(f"mounts = {list(self.mounts)}: only containers have them, expected image too")
+        return self
 
-class KubernetesConfig(ImageConfig):
+
+class KubernetesConfig(InstalledConfig):
     """How each stage of the run becomes an Indexed Job with a Service; a pod's index decides which job it runs."""
+
+    image: str
+    """Name of the container image."""
 
     namespace: str = "default"
     """Namespace of the Job and the Service."""
@@ -161,8 +185,8 @@ class KubernetesConfig(ImageConfig):
 class LaunchConfig(Config):
     """A launch file."""
 
-    name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")
-    """Name of the run: lower case letters, digits and dashes."""
+    name: str
+    """Name of the run: up to 40 lower case letters, digits and inner dashes; the first is a letter."""
     output: Path
     """Directory of the run: <output>/<job> is a job's run directory, <output>/logs holds the logs. Launched again
     with the same directory, the jobs resume from their checkpoints."""
@@ -182,6 +206,13 @@ class LaunchConfig(Config):
     kubernetes: KubernetesConfig | None = None
     """Settings of --backend kubernetes, which needs them."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+            raise ValueError("expected up to 40 lower case letters, digits and inner dashes, the first a letter")
+        return name
+
     @model_validator(mode="after")
     def _jobs_fit_together(self) -> "LaunchConfig":
         for name, job in self.jobs.items():
@@ -192,6 +223,7 @@ class LaunchConfig(Config):
                 raise ValueError(f"jobs.{name}.needs: no job '{unknown[0]}' (jobs: {', '.join(self.jobs)})")
             if job.held_out is not None and job.held_out not in job.needs:
                 raise ValueError(f"jobs.{name}.held_out = '{job.held_out}': expected one of its needs")
+            self._check_rewards_of_jobs(name)
             port = job.setting("server.port")  # the launcher itself uses it, before a script sees it
             if port is not None and (type(port) is not int or not 0 <= port < 2**16):
                 raise ValueError(f"jobs.{name}.settings.server.port = {port!r}: expected 0 (any) to 65535")
@@ -200,6 +232,31 @@ class LaunchConfig(Config):
         except CycleError as error:
             raise ValueError(f"jobs need each other in a circle: {' -> '.join(error.args[1])}") from None
         return self
+
+    def _check_rewards_of_jobs(self, actor: str) -> None:
+        """Refuse `rewards` that name jobs, but not each that serves one, or one twice, or say where it is."""
+        rewards, served = self.jobs[actor].rewards_of_jobs, self._reward_jobs(actor)
+        named = list[Any]()
+        for reward in rewards:
+            name, server = reward["job"], reward.get("server", {})
+            where = f"jobs.{actor}.settings.rewards: {{job: {name}}}:"
+            if name not in served:
+                known = f"{', '.join(served) or 'none does'}"
+                raise ValueError(f"{where} expected one of its needs that serves a reward to train with: {known}")
+            if name in named:
+                raise ValueError(f"{where} this job is named twice")
+            if not isinstance(server, dict) or (taken := _FILLED_IN & {*reward, *(f"server.{key}" for key in server)}):
+                found = f"server = {server!r}" if not isinstance(server, dict) else min(taken)
+                raise ValueError(f"{where} expected no {found}, the launcher says where it is")
+            named.append(name)
+        if rewards and (left := [name for name in served if name not in named]):
+            raise ValueError(
+                f"jobs.{actor}.settings.rewards: the job {left[0]} is left out, expected {{job: {left[0]}}}, or no job"
+            )
+
+    def _reward_jobs(self, actor: str) -> list[str]:
+        job = self.jobs[actor]
+        return [need for need in job.needs if self.jobs[need].serves_reward and need != job.held_out]
 
     @property
     def certificates_folder(self) -> Path:
@@ -216,9 +273,9 @@ class LaunchConfig(Config):
         return [need for need in self.jobs[actor].needs if self.jobs[need].kind.serves == "critic"]
 
     def rewards(self, actor: str) -> list[str]:
-        """List the jobs whose rewards an actor is trained with; its critic may be one of them."""
-        job = self.jobs[actor]
-        return [need for need in job.needs if self.jobs[need].serves_reward and need != job.held_out]
+        """List the jobs whose rewards an actor is trained with, in the order of its rewards, or else of its needs; its
+        critic may be one of them."""
+        return [own["job"] for own in self.jobs[actor].rewards_of_jobs] or self._reward_jobs(actor)
 
     def order(self) -> list[str]:
         """List the jobs, each after those that it needs, else in the order of the file; CycleError for a circle."""
@@ -247,7 +304,12 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
         for name, job in jobs.items() if isinstance(jobs, dict) else ():
             if isinstance(job, dict) and isinstance(job.get("settings"), dict):
                 job["settings"] = nested(job["settings"], f"{file}: jobs.{name}.settings.")
-        merged = OmegaConf.merge(loaded, changes)
+        merged = OmegaConf.create(loaded)
+        for override, change in changes.items():
+            try:
+                merged.merge_with(change)
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{override}: {error}; a list is given whole, KEY=[A,B]") from None
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ConfigError(f"{file}: required, but not set (???): {', '.join(sorted(missing))}")
@@ -260,9 +322,14 @@ def read_launch(file: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     return load_config(LaunchConfig, values)
 
 
-def _parsed(overrides: Sequence[str]) -> Any:
-    """Parse `key=value` arguments; ConfigError, which names the argument, if one is none or a key is given twice."""
+def _parsed(overrides: Sequence[str]) -> dict[str, DictConfig]:
+    """Parse `key=value` arguments, each by itself.
+
+    Raises:
+        ConfigError: one is none, or a key is given twice; the message names the argument.
+    """
     first: dict[str, str] = {}
+    parsed = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -270,7 +337,7 @@ def _parsed(overrides: Sequence[str]) -> Any:
         if (earlier := first.setdefault(key, override)) is not override:
             raise ConfigError(f"{key} is given twice on the command line: {earlier} and {override}")
         try:
-            OmegaConf.from_dotlist([override])
+            parsed[override] = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"{override}: expected KEY=VALUE ({' '.join(str(error).split())})") from None
-    return OmegaConf.from_dotlist(list(overrides))
+    return parsed

@@ -111,7 +111,7 @@ class Supervisor:
                 if row.state is State.WAITING and self._may_start(name):
                     self._start(name)
                 elif row.state in (State.STARTING, State.READY, State.RUNNING):
-                    self._watch(name)
+                    self._watch(name, status)
             status.show()
             time.sleep(POLL_S)
 
@@ -180,7 +180,7 @@ class Supervisor:
             ready = self._ready_file(name)
             ready.unlink(missing_ok=True)
             argv.append(override("server.ready_file", str(ready)))
-        file = self._logs / f"{name}.log"
+        file = self._log(name)
         with file.open("a") as log:
             print(f"\n$ {shlex.join(argv)}", file=log, flush=True)
             if self._nursery is not None and not job.environment:
@@ -198,7 +198,7 @@ class Supervisor:
         row.state = State.STARTING if job.serves else State.RUNNING
         row.started, row.ended = time.monotonic(), 0.0
 
-    def _watch(self, name: str) -> None:
+    def _watch(self, name: str, status: Status) -> None:
         job, row = self._launch.jobs[name], self._rows[name]
         code = self._processes[name].poll()
         needed_by = [other for other, config in self._launch.jobs.items() if name in config.needs]
@@ -209,6 +209,10 @@ class Supervisor:
             self._gpus.give_back(name)
             if job.serves and row.url and self._restarts[name] < MOST_RESTARTS:
                 self._restarts[name] += 1
+                count = f"{self._restarts[name]} of {MOST_RESTARTS}"
+                status.say(
+                    f"{name}: ended with exit status {code}, is started again ({count}); its log is {self._log(name)}"
+                )
                 self._start(name)
             elif code == NOT_FINISHED:
                 raise self._failure(name, "ended before its last step; the same command goes on", code)
@@ -237,12 +241,15 @@ class Supervisor:
 
     def _failure(self, name: str, what: str, status: int) -> LaunchError:
         self._rows[name].state = State.FAILED
-        log = self._logs / f"{name}.log"
+        log = self._log(name)
         lines = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines(keepends=True)  # of the last start
         # torchrun's report on failed ranks is long, and after its first line repeats what the ranks have printed.
         end = next((number for number, line in enumerate(lines, start=1) if "failed (exitcode: " in line), len(lines))
         tail = "".join(lines[:end][-TAIL_LINES:])
         return LaunchError(f"{tail}\nlaunch: {name} {what}; its log is {log}", status or 1)
+
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
 
     def _ready_file(self, name: str) -> Path:
         return (self._logs / f"{name}.ready.json").absolute()

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from nemo_eppo.settings.model import Head
     from nemo_eppo.training.setup import Plan
 
-AVERAGE = "average"  # WARM's, the only checkpoint that is no directory of checkpoints
-
 
 class Product(NamedTuple):
     """A checkpoint, or a directory of checkpoints, that a job will make."""
@@ -47,18 +45,13 @@ def products(job: Job) -> dict[str, Product]:
     if reward is None:
         return {CHECKPOINTS: Product("scalar", {})}
 
+    from nemo_eppo.training.reward_ensemble import AVERAGE, averaged
     from nemo_eppo.training.reward_losses import LOSSES
 
-    state = {"kind": reward.kind, "score": reward.score, "mean": 0.0, "std": 1.0}
-    if reward.kind == "inform":
-        state["latent_size"] = reward.inform.latent_size
-    one = Product(LOSSES[reward.kind].head, state)
-    if ensemble.members == 1 and not ensemble.linear_probe_steps:
-        return {CHECKPOINTS: one}
-    made = {f"member_{index}/{CHECKPOINTS}": one for index in range(ensemble.members)}
+    one = Product(LOSSES[reward.kind].head, reward.state(mean=0.0, std=1.0))
+    made = {str(Path(folder, CHECKPOINTS)): one for folder in ensemble.folders}
     if ensemble.average:
-        kind = "warm" if reward.kind == "bradley_terry" else reward.kind
-        made[AVERAGE] = Product(one.head, state | {"kind": kind})
+        made[AVERAGE] = Product(one.head, averaged(one.state))
     return made
 
 

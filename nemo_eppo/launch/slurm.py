@@ -19,14 +19,13 @@ _HEAD = """\
 """
 
 _SETUP = """\
-set -euo pipefail
+{setup}set -euo pipefail
 
 logs={logs}
 mkdir -p "$logs"
 first_node() {{ scontrol show hostnames "$1" | sed -n 1p; }}
 {hosts}
-container=({container})
-{certificates}# torch.distributed's names for what srun tells each process
+{container}{certificates}# torch.distributed's names for what srun tells each process
 # shellcheck disable=SC2016
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
@@ -37,7 +36,7 @@ _CERTIFICATES = """\
 # The run's certificates: only its jobs can speak to its servers, and what they send is encrypted.
 certificates={folder}
 if [[ ! -d $certificates ]]; then
-    {srun} "${{container[@]}}" {python} -m nemo_eppo.cli certificates "$certificates"
+    {srun} {python} -m nemo_eppo.cli certificates "$certificates"
 fi
 
 """
@@ -106,8 +105,8 @@ def _script(stage: Stage) -> str:
     slurm = launch.slurm
     if slurm is None:
         raise ConfigError(
-            "slurm: required with --backend slurm, but not set; expected the container image and options of sbatch: "
-            "slurm: {image: registry#name:tag, sbatch: {account: NAME, partition: NAME, time: 12:00:00}}"
+            "slurm: required with --backend slurm, but not set; expected options of sbatch, and the container image or "
+            "where all is installed: slurm: {image: registry#name:tag, sbatch: {account: NAME, time: 12:00:00}}"
         )
     names = [*(name for name in launch.order() if name != last), last]
     if not launch.output.is_absolute():
@@ -115,13 +114,18 @@ def _script(stage: Stage) -> str:
     hosts = {name: f"${{oc.env:{_host(name)}}}" for name in names}
     addresses = served_at(launch, hosts, launch.certificates_folder)
     parts = [_HEAD.format(name=launch.name, output=launch.output), _options(launch, slurm, names), "\n"]
-    mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
+    container = ""
+    if slurm.image is not None:
+        mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
+        container = f"container=({shlex.join([f'--container-image={slurm.image}', *mounts])})\n"
     parts.append(
         _SETUP.format(
             logs=shlex.quote(str(launch.output / "logs")),
             hosts="\n".join(_find_host(name, group, len(names)) for group, name in enumerate(names)),
             certificates=_make_certificates(launch, slurm, len(names)),
-            container=shlex.join([f"--container-image={slurm.image}", *mounts]),
+            container=container,
+            # modules and virtual environments read variables that are not set
+            setup=f"set -eo pipefail\n{slurm.setup.rstrip()}\n" if slurm.setup else "",
         )
     )
     patience = slurm.requeue_before_end - _REQUEUE_S
@@ -165,8 +169,15 @@ def _make_certificates(launch: LaunchConfig, slurm: SlurmConfig, groups: int) ->
         return ""
     srun = ["srun", *(["--het-group=0"] if groups > 1 else []), "--nodes=1", "--ntasks=1"]
     return _CERTIFICATES.format(
-        folder=shlex.quote(str(launch.certificates_folder)), srun=shlex.join(srun), python=slurm.server_python
+        folder=shlex.quote(str(launch.certificates_folder)),
+        srun=shlex.join(srun) + _container(slurm),
+        python=slurm.server_python,
     )
+
+
+def _container(slurm: SlurmConfig) -> str:
+    """The end of srun's options: those of the container, if there is one."""
+    return "" if slurm.image is None else ' "${container[@]}"'
 
 
 def _host(name: str) -> str:
@@ -194,7 +205,7 @@ def _step(
     }
     lines = [
         shlex.join([*srun, "--kill-on-bad-exit=1"]),
-        f'--open-mode=append --output="$logs/{name}.log" "${{container[@]}}"',
+        f'--open-mode=append --output="$logs/{name}.log"' + _container(slurm),
         f'env MASTER_ADDR="${_host(name)}" ' + shlex.join(f"{key}={value}" for key, value in variables.items()),
         'bash -c "$as_rank" rank ' + shlex.join([slurm.python(job), "-u", script(job, slurm.code)]),
         *(shlex.quote(override) for override in overrides(launch, name, addresses)),

@@ -110,6 +110,7 @@ class Status:
             state, metrics = self._told.get(row.name, (State.WAITING, ""))
             changed = row.state is not state
             if changed or (with_metrics and row.is_ending):
+                self._next_line = time.monotonic() + LINE_INTERVAL_S
                 self._line(row, f"{row.state_text()} {row.url if row.state is State.READY else ''}".rstrip())
             ended = changed and row.state in _ENDED
             if (with_metrics and row.state is State.RUNNING) or ended:

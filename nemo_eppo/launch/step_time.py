@@ -12,7 +12,7 @@ from nemo_eppo.launch.cluster import Cluster
 from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.job_checks import memory_of
 from nemo_eppo.launch.launch_file import LaunchConfig
-from nemo_eppo.launch.memory import Workload, estimate
+from nemo_eppo.launch.memory import OPTIMIZER_BYTES, parameters
 from nemo_eppo.launch.placement import Passes, Placement
 from nemo_eppo.launch.work import Work
 from nemo_eppo.rewards.pipeline import RewardPipeline
@@ -87,7 +87,7 @@ class _Step:
             settings.generation.max_new_tokens,
         )
         self.length = self.prompt + self.new
-        self.mini, self.updates = ppo.mini_batch_size, ppo.epochs * ppo.responses // ppo.mini_batch_size
+        self.mini, self.updates = ppo.mini_batch_size, ppo.updates_per_step
         self.policy = self._placed(actor, "model")
         self.served_by = [name for name in launch.jobs[actor.name].needs if launch.jobs[name].serves]
         if missing := [name for name in self.served_by if name not in self.jobs]:
@@ -98,16 +98,9 @@ class _Step:
         if key not in job.plans:
             raise ConfigError(f"jobs.{job.name}: no estimate, its {key} is not known here: see the findings about it")
         setup, plan = job.models[key], job.plans[key]
-        language = key == "model" and job.kind.head == "lm"
-        optimizer = {"model": job.setting("optimizer"), "critic.colocated": job.setting("critic.colocated.optimizer")}
-        memory = estimate(
-            plan.model,
-            setup.parallel,
-            setup.precision,
-            Workload(micro_batch_tokens=1, trained=optimizer.get(key) is not None),
-            outputs=None if language else 1,
-            lora=setup.lora,
-        )
+        language, optimizer = job.is_language_model(key), job.optimizer(key)
+        outputs, stages = None if language else 1, range(setup.parallel.pipeline_model_parallel_size)
+        most = max(parameters(plan.model, setup.parallel, stage, outputs, setup.lora) for stage in stages)
         return Placement(
             job=job.name,
             model=plan.model,
@@ -115,9 +108,9 @@ class _Step:
             ranks=job.ranks,
             ranks_per_node=self.launch.jobs[job.name].ranks_per_node,
             language=language,
-            weights=memory.weights / (4 if setup.precision == "fp32" else 2),
-            trained=memory.gradients / 4,
-            optimizer=optimizer.get(key),
+            weights=most.all,
+            trained=most.trained if optimizer is not None else 0,
+            optimizer=optimizer,
         )
 
     def _passes(self, placed: Placement, rows: int) -> _Timed:
@@ -182,7 +175,7 @@ class _Step:
             return Work()
         size = placed.weights * placed.shape.bytes
         if trained:
-            size += placed.trained * (8 if placed.setup.precision == "fp32" else 12)
+            size += placed.trained * OPTIMIZER_BYTES[placed.setup.precision]
         return Work(host=2 * size)
 
     def _request(self, numbers: int) -> Work:
@@ -279,7 +272,7 @@ class _Step:
                 "replica": sent.replica_bytes,
                 "servers": asked,
             },
-            memory={name: float(memory.total - memory.reference) for name, memory in needed.items()},
+            memory={name: float(memory.device) for name, memory in needed.items()},
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ def variants(file: Path, changes: Sequence[str], sweep: str) -> dict[str, Launch
 
     Args:
         changes: `key=value` arguments for all of them.
-        sweep: KEY=V1,V2,... where KEY is one of the launch file, or a setting of its only actor.
+        sweep: KEY=V1,V2,... where KEY is a setting of the only actor, or one of the launch file that changes this
+            actor and its critic alone.
 
     Returns:
         launches by the name of their value, "KEY=VALUE" without characters that are awkward in paths.
@@ -61,18 +62,19 @@ def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str,
         and the run directories of all actors.
 
     Raises:
-        ConfigError: the values change a job that runs once.
+        ConfigError: the values change something that is one for all of them.
     """
     base = next(iter(launches.values()))
     actor = _actor(base)
     own = {actor, *base.critics(actor)}
+    once = _once(base, own)
     for launch in launches.values():
-        for name, job in base.jobs.items():
-            if name not in own and job != launch.jobs[name]:
-                raise ConfigError(
-                    f"--sweep changes the job {name}, which runs once for all values; expected a setting of "
-                    f"{', '.join(sorted(own))}"
-                )
+        other = _once(launch, own)
+        if changed := [what for what in once | other if once.get(what) != other.get(what)]:
+            raise ConfigError(
+                f"--sweep changes {changed[0]}, of which there is one for all values; expected a setting of "
+                f"{', '.join(sorted(own))}"
+            )
     jobs = {name: job for name, job in base.jobs.items() if name not in own}
     previous: tuple[str, ...] = ()
     for value, launch in launches.items():
@@ -81,13 +83,27 @@ def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str,
             continue
         for name in launch.order():
             if name in own:
-                needs = tuple(renamed.get(need, need) for need in launch.jobs[name].needs)
-                held_out = launch.jobs[name].held_out
-                update = {"needs": needs + previous, "held_out": held_out and renamed.get(held_out, held_out)}
-                jobs[renamed[name]] = launch.jobs[name].model_copy(update=update)
+                job = launch.jobs[name]
+                needs, held_out = tuple(renamed.get(need, need) for need in job.needs), job.held_out
+                update: dict[str, Any] = {"needs": needs + previous}
+                update["held_out"] = held_out and renamed.get(held_out, held_out)
+                if job.rewards_of_jobs:
+                    rewards = [
+                        reward | {"job": renamed.get(reward["job"], reward["job"])} if "job" in reward else reward
+                        for reward in job.settings["rewards"]
+                    ]
+                    update["settings"] = job.settings | {"rewards": rewards}
+                jobs[renamed[name]] = job.model_copy(update=update)
         previous = (renamed[actor],)
     directories = {value: base.output / value / actor for value in launches}
     return base.model_copy(update={"jobs": jobs}), directories
+
+
+def _once(launch: LaunchConfig, own: Set[str]) -> dict[str, Any]:
+    """What all values share, by how a message calls it: jobs but for `own`, and all else but `variables`."""
+    fields = LaunchConfig.model_fields.keys() - {"jobs", "variables"}
+    jobs = {f"the job {name}": job for name, job in launch.jobs.items() if name not in own}
+    return jobs | {name: getattr(launch, name) for name in sorted(fields)}
 
 
 def _actor(launch: LaunchConfig) -> str:

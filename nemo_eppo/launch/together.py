@@ -108,6 +108,8 @@ def _windows(actor: Job, job: Job) -> Iterator[Finding]:
 
 def _tokenizers(actor: Job, job: Job) -> Iterator[Finding]:
     """Check that a job's models have the actor's tokenizer."""
+    from nemo_eppo.training.setup import unlike
+
     if actor.plan is None:
         return
     expected, first = actor.plan.tokenizer, actor.name
@@ -118,18 +120,8 @@ def _tokenizers(actor: Job, job: Job) -> Iterator[Finding]:
         )
         if tokenizer is expected:
             continue
-        differences = [
-            f"{what} {theirs!r}, {first} has {ours!r}"
-            for what, theirs, ours in (
-                ("vocabulary of", tokenizer.vocab_size, expected.vocab_size),
-                ("EOS", tokenizer.eos_id, expected.eos_id),
-            )
-            if theirs != ours
-        ]
-        if not differences and tokenizer.digest != expected.digest:
-            differences = [f"other tokens than {first}'s under the same numbers"]
-        if differences:
-            yield error(check, "; ".join(differences), f"models of one run need one tokenizer: {first}'s")
+        if difference := unlike(tokenizer, expected, first):
+            yield error(check, difference, f"models of one run need one tokenizer: {first}'s")
         elif tokenizer.chat_template != expected.chat_template:
             yield warning(
                 check,

@@ -21,6 +21,7 @@ those of adapters are not counted.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from nemo_eppo.launch.memory import NUMBER_BYTES
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 
 _HEAD_TOUCHES, _HEAD_TOUCHES_BACKWARD, _SAMPLING_TOUCHES = 8, 14, 16
@@ -102,7 +103,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        return 4 if self.precision == "fp32" else 2
+        return NUMBER_BYTES[self.precision]
 
     @property
     def stages(self) -> int:

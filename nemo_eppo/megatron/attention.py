@@ -45,6 +45,10 @@ def attend(
         visible = _band(whole, window or whole, query.dtype, query.device)[:size, :size]
         causal = False
     if softcap is None:
+        heads, groups = query.size(1), key.size(1)
+        if device.on_gpu() and heads != groups and (visible is not None or query.dtype == torch.float32):
+            # torch's kernel for masks and fp32 wants as many heads of keys as of queries; another keeps all logits
+            key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -52,7 +56,7 @@ def attend(
             visible,
             is_causal=causal,
             scale=scale,
-            enable_gqa=query.size(1) != key.size(1),
+            enable_gqa=heads != key.size(1),
         )
     grouped = query.unflatten(1, (key.size(1), -1))  # [b, groups, heads of a group, l, D]
     logits = (grouped @ key.unsqueeze(2).mT).to(torch.promote_types(query.dtype, torch.float32)).flatten(1, 2)

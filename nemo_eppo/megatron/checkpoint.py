@@ -10,11 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import lora
@@ -54,7 +62,7 @@ def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Pa
     request.execute_sync()
     if dist.get_rank() == 0:
         complete(incomplete, directory, manifest, tokenizer)
-    dist.barrier()
+    dist.barrier(control_group())
     return directory
 
 
@@ -74,8 +82,14 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
         async_sharded_save=True,
     )
     if request.async_fn is not None:  # this rank writes
-        write = partial(_write_and_note_digests, incomplete, request.async_fn, os.getpid())
-        request = request._replace(async_fn=write)
+        write, stage = partial(_write_and_note_digests, incomplete, request.async_fn, os.getpid()), request.preload_fn
+        staged: list[Any] = []  # pinned memory, which the forked writer shares: megatron-core would let torch reuse it
+
+        def stage_and_keep() -> Any:
+            staged.append(stage())
+            return staged[-1]
+
+        request = request._replace(async_fn=write, preload_fn=stage_and_keep)
     return request, manifest.model_copy(update={"lora": lora.attached(runner.chunks)}), incomplete
 
 
@@ -157,7 +171,14 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
             state[name] = {key: value for key, value in state[name].items() if not key.startswith("head.")}
     refuse_code(directory / WEIGHTS)
     with refusals(directory / WEIGHTS):
-        loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
+        loaded = dist_checkpointing.load(
+            state,
+            str(directory / WEIGHTS),
+            FullyParallelLoadStrategyWrapper(
+                get_default_load_sharded_strategy(str(directory / WEIGHTS)),
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+            ),
+        )
     for index, chunk in enumerate(runner.chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"chunk{index}"], strict=False)
         wrong = [key for key in missing if not key.endswith(_QUANTISED) and not (fresh_head and "head." in key)]
@@ -201,6 +222,8 @@ def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> di
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",  # the only one (0.16) that loads under any layout
+        # one replica collects the state in host memory, instead of each of them on its GPU and then in host memory
+        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     state: dict[str, Any] = {}
     for index, chunk in enumerate(runner.chunks):
@@ -210,5 +233,10 @@ def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> di
         if is_loading:
             allocate_state(runner.optimizer)
         state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        if is_loading:
+            # megatron-core (0.16) zeroes memory for the whole state of a distributed optimizer, and takes more for what
+            # other replicas read: memory that was never written to takes none
+            for part in nested_values(state["optimizer"].get("param_state", {})):
+                part.data = torch.empty_like(part.data)
         state["scheduler"] = runner.scheduler.state_dict()
     return state

@@ -54,7 +54,7 @@ def write_weights(
     layers: dict[int, list[WriteItem]] = {}
     makers: dict[MetadataIndex, Callable[[], Tensor]] = {}
     for name, entry in entries(model, outputs).items():
-        (key, layer), shape = _key(name), entry.shape(model)
+        (key, layer), shape = stored_key(name), entry.shape(model)
         stored = torch.float32 if name.startswith("head.") else dtype
         part = _part(layer, shape)
         stacked = shape if layer is None else (model.num_layers, *shape)
@@ -91,35 +91,56 @@ def read_weights(
     Raises:
         ConfigError: the checkpoint lacks arrays that the model needs, all of which are listed; or see `read_metadata`.
     """
-    reader = FileSystemReader(directory)
-    metadata = read_metadata(directory)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    stored = {key: found for key, found in metadata.state_dict_metadata.items() if hasattr(found, "chunks")}
+    stored = StoredArrays(directory)
     wanted = entries(model, outputs)
-    if missing := sorted({_key(name)[0] for name in wanted} - stored.keys()):
+    if missing := sorted({stored_key(name)[0] for name in wanted} - stored.arrays.keys()):
         raise ConfigError(f"{directory} lacks {', '.join(missing)}")
-
-    def read(key: str, layer: int | None, shape: Shape) -> Tensor:
-        found: TensorStorageMetadata = stored[key]  # type: ignore[assignment]
-        part = _part(layer, shape)
-        target = torch.empty(part.sizes, dtype=found.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
-        with refusals(directory):
-            reader.read_data(plan, _Target(target)).wait()
-        return target.reshape(shape)
-
     for name, entry in wanted.items():
-        (key, layer), shape = _key(name), entry.shape(model)
-        tensor = read(key, layer, shape)
+        (key, layer), shape = stored_key(name), entry.shape(model)
+        tensor = stored.read(key, layer, shape)
         adapter = key.removesuffix(".weight") + "_lora"
-        if adapters is not None and f"{adapter}.a" in stored:
-            rank = stored[f"{adapter}.a"].size[-2]  # type: ignore[union-attr]
+        if adapters is not None and f"{adapter}.a" in stored.arrays:
+            rank = stored.arrays[f"{adapter}.a"].size[-2]
             low = (
-                read(f"{adapter}.b", layer, (shape[0], rank)).float()
-                @ read(f"{adapter}.a", layer, (rank, shape[1])).float()
+                stored.read(f"{adapter}.b", layer, (shape[0], rank)).float()
+                @ stored.read(f"{adapter}.a", layer, (rank, shape[1])).float()
             )
             tensor = (tensor.float() + adapters * low).to(tensor.dtype)
         yield from zip(entry.tensors, entry.join([tensor], model), strict=True)
+
+
+class StoredArrays:
+    """The arrays in a directory of weights, of which any part can be read.
+
+    Raises:
+        ConfigError: see `read_metadata`.
+    """
+
+    arrays: dict[str, TensorStorageMetadata]
+    """Shape, dtype and pieces of every array, by its stored name."""
+    others: list[str]
+    """Names of the entries that are no arrays."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._reader = directory, FileSystemReader(directory)
+        metadata = read_metadata(directory)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        entries = metadata.state_dict_metadata.items()
+        self.arrays = {key: found for key, found in entries if isinstance(found, TensorStorageMetadata)}
+        self.others = [key for key, _ in entries if key not in self.arrays]
+
+    def read(self, key: str, layer: int | None, shape: Shape) -> Tensor:
+        """Read an array, or one layer's part of an array that is stacked over layers, in its stored dtype.
+
+        Args:
+            shape: shape of the result, without the axis of layers.
+        """
+        found, part = self.arrays[key], _part(layer, shape)
+        target = torch.empty(part.sizes, dtype=found.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
+        with refusals(self._directory):
+            self._reader.read_data(plan, _Target(target)).wait()
+        return target.reshape(shape)
 
 
 class _Makers(DefaultSavePlanner):
@@ -144,7 +165,7 @@ class _Target(DefaultLoadPlanner):
         return self._target
 
 
-def _key(name: str) -> tuple[str, int | None]:
+def stored_key(name: str) -> tuple[str, int | None]:
     """Return a Megatron parameter's name in the checkpoint, and the layer (from 0) that it is of; None for no layer."""
     if not name.startswith("decoder.layers."):
         return name, None

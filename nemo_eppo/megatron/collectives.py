@@ -1,12 +1,13 @@
 """Work that one rank or one replica does for all: every rank gets the same result, or an error."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_eppo.config import RunError
+from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.megatron import runtime
 
 ResultT = TypeVar("ResultT")
@@ -39,8 +40,16 @@ def on_rank0(work: Callable[[], ResultT]) -> ResultT:
     return outcome[0]
 
 
-def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
+def all_or_none(
+    work: Callable[[], ResultT],
+    group: dist.ProcessGroup | None = None,
+    expected: tuple[type[Exception], ...] = (Exception,),
+) -> ResultT:
     """Run `work` on every rank of `group` (None for all of the job); if it fails on one, it fails on all.
+
+    Args:
+        expected: errors that are held back until all ranks are here. Where `work` has collectives of its own, only
+            those that leave none of them waiting: any other error ends its process at once, and so the job.
 
     Raises:
         the error of `work` on the ranks where it failed, and PeerError with the first one's message on all others.
@@ -49,7 +58,7 @@ def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = N
     result: Any = None
     try:
         result = work()
-    except Exception as caught:
+    except expected as caught:
         error = caught
     group = group or runtime.control_group()
     messages: list[str | None] = [None] * group.size()
@@ -64,6 +73,21 @@ def all_or_none(work: Callable[[], ResultT], group: dist.ProcessGroup | None = N
     return cast(ResultT, result)
 
 
+def require_same(what: str, value: object) -> None:
+    """Collective over the job.
+
+    Raises:
+        ConfigError: `value` differs from that of rank 0 on some rank; on that one, and PeerError on the others.
+    """
+    first = on_rank0(lambda: value)
+
+    def compare() -> None:
+        if value != first:
+            raise ConfigError(f"{what}: rank {dist.get_rank()} has other ones than rank 0; expected the same on all")
+
+    all_or_none(compare)
+
+
 def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Make another group of the same ranks; collective over the job, whose ranks name groups without a common rank.
 
@@ -72,7 +96,8 @@ def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """
     groups: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(groups, dist.get_process_group_ranks(group), group=runtime.control_group())
-    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in sorted(set(map(tuple, groups)))])
+    partition = [list(ranks) for ranks in sorted(set(map(tuple, groups)))]
+    own, _ = dist.new_subgroups_by_enumeration(partition, datetime.timedelta(minutes=runtime.TIMEOUT_MINUTES))
     return cast(dist.ProcessGroup, own)
 
 

@@ -6,12 +6,13 @@ megatron-core has changed a function listed here, so that an upgrade is noticed 
 """
 
 import contextlib
+import ctypes
 import datetime
 import importlib
 import inspect
+import mmap
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import types
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_eppo.megatron.elementwise import rotation, swiglu
-from nemo_eppo.processes import end_with_parent
+from nemo_eppo.processes import serve_parent
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,8 @@ _DEVICE_LITERALS: dict[str, tuple[str, ...]] = {
 }
 _REPLACEMENTS = {"cuda": "cpu", **{f"torch.cuda.{t}Tensor": f"torch.{t}Tensor" for t in ("Float", "Half", "BFloat16")}}
 
+_KEPT_BYTES = 2**28  # freed memory that a process on a CPU keeps, and the largest tensor in it
+
 
 def on_gpu() -> bool:
     """Tell whether this process computes on a GPU."""
@@ -70,6 +73,12 @@ def device() -> torch.device:
 def distributed_backend() -> str:
     """Return the torch.distributed backend of the device."""
     return "nccl" if on_gpu() else "gloo"
+
+
+def select() -> None:
+    """Make this rank's device the current one of the process, which takes memory on a GPU."""
+    if on_gpu():
+        torch.cuda.set_device(device())
 
 
 def synchronize() -> None:
@@ -88,7 +97,8 @@ def empty_cache() -> None:
 def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor [size] in host memory that a GPU copies to and from without a detour; keep it as long as views
     of it are in use. torch's own pinned tensors take the next power of two of bytes."""
-    memory = torch.empty(size, dtype=dtype)
+    # shared with the processes that write checkpoints: a fork would copy locked pages of its own at once
+    memory = torch.frombuffer(mmap.mmap(-1, max(size, 1) * dtype.itemsize), dtype=dtype)[:size]
     if on_gpu():
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
@@ -136,7 +146,7 @@ def describe() -> list[str]:
 
 
 def install() -> None:
-    """Make megatron-core usable on this rank's device; on a GPU that means to select it.
+    """Make megatron-core usable on this rank's device; nothing on that device is touched.
 
     Raises:
         RuntimeError: megatron.core was imported before, or a listed function no longer names a CUDA device.
@@ -144,7 +154,7 @@ def install() -> None:
     if on_gpu():
         # TransformerEngine, and torch in NVIDIA's images, would compute fp32 in TF32
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-        torch.cuda.set_device(device())
+        _keep_checkpoint_queue("spawn")
         return
     for package in ("transformer_engine", "apex", "triton"):  # Megatron would take their kernels, which want a GPU
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError
@@ -164,7 +174,8 @@ def install() -> None:
         for function in functions:
             _rewrite_device_literals(module, function)
     _use_cpu_random_states()
-    _fork_checkpoint_writers()
+    _keep_freed_memory()
+    _keep_checkpoint_queue("fork")
     _reduce_alone_at_once()
     _share_gloo_device()
     rope = _megatron("models.common.embeddings.rope_utils")
@@ -250,14 +261,25 @@ def _use_cpu_random_states() -> None:
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
-def _fork_checkpoint_writers() -> None:
-    # megatron-core spawns its writers, which re-imports __main__ (3 to 10 s, and a guard in every script)
+def _keep_freed_memory() -> None:
+    # glibc gives the activations of every pass back to the kernel, which clears the pages again for the next one: 15 to
+    # 20% of a small model's update. A call, because variables of the environment come too late for a forked process.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")):
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, _KEPT_BYTES)
+        mallopt(mmap_threshold, _KEPT_BYTES)
+
+
+def _keep_checkpoint_queue(start_method: str) -> None:
+    # megatron-core's own process for it ends when torchrun tells the group to, before the rank's last checkpoint, and
+    # outlives a rank that is killed; on a CPU a forked one saves importing __main__ again, which takes 3 to 10 s
     writer = _megatron("dist_checkpointing.strategies.filesystem_async")
 
     def results_queue() -> Any:
         if writer._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(end_with_parent, (signal.SIGKILL,))  # it would outlive a job that is killed
+            manager = SyncManager(ctx=multiprocessing.get_context(start_method))
+            manager.start(serve_parent)
             writer._results_queue = manager.Queue()
         return writer._results_queue
 

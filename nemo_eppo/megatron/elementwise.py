@@ -1,5 +1,8 @@
-"""Rotary positions and SwiGLU for CPUs, in fewer passes over memory than megatron-core's own unfused functions take,
-which copy whole tensors to put halves together. Values and gradients are the same to the last bit."""
+"""Rotary positions, SwiGLU and RMSNorm for CPUs, in fewer passes over memory than the functions that they replace.
+
+megatron-core's unfused rotation and SwiGLU copy whole tensors to put halves together; values and gradients here are the
+same to the last bit. torch's RMSNorm is some twenty operations on a CPU, forward and back, where nine do.
+"""
 
 from typing import Any, Protocol
 
@@ -99,3 +102,26 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad, activated, out=to_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
         return out
+
+
+def rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension of x [..., H] with weight [H] of its precision."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, weight, scale), [grad] = ctx.saved_tensors, grads
+        normed = x * scale
+        product = grad * normed
+        along = (product @ weight).unsqueeze(-1)  # what of the gradient would only change the length of x
+        to_x = (grad * weight).addcmul_(normed, along, value=-1 / x.size(-1)).mul_(scale)
+        return to_x, product.reshape(-1, weight.numel()).sum(0), None

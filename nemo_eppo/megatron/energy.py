@@ -22,11 +22,11 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.specs import has_transformer_engine
 from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
 
-_BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "down_proj")  # do not read what a norm gives a projection
+_BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "mlp_linears_out", "down_proj")  # read nothing that a norm gives
 
 
 def readable_presets() -> tuple[Preset, ...]:
-    """Return the presets that can be read on this machine: TransformerEngine, which fuses norms, leaves only two."""
+    """Return the presets that can be read on this machine: TransformerEngine, which fuses norms, leaves three."""
     return _BESIDE_FUSED_NORMS if has_transformer_engine() else get_args(Preset)
 
 
@@ -49,6 +49,7 @@ class EnergyProbe:
 
     def __init__(self, config: EnergyProbeConfig, chunks: Sequence[Any], num_layers: int) -> None:
         self.config = config
+        self._only_outputs = config.preset == "mlp_linears_out"
         self.sequence_parallel = bool(unwrap(chunks[0]).config.sequence_parallel)
         # first column of a layer's energies -> one [s, b, e] per micro-batch
         self._passes: dict[int, list[Tensor]] = {}
@@ -60,7 +61,7 @@ class EnergyProbe:
                 if hasattr(layer.mlp.linear_fc1, "layer_norm_weight") and config.preset not in _BESIDE_FUSED_NORMS:
                     raise ConfigError(
                         f"energy.preset = {config.preset!r} reads the input of the MLP's first projection, which "
-                        "TransformerEngine fuses with its norm; use 'paper' or 'down_proj'"
+                        "TransformerEngine fuses with its norm; use 'paper', 'mlp_linears_out' or 'down_proj'"
                     )
                 for columns in config.columns(layer.layer_number - 1, num_layers):
                     self._attach(layer, columns.start)
@@ -125,16 +126,15 @@ class EnergyProbe:
     def _read_gate_up(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
             gate, up = output[0].chunk(2, dim=-1)
-            self._open[column] = self._loss(self._l1(args[0]), self._l1_of_shards(gate, up))
+            left = self._l1_of_shards(gate, up)
+            self._open[column] = left if self._only_outputs else self._l1(args[0]) - left
 
     def _read_down(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
-            down = self._loss(self._l1_of_shards(args[0]), self._l1(output[0]))
+            left = self._l1(output[0])
+            down = left if self._only_outputs else self._l1_of_shards(args[0]) - left
             gate_up = self._open.pop(column, None)
             self._passes[column].append(down if gate_up is None else torch.cat([gate_up, down], dim=-1))
-
-    def _loss(self, entered: Tensor, left: Tensor) -> Tensor:
-        return left if self.config.preset == "mlp_linears_out" else entered - left
 
     @torch.no_grad()
     def _l1(self, hidden: Tensor) -> Tensor:

@@ -108,8 +108,3 @@ def build_head(kind: ScalarHeads, config: TransformerConfig, latent_size: int) -
     if kind == "odin":
         return OdinHead(config)
     return InformHead(config, latent_size) if kind == "inform" else ScalarHead(config)
-
-
-def outputs_per_token(kind: ScalarHeads, latent_size: int) -> int:
-    """Return how many numbers per token a head gives; `latent_size` is d of the head "inform"."""
-    return {"scalar": 1, "odin": 3, "inform": 1 + 2 * latent_size}[kind]

@@ -4,6 +4,7 @@ The vocabulary is not gathered, and the logits of all tokens are never held at o
 reduced to two numbers each, and projected once more in the backward pass. Rows without a target are not projected.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +138,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_z = sums[:, 0].log()
             logprob, entropy = sums[:, 1] - log_z, log_z - sums[:, 2] / sums[:, 0]
             parts.append(torch.stack([logprob, entropy, peak + log_z], dim=-1))
-        result = torch.cat(parts) if parts else _compute_dtype(hidden).new_zeros(0, 3)
+        result = torch.cat(parts) if parts else full_logits(hidden, weight).new_zeros(0, 3)
         ctx.save_for_backward(hidden, weight, targets, result)
         return result[:, :2].contiguous()
 
@@ -170,8 +171,22 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+@cache
+def columns_of(tokens: tuple[int, ...], first: int, size: int, where: torch.device) -> Tensor:
+    """Return the columns of these tokens on a rank that has `size` of them from `first`, as an index on its device: the
+    host would wait for one that is a list."""
+    own = [token - first for token in tokens if first <= token < first + size]
+    return torch.tensor(own, dtype=torch.int64, device=where)
+
+
+def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden [n, H] @ weight [V, H].T in fp32 (fp64 stays fp64): bf16 has steps of 0.125 from 16 on, which is
+    more than an update changes."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
 
 
 def rows_at_once(vocabulary: int) -> int:
@@ -190,7 +205,7 @@ def _chunk_logits(
     """Compute this rank's logits [n, V / tp] of the sampling distribution; of each target, [n], whether this rank owns
     it, and its row here (0 if not); and what the logits were multiplied by as a penalty, None without one."""
     group, vocab_size, distribution, softcap, before = projection
-    logits = soft_capped(_compute_dtype(hidden @ weight.T), softcap)
+    logits = soft_capped(full_logits(hidden, weight), softcap)
     size = weight.size(0)
     first, penalties = group.rank() * size, None
     if before is not None and distribution.repetition_penalty != 1.0:
@@ -200,7 +215,7 @@ def _chunk_logits(
     if distribution.temperature != 1.0:
         logits.div_(distribution.temperature)
     if before is not None and distribution.min_new_tokens:
-        barred = [token - first for token in distribution.ending if first <= token < first + size]
+        barred = columns_of(distribution.ending, first, size, logits.device)
         early = before.drawn[rows] < distribution.min_new_tokens
         logits[:, barred] = torch.where(early.unsqueeze(-1), _MASKED, logits[:, barred])
     if first + size > vocab_size:

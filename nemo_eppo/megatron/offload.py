@@ -28,15 +28,23 @@ class Offload:
     """
 
     def __init__(self, model: Runs) -> None:
-        self._model = model
+        self._model, self._in_turn = model, False
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._gradients: list[tuple[torch.UntypedStorage, int]] = []
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Run a block that builds or uses the model, which is on the device inside it alone."""
+        """Run a block that builds or uses the model, which is on the device inside it alone; turns may be nested."""
+        if self._in_turn:
+            yield
+            return
         self.restore()
-        yield
+        self._in_turn = True
+        try:
+            yield
+        finally:
+            self._in_turn = False
         if device.on_gpu():
             self.set_aside()
 
@@ -45,14 +53,18 @@ class Offload:
         for storage in _storages(_gradients(self._model.runner)):
             self._gradients.append((storage, storage.nbytes()))
             storage.resize_(0)
-        for storage in _storages(_lasting(self._model.runner)):
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=device.on_gpu())
+        storages = _storages(_lasting(self._model.runner))
+        sizes = [storage.nbytes() for storage in storages]
+        if sum(sizes) > len(self._memory):  # the first time, or with moments that the first update has made
+            device.synchronize()  # what comes back may still be read from it
+            self._memory = device.locked_memory(sum(sizes), torch.uint8)
+        for storage, host in zip(storages, self._memory[: sum(sizes)].split(sizes), strict=True):
             host.copy_(_bytes(storage), non_blocking=True)
             storage.resize_(0)
             self._away.append((storage, host))
 
     def restore(self) -> None:
-        """Move back what `set_aside` moved. Host memory returns to PyTorch's pinned pool, for the next turn."""
+        """Move back what `set_aside` moved. Host memory is kept for the next turn: to lock it takes long."""
         for storage, host in self._away:
             storage.resize_(len(host))
             _bytes(storage).copy_(host, non_blocking=True)

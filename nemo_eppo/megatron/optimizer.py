@@ -145,6 +145,7 @@ def load_state(
         group.update({name: own[name] for name in _SETTINGS})
         for name in own.keys() - group.keys():  # of this machine's Adam, which may not be the one that was saved
             group[name] = own[name]
+    scheduler.num_steps = 0  # megatron-core (0.16) adds the checkpoint's updates to those made
     scheduler.load_state_dict(scheduler_state)
 
 

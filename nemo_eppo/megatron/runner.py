@@ -319,8 +319,9 @@ class ModelRunner:
     def _cut(self, rows: Mapping[str, Tensor], shares: Sequence[Tensor]) -> list[_MicroBatch]:
         """Cut the micro-batches of these row indices out of the global batch.
 
-        The tokens of the model's input are rounded up as the device wants them. Pipeline stages do not tell each other
-        shapes, so there all micro-batches take the largest; elsewhere that would only be more padding.
+        The tokens of the model's input are rounded up as the device wants them. All micro-batches take the largest
+        shape in a pipeline, whose stages do not tell each other shapes, and where they are packs, which are balanced,
+        on a device that plans for each shape anew. Elsewhere that would only be more padding.
         """
         multiple = device.tokens_multiple()
         if self.config.sequence_parallel:
@@ -330,7 +331,8 @@ class ModelRunner:
             lengths = rows["lengths"][indices]
             count, size = (len(indices), lengths.max()) if self.micro_batch_tokens is None else (1, lengths.sum())
             shapes.append((count, -(-int(size) // multiple) * multiple))
-        if self._stages.size() > 1 and shapes:
+        planned = self.micro_batch_tokens is not None and device.tokens_multiple() > 1
+        if shapes and (planned or self._stages.size() > 1):
             counts, sizes = zip(*shapes, strict=True)
             shapes = [(max(counts), max(sizes))] * len(shapes)
         return [self._micro_batch(rows, indices, shape) for indices, shape in zip(shares, shapes, strict=True)]

@@ -22,6 +22,8 @@ from nemo_eppo.settings.model import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
 """How long ranks wait for work that one of them does for all: a server's answer, digests of a large checkpoint."""
+TIMEOUT_MINUTES = 30.0
+"""How long a collective waits."""
 _OPEN_FILES = 65_536
 _control: dist.ProcessGroup | None = None
 
@@ -36,7 +38,7 @@ def on_one_machine() -> bool:
     return world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.0) -> None:
+def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the job's ranks, make Megatron's groups, seed every generator.
 
     Args:
@@ -59,13 +61,14 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
         if soft != resource.RLIM_INFINITY and soft < most:  # 1,024 for most logins, and gloo connects to every rank
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        device.select()
+        # without device_id: NCCL would split a communicator for each of Megatron's hundreds of groups, used or not
         dist.init_process_group(
             device.distributed_backend(),
             store=store,
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size(),
             timeout=timeout,
-            device_id=device.device() if device.on_gpu() else None,
         )
         _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     if not parallel_state.model_parallel_is_initialized():
@@ -73,6 +76,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
         )
     seed_all(seed)
 

@@ -95,7 +95,8 @@ def read_manifest(directory: Path, head: Head | None = None) -> Manifest:
     if manifest.format != _FORMAT:
         raise ConfigError(f"{path}: format {manifest.format}, this version reads format {_FORMAT}")
     if head is not None and (manifest.head == "lm") != (head == "lm"):
-        raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}'")
+        wanted = "an SFT model or a policy" if head == "lm" else "a reward model or a critic"
+        raise ConfigError(f"{directory} holds a model with head '{manifest.head}', expected '{head}': {wanted}")
     for name, entry in manifest.files.items():
         file = inside(directory, name, path)
         if not file.is_file():
@@ -139,7 +140,9 @@ def find(path: Path, where: str) -> Path:
         return path
     newest = latest(path)
     if newest is None:
-        raise ConfigError(f"{where}: {path} is no checkpoint and holds none (step_*)")
+        is_nemo = path.suffix == ".nemo" or (path / "model_config.yaml").is_file()
+        hint = "; `nemo-eppo convert nemo-to-megatron` makes one of a model of NeMo" if is_nemo else ""
+        raise ConfigError(f"{where}: {path} is no checkpoint and holds none (step_*){hint}")
     return newest
 
 

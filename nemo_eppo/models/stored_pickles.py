@@ -21,11 +21,12 @@ from nemo_eppo.files import inside
 
 _METADATA, _COMMON = ".metadata", "common.pt"  # names of torch and of megatron-core
 _CHECKPOINT = "torch.distributed.checkpoint"
-# All that torch 2.13 and megatron-core 0.16 write into metadata, besides dtypes. None of it does anything when it is
-# made: data classes, enumerations, and the look-up of a layout by its name.
+# All that torch 2.13 and megatron-core 0.16 write into metadata, besides dtypes, and what older ones had elsewhere.
+# None of it does anything when it is made: data classes, enumerations, and the look-up of a layout by its name.
 _CLASSES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
     f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
     f"{_CHECKPOINT}.metadata": {
         "BytesStorageMetadata",

@@ -19,7 +19,9 @@ NEIGHBOURS = 5
 class Indicator(Generic[ConfigT]):
     """Turns what is observed in one step into a number. `state` holds plain containers and is saved with the run."""
 
-    name: ClassVar[str]
+    name: str
+    needs_latents: ClassVar[bool] = False
+    """Whether it can only be used with reward models that have latents."""
 
     def __init__(self, config: ConfigT, warmup_steps: int) -> None:
         self.config, self.warmup_steps = config, warmup_steps
@@ -80,6 +82,7 @@ class Outliers(Indicator[OutliersConfig]):
     """Fraction of the responses whose latents are outliers under the SFT model's Gaussian (MOP)."""
 
     name = "outliers"
+    needs_latents = True
 
     def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
         return None if latents is None else outlier_fraction(latents, sft.gaussian, self.config.alpha)
@@ -89,6 +92,7 @@ class ClusterSeparation(Indicator[IndicatorConfig]):
     """Cluster separation index in running standard deviations; the first steps follow the collection of SFT latents."""
 
     name = "csi"
+    needs_latents = True
 
     def value(self, metrics: Mapping[str, float], latents: Tensor | None, sft: "SFTLatents") -> float | None:
         if latents is None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, load_subclass
 from nemo_eppo.models.checkpoint_files import pack_array, unpack_array
 from nemo_eppo.monitor.indicators import (
     ClusterSeparation,
@@ -18,7 +18,7 @@ from nemo_eppo.monitor.indicators import (
     Outliers,
     SFTLatents,
 )
-from nemo_eppo.settings.monitor import Action, MonitorConfig
+from nemo_eppo.settings.monitor import Action, MonitorConfig, UserIndicatorConfig
 
 
 class Alarm(NamedTuple):
@@ -46,21 +46,26 @@ class Watched(NamedTuple):
 
 
 class HackingMonitor:
-    """Learns what is normal in this run and raises alarms; the same observations give the same alarms on every rank."""
+    """Learns what is normal in this run and raises alarms; the same observations give the same alarms on every rank.
+
+    Raises:
+        ConfigError: an indicator of the user's cannot be loaded.
+    """
 
     def __init__(self, config: MonitorConfig) -> None:
         self.config = config
         self.indicators = _indicators(config)
+        self._of_latents = [indicator for indicator in self.indicators if indicator.needs_latents]
         self.sft = SFTLatents(config.sft_latents)
         self._streaks = dict.fromkeys((indicator.name for indicator in self.indicators), 0)
 
     def check_latents(self, size: int) -> None:
         """ConfigError if an indicator needs latents and their width over all reward models, `size`, is 0."""
-        if self.config.needs_latents and not size:
-            name = self.config.needs_latents[0]
+        if self._of_latents and not size:
+            first = self._of_latents[0]
             raise ConfigError(
-                f"monitor.{name}.action = '{getattr(self.config, name).action}' needs latents, but none of "
-                "rewards gives any: expected a reward model of kind 'inform'"
+                f"monitor.{first.name}.action = '{first.config.action}' needs latents, but none of rewards gives any: "
+                "expected a reward model of kind 'inform'"
             )
 
     def observe_sft(self, energy: float) -> None:
@@ -81,7 +86,7 @@ class HackingMonitor:
             KeyError: a metric that an indicator needs is missing.
             ValueError: no Gaussian can be fitted to the latents.
         """
-        if not self.config.needs_latents:
+        if not self._of_latents:
             latents = None
         if latents is not None and not self.sft.complete:
             self.sft.add(latents)
@@ -119,16 +124,26 @@ class HackingMonitor:
         for indicator in self.indicators:
             indicator.state = state["indicators"].get(indicator.name, {})
             self._streaks[indicator.name] = state["streaks"].get(indicator.name, 0)
+        self.sft = SFTLatents(self.config.sft_latents)  # without what was fitted to others
         self.sft.latents = torch.from_numpy(unpack_array(state["sft_latents"]))
 
 
 def _indicators(config: MonitorConfig) -> list[Indicator[Any]]:
     """New indicators without state, for all that have an action."""
+    warmup = config.warmup_steps
     every: list[Indicator[Any]] = [
-        EnergyRise(config.energy, config.warmup_steps),
-        LengthDrift(config.length, config.warmup_steps),
-        Outliers(config.outliers, config.warmup_steps),
-        ClusterSeparation(config.csi, config.warmup_steps),
-        Disagreement(config.disagreement, config.warmup_steps),
+        EnergyRise(config.energy, warmup),
+        LengthDrift(config.length, warmup),
+        Outliers(config.outliers, warmup),
+        ClusterSeparation(config.csi, warmup),
+        Disagreement(config.disagreement, warmup),
+        *(_user_indicator(own, warmup) for own in config.indicators),
     ]
     return [indicator for indicator in every if indicator.config.action != "none"]
+
+
+def _user_indicator(config: UserIndicatorConfig, warmup_steps: int) -> Indicator[UserIndicatorConfig]:
+    kind = load_subclass(f"monitor.indicators.{config.name}.indicator", config.indicator, Indicator)
+    indicator = kind(config, warmup_steps)
+    indicator.name = config.name
+    return indicator

@@ -26,7 +26,7 @@ def accounts(curves: Curves) -> list[str]:
         series = [Series(term, color, *terms[term]) for term, color in zip(used, colors, strict=True)]
         figures.append(figure("Reward ledger", text, line_chart(series, _STEP, "reward")))
     if "seconds/step" in curves:
-        steps, totals = curves["seconds/step"]
+        steps, totals = _totals(curves)
         seconds = _seconds(curves)
         shown, rest = list(seconds)[: len(COLORS)], list(seconds)[len(COLORS) :]
         layers = {phase: seconds[phase] for phase in shown} | {"other": _other(totals, seconds, shown)}
@@ -35,7 +35,7 @@ def accounts(curves: Curves) -> list[str]:
             Series(f"{phase} {100 * sum(values) / total:.0f}%", color, steps, values)
             for (phase, values), color in zip(layers.items(), [*COLORS[: len(shown)], GRAY], strict=True)
         ]
-        text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average."
+        text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average, validation included."
         text += f" Other includes {', '.join(rest)}." if rest else ""
         figures.append(figure("Seconds per phase", text, stacked_chart(series, _STEP, "seconds")))
     return figures
@@ -64,9 +64,9 @@ def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> 
             Series(phase, color, [], [statistics.fmean(one.get(phase, [0.0])) for one in seconds.values()])
             for phase, color in zip(shown, COLORS, strict=False)
         ]
-        others = [_other(curves["seconds/step"][1], seconds[name], shown) for name, curves in timed.items()]
+        others = [_other(_totals(curves)[1], seconds[name], shown) for name, curves in timed.items()]
         parts.append(Series("other", GRAY, [], [statistics.fmean(values) for values in others]))
-        text = "Mean wall time of the actor's steps."
+        text = "Mean wall time of the actor's steps, validation included."
         figures.append(figure("Seconds per phase", text, bar_chart(list(timed), parts, "seconds")))
     return figures
 
@@ -77,13 +77,20 @@ def _ledger(curves: Curves) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
     return {term: curve for term, curve in terms.items() if not _NO_TERMS.fullmatch(term)}
 
 
+def _totals(curves: Curves) -> tuple[Sequence[int], list[float]]:
+    """The steps, and the seconds of each: seconds/step, and what follows a step, such as its validation."""
+    steps, totals = curves["seconds/step"]
+    after = dict(zip(*curves.get("seconds/after_step", ((), ())), strict=True))
+    return steps, [total + after.get(step, 0.0) for step, total in zip(steps, totals, strict=True)]
+
+
 def _seconds(curves: Curves) -> dict[str, list[float]]:
     """Seconds of each phase in every step of seconds/step, the longest phase first."""
     steps = curves["seconds/step"][0]
     phases = {}
     for name, curve in curves.items():
         if name.startswith("seconds/") and name not in ("seconds/step", "seconds/attributed_fraction"):
-            timed = dict(zip(*curve, strict=True))  # a phase such as validation is not part of every step
+            timed = dict(zip(*curve, strict=True))  # not every step has each phase
             phases[name.removeprefix("seconds/")] = [timed.get(step, 0.0) for step in steps]
     return dict(sorted(phases.items(), key=lambda phase: -sum(phase[1])))
 

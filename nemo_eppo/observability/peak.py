@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from nemo_eppo.observability.charts import running_mean
 
-_LEVEL = 0.025  # probability that a curve which only fluctuates is said to fall
+_LEVEL = 0.025  # highest probability that a curve which only fluctuates is said to fall
 
 
 class Peak(NamedTuple):
@@ -27,7 +27,8 @@ def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
     """Find the peak of a curve, one value for each step.
 
     The noise of a step is that of the differences of successive steps (von Neumann 1941), which slow changes hardly
-    raise. By noise alone, the peak is the highest of many windows: Bonferroni's limit for as many as do not overlap.
+    raise. By noise alone, the peak is the highest of many windows: Bonferroni's limit for three times as many as do not
+    overlap.
 
     Args:
         values: [steps], at least one.
@@ -40,7 +41,8 @@ def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
         return Peak(top, fall, False)
     variance = np.square(np.diff(curve)).mean() / 2
     freedom = 2 * (len(curve) - 1) / 3  # of this estimate of a variance, for long curves
-    limit = t.isf(_LEVEL * size / len(curve), freedom) * np.sqrt(variance * (1 / len(high) + 1 / len(low)))
+    windows = 3 * len(curve) / size  # windows slide: of noise, len / size alone fall up to twice as often as _LEVEL
+    limit = t.isf(_LEVEL / windows, freedom) * np.sqrt(variance * (1 / len(high) + 1 / len(low)))
     return Peak(top, fall, bool(fall > limit))
 
 

@@ -71,9 +71,10 @@ def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
     if not watched:
         return ""
     rows = []
+    own = {indicator["name"]: indicator for indicator in _get(config, "monitor.indicators") or ()}
     for name in watched:
         values = dict(zip(*curves[f"monitor/{name}"], strict=True))
-        settings = _get(config, f"monitor.{name}") or {}
+        settings = own.get(name) or _get(config, f"monitor.{name}") or {}
         known = [html.escape(str(settings.get(key, ""))) for key in ("threshold", "action")]
         steps = [step for step, alarm in zip(*curves[f"monitor/{name}/alarm"], strict=True) if alarm]
         rows += [(step, html.escape(name), f"{values[step]:.3g}", *known) for step in steps]

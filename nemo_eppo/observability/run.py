@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
 from nemo_eppo.settings.run import ExpManagerConfig
 
@@ -44,6 +46,14 @@ def hold(directory: Path) -> None:
     os.ftruncate(file, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     os.pwrite(file, f"host {socket.gethostname()}, process {os.getpid()}, started {started}".encode(), 0)
+
+
+def run_id(directory: Path) -> int:
+    """Return the random number of the run in `directory`, the same at each of its starts. For rank 0 only."""
+    path = directory / "run_id"
+    if not path.exists():
+        write_atomically(path, f"{secrets.randbits(62)}\n")
+    return int(path.read_text())
 
 
 @dataclass(frozen=True)

@@ -17,5 +17,9 @@ class Clip(Term[ClipConfig]):
         return self.config.range is not None
 
     def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
-        assert self.config.range is not None
-        return reward.clamp(-self.config.range, self.config.range)
+        return clipped(reward, self.config)
+
+
+def clipped(reward: Tensor, config: ClipConfig) -> Tensor:
+    """Clip a reward to [-range, range], if there is a range."""
+    return reward if config.range is None else reward.clamp(-config.range, config.range)

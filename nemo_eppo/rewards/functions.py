@@ -6,6 +6,7 @@ one that is only reported (`gold_reward`).
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import queue
@@ -14,8 +15,10 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from nemo_eppo.config import ConfigError, RunError, load_named
+from nemo_eppo.files import sha256
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.settings.rewards import FunctionsConfig
 
@@ -29,6 +32,12 @@ def check_function(key: str, name: str) -> None:
     found = load_named(key, name, "module:function")
     if isinstance(found, type) or not callable(found):
         raise ConfigError(f"{key} = {name!r} is not a function")
+
+
+def source_sha256(name: str) -> str | None:
+    """Return the SHA-256 of the file that holds "module:function"; None if it has none."""
+    file = inspect.getsourcefile(load_named("function", name, "module:function"))
+    return sha256(Path(file)) if file else None
 
 
 class FunctionPool:

@@ -55,7 +55,7 @@ class KLPenalty:
         return {"coefficient": self.coefficient, "is_adaptive": is_adaptive, "is_set": self._is_set}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume. A fixed coefficient that was never set from outside keeps its configured value, which may be new."""
-        if state["is_set"] or (self.config.controller == "adaptive" and state["is_adaptive"]):
-            self.coefficient = float(state["coefficient"])
-            self._is_set = bool(state["is_set"])
+        """Resume. A fixed coefficient that was never set from outside has its configured value, which may be new."""
+        kept = state["is_set"] or (self.config.controller == "adaptive" and state["is_adaptive"])
+        self.coefficient = float(state["coefficient"]) if kept else self.config.coefficient
+        self._is_set = bool(state["is_set"])

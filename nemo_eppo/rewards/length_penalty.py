@@ -21,7 +21,7 @@ class LengthPenalty(Term[LengthPenaltyConfig]):
         assert config.length is not None
         if config.kind == "authors":
             self.statistics.update(reward)
-            return reward + (1 - lengths / config.length) * self.statistics.std
+            return reward + config.coefficient * (1 - lengths / config.length) * self.statistics.std
         if config.kind == "linear":
             return reward - config.coefficient * (lengths - config.length).clamp(min=0)
         buffer = float(config.buffer or 0)

@@ -14,6 +14,7 @@ from nemo_eppo.algorithms.divergences import kl_estimate
 from nemo_eppo.algorithms.ensembles import check_models, combine_scores
 from nemo_eppo.algorithms.masking import last_action, require_finite
 from nemo_eppo.config import ConfigError
+from nemo_eppo.rewards.clip import clipped
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.kl import KLPenalty
 from nemo_eppo.rewards.ledger import Ledger
@@ -92,6 +93,10 @@ class RewardPipeline:
             config = self.config
             reward += combine_scores(standard[:, is_model], config.combine, config.uwo_lambda, config.uwo_ddof)
         return reward
+
+    def baseline(self, scores: Tensor, columns: Sequence[Column]) -> Tensor:
+        """Return the proxy reward, fp32 [B], clipped as the shaped reward that it is subtracted from."""
+        return clipped(self.combine(scores, columns), self.config.clip).float()
 
     def check_sources(self, columns: Sequence[Column], latent_size: int) -> None:
         """ConfigError if these reward sources do not fit the settings; `latent_size` is 0 if no model gives latents."""

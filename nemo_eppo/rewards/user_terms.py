@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nemo_eppo.config import ConfigError, load_config, load_named
+from nemo_eppo.config import ConfigError, load_config, load_subclass
 from nemo_eppo.rewards.inputs import RewardInputs
 from nemo_eppo.rewards.term import Term
 from nemo_eppo.settings.shaping import UserTermConfig
@@ -16,9 +16,7 @@ def load_term(config: UserTermConfig) -> Term[Any]:
         ConfigError: there is no such class, it is no term, or its settings are wrong; the message names it.
     """
     where = f"shaping.terms.{config.name}"
-    kind = load_named(f"{where}.term", config.term, "module:Class")
-    if not (isinstance(kind, type) and issubclass(kind, Term)):
-        raise ConfigError(f"{where}.term = {config.term!r} is no subclass of nemo_eppo.rewards.term.Term")
+    kind = load_subclass(f"{where}.term", config.term, Term)
     optional = [field.name for field in dataclasses.fields(RewardInputs) if field.default is None]
     if unknown := [name for name in kind.needs if name not in optional]:
         raise ConfigError(f"{where}.term = {config.term!r} needs {unknown[0]}: expected of {', '.join(optional)}")

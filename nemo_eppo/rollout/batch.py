@@ -98,7 +98,8 @@ class RolloutBatch:
         width = int(lengths.max())
         tokens = torch.full((len(prompts), width), pad_id)
         for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
-            row[: len(prompt) + len(completion.token_ids)] = torch.tensor(prompt + completion.token_ids)
+            ids = array("q", prompt + completion.token_ids)  # several times as fast as by torch.tensor
+            row[: len(ids)] = torch.frombuffer(ids, dtype=torch.int64)
 
         def placed(read: list[Tensor | None], width: int) -> Tensor | None:
             """Put what was read from each prompt's last token on in its place."""

@@ -20,7 +20,7 @@ class CriticConfig(Config):
     """The critic job (conf/gpt_ppo_critic.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
-    seed: int = Field(SEED, ge=0)
+    seed: int = Field(SEED, ge=0, lt=2**31)
     """Seed of fresh weights."""
     model: ModelSetup
     """Usually the reward model; a language model gets a fresh value head."""

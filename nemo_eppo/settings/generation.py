@@ -113,8 +113,9 @@ class EngineConfig(Config):
     name: Literal["megatron", "tensorrt_llm"] = "megatron"
     """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
     max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache. With pipeline parallelism as many for each stage
-    are under way. TensorRT-LLM has its own, tensorrt_llm.*."""
+    """Sequences that one replica decodes at once; bounds the KV cache, which has room for as many of the present length
+    of the longest, and up to half as much again. With pipeline parallelism as many for each stage are under way.
+    TensorRT-LLM has its own, tensorrt_llm.*."""
     cuda_graphs: bool = False
     """Whether the Megatron engine launches all kernels of a decoding step, or of a pipeline stage's part of it, at
     once, on GPUs. One by one their launches bound the speed of deep models. Not run on a GPU yet."""

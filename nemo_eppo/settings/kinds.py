@@ -8,7 +8,7 @@ from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.model import Head
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
-from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import SFTConfig
 
 
@@ -57,7 +57,7 @@ KINDS = {
     ),
     "serve_reward_model": JobKind(
         "serve_reward_model",
-        RewardModelConfig,
+        RewardServerConfig,
         head="scalar",
         starts_from="scalar",
         serves="reward",

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config
 
@@ -42,6 +42,17 @@ class DisagreementConfig(IndicatorConfig):
     """Number of latest steps that are compared."""
 
 
+class UserIndicatorConfig(IndicatorConfig):
+    """One of the user's own indicators, a subclass of `nemo_eppo.monitor.indicators.Indicator`."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name of the indicator; metrics show it as monitor/<name>."""
+    indicator: str
+    """The class, as "module:Class"."""
+    action: Action = "log"
+    """What an alarm does, as of other indicators."""
+
+
 class MonitorConfig(Config):
     """Indicators of reward hacking, reported as monitor/<indicator>, their alarms as monitor/<indicator>/alarm."""
 
@@ -55,6 +66,8 @@ class MonitorConfig(Config):
     csi: IndicatorConfig = IndicatorConfig()
     """Cluster separation index of InfoRM, in running standard deviations. Needs latents."""
     disagreement: DisagreementConfig = DisagreementConfig()
+    indicators: tuple[UserIndicatorConfig, ...] = ()
+    """The user's own indicators."""
     sft_latents: int = Field(512, ge=16)
     """Number of first responses whose latents represent the SFT model's, for outliers and csi."""
     kl_factor: float = Field(2.0, gt=1)
@@ -62,17 +75,29 @@ class MonitorConfig(Config):
     kl_max: float = Field(1.0, gt=0)
     """Largest KL coefficient that raise_kl sets."""
 
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "MonitorConfig":
+        names = [*self._built_in, *(own.name for own in self.indicators)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"indicators: the name {twice[0]} is taken")
+        return self
+
     @property
-    def needs_latents(self) -> list[str]:
-        """Names of the indicators that have an action and need latents."""
-        return [name for name in ("outliers", "csi") if getattr(self, name).action != "none"]
+    def _built_in(self) -> dict[str, IndicatorConfig]:
+        return {name: value for name, value in self if isinstance(value, IndicatorConfig)}
+
+    @property
+    def active(self) -> dict[str, IndicatorConfig]:
+        """Indicators that have an action, by name."""
+        every = self._built_in | {own.name: own for own in self.indicators}
+        return {name: indicator for name, indicator in every.items() if indicator.action != "none"}
 
     @property
     def may_stop(self) -> bool:
         """Whether an alarm of any indicator ends the run."""
-        return any(isinstance(value, IndicatorConfig) and value.action == "stop" for _, value in self)
+        return any(indicator.action == "stop" for indicator in self.active.values())
 
     @property
     def raises_kl(self) -> list[str]:
         """Names of the indicators whose action is raise_kl."""
-        return [name for name, value in self if isinstance(value, IndicatorConfig) and value.action == "raise_kl"]
+        return [name for name, indicator in self.active.items() if indicator.action == "raise_kl"]

@@ -66,6 +66,9 @@ class PPOSettings(Config):
     """Responses per update over all ranks."""
     epochs: int = Field(1, ge=1)
     """Passes of updates over each rollout."""
+    critic_warmup_steps: int = Field(0, ge=0)
+    """Number of first steps in which the critic learns and the policy does not: a critic that begins as a reward model
+    knows the end of a response, not yet its beginning."""
     advantages: AdvantagesConfig = AdvantagesConfig()
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The loss clips probability ratios below 1 - clip_low ..."""
@@ -99,6 +102,22 @@ class PPOSettings(Config):
         return self
 
     @model_validator(mode="after")
+    def _the_critic_warms_up(self) -> "PPOSettings":
+        if not self.critic_warmup_steps:
+            return self
+        if self.critic_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps}: the policy would never learn, expected less than "
+                f"max_steps = {self.max_steps}"
+            )
+        if ESTIMATOR_NEEDS[self.advantages.estimator] != "critic":
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps}: advantages.estimator "
+                f"'{self.advantages.estimator}' has no critic, expected 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_and_batches(self) -> "PPOSettings":
         if self.responses % self.mini_batch_size:
             raise ValueError(
@@ -118,9 +137,19 @@ class PPOSettings(Config):
         return self.rollout_batch_size * self.samples_per_prompt
 
     @property
-    def updates(self) -> int:
-        """Number of updates in the whole run."""
-        return self.max_steps * self.epochs * self.responses // self.mini_batch_size
+    def updates_per_step(self) -> int:
+        """Number of updates in a step."""
+        return self.epochs * self.responses // self.mini_batch_size
+
+    @property
+    def policy_updates(self) -> int:
+        """Number of the policy's updates in the whole run."""
+        return (self.max_steps - self.critic_warmup_steps) * self.updates_per_step
+
+    @property
+    def critic_updates(self) -> int:
+        """Number of the critic's updates in the whole run."""
+        return self.max_steps * self.updates_per_step
 
 
 class EnergyConfig(EnergyProbeConfig):
@@ -234,6 +263,12 @@ class PPOConfig(AnsweringConfig):
         super().check_model(model, ranks)
         self.model.parallel.check_update("ppo.mini_batch_size", self.ppo.mini_batch_size, ranks)
 
+    @property
+    def reward_sources(self) -> dict[str, RewardSourceConfig]:
+        """The sources of reward by their keys, the held-out one included; without the gold reward."""
+        sources = {f"rewards[{index}]": source for index, source in enumerate(self.rewards)}
+        return sources | ({"held_out_reward": self.held_out_reward} if self.held_out_reward is not None else {})
+
     @model_validator(mode="after")
     def _rollouts_are_sampled(self) -> "PPOConfig":
         if self.generation.greedy:
@@ -262,9 +297,9 @@ class PPOConfig(AnsweringConfig):
 
     @model_validator(mode="after")
     def _learning_rates_decay(self) -> "PPOConfig":
-        self.optimizer.arrival(self.ppo.updates)
+        self.optimizer.check_decay(self.ppo.policy_updates)
         if self.critic is not None and self.critic.colocated is not None:
-            self.critic.colocated.optimizer.arrival(self.ppo.updates)
+            self.critic.colocated.optimizer.check_decay(self.ppo.critic_updates)
         return self
 
     @model_validator(mode="after")
@@ -283,6 +318,20 @@ class PPOConfig(AnsweringConfig):
         if self.shaping.combine == "single" and models > 1:
             raise ValueError(
                 f"shaping.combine = 'single', but rewards are of {models} reward models: expected sum, mean, wco or uwo"
+            )
+        for index, source in enumerate(self.rewards):
+            if self.shaping.combine in ("wco", "uwo") and source.function is None and source.weight != 1:
+                raise ValueError(
+                    f"rewards[{index}].weight = {source.weight:g} with shaping.combine = '{self.shaping.combine}': a "
+                    "model of weight 0 would still be the minimum, or add to the variance; expected 1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_has_no_weight(self) -> "PPOConfig":
+        if self.held_out_reward is not None and "weight" in self.held_out_reward.model_fields_set:
+            raise ValueError(
+                f"held_out_reward.weight = {self.held_out_reward.weight:g}: it is part of no sum, expected no weight"
             )
         return self
 

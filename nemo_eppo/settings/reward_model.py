@@ -1,7 +1,7 @@
 """Every setting of the jobs that train reward models (conf/gpt_reward_model.yaml) and serve them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,9 +54,16 @@ class RewardLossConfig(Config):
 
     @model_validator(mode="after")
     def _inform_is_complete(self) -> "RewardLossConfig":
-        if self.kind == "inform" and (self.score != "last" or self.inform.sft_responses is None):
-            raise ValueError("kind 'inform' needs score 'last' and inform.sft_responses")
+        if self.kind == "inform" and self.score != "last":
+            raise ValueError(f"kind 'inform' with score '{self.score}': expected 'last'")
+        if self.kind == "inform" and self.inform.sft_responses is None:
+            raise ValueError("kind 'inform' needs inform.sft_responses")
         return self
+
+    def state(self, mean: float, std: float) -> dict[str, Any]:
+        """Return what a checkpoint records of how its score is read, which has this mean and standard deviation."""
+        latents = {"latent_size": self.inform.latent_size} if self.kind == "inform" else {}
+        return {"kind": self.kind, "score": self.score, "mean": mean, "std": std, **latents}
 
 
 class EnsembleConfig(Config):
@@ -75,6 +82,13 @@ class EnsembleConfig(Config):
     """WARM (arXiv 2401.12187): average the members' weights, head included, into <run directory>/average."""
     keep_best: int | None = Field(None, ge=2)
     """Number of members that are averaged, those of highest validation accuracy; null for all."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Where each member's checkpoints are, below the run directory; "." is that itself."""
+        if self.members == 1 and not self.linear_probe_steps:
+            return ["."]
+        return [f"member_{index}" for index in range(self.members)]
 
     @model_validator(mode="after")
     def _consistent(self) -> "EnsembleConfig":
@@ -111,7 +125,7 @@ class RewardTrainingConfig(Config):
     optimizer: OptimizerConfig
 
 
-class RewardModelConfig(Config):
+class RewardServerConfig(Config):
     """The reward job (conf/serve_reward_model.yaml)."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()

@@ -47,7 +47,7 @@ class RewardSourceConfig(Config):
     function: str | None = None
     """Function "module:name" that takes a nemo_eppo.rewards.sample.Sample and returns a number; null for none."""
     weight: float = 1.0
-    """Weight of the standardised reward."""
+    """Weight of the standardised reward; 1 for the reward models of shaping.combine wco and uwo."""
     mean: float | None = None
     """Number subtracted from the reward; null for a reward model's mean on its validation data, 0 for a function."""
     std: float | None = Field(None, gt=0)

@@ -30,9 +30,9 @@ class ExpManagerConfig(Config):
     create_tensorboard_logger: bool = True
     """Whether to write the metrics to <run directory>/tensorboard."""
     create_wandb_logger: bool = False
-    """Whether to send the metrics to Weights & Biases."""
+    """Whether to send settings and metrics to Weights & Biases. A resumed run goes on with its curves."""
     wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of Lightning's WandbLogger. name and project are required."""
+    """Arguments of Lightning's WandbLogger. name and project are required; id is the run's own unless it is set."""
 
     @model_validator(mode="after")
     def _wandb_is_named(self) -> "ExpManagerConfig":

@@ -20,22 +20,28 @@ class LengthPenaltyConfig(Config):
     """Penalty for long responses."""
 
     kind: Literal["none", "authors", "linear", "soft_overlong"] = "none"
-    """What is added to the reward of a response of `len` tokens. `authors`: `(1 - len/length) * sigma`, sigma the
-    running standard deviation of the reward; `linear`: `-coefficient * max(0, len - length)`; `soft_overlong` (DAPO,
-    arXiv 2503.14476): a ramp from 0 to `-coefficient` over the last `buffer` tokens before `length`."""
+    """What is added to the reward of a response of `len` tokens. `authors`: `coefficient * (1 - len/length) * sigma`,
+    sigma the running standard deviation of the reward; `linear`: `-coefficient * max(0, len - length)`; `soft_overlong`
+    (DAPO, arXiv 2503.14476): a ramp from 0 to `-coefficient` over the last `buffer` tokens before `length`."""
     length: int | None = Field(default=None, gt=0)
-    """Response tokens at which the penalty starts, or `soft_overlong` is full. Required unless kind is none."""
+    """Response tokens at which the penalty starts, or `soft_overlong` is full; null for kind none alone."""
     coefficient: float = Field(default=1.0, gt=0)
-    """Reward lost per token beyond `length` (`linear`), or at `length` (`soft_overlong`); `authors` does not use it."""
+    """Weight of the penalty: reward lost per token beyond `length` (`linear`), or at `length` (`soft_overlong`)."""
     buffer: int | None = Field(default=None, gt=0)
-    """Width of the ramp of `soft_overlong` in tokens; the other kinds do not use it."""
+    """Width of the ramp of `soft_overlong` in tokens; null for the other kinds."""
 
     @model_validator(mode="after")
     def _complete(self) -> "LengthPenaltyConfig":
         if self.kind != "none" and self.length is None:
             raise ValueError(f"kind '{self.kind}' needs length")
+        if self.kind == "none" and self.length is not None:
+            raise ValueError(
+                f"length {self.length} without a kind: expected authors, linear or soft_overlong, or no length"
+            )
         if self.kind == "soft_overlong" and (self.buffer is None or self.buffer > (self.length or 0)):
             raise ValueError(f"kind 'soft_overlong' needs a buffer of at most length; got {self.buffer}")
+        if self.kind != "soft_overlong" and self.buffer is not None:
+            raise ValueError(f"buffer {self.buffer} with kind '{self.kind}': only 'soft_overlong' has a buffer")
         return self
 
 
@@ -90,7 +96,7 @@ class EnergyPenaltyConfig(Config):
     """Penalty for a response whose energy loss is far from the SFT model's (EPPO, arXiv 2501.19358)."""
 
     eta: float = Field(default=0.0, ge=0)
-    """Weight of the penalty (the authors': 2.0); 0: no penalty, and energies are only reported."""
+    """Weight of the penalty, in the units of energy.preset; 0: no penalty, and energies are only reported."""
     sided: Sided = "both"
     """`both` punishes any difference D of the two, `rise` only an energy loss above the reference's."""
     floor_ratio: float | None = Field(default=None, ge=0)
@@ -140,7 +146,8 @@ class KLPenaltyConfig(Config):
     estimator: KLEstimator = "k1"
     """How the KL divergence is estimated from a token's log-ratio L: k1 `L`, k2 `L^2 / 2`, k3 `exp(-L) - 1 + L`."""
     placement: Literal["reward", "loss"] = "reward"
-    """Whether the penalty is subtracted from each token's reward or added to the policy's loss."""
+    """Whether the penalty is subtracted from each token's reward or added to the policy's loss. k1 cannot be in the
+    loss: the expected gradient of L over the policy's own tokens is 0."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`fixed` keeps beta; `adaptive` steers the mean KL of a response to `target` (Ziegler et al. 2019)."""
     target: float | None = Field(default=None, gt=0)
@@ -155,6 +162,15 @@ class KLPenaltyConfig(Config):
     def _adaptive_is_complete(self) -> "KLPenaltyConfig":
         if self.controller == "adaptive" and (self.target is None or self.horizon is None or self.coefficient == 0):
             raise ValueError("controller 'adaptive' needs target, horizon and a coefficient above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> "KLPenaltyConfig":
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "placement 'loss' with estimator 'k1' holds nothing back, its expected gradient is 0: expected "
+                "estimator k2 or k3"
+            )
         return self
 
 

@@ -1,7 +1,7 @@
 """Settings of every job that trains: optimizer, checkpoints, length of the training, data."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,7 @@ class OptimizerConfig(Config):
     constant_steps: int = Field(0, ge=0)
     """Last of these updates that a decaying learning rate stays at min_lr, where it arrives so many updates earlier
     (as in NeMo's CosineAnnealing)."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of Adam's first and second moment, per update."""
     eps: float = Field(1e-8, gt=0)
     """Number added to the denominator of Adam's updates."""
@@ -49,21 +49,26 @@ class OptimizerConfig(Config):
         if self.constant_steps and self.schedule == "constant":
             raise ValueError(f"constant_steps = {self.constant_steps} needs a schedule that decays, linear or cosine")
         if self.decay_steps is not None:
-            self.arrival(self.decay_steps)
+            self.check_decay(self.decay_steps)
         return self
 
-    def arrival(self, updates: int) -> int:
-        """Return the update at which a decaying learning rate arrives at min_lr in a run of `updates` updates.
-
-        Raises:
-            ConfigError: warmup_steps and constant_steps leave no update to decay in.
-        """
+    def check_decay(self, updates: int) -> None:
+        """Raise ConfigError if warmup_steps and constant_steps leave no update to decay in, of `updates` in the run."""
         total = self.decay_steps or updates
         if self.constant_steps and total - self.constant_steps <= self.warmup_steps:
             raise ConfigError(
                 f"optimizer: warmup_steps = {self.warmup_steps} and constant_steps = {self.constant_steps} leave no "
                 f"update to decay in, expected less than {total} together (decay_steps, or all updates of the run)"
             )
+
+    def arrival(self, updates: int) -> int:
+        """Return the update at which a decaying learning rate arrives at min_lr in a run of `updates` updates.
+
+        Raises:
+            ConfigError: see `check_decay`.
+        """
+        self.check_decay(updates)
+        total = self.decay_steps or updates
         return max(total - self.constant_steps, self.warmup_steps + 1)
 
 

@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_eppo.config import ConfigError, flat, yaml_fault
 from nemo_eppo.entry.settings import nested
 from nemo_eppo.tools.aligner_jobs import JOBS
-from nemo_eppo.tools.aligner_keys import KINDS, Rules
+from nemo_eppo.tools.aligner_keys import KINDS
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
+from nemo_eppo.tools.aligner_shared_keys import Rules
 
 # that project registers these interpolations for its files
 _RESOLVERS = {

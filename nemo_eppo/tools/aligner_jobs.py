@@ -5,9 +5,6 @@ from typing import Any
 
 from nemo_eppo.tools.aligner_rules import REQUIRED, Conversion
 
-_CONVERTERS = "NeMo's scripts/checkpoint_converters/convert_{llama,mistral_7b,qwen2}_nemo_to_hf.py"
-
-
 _LINEARS: dict[str, tuple[str, ...]] = {
     "attention_qkv": ("linear_qkv",),
     "attention_dense": ("linear_proj",),
@@ -24,10 +21,10 @@ def ppo_actor(c: Conversion) -> None:
     get = c.source.get
     _common(c)
     _lora(c)
-    _model_path(c, "pretrained_checkpoint.restore_from_path", "lm")
+    _model_path(c, "pretrained_checkpoint.restore_from_path")
     _data(c, "nemo-eppo prepare prompts", "prompts", validation_required=False)
-    window = int(get("model.data.seq_length") or c.source["model.encoder_seq_length"])
-    longest = int(get("model.ppo.length_params.max_length") or window // 2)
+    window = c.integer("model.data.seq_length", 0) or c.integer("model.encoder_seq_length")
+    longest = c.integer("model.ppo.length_params.max_length", 0) or window // 2
     c.require(
         "model.ppo.length_params.max_length", longest < window, f"leaves no room for a prompt in a window of {window}"
     )
@@ -37,7 +34,7 @@ def ppo_actor(c: Conversion) -> None:
     c.require("model.ppo.sampling_params.use_greedy", not get("model.ppo.sampling_params.use_greedy"), "PPO samples")
     c.put("generation.greedy", False)
 
-    rollout, mini_batch = c.values["ppo.rollout_batch_size"], c.values["ppo.mini_batch_size"]
+    rollout, mini_batch = c.integer("model.ppo.num_rollout_samples"), c.integer("model.global_batch_size")
     c.require(
         "model.ppo.num_rollout_samples", rollout % mini_batch == 0, f"not divisible by global_batch_size {mini_batch}"
     )
@@ -47,11 +44,17 @@ def ppo_actor(c: Conversion) -> None:
         c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); that project counts the prompts")
     _constant_steps(c, None if most is None else most * rollout // mini_batch)
     c.put("ppo.epochs", 1, "each rollout is used once, as there")
+    # that project counts the critic's rollouts before the end of the policy's first step, whose own is one of them
+    if (warmup := c.integer("trainer.ppo.critic_warmup_steps", 0) - 1) > 0:
+        c.put(
+            "ppo.critic_warmup_steps", warmup, f"{warmup + 1} rollouts there, of which the policy learns from the last"
+        )
+        if most is not None:
+            c.put("ppo.max_steps", most + warmup, f"of which {warmup} are the critic's alone")
 
-    interval = get("trainer.ppo.save_interval")
-    c.put("checkpoint.interval", c.values["validation.interval"] if interval is None else int(interval))
-    c.put("validation.max_prompts", int(get("model.ppo.num_val_samples") or rollout))
-    eps = float(c.source["model.ppo.ratio_eps"])
+    c.put("checkpoint.interval", c.integer("trainer.ppo.save_interval", c.values["validation.interval"]))
+    c.put("validation.max_prompts", c.integer("model.ppo.num_val_samples", 0) or rollout)
+    eps = c.number("model.ppo.ratio_eps")
     c.put("ppo.clip_low", eps)
     c.put("ppo.clip_high", eps)
     metrics = {"val_global_rewards": "proxy_reward", "val_rewards": "proxy_reward"}
@@ -64,13 +67,13 @@ def ppo_actor(c: Conversion) -> None:
 def _length(c: Conversion, section: str, target: str) -> tuple[int, int | None]:
     """Translate after how many steps a run ends, if the file says so; return its epochs and steps."""
     name = f"trainer.{section}"
-    epochs, steps = int(c.source.get(f"{name}.max_epochs") or 1), c.source.get(f"{name}.max_steps")
-    if steps is None or int(steps) < 0:  # that project's mark for no limit
+    epochs, steps = c.integer(f"{name}.max_epochs", 0) or 1, c.integer(f"{name}.max_steps", -1)
+    if steps < 0:  # that project's mark for no limit
         return epochs, None
     note = f"that project ends after {epochs} epochs already, if they have fewer steps; set fewer steps then"
-    c.put(target, int(steps), note)
+    c.put(target, steps, note)
     _mark(c, f"{name}.max_epochs", "changed", note)
-    return epochs, int(steps)
+    return epochs, steps
 
 
 def _fit_length(c: Conversion, section: str) -> None:
@@ -83,7 +86,7 @@ def _fit_length(c: Conversion, section: str) -> None:
 def _constant_steps(c: Conversion, updates: int | None) -> None:
     """Translate the updates at min_lr that end the schedule of a run of so many updates, None if that is not known."""
     key = "model.optim.sched.constant_steps"
-    constant = int(c.source.get(key) or 0)
+    constant = c.integer(key, 0)
     if not constant:
         return
     if c.values["optimizer.schedule"] == "constant":
@@ -127,7 +130,7 @@ def _servers(c: Conversion) -> None:
 
 def ppo_critic(c: Conversion) -> None:
     _common(c)
-    path = _model_path(c, "pretrained_checkpoint.restore_from_path", "reward")
+    path = _model_path(c, "pretrained_checkpoint.restore_from_path")
     combined = c.source["trainer.ppo.combine_rm_and_critic_server"]
     c.put("reward_model", path if combined else None, "the model that the critic starts from scores, too")
     if combined and path == REQUIRED:
@@ -137,7 +140,7 @@ def ppo_critic(c: Conversion) -> None:
             f"the mini-batches that the critic learns from are the actor's: global_batch_size = "
             f"{c.source['model.global_batch_size']} of this file has to be its ppo.mini_batch_size"
         )
-    updates = int(c.source["trainer.ppo.max_steps"])
+    updates = c.integer("trainer.ppo.max_steps")
     if updates < 1:
         c.put("optimizer.decay_steps", REQUIRED)
         c.todo.append("optimizer.decay_steps: PPO steps x mini-batches per step, over which the learning rate falls")
@@ -151,7 +154,7 @@ def ppo_critic(c: Conversion) -> None:
 
 def reward_server(c: Conversion) -> None:
     _common(c)
-    _model_path(c, "rm_model_file", "reward")
+    _model_path(c, "rm_model_file")
     names = ("model.forward_micro_batch_size", "inference.inference_micro_batch_size", "inference.micro_batch_size")
     sizes = [c.source[name] for name in names if c.source.get(name) is not None] or [4]
     size = sizes[0]
@@ -162,11 +165,11 @@ def reward_server(c: Conversion) -> None:
 
 
 def reward_training(c: Conversion) -> None:
-    get = c.source.get
     _common(c)
-    _model_path(c, "pretrained_checkpoint.restore_from_path", "lm")
+    _model_path(c, "pretrained_checkpoint.restore_from_path")
     _data(c, "nemo-eppo prepare nemo_aligner", "preferences", validation_required=True)
-    c.put("data.max_sequence_length", int(get("model.data.seq_length") or c.source["model.encoder_seq_length"]))
+    longest = c.integer("model.data.seq_length", 0) or c.integer("model.encoder_seq_length")
+    c.put("data.max_sequence_length", longest)
     c.put("data.too_long", "drop")
     _fit_length(c, "rm")
     _best(c, {"val_loss": "accuracy", "val_acc": "accuracy", "val_accuracy": "accuracy"})
@@ -176,7 +179,7 @@ def reward_training(c: Conversion) -> None:
 def sft(c: Conversion) -> None:
     _common(c)
     _lora(c)
-    _model_path(c, "model.restore_from_path", "lm")
+    _model_path(c, "model.restore_from_path")
     for ours, theirs in (("train", "train_ds"), ("validation", "validation_ds")):
         key = f"model.data.{theirs}.file_path"
         if c.source.get(f"model.data.{theirs}.file_names"):
@@ -196,11 +199,11 @@ def _common(c: Conversion) -> None:
             "model.parallel: what the file does not say of the layout, that project takes from the .nemo file; 1 here"
         )
     sequence_parallel = bool(get("model.sequence_parallel"))
-    if sequence_parallel and int(get("model.tensor_model_parallel_size") or 1) == 1:
+    if sequence_parallel and c.integer("model.tensor_model_parallel_size", 1) == 1:
         c.conflict("model.sequence_parallel", "has no effect without tensor parallelism: off")
         sequence_parallel = False
     c.put("model.parallel.sequence_parallel", sequence_parallel)
-    if get("model.virtual_pipeline_model_parallel_size") and int(get("model.pipeline_model_parallel_size") or 1) == 1:
+    if get("model.virtual_pipeline_model_parallel_size") and c.integer("model.pipeline_model_parallel_size", 1) == 1:
         c.conflict("model.virtual_pipeline_model_parallel_size", "has no effect without pipeline stages: off")
         c.put("model.parallel.virtual_pipeline_model_parallel_size", None)
     if get("model.precision") not in (None, get("trainer.precision")):
@@ -212,6 +215,7 @@ def _common(c: Conversion) -> None:
     }
     if logger:
         c.put("exp_manager.wandb_logger_kwargs", logger)
+    _run_directory(c)
     if "model.optim.name" in c.source:
         name = str(c.source["model.optim.name"])
         c.require("model.optim.name", "adam" in name, "the optimizer is AdamW")
@@ -223,6 +227,18 @@ def _common(c: Conversion) -> None:
         c.put("optimizer.distributed", "distributed" in name)
 
 
+def _run_directory(c: Conversion) -> None:
+    """Give the job a run directory of its own: that project's files have the same one for every job."""
+    key = "exp_manager.explicit_log_dir"
+    directory = c.source.get(key)
+    if directory == REQUIRED:
+        c.put(key, REQUIRED)
+    elif directory is not None:
+        note = "with the job's name: a run directory belongs to one job"
+        c.put(key, f"{str(directory).rstrip('/')}/{c.kind.replace('-', '_')}", note)
+        _mark(c, key, "changed", note)
+
+
 def _lora(c: Conversion) -> None:
     scheme = c.source["model.peft.peft_scheme"]
     name = "model.peft.lora_tuning"
@@ -232,12 +248,12 @@ def _lora(c: Conversion) -> None:
             _mark(c, f"{name}.{part}", "dropped", "peft_scheme is none: all weights are trained")
         return
     c.require("model.peft.peft_scheme", scheme == "lora", "expected lora or none, all that there is here")
-    rank, asked = int(c.source[f"{name}.adapter_dim"]), c.source[f"{name}.target_modules"]
+    rank, asked = c.integer(f"{name}.adapter_dim"), c.source[f"{name}.target_modules"]
     for module in asked:
         c.require(f"{name}.target_modules", module in _LINEARS, f"expected some of {', '.join(_LINEARS)}")
     targets = {linear for module in asked for linear in _LINEARS[module]}
     c.put("model.lora.rank", rank)
-    c.put("model.lora.alpha", float(c.source.get(f"{name}.alpha") or rank), "that project's default is the rank")
+    c.put("model.lora.alpha", c.number(f"{name}.alpha", 0) or float(rank), "that project's default is the rank")
     c.put("model.lora.targets", [linear for linear in _LINEARS["all"] if linear in targets])
 
 
@@ -258,20 +274,19 @@ def _best(c: Conversion, metrics: dict[str, str]) -> None:
         _mark(c, f"{name}.monitor", "changed", "reward models are compared by their accuracy")
 
 
-def _model_path(c: Conversion, key: str, kind: str) -> str:
+def _model_path(c: Conversion, key: str) -> str:
     path = c.source.get(key)
     if path in (None, REQUIRED):
         target, note = REQUIRED, ""
         c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
     elif not str(path).endswith(".nemo"):
-        target, note = str(path), "has to be a Hugging Face directory, or a checkpoint of these scripts"
+        target = str(path)
+        note = "has to be a Hugging Face directory or a checkpoint: of NeMo's, convert nemo-to-megatron makes one"
     else:
-        target, note = str(path).removesuffix(".nemo") + "_hf", f"was {path}"
+        target, note = str(path).removesuffix(".nemo") + "_megatron", f"was {path}"
         c.todo.append(
-            f"make the Hugging Face directory {target} of {path}: {_CONVERTERS}"
-            if kind == "lm"
-            else f"{target}: NeMo's converters write language models without a reward head. Train the model anew "
-            f"(train_reward_model.py), or put the head into a *ForSequenceClassification directory as score.weight"
+            f"nemo-eppo convert nemo-to-megatron --input {path} --tokenizer DIRECTORY --output {target}, with the "
+            "Hugging Face directory of the model's tokenizer"
         )
     c.put("model.restore_from_path", target, note)
     return target
@@ -321,8 +336,8 @@ def _standardization(c: Conversion) -> None:
         mean, std = c.source.get(f"{name}.mean"), c.source.get(f"{name}.std")
         note = "mean and std of the actor's rewards, null for the statistics that are stored with the reward model"
         c.todo.append(
-            f"reward_standardization: set mean and std of the actor's rewards to null; a Hugging Face reward model has "
-            f'"nemo_eppo_reward": {{"mean": {mean}, "std": {std}}} in its config.json'
+            f"reward_standardization: set mean: {mean} and std: {std} in the actor's rewards; null for both is right "
+            "if they are stored with the reward model"
         )
     for part in ("enable", "mean", "std"):
         _mark(c, f"{name}.{part}", "changed" if enabled else "dropped", note)

@@ -1,5 +1,6 @@
 """The kinds of rules for a key of NeMo-Aligner, and the state of a conversion; aligner_keys.py has the rules."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,23 @@ class Conversion:
     """Remarks for keys of `values`."""
     rows: list[Row] = field(default_factory=list)
     todo: list[str] = field(default_factory=list)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return the number at one of the file's keys, `default` for null; ConfigError if it is none."""
+        value = self.source.get(key)
+        try:
+            return float(default if value is None else value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise ConfigError(f"{key} = {value!r}: expected a number") from None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return the whole number at one of the file's keys, `default` for null; ConfigError if it is none."""
+        try:
+            number = self.number(key, default)
+        except ConfigError:
+            number = math.nan
+        self.require(key, number.is_integer(), "expected a whole number")
+        return int(number)
 
     def put(self, key: str, value: Any, note: str = "") -> None:
         """Set one of our keys, with a remark if there is one."""

@@ -1,11 +1,14 @@
-"""`nemo-eppo convert`: converts Hugging Face directories to Megatron checkpoints and back.
+"""`nemo-eppo convert`: converts Hugging Face directories and .nemo files to Megatron checkpoints, and these to Hugging
+Face directories.
 
 Making a conversion checks it; `run` does it. The weights are streamed in one process, so a model of any size needs the
 memory of one of its files and one decoder layer.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -22,7 +25,8 @@ from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.numerics import DTYPES
-from nemo_eppo.settings.model import Head, Precision
+from nemo_eppo.settings.model import Head, ModelConfig, Precision
+from nemo_eppo.tools.nemo_model import NemoModel, unpack
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {**DTYPES, "fp16": torch.float16}
@@ -43,32 +47,44 @@ class HfToMegatron:
         _require_absent(output)
         self.source, self.output = HfDirectory(source), output
         self.precision: Precision = precision or self.source.precision
-        tokenizer, model = Tokenizer.from_directory(source), self.source.model
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ConfigError(
-                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
-            )
+        _check_vocabulary(source, self.source.model)
 
     def run(self) -> None:
         """Convert."""
-        manifest = self.source.manifest()
-        with tqdm(total=len(hf_names(self.source.model)), unit="tensor", disable=None) as bar:
+        with directory_made_whole(self.output) as incomplete:
+            _write_weights(incomplete, self.source, self.precision)
+            checkpoint_files.seal(incomplete, self.source.manifest(), self.source.path)
 
-            def source(name: str) -> Tensor:
-                bar.update()
-                return self.source.tensor(name)
 
-            with directory_made_whole(self.output) as incomplete:
-                weights = incomplete / checkpoint_files.WEIGHTS
-                weights.mkdir()
-                write_weights(
-                    weights,
-                    manifest.model,
-                    None if manifest.head == "lm" else 1,
-                    DTYPES[self.precision],
-                    source,
-                )
-                checkpoint_files.seal(incomplete, manifest, self.source.path)
+class NemoToMegatron:
+    """Converts a model of NeMo 1.x or NeMo-Aligner to a checkpoint that loads under any layout.
+
+    Args:
+        source: a .nemo file, or the directory it unpacks to. A file is unpacked beside the output while it is read.
+        tokenizer: a Hugging Face directory with the model's tokenizer.
+        output: the directory to write, which must not exist.
+        precision: the precision of the checkpoint; None: the narrowest that holds every array exactly.
+
+    Raises:
+        ConfigError: as NemoModel; also if the tokenizer has more tokens than the model.
+    """
+
+    def __init__(self, source: Path, tokenizer: Path, output: Path, precision: Precision | None = None) -> None:
+        _require_absent(output)
+        self.source, self.tokenizer, self.output = source, tokenizer, output
+        with TemporaryDirectory() as scratch:
+            described = NemoModel(unpack(source, Path(scratch) / "nemo", descriptions_only=True), source)
+        self.precision: Precision = precision or described.precision
+        _check_vocabulary(tokenizer, described.model)
+
+    def run(self) -> None:
+        """Convert."""
+        with directory_made_whole(self.output) as incomplete:
+            unpacked = incomplete / "nemo"
+            model = NemoModel(unpack(self.source, unpacked), self.source)
+            _write_weights(incomplete, model, self.precision)
+            shutil.rmtree(unpacked, ignore_errors=True)
+            checkpoint_files.seal(incomplete, model.manifest(), self.tokenizer)
 
 
 class MegatronToHf:
@@ -152,6 +168,24 @@ class MegatronToHf:
             if not stored.isfinite().all():
                 raise ConfigError(f"{name} is not finite in {self.precision}: largest |value| {tensor.abs().max():.3g}")
             yield name, stored
+
+
+def _write_weights(incomplete: Path, source: HfDirectory | NemoModel, precision: Precision) -> None:
+    weights = incomplete / checkpoint_files.WEIGHTS
+    weights.mkdir()
+    with tqdm(total=len(hf_names(source.model)), unit="tensor", disable=None) as bar:
+
+        def tensor(name: str) -> Tensor:
+            bar.update()
+            return source.tensor(name)
+
+        write_weights(weights, source.model, None if source.head == "lm" else 1, DTYPES[precision], tensor)
+
+
+def _check_vocabulary(tokenizer: Path, model: ModelConfig) -> None:
+    found = Tokenizer.from_directory(tokenizer).vocab_size
+    if found > model.vocab_size:
+        raise ConfigError(f"{tokenizer}: the tokenizer has {found} tokens, the model {model.vocab_size}")
 
 
 def _require_absent(output: Path) -> None:

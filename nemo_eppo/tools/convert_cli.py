@@ -7,11 +7,21 @@ from pathlib import Path
 from nemo_eppo.config import ConfigError
 from nemo_eppo.tools.aligner_cli import add_aligner_config
 
+_CONVERT = "\n  nemo-eppo convert"
+_EXAMPLES = {
+    "hf-to-megatron": f"{_CONVERT} hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3",
+    "megatron-to-hf": f"{_CONVERT} megatron-to-hf --input runs/ppo/checkpoints --output models/aligned",
+    "reward-to-hf": f"{_CONVERT} reward-to-hf --input runs/rm/checkpoints --output models/reward",
+    "nemo-to-megatron": f"{_CONVERT} nemo-to-megatron --input rm.nemo --tokenizer models/llama --output checkpoints/rm",
+}
+_ALIGNER = f"{_CONVERT} aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml"
+
 
 def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser(
         "convert",
-        help="turn Hugging Face directories into Megatron checkpoints and back, or translate NeMo-Aligner's settings",
+        help="turn Hugging Face directories and .nemo files into Megatron checkpoints, these into Hugging Face "
+        "directories, or NeMo-Aligner's settings into ours",
         description="""\
 Convert models, weights bit by bit, with config and tokenizer. An architecture that is not supported is refused with a
 list of those that are. Weights are streamed: a model needs the memory of one of its files and one of its layers,
@@ -19,12 +29,7 @@ whatever its size.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
-        epilog="""\
-examples:
-  nemo-eppo convert hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3
-  nemo-eppo convert megatron-to-hf --input runs/ppo/checkpoints --output models/aligned
-  nemo-eppo convert reward-to-hf --input runs/rm/checkpoints --output models/reward
-  nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml""",
+        epilog="".join(["examples:", *_EXAMPLES.values(), _ALIGNER]),
     )
     ways = convert.add_subparsers(title="conversions", required=True, metavar="CONVERSION")
     add_aligner_config(ways)
@@ -35,14 +40,38 @@ examples:
 Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
 
 It loads under any tensor- and pipeline-parallel layout, with the vocabulary padded as that layout needs it.""",
+        epilog=f"example:{_EXAMPLES['hf-to-megatron']}",
     )
     _add_conversion_options(hf_to_megatron, "Hugging Face directory to convert")
-    hf_to_megatron.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        help="precision of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32)",
-    )
     hf_to_megatron.set_defaults(run=_hf_to_megatron)
+    nemo_to_megatron = ways.add_parser(
+        "nemo-to-megatron",
+        help="a .nemo file of NeMo 1.x or NeMo-Aligner becomes a checkpoint",
+        description="""\
+Make a checkpoint of a language model, reward model or critic of NeMo 1.x or NeMo-Aligner: models like Llama, Mistral
+and Qwen2 (RMSNorm, rotary positions, SwiGLU, grouped queries), trained with mcore_gpt and stored as torch_dist.
+
+A key of model_config.yaml that makes another model is refused by name, as is an array that is missing or left over.
+Rows that NeMo added to the vocabulary stay in it. A reward model keeps its reward_standardization; without it, its
+scores are raw. A training checkpoint is converted as well, once it lies as model_weights/ in a directory with the
+model_config.yaml. A .nemo file is unpacked beside the output while it is read, which takes its size on disk.""",
+        epilog=f"example:{_EXAMPLES['nemo-to-megatron']}",
+    )
+    _add_conversion_options(nemo_to_megatron, ".nemo file, or the directory it unpacks to", metavar="PATH")
+    nemo_to_megatron.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory with the tokenizer that the model was trained with",
+    )
+    nemo_to_megatron.set_defaults(run=_nemo_to_megatron)
+    for way in (hf_to_megatron, nemo_to_megatron):
+        way.add_argument(
+            "--precision",
+            choices=["fp32", "bf16"],
+            help="precision of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32)",
+        )
     for name, head, what, description in (
         (
             "megatron-to-hf",
@@ -62,7 +91,7 @@ Its output at the last token is the raw score less the head's bias, which transf
 holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
         ),
     ):
-        parser = ways.add_parser(name, help=what, description=description)
+        parser = ways.add_parser(name, help=what, description=description, epilog=f"example:{_EXAMPLES[name]}")
         _add_conversion_options(parser, "checkpoint to convert, or a directory whose newest checkpoint is converted")
         suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
         parser.add_argument(
@@ -86,8 +115,8 @@ holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standa
         parser.set_defaults(run=_megatron_to_hf, head=head)
 
 
-def _add_conversion_options(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=source)
+def _add_conversion_options(parser: argparse.ArgumentParser, source: str, metavar: str = "DIR") -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar=metavar, help=source)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory to write")
 
 
@@ -95,6 +124,13 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.convert import HfToMegatron
 
     HfToMegatron(arguments.input, arguments.output, arguments.precision).run()
+    print(f"wrote {arguments.output}")
+
+
+def _nemo_to_megatron(arguments: argparse.Namespace) -> None:
+    from nemo_eppo.tools.convert import NemoToMegatron
+
+    NemoToMegatron(arguments.input, arguments.tokenizer, arguments.output, arguments.precision).run()
     print(f"wrote {arguments.output}")
 
 

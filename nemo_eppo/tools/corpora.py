@@ -146,9 +146,21 @@ def _chat(before: list[Turn], *answers: Turn) -> Example:
 
 
 def read_prompts(fields: Fields) -> Iterator[Example]:
+    _refuse_conversation(fields)
+    yield one_turn(_text(fields, "prompt" if "prompt" in fields else "text"))
+
+
+def read_training_rows(fields: Fields) -> Iterator[Example]:
+    _refuse_conversation(fields)
+    names = ("chosen", "rejected") if "chosen" in fields else ("response",) if "response" in fields else ()
+    if "response" in fields and "chosen" in fields:
+        raise Malformed("fields 'response' and 'chosen' are of different kinds of rows")
+    yield one_turn(_text(fields, "prompt"), *(_text(fields, name) for name in names))
+
+
+def _refuse_conversation(fields: Fields) -> None:
     if isinstance(fields.get("prompt"), list):
         raise Malformed("field 'prompt' is a conversation, which `nemo-eppo prepare chat` reads")
-    yield one_turn(_text(fields, "prompt" if "prompt" in fields else "text"))
 
 
 def nemo_aligner(assistant_marker: str = ALIGNER_ASSISTANT) -> Corpus:
@@ -181,7 +193,7 @@ def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
         if "text" in first.fields or (second and "text" in second.fields):
             defect = first.defect or (second.defect if second else "no second row of the pair")
             if not defect and second:
-                yield Row(first.file, first.line, {"text": (first.fields, second.fields)})
+                yield Row(first.file, first.line, {**first.fields, "text": (first.fields, second.fields)})
             else:
                 yield Row(first.file, first.line, {}, defect)
         else:
@@ -288,5 +300,6 @@ CORPORA = {
     "alpaca_farm": Corpus(read_alpaca_farm),
     "chat": Corpus(read_chat),
     "prompts": Corpus(read_prompts),
+    "rows": Corpus(read_training_rows),
     "nemo_aligner": nemo_aligner(),
 }

@@ -6,18 +6,18 @@ was written are kept, to recognise duplicates: some 200 bytes for each prompt, 3
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import EOS, Tokenizer, encode_in_blocks, train_bpe
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.tools.corpora import Corpus, Example, Fields, Malformed
-from nemo_eppo.tools.sources import HubDataset, read_rows
+from nemo_eppo.tools.sources import HubDataset, Row, read_rows
 
 SPLITS = ("train", "validation")
 DUPLICATE = "duplicate"
@@ -34,6 +34,8 @@ class Entry:
     example: Example
     defect: str = ""
     """Why it is dropped; empty if it is kept."""
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of its row that go into the prompts files, see `Preparation.keep`."""
 
 
 @dataclass
@@ -58,54 +60,80 @@ class PreparationCounts:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """How a corpus becomes training files.
+
+    Raises:
+        ConfigError: a setting that cannot work, by its name.
+    """
+
+    validation_fraction: float = 0.05
+    """Share of the prompts to hold out; the hash of an example's opening decides which, whatever the order or number
+    of the sources."""
+    tokenizer_dir: Path | None = None
+    """Hugging Face tokenizer to use; None trains a byte-level BPE on the training rows."""
+    bpe_vocab_size: int = 8192
+    """Tokens of a tokenizer that is trained."""
+    chat_template: Path | Literal["tokenizer"] | None = None
+    """The tokenizer's own template or a Jinja file, which is then saved with the written tokenizer; None for none."""
+    system_prompt: str | None = None
+    """System turn for conversations that have none; without a template it goes in front of the text."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt, BOS included; examples with a longer one are dropped."""
+    max_response_tokens: int | None = None
+    """Longest response, EOS included; of a pair, the longer one counts."""
+    keep: tuple[str, ...] = ()
+    """Fields of a row that its rows in the prompts files have beside "prompt", for reward functions. A prompt that
+    comes again with other values is another prompt."""
+    strict: bool = False
+    """Raise an error for a malformed or unusable row instead of dropping it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"validation_fraction = {self.validation_fraction}: expected a number between 0 and 1")
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} = {limit}: expected at least 1")
+        if "" in self.keep or "prompt" in self.keep or len(set(self.keep)) < len(self.keep):
+            raise ConfigError(f"keep = {','.join(self.keep)}: expected names of fields, each once and none 'prompt'")
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Load the tokenizer with its template, if one is given; ConfigError if one of them cannot be used."""
+        tokenizer = None if self.tokenizer_dir is None else Tokenizer.from_directory(self.tokenizer_dir)
+        if self.chat_template is not None:
+            _use_template(tokenizer, self.chat_template)
+        return tokenizer
+
+
 def prepare(
     corpus: Corpus,
     sources: Sequence[Path | HubDataset],
     out_dir: Path,
+    settings: Preparation,
     *,
-    validation_fraction: float = 0.05,
-    tokenizer_dir: Path | None = None,
-    bpe_vocab_size: int = 8192,
-    chat_template: Path | Literal["tokenizer"] | None = None,
-    system_prompt: str | None = None,
-    max_prompt_tokens: int | None = None,
-    max_response_tokens: int | None = None,
-    strict: bool = False,
     progress: bool = False,
 ) -> PreparationCounts:
     """Write `tokenizer/`, `{preferences,sft,prompts}.{train,validation}.jsonl` and `dropped.jsonl` into `out_dir`.
 
     Pairs give rows of all three kinds (for SFT with the chosen response), demonstrations give SFT rows and prompts,
-    prompts only prompts; no row is written twice. The hash of an example's opening decides its split, whatever the
-    order or number of the sources. Without `tokenizer_dir`, a byte-level BPE of `bpe_vocab_size` is trained on the
-    training rows.
-
-    `chat_template` is the tokenizer's own or a Jinja file, which is then saved with the written tokenizer.
-    `system_prompt` is for conversations that have none; without a template it goes in front of the text.
-
-    Malformed and unusable rows are dropped, or are an error if `strict`. Duplicates, examples over the limits (in
-    tokens, BOS and EOS included; for the longer response) and examples that a given tokenizer cannot encode are always
-    dropped. `dropped.jsonl` lists each with its file, line and reason.
+    prompts only prompts; no row is written twice. Malformed and unusable rows, duplicates, examples over the limits and
+    examples that a given tokenizer cannot encode are dropped. `dropped.jsonl` lists each with its file, line and
+    reason.
 
     Raises:
-        ConfigError: a source, template or tokenizer cannot be read, a row is defective and `strict` is set, or a split
-            is empty.
+        ConfigError: a source, template or tokenizer cannot be read, a usable row lacks a field of `settings.keep`, a
+            row is defective and `settings.strict` is set, or a split is empty.
     """
-    if not 0 < validation_fraction < 1:
-        raise ConfigError(f"validation_fraction = {validation_fraction}: expected a number between 0 and 1")
-    for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_response_tokens", max_response_tokens)):
-        if limit is not None and limit < 1:
-            raise ConfigError(f"{name} = {limit}: expected at least 1")
-    tokenizer = None if tokenizer_dir is None else Tokenizer.from_directory(tokenizer_dir)
-    if chat_template is not None:
-        _use_template(tokenizer, chat_template)
+    tokenizer = settings.tokenizer()
 
     def entries() -> Iterator[Entry]:
-        found = _without_repetition(_read(corpus, sources, tokenizer.eos_text if tokenizer else EOS, progress))
-        for entry in found:
+        read = _read(corpus, sources, tokenizer.eos_text if tokenizer else EOS, settings.keep, progress)
+        for entry in _without_repetition(read):
             if not entry.defect:
-                entry = _format(entry, tokenizer if chat_template else None, system_prompt)
-            if strict and entry.defect not in ("", DUPLICATE):
+                entry = _format(entry, tokenizer if settings.chat_template else None, settings.system_prompt)
+            if settings.strict and entry.defect not in ("", DUPLICATE):
                 raise ConfigError(f"{entry.file}:{entry.line}: {entry.defect}")
             yield entry
 
@@ -113,21 +141,29 @@ def prepare(
         if tokenizer:
             tokenizer.save(directory / "tokenizer")
         else:
-            train_bpe(_training_texts(entries(), validation_fraction), bpe_vocab_size, directory / "tokenizer")
+            texts = _training_texts(entries(), settings.validation_fraction)
+            train_bpe(texts, settings.bpe_vocab_size, directory / "tokenizer")
         measured = entries()
-        if tokenizer or max_prompt_tokens is not None or max_response_tokens is not None:
-            tokenizer = tokenizer or Tokenizer.from_directory(directory / "tokenizer")
-            measured = _mark_too_long(measured, tokenizer, max_prompt_tokens, max_response_tokens)
-        counts = _write(measured, directory, validation_fraction)
-        kinds = {name.partition(".")[0] for name in counts.written} or {"prompts"}
-        for name in (f"{kind}.{split}.jsonl" for kind in sorted(kinds) for split in SPLITS):
-            if not counts.written[name]:
-                found = replace(counts, written=Counter())  # the files go with the directory
-                where = f"{sources[0]}{' and others' if len(sources) > 1 else ''}"
-                raise ConfigError(
-                    f"nothing is left for {name} of {where} (validation_fraction = {validation_fraction})\n{found}"
-                )
+        limits = settings.max_prompt_tokens, settings.max_response_tokens
+        if tokenizer or any(limits):
+            measured = _mark_too_long(measured, tokenizer or Tokenizer.from_directory(directory / "tokenizer"), *limits)
+        counts = _write(measured, directory, settings.validation_fraction)
+        _require_all_files(counts, sources, settings.validation_fraction)
     return counts
+
+
+def _require_all_files(
+    counts: PreparationCounts, sources: Sequence[Path | HubDataset], validation_fraction: float
+) -> None:
+    """Raise ConfigError if a file of one of the kinds has no rows."""
+    kinds = {name.partition(".")[0] for name in counts.written} or {"prompts"}
+    for name in (f"{kind}.{split}.jsonl" for kind in sorted(kinds) for split in SPLITS):
+        if not counts.written[name]:
+            found = replace(counts, written=Counter())  # the files go with the directory
+            where = f"{sources[0]}{' and others' if len(sources) > 1 else ''}"
+            raise ConfigError(
+                f"nothing is left for {name} of {where} (validation_fraction = {validation_fraction})\n{found}"
+            )
 
 
 def _use_template(tokenizer: Tokenizer | None, chat_template: Path | Literal["tokenizer"]) -> None:
@@ -150,7 +186,9 @@ def _use_template(tokenizer: Tokenizer | None, chat_template: Path | Literal["to
         pass  # it refuses this conversation, and may accept those of the corpus
 
 
-def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, progress: bool) -> Iterator[Entry]:
+def _read(
+    corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, keep: Sequence[str], progress: bool
+) -> Iterator[Entry]:
     for source in sources:
         rows = (replace(row, fields=_present(row.fields)) for row in read_rows(source, progress))
         for row in corpus.join(rows):
@@ -160,9 +198,25 @@ def _read(corpus: Corpus, sources: Sequence[Path | HubDataset], eos_text: str, p
             try:
                 for example in corpus.read(row.fields):
                     example = replace(example, responses=tuple(_without_eos(r, eos_text) for r in example.responses))
-                    yield Entry(row.file, row.line, example, _defect(example, eos_text))
+                    defect = _defect(example, eos_text)
+                    yield Entry(row.file, row.line, example, defect, {} if defect else _carried(row, keep))
             except Malformed as error:
                 yield Entry(row.file, row.line, _NOTHING, str(error))
+
+
+def _carried(row: Row, keep: Sequence[str]) -> dict[str, Any]:
+    """Return the fields to keep of a row; ConfigError if one is missing or cannot be written."""
+    where = f"{row.file}:{row.line}"
+    for name in keep:
+        if name not in row.fields:
+            raise ConfigError(
+                f"{where}: field '{name}' is missing, which is to be kept (found: {', '.join(row.fields)})"
+            )
+        try:
+            json_line({name: row.fields[name]}).encode()
+        except (TypeError, UnicodeEncodeError) as error:  # dates and bytes of a table; half of a surrogate pair
+            raise ConfigError(f"{where}: field '{name}' cannot be kept: {error}") from None
+    return {name: row.fields[name] for name in keep}
 
 
 def _present(fields: Fields) -> Fields:
@@ -194,7 +248,7 @@ def _without_repetition(entries: Iterable[Entry]) -> Iterator[Entry]:
     seen: set[bytes] = set()
     for entry in entries:
         if not entry.defect:
-            digest = _digest(entry.example.prompt, *entry.example.responses)
+            digest = _digest(entry.example.prompt, *entry.example.responses, json_line(entry.carried))
             if digest in seen:
                 entry = replace(entry, defect=DUPLICATE)
             seen.add(digest)
@@ -272,7 +326,7 @@ def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float
     files: dict[str, IO[str]] = {}
     with ExitStack() as stack:
 
-        def write(name: str, row: dict[str, str | int]) -> None:
+        def write(name: str, row: Mapping[str, Any]) -> None:
             if name not in files:
                 files[name] = stack.enter_context((directory / name).open("w", encoding="utf-8"))
             files[name].write(json_line(row))
@@ -285,27 +339,26 @@ def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float
                 write("dropped.jsonl", {"file": entry.file, "line": entry.line, "reason": entry.defect})
                 continue
             split = _split(entry.example, validation_fraction)
-            for kind, row in _rows(entry.example).items():
+            for kind, row in _rows(entry).items():
                 if kind != "preferences":
-                    digest = _digest(kind, *row.values())
+                    digest = _digest(kind, json_line(row))
                     if digest in derived:
                         continue
                     derived.add(digest)
-                write(f"{kind}.{split}.jsonl", dict(row))
+                write(f"{kind}.{split}.jsonl", row)
                 counts.written[f"{kind}.{split}.jsonl"] += 1
     return counts
 
 
-def _rows(example: Example) -> dict[str, dict[str, str]]:
+def _rows(entry: Entry) -> dict[str, dict[str, Any]]:
     """Return the rows that an example gives, by kind."""
+    prompt, responses = entry.example.prompt, entry.example.responses
     rows = {}
-    if len(example.responses) == 2:
-        rows["preferences"] = dict(
-            zip(("prompt", "chosen", "rejected"), (example.prompt, *example.responses), strict=True)
-        )
-    if example.responses:
-        rows["sft"] = {"prompt": example.prompt, "response": example.responses[0]}
-    rows["prompts"] = {"prompt": example.prompt}
+    if len(responses) == 2:
+        rows["preferences"] = {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}
+    if responses:
+        rows["sft"] = {"prompt": prompt, "response": responses[0]}
+    rows["prompts"] = {"prompt": prompt, **entry.carried}
     return rows
 
 

@@ -56,6 +56,18 @@ Prompts alone. Fields read:
 
   {"prompt"}, or where there is none {"text"}, as NeMo-Aligner's PPO has it     prompts"""
 
+_ROWS = """\
+Rows of the training files that this command writes, or of one's own. Fields read, row by row, all of them text:
+
+  {"prompt", "chosen", "rejected"}     pairs
+  {"prompt", "response"}               demonstrations
+  {"prompt"}                           prompts
+
+The texts stay as they are, so that rows can be split and filtered; only an end-of-sequence token at the end of a
+response, which the tokenizer adds, is taken off. Give --chat-template only for prompts that are plain questions: each
+becomes one user turn. A prompt's hash decides its side of the split, so a train file that this command wrote is split
+further by a larger --validation-fraction alone."""
+
 _NEMO_ALIGNER = """\
 Training files of NeMo-Aligner. Fields read:
 
@@ -93,10 +105,14 @@ Write a directory that SFT, reward-model and PPO training read:
   tokenizer/                             a Hugging Face tokenizer
   sft.{train,validation}.jsonl           {"prompt", "response"}              SFT
   preferences.{train,validation}.jsonl   {"prompt", "chosen", "rejected"}    reward model
-  prompts.{train,validation}.jsonl       {"prompt"}                          PPO
+  prompts.{train,validation}.jsonl       {"prompt"}, and what --keep names   PPO
 
 Pairs give all of these, demonstrations the first and the last, prompts the last.
 No prompt is in both train and validation. An existing directory is never overwritten.""",
+        epilog="""\
+examples:
+  nemo-eppo prepare noun-task --output data/noun-task
+  nemo-eppo prepare hh --input train.jsonl.gz --output data/hh""",
     )
     corpora = parser.add_subparsers(title="corpora", required=True, metavar="CORPUS")
     _add_noun_task(corpora)
@@ -105,6 +121,7 @@ No prompt is in both train and validation. An existing directory is never overwr
     _add_corpus(corpora, "alpaca_farm", "AlpacaFarm: comparisons, demonstrations or instructions", _ALPACA_FARM)
     _add_corpus(corpora, "chat", "conversations: comparisons, demonstrations or prompts", _CHAT)
     _add_corpus(corpora, "prompts", "prompts for PPO alone", _PROMPTS)
+    _add_corpus(corpora, "rows", "rows as the trainers read them", _ROWS)
     aligner = _add_corpus(corpora, "nemo_aligner", "NeMo-Aligner's training files", _NEMO_ALIGNER)
     aligner.add_argument(
         "--response-marker",
@@ -180,6 +197,14 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
     parser.add_argument(
         "--max-response-tokens", type=int, metavar="N", help="drop examples with a longer response, end token included"
     )
+    parser.add_argument(
+        "--keep",
+        metavar="FIELD,...",
+        default=(),
+        type=lambda names: tuple(names.split(",")),
+        help="carry these fields of the rows, which every usable row must have, into the prompts files, for reward "
+        "functions: answer,source",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping it")
     parser.set_defaults(run=_prepare_corpus, corpus=name, response_marker=None)
     return parser
@@ -195,17 +220,14 @@ def _prepare_noun_task(arguments: argparse.Namespace) -> None:
 
 def _prepare_corpus(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.corpora import CORPORA, nemo_aligner
-    from nemo_eppo.tools.preparation import prepare
+    from nemo_eppo.tools.preparation import Preparation, prepare
     from nemo_eppo.tools.sources import HubDataset
 
     corpus = CORPORA[arguments.corpus]
     if arguments.response_marker:
         corpus = nemo_aligner(arguments.response_marker.replace("\\n", "\n"))
     template = arguments.chat_template
-    counts = prepare(
-        corpus,
-        arguments.input or [HubDataset(arguments.hub, arguments.hub_config, arguments.hub_split)],
-        arguments.output,
+    settings = Preparation(
         validation_fraction=arguments.validation_fraction,
         tokenizer_dir=arguments.tokenizer,
         bpe_vocab_size=arguments.vocab_size,
@@ -213,7 +235,9 @@ def _prepare_corpus(arguments: argparse.Namespace) -> None:
         system_prompt=arguments.system_prompt,
         max_prompt_tokens=arguments.max_prompt_tokens,
         max_response_tokens=arguments.max_response_tokens,
+        keep=arguments.keep,
         strict=arguments.strict,
-        progress=True,
     )
+    sources = arguments.input or [HubDataset(arguments.hub, arguments.hub_config, arguments.hub_split)]
+    counts = prepare(corpus, sources, arguments.output, settings, progress=True)
     print(f"{counts}\nin {arguments.output}")

@@ -7,13 +7,13 @@ layout bit for bit, as long as that server takes the rollout in one request (ser
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron.offload import Offload
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
@@ -41,12 +41,7 @@ class _Local:
     """
 
     def __init__(self, service: CriticModel | RewardModel, where: str, actor: Plan, longest: int) -> None:
-        service.plan.check_fits(f"{where}.restore_from_path", actor.tokenizer, "the policy")
-        if service.max_sequence_length < longest:
-            raise ConfigError(
-                f"{where}.restore_from_path: the model takes {service.max_sequence_length} tokens, expected at least "
-                f"data.max_prompt_length + generation.max_new_tokens = {longest}"
-            )
+        service.plan.check_fits(f"{where}.restore_from_path", actor.tokenizer, "the policy", longest)
         self._service, self._steps, self.offload = service, Steps(service), Offload(service)
         self._limits = Limits(service.vocab_size, service.max_sequence_length, max_batch_size=sys.maxsize)
 
@@ -110,6 +105,9 @@ class ColocatedCritic:
             step=step,
         )
 
+    def turn(self) -> AbstractContextManager[None]:
+        return self._call.offload.turn()
+
     def begin(self, run: int, updates: int, fresh: bool) -> None:
         """See `Critic`. Raises ServiceError if the critic belongs to another run or has no checkpoint of `updates`."""
         numbers = {"run": torch.tensor([run]), "fresh": torch.tensor([fresh]), "step": torch.tensor([updates])}
@@ -150,7 +148,7 @@ class ColocatedReward:
         where = f"{key}.colocated"
         self._model = RewardModel(actor.setup.beside(colocated.restore_from_path), where)
         self._call = _Local(self._model, where, actor, longest)
-        self.columns = model_columns(config, where, self._model.statistics(), kind)
+        self.columns = model_columns(config, where, self._model.statistics, kind)
         self.latent_size = self._model.latent_size
 
     def build(self) -> None:

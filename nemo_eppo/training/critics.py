@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -28,6 +29,9 @@ class Critic(Protocol):
 
     def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
         """Start the next update on a mini-batch; the returned function gives its metrics."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Keep a critic in the actor's processes on the device for a block of answers, not for each alone."""
 
     def begin(self, run: int, updates: int, fresh: bool) -> None:
         """Load the state after `updates` updates of the run with the id `run`; 0 is the state at its start. With
@@ -74,6 +78,9 @@ class RemoteCritic:
         self.updates += 1
         step = self.updates
         return asked(lambda: self.client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin(self, run: int, updates: int, fresh: bool) -> None:
         """See `Critic`. Raises ServerError if the critic belongs to another run or has no checkpoint of `updates`."""

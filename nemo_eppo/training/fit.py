@@ -1,17 +1,19 @@
 """The loop that SFT and reward-model training share: batches, updates, validation, metrics, checkpoints, resume."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
 from nemo_eppo.config import RunStopped
 from nemo_eppo.data.datasets import Examples, GlobalBatches
 from nemo_eppo.megatron import checkpoint, runtime
+from nemo_eppo.megatron.collectives import require_same
 from nemo_eppo.megatron.optimizer import train_head_only
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
@@ -21,12 +23,12 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.model import Head
 from nemo_eppo.settings.training import CheckpointConfig, FitSettings, OptimizerConfig
 from nemo_eppo.training.setup import Plan, build
-from nemo_eppo.training.stopping import SAVED, StopWatch
+from nemo_eppo.training.stopping import ENDS, PROBE_ENDS, RESUMES, SAVED, StopWatch
 
 VALIDATION_ROWS = 256  # rows per forward pass over all ranks; bounds memory and has no effect on results
 
 
-class Task(Protocol):
+class Task(ABC):
     """What `Fit` trains: data, loss and validation."""
 
     title: ClassVar[str]
@@ -34,35 +36,34 @@ class Task(Protocol):
     """Metric names by their progress-bar labels."""
     validated: ClassVar[tuple[str, ...]]
     """Names of the metrics that `validate` returns."""
-    group: ClassVar[int]
+    group: ClassVar[int] = 1
     """Rows per example: 1, or 2 for a pair."""
+    head: Head
+    """Kind of output layer that the model has."""
+    latent_size = 0
+    """Size d of the latents of the head "inform"; 0 for other heads."""
+    train: Examples[Any]
+    """Training examples."""
 
-    @property
-    def head(self) -> Head:
-        """Kind of output layer that the model has."""
-
-    @property
-    def latent_size(self) -> int:
-        """Size d of the latents of the head "inform"; 0 for other heads."""
-
-    @property
-    def train(self) -> Examples[Any]:
-        """Training examples."""
-
+    @abstractmethod
     def rows(self, indices: list[int]) -> Rows:
         """Return the tensors of a global batch of examples, `group` rows each."""
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        """Add to `rows` what the loss needs to know about the whole global batch; collective."""
+        """Add to `rows` what the loss needs to know about the whole global batch, usually nothing; collective."""
+        return rows
 
+    @abstractmethod
     def loss_function(self, rows: Rows) -> LossFunction:
         """Return the loss of a global batch; see `ModelRunner.train_step`."""
 
+    @abstractmethod
     def validate(self, runner: ModelRunner) -> dict[str, float]:
         """Return metrics on the validation data, whose names start with "validation/"; collective."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint records beside the weights; called after `validate`."""
+        """Return what a checkpoint records beside the weights, usually nothing; called after `validate`."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,10 @@ class Fit:
         self.saving.check_best(task.validated)
         batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
         last = settings.max_steps or len(task.train) // settings.global_batch_size * (settings.epochs or 1)
-        self.optimizer.arrival(last)
+        self.optimizer.check_decay(last)
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
+        require_same("data.train: rows", task.train.digest)
         folder = run.directory / CHECKPOINTS
         resume = checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)
         done = 0
@@ -110,6 +112,7 @@ class Fit:
                     "%s has made %d steps, the settings ask for %d: nothing is left to do", resume, done, last
                 )
                 return resume
+            run.logger.info(RESUMES, resume, done, last)
         runner = build(
             plan,
             task.head,
@@ -139,7 +142,8 @@ class Fit:
             progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
             for step in range(done + 1, last + 1):
                 row = self._update(runner, next(batches), step)
-                stop = watch.due()
+                if (stop := watch.due()) and step < last:
+                    run.logger.info(PROBE_ENDS if self.head_only else ENDS, stop)
                 # a linear probe begins anew: it has no optimizer's state that could be saved
                 save = step == last or (not self.head_only and (stop or due(step, saving.interval)))
                 validation: dict[str, float] = {}

@@ -4,6 +4,7 @@ Per-token tensors are [B, T] over the *global* rollout batch and equal on every 
 computes the same rewards, advantages and order of mini-batches.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from nemo_eppo.config import RunError
 from nemo_eppo.data.datasets import PromptItem
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.collectives import require_same
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.observability.timers import Timers
 from nemo_eppo.rewards.inputs import RewardInputs
@@ -111,16 +113,14 @@ class PPO:
         started = time.perf_counter()
         timers, settings = self.timers, self.settings
         self.updating = False
+        with timers("refit"):
+            self.policy.refit()
         prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         with timers("generate"):
             rollout = self.roll_out(prompts, self.sampling, step_seed(self.seed, step))
-            wait_for_values = self._greedy_baselines(prompts)
-            self.policy.engine.sleep()
-            batch = rollout.batch
-            if self.critic is not None:
-                wait_for_values = self.critic.values(batch, after_last=settings.advantages.bootstrap_truncated is True)
+            generated, batch = time.perf_counter() - started, rollout.batch
+            baselines = self._ask_baselines(prompts, batch)
             rewards, observed = self.ask(rollout)
-        generated = time.perf_counter() - started
         with timers("logprobs"):
             outputs, mismatch = self._old_outputs(batch, step)
         with timers("reference"):
@@ -133,13 +133,11 @@ class PPO:
         with timers("server_wait"):
             raw = rewards()
             seen = {f"reward/{name}": answer() for name, answer in observed.items()}
-            values = None if wait_for_values is None else wait_for_values()
+            values = baselines()
         with timers("shape"):
             experience, ledger = self._shape(step, rollout, outputs, reference, raw, values)
             ledger.observations |= seen
         metrics = self._train(step, batch, experience)
-        with timers("refit"):
-            self.policy.refit()
         with timers("shape"):
             if "kl/policy_reference" in ledger.observations:
                 self.pipeline.kl.end_step(ledger.observations["kl/policy_reference"].mean().item(), batch.batch_size)
@@ -185,17 +183,22 @@ class PPO:
         mismatch = engine_mismatch(batch, computed.logprobs, settings.mismatch_limit)
         return (self.policy.read(batch) if settings.old_logprobs == "engine" else computed), mismatch
 
-    def _greedy_baselines(self, prompts: Sequence[PromptItem]) -> Callable[[], Tensor] | None:
-        """Return a function that gives the proxy rewards [B] of greedy responses to the prompts; None if not needed."""
+    def _ask_baselines(self, prompts: Sequence[PromptItem], batch: RolloutBatch) -> Callable[[], Tensor | None]:
+        """Start to compute what returns are compared with, and leave the engine asleep. The returned function gives the
+        critic's values [B, T or T + 1] or the proxy rewards of greedy responses [B, T]; None if neither is needed."""
         if self.estimator.needs != "greedy":
-            return None
+            self.policy.engine.sleep()
+            if self.critic is None:
+                return lambda: None
+            return self.critic.values(batch, after_last=self.settings.advantages.bootstrap_truncated is True)
         distinct = {prompt.index: prompt for prompt in prompts}
         rollout = self.roll_out(list(distinct.values()), self.sampling.as_greedy, 0)
         self.policy.engine.sleep()
         answer = self.sources.ask(rollout.batch, rollout.samples)
         row_of = {index: row for row, index in enumerate(distinct)}
         rows = torch.tensor([row_of[prompt.index] for prompt in prompts])
-        return lambda: self.pipeline.combine(answer().scores, self.sources.columns)[rows]
+        columns = self.sources.columns
+        return lambda: self.pipeline.baseline(answer().scores, columns)[rows, None].expand(batch.mask.shape)
 
     def _shape(
         self,
@@ -206,7 +209,7 @@ class PPO:
         raw: RawRewards,
         values: Tensor | None,
     ) -> tuple[Experience, Ledger]:
-        """Compute rewards and advantages. `values` are the critic's [B, T or T + 1] or the greedy baselines [B]."""
+        """Compute rewards and advantages. `values` are what `_ask_baselines` promised."""
         settings, batch = self.settings, rollout.batch
         mask = batch.mask
         shaped = self.pipeline(
@@ -227,8 +230,9 @@ class PPO:
                 max_steps=settings.max_steps,
             )
         )
-        if values is not None and values.dim() == 1:
-            values = values[:, None].expand(mask.shape)
+        if self.pipeline.config.terms:
+            digest = hashlib.sha256(shaped.token_rewards.numpy().tobytes()).hexdigest()
+            require_same("shaping.terms: the rewards that they shape", digest)
         groups = torch.arange(batch.batch_size) // settings.samples_per_prompt
         advantages, returns = self.estimator(shaped.token_rewards, values, mask, groups, batch.truncated)
         experience = Experience(
@@ -248,6 +252,7 @@ class PPO:
     def _train(self, step: int, batch: RolloutBatch, experience: Experience) -> dict[str, float]:
         """Make all updates of a step. A critic server makes its updates in order while the policy makes its own."""
         settings, self.updating = self.settings, True
+        policy_learns = step > settings.critic_warmup_steps
         reports: list[dict[str, float]] = []
         pending = []
         for epoch in range(settings.epochs):
@@ -258,12 +263,15 @@ class PPO:
                     assert chosen.values is not None
                     with self.timers("critic_train"):
                         pending.append(self.critic.train(part, chosen.returns, chosen.values))
-                with self.timers("actor_train"):
-                    actor = self._train_policy(part, chosen, is_first=not reports)
-                reports.append({f"actor/{name}": value for name, value in actor.items()})
-        with self.timers("critic_train"):
-            for report, update in zip(reports, pending, strict=False):
-                report |= {f"critic/{name}": value for name, value in update().items()}
+                report = {}
+                if policy_learns:
+                    with self.timers("actor_train"):
+                        report = self._train_policy(part, chosen, is_first=not reports)
+                reports.append({f"actor/{name}": value for name, value in report.items()})
+        if self.critic is not None:
+            with self.timers("critic_train"), self.critic.turn():
+                for report, update in zip(reports, pending, strict=True):
+                    report |= {f"critic/{name}": value for name, value in update().items()}
         return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
 
     def _train_policy(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> dict[str, float]:
@@ -347,10 +355,10 @@ def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) 
     Raises:
         EngineMismatchError: the mean is above the limit.
     """
-    sizes = (logprobs - batch.engine_logprobs).abs()[batch.mask].sort().values
-    found = {"mean": float(sizes.mean()), "max": float(sizes[-1])}
+    sizes = (logprobs - batch.engine_logprobs).abs()[batch.mask]
+    found = {"mean": float(sizes.mean()), "max": float(sizes.max())}
     for percent in (50, 90, 99):
-        found[f"p{percent}"] = float(sizes[(len(sizes) - 1) * percent // 100])
+        found[f"p{percent}"] = float(sizes.kthvalue((len(sizes) - 1) * percent // 100 + 1).values)
     if limit is not None and not found["mean"] <= limit:
         text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         raise EngineMismatchError(

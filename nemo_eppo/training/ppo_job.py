@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from nemo_eppo.data.datasets import GlobalBatches, PromptDataset, PromptItem
 from nemo_eppo.generation.build import check_engine
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron import runtime
+from nemo_eppo.megatron.collectives import require_same
 from nemo_eppo.megatron.frozen import FrozenWeights
 from nemo_eppo.megatron.lora import AdaptersOff
 from nemo_eppo.megatron.model import set_distribution
@@ -22,8 +24,8 @@ from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.rewards import RewardKind, RewardSourceConfig
 from nemo_eppo.training.colocated import ColocatedCritic, ColocatedReward
 from nemo_eppo.training.critics import Critic, RemoteCritic
-from nemo_eppo.training.energy_cache import energy_cache
-from nemo_eppo.training.policy import build_policy
+from nemo_eppo.training.energy_cache import EnergyCache, energy_cache
+from nemo_eppo.training.policy import Policy, build_policy
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.recovery import Remote
 from nemo_eppo.training.reward_sources import RewardSources, build_source
@@ -43,16 +45,14 @@ class PPOJob:
         config.check_model(self.plan.model, runtime.world_size())
         check_engine(config.engine, self.plan.model, config.model.parallel, config.generation)
         longest, colocated = config.longest, config.critic.colocated if config.critic else None
-        self._critic = ColocatedCritic(colocated, self.plan, longest, config.ppo.updates) if colocated else None
-        self._rewards = {f"rewards[{index}]": source for index, source in enumerate(config.rewards)}
-        self._held_out = {"held_out_reward": config.held_out_reward} if config.held_out_reward else {}
+        self._critic = ColocatedCritic(colocated, self.plan, longest, config.ppo.critic_updates) if colocated else None
         self._reward_models: dict[str, ColocatedReward] = {}
-        for key, source in (self._rewards | self._held_out).items():
-            kind = config.reward_kind if key in self._rewards else "any"
+        for key, source in config.reward_sources.items():
             if source.colocated is not None:
+                kind = "any" if key == "held_out_reward" else config.reward_kind
                 self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
         check_own_code(config)
-        for asked in (config.critic, *config.rewards, config.held_out_reward):
+        for asked in (config.critic, *config.reward_sources.values()):
             if run.rank == 0 and asked is not None and asked.server is not None and asked.server.certificates:
                 Certificates.of(asked.server.certificates)
         self.pipeline = RewardPipeline(config.shaping)
@@ -63,8 +63,11 @@ class PPOJob:
         )
         self.remotes: list[Remote] = []
         self.validation_prompts: list[PromptItem] = []
+        self._validation_digest = ""
         if config.data.validation is not None:
-            self.validation_prompts = self._dataset(config.data.validation).items[: config.validation.max_prompts]
+            validation = self._dataset(config.data.validation)
+            self.validation_prompts = validation.items[: config.validation.max_prompts]
+            self._validation_digest = validation.digest
 
     def _dataset(self, path: Path) -> PromptDataset:
         data = self.config.data
@@ -75,35 +78,17 @@ class PPOJob:
     def build(self, stack: ExitStack) -> PPO:
         """Join the ranks, build policy and reference, and build or connect to critic and reward models. They are
         closed when `stack` closes."""
-        config, tokenizer = self.config, self.plan.tokenizer
+        config = self.config
         runtime.initialize(config.model.parallel, config.seed)
+        require_same("data.train and data.validation: rows", (self.prompts.digest, self._validation_digest))
         if self._critic is not None:  # built before the policy, which stays on the device
             self._critic.build(self.run_files.directory / "critic")
         for model in self._reward_models.values():
             model.build()
-        runner = build(self.plan, "lm", optimizer=config.optimizer, total_steps=config.ppo.updates, probe=config.energy)
-        sampling = config.generation
-        ending = Stops(sampling.stop_strings, tokenizer.eos_id, tokenizer).ids
-        set_distribution(runner.chunks, sampling.distribution(ending))
-        reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
-        allocate_state(runner.optimizer)  # the engine's KV cache is a share of what is free when it starts
-        cache = None
-        if "ref_energies" in self.pipeline.needs and config.energy.reference == "own_response":
-            cache = energy_cache(self.plan, config, self.run_files.directory)
-            if self.run_files.rank == 0 and cache is not None and not cache.directory.exists():
-                for directory, differences in cache.others().items():
-                    self.run_files.logger.warning(
-                        "the answers in %s are of other settings, and are not used: %s",
-                        cache.directory.with_name(directory),
-                        "; ".join(differences),
-                    )
-        policy = build_policy(self.plan, config, runner, reference, cache, self.run_files.directory)
+        policy = self._build_policy()
         stack.callback(policy.engine.close)
-        expect = {"tokenizer": tokenizer.digest, "max_sequence_length": config.longest}
-        critic: Critic | None = self._critic
-        if config.critic is not None and config.critic.server is not None:
-            critic = remote = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)
-            self.remotes.append(remote)
+        expect = {"tokenizer": self.plan.tokenizer.digest, "max_sequence_length": config.longest}
+        critic = self._connect_critic(expect)
         if critic is not None:
             stack.callback(critic.close)
         pool = FunctionPool(config.reward_functions)
@@ -120,23 +105,58 @@ class PPOJob:
             self.remotes += made.remotes
             return made
 
-        rewards = sources(self._rewards, config.reward_kind)
-        observed = {}
+        trained_with = config.reward_sources
+        held_out = trained_with.pop("held_out_reward", None)
+        rewards, observed = sources(trained_with, config.reward_kind), {}
         if config.gold_reward is not None:
             observed["gold"] = sources({"gold_reward": RewardSourceConfig(function=config.gold_reward)})
-        if self._held_out:
-            observed["held_out"] = sources(self._held_out)
+        if held_out is not None:
+            observed["held_out"] = sources({"held_out_reward": held_out})
         self.pipeline.check_sources(rewards.columns, rewards.latent_size)
         self.monitor.check_latents(rewards.latent_size)
-        return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, sampling, tokenizer, config.seed)
+        how = (config.generation, self.plan.tokenizer, config.seed)
+        return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, *how)
+
+    def _build_policy(self) -> Policy:
+        config, updates = self.config, self.config.ppo.policy_updates
+        runner = build(self.plan, "lm", optimizer=config.optimizer, total_steps=updates, probe=config.energy)
+        ending = Stops(config.generation.stop_strings, self.plan.tokenizer.eos_id, self.plan.tokenizer).ids
+        set_distribution(runner.chunks, config.generation.distribution(ending))
+        reference = AdaptersOff(runner.chunks) if config.model.lora else FrozenWeights(runner.chunks)
+        allocate_state(runner.optimizer)  # the engine's KV cache is a share of what is free when it starts
+        return build_policy(self.plan, config, runner, reference, self._energy_cache(), self.run_files.directory)
+
+    def _energy_cache(self) -> EnergyCache | None:
+        """Return the cache of the reference's own answers, if the run needs them and something identifies the model."""
+        config = self.config
+        if "ref_energies" not in self.pipeline.needs or config.energy.reference != "own_response":
+            return None
+        cache = energy_cache(self.plan, config, self.run_files.directory)
+        if self.run_files.rank == 0 and cache is not None and not cache.directory.exists():
+            for directory, differences in cache.others().items():
+                self.run_files.logger.warning(
+                    "the answers in %s are of other settings, and are not used: %s",
+                    cache.directory.with_name(directory),
+                    "; ".join(differences),
+                )
+        return cache
+
+    def _connect_critic(self, expect: Mapping[str, Any]) -> Critic | None:
+        """Return the critic, None if there is none; one behind a server is joined first."""
+        config = self.config
+        if config.critic is None or config.critic.server is None:
+            return self._critic
+        # one token more than the rollout's: a critic is asked for the value after the last one, too
+        expect = {**expect, "max_sequence_length": config.longest + 1}
+        remote = RemoteCritic(config.critic.server, expect, config.ppo.mini_batch_size)
+        self.remotes.append(remote)
+        return remote
 
 
 def check_own_code(config: PPOConfig) -> None:
     """Raise ConfigError if one of the user's functions or shaping terms cannot be loaded."""
-    functions = {f"rewards[{index}].function": source.function for index, source in enumerate(config.rewards)}
+    functions = {f"{key}.function": source.function for key, source in config.reward_sources.items()}
     functions["gold_reward"] = config.gold_reward
-    if config.held_out_reward is not None:
-        functions["held_out_reward.function"] = config.held_out_reward.function
     for key, function in functions.items():
         if function is not None:
             check_function(key, function)

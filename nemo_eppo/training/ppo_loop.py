@@ -1,6 +1,5 @@
 """The loop over PPO steps with validation, metrics, rollout files, checkpoints and resume."""
 
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from nemo_eppo.config import ConfigError, RunStopped
-from nemo_eppo.files import write_atomically
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.collectives import PeerError, on_rank0
 from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
@@ -19,7 +17,8 @@ from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
 from nemo_eppo.observability.recorder import RolloutRecorder, recorded_steps
-from nemo_eppo.observability.run import Run
+from nemo_eppo.observability.run import Run, run_id
+from nemo_eppo.rewards.functions import RewardFunctionError
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch, step_seed
 from nemo_eppo.servers.client import ServerUnavailable
@@ -27,7 +26,7 @@ from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.training.ppo import PPO
 from nemo_eppo.training.ppo_job import PPOJob
 from nemo_eppo.training.recovery import Recovery
-from nemo_eppo.training.stopping import SAVED, StopWatch
+from nemo_eppo.training.stopping import ENDS, RESUMES, SAVED, StopWatch
 
 
 def train_ppo(config: PPOConfig, run: Run) -> None:
@@ -42,10 +41,27 @@ def train_ppo(config: PPOConfig, run: Run) -> None:
             try:
                 loop.run(watch)
                 return
-            except (ServerUnavailable, PeerError) as error:
-                recovery.recover(error, loop.done, loop.save_lost, watch)
-                ppo.timers.discard()
-                loop = PPOLoop(job, ppo)
+            except (ServerUnavailable, RewardFunctionError, PeerError) as error:
+                loop = _resumed(job, ppo, loop, recovery, watch, error)
+
+
+def _resumed(
+    job: PPOJob,
+    ppo: PPO,
+    loop: "PPOLoop",
+    recovery: Recovery,
+    watch: StopWatch,
+    error: ServerUnavailable | RewardFunctionError | PeerError,
+) -> "PPOLoop":
+    """Resume after a step was lost; a server that is lost meanwhile is waited for again."""
+    while True:
+        recovery.recover(error, loop.done, loop.save_lost, watch)
+        ppo.timers.discard()
+        ppo.updating = True  # no step can be saved before critic and policy have gone back to the same one
+        try:
+            return PPOLoop(job, ppo)
+        except (ServerUnavailable, PeerError) as again:
+            error = again
 
 
 class PPOLoop:
@@ -59,17 +75,15 @@ class PPOLoop:
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
         ppo.policy.engine.sleep()  # loading takes its memory; after a lost step the engine may be awake
         self._ended = False  # by the monitor
-        # what the policy is compared with, as far as that is outside of the run: adapters' base is in its checkpoints
-        self._reference = None if job.config.model.lora else on_rank0(job.plan.identity)
+        self._reference = on_rank0(job.plan.identity)  # what the policy is compared with
         self.done = self.saved = self._resume()
         self._state = self._state_now()
-        ppo.policy.refit()
 
     def run(self, watch: StopWatch) -> None:
         """Train to the last step, or to where `watch` or the monitor ends the run."""
         config, ppo, step = self.config, self.ppo, self.done
         last = self.done if self._ended and config.monitor.may_stop else config.ppo.max_steps
-        stop = is_last = False
+        stop, is_last = "", False
         if self.done >= last:
             why = "the monitor ended the run" if last < config.ppo.max_steps else f"ppo.max_steps = {last}"
             self.run_files.logger.info("%d steps are done, %s: nothing is left to do", self.done, why)
@@ -94,7 +108,8 @@ class PPOLoop:
                 self._ended = self._watch(step, row, result.latents)
                 is_last = self._ended or step == last
                 self._state = self._state_now()
-                stop = watch.due()
+                if (stop := watch.due()) and not is_last:
+                    self.run_files.logger.info(ENDS, stop)
                 save = stop or is_last or due(step, config.checkpoint.interval)
                 if recorder is not None:
                     recorder.record(step, rollout_rows(result.batch, result.samples, result.ledger.rows()))
@@ -135,6 +150,7 @@ class PPOLoop:
         ppo, sampling = self.ppo, self.config.generation
         if self.config.validation.greedy:
             sampling = sampling.as_greedy
+        ppo.policy.refit()
         rollout = ppo.roll_out(self.validation_prompts, sampling, step_seed(self.config.seed, 0))
         ppo.policy.engine.sleep()
         rewards, observed = ppo.ask(rollout)
@@ -149,7 +165,6 @@ class PPOLoop:
             measured = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             rows = rollout_rows(rollout.batch, rollout.samples, measured)
             RolloutRecorder(self.run_files.directory / "validation").record(step, rows)
-        ppo.policy.refit()
         return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
 
     def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:
@@ -165,10 +180,10 @@ class PPOLoop:
                 self.run_files.logger.warning("%s", alarm)
         return "stop" in actions
 
-    def save_lost(self) -> bool:
-        """Save the steps done, after another one was lost; return whether there is a checkpoint to resume from.
+    def save_lost(self) -> int | None:
+        """Save the steps done, after another one was lost; return the newest step to resume from, None if none is.
 
-        There is none of these steps if the lost one had begun to change weights, or if the critic is lost, too.
+        They are not saved if the lost one had begun to change weights, or if the critic is lost, too.
         """
         with suppress(ServerUnavailable, PeerError):  # its critic's checkpoint may be lost, and so is this one
             self.saver.finish()
@@ -176,7 +191,11 @@ class PPOLoop:
             with suppress(ServerUnavailable, PeerError):
                 self._save(self.done, {})
                 self.saver.finish()
-        return bool(on_rank0(lambda: checkpoint_files.complete_in(self.checkpoints)))
+        return on_rank0(self._newest_step)
+
+    def _newest_step(self) -> int | None:
+        newest = checkpoint_files.latest(self.checkpoints)
+        return None if newest is None else checkpoint_files.read_manifest(newest).step
 
     def _state_now(self) -> dict[str, Any]:
         """Return the state of everything but weights, optimizers and critic, as a checkpoint keeps it."""
@@ -236,7 +255,7 @@ class PPOLoop:
                 )
             self.batches.load_state_dict(state["batches"])
             self._ended = state.get("ended", False)
-            self._same_reference(newest, state.get("reference", self._reference))
+            self._same_reference(newest, state.get("reference") or self._reference)
             if (before := state.get("rewards", self._scales())) != self._scales():
                 self.run_files.logger.warning(
                     "the run of %s had other rewards, by their means and standard deviations %s; they are %s now",
@@ -245,12 +264,14 @@ class PPOLoop:
         if ppo.critic is not None:
             assert self.config.critic is not None
             fresh = self.config.critic.fresh and newest is None
-            ppo.critic.begin(on_rank0(self._run_id), state.get("critic_updates", 0), fresh)
+            on_rank0(self._critics_needed)  # a damaged checkpoint is told before work is done that it keeps from a save
+            ppo.critic.begin(on_rank0(lambda: run_id(self.run_files.directory)), state.get("critic_updates", 0), fresh)
         if newest is None:
             return 0
         manifest = checkpoint.load(newest, ppo.policy.runner, optimizer=True)
         ppo.pipeline.load_state_dict(state["pipeline"])
         self.monitor.load_state_dict(state["monitor"])
+        self.run_files.logger.info(RESUMES, newest, manifest.step, self.config.ppo.max_steps)
         return manifest.step
 
     def _same_reference(self, checkpoint: Path, before: str | None) -> None:
@@ -262,13 +283,6 @@ class PPOLoop:
         if isinstance(self.plan.source, Path):
             raise ConfigError(f"{said}: give model.restore_from_path that checkpoint, or choose another run directory")
         self.run_files.logger.warning("%s, or its files were copied", said)
-
-    def _run_id(self) -> int:
-        """Return the random number by which the critic recognises this run."""
-        path = self.run_files.directory / "run_id"
-        if not path.exists():
-            write_atomically(path, f"{secrets.randbits(62)}\n")
-        return int(path.read_text())
 
 
 def rollout_rows(

@@ -48,7 +48,8 @@ def read_reference_energies(config: ReferenceEnergiesConfig, run: Run) -> None:
             if unanswered := policy.unanswered(batch):
                 policy.answer(unanswered, planned.tokenizer.pad_id)
             progress.update(step, {})
-            if step < len(steps) and watch.due():
+            if step < len(steps) and (stop := watch.due()):
+                run.logger.info("%s: ending. The same command answers the other prompts.", stop)
                 raise RunStopped
     run.logger.info("all %d prompts are answered; their energies are in %s", len(prompts), cache.directory)
     runtime.shutdown()

@@ -1,5 +1,6 @@
 """Trains several reward models with one command: members of an ensemble, or of WARM, which averages their weights."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from nemo_eppo.settings.reward_model import EnsembleConfig
 from nemo_eppo.settings.training import OptimizerConfig
 from nemo_eppo.training.fit import Fit
 from nemo_eppo.training.setup import Plan, build, plan
+
+AVERAGE = "average"
+"""Folder of WARM's average in the run directory, the only checkpoint that is no directory of checkpoints."""
 
 
 def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: OptimizerConfig) -> None:
@@ -38,8 +42,6 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
     Args:
         fit: the training run of a single reward model.
     """
-    if config.members == 1 and not config.linear_probe_steps:
-        return [replace(fit, dropout=config.dropouts[0]).train()]
     if config.linear_probe_steps:
         probe = replace(
             fit,
@@ -51,7 +53,7 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
         )
         fit = replace(fit, plan=_plan_from(probe.train(), fit.plan))
     members = []
-    for index in range(config.members):
+    for index, folder in enumerate(config.folders):
         optimizer = fit.optimizer
         if config.lrs:
             optimizer = optimizer.model_copy(update={"lr": config.lrs[index % len(config.lrs)]})
@@ -60,7 +62,7 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
             optimizer=optimizer,
             dropout=config.dropouts[index % len(config.dropouts)],
             seed=fit.seed + index,
-            run=_part(fit.run, f"member_{index}"),
+            run=fit.run if folder == "." else _part(fit.run, folder),
         )
         members.append(member.train())
     return members
@@ -83,21 +85,23 @@ def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> di
         for total, p in zip(sums, parameters, strict=True):
             p.copy_(total / len(best))
     validation = task.validate(runner)
-    state: dict[str, Any] = task.state()
-    if state["kind"] == "bradley_terry":
-        state["kind"] = "warm"
-    state["average_of"] = [str(path) for path in best]
+    state = averaged(task.state()) | {"average_of": [str(path) for path in best]}
     manifest = checkpoint_files.Manifest(head=task.head, step=0, model=model.model, metrics=validation, state=state)
-    checkpoint.save(run.directory / "average", runner, manifest, model.tokenizer_path)
+    checkpoint.save(run.directory / AVERAGE, runner, manifest, model.tokenizer_path)
     run.logger.info(
         "averaged %d of %d members of validation accuracy %s; the average has %.4f, and its checkpoint is %s",
         len(best),
         len(members),
         ", ".join(f"{accuracies[path]:.4f}" for path in best),
         validation["validation/accuracy"],
-        run.directory / "average",
+        run.directory / AVERAGE,
     )
     return validation
+
+
+def averaged(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the average's checkpoint records, given what that of a member does."""
+    return {**state, "kind": "warm" if state["kind"] == "bradley_terry" else state["kind"]}
 
 
 def _part(run: Run, name: str) -> Run:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nemo_eppo.algorithms.inform import latent_kl
-from nemo_eppo.algorithms.odin import length_slopes
+from nemo_eppo.algorithms.odin import length_loss, length_slopes
 from nemo_eppo.algorithms.preference import bradley_terry_loss, sequence_score
 from nemo_eppo.algorithms.sampling import counter_hash
-from nemo_eppo.megatron.heads import ScalarHeads, outputs_per_token
+from nemo_eppo.megatron.heads import ScalarHeads
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.settings.reward_model import RewardLossConfig
 
@@ -25,11 +25,6 @@ class BradleyTerry:
     def __init__(self, config: RewardLossConfig, seed: int) -> None:
         self.config, self.seed = config, seed
 
-    @property
-    def outputs(self) -> int:
-        """Number of values per token that the model gives."""
-        return outputs_per_token(self.head, self.latent_size)
-
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
         """Add to the rows of the global batch what the loss needs to know about the whole batch."""
         return rows
@@ -38,15 +33,19 @@ class BradleyTerry:
         """Return the loss of a micro-batch and its metrics.
 
         Args:
-            output: [b, s, outputs] output of the heads.
+            output: [b, s, n] output of the head, n numbers per token.
             pairs: number of pairs in the global batch.
         """
         scores = self.score(output[..., 0], rows)
-        return self.bradley_terry(scores, pairs), {"accuracy": (scores[0::2] > scores[1::2]).sum() / pairs}
+        return self.bradley_terry(scores, pairs), {"accuracy": self.accuracy(scores, pairs)}
 
     def score(self, token_scores: Tensor, rows: Rows) -> Tensor:
         """Reduce token scores [b, s] to scores [b] of responses."""
         return sequence_score(token_scores, rows["prompt_lengths"], rows["lengths"], self.config.score)
+
+    def accuracy(self, scores: Tensor, pairs: float) -> Tensor:
+        """Return this micro-batch's share of the pairs that the scores [2n] rank rightly; a tie counts half."""
+        return ((1 + (scores[0::2] - scores[1::2]).detach().sign()) / 2).sum() / pairs
 
     def bradley_terry(self, scores: Tensor, pairs: float) -> Tensor:
         """Return the loss of n pairs with the scores [2n]."""
@@ -75,18 +74,23 @@ class Odin(BradleyTerry):
             return torch.stack([self.score(output[..., head], rows) for head in (0, 1)], dim=1)
 
         quality, length_scores = runner.infer_rows(rows, both, outputs=2).T.contiguous()
-        slopes = length_slopes(quality, length_scores, rows["lengths"] - rows["prompt_lengths"])
-        return rows | {"quality_slopes": slopes[0], "length_slopes": slopes[1]}
+        lengths = rows["lengths"] - rows["prompt_lengths"]
+        slopes = length_slopes(quality, length_scores, lengths)
+        value = length_loss(quality, length_scores, lengths).repeat(len(quality))
+        return rows | {"quality_slopes": slopes[0], "length_slopes": slopes[1], "length_loss": value}
 
     def __call__(self, output: Tensor, rows: Rows, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
         quality, length_scores = (self.score(output[..., head], rows) for head in (0, 1))
         length = (rows["quality_slopes"] * quality + rows["length_slopes"] * length_scores).sum()
+        value = rows["length_loss"].sum() / (2 * pairs)
+        length = length - length.detach() + value  # the slopes have the gradient alone
         # every token of every row holds the heads' cosine: one token per row is taken, so that the mean is the cosine
         orthogonality = output[:, 0, 2].abs().sum() / (2 * pairs)
         loss = self.bradley_terry(quality + length_scores, pairs)
         loss = loss + self.config.odin.length_weight * length + self.config.odin.orthogonality_weight * orthogonality
         return loss, {
-            "accuracy": (quality[0::2] > quality[1::2]).sum() / pairs,
+            "accuracy": self.accuracy(quality, pairs),
+            "length_loss": value,
             "head_cosine": orthogonality.detach(),
         }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ from nemo_eppo.data.datasets import PreferenceDataset, PreferenceItem, SFTDatase
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.observability.run import Run
-from nemo_eppo.settings.model import Head
 from nemo_eppo.settings.reward_model import RewardLossConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import TextDataConfig
-from nemo_eppo.training.fit import VALIDATION_ROWS, Fit
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, Task
 from nemo_eppo.training.reward_ensemble import average_members, check_ensemble, train_members
 from nemo_eppo.training.reward_losses import LOSSES
 from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
@@ -25,7 +24,7 @@ from nemo_eppo.training.setup import Plan, plan
 _SFT_RESPONSES = 2048
 
 
-class RewardTask:
+class RewardTask(Task):
     """Training on pairs; row 2i is the chosen response of pair i, row 2i + 1 the rejected one."""
 
     title: ClassVar[str] = "Reward model"
@@ -41,6 +40,7 @@ class RewardTask:
         longest = data.longest(plan.model.max_sequence_length)
         self.config, self.pad_id = config, plan.tokenizer.pad_id
         self.loss = LOSSES[config.kind](config, seed)
+        self.head, self.latent_size = self.loss.head, self.loss.latent_size
         self.train, self.validation = (
             PreferenceDataset(path, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long)
             for path in (data.train, data.validation)
@@ -53,14 +53,6 @@ class RewardTask:
                 config.inform.sft_responses, plan.tokenizer, max_sequence_length=longest, too_long=data.too_long
             )
             self._sft_sides = [(item.prompt_ids, item.response_ids) for item in responses.items[:_SFT_RESPONSES]]
-
-    @property
-    def head(self) -> Head:
-        return self.loss.head
-
-    @property
-    def latent_size(self) -> int:
-        return self.loss.latent_size
 
     def rows(self, indices: list[int]) -> Rows:
         return self._rows(_sides([self.train[index] for index in indices]))
@@ -95,18 +87,11 @@ class RewardTask:
             rows = self._rows(sides[start : start + VALIDATION_ROWS])
             yield rows, runner.infer_rows(rows, read, outputs=1 + self.latent_size)
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Return how the score is read, its mean and standard deviation over both sides of the validation pairs, and
         the Gaussian of the SFT responses' latents if there is one."""
-        state: dict[str, object] = {
-            "kind": self.config.kind,
-            "score": self.config.score,
-            "mean": self._mean,
-            "std": self._std,
-        }
-        if self._gaussian is not None:
-            state |= {"latent_size": self.latent_size, "sft_latents": store_gaussian(self._gaussian)}
-        return state
+        latents = {} if self._gaussian is None else {"sft_latents": store_gaussian(self._gaussian)}
+        return self.config.state(self._mean, self._std) | latents
 
 
 def _sides(items: list[PreferenceItem]) -> list[tuple[TokenIds, TokenIds]]:

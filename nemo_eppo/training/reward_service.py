@@ -20,7 +20,7 @@ from nemo_eppo.servers.endpoints import ENDPOINTS
 from nemo_eppo.servers.server import check_server, serve
 from nemo_eppo.servers.service import Tensors
 from nemo_eppo.settings.model import ModelSetup
-from nemo_eppo.settings.reward_model import RewardModelConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig
 from nemo_eppo.training.setup import Plan, build, plan
 
 
@@ -39,11 +39,12 @@ class RewardModel:
 
     def __init__(self, setup: ModelSetup, where: str = "model", ranks: int | None = None) -> None:
         self.plan = plan(setup, where, head="scalar", ranks=ranks)
-        self._statistics = read_statistics(self.plan, where)
+        self.statistics = read_statistics(self.plan, where)
+        """For the status reply: k, mean and std of each of k models on validation data, kind, latent size."""
         assert self.plan.manifest is not None
         state = self.plan.manifest.state
         self.score, self.head = state["score"], self.plan.manifest.head
-        self.latent_size: int = self._statistics["latent_size"]
+        self.latent_size: int = self.statistics["latent_size"]
         self._gaussian = read_gaussian(state["sft_latents"]) if self.latent_size else None
         self.vocab_size, self.max_sequence_length = self.plan.model.vocab_size, self.plan.model.max_sequence_length
         self.endpoints: Mapping[str, Callable[[Tensors], Any]] = {"reward_infer": self.infer}
@@ -55,11 +56,7 @@ class RewardModel:
 
     def status(self) -> dict[str, Any]:
         """Return the tokenizer's digest and the statistics."""
-        return {"tokenizer": self.plan.tokenizer.digest, "reward": self.statistics()}
-
-    def statistics(self) -> dict[str, Any]:
-        """Return for the status reply: k, mean and std of each of k models on validation data, kind, latent size."""
-        return self._statistics
+        return {"tokenizer": self.plan.tokenizer.digest, "reward": self.statistics}
 
     def infer(self, request: Tensors) -> Tensors:
         """Map tokens [B, S], prompt_lengths [B], lengths [B] to raw rewards [B, 1] and latents [B, d], if it has any.
@@ -82,7 +79,8 @@ def read_statistics(plan: Plan, where: str = "model") -> dict[str, Any]:
     """Return a planned reward model's statistics for the status reply, see `RewardModel.statistics`.
 
     Raises:
-        ConfigError: the checkpoint is no trained reward model's; the message begins with the config key `where`.
+        ConfigError: the checkpoint is no trained reward model's, or one whose scores are all equal; the message begins
+            with the config key `where`.
     """
     assert plan.manifest is not None
     state = plan.manifest.state
@@ -96,6 +94,8 @@ def read_statistics(plan: Plan, where: str = "model") -> dict[str, Any]:
         raise ConfigError(
             f"{where}: {plan.source} has no {', '.join(missing)}: it is a critic, not a trained reward model"
         )
+    if not (std := state["std"]) > 0:
+        raise ConfigError(f"{where}: {plan.source} has a standard deviation of {std}: expected above 0")
     return statistics_of(state)
 
 
@@ -137,7 +137,7 @@ def read_gaussian(stored: Mapping[str, Any]) -> Gaussian:
     return Gaussian(mean, factor)
 
 
-def serve_reward_model(config: RewardModelConfig, run: Run) -> None:
+def serve_reward_model(config: RewardServerConfig, run: Run) -> None:
     """Build the reward model and serve until the job is told to stop."""
     if run.rank == 0:
         check_server(config.server)

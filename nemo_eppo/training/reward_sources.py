@@ -44,10 +44,11 @@ class ServerSource:
     ) -> None:
         self.client = RewardClient(address, address.job, address.others)
         self._expect: dict[str, Any] = dict(expect)
-        model = self.connect()
-        self._expect["reward"] = model  # after a reconnection it has to be the same model
-        self.columns = model_columns(config, f"the server at {address.url}", model, kind)
-        self.latent_size = int(model["latent_size"])
+        self.statistics = self.connect()
+        """What the server says of its models; no two have the same."""
+        self._expect["reward"] = self.statistics  # after a reconnection it has to be the same model
+        self.columns = model_columns(config, f"the server at {address.url}", self.statistics, kind)
+        self.latent_size = int(self.statistics["latent_size"])
 
     def connect(self) -> dict[str, Any]:
         """Wait until the server answers, check that it fits and return what it says of its models; collective."""

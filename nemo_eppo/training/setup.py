@@ -48,13 +48,22 @@ class Plan:
             longest: tokens of the longest prompt and response together.
         """
         path, window = self.setup.restore_from_path, self.model.max_sequence_length
-        if self.tokenizer.digest != tokenizer.digest:
-            raise ConfigError(f"{where}: {path} has another tokenizer than {of}")
+        if difference := unlike(self.tokenizer, tokenizer, of):
+            raise ConfigError(f"{where}: {path} has another tokenizer than {of}: {difference}")
         if window < longest:
             raise ConfigError(
                 f"{where}: {path} has a window of {window} tokens; expected at least {longest}, the longest prompt and "
                 "response together"
             )
+
+
+def unlike(tokenizer: Tokenizer, other: Tokenizer, of: str) -> str:
+    """Say why token ids of one tokenizer mean nothing to the `other`, that of the model `of`; "" if they do."""
+    sizes = (("vocabulary of", tokenizer.vocab_size, other.vocab_size), ("EOS", tokenizer.eos_id, other.eos_id))
+    found = [f"{what} {ours!r}, {of} has {theirs!r}" for what, ours, theirs in sizes if ours != theirs]
+    if not found and tokenizer.digest != other.digest:
+        found = [f"other tokens than {of}'s under the same numbers"]
+    return "; ".join(found)
 
 
 def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:

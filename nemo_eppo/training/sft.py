@@ -14,18 +14,16 @@ from nemo_eppo.megatron.runner import LossFunction, ModelRunner, Rows
 from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.model import Head
 from nemo_eppo.settings.training import SFTConfig, TextDataConfig
-from nemo_eppo.training.fit import VALIDATION_ROWS, Fit
+from nemo_eppo.training.fit import VALIDATION_ROWS, Fit, Task
 from nemo_eppo.training.policy import next_token_targets
 from nemo_eppo.training.setup import Plan, plan
 
 
-class SFTTask:
+class SFTTask(Task):
     """Minimizes the cross-entropy of response tokens, or of all tokens that another one precedes."""
 
     title: ClassVar[str] = "SFT"
-    head: ClassVar[Head] = "lm"
-    latent_size: ClassVar[int] = 0
-    group: ClassVar[int] = 1
+    head: Head = "lm"
     columns: ClassVar[Mapping[str, str]] = {
         "loss": "train/loss",
         "tokens/s": "train/tokens_per_second",
@@ -43,9 +41,6 @@ class SFTTask:
 
     def rows(self, indices: list[int]) -> Rows:
         return self._rows([self.train[index] for index in indices])
-
-    def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        return rows
 
     def _rows(self, items: list[SequenceItem]) -> Rows:
         tokens, prompts, lengths = collate([(item.prompt_ids, item.response_ids) for item in items], self.pad_id)
@@ -70,9 +65,6 @@ class SFTTask:
             count += float(rows["mask"].sum())
         loss = total / count
         return {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 50.0))}
-
-    def state(self) -> dict[str, object]:
-        return {}
 
 
 def train_sft(config: SFTConfig, run: Run) -> None:

@@ -14,8 +14,12 @@ from nemo_eppo.observability.run import Run
 # srun forwards SIGUSR1 to the ranks that it has started; at SIGTERM it kills them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+RESUMES = "resumes from %s, step %d of %d"
 SAVED = "%s ended after step %d of %d; its checkpoint is %s"
 """What the log of a training ends with."""
+ENDS = "%s: saving, then ending. The same command resumes from here."
+PROBE_ENDS = "%s: ending. A linear probe is not saved, the same command begins it anew."
+"""What it says when a run ends before its last step, and why."""
 
 
 class StopWatch:
@@ -64,16 +68,15 @@ class StopWatch:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote)
 
-    def due(self) -> bool:
-        """Return whether to save and end now. Call it after each step on all ranks, which get the same answer."""
+    def due(self) -> str:
+        """Return why to save and end now; "" to continue. Call it after each step on all ranks, which get the same
+        answer."""
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         late = self._limit is not None and now - self._run.started + self._longest > self._limit
         votes = torch.tensor([self._signal, late], dtype=torch.int32, device=device.device())
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         number, late = votes.tolist()
-        if number or late:
-            limit = f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}"
-            why = signal.Signals(number).name if number else limit
-            self._run.logger.info("%s: saving, then ending. The same command resumes from here.", why)
-        return bool(number or late)
+        if number:
+            return signal.Signals(number).name
+        return f"exp_manager.max_time_per_run = {self._run.settings.max_time_per_run}" if late else ""

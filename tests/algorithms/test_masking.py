@@ -50,8 +50,11 @@ def test_statistics_do_not_depend_on_padding() -> None:
     torch.testing.assert_close(whiten(padded_x, padded_mask)[:, :7], whiten(x, mask), rtol=1e-14, atol=1e-14)
 
 
-def test_whitening_a_constant_gives_zeros() -> None:
-    assert not whiten(torch.full((2, 3), 4.0), torch.ones(2, 3, dtype=torch.bool)).any()
+@pytest.mark.parametrize("constant", [0.1, 0.7, 4.0, 1000.1])
+def test_whitening_a_constant_gives_zeros(constant: float) -> None:
+    white = whiten(torch.full((2, 1000), constant), torch.ones(2, 1000, dtype=torch.bool))
+    assert not white.any()
+    assert white.dtype == torch.float32
 
 
 def test_half_precision_is_averaged_in_fp32() -> None:

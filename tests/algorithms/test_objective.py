@@ -78,7 +78,8 @@ def plainly(
         ratio, gain = log_ratio.exp(), []
         for rho, a in zip(ratio, advantage, strict=True):
             gain.append(torch.min(a * rho, a * rho.clamp(0.8, 1.3)))
-            clipped.append(bool((a > 0 and rho > 1.3) or (a < 0 and rho < 0.8)))
+            bound = terms.get("dual_clip", torch.inf)
+            clipped.append(bool((a > 0 and rho > 1.3) or (a < 0 and not 0.8 <= rho <= bound)))
             if a < 0 and "dual_clip" in terms:
                 gain[-1] = torch.max(gain[-1], terms["dual_clip"] * a)
         surrogate.append(-weight * torch.stack(gain))

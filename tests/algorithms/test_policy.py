@@ -73,6 +73,35 @@ def test_policy_stats_follow_their_definitions() -> None:
     torch.testing.assert_close(stats.approx_kl, ((ratio - 1) - log_ratio).sum())
 
 
+@pytest.mark.parametrize("log_ratio", [1e-4, -1e-4])
+def test_the_kl_of_a_small_update_is_no_rounding_noise(log_ratio: float) -> None:
+    logprobs, zeros = torch.full(MASK.shape, log_ratio), torch.zeros(MASK.shape)
+    _, stats = policy_loss(logprobs, zeros, zeros, MASK, clip_low=0.2, clip_high=0.2, denominator=TOKENS)
+    assert float(stats.approx_kl) / TOKENS == pytest.approx(5e-9, rel=0.01)
+
+
+def test_tokens_that_dual_clip_binds_are_counted_as_clipped() -> None:
+    ratios, advantages = torch.tensor([[2.0, 4.0, 0.5, 1.0, 2.0]]), torch.tensor([[-1.0, -1.0, -1.0, -1.0, 1.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    clipped = [
+        int(
+            policy_loss(
+                ratios.log(),
+                torch.zeros(1, 5),
+                advantages,
+                mask,
+                clip_low=0.2,
+                clip_high=0.2,
+                dual_clip=dual,
+                denominator=5,
+                importance_weights=torch.full((1, 5), 0.5),
+            )[1].clipped
+        )
+        for dual in (None, 3.0)
+    ]
+    assert clipped == [2, 3]
+
+
 @pytest.mark.parametrize("aggregation", DENOMINATORS)
 def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(aggregation: Any) -> None:
     logprobs, old, advantages = rollout()
@@ -226,3 +255,13 @@ def test_explained_variance() -> None:
     values = returns + 0.5 * torch.randn_like(returns)
     chosen = (returns - values)[MASK].var() / returns[MASK].var()
     assert float(explained_variance(values, returns, MASK)) == pytest.approx(1 - float(chosen))
+
+
+@pytest.mark.parametrize("tokens", [3, 10, 1000])
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1.3, 1000.1])
+def test_of_returns_that_are_equal_up_to_rounding_nothing_is_explained(constant: float, tokens: int) -> None:
+    returns, mask = torch.full((2, tokens), constant), torch.ones(2, tokens, dtype=torch.bool)
+    values = torch.randn(2, tokens)
+    assert float(explained_variance(values, returns, mask)) == 0
+    returns[0, 0] = torch.nextafter(returns[0, 0], torch.tensor(torch.inf))
+    assert float(explained_variance(values, returns, mask)) == 0

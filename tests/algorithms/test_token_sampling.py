@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from nemo_eppo.algorithms import sampling
@@ -121,16 +122,25 @@ def test_top_p_stops_as_soon_as_the_mass_is_reached() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
-def test_top_p_keeps_what_sorting_the_whole_vocabulary_keeps(top_p: float) -> None:
+def test_top_p_keeps_what_sorting_the_whole_vocabulary_keeps(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sorts only the rows for which a sixteenth of the vocabulary, 25 tokens, is not enough or too close a call."""
     logits = torch.randn(60, 400) * torch.arange(60).div(10).unsqueeze(-1)  # from flat to peaked
     logits[::3] = logits[::3].round()  # ties
     logits[1, :] = torch.where(torch.arange(400) < 8, 0.0, -1e30)  # 4 of 8 hold just 0.5
     mass, order = logits.sort(dim=-1, descending=True, stable=True)
     counts = 1 + (mass.double().softmax(-1).cumsum(-1)[:, :-1] < top_p).sum(-1)
     kept = [set(tokens[:count].tolist()) for tokens, count in zip(order, counts, strict=True)]
+    found, sort = [], sampling._sorted_cut
+
+    def watched(rows: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+        found.append(rows)
+        return sort(rows, top_k, top_p)
+
+    monkeypatch.setattr(sampling, "_sorted_cut", watched)
     assert [set(row.nonzero().flatten().tolist()) for row in keep_mask(logits, 0, top_p)] == kept
-    enough = sum(len(tokens) <= 25 for tokens in kept)
-    assert 0 < enough < 60
+    wanted = [row for row in range(60) if len(kept[row]) > 25 or (row, top_p) == (1, 0.5)]
+    assert 0 < len(wanted) < 60
+    assert torch.equal(torch.cat(found), logits[wanted])
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (3, 0.5)])

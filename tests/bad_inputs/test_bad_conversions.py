@@ -236,6 +236,22 @@ CONVERT = [
         change=("sft", written("manifest.json", "{")),
     ),
     Row(
+        "no such .nemo file",
+        "convert nemo-to-megatron --input rm.nemo --tokenizer data/tokenizer --output out",
+        r"--input: rm\.nemo does not exist",
+    ),
+    Row(
+        "a .nemo file that is none",
+        "convert nemo-to-megatron --input rm.nemo --tokenizer data/tokenizer --output out",
+        r"rm\.nemo: expected a directory or a \.nemo file, which is a tar archive: ",
+        {"rm.nemo": "PK"},
+    ),
+    Row(
+        "a Hugging Face directory for a .nemo file",
+        "convert nemo-to-megatron --input hf --tokenizer data/tokenizer --output out",
+        r"hf has no model_config\.yaml: expected a model of NeMo 1\.x or NeMo-Aligner",
+    ),
+    Row(
         "files of NaN bytes",
         "convert megatron-to-hf --input sft --output out --max-shard-gb nan",
         "--max-shard-gb nan: expected more than 0",

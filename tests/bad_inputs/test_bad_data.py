@@ -1,4 +1,7 @@
-"""Bad data; tried with SFT, and pairs with the training of reward models."""
+"""Bad data; tried with SFT, and pairs with the training of reward models.
+
+As rank 1: the way through NeMo is that of `test_bad_jobs`.
+"""
 
 import json
 from pathlib import Path
@@ -13,13 +16,6 @@ DATA = [
     Row("no such file", "data.train=nowhere.jsonl", r"nowhere\.jsonl: no such file"),
     Row("a directory", "data.train=data", "data: a directory, expected a file"),
     Row("an empty file", _TRAIN, r"rows\.jsonl: no examples", {"rows.jsonl": ""}),
-    Row("blank lines alone", _TRAIN, r"rows\.jsonl: no examples", {"rows.jsonl": "\n\n  \n"}),
-    Row(
-        "an archive that is none",
-        "data.train=rows.jsonl.gz",
-        r"""rows\.jsonl\.gz: damaged archive after line 0: Not a gzipped file \(b'\{"'\)""",
-        {"rows.jsonl.gz": '{"prompt": "queen"}\n'},
-    ),
     Row(
         "the training file twice",
         "data.validation=data/sft.train.jsonl",
@@ -31,7 +27,6 @@ DATA = [
         r"rows\.jsonl:1: not JSON \(Expecting value: line 1 column 1 \(char 0\)\)",
         rows("prompt,response", "apple,the"),
     ),
-    Row("one JSON array", _TRAIN, r"rows\.jsonl:1: not a JSON object \(list\)", {"rows.jsonl": json.dumps([_ROW])}),
     Row(
         "broken JSON",
         _TRAIN,
@@ -57,22 +52,10 @@ DATA = [
         {"rows.jsonl": "\0" * 4096},
     ),
     Row(
-        "bytes that are not UTF-8",
-        _TRAIN,
-        r"rows\.jsonl:1: not JSON \('utf-8' codec can't decode byte 0xff in position 12: invalid start byte\)",
-        {"rows.jsonl": b'{"prompt": "\xff", "response": "river"}\n'},
-    ),
-    Row(
         "UTF-16",
         _TRAIN,
         r"rows\.jsonl:1: not JSON \('utf-8' codec can't decode byte 0xff in position 0: invalid start byte\)",
         {"rows.jsonl": (json.dumps(_ROW) + "\n").encode("utf-16")},
-    ),
-    Row(
-        "a key twice in a row",
-        _TRAIN,
-        r"rows\.jsonl:1: field 'prompt' occurs more than once",
-        rows('{"prompt": "apple", "prompt": "river", "response": "queen"}'),
     ),
     Row(
         "200,000 nested arrays",
@@ -85,36 +68,6 @@ DATA = [
         _TRAIN,
         r"rows\.jsonl:1: not JSON \(Exceeds the limit \(4300 digits\) for integer string conversion: value has",
         rows('{"prompt": ' + "1" * 10_000 + ', "response": "queen"}'),
-    ),
-    Row(
-        "a number for a text",
-        _TRAIN,
-        r"rows\.jsonl:1: field 'prompt' = 3: expected text",
-        rows('{"prompt": 3, "response": "river"}'),
-    ),
-    Row(
-        "null for a text",
-        _TRAIN,
-        r"rows\.jsonl:2: field 'prompt' = None: expected text",
-        rows(_ROW, {"prompt": None, "response": "river"}),
-    ),
-    Row(
-        "messages for a text",
-        _TRAIN,
-        r"rows\.jsonl:1: field 'prompt' = \[\{'role': 'user', 'content': 'apple'\}\]: expected text",
-        rows({"prompt": [{"role": "user", "content": "apple"}], "response": "queen"}),
-    ),
-    Row(
-        "half a surrogate pair",
-        _TRAIN,
-        r"rows\.jsonl:1: field 'prompt' is not valid Unicode \(surrogates not allowed\)",
-        rows('{"prompt": "\\ud800", "response": "river"}'),
-    ),
-    Row(
-        "a missing field",
-        _TRAIN,
-        r"rows\.jsonl:1: field 'response' is missing \(the line has: prompt\)",
-        rows({"prompt": "apple"}),
     ),
     Row(
         "fields of NeMo-Aligner",
@@ -140,12 +93,6 @@ DATA = [
         rows({"prompt": "apple", "response": ""}),
     ),
     Row(
-        "a response of spaces",
-        _TRAIN,
-        r"rows\.jsonl:2: field 'response' is empty: there is no text to learn",
-        rows(_ROW, {"prompt": "apple", "response": "   "}),
-    ),
-    Row(
         "a row beyond the window",
         _TRAIN,
         r"rows\.jsonl:1: 62 tokens \(field 'prompt' 1, 'response' 61\), but max_sequence_length = 48; shorten",
@@ -166,12 +113,6 @@ DATA = [
         "fewer rows than a batch",
         "fit.global_batch_size=64",
         "the data set has 16 examples, fewer than one global batch of 64",
-    ),
-    Row(
-        "a word that the tokenizer lacks",
-        _TRAIN,
-        r"rows\.jsonl:1: cannot be tokenised: WordLevel error: Missing \[UNK\] token from the vocabulary \(texts",
-        rows({"prompt": "apple", "response": "Ωmega"}),
     ),
 ]
 
@@ -198,9 +139,9 @@ PAIRS = [
 
 @pytest.mark.parametrize("row", DATA, ids=str)
 def test_ends_with_one_clear_message(row: Row, world: Path, directory: Path) -> None:
-    check(row, command("train_gpt_sft", row.command), world, directory)
+    check(row, command("train_gpt_sft", row.command), world, directory, rank=1)
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=str)
 def test_pairs_end_with_one_clear_message(row: Row, world: Path, directory: Path) -> None:
-    check(row, command("train_reward_model", row.command), world, directory)
+    check(row, command("train_reward_model", row.command), world, directory, rank=1)

@@ -15,7 +15,7 @@ REWARD_TRAINING = [
     Row(
         "InfoRM without SFT responses",
         "reward.kind=inform",
-        r"reward: kind 'inform' needs score 'last' and inform\.sft_responses",
+        r"reward: kind 'inform' needs inform\.sft_responses",
     ),
     Row("an average of one", "ensemble.average=true", "ensemble: average = true needs at least 2 members, got 1"),
     Row(

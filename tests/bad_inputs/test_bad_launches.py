@@ -50,6 +50,12 @@ LAUNCHES = [
         "name: required, but not set - output: required, but not set - jobs: required, but not set",
         {"run.yaml": ""},
     ),
+    Row(
+        "an index into a list",
+        f"{RUN} jobs.actor.needs.0=critic",
+        r"jobs\.actor\.needs\.0=critic: .*; a list is given whole, KEY=\[A,B\]",
+        GOOD,
+    ),
     Row("a list", RUN, r"run\.yaml: expected a mapping with name, output and jobs", {"run.yaml": "- a\n"}),
     Row("a key twice", RUN, r"run\.yaml:2: found duplicate key name: 'name: b'", {"run.yaml": "name: a\nname: b\n"}),
     Row(
@@ -82,7 +88,7 @@ LAUNCHES = [
     Row(
         "a name of capitals",
         RUN,
-        r"name = 'My Run': String should match pattern '\^\[a-z\]\(\[-a-z0-9\]\{0,38\}\[a-z0-9\]\)\?\$'",
+        r"name = 'My Run': expected up to 40 lower case letters, digits and inner dashes, the first a letter",
         launch_file("name", "My Run"),
     ),
     Row("an unknown key", RUN, r"job: unknown key \(did you mean 'jobs'\?\)", launch_file("job", {})),
@@ -205,7 +211,7 @@ LAUNCHES = [
     Row(
         "Slurm without its settings",
         f"{RUN} --backend slurm",
-        "slurm: required with --backend slurm, but not set; expected the container image and options of",
+        "slurm: required with --backend slurm, but not set; expected options of sbatch, and the",
         GOOD,
     ),
     Row(

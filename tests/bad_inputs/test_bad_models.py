@@ -1,10 +1,12 @@
-"""Bad checkpoints, Hugging Face directories and tokenizers; tried with SFT."""
+"""Bad checkpoints, Hugging Face directories and tokenizers; tried with SFT.
+
+As rank 1: the way through NeMo is that of `test_bad_jobs`.
+"""
 
 from pathlib import Path
 
 import pytest
-import torch
-from bad_input import Row, check, command, edited, other_tokenizer, removed, tensors, truncated, written
+from bad_input import Row, check, command, edited, other_tokenizer, removed, truncated, written
 
 MODELS = [
     Row(
@@ -101,22 +103,10 @@ MODELS = [
         change=("hf", removed("config.json")),
     ),
     Row(
-        "HF: broken config.json",
-        "model.restore_from_path=hf",
-        r"hf/config\.json cannot be read: Expecting property name enclosed in double quotes: line 1 column 2",
-        change=("hf", written("config.json", "{")),
-    ),
-    Row(
         "HF: config.json of a list",
         "model.restore_from_path=hf",
         r"hf/config\.json: expected a JSON object, got list",
         change=("hf", written("config.json", "[]")),
-    ),
-    Row(
-        "HF: an unknown architecture",
-        "model.restore_from_path=hf",
-        r"hf/config\.json: architecture 'GPT2LMHeadModel' is not supported; expected one of: LlamaForCausalLM,",
-        change=("hf", edited("config.json", architectures=["GPT2LMHeadModel"])),
     ),
     Row(
         "HF: no architecture",
@@ -155,40 +145,10 @@ MODELS = [
         change=("hf", edited("config.json", vocab_size=99)),
     ),
     Row(
-        "HF: no weights",
-        "model.restore_from_path=hf",
-        r"hf lacks model\.safetensors \(expected model\.safetensors, or model\.safetensors\.index\.json and the",
-        change=("hf", removed("model.safetensors")),
-    ),
-    Row(
         "HF: weights that are none",
         "model.restore_from_path=hf",
         r"hf/model\.safetensors is damaged or no safetensors file: Error while deserializing header: header",
         change=("hf", written("model.safetensors", "version https://git-lfs")),
-    ),
-    Row(
-        "HF: a missing tensor",
-        "model.restore_from_path=hf",
-        r"hf does not hold the LlamaForCausalLM that its config\.json describes: -",
-        change=("hf", tensors(layers__1__mlp__up_proj__weight=None)),
-    ),
-    Row(
-        "HF: a misshapen tensor",
-        "model.restore_from_path=hf",
-        r"hf does not hold the LlamaForCausalLM that its config\.json describes: - model\.norm\.weight: expected",
-        change=("hf", tensors(model__norm__weight=torch.ones(5))),
-    ),
-    Row(
-        "HF: quantised weights",
-        "model.restore_from_path=hf",
-        r"hf does not hold the LlamaForCausalLM that its config\.json describes: - model\.norm\.weight: stored",
-        change=("hf", tensors(model__norm__weight=torch.ones(32, dtype=torch.int8))),
-    ),
-    Row(
-        "HF: no tokenizer",
-        "model.restore_from_path=hf",
-        r"tokenizer directory 'hf' cannot be loaded: it has no tokenizer\.json, \*\.model or vocab\.\*",
-        change=("hf", removed("tokenizer.json")),
     ),
     Row(
         "HF: a tokenizer with code of its own",
@@ -209,4 +169,4 @@ MODELS = [
 
 @pytest.mark.parametrize("row", MODELS, ids=str)
 def test_ends_with_one_clear_message(row: Row, world: Path, directory: Path) -> None:
-    check(row, command("train_gpt_sft", row.command), world, directory)
+    check(row, command("train_gpt_sft", row.command), world, directory, rank=1)

@@ -111,7 +111,7 @@ SETTINGS = [
     Row(
         "broken brackets",
         "model.parallel={tensor_model_parallel_size:2",
-        r"model\.parallel=\{tensor_model_parallel_size:2: expected KEY=VALUE, see --help for how to quote a",
+        r"model\.parallel=\{tensor_model_parallel_size:2: expected KEY=VALUE; quote a value with signs of its own as",
     ),
     Row(
         "a text for a number",
@@ -147,6 +147,7 @@ SETTINGS = [
         "optimizer.lr=1e9",
         r"optimizer\.lr = 1000000000\.0: Input should be less than or equal to 1",
     ),
+    Row("a beta of 1", "optimizer.betas=[0.9,1.0]", r"optimizer\.betas\.1 = 1\.0: Input should be less than 1"),
     Row(
         "a batch of 0",
         "fit.global_batch_size=0",

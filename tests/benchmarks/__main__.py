@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for distributed.py
+
 from pairs import Options, write
 
+# memory and scaling fork ranks, which has to come before this process is one
 NAMES = (
-    "trl_ppo", "generation", "update", "probe", "packing", "scaling", "servers", "host", "memory", "startup",
-    "cost_model",
+    "memory", "scaling", "trl_ppo", "generation", "update", "probe", "packing", "servers", "host", "startup", "step",
+    "cost_model", "quickstart_run",
 )  # fmt: skip
 
 
@@ -21,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each contestant is measured (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--smallest", action="store_true", help="tiny sizes, which show only that everything runs")
-    parser.add_argument("--against", type=Path, help="another checkout with a .venv, which startup is compared with")
+    parser.add_argument("--against", type=Path, help="another checkout with a .venv, for startup and step")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of results (%(default)s)")
     arguments = parser.parse_args()
     if len(arguments.only) > 1 and not arguments.smallest:
@@ -29,7 +33,7 @@ def main() -> None:
             subprocess.run([sys.executable, *sys.argv, "--only", name], check=True)
         return
     torch.set_num_threads(arguments.threads)
-    for name in arguments.only:
+    for name in sorted(arguments.only, key=NAMES.index):
         torch.manual_seed(0)
         module = importlib.import_module(name)
         about = str(module.__doc__).strip()

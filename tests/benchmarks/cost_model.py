@@ -1,12 +1,14 @@
 """Seconds of a PPO step and its phases as `nemo-eppo doctor --estimate here` predicts them, and as a run takes them.
 
 Each setting is a launch file, which `nemo-eppo launch` runs; responses are as long as they may be. The figures of the
-machine are measured once, before, on other sizes than any setting has. Measured is the least of all steps but the
-first, because what else runs only adds. `case` is what differs from 4 layers x 256, 16 x (32 + 32) tokens, one
-micro-batch, critic and reward model on the actor's ranks. Phases of less than a tenth of a step are left out.
+machine are measured once, before, on other sizes than any setting has. A setting is launched once, for there are many:
+its rounds are steps. Measured is the least of all steps but the first, because what else runs only adds. `case` is what
+differs from 4 layers x 256, 16 x (32 + 32) tokens, one micro-batch, critic and reward model on the actor's ranks.
+Phases of less than a tenth of a step are left out.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from typing import Any
 
 import yaml
 from pairs import Options, Row
+from startup import environment
 from trl_ppo import LR, Work
 
 from nemo_eppo.launch.calibration import measure_here
@@ -50,7 +53,7 @@ def measure(options: Options) -> list[Row]:
     cluster = measure_here({"fp32"})
     print(cluster.model_dump_json(), flush=True)
     rows: list[Row] = []
-    chosen = {"servers": CASES["servers"]} if options.smallest else CASES
+    chosen = {"the base": CASES["the base"]} if options.smallest else CASES
     for case, (size, settings) in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             found = compared(case, Path(folder), size, settings, cluster, options)
@@ -95,17 +98,18 @@ def launch_file(work: Work, size: dict[str, int], settings: Settings, smallest: 
         "checkpoint.interval": 0,
         **settings,
     }
-    jobs = {
+    jobs: dict[str, Settings] = {
         "critic": {"script": "serve_ppo_critic", "settings": {**serving, "optimizer": optimizer}},
         "reward": {"script": "serve_reward_model", "settings": serving},
         "actor": {
             "script": "train_gpt_ppo_actor",
             "needs": ["critic", "reward"],
             "ranks_per_node": size.get("ranks", 1),
-            "colocate": "servers" not in size,
             "settings": actor,
         },
     }
+    if "servers" not in size:
+        jobs["actor"]["colocate"] = True
     file = work.folder / "launch.yaml"
     file.write_text(yaml.safe_dump({"name": "cost", "output": str(work.folder / "run"), "jobs": jobs}))
     return file
@@ -118,10 +122,15 @@ def predicted(file: Path, cluster: Cluster) -> StepEstimate:
     return estimate_step(launch, jobs, next(job for job in jobs if job.kind.samples), cluster)
 
 
-def run(file: Path) -> list[dict[str, float]]:
-    """Launch the jobs; seconds of each phase in each step of the actor."""
-    command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run(file: Path, checkout: Path | None = None) -> list[dict[str, float]]:
+    """Launch the jobs anew, by another checkout with its own environment if one is given; seconds of each phase in each
+    step of the actor."""
+    shutil.rmtree(file.parent / "run", ignore_errors=True)
+    python, variables = sys.executable, None
+    if checkout is not None:
+        python, variables = str(checkout / ".venv/bin/python"), environment(checkout)
+    command = [python, "-m", "nemo_eppo.cli", "launch", str(file)]
+    done = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     lines = (file.parent / "run" / "actor" / "metrics.jsonl").read_text().splitlines()

@@ -7,7 +7,7 @@ import torch
 from networks import shape, their_model
 from pairs import Contestant, Options, Row, compare, interleave
 
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import build_model
@@ -34,7 +34,7 @@ def engines(case: str, batch: int, new: int) -> dict[str, Contestant]:
     eos = model.vocab_size - 1
     ours = MegatronEngine(
         build_model(model, ParallelConfig(), head="lm"),
-        Limits(eos_id=eos, pad_id=0, max_batch_size=batch, max_sequence_length=model.max_sequence_length),
+        EngineLimits(eos_id=eos, pad_id=0, max_batch_size=batch, max_sequence_length=model.max_sequence_length),
     )
     theirs = their_model(model).eval()
     lengths = [32] * batch if case == "even" else torch.randint(8, 64, (3 * batch,)).tolist()

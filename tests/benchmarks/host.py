@@ -1,5 +1,6 @@
 """Seconds of a PPO step's work on the host, without any model: padding, checks, rewards, batches, rollout files."""
 
+import pickle
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ def measure(options: Options) -> list[Row]:
         recorder = RolloutRecorder(Path(folder))
         recorded = rollout_rows(batch, samples, ledger.rows())
         work: dict[str, Contestant] = {
+            "completions, pickled and unpickled": lambda: pickle.loads(pickle.dumps(completions)),
             "RolloutBatch.from_completions": partial(RolloutBatch.from_completions, prompts, completions, 0),
             "next_token_targets": partial(next_token_targets, batch.tokens, mask),
             "engine_mismatch": partial(engine_mismatch, batch, logprobs, None),

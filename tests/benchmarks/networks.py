@@ -17,6 +17,8 @@ from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig, Precisio
 from nemo_eppo.settings.training import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-6)
+ONE = ParallelConfig()
+"""Layout of a model on one rank."""
 
 
 def shape(layers: int = 4, width: int = 256, vocabulary: int = 1024, window: int = 512) -> ModelConfig:
@@ -39,9 +41,10 @@ def our_runner(
     trained: bool = False,
     probe: EnergyProbeConfig | None = None,
     micro_batch_tokens: int | None = None,
+    parallel: ParallelConfig = ONE,
 ) -> ModelRunner:
-    initialize(ParallelConfig(), seed=1)
-    chunks = build_model(model, ParallelConfig(), head=head, precision=precision)
+    initialize(parallel, seed=1)
+    chunks = build_model(model, parallel, head=head, precision=precision)
     optimizer = scheduler = None
     if trained:
         chunks = wrap_data_parallel(chunks, OPTIMIZER, precision)

@@ -1,7 +1,8 @@
 """Round trips to a reward server whose model costs nothing, over size of payload, and the share of serialisation.
 
 `serialise` is everything on the request's way that depends on its size and is no waiting: tensors to arrays, their
-check on the server, arrays to a message, the message to bytes and back, arrays to tensors. It is measured alone, once.
+check on the server, arrays to a message, the message to bytes and back, arrays to tensors. It is done here in turn with
+round trips; its share is that of the CPU seconds that client and server spend in a round trip, with its quartiles.
 """
 
 import os
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 
+import psutil
 import torch
 import torch.distributed as dist
-from pairs import Contestant, Options, Row, interleave, medians
+from pairs import Contestant, Options, Row, Spread, interleave, medians
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from tritonclient.grpc import service_pb2
 
@@ -50,7 +53,7 @@ class Zeros:
 
 def measure(options: Options) -> list[Row]:
     rows: list[Row] = []
-    with server() as config, RewardClient(config) as client:
+    with server() as (config, process), RewardClient(config) as client:
         client.connect({"vocab_size": VOCABULARY, "tokenizer": "none", "max_sequence_length": LONGEST})
         for count, length in PAYLOADS[:1] if options.smallest else PAYLOADS:
             tensors = {
@@ -58,19 +61,30 @@ def measure(options: Options) -> list[Row]:
                 "prompt_lengths": torch.full((count,), length // 2),
                 "lengths": torch.full((count,), length),
             }
+            served: list[float] = []
             work: dict[str, Contestant] = {
-                "round trip": partial(round_trip, client, tensors),
+                "round trip": partial(round_trip, client, tensors, process, served),
                 "serialise": partial(serialise, tensors),
             }
-            trip, serial = medians(interleave(work, options.rounds), rows=count, tokens=length)
-            seconds, mebibytes = float(trip["clock s"]), 4 * count * length / 2**20
-            share = float(serial["clock s"]) / seconds
-            rows.append(trip | {"MiB": mebibytes, "MiB/s": mebibytes / seconds, "serialise share": share})
+            found = interleave(work, options.rounds)
+            trips = zip(found["round trip"], served[1:], found["serialise"], strict=True)
+            share = Spread.of([serial.cpu / (trip.cpu + there) for trip, there, serial in trips])
+            row, mebibytes = medians(found, rows=count, tokens=length)[0], 4 * count * length / 2**20
+            row |= {"server cpu s": median(served[1:]), "MiB": mebibytes, "MiB/s": mebibytes / float(row["clock s"])}
+            rows.append(row | {"serialise share": share.median, "share q1": share.low, "share q3": share.high})
     return rows
 
 
-def round_trip(client: RewardClient, tensors: Tensors) -> None:
+def round_trip(client: RewardClient, tensors: Tensors, process: psutil.Process, served: list[float]) -> None:
+    """Ask once, and add the CPU seconds of the server to `served`."""
+    before = cpu_seconds(process)
     client.infer(**tensors).result()
+    served.append(cpu_seconds(process) - before)
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU seconds so far of a process and its descendants, by the clock of each: clock_getcpuclockid(3)."""
+    return sum(time.clock_gettime(~one.pid << 3 | 2) for one in (process, *process.children(recursive=True)))
 
 
 def serialise(tensors: Tensors) -> None:
@@ -83,7 +97,7 @@ def serialise(tensors: Tensors) -> None:
 
 
 @contextmanager
-def server() -> Iterator[ClientConfig]:
+def server() -> Iterator[tuple[ClientConfig, psutil.Process]]:
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -93,7 +107,7 @@ def server() -> Iterator[ClientConfig]:
                 if process.poll() is not None:
                     raise SystemExit(f"the server ended with {process.returncode} before it was ready")
                 time.sleep(0.05)
-            yield ClientConfig(url=f"grpc://127.0.0.1:{PORT}")
+            yield ClientConfig(url=f"grpc://127.0.0.1:{PORT}"), psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait()

@@ -1,14 +1,17 @@
 """Seconds that people wait: for --help, a wrong key, doctor, the first PPO step of a launch, and its end.
 
-With --against, both checkouts do the same in turn, and ratios are told; each needs an environment in .venv of its own.
+With --against, both checkouts do the same in turn, who begins changes from round to round, and ratios are told; each
+needs an environment in .venv of its own.
 The launch has a critic and a reward server, and an actor on two tensor-parallel ranks, of tiny fresh models.
 """
 
+import os
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,8 @@ def measure(options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         models = None if options.smallest else make_models(Path(folder))
         for number in range(options.rounds):
-            for name, checkout in checkouts.items():
-                for what, seconds in waits(checkout, models, Path(folder) / f"{name}_{number}").items():
+            for name in sorted(checkouts, reverse=bool(number % 2)):
+                for what, seconds in waits(checkouts[name], models, Path(folder) / f"{name}_{number}").items():
                     found[name].setdefault(what, []).append(seconds)
     rows: list[Row] = []
     for what, here in found["here"].items():
@@ -47,14 +50,19 @@ def waits(checkout: Path, models: Path | None, output: Path) -> dict[str, float]
 
     def run(*command: str) -> float:
         started = time.perf_counter()
-        subprocess.run([python, *command], cwd=checkout, capture_output=True, check=False)
+        subprocess.run([python, *command], cwd=checkout, env=environment(checkout), capture_output=True, check=False)
         return time.perf_counter() - started
 
     seconds = {"--help of a script": run(SCRIPT, "--help"), "a wrong key": run(SCRIPT, "modle.precision=bf16")}
+    seconds["doctor"] = run("-m", "nemo_eppo.cli", "doctor")
     if models is None:
         return seconds
-    seconds["doctor"] = run("-m", "nemo_eppo.cli", "doctor")
     return seconds | measure_launch([python, "-m", "nemo_eppo.cli", "launch"], checkout, models, output)
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Variables with which a checkout's own code is found, whatever its environment was installed from."""
+    return os.environ | {"PYTHONPATH": str(checkout)}
 
 
 def measure_launch(command: list[str], checkout: Path, models: Path, output: Path) -> dict[str, float]:
@@ -63,7 +71,8 @@ def measure_launch(command: list[str], checkout: Path, models: Path, output: Pat
     metrics = output / "actor" / "metrics.jsonl"
     times: dict[int, float] = {}
     started = time.perf_counter()
-    with subprocess.Popen([*command, str(file)], cwd=checkout, stdout=subprocess.DEVNULL) as process:
+    start = partial(subprocess.Popen, cwd=checkout, env=environment(checkout), stdout=subprocess.DEVNULL)
+    with start([*command, str(file)]) as process:
         while process.poll() is None:
             steps = metrics.read_text().count("\n") if metrics.exists() else 0
             times.setdefault(steps, time.perf_counter() - started)

@@ -150,7 +150,6 @@ def our_job(work: Work, name: str, stack: ExitStack, **changes: Any) -> tuple[PP
     if name == ANSWERED:
         with ppo.policy.reference.active():
             ppo.policy.answer([item.token_ids.tolist() for item in job.prompts.items], ppo.tokenizer.pad_id)
-    ppo.policy.refit()
     return ppo, lambda: [job.prompts[index] for index in next(job.batches)]
 
 

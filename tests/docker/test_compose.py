@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,23 @@ def test_the_settings_of_each_job_load(name: str, tmp_path: Path) -> None:
         assert settings["server"]["host"] == "0.0.0.0"
         assert settings["server"]["port"] == {"critic": 5555, "reward": 5556}[name]
         assert settings["server"]["certificates"] == "/certificates"
+
+
+def test_the_server_of_the_page_is_reached_through_its_published_port(tmp_path: Path) -> None:
+    page = (ROOT / "docker" / "README.md").read_text().replace("\\\n", " ")
+    (words,) = (shlex.split(line) for line in page.splitlines() if line.startswith("docker run "))
+    given = [(option, value) for option, value in pairwise(words) if option in ("-p", "-e", "-v")]
+    variables = dict(value.split("=") for option, value in given if option == "-e")
+    shown = subprocess.run(
+        ["bash", str(ROOT / "docker" / "entrypoint.sh"), *words[words.index("nemo_eppo") + 1 :], "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "SERVERS": sys.prefix, "PYTHONPATH": str(ROOT), **variables},
+    )
+    assert shown.returncode == 0, shown.stderr
+    server = yaml.safe_load(shown.stdout)["server"]
+    assert server["host"] == "0.0.0.0", "127.0.0.1 would be the container's own"
+    assert ("-p", f"{server['port']}:{server['port']}") in given
+    mounts = [value.split(":")[1] for option, value in given if option == "-v"]
+    assert server["certificates"] in mounts

@@ -1,9 +1,14 @@
 """A job of its own for the tests of job scripts, and how it is run."""
 
+import logging
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from nemo_eppo.entry.job import import_nemo
 
 SCRIPT = '''
 """Counts to a number.
@@ -91,3 +96,30 @@ def run_job(script: Path, *arguments: str, **environment: str) -> tuple[int, str
         timeout=120,
     )
     return done.returncode, done.stdout
+
+
+def fork_job(script: Path, *arguments: str, **environment: str) -> tuple[int | None, str]:
+    """The same in a process forked from this one, which imports NeMo once for all of them."""
+    import_nemo()
+    output = script.with_name("forked.txt")
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_forked, args=(script, arguments, environment, output)
+    )
+    process.start()
+    process.join(120)
+    assert not process.is_alive(), output.read_text()
+    return process.exitcode, output.read_text()
+
+
+def _run_forked(script: Path, arguments: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(script.parent)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115  # until the end
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):  # they write to pytest's streams
+        if isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+    sys.argv = [script.name, *arguments]
+    runpy.run_path(script.name, run_name="__main__")

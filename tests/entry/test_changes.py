@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.entry.changes import changes
+from nemo_eppo.entry.changes import check_changes
 from nemo_eppo.entry.settings import as_yaml
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.ppo import PPOConfig
@@ -58,7 +58,7 @@ def resumed(schema: type[Config], change: dict[str, Any], directory: Path, **man
     started = STARTED[schema] | {"exp_manager": {"explicit_log_dir": directory}}
     (directory / "config.yaml").write_text(as_yaml(load_config(schema, started)))
     config: Any = load_config(schema, merged(STARTED[schema], change) | {"exp_manager": manager})
-    return changes(config, config.exp_manager)
+    return check_changes(config, config.exp_manager)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_an_older_version_s_run_resumes_and_a_run_without_a_checkpoint_may_chang
     file.write_text("\n".join(lines))
     manager = {"exp_manager": {"explicit_log_dir": tmp_path}}
     config = load_config(SFTConfig, STARTED[SFTConfig] | manager)
-    assert changes(config, config.exp_manager) == []
+    assert check_changes(config, config.exp_manager) == []
     other = load_config(SFTConfig, STARTED[SFTConfig] | {"seed": 3} | manager)
     with pytest.raises(ConfigError):
-        changes(other, other.exp_manager)
+        check_changes(other, other.exp_manager)
     (tmp_path / "checkpoints" / "step_000001").rmdir()
-    assert changes(other, other.exp_manager) == []
+    assert check_changes(other, other.exp_manager) == []

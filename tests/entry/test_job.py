@@ -1,6 +1,7 @@
 """The entry of job scripts: command line, errors, run directory; NeMo itself on rank 0."""
 
 import errno
+import json
 import runpy
 import shutil
 import subprocess
@@ -148,7 +149,7 @@ def test_a_copy_of_the_actor_s_settings_finds_the_methods_of_the_package(
         (["model.path=x", "model.hidden_size=0"], "model.hidden_size = 0: Input should be greater than 0"),
         (["model.path=${nowhere}"], "model.path: Interpolation key 'nowhere' not found"),
         (["model.path"], "model.path: expected KEY=VALUE"),
-        (["model.path=[1,"], "model.path=[1,: expected KEY=VALUE, see --help"),
+        (["model.path=[1,"], "model.path=[1,: expected KEY=VALUE; quote a value"),
         (["~nothing"], "'nothing' does not exist"),
         (["--config-name", "other"], "conf/other.yaml: no such file"),
         (["--config-path", "/nowhere"], "/nowhere/count.yaml: Primary config directory not found"),
@@ -261,16 +262,27 @@ def test_a_job_without_exp_manager_is_a_mistake_of_its_author() -> None:
         job(Incomplete, config_name="count")
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_script_answers_help_and_a_wrong_key_without_torch(name: str) -> None:
+ALL_SCRIPTS = """
+import contextlib, io, json, runpy, sys
+
+for name in sys.argv[1:]:
+    for argument in ("--help", "modle.precision=bf16"):
+        sys.argv = ["x", argument]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            runpy.run_path(f"examples/nlp/gpt/{name}.py", run_name="__main__")
+        heavy = [module for module in ("torch", "megatron", "numpy") if module in sys.modules]
+        print(json.dumps([name, argument, said.getvalue(), heavy]))
+"""
+
+
+def test_scripts_answer_help_and_a_wrong_key_without_torch() -> None:
     """Its import takes seconds, on every rank."""
-    script = f"examples/nlp/gpt/{name}.py"
-    for argument, told in (("--help", "usage:"), ("modle.precision=bf16", "modle: unknown key")):
-        code = f"import runpy, sys; sys.argv = ['x', {argument!r}]\n"
-        code += f"try: runpy.run_path({script!r}, run_name='__main__')\n"
-        code += "finally: print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
-        ended = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY
-        )
-        assert told in ended.stdout + ended.stderr
-        assert ended.stdout.splitlines()[-1] == "[]"
+    command = [sys.executable, "-c", ALL_SCRIPTS, *KINDS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    expected = {"--help": "usage:", "modle.precision=bf16": "modle: unknown key"}
+    assert [(name, argument) for name, argument, *_ in answers] == [(name, each) for name in KINDS for each in expected]
+    for name, argument, said, heavy in answers:
+        assert expected[argument] in said, name
+        assert heavy == [], (name, argument)

@@ -19,6 +19,7 @@ from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import (
     COMBINED,
     ENERGY,
+    ENERGY_AND_KL,
     KL,
     LENGTH,
     MAHALANOBIS,
@@ -29,8 +30,9 @@ from nemo_eppo.evaluation.detection import (
     detectors_of_evaluation,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection
+from nemo_eppo.evaluation.run_detection import RunDetection
 from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
+from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +98,8 @@ def test_the_combination_is_a_logistic_regression_fitted_without_the_prompts_it_
 def test_signs_are_ranked_and_combined(signs: tuple[np.ndarray, dict[str, Floats]]) -> None:
     hacked, columns = signs
     found = compare_signs(hacked, dict(reversed(columns.items())), np.arange(200))
-    assert [detector.sign for detector in found] == [ENERGY, LENGTH, KL, COMBINED]
-    for detector in found[:-1]:
+    assert [detector.sign for detector in found] == [ENERGY, LENGTH, KL, ENERGY_AND_KL, COMBINED]
+    for detector in found[:-2]:
         values = columns[detector.sign]
         assert detector.auroc.value == pytest.approx(roc_auc_score(hacked, values))
         false, true, thresholds = roc_curve(hacked, values, drop_intermediate=False)
@@ -106,6 +108,22 @@ def test_signs_are_ranked_and_combined(signs: tuple[np.ndarray, dict[str, Floats
         assert detector.false_alarms == pytest.approx(1000 * false[first])
     assert found[-1].auroc.value > found[0].auroc.value, "two signs say more than one"
     assert [detector.sign for detector in compare_signs(hacked, {KL: columns[KL]}, np.arange(200))] == [KL]
+
+
+def test_energy_loss_and_kl_are_a_detector_of_their_own() -> None:
+    """What both share hides what the energy loss says; the length says nothing."""
+    draw = np.random.default_rng(7)
+    hacked, shared, length = np.arange(240) % 4 == 0, 10 * draw.normal(size=240), draw.normal(size=240)
+    signs = {KL: shared, LENGTH: length, ENERGY: shared + 2 * hacked + draw.normal(size=240)}
+    prompts = np.arange(240)
+    found = {detector.sign: detector for detector in compare_signs(hacked, signs, prompts)}
+    area = roc_auc_score(hacked, combine_signs(hacked, {KL: shared, ENERGY: signs[ENERGY]}, prompts))
+    assert found[ENERGY_AND_KL].auroc.value == area > 0.85
+    assert max(found[sign].auroc.value for sign in signs) < 0.65
+    both = compare_signs(hacked, {sign: signs[sign] for sign in (KL, ENERGY)}, prompts)
+    assert [detector.sign for detector in both] == [ENERGY, KL, COMBINED], "all are these"
+    others = compare_signs(hacked, {sign: signs[sign] for sign in (KL, LENGTH)}, prompts)
+    assert ENERGY_AND_KL not in {detector.sign for detector in others}
 
 
 def test_answers_to_one_prompt_count_as_what_they_share() -> None:
@@ -237,9 +255,6 @@ def test_the_report_says_which_alarm_to_switch_on(
     assert said in printed
     assert said in page
     assert (tmp_path / "detection.png").stat().st_size > 10_000
-    before = (tmp_path / "report.json").read_bytes()
-    assert main(command) == 0
-    assert (tmp_path / "report.json").read_bytes() == before, "the same run gives the same numbers"
 
 
 def test_runs_that_cannot_be_judged_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +296,7 @@ def test_a_run_of_the_actor_is_read_as_it_was_recorded(models: Models, tmp_path:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["steps"], report["responses"]) == (6, 6 * 32)
     assert report["baseline"]["of"] == "the validation before step 1"
-    assert set(report["signs"]) == {ENERGY, RISE, KL, LENGTH, VARIANCE, COMBINED}
+    assert set(report["signs"]) == {ENERGY, RISE, KL, LENGTH, VARIANCE, ENERGY_AND_KL, COMBINED}
     rows = [row for step in range(1, 7) for row in read_rows(tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")]
     sft = report["baseline"]
     hacked = [row["reward/gold"] < sft["gold_reward"] and row["reward/proxy"] > sft["proxy_reward"] for row in rows]

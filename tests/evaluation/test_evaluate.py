@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import assert_fits, needs_chromium
 from distributed import run_ranks
 from hf_models import random_model, save
 from jobs import Models, save_model
@@ -19,10 +20,11 @@ from nemo_eppo.algorithms.latents import Gaussian, mahalanobis
 from nemo_eppo.cli import main
 from nemo_eppo.config import load_config
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.evaluation.evaluate import EvaluateConfig, Evaluation
+from nemo_eppo.evaluation.evaluate import Evaluation
 from nemo_eppo.evaluation.generate import Generating
 from nemo_eppo.evaluation.reward_scoring import RewardScoring
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.evaluation import EvaluateConfig
 from nemo_eppo.tools.noun_task import quality
 
 GOLD = "nemo_eppo.tools.noun_task:gold_reward"
@@ -30,32 +32,48 @@ PROMPTS, ANSWERS, NEW = 6, 4, 8
 
 
 @pytest.fixture(scope="session")
-def reference(models: Models) -> tuple[Path, Weights]:
+def reference(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
     """A second policy, and its weights."""
-    weights = random_weights(models.reference, seed=3)
-    run_ranks(save_model, 1, models.root / "other_policy", "lm", models.config, weights, {}, models.data)
-    return models.root / "other_policy", weights
+    weights, directory = random_weights(models.reference, seed=3), tmp_path_factory.mktemp("reference") / "policy"
+    run_ranks(save_model, 1, directory, "lm", models.config, weights, {}, models.data)
+    return directory, weights
 
 
-@pytest.fixture
-def settings(models: Models, reference: tuple[Path, Weights], tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def measures(
+    models: Models, reference: tuple[Path, Weights], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """All settings but the output."""
     rows = read_rows(models.data / "prompts.train.jsonl")[:PROMPTS]
     lines = [json.dumps(row | {"answer": number}) for number, row in enumerate(rows)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    prompts.write_text("\n".join(lines) + "\n")
     return {
         "model": models.sft,
         "reference": reference[0],
-        "prompts": tmp_path / "prompts.jsonl",
+        "prompts": prompts,
         "proxies": [str(models.rm)],
         "gold": GOLD,
-        "output": tmp_path / "out",
         "samples_per_prompt": ANSWERS,
         "sampling": {"max_new_tokens": NEW},
     }
 
 
+@pytest.fixture
+def settings(measures: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return measures | {"output": tmp_path / "out"}
+
+
 def run_job(settings: dict[str, Any]) -> None:
     Evaluation(load_config(EvaluateConfig, settings)).run()
+
+
+@pytest.fixture(scope="module")
+def whole(measures: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank writes that nothing interrupts."""
+    output = tmp_path_factory.mktemp("evaluation") / "whole"
+    run_ranks(run_job, 1, measures | {"output": output})
+    return output
 
 
 def by_reference(row: dict[str, Any], models: Models, other: Weights) -> dict[str, float]:
@@ -76,7 +94,14 @@ def by_reference(row: dict[str, Any], models: Models, other: Weights) -> dict[st
     return {name: float(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},  # data parallelism; the others are shown by each part's own tests
+        pytest.param({"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_responses_are_measured_as_a_plain_reference_does(
     layout: dict[str, int],
     settings: dict[str, Any],
@@ -104,11 +129,9 @@ def best_of(rows: list[dict[str, Any]], n: int, measure: str) -> float:
     return float(np.mean(means))
 
 
-def test_the_results_are_in_the_files_that_users_expect(settings: dict[str, Any]) -> None:
-    run_ranks(run_job, 1, settings)
-    out = settings["output"]
-    rows = read_rows(out / "samples.jsonl")
-    instructions = json.loads((out / "gold_eval_with_response_ids.json").read_text())
+def test_the_results_are_in_the_files_that_users_expect(whole: Path) -> None:
+    rows = read_rows(whole / "samples.jsonl")
+    instructions = json.loads((whole / "gold_eval_with_response_ids.json").read_text())
     assert len(instructions) == PROMPTS
     for index, found in enumerate(instructions):
         answers = [row for row in rows if row["index"] == index]
@@ -119,7 +142,7 @@ def test_the_results_are_in_the_files_that_users_expect(settings: dict[str, Any]
             "proxy_scores": [row["proxy_reward"] for row in answers],
             "gold_scores": [row["gold_reward"] for row in answers],
         }
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((whole / "summary.json").read_text())
     assert (summary["prompts"], summary["responses"]) == (PROMPTS, PROMPTS * ANSWERS)
     assert summary["means"].keys() == {
         "proxy_reward", "gold_reward", "kl", "energy_loss", "reference_energy_loss", "logprob", "response_length",
@@ -134,7 +157,7 @@ def test_the_results_are_in_the_files_that_users_expect(settings: dict[str, Any]
     signs = {"energy loss": [row["energy_loss"] for row in rows], "rise of the energy loss": rise}
     for sign, values in signs.items():
         assert summary["detectors"][sign]["auroc"]["value"] == pytest.approx(roc_auc_score(hacked, values)), sign
-    assert "only the proxy?" in (out / "report.html").read_text()
+    assert "only the proxy?" in (whole / "report.html").read_text()
     curves = summary["best_of_n"]["proxy"]
     assert curves["n"] == [1, 2, 4]
     assert curves["kl"] == pytest.approx([0, np.log(2) - 1 / 2, np.log(4) - 3 / 4])
@@ -142,11 +165,16 @@ def test_the_results_are_in_the_files_that_users_expect(settings: dict[str, Any]
         expected = [best_of(rows, n, f"{measure}_reward") for n in (1, 2, 4)]
         assert curves[measure] == pytest.approx(expected)
         assert curves[f"{measure}_fit"]["start"] == pytest.approx(expected[0])
-    page = (out / "report.html").read_text()
+    page = (whole / "report.html").read_text()
     best = max(rows[:ANSWERS], key=lambda row: float(row["proxy_reward"]))["response"]
     for said in ("Proxy reward of best-of-n", "Gold reward of best-of-n", "KL to the reference", best):
         assert said in page
-    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_chromium
+def test_the_page_fits_a_phone_and_a_desktop(whole: Path) -> None:
+    assert_fits(whole / "report.html")
 
 
 def interrupted_and_resumed(settings: dict[str, Any]) -> None:
@@ -165,14 +193,15 @@ def interrupted_and_resumed(settings: dict[str, Any]) -> None:
     run_job(settings)  # nothing is missing
 
 
-def test_an_interrupted_evaluation_goes_on_with_what_is_missing(settings: dict[str, Any], tmp_path: Path) -> None:
-    run_ranks(run_job, 1, settings | {"output": tmp_path / "whole"})
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing(
+    whole: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
     run_ranks(interrupted_and_resumed, 1, settings)
-    generated = {"prompts": None, "responses": tmp_path / "whole" / "parts" / "responses.jsonl"}
+    generated = {"prompts": None, "responses": whole / "parts" / "responses.jsonl"}
     run_ranks(run_job, 1, settings | generated | {"output": tmp_path / "given"})
     for name in ("samples.jsonl", "gold_eval_with_response_ids.json"):
         for other in (settings["output"], tmp_path / "given"):
-            assert (other / name).read_text() == (tmp_path / "whole" / name).read_text()
+            assert (other / name).read_text() == (whole / name).read_text()
 
 
 def test_scores_of_a_function_that_was_edited_are_not_taken_for_those_of_the_new_one(
@@ -234,6 +263,13 @@ def test_finished_responses_by_several_proxies_and_a_server(
     assert sorted(row["latent_distance"] for row in rows) == pytest.approx(distances)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["best_of_n"] == {}, "some prompts have one answer"
+    said = tmp_path / "out" / "parts" / "proxy_2.jsonl.settings.json"
+    served = json.loads(said.read_text())
+    assert (served["reward model"]["mean"], served["reward model"]["std"]) == ([0.3], [0.7])
+    served["reward model"]["mean"] = [0.4]  # as if another model were behind the same address
+    said.write_text(json.dumps(served))
+    with pytest.raises(RuntimeError, match=r"proxy_2\.jsonl holds rows of another reward model"):
+        run_ranks(run_job, 1, settings)
 
 
 def test_several_proxies_choose_alone_and_together(models: Models, tmp_path: Path) -> None:
@@ -290,8 +326,9 @@ def test_bad_settings_are_named_before_anything_runs(
         (given, "nothing to measure: expected --model, --proxy or --gold"),
         ([*given, "--gold", GOLD], "--responses: expected --model or a reward checkpoint too"),
         ([*given, "--proxy", str(models.rm), "--top-k", "3"], "--top-k: says how --prompts are answered"),
-        ([*given, "--proxy", "nowhere/rm"], "--responses: expected --model or a reward checkpoint too"),
-        ([*policy, "--proxy", "nowhere/rm"], "--proxy = 'nowhere/rm': expected 'module:function'"),
+        ([*given, "--proxy", "nowhere/rm"], "--proxy = 'nowhere/rm': expected an existing checkpoint directory, grpc:"),
+        ([*policy, "--greedy", "--samples-per-prompt", "4"], "--samples-per-prompt 4: greedy responses"),
+        ([*policy, "--temperature", "0", "--samples-per-prompt", "4"], "--samples-per-prompt 4: greedy responses"),
         ([*policy, "--gold", "nemo_eppo.tools.noun_task:no"], "--gold = 'nemo_eppo.tools.noun_task:no': expected"),
         ([*policy, "--proxy", "grpc://nowhere"], "grpc://HOST:PORT"),
         ([*policy, "--proxy", str(models.sft)], "holds a model with head 'lm', expected 'scalar'"),

@@ -17,9 +17,10 @@ from nemo_eppo.cli import main
 from nemo_eppo.config import load_config
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.conversation import Conversation, talk
-from nemo_eppo.evaluation.generate import GenerateConfig, Generating, GeneratorConfig
+from nemo_eppo.evaluation.generate import Generating
 from nemo_eppo.evaluation.model_rows import WINDOW
 from nemo_eppo.evaluation.responses import read_responses
+from nemo_eppo.settings.evaluation import GenerateConfig, GeneratorConfig
 from nemo_eppo.tools.convert import HfToMegatron
 
 EOS, NEW = 0, 12
@@ -105,13 +106,13 @@ def test_a_response_depends_on_seed_prompt_and_sample_alone(model: Path, tmp_pat
     data = write(tmp_path / "in.jsonl", [{"prompt": text} for text in PROMPTS])
     write(tmp_path / "backwards.jsonl", [{"prompt": text} for text in PROMPTS[::-1]])
     run_ranks(generate_in_many_ways, 1, model, tmp_path)
-    for layout in ("tensor", "pipeline"):
-        parallel = {f"{layout}_model_parallel_size": 2}
+    for layout in ("tensor", "pipeline", "data"):
+        parallel = {f"{layout}_model_parallel_size": 2} if layout != "data" else {}
         run_ranks(run_job, 2, config(model, data, tmp_path / layout, samples_per_prompt=3, parallel=parallel))
     expected = by_prompt(tmp_path / "plain")
     assert len(expected) == 3 * len(PROMPTS)
     assert len(set(map(tuple, expected.values()))) == len(expected), "all differ"
-    for way in ("one_at_once", "backwards", "checkpoint", "tensor", "pipeline"):
+    for way in ("one_at_once", "backwards", "checkpoint", "tensor", "pipeline", "data"):
         assert by_prompt(tmp_path / way) == expected, way
     fewer = by_prompt(tmp_path / "fewer_samples")
     assert fewer == {key: value for key, value in expected.items() if key[1] < 2}

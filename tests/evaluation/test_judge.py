@@ -1,10 +1,9 @@
 """`nemo-eppo judge` against an endpoint that misbehaves, through interruptions, and by a gold reward."""
 
 import json
+import multiprocessing
 import os
 import pty
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,13 +11,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from browser import look, needs_chromium
 from judge_server import KEY, JudgeServer, judge_server
 from scipy.stats import binomtest
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation.names_cli import named
 from nemo_eppo.evaluation.pairs import read_pairs
 from nemo_eppo.evaluation.statistics import estimate_share
 from nemo_eppo.tools.noun_task import quality, sample_prompt, sample_sft_response
@@ -133,18 +130,21 @@ def test_more_checkpoints_ask_only_what_is_new(answers: Path, baseline: Path, tm
     assert "Over the checkpoints" in page
 
 
-def test_what_was_answered_before_a_kill_is_not_asked_again(answers: Path, baseline: Path, tmp_path: Path) -> None:
+def test_what_was_answered_before_a_kill_is_not_asked_again(
+    answers: Path, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     kept = output / "answers.jsonl"
     with judge_server(delay=0.2) as server:
         command = arguments(server, output, answers, baseline=baseline)
-        cli = [sys.executable, "-m", "nemo_eppo.cli"]
-        process = subprocess.Popen([*cli, *command, "--yes", "--concurrency", "2"])
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=main, args=([*command, "--yes", "--concurrency", "2"],))
+        process.start()
         while not kept.exists() or len(read_rows(kept)) < 4:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         with kept.open("a") as file:
             file.write('{"key": "torn')
         known = len(read_rows_but_torn(kept))
@@ -152,11 +152,14 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(answers: Path, basel
         before = len(server.requests)
         terminal, other = pty.openpty()  # somebody who is asked
         os.write(terminal, b"y\n")
-        done = subprocess.run([*cli, *command], stdin=other, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"{14 - known} questions to m: about " in done.stdout
+        with open(other) as keyboard:
+            monkeypatch.setattr(sys, "stdin", keyboard)
+            assert main(command) == 0
+        os.close(terminal)
+        said = capsys.readouterr()
+        assert f"{14 - known} questions to m: about " in said.out
         assert len(server.requests) - before == 14 - known
-        assert KEY not in done.stdout + done.stderr
+        assert KEY not in said.out + said.err
     assert summary(output, "step_20")["score"]["value"] == 5 / 8
     assert len({row["key"] for row in read_rows(kept)}) == len(read_rows(kept)) == 14
 
@@ -294,7 +297,53 @@ def test_the_gold_reward_decides_without_an_endpoint(tmp_path: Path) -> None:
     assert {"win", "tie", "lose"} == set(expected)
     assert summary(output, "both")["win"]["value"] == pytest.approx(expected.count("win") / 40)
     assert summary(output, "both")["flips"] is None
-    assert main(command) == 2, "what is there is not overwritten"
+
+
+_LENGTH = """\
+from pathlib import Path
+
+def reward(sample):
+    with Path(__file__).with_name("calls").open("a") as calls:
+        print(sample.response, file=calls)
+    if sample.response == Path(__file__).with_name("refused").read_text():
+        raise ValueError("refused")
+    return len(sample.response)
+"""
+
+
+def test_no_gold_reward_is_asked_for_twice(
+    answers: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    own, calls, refused = (tmp_path / name for name in ("length_gold.py", "calls", "refused"))
+    own.write_text(_LENGTH)
+    refused.write_text("as long as")
+    output, gold = tmp_path / "out", ["--judge", "gold", "--gold", "length_gold:reward"]
+    command = ["judge", str(answers), "--baseline", str(baseline), "--output", str(output), *gold]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "raised ValueError: refused" in error
+    before = calls.read_text().splitlines()
+    assert f"{len(before) - 1} answers are kept" in error
+    assert f"{len(before) - 1}/15 [" in error, (
+        "the progress bar; 8 responses, and 8 of the baseline, of which one is equal"
+    )
+    refused.write_text("")
+    calls.unlink()
+    assert main(command) == 0
+    assert len(calls.read_text().splitlines()) == 15 - (len(before) - 1)
+    outcomes = [row["verdict"] for row in read_rows(output / "verdicts.jsonl")]
+    assert outcomes == ["win"] * 4 + ["lose"] * 3 + ["tie"]
+    calls.unlink()
+    (output / "summary.json").unlink()
+    assert main(command) == 0, "all is there: only the results are written anew"
+    assert summary(output, "step_20")["score"]["value"] == 4.5 / 8
+    assert not calls.exists()
+    own.write_text(_LENGTH.replace("return ", "return -"))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "answers.jsonl holds rows of another source_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -310,7 +359,7 @@ def test_the_gold_reward_decides_without_an_endpoint(tmp_path: Path) -> None:
         (["--price-in", "nan"], "price_in = nan"),
         (["--judge", "gold"], "--gold"),
         (["--gold", "nowhere:reward"], "--gold"),
-        (["--output", "{here}"], "exists, but no judge of an endpoint made it"),
+        (["--output", "{here}"], "exists, but no judge made it"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_asked(
@@ -336,28 +385,3 @@ def test_answers_of_another_judge_are_not_taken(
         for change, said in ((["--model", "n"], "another model"), (["--question", "Which?"], "another question")):
             assert main([*command, *change]) == 2
             assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["runs/eta=1/actor", "runs/eta=2/actor"], ["eta=1", "eta=2"]),
-        (["a/step_1.jsonl", "a/step_2.jsonl.gz"], ["step_1", "step_2"]),
-        (["a/x", "b/x", "b/y"], ["a/x", "b/x", "b/y"]),
-        (["a/b/run"], ["run"]),
-        (["a", "a/b"], ["a", "a/b"]),
-    ],
-)
-def test_paths_are_told_apart_by_what_they_do_not_share(paths: list[str], names: list[str]) -> None:
-    assert list(named([Path(path) for path in paths], [])) == names
-
-
-@needs_chromium
-def test_the_page_fits_a_phone_and_a_desktop(answers: Path, baseline: Path, tmp_path: Path) -> None:
-    worse = write(tmp_path / "a_checkpoint_with_a_long_name_step_10.jsonl", ["short"] * 8)
-    with judge_server() as server:
-        assert main([*arguments(server, tmp_path / "out", answers, worse, baseline=baseline), "--yes"]) == 0
-    for width in (390, 1280):
-        seen = look(tmp_path / "out" / "report.html", width)
-        assert (seen["window"], seen["page"], seen["charts"], seen["figures"]) == (width, width, 2, 2)
-        assert (seen["wide"], seen["cut"], seen["console"]) == ([], [], [])

@@ -13,7 +13,10 @@ import psutil
 import pytest
 import yaml
 from scipy import stats
+from test_alarms import write_run
 
+from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation.detection import ENERGY_AND_KL, KL
 from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, over_distance, win_rate
 from nemo_eppo.evaluation.overoptimization_page import verdict, write_results
 
@@ -113,7 +116,7 @@ def test_the_first_sentence_says_whether_eppo_wins(tmp_path: Path) -> None:
         name: {seed: curves([0.0, 1.0, gold + 0.01 * seed]) for seed in (1, 2, 3)}
         for name, gold in (("ppo", 0.1), ("eppo", 0.4), ("ppo_kl", 0.6))
     }
-    table = write_results(tmp_path, runs, {"size": "0.2M"})
+    table = write_results(tmp_path, runs, {"size": "0.2M"}, {"candidates": {4: {"refusal": "no fall"}}})
     expected = (
         "EPPO does not win: ppo_kl does at the last step (0.620; EPPO 0.420, place 2 of 3). Against plain PPO EPPO"
     )
@@ -121,6 +124,7 @@ def test_the_first_sentence_says_whether_eppo_wins(tmp_path: Path) -> None:
     assert verdict(results).startswith(expected)
     assert expected in (tmp_path / "report.html").read_text()
     assert expected.split(".")[0] in table
+    assert results["candidates"] == {"4": {"refusal": "no fall"}}
     assert results["curves"]["eppo"]["2"]["gold"] == [0.0, 1.0, 0.42]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     del runs["ppo_kl"]
@@ -136,17 +140,23 @@ def test_every_method_is_tuned_by_the_same_number_of_values_and_uses_what_was_ch
 
 def bench(output: Path, methods: str) -> dict[str, Any]:
     command = [sys.executable, str(BENCH / "bench.py"), "--smoke", "--output", str(output), "--methods", methods]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=1800)
     found: dict[str, Any] = json.loads((output / "results.json").read_text())
     return found
 
 
-def test_the_bench_runs_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> None:
-    found = bench(tmp_path / "first", "energy_gated_kl")
-    assert set(found["methods"]) == {"ppo", "eppo", "energy_gated_kl"}
+def test_the_bench_runs(tmp_path: Path) -> None:
+    found = bench(tmp_path, "eppo")
+    assert set(found["methods"]) == {"ppo", "eppo"}
     assert found["seeds"] == [1]
+    assert found["tuning"] == found["candidates"] == {}, "one value, and every seed counts"
     assert found["curves"]["eppo"]["1"]["steps"] == [0, 1, 2]
-    assert json.loads((tmp_path / "first" / "alarms.json").read_text()) == {"fell": {}, "signs": {}}  # two steps
+    assert not (tmp_path / "alarms").exists(), "two steps are too few"
+
+
+@pytest.mark.slow
+def test_the_bench_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    found = bench(tmp_path / "first", "energy_gated_kl")
     policy = tmp_path / "first" / "seed_1" / "policies" / "eppo"
     made = (policy / "metrics.jsonl").read_bytes()
     (policy.parent / "energy_gated_kl" / "done").unlink()  # as if it had been killed just before its end
@@ -155,13 +165,104 @@ def test_the_bench_runs_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> No
     assert again["curves"] == found["curves"]
 
 
-def test_models_of_another_bench_do_not_count_as_finished(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / "bench.py"), "--output", str(tmp_path), "--methods", "ppo_kl"]
+def test_models_of_another_bench_do_not_count_as_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from bench import main
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--output", str(tmp_path), "--methods", "ppo_kl"])
     (tmp_path / "settings.json").write_text('{"text": "nouns", "size": "0.2M", "sft_steps": 20}')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 1
-    assert "holds the models of another bench" in done.stderr
+    with pytest.raises(SystemExit, match="holds the models of another bench"):
+        main()
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_a_policy_that_was_made_from_something_else_does_not_count_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # pieces are forked and keep the patch below
+    from bench import Bench, Method
+    from pieces import run_all
+    from trainings import LABELS, SIZES, TEXTS, Effort, Task
+
+    monkeypatch.setattr(Task, "train_policy", lambda *_: None)
+    task = Task(tmp_path, TEXTS["nouns"], SIZES["0.2M"], LABELS["hedges"], Effort())
+    eta, file = "shaping.energy_penalty.eta", tmp_path / "seed_1" / "policies" / "eppo" / "done"
+
+    def train(name: str, about: dict[str, Any], eppo: int) -> None:
+        method = Method(name, about)
+        run_all("policies", [Bench(task, [method], 1, None)._policy(method, 1, {"eppo": eppo})], 1)
+
+    train("eppo", {"method": "eppo", "tune": {eta: [2, 8]}}, 8)
+    train("eppo_kl", {"method": "eppo", "settings": {eta: "$eppo"}}, 8)
+    before = file.stat().st_mtime_ns
+    train("eppo", {"method": "eppo", "tune": {eta: [2, 8, 32]}}, 8)
+    assert file.stat().st_mtime_ns == before, "the chosen value is the same"
+    says = r'policies/NAME: was made from .*eta": 8.*, it would be made from .*eta": 32.* now\nremove these directories'
+    with pytest.raises(SystemExit, match=says.replace("NAME", "eppo")):
+        train("eppo", {"method": "eppo", "tune": {eta: [2, 8, 32]}}, 32)
+    with pytest.raises(SystemExit, match=says.replace("NAME", "eppo_kl")):
+        train("eppo_kl", {"method": "eppo", "settings": {eta: "$eppo"}}, 32)
+    file.unlink()  # it was interrupted at the end, its checkpoint is there
+    with pytest.raises(SystemExit, match='"rewards": "odin"'):
+        train("eppo", {"method": "eppo", "rewards": "odin", "tune": {eta: [8]}}, 8)
+    (file.parent / "made_from.json").unlink()
+    file.touch()
+    with pytest.raises(SystemExit, match=r"was made from \{\}"):
+        train("eppo", {"method": "eppo", "tune": {eta: [8]}}, 8)
+
+
+def test_what_was_tuned_and_which_seeds_were_refused_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import bench
+    from trainings import LABELS, SIZES, TEXTS, Effort, Task
+
+    def read(run: Path) -> Curves:
+        tuned = {"eppo=2": [0.3, 0.5], "eppo=8": [0.45, 0.4]}
+        if run.name in tuned:
+            return curves([0.2, tuned[run.name][run.parents[1].name == "seed_1002"]])
+        return curves([0.2, 0.5, 0.3], correlation=0.4 if "seed_1/" in f"{run}/" else 0.7)
+
+    trained: list[Path] = []
+    monkeypatch.setattr(bench, "run_all", lambda title, work, workers: trained.extend(one.directory for one in work))
+    monkeypatch.setattr(bench, "read_curves", read)
+    methods = [bench.Method("ppo", {}), bench.Method("eppo", {"method": "eppo", "tune": {"eta": [2, 8]}})]
+    task = Task(tmp_path, TEXTS["nouns"], SIZES["0.2M"], LABELS["hedges"], Effort())
+    made = bench.Bench(task, methods, 1, Acceptance())
+    found = made.run(1)
+    assert made.tuning == {"eppo": {"chosen": 8, "gold": {2: {1001: 0.3, 1002: 0.5}, 8: {1001: 0.45, 1002: 0.4}}}}
+    refusal = "correlation 0.40 is below 0.5"
+    assert made.candidates == {
+        1: {"correlation": 0.4, "refusal": refusal}, 2: {"correlation": 0.7, "refusal": ""}
+    }  # fmt: skip
+    assert [list(of_method) for of_method in found.values()] == [[2], [2]]
+    assert task.policy(2, "eppo") in trained
+    assert task.policy(1, "eppo") not in trained
+
+
+def test_alarms_are_those_of_plain_ppo_and_of_methods_with_further_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setattr(statistics, "_DRAWS", 50)
+    from bench import detect
+    from trainings import LABELS, SIZES, TEXTS, Effort, Task
+
+    task = Task(tmp_path, TEXTS["nouns"], SIZES["0.2M"], LABELS["hedges"], Effort())
+    for seed, peak in ((1, 18), (2, None), (3, 20)):  # the second is refused, gold does not fall
+        write_run(task.policy(seed, "acceptance"), peak, hacks_from=11)
+        write_run(task.policy(seed, "eppo"), peak, hacks_from=11, kl=True)
+        write_run(task.policy(seed, "inform"), peak, hacks_from=None, few=0)
+    detect(task, {"ppo": [1, 3], "eppo": [1, 3], "inform": [1, 3], "odin": [1, 3]}, "acceptance")
+    assert {path.name for path in (tmp_path / "alarms").iterdir()} == {"ppo", "eppo"}
+    plain, eppo = (json.loads((tmp_path / "alarms" / name / "report.json").read_text()) for name in ("ppo", "eppo"))
+    assert list(plain["runs"]) == ["seed_1", "seed_2", "seed_3"], "those that were refused, too"
+    assert plain["runs"]["seed_2"]["run"].endswith("seed_2/policies/acceptance")
+    assert list(eppo["runs"]) == ["seed_1", "seed_3"]
+    assert set(eppo["signs"]) - set(plain["signs"]) == {KL, ENERGY_AND_KL}
+    printed = capsys.readouterr().out
+    assert "ppo: The gold reward fell beyond noise in 2 of 3 runs" in printed
+    assert "no alarms of inform: all 2 runs are left out" in printed
 
 
 _TWO_PIECES = """
@@ -191,6 +292,7 @@ def test_pieces_of_work_end_with_the_bench(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 35 trainings of policies, on a machine that may be busy
 def test_the_same_seed_gives_the_same_numbers_and_every_method_runs(tmp_path: Path) -> None:
     first, second = bench(tmp_path / "first", ""), bench(tmp_path / "second", "ppo_kl")
     assert all(first["curves"][name] == second["curves"][name] for name in ("ppo", "eppo", "ppo_kl"))

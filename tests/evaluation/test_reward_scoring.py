@@ -16,6 +16,7 @@ from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.responses import read_responses
 from nemo_eppo.evaluation.reward_scoring import RewardScoring
 from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.settings.evaluation import ModelRunConfig
 from nemo_eppo.settings.model import ParallelConfig
 
 LAYOUTS = [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
@@ -37,7 +38,8 @@ def write_responses(path: Path, vocabulary: int, rows: int = 21) -> list[tuple[l
 
 def append(model: Path, data: Path, output: Path, layout: dict[str, int] | None = None) -> None:
     """At one row per forward pass, so that 21 rows are two windows; for `run_ranks`."""
-    scoring = RewardScoring(model, "--rm", batch_size=1, parallel=ParallelConfig(**layout or {}))
+    how = ModelRunConfig(batch_size=1, parallel=ParallelConfig(**layout or {}))
+    scoring = RewardScoring(how.setup(model), "--rm")
     rows = read_responses(data, scoring.plan.tokenizer, scoring.model.vocab_size, scoring.model.max_sequence_length)
     scoring.append(rows, RowsFile(output, "test", scoring.identity))
 
@@ -53,7 +55,7 @@ def test_scores_are_those_of_transformers(layout: dict[str, int], tmp_path: Path
         expected = [float(network(torch.tensor([prompt + response])).logits) for prompt, response in rows]
     got = [row["reward"] for row in read_rows(tmp_path / "out.jsonl")]
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    assert RewardScoring(model, "--rm").model.statistics()["std"] == [2.0]
+    assert RewardScoring(ModelRunConfig().setup(model), "--rm").model.statistics["std"] == [2.0]
 
 
 def test_an_interrupted_scoring_goes_on_with_the_missing_rows(models: Models, tmp_path: Path) -> None:
@@ -91,8 +93,8 @@ def test_latents_of_an_information_bottleneck_come_with_its_scores(
 
 def test_models_and_responses_that_do_not_fit_are_named(models: Models, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--rm.*sft holds a model with head .lm., expected .scalar."):
-        RewardScoring(models.sft, "--rm")
-    scoring = RewardScoring(models.rm, "--rm")
+        RewardScoring(ModelRunConfig().setup(models.sft), "--rm")
+    scoring = RewardScoring(ModelRunConfig().setup(models.rm), "--rm")
     own = Tokenizer.from_directory(models.data / "tokenizer")
     scoring.plan.check_fits("--rm", own, "the policy", 48)
     with pytest.raises(ConfigError, match=r"--rm: .*rm has a window of 48 tokens; expected at least 49"):
@@ -105,7 +107,7 @@ def test_models_and_responses_that_do_not_fit_are_named(models: Models, tmp_path
 def test_a_token_that_the_model_does_not_know_is_named(models: Models, tmp_path: Path) -> None:
     data = tmp_path / "in.jsonl"
     data.write_text('{"prompt_ids": [3], "response_ids": [4]}\n{"prompt_ids": [3], "response_ids": [4, 66]}\n')
-    scoring = RewardScoring(models.rm, "--rm")
+    scoring = RewardScoring(ModelRunConfig().setup(models.rm), "--rm")
     rows = read_responses(data, scoring.plan.tokenizer, 67, 48)  # the policy has a larger vocabulary
     said = r"--rm: the response in line 2 has the token id 66, but .*rm has a vocabulary of 64"
     with pytest.raises(ConfigError, match=said):

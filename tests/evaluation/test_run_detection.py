@@ -12,9 +12,10 @@ from scipy import stats
 
 from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH
-from nemo_eppo.evaluation.run_detection import DetectionConfig, RunDetection, _limit
+from nemo_eppo.evaluation.run_detection import RunDetection, _limit
 from nemo_eppo.evaluation.run_detection_page import verdict, write_detection
 from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_a_gold_reward_that_only_fluctuates_does_not_fall(tmp_path: Path) -> Non
             return [{"reward/proxy": a, "reward/gold": b} for a, b in draw.normal(size=(8, 2)).tolist()]
 
         fell += RunDetection(DetectionConfig(run=write_run(tmp_path / str(number), rows))).fell
-    assert fell <= 2, "of 30 runs; one in forty falls so far by chance"
+    assert fell <= 2, "of 30 runs; at most one in forty falls so far by chance"
 
 
 def test_greedy_responses_are_no_baseline_for_sampled_ones(tmp_path: Path) -> None:

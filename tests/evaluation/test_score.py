@@ -1,7 +1,11 @@
 """`nemo-eppo score` against transformers, through interruptions, layouts and bad input."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,13 @@ from distributed import run_ranks
 from hf_models import WORDS, ids, random_model, save
 from small_data import read_rows
 from torch import Tensor
+from torch.distributed.run import parse_args as torchrun_arguments
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.model_rows import WINDOW
-from nemo_eppo.evaluation.score import ScoreConfig, Scoring
+from nemo_eppo.evaluation.score import Scoring
+from nemo_eppo.settings.evaluation import ScoreConfig
 from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.tools.convert import HfToMegatron
 
@@ -81,21 +87,47 @@ def close(output: Path, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-LAYOUTS = [
-    ({}, 1),
-    ({"tensor_model_parallel_size": 2}, 2),
-    ({"pipeline_model_parallel_size": 2}, 2),
-]
-
-
-@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
+# one rank is compared when it is interrupted, tensor parallelism by the command; {} is data parallelism
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}])
 def test_scores_are_those_of_transformers(
-    layout: dict[str, int], ranks: int, model: Path, data: Path, rows: list[dict[str, str]], tmp_path: Path
+    layout: dict[str, int], model: Path, data: Path, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     output, parallel = tmp_path / "out.jsonl", ParallelConfig(**layout)
     run_ranks(
-        run_job, ranks, ScoreConfig(model=model, data=data, output=output, parallel=parallel, batch_size=1)
+        run_job, 2, ScoreConfig(model=model, data=data, output=output, parallel=parallel, batch_size=1)
     )  # three windows
+    close(output, expected(rows))
+
+
+class Replaced(Exception):
+    """This process would now be another program, whose arguments these are."""
+
+
+def run_rank(command: list[str]) -> str:
+    """What a rank of torchrun's prints; for `run_ranks`."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "1"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(command) == 0
+    return printed.getvalue()
+
+
+def test_a_command_becomes_that_of_as_many_ranks(
+    model: Path, data: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(program: str, words: list[str]) -> None:
+        raise Replaced(program, *words)
+
+    monkeypatch.setattr(os, "execv", replace)
+    output = tmp_path / "out.jsonl"
+    command = ["score", "--model", str(model), "--data", str(data), "--output", str(output), "--tp", "2"]
+    with pytest.raises(Replaced) as replaced:
+        main(command)
+    program, argument_0, *words = replaced.value.args
+    assert (program, argument_0, words[:2]) == (sys.executable, sys.executable, ["-m", "nemo_eppo.entry.torchrun"])
+    found = torchrun_arguments(words[2:])
+    assert (found.nproc_per_node, found.module, found.training_script) == ("2", True, "nemo_eppo.cli")
+    said, silent = run_ranks(run_rank, 2, found.training_script_args)
+    assert (str(output) in said, silent) == (True, "")
     close(output, expected(rows))
 
 
@@ -139,7 +171,7 @@ def resume(model: Path, data: Path, output: Path) -> None:
     real, calls = Scoring._score, []
 
     def interrupted(self: Scoring, *args: Any) -> list[str]:
-        calls.append(args[-1])
+        calls.append(args[-1][0].line)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(self, *args)
@@ -153,7 +185,7 @@ def resume(model: Path, data: Path, output: Path) -> None:
         file.write('{"logprob": -12.3')  # torn
     run_job(config)
     assert output.read_text().startswith(complete)
-    assert calls == [0, 16, 32, 32], "nothing was scored twice"
+    assert calls == [1, 17, 33, 33], "nothing was scored twice"
     finished = output.read_bytes()
     run_job(config)
     assert len(calls) == 4
@@ -233,10 +265,18 @@ def test_a_bad_row_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_of_which_the_model_makes_nan_is_named(tmp_path: Path) -> None:
+    broken = random_model("Llama")
+    broken.model.norm.weight.data.fill_(torch.nan)
+    model, data = save(broken, tmp_path / "broken"), tmp_path / "in.jsonl"
+    data.write_text('\n{"prompt": "w1", "response": "w2"}\n')
+    with pytest.raises(RuntimeError, match=rf"{data}:2: {model} gives NaN or infinity: log-probability nan"):
+        run_ranks(run_job, 1, ScoreConfig(model=model, data=data, output=tmp_path / "out.jsonl"))
+
+
 def test_bad_settings_are_named(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = save(random_model("Llama"), tmp_path / "plain")
     for change, said in (
-        (["--preset", "mlp"], "preset = 'mlp'"),
         (["--layer", "2"], "2 is not a layer of a model with 2 layers"),
         (["--tp", "3"], "num_attention_heads = 4 is not divisible by tensor_model_parallel_size = 3"),
         (["--batch-size", "0"], "batch_size = 0"),

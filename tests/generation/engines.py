@@ -8,7 +8,7 @@ from typing import Any, Literal
 from small_models import EOS, MODEL, PAD, build_engine, tokenizer
 
 from nemo_eppo.generation.build import write_hf_settings
-from nemo_eppo.generation.engine import Engine, Limits
+from nemo_eppo.generation.engine import Engine, EngineLimits
 from nemo_eppo.generation.trtllm_engine import TensorRTLLMEngine
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.settings.generation import TensorRTLLMConfig
@@ -43,7 +43,7 @@ def trtllm_engine(
         model,
         dtype,
         config or stand_in(),
-        Limits(**(settings | {"tokenizer": tokenizer()} | limits)),
+        EngineLimits(**(settings | {"tokenizer": tokenizer()} | limits)),
         hf_directory=directory / "hf",
         log=directory / "engine.log",
     )

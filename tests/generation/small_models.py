@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.generation.engine import Engine, Limits
+from nemo_eppo.generation.engine import Engine, EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.megatron.energy import EnergyProbe
@@ -78,7 +78,7 @@ def build_engine(
     chunks: list[Any], model: ModelConfig = MODEL, energy: EnergyProbeConfig | None = None, **changes: Any
 ) -> Engine:
     settings = {"eos_id": EOS, "pad_id": PAD, "max_batch_size": 8, "max_sequence_length": model.max_sequence_length}
-    return MegatronEngine(chunks, Limits(**(settings | {"tokenizer": tokenizer()} | changes)), energy)
+    return MegatronEngine(chunks, EngineLimits(**(settings | {"tokenizer": tokenizer()} | changes)), energy)
 
 
 def random_prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """A checkpoint of weights and optimizer that goes from a CPU to the device and back is the same, bit for bit.
 
-A process that sees no GPU trains and saves; this one loads that and saves it anew; the other loads it again.
+A process that sees no GPU trains and saves; this one loads that and saves it anew, while it works on; the other loads
+it again.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from torch import Tensor
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.checkpoint import load, save
 from nemo_eppo.megatron.runner import ModelRunner
+from nemo_eppo.megatron.saving import CheckpointSaver
 from nemo_eppo.megatron.weights import export_tensors
 from nemo_eppo.models.checkpoint_files import Manifest
 from nemo_eppo.settings.model import Precision
@@ -57,7 +59,12 @@ def through(directory: Path, precision: Precision) -> Digests:
     runner = our_runner(MODEL, precision=precision, trained=True)
     load(directory, runner, optimizer=True)
     found = digests(runner)
-    save(directory.with_suffix(".again"), runner, MANIFEST)
+    saver = CheckpointSaver(directory.with_suffix(".again"), None, asynchronous=True)
+    saver.save(runner, MANIFEST)
+    while not saver.path(MANIFEST.step).exists():
+        torch.rand(1, device=device.device()).item()  # it takes pinned memory, as the writer's is
+        saver.poll()
+    saver.finish()
     return found
 
 
@@ -90,7 +97,7 @@ def on_a_cpu(folder: Path) -> None:
         print(json.dumps(digests(runner)), flush=True)
         sys.stdin.readline()
         runner = our_runner(MODEL, precision=precision, trained=True)
-        load(folder / f"{precision}.again", runner, optimizer=True)
+        load(folder / f"{precision}.again" / f"step_{MANIFEST.step:06d}", runner, optimizer=True)
         print(json.dumps(digests(runner)), flush=True)
 
 

@@ -17,7 +17,7 @@ from pairs import Options, Row, compare, interleave, medians
 from torch import Tensor
 
 from nemo_eppo.generation.decoder import attention_of_device
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.replay import GraphRecorder
 from nemo_eppo.megatron import device
@@ -54,7 +54,7 @@ def agreements(model: ModelConfig, new: int) -> Iterator[Row]:
     for precision in reversed(PRECISIONS):  # fp32 with the weights of bf16
         runner = scorer(model, precision, weights)
         weights = {name: tensor.cpu() for name, tensor in export_tensors(runner.chunks, model)}
-        limits = Limits(eos_id=1, pad_id=0, max_batch_size=4, max_sequence_length=model.max_sequence_length)
+        limits = EngineLimits(eos_id=1, pad_id=0, max_batch_size=4, max_sequence_length=model.max_sequence_length)
         judging = runner if precision == "fp32" else scorer(model, "fp32", weights)
         for how, record in RECORDERS.items():
             engine = MegatronEngine(runner.chunks, limits, PROBE, record and record())
@@ -128,7 +128,9 @@ def speeds(name: str, model: ModelConfig, options: Options, rate: float) -> Iter
         read -= model.vocab_size * model.hidden_size * 2
     for batch in (1, 2) if options.smallest else (1, 16, 64, 256):
         tokens = torch.randint(1, model.vocab_size - 1, (batch, prompt))
-        limits = Limits(model.vocab_size - 1, 0, max_batch_size=batch, max_sequence_length=model.max_sequence_length)
+        limits = EngineLimits(
+            model.vocab_size - 1, 0, max_batch_size=batch, max_sequence_length=model.max_sequence_length
+        )
         work: dict[str, Callable[[], int]] = {
             "transformers": partial(their_tokens, network, tokens, new),
         }

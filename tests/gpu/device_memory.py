@@ -1,4 +1,4 @@
-"""The estimate of `nemo-eppo doctor` against the peak of a job's model: of torch's tensors on a GPU, else resident.
+"""The estimate of `nemo-eppo doctor` against the peak of a job's model: of torch's tensors on a GPU, else of PSS.
 
 Each does its work of a step, log-probs and energies, values or rewards, then an update of what is trained, in bf16.
 """
@@ -26,8 +26,8 @@ def measure(options: Options) -> Iterator[Row]:
     for name, model in shapes.items():
         rows = even_rows(2 * batch, length, model.vocab_size)
         build = partial(our_runner, model, batch, precision="bf16")
-        for job, work in jobs(build, rows).items():
-            found = peak(*work)
+        for job, work in jobs(build).items():
+            found = peak(*work, rows)
             workload = Workload(batch * length, trained=job != "reward")
             expected = estimate(model, ParallelConfig(), "bf16", workload, outputs=None if job == "actor" else 1)
             row: Row = {"what": job, "model": name, "estimate": expected.total / MIB, **found}

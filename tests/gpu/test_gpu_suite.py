@@ -34,12 +34,12 @@ def ran(parts: list[str], output: Path) -> None:
         assert all(json.dumps({"part": part, **row}) in done.stdout for row in rows)
 
 
-def test_all_parts_but_the_launches_pass_on_a_cpu(tmp_path: Path) -> None:
+def test_all_parts_but_the_whole_job_pass_on_a_cpu(tmp_path: Path) -> None:
     ran([part for part in suite.PARTS if part != "job"], tmp_path)
 
 
 @pytest.mark.slow
-def test_launches_pass_on_a_cpu(tmp_path: Path) -> None:
+def test_the_whole_job_passes_on_a_cpu(tmp_path: Path) -> None:
     ran(["job"], tmp_path)
 
 

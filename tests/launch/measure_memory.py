@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from distributed import run_ranks
 from features import GEMMA2
 
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.launch.memory import Workload, estimate
 from nemo_eppo.megatron.frozen import FrozenWeights
@@ -54,7 +54,9 @@ def measure(shape: dict[str, Any], layout: dict[str, Any], rows: int, length: in
     optimizer, scheduler = build_optimizer(chunks, OptimizerConfig(lr=1e-6), "fp32", 10)
     runner = ModelRunner(chunks, rows, optimizer=optimizer, scheduler=scheduler)
     reference = FrozenWeights(chunks)
-    engine = MegatronEngine(chunks, Limits(eos_id=1, pad_id=0, max_batch_size=SEQUENCES, max_sequence_length=LONGEST))
+    engine = MegatronEngine(
+        chunks, EngineLimits(eos_id=1, pad_id=0, max_batch_size=SEQUENCES, max_sequence_length=LONGEST)
+    )
     engine.refit(None, 0)
     engine.generate([[3] * 8] * SEQUENCES, SamplingParams(max_new_tokens=8), list(range(SEQUENCES)))
     tokens = torch.randint(0, VOCABULARY, (2 * rows, length))

@@ -143,6 +143,7 @@ def commands_in(directory: Path, python: str) -> dict[str, str]:
     return {**os.environ, **nodes, "PATH": path, "SLURM_JOB_ID": "17", "REQUEUED": str(directory / "requeued")}
 
 
+@pytest.mark.slow
 def test_the_batch_script_saves_and_requeues_when_its_time_is_over_and_goes_on_when_it_starts_again(
     models: Models, tmp_path: Path
 ) -> None:
@@ -239,6 +240,34 @@ def test_an_actor_without_servers_is_a_plain_batch_job(models: Models, tmp_path:
     assert "/train_gpt_ppo_actor.py " in line
     assert f" {CRITIC}=null {REWARDS}=[{{function:rewards:length}}] " in line
     assert "url" not in line
+
+
+def test_without_an_image_jobs_run_in_the_environment_that_setup_makes(models: Models, tmp_path: Path) -> None:
+    values = cluster_run(models, tmp_path)
+    for name in ("venv", "servers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "python").write_text(
+            f'#!/usr/bin/env bash\necho "$LOADED {name} $*"\n[[ "$*" != *serve_* ]] || exec sleep 76543\nsleep 1\n'
+        )
+        (tmp_path / name / "python").chmod(0o755)
+    values["slurm"] = {
+        "setup": f"# a module's script\nexport LOADED=loaded$NEVER_SET\nexport PATH={tmp_path}/venv:$PATH",
+        "code": "/shared/nemo_eppo",
+        "server_python": str(tmp_path / "servers" / "python"),
+    }
+    script = batch_script(read_launch(write(values, tmp_path / "launch.yaml")))
+    shellcheck(script)
+    assert "container" not in script
+    environment = commands_in(tmp_path, "echo the wrong one")
+    subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=60, check=True)
+    logs = tmp_path / "out" / "logs"
+    assert (
+        (logs / "actor.log")
+        .read_text()
+        .startswith("loaded venv -u /shared/nemo_eppo/examples/nlp/gpt/train_gpt_ppo_actor.py ")
+    )
+    assert (logs / "critic.log").read_text().startswith("loaded servers -u /shared/nemo_eppo/examples/nlp/gpt/serve_")
+    assert processes_of(Path("sleep 76543")) == []
 
 
 def test_an_actor_without_servers_is_an_indexed_job_of_its_own_nodes(models: Models, tmp_path: Path) -> None:

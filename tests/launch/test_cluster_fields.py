@@ -110,6 +110,15 @@ def test_slurm_is_asked_for_gpus_as_the_cluster_wants_it_and_for_cpus() -> None:
         ({"kubernetes": {"pod": {"containers": [{"image": "x"}]}}}, "expected a list of mappings with a name each"),
         ({"slurm": {"sbatch": {"nodes": 4}}}, r"slurm\.sbatch.*nodes = 4: expected the job's nodes instead"),
         ({"slurm": {"cpus_per_rank": 0}}, r"slurm\.cpus_per_rank = 0"),
+        ({"slurm": {"image": None}}, r"slurm: code: required without image, expected its path on the nodes"),
+        (
+            {"slurm": {"image": None, "code": "/x"}},
+            r"slurm: server_python: required without image, expected its path on the nodes",
+        ),
+        (
+            {"slurm": {"image": None, "code": "/x", "server_python": "python", "mounts": ["/a:/a"]}},
+            r"slurm: mounts = \['/a:/a'\]: only containers have them, expected image too",
+        ),
     ],
 )
 def test_what_a_run_relies_on_is_not_handed_on(where: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from launched import eppo, write
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.colocation import colocated
+from nemo_eppo.launch.job import job_settings
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.observability.metrics import read_metrics
 
@@ -38,6 +39,35 @@ def test_models_and_learning_move_into_the_actor_and_nothing_else(models: Models
     held_out = read(values, tmp_path, "jobs.actor.colocate=true", "jobs.actor.held_out=reward").jobs["actor"]
     assert len(held_out.setting("rewards")) == 1
     assert held_out.setting("held_out_reward.colocated.restore_from_path") == str(models.rm)
+
+
+def test_a_reward_that_names_a_job_keeps_its_weight(models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["critic"]["settings"]["reward_model"] = str(models.sft)
+    function = {"function": "rewards:length"}
+    values["jobs"]["actor"]["settings"]["rewards"] = [
+        {"job": "reward", "weight": 0.7, "server": {"request_timeout": 5}},
+        function,
+        {"job": "critic", "mean": 1.0},
+    ]
+    actor = read(values, tmp_path, "jobs.actor.colocate=true").jobs["actor"]
+    assert actor.setting("rewards") == [
+        {"weight": 0.7, "colocated": {"restore_from_path": str(models.rm)}},
+        function,
+        {"mean": 1.0, "colocated": {"restore_from_path": str(models.sft)}},
+    ]
+
+
+def test_what_an_actor_says_of_its_critic_and_held_out_reward_is_kept(models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    own = values["jobs"]["actor"]["settings"]
+    own |= {"critic.fresh": True, "critic.server.request_timeout": 5, "held_out_reward": {"mean": 0.5, "std": 2.0}}
+    own["rewards"] = [{"function": "rewards:length"}]
+    changes = ("jobs.actor.colocate=true", "jobs.actor.held_out=reward")
+    settings = job_settings(read(values, tmp_path, *changes), "actor")
+    assert settings.critic.fresh
+    assert settings.critic.server is None
+    assert (settings.held_out_reward.mean, settings.held_out_reward.std) == (0.5, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,53 @@ def test_rewards_that_need_no_server_stand_beside_those_that_do(models: Models, 
     assert OmegaConf.select(OmegaConf.create(found), CRITIC) is None
 
 
+def test_a_reward_that_names_a_job_gets_its_address_and_keeps_its_place(models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["critic"]["settings"]["reward_model"] = str(models.rm)
+    values["jobs"]["gold"] = values["jobs"]["reward"]
+    function = {"function": "rewards:length"}
+    values["jobs"]["actor"] |= {"needs": ["critic", "reward", "gold"], "held_out": "gold"}
+    values["jobs"]["actor"]["settings"][REWARDS] = [
+        {"job": "reward", "weight": 0.7, "mean": -1.5, "std": 2.0, "server": {"request_timeout": 5.0}},
+        function,
+        {"job": "critic"},
+    ]
+    launch = read_launch(write(values, tmp_path / "launch.yaml"))
+    assert launch.rewards("actor") == ["reward", "critic"]
+    folder = PurePath("/out/certificates")
+    addresses = {name: Address(f"grpc://127.0.0.1:{5555 + i}", "", 0, folder) for i, name in enumerate(launch.servers)}
+    found = read_back(overrides(launch, "actor", addresses), tmp_path)[REWARDS]
+    reward, critic = addresses["reward"].url, addresses["critic"].url
+    own = {"weight": 0.7, "mean": -1.5, "std": 2.0}
+    assert found == [
+        {**own, "server": {"request_timeout": 5.0, "url": reward, "certificates": str(folder)}},
+        function,
+        {"server": {"url": critic, "job": "critic", "certificates": str(folder)}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        ([{"job": "rm9"}], "{job: rm9}: expected one of its needs that serves a reward to train with: reward, second"),
+        ([{"job": "critic"}], "{job: critic}: expected one of its needs that serves"),
+        ([{"job": "second"}, {"job": "second"}], "{job: second}: this job is named twice"),
+        ([{"job": "second"}], "the job reward is left out, expected {job: reward}, or no job"),
+        ([{"job": "reward", "function": "a:b"}], "{job: reward}: expected no function"),
+        ([{"job": "reward", "server": {"url": "grpc://a:1"}}], "{job: reward}: expected no server.url"),
+        ([{"job": "reward", "server": 5}], "{job: reward}: expected no server = 5"),
+    ],
+)
+def test_a_job_that_rewards_name_wrongly_is_named(rewards: Any, words: str, models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["second"] = values["jobs"]["reward"]
+    values["jobs"]["actor"]["needs"] = ["critic", "reward", "second"]
+    values["jobs"]["actor"]["settings"][REWARDS] = rewards
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        read_launch(write(values, tmp_path / "launch.yaml"))
+    assert "jobs.actor.settings.rewards" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -111,10 +111,8 @@ def test_a_sound_launch_passes(launch: Path, doctor: Any, models: Models) -> Non
 def test_the_command_prints_a_table_and_exits_by_what_it_found(
     launch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "nemo_eppo.cli", "doctor", str(launch)]
-    sound = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert sound.returncode == 0, sound.stdout + sound.stderr
-    assert " 0 errors, " in sound.stdout
+    assert main(["doctor", str(launch)]) == 0
+    assert " 0 errors, " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
         main(["doctor", str(launch), "jobs.actor.ranks_per_node=3"])
     assert "world size 3 is not divisible by tensor_model_parallel_size 2" in " ".join(capsys.readouterr().out.split())
@@ -126,12 +124,6 @@ def test_a_machine_without_gpus_is_examined_without_torch() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.splitlines()[-1] == "False"
-
-
-def test_a_wrong_layout(launch: Path, doctor: Any) -> None:
-    stages = "jobs.critic.settings.model.parallel.pipeline_model_parallel_size=3"
-    report = doctor(launch, stages, "jobs.critic.ranks_per_node=3")
-    assert "num_layers = 4 is not divisible by" in only_error(report, "critic: settings and model")
 
 
 def with_free_tokenizer(model: Path, copy: Path) -> Path:
@@ -211,8 +203,6 @@ def test_an_unknown_key(launch: Path, doctor: Any) -> None:
 
 def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere.jsonl"
-    report = doctor(launch, f"jobs.actor.settings.data.train={nowhere}")
-    assert str(nowhere) in only_error(report, "actor: data.train")
     malformed = tmp_path / "malformed.jsonl"
     malformed.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     report = doctor(launch, f"jobs.actor.settings.data.train={malformed}")
@@ -223,8 +213,6 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
     assert status == 1
     assert "/nowhere/sft" in findings["actor: settings and model"]["found"]
     assert str(nowhere) in findings["actor: data.train"]["found"]
-    report = doctor(launch, "jobs.critic.settings.model.restore_from_path=/nowhere/rm")
-    assert "/nowhere/rm" in only_error(report, "critic: settings and model")
 
 
 def test_a_run_that_does_not_go_on_with_these_settings(launch: Path, doctor: Any) -> None:
@@ -282,11 +270,6 @@ def test_a_window_that_is_too_short(launch: Path, doctor: Any) -> None:
     assert findings["actor: memory"]["status"] == "ok"
 
 
-def test_layers_that_the_model_does_not_have(launch: Path, doctor: Any) -> None:
-    report = doctor(launch, "jobs.actor.settings.energy.layers=[9]")
-    assert "9" in only_error(report, "actor: settings and model")
-
-
 def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [2**20])
     status, findings = doctor(launch)
@@ -301,6 +284,8 @@ def test_settings_that_are_slow_on_gpus_alone(launch: Path, doctor: Any, monkeyp
     replicas = (f"{critic}.ranks_per_node=2", f"{critic}.settings.optimizer.overlap_grad_reduce=false")
     findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64", *replicas)[1]
     assert "actor: speed" not in findings
+    assert findings["actor: CUDA graphs"]["status"] == "ok", "nobody has run them on a GPU"
+    assert "run.sh --only decoder" in findings["actor: CUDA graphs"]["found"]
     slow = findings["critic: speed"]
     assert (slow["status"], slow["mend"][:9]) == ("warning", "set bf16,")
     assert slow["found"] == (

@@ -12,11 +12,12 @@ from jobs import Models
 from launched import eppo, write
 
 from nemo_eppo.cli import main
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.launch import calibration
 from nemo_eppo.launch.cluster import H100, Cluster, Fixed, Link, read_cluster
 from nemo_eppo.launch.placement import Placement
 from nemo_eppo.launch.work import Work
+from nemo_eppo.megatron import device
 from nemo_eppo.settings.model import ModelConfig, ModelSetup
 from nemo_eppo.settings.training import OptimizerConfig
 
@@ -61,6 +62,51 @@ def test_processes_that_measure_may_warn_at_length(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", str(stand_in))
     monkeypatch.setattr(calibration, "_PATIENCE_S", 10)
     assert calibration.measure_here({"fp32"}) == SECOND
+
+
+def test_each_rank_measures_the_device_that_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for a device waits for the current one, which is the first in every process."""
+    calls = []
+
+    def measured(*_: Any) -> Cluster:
+        calls.append("measure")
+        return SECOND
+
+    monkeypatch.setattr(device, "select", lambda: calls.append("select"))
+    monkeypatch.setattr(calibration, "_measure", measured)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["calibration", str(tmp_path), "fp32"])
+    calibration.main()
+    assert calls == ["select", "measure"]
+
+
+def test_one_gpu_has_no_link_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "visible_gpus", lambda: ["0"])
+    with pytest.raises(RunError, match="the link between them, found one"):
+        calibration.measure_here({"bf16"})
+
+
+def test_what_passes_and_layers_cost_is_found_from_models_of_two_depths() -> None:
+    names = ("layer", "forward", "layer_backward", "backward", "layer_update", "update", "layer_decode", "decode")
+    cost = dict(zip(names, (0.003, 0.05, 0.007, 0.02, 0.011, 0.13, 0.002, 0.017), strict=True))
+
+    def forward(layers: int) -> float:
+        return cost["forward"] + layers * cost["layer"]
+
+    def update(layers: int, micro_batches: int) -> float:
+        each = forward(layers) + cost["backward"] + layers * cost["layer_backward"]
+        return micro_batches * each + cost["update"] + layers * cost["layer_update"]
+
+    seconds = calibration._Seconds(
+        forward={layers: forward(layers) for layers in (2, 6)},
+        decode={layers: cost["decode"] + layers * cost["layer_decode"] for layers in (2, 6)},
+        train={(layers, count): update(layers, count) for layers in (2, 6) for count in (1, 4)},
+        large={},
+        decode_large={},
+    )
+    found = calibration._fixed(seconds).model_dump()
+    assert {name: found[name] for name in names} == pytest.approx(cost)
+    assert found["request"] == H100.fixed.request
 
 
 def test_rows_fill_micro_batches_of_replicas() -> None:
@@ -216,11 +262,12 @@ def test_a_precision_without_a_figure() -> None:
 
 def test_the_page_has_the_table_that_its_command_prints() -> None:
     page = Path(scales.__file__).parents[2] / "nemo_eppo" / "launch" / "README.md"
-    assert scales.table() in page.read_text()
+    assert set(scales.table([scales.ROWS[0], scales.ROWS[-1]]).splitlines()) <= set(page.read_text().splitlines())
 
 
 def test_more_gpus_are_faster_and_a_gpu_of_the_largest_model_has_room() -> None:
-    steps = [scales.estimated("8B", replicas, replicas, "megatron") for replicas in (1, 2, 8)]
+    steps = [scales.estimated("8B", replicas, replicas) for replicas in (1, 2, 8)]
     assert [step.seconds for step in steps] == sorted((step.seconds for step in steps), reverse=True)
-    assert max(scales.estimated("405B", 1, 1, "megatron").memory.values()) < 80e9
+    assert max(scales.estimated("405B", 1, 1).memory.values()) < scales.GPU_BYTES
+    assert scales.smallest("8B") == 4
     assert H100.products["bf16"] < 989e12

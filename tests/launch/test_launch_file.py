@@ -80,6 +80,10 @@ def of_job(job: str, **values: Any) -> Callable[[dict[str, Any]], None]:
             "shaping.terms.mine.term = 'nowhere:Term': expected 'module:Class'",
         ),
         (
+            settings("actor", **{"monitor.indicators": [{"name": "mine", "indicator": "nowhere:Sign"}]}),
+            "monitor.indicators.mine.indicator = 'nowhere:Sign': expected 'module:Class'",
+        ),
+        (
             settings("actor", **{"ppo.max_steps": 2, "ppo": {"max_steps": 3}}),
             "jobs.actor.settings.ppo.max_steps is given twice",
         ),

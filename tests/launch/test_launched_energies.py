@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Models
+from jobs import Models, nursery
 from launched import eppo, write
 
 from nemo_eppo.config import ConfigError
@@ -38,7 +38,7 @@ def test_the_actor_answers_nothing_that_was_answered_before(models: Models, tmp_
     launch["jobs"]["actor"]["needs"] = ["energies"]
     file = write(launch, tmp_path / "launch.yaml")
     check_launch(read_launch(file), here=True)
-    run_local(read_launch(file))
+    run_local(read_launch(file), nursery())
     [written] = (tmp_path / "out" / "energies_of_all").glob("*/*.jsonl")  # each process that writes has its own file
     rows = (models.data / "prompts.train.jsonl").read_text().splitlines()
     assert len(written.read_text().splitlines()) == len(set(rows))

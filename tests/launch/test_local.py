@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from jobs import Models
+from jobs import Models, nursery
 from launched import eppo, processes_of, shared_memory_of, write
 
 from nemo_eppo.cli import main
@@ -99,19 +99,21 @@ def test_a_killed_server_is_started_again_and_a_killed_actor_stops_all_jobs(mode
         assert word in shown.decode()
 
 
-def test_a_server_that_is_started_again_counts_its_time_anew(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_is_started_again_is_named_and_counts_its_time_anew(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nemo_eppo.launch.local._argv", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr("nemo_eppo.launch.local._argv", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     launch = read_launch(write(eppo(models, tmp_path / "out"), tmp_path / "launch.yaml"))
     supervisor = Supervisor(launch, Gpus(launch, []))
     row = next(row for row in supervisor.rows if row.name == "reward")
     supervisor._start("reward")
     row.url = "grpc://127.0.0.1:1"  # it had been ready
     while not supervisor._restarts["reward"]:
-        supervisor._watch("reward")
+        supervisor._watch("reward", Status(supervisor.rows))
         time.sleep(0.01)
     assert (row.state, row.ended) == (State.STARTING, 0.0)
+    log = tmp_path / "out" / "logs" / "reward.log"
+    assert f"reward: ended with exit status 3, is started again (1 of 3); its log is {log}\n" in capsys.readouterr().out
 
 
 def test_metrics_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_no_job_starts_from_one_whose_time_was_up(models: Models, tmp_path: Path
     later = sft_of_two_ranks(models, fit={"global_batch_size": 8}) | {"needs": ["sft"]}
     launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": early, "later": later}}
     with pytest.raises(LaunchError) as stopped:
-        run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
+        run_local(read_launch(write(launch, tmp_path / "launch.yaml")), nursery())
     assert stopped.value.status == NOT_FINISHED
     assert "launch: sft ended before its last step; the same command goes on; its log is " in str(stopped.value)
     assert "SFT ended after step 1 of 3; its checkpoint is " in str(stopped.value)
@@ -177,7 +179,7 @@ def test_of_a_job_of_several_ranks_the_fault_is_shown_and_not_torchruns_report(m
     job = sft_of_two_ranks(models, fit={"global_batch_size": 1000})
     launch = {"name": "tiny", "output": str(tmp_path / "out"), "jobs": {"sft": job}}
     with pytest.raises(LaunchError) as failed:
-        run_local(read_launch(write(launch, tmp_path / "launch.yaml")))
+        run_local(read_launch(write(launch, tmp_path / "launch.yaml")), nursery())
     assert "the data set has 16 examples, fewer than one global batch of 1000: " in str(failed.value)
     assert "failed (exitcode: 2) local_rank: " in str(failed.value)
     assert "ChildFailedError" in (tmp_path / "out" / "logs" / "sft.log").read_text()

@@ -13,11 +13,12 @@ from nemo_eppo.launch.nursery import Nursery
 
 SCRIPT = """
 import atexit, gc, glob, json, os, sys, threading, time
-print(json.dumps({
+told = json.dumps({
     "argv": sys.argv[1:], "beside": "companion" in dir(__import__("beside")), "file": __file__, "name": __name__,
     "rank": os.environ.get("RANK"), "world": os.environ.get("WORLD_SIZE"), "mine": os.environ.get("MINE"),
     "torch": "torch" in sys.modules, "threads": threading.active_count(), "frozen": gc.get_freeze_count() > 100_000,
-}), flush=True)
+})
+os.write(1, f"{told}\\n".encode())  # at once: the ranks share a log
 atexit.register(lambda: print("the end", flush=True))
 if sys.argv[1] == "wait":
     time.sleep(60)

@@ -135,6 +135,6 @@ def test_memory_is_estimated_before_anything_was_trained(
     for job in ("sft", "reward_model", "critic", "reward", "actor"):
         assert {f"{job}: memory", f"{job}: layout"} <= checks
     _, jobs = examine(read_launch(file), here=True, files=True)
-    memory = {job.name: memory_of(job) for job in jobs}
+    memory = {job.name: memory_of(job).staying["model"] for job in jobs}
     assert memory["actor"].weights == memory["sft"].weights > memory["reward"].weights
     assert memory["actor"].reference == memory["sft"].weights

@@ -61,10 +61,25 @@ def test_actor_and_critic_are_repeated_and_all_else_runs_once(models: Models, tm
         Gpus(launch, ["0", "1"])
 
 
+def test_a_reward_of_the_critics_job_is_that_of_the_same_value(models: Models, tmp_path: Path) -> None:
+    values = eppo(models, tmp_path / "out")
+    values["jobs"]["critic"]["settings"]["reward_model"] = str(models.rm)
+    values["jobs"]["actor"]["settings"]["rewards"] = [{"job": "reward", "weight": 2.0}, {"job": "critic"}]
+    launch = sweep_of(values, tmp_path, f"{ETA}=0,2")
+    assert launch.rewards(f"{ETA}=2/actor") == ["reward", f"{ETA}=2/critic"]
+    assert launch.jobs[f"{ETA}=0/actor"].setting("rewards")[0] == {"job": "reward", "weight": 2.0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["jobs.reward.settings.seed=1,2"], "--sweep changes the job reward, which runs once for all values"),
+        (["jobs.reward.settings.seed=1,2"], "--sweep changes the job reward, of which there is one for all values"),
+        (["jobs.actor.colocate=false,true"], "--sweep changes the job reward, of which there is one for all values"),
+        (["jobs.actor.colocate=true,false"], "--sweep changes the job critic, of which there is one for all values"),
+        (["environment.NCCL_ALGO=Ring,Tree"], "--sweep changes environment, of which there is one for all values"),
+        (["start_timeout=10,20"], "--sweep changes start_timeout"),
+        (["output=a,b"], "--sweep changes output"),
+        (["jobs.actor.environment.NCCL_ALGO=Ring,Tree"], ""),
         (["jobs.critic.settings.seed=1,2"], ""),
         (["variables.eta=1,2"], ""),
         (["ppo.max_steps=[1,2]"], "ppo.max_steps"),

@@ -1,9 +1,13 @@
 """A windowed query sees itself and the window - 1 keys before it, as plain loops compute it."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.attention import attend
 
 
@@ -50,3 +54,30 @@ def test_layers_and_rows_share_one_mask_after_generation_too() -> None:
     torch.stack([output.sum() for output in outputs]).sum().backward()
     assert len(masks) == 3
     assert len(set(masks)) == 1
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype", "grouped"),
+    [(4, torch.float64, False), (None, torch.float32, False), (None, torch.bfloat16, True)],
+    ids=["mask", "fp32", "neither"],
+)
+def test_a_gpu_gets_a_kernel_that_keeps_no_logits(
+    window: int | None, dtype: torch.dtype, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's kernel for masks and fp32 takes as many heads of keys as of queries; its next choice keeps all logits."""
+    rows = [tensor.to(dtype).requires_grad_() for tensor in inputs(9)]
+    expected = attend(*rows, causal=True, window=window)
+    gradients = torch.autograd.grad(expected.sum(), rows)
+    calls = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, *others: Any, **settings: Any) -> Tensor:
+        calls.append((key.size(1), settings["enable_gqa"]))
+        return fused(query, key, *others, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    got = attend(*rows, causal=True, window=window)
+    assert calls == [(2, True) if grouped else (4, False)]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), rows), gradients)

@@ -1,14 +1,16 @@
 """Work done by one rank or replica reaches all: results, and errors."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from nemo_eppo.megatron import runtime
-from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas, sibling
+from nemo_eppo.config import ConfigError
+from nemo_eppo.megatron import device, runtime
+from nemo_eppo.megatron.collectives import PeerError, on_rank0, over_replicas, require_same, sibling
 from nemo_eppo.settings.model import ParallelConfig
 
 
@@ -49,6 +51,19 @@ def _on_a_slow_rank0() -> str:
     return on_rank0(work)
 
 
+def timeouts() -> list[float]:
+    from megatron.core import parallel_state  # after nemo_eppo.megatron
+
+    runtime.initialize(ParallelConfig(tensor_model_parallel_size=2), 1, timeout_minutes=7)
+    own = parallel_state.get_tensor_model_parallel_group()
+    groups: list[Any] = [dist.group.WORLD, own, sibling(own)]
+    return [group._get_backend(device.CPU).options._timeout.total_seconds() / 60 for group in groups]
+
+
+def test_no_group_has_a_timeout_of_its_own() -> None:
+    assert run_ranks(timeouts, 2) == [[7.0, 7.0, runtime.TIMEOUT_MINUTES]] * 2
+
+
 def test_what_rank_0_does_for_all_may_take_longer_than_a_collective() -> None:
     assert run_ranks(_on_a_slow_rank0, 2) == ["done", "done"]
 
@@ -72,12 +87,27 @@ def test_items_are_shared_by_the_replicas_and_come_back_in_order(tensor_ranks: i
     assert shares == ([[1, 2, 4], [0, 3]] if tensor_ranks == 1 else [[0, 1, 2, 3, 4]] * 2)
 
 
+def _same_and_not() -> str:
+    runtime.initialize(ParallelConfig(), 1)
+    require_same("rows", "those of all")
+    try:
+        require_same("rows", dist.get_rank() // 2)
+    except (ConfigError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+def test_ranks_that_read_other_rows_are_named() -> None:
+    said = "rows: rank 2 has other ones than rank 0; expected the same on all"
+    found = run_ranks(_same_and_not, 3)
+    assert found == [*[f"PeerError: rank 2 failed: ConfigError: {said}"] * 2, f"ConfigError: {said}"]
+
+
 def _siblings() -> tuple[list[int], bool, float]:
     runtime.initialize(ParallelConfig(), 1)
     group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
     other, number = sibling(group), torch.tensor(float(dist.get_rank()))
     dist.all_reduce(number, group=other)
-    dist.barrier()  # rank 0 has the store by which the other group's ranks meet
     return dist.get_process_group_ranks(other), other is group, float(number)
 
 

@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -112,7 +115,8 @@ def test_on_a_cpu_megatron_takes_no_kernels_that_want_a_gpu(tmp_path: Path) -> N
 
 def test_fp32_is_fp32_on_a_gpu_unless_the_user_wants_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda of_rank: None)
+    writer = device._megatron("dist_checkpointing.strategies.filesystem_async")
+    monkeypatch.setattr(writer, "_get_write_results_queue", None)
     for before, after in ((None, "0"), ("1", "1")):
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         if before is not None:
@@ -135,3 +139,78 @@ def test_named_random_states_leave_the_outer_one_alone() -> None:
         second = torch.rand(3)
     both = torch.rand(6, generator=torch.Generator().manual_seed(5))
     assert torch.equal(torch.cat([first, second]), both), "a state goes on where it was left"
+
+
+# torchrun tells the whole process group to end; the rank obeys after its last checkpoint
+TOLD_TO_END = """
+import multiprocessing, os, signal, sys
+if __name__ == "__main__":
+    from nemo_eppo.megatron import device
+    device._keep_checkpoint_queue(sys.argv[1])
+    told = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    queue = device._megatron("dist_checkpointing.strategies.filesystem_async")._get_write_results_queue()
+    queue.put("before")
+    os.killpg(0, signal.SIGTERM)
+    assert queue.get() == "before" and told
+    writer = multiprocessing.get_context("fork").Process(target=queue.put, args=("written",))
+    writer.start()
+    writer.join()
+    print(queue.get(timeout=5), queue._manager._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])  # on a CPU, on a GPU
+def test_checkpoints_are_written_after_a_signal_to_the_group(start_method: str, tmp_path: Path) -> None:
+    script = tmp_path / "told.py"
+    script.write_text(TOLD_TO_END)
+    command = [sys.executable, str(script), start_method]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120, start_new_session=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    word, process = done.stdout.split()
+    assert word == "written"
+    for _ in range(50):  # it ends with the job
+        if not Path(f"/proc/{process}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {process} is left")
+
+
+def test_locked_memory_is_shared_with_forked_writers() -> None:
+    memory = device.locked_memory(5000, torch.bfloat16)
+    assert memory.shape == (5000,)
+    assert device.locked_memory(0, torch.float32).shape == (0,)
+    place = memory.fill_(1.0).data_ptr()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= place < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "sh" in line.split()
+            return
+    raise AssertionError("not found")
+
+
+# a process of its own: what other tests left on the heap decides how much of it the kernel gets back
+FAULTS = """
+import resource
+import torch
+from nemo_eppo.megatron import device
+device._keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_freed_tensor_is_the_memory_of_the_next() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 500, "page faults for a tensor of 9,766 pages"

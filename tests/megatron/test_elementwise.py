@@ -1,4 +1,4 @@
-"""Our rotation and SwiGLU are megatron-core's own, bit for bit."""
+"""Our rotation and SwiGLU are megatron-core's own, bit for bit; our RMSNorm is torch's."""
 
 import gc
 import importlib
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.elementwise import rotation, swiglu
+from nemo_eppo.megatron.elementwise import rms_norm_on_cpu, rotation, swiglu
 
 device.install()
 ROPE: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
@@ -79,3 +79,22 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> 
     x = torch.randn(shape).to(dtype) * 3
     made, expected = with_gradient(swiglu, x, None, False, False), with_gradient(unfused, x)
     assert all(map(torch.equal, made, expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 10), (1, 64), (16,)])
+def test_rms_norm_and_its_gradients(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    eps, grad = 0.1, torch.randn(shape, dtype=torch.float64)  # large enough to matter
+    x, weight = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (shape, shape[-1:]))
+    made, expected = rms_norm_on_cpu(x, weight, eps), torch.nn.functional.rms_norm(x, shape[-1:], weight, eps)
+    torch.testing.assert_close(made, expected)
+    found, wanted = (torch.autograd.grad(out, (x, weight), grad) for out in (made, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_rms_norm_of_zeros_is_zero() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    rms_norm_on_cpu(x, torch.ones(4), 1e-5).sum().backward()
+    assert torch.equal(x, torch.zeros(2, 4))
+    assert x.grad is not None
+    assert x.grad.isfinite().all()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_eppo.algorithms.choices import UNCHANGED, Distribution
 from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import logprobs
-from nemo_eppo.megatron.logprobs import IGNORE, History, token_logprobs
+from nemo_eppo.megatron.logprobs import IGNORE, History, full_logits, token_logprobs
 from nemo_eppo.megatron.runtime import initialize
 from nemo_eppo.settings.generation import SamplingParams
 from nemo_eppo.settings.model import ParallelConfig
@@ -61,6 +61,7 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.to(dtype) for name, value in values.items()} | whole
 
 
+@cache
 def reference(distribution: Distribution, dtype: torch.dtype, softcap: float | None = None) -> Results:
     """The definition, in fp64: cap all logits, penalise and filter them, but never the target; then log_softmax."""
     given = inputs(dtype)
@@ -181,8 +182,18 @@ def test_chunks_of_one_row_equal_one_chunk(distribution: str) -> None:
 
 def test_bf16_is_scored_in_fp32() -> None:
     got = run_ranks(compute, 1, DISTRIBUTIONS["plain"], torch.bfloat16, 1, False, None)
+    expected = reference(DISTRIBUTIONS["plain"], torch.bfloat16)
     assert got[0]["outputs"].dtype == torch.float32
-    compare("bf16", 1, False, got, reference(DISTRIBUTIONS["plain"], torch.bfloat16), 0.1)
+    torch.testing.assert_close(got[0]["outputs"].double(), expected["outputs"], rtol=0, atol=1e-5)
+    compare("bf16", 1, False, got, expected, 0.1)  # gradients are bf16
+
+
+def test_logits_of_bf16_are_not_rounded_to_it() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=draw, dtype=torch.bfloat16) for n in (7, 50))
+    exact = hidden.double() @ weight.double().T
+    assert exact.abs().max() > 32, "where bf16 has steps of a quarter"
+    torch.testing.assert_close(full_logits(hidden, weight).double(), exact, rtol=0, atol=1e-4)
 
 
 def all_ignored() -> Results:

@@ -28,7 +28,7 @@ from tiny import (
 from torch import Tensor
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import checkpoint, lora
 from nemo_eppo.megatron.logprobs import IGNORE
@@ -94,7 +94,7 @@ def local_adapters(runner: ModelRunner) -> dict[tuple[int, str], tuple[Tensor, T
 
 def generated_against_inferred(runner: ModelRunner) -> float:
     """Largest difference between log-probs of sampled tokens and those of the log-prob pass."""
-    limits = Limits(eos_id=0, pad_id=1, max_batch_size=4, max_sequence_length=MODEL.max_sequence_length)
+    limits = EngineLimits(eos_id=0, pad_id=1, max_batch_size=4, max_sequence_length=MODEL.max_sequence_length)
     engine = MegatronEngine(runner.chunks, limits)
     prompts = [[5, 6, 7], [8, 9]]
     completions = engine.generate(prompts, SamplingParams(max_new_tokens=9), [1, 2])

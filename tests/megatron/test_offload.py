@@ -7,6 +7,7 @@ import torch
 from distributed import run_ranks
 from tiny import TP2, build_runner, random_batch
 
+from nemo_eppo.megatron import device
 from nemo_eppo.megatron.offload import Offload
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.settings.model import LoRAConfig, Precision
@@ -41,6 +42,8 @@ def leave_and_return(offload: Offload, runner: ModelRunner) -> None:
     places = [(tensor, tensor.untyped_storage(), tensor.untyped_storage().nbytes()) for tensor in held(runner)]
     offload.set_aside()
     assert sum(storage.nbytes() for _, storage, _ in places) == 0
+    assert {host.untyped_storage().data_ptr() for _, host in offload._away} == {offload._memory.data_ptr()}
+    assert len(offload._memory) == sum(len(host) for _, host in offload._away), "torch would round each up"
     others = [torch.full((size,), 255, dtype=torch.uint8) for _, _, size in places]  # take the memory that is now free
     offload.restore()
     assert all(tensor.untyped_storage()._cdata == storage._cdata for tensor, storage, _ in places)
@@ -69,6 +72,32 @@ def test_nothing_changes_for_a_model_that_leaves_and_returns(
     precision: Precision, lora: LoRAConfig | None, layout: dict[str, Any]
 ) -> None:
     run_ranks(journeys, layout.get("tensor_model_parallel_size", 1), precision, lora, layout)
+
+
+def nested_turns() -> tuple[int, int, int]:
+    runner = build_runner({}, optimizer=OptimizerConfig(lr=1e-2))
+    offload, moves = Offload(Holder(runner)), [0]
+    set_aside = offload.set_aside
+
+    def counted() -> None:
+        moves[0] += 1
+        set_aside()
+
+    device.on_gpu, device.device = (lambda: True), lambda: device.CPU
+    device.synchronize, device.locked_memory = (lambda: None), lambda size, dtype: torch.empty(size, dtype=dtype)
+    offload.set_aside = counted  # type: ignore[method-assign]
+    with offload.turn():
+        for _ in range(3):
+            with offload.turn():
+                held(runner)
+        inside = sum(tensor.untyped_storage().nbytes() for tensor in held(runner))
+    return moves[0], inside, sum(tensor.untyped_storage().nbytes() for tensor in held(runner))
+
+
+def test_turns_within_a_turn_move_nothing() -> None:
+    [(moves, inside, outside)] = run_ranks(nested_turns, 1)
+    assert moves == 1
+    assert inside > 0 == outside
 
 
 def a_turn() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.optimizer import allocate_state
 from nemo_eppo.megatron.runner import Rows
@@ -85,7 +87,9 @@ def test_moments_that_are_allocated_before_training_change_no_update(precision: 
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Training:
+@cache
+def train_in_plain_torch(name: str, clip_grad: float) -> Training:
+    model = MODELS[name]
     settings = hf_config(model, causal_architecture(model)) | {"pad_token_id": None}
     config = AutoConfig.for_model(**settings)
     network: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -97,7 +101,7 @@ def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Trai
         {"params": [p for p in network.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(
-        groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+        groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
     )
     batch, reports = random_batch(), []
     wanted = batch["targets"] != IGNORE
@@ -108,7 +112,7 @@ def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Trai
         loss = -chosen[wanted].sum() / 50 - 0.1 * entropy[wanted].sum() / 50
         adamw.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optimizer.clip_grad or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_grad or float("inf"))
         adamw.step()
         reports.append({"loss": float(loss), "grad_norm": float(norm)})
     return reports, {name: p.detach() for name, p in network.named_parameters()}
@@ -118,8 +122,7 @@ def train_in_plain_torch(model: ModelConfig, optimizer: OptimizerConfig) -> Trai
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_updates_are_those_of_torch_adamw(layout: str, model: str, clip_grad: float) -> None:
-    optimizer = OPTIMIZER.model_copy(update={"clip_grad": clip_grad})
-    expected_reports, expected = train_in_plain_torch(MODELS[model], optimizer)
+    expected_reports, expected = train_in_plain_torch(model, clip_grad)
     for rank in trained(layout):
         reports, parameters = rank[model, clip_grad]
         close(f"AdamW, {model}, {layout}, clip {clip_grad}, parameters", parameters, expected)
@@ -133,10 +136,27 @@ def test_updates_are_those_of_torch_adamw(layout: str, model: str, clip_grad: fl
 @pytest.mark.parametrize("layout", [{}, VPP2], ids=["DP2", "DP2 VPP2"])
 def test_updates_of_a_distributed_optimizer_during_whose_backward_passes_gradients_are_summed(layout: Layout) -> None:
     optimizer = OPTIMIZER.model_copy(update={"distributed": True, "overlap_grad_reduce": True})
-    expected_reports, expected = train_in_plain_torch(QWEN2, optimizer)
+    expected_reports, expected = train_in_plain_torch("Qwen2", optimizer.clip_grad)
     for reports, parameters in run_ranks(train, 4 if layout else 2, layout, QWEN2, optimizer):
         close(f"distributed AdamW, {layout}, parameters", parameters, expected)
         assert [report["loss"] for report in reports] == pytest.approx([r["loss"] for r in expected_reports], rel=1e-6)
+
+
+def preparations(distributed: bool) -> list[int]:
+    """How often the gradients of each part of the optimizer were prepared, in two updates."""
+    runner = build_runner({}, precision="bf16", optimizer=OPTIMIZER.model_copy(update={"distributed": distributed}))
+    parts = runner.optimizer.chained_optimizers
+    for part in parts:
+        part.prepare_grads = Mock(wraps=part.prepare_grads)
+    for _ in range(2):
+        runner.train_step(random_batch(), likelihood)
+    return [part.prepare_grads.call_count for part in parts]
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_update_prepares_gradients_once(distributed: bool) -> None:
+    """Megatron's own `step` would once more: all gradients would be copied to fp32 and clipped twice."""
+    assert run_ranks(preparations, 1, distributed) == [[2]]
 
 
 @cache
@@ -183,7 +203,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("where", FAULTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["PP2", "DP2"])
 def test_update_that_is_not_finite_is_refused_on_every_rank(layout: str, precision: str, where: str) -> None:
     for rank in broken(layout):
         said, unchanged, goes_on = rank[precision, where]
@@ -256,3 +276,14 @@ def test_sharded_updates_of_a_bf16_model_with_a_head_are_the_same_in_an_interlea
     (expected, _), (reports, _) = (run_ranks(train_bf16_critic, 2, layout)[0] for layout in (PP2, VPP2))
     for report, other in zip(reports, expected, strict=True):
         assert report["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def collected_states() -> bool:
+    runner = build_runner({}, optimizer=OPTIMIZER.model_copy(update={"distributed": True}))
+    runner.train_step(random_batch(), likelihood)
+    state = checkpoint._sharded_state(runner, optimizer=True, is_loading=False)["optimizer"]
+    return state["param_state"] is not None
+
+
+def test_one_replica_alone_holds_the_whole_state_of_a_distributed_optimizer_to_save_it() -> None:
+    assert run_ranks(collected_states, 2) == [True, False]

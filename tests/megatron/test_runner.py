@@ -83,31 +83,57 @@ def infer_and_count(
     return reduced, [at_last_token(everything, rows), sum_of_row(everything, rows)], sent, shapes
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.fixture(scope="module")
+def reduced_alone() -> list[Tensor]:
+    """What the reducers give on one rank whose rows are padded."""
+    reduced: list[Tensor] = run_ranks(infer_and_count, 1, {}, {})[0][0]
+    return reduced
+
+
+PADDED, PACKED = {"micro_batch_size": 5}, {"micro_batch_tokens": 20}
+
+
 @pytest.mark.parametrize(
-    ("layout", "ranks", "collectives"),
-    [({}, 1, 0), (TP2, 2, 0), (SP2, 2, 0), (PP2, 2, 1), (VPP2, 2, 1), ({}, 2, 1), (PP2, 4, 2)],
-    ids=["one", "TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2", "PP2+DP2"],
+    ("layout", "ranks", "collectives", "micro_batches"),
+    [
+        pytest.param(TP2, 2, 0, PADDED, id="TP2"),
+        pytest.param(PP2, 2, 1, PADDED, id="PP2"),
+        pytest.param({}, 2, 1, PADDED, id="DP2"),
+        pytest.param(VPP2, 2, 1, PADDED, id="PP2+VPP2"),
+        pytest.param({}, 1, 0, PACKED, id="one, packed"),
+        pytest.param(SP2, 2, 0, PACKED, id="TP2+SP, packed"),
+        pytest.param(VPP2, 2, 1, PACKED, id="PP2+VPP2, packed"),
+        pytest.param(PP2, 4, 2, PACKED, id="PP2+DP2, packed"),
+    ],
 )
 def test_a_reduced_row_is_what_infer_gives_and_no_token_of_it_travels(
-    layout: Layout, ranks: int, collectives: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+    layout: Layout,
+    ranks: int,
+    collectives: int,
+    micro_batches: dict[str, int],
+    reduced_alone: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the model's inputs have few shapes as on GPUs, in a pipeline one, of which stages do not tell each other."""
-    whole = run_ranks(infer_and_count, 1, {}, {})[0][0]
+    """And the model's inputs have few shapes as on GPUs: packs have one, and in a pipeline, whose stages do not tell
+    each other, padded rows too."""
     monkeypatch.setattr(device, "tokens_multiple", lambda: 8)
     p2p = "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator"
     monkeypatch.setattr(f"{p2p}._communicate_shapes", None)  # a stage that asks another for a shape fails
-    micro_batches = {"micro_batch_tokens": 20} if packed else {"micro_batch_size": 5}
     for reduced, expected, sent, shapes in run_ranks(infer_and_count, ranks, layout, micro_batches):
         assert all(tokens % 8 == 0 for _, tokens in shapes)
-        assert len(set(shapes)) == 1 or "pipeline_model_parallel_size" not in layout
-        for got, same, alone in zip(reduced, expected, whole, strict=True):
+        assert len(set(shapes)) == 1 or (micro_batches is PADDED and "pipeline_model_parallel_size" not in layout)
+        for got, same, alone in zip(reduced, expected, reduced_alone, strict=True):
             assert torch.equal(got, same)
             assert torch.allclose(got, alone, atol=1e-5)
             assert got.abs().min() > 0
         assert len(sent) == 2 * collectives
         # two numbers of each row, or of the rows and repetitions of a replica; every token would be 144 numbers
         assert max(sent, default=0) <= 2 * (6 + 2)
+
+
+def test_a_cpu_computes_no_token_that_is_in_no_row() -> None:
+    [(*_, shapes)] = run_ranks(infer_and_count, 1, {}, PACKED)
+    assert sum(tokens for _, tokens in shapes) == 3 * int(random_batch()["lengths"].sum())  # infer and two reducers
 
 
 def nothing(output: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,7 +212,7 @@ def probe_of_fused_norms(layout: Layout) -> list[str]:
     for layer in unwrap(runner.chunks[0]).decoder.layers:
         layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
     said = []
-    presets: tuple[Preset, ...] = ("paper", "down_proj", "mlp_block", "mlp_linears", "mlp_linears_out")
+    presets: tuple[Preset, ...] = ("paper", "mlp_linears_out", "down_proj", "mlp_block", "mlp_linears")
     for preset in presets:
         try:
             EnergyProbe(EnergyProbeConfig(preset=preset), runner.chunks, MODEL.num_layers)
@@ -198,8 +224,8 @@ def probe_of_fused_norms(layout: Layout) -> list[str]:
 
 def test_presets_that_fused_norms_hide_are_refused_on_every_rank() -> None:
     for said in run_ranks(probe_of_fused_norms, 2, PP2):
-        assert said[:2] == ["", ""]
-        assert all("use 'paper' or 'down_proj'" in message for message in said[2:])
+        assert said[:3] == ["", "", ""]
+        assert all("use 'paper', 'mlp_linears_out' or 'down_proj'" in message for message in said[3:])
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:

@@ -214,12 +214,8 @@ def test_gradients_are_those_of_transformers(layout: Layout, ranks: int, packed:
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3", "Mistral windowed"])
 def test_energies_are_those_of_hooks_on_transformers(family: str) -> None:
     model = FAMILIES[family]
-    configs = [
-        EnergyProbeConfig(preset=preset, layers=layers, norm=norm)
-        for preset in PRESETS
-        for layers in ((-1,), (1,), LAYERS)
-        for norm in (True, False)
-    ]
+    configs = [EnergyProbeConfig(preset=p, layers=LAYERS, norm=norm) for p in PRESETS for norm in (True, False)]
+    configs += [EnergyProbeConfig(layers=(layer,)) for layer in LAYERS]
     norms = transformers_l1_norms(transformers_model(family, model))
     for config, energies in zip(configs, run_ranks(megatron_energies, 1, {}, model, configs)[0], strict=True):
         expected = expected_energies(norms, config)

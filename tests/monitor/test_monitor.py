@@ -106,7 +106,7 @@ def proxy_rises_held_out_falls(progress: float, seen: Observation) -> None:
     seen[0]["reward/held_out"] -= progress
 
 
-def monitor(**indicators: dict[str, Any]) -> HackingMonitor:
+def monitor(**indicators: Any) -> HackingMonitor:
     only = {"energy": {"action": "none"}, "length": {"action": "none"}, "sft_latents": 5 * BATCH}
     return HackingMonitor(load_config(MonitorConfig, {"warmup_steps": WARMUP, **only, **indicators}))
 
@@ -216,6 +216,16 @@ def test_alarms_are_metrics_too() -> None:
     assert told
     assert told == [step for step, seen in rows.items() if seen.alarms]
     assert rows[WARMUP + 1].metrics["monitor/energy/alarm"] == 0
+
+
+def test_what_was_fitted_to_latents_goes_with_them() -> None:
+    watch = monitor(outliers=LOG)
+    state = watch.state_dict()
+    for mean in (10.0, 0.0):
+        watch.sft.add(mean + torch.randn(watch.sft.samples, 4, generator=torch.Generator().manual_seed(0)))
+        assert watch.sft.gaussian.mean.mean().item() == pytest.approx(mean, abs=1)
+        assert watch.sft.radius > 0
+        watch.load_state_dict(state)
 
 
 def test_a_resumed_monitor_goes_on_bit_for_bit() -> None:
@@ -350,3 +360,10 @@ def test_the_energy_indicator_separates_published_hacked_responses_from_normal_o
             chosen = np.concatenate([np.flatnonzero(hacked)[:few], later[16 * step - 176 : 16 * step - 160 - few]])
             raised = watch.observe(step, mean(observed, chosen)).alarms
             assert bool(raised) == (step == WARMUP + 7)
+
+
+def test_an_indicator_of_ones_own_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"indicators: the name energy is taken"):
+        monitor(indicators=[{"name": "energy", "indicator": "x:Y"}])
+    with pytest.raises(ConfigError, match=r"monitor\.indicators\.mine\.indicator = 'json:dumps' is no subclass"):
+        monitor(indicators=[{"name": "mine", "indicator": "json:dumps"}])

@@ -1,12 +1,14 @@
 """`nemo-eppo report` of one run and of several: what the pages say, and how they look in a real browser."""
 
+import base64
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from browser import look, needs_chromium
+from browser import assert_fits, look, needs_chromium
 from example_run import HOSTILE, write_example_run
 
 from nemo_eppo.cli import main
@@ -37,17 +39,9 @@ def pages(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("which", ["one", "all"])
-def test_a_page_fits_a_phone_and_a_desktop(which: str, width: int, pages: dict[str, Path]) -> None:
-    seen = look(pages[which], width)
-    assert seen["window"] == width
-    assert seen["page"] <= width
-    assert (seen["wide"], seen["cut"]) == ([], [])
-    assert seen["console"] == []
-    asked = {url for url in seen["requests"] if not url.startswith("data:")}  # these are in the page
-    assert asked == {pages[which].resolve().as_uri()}
-    assert seen["charts"] == seen["figures"] == pages[which].read_text().count("<figure>")
+def test_a_page_fits_a_phone_and_a_desktop(which: str, pages: dict[str, Path]) -> None:
+    assert_fits(pages[which])
 
 
 @needs_chromium
@@ -93,13 +87,25 @@ def test_several_runs_are_compared_in_every_respect(pages: dict[str, Path], runs
         curves = read_metrics(run / "metrics.jsonl")
         steps = len(curves["seconds/step"][1])
         assert bars["generate"][number] == pytest.approx(sum(curves["seconds/generate"][1]) / steps)
-        assert sum(bar[number] for bar in bars.values()) == pytest.approx(sum(curves["seconds/step"][1]) / steps)
+        total = sum(curves["seconds/step"][1]) + sum(curves["seconds/after_step"][1])
+        assert sum(bar[number] for bar in bars.values()) == pytest.approx(total / steps)
     settings = text.split("Settings that differ")[1].split("</table>")[0]
     assert re.findall(r"<td>([^<]*)", settings) == ["shaping.energy_penalty.eta", "0.0", "2.0", "20.0"]
     alarms = text.split("Alarms of the hacking monitor")[1]
     assert [f"<h3>{name}</h3>" in alarms for name in names] == [True] * 3
     assert alarms.count("<td>energy</td>") == 4  # two in each of the longer runs
     assert "No alarm; watched: energy, length." in alarms
+
+
+def test_the_phases_add_up_to_a_step_and_what_follows_it(pages: dict[str, Path], runs: list[Path]) -> None:
+    traces = _traces(pages["one"].read_text(), "Seconds per phase")
+    layers = {t["name"]: np.frombuffer(base64.b64decode(t["y"]["bdata"]), t["y"]["dtype"]) for t in traces}
+    curves = read_metrics(runs[1] / "metrics.jsonl")
+    for number in (8, 9):  # the steps 9 and 10, of which the second validates
+        total = curves["seconds/step"][1][number] + curves["seconds/after_step"][1][number]
+        assert sum(layer[number] for layer in layers.values()) == pytest.approx(total)
+    shares = [int(name.split()[-1].removesuffix("%")) for name in layers]
+    assert sum(shares) == pytest.approx(100, abs=len(shares) / 2)
 
 
 def _traces(text: str, title: str) -> list[dict[str, Any]]:

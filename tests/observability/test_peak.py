@@ -23,8 +23,14 @@ def test_the_peak_and_its_fall_are_those_of_brute_force() -> None:
 def test_a_curve_that_only_fluctuates_or_rises_does_not_fall(steps: int) -> None:
     draw = np.random.default_rng(1)
     noise = draw.normal(size=(400, steps))
-    assert np.mean([find_peak(curve).fell for curve in noise]) < 0.08, "two standard errors: one in six to one in three"
+    assert np.mean([find_peak(curve).fell for curve in noise]) < 0.04, "two standard errors: one in six to one in three"
     assert not any(find_peak(curve + np.linspace(0, 20, steps)).fell for curve in noise)
+
+
+@pytest.mark.parametrize("steps", [50, 200])
+def test_noise_falls_no_more_often_than_at_the_stated_level(steps: int) -> None:
+    noise = np.random.default_rng(3).normal(size=(4000, steps))
+    assert np.mean([find_peak(curve).fell for curve in noise]) < 0.03
 
 
 def test_the_report_sees_a_fall_after_a_rise() -> None:

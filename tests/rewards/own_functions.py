@@ -1,9 +1,12 @@
 """Reward functions as a user would write them, for the tests of this folder and of training."""
 
+import itertools
 import os
 import time
 
 from nemo_eppo.rewards.sample import Sample
+
+_calls = itertools.count(1)
 
 
 def length(sample: Sample) -> float:
@@ -54,3 +57,9 @@ def process(sample: Sample) -> int:
 
 def rank(sample: Sample) -> int:
     return int(os.environ["RANK"])
+
+
+def fails_at_the_17th(sample: Sample) -> float:
+    if next(_calls) == 17:
+        raise ConnectionError("502 Bad Gateway")
+    return float(sum(sample.token_ids) % 7)

@@ -21,7 +21,7 @@ def sample(prompt: str, response: str = "yes", finished: bool = True, **fields: 
     return Sample(prompt=prompt, response=response, token_ids=(4, 5, 1), finished=finished, fields=fields)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool() -> Iterator[FunctionPool]:
     made = FunctionPool(FunctionsConfig(workers=2, time_limit=20))
     yield made
@@ -35,7 +35,8 @@ def test_a_function_is_given_text_token_ids_and_the_rows_other_fields(pool: Func
     assert pool.submit("own_functions:starts_with", samples).result() == [1.0, 1.0, 1.0]
 
 
-def test_functions_run_in_other_processes_that_end_with_the_pool(pool: FunctionPool) -> None:
+def test_functions_run_in_other_processes_that_end_with_the_pool() -> None:
+    pool = FunctionPool(FunctionsConfig(workers=2, time_limit=20))
     found = {int(number) for number in pool.submit("own_functions:process", [sample("a")] * 20).result()}
     assert 1 <= len(found) <= 2
     assert os.getpid() not in found

@@ -203,25 +203,27 @@ def test_length_penalties(settings: dict[str, Any], expected: list[float]) -> No
 
 
 def test_the_authors_length_penalty_scales_with_the_running_std_of_the_reward() -> None:
-    run = pipeline({"length_penalty": {"kind": "authors", "length": 5}, "energy_penalty": {"eta": 0}})
+    penalty = {"kind": "authors", "length": 5, "coefficient": 0.7}
+    run = pipeline({"length_penalty": penalty, "energy_penalty": {"eta": 0}})
     rewards = []
     for seed in range(3):
         inputs = make_inputs(seed)
         rewards.append((inputs.scores[:, 0].double() - 2) / 3)
-        expected = (1 - (LENGTHS - PROMPTS).double() / 5) * torch.cat(rewards).std(correction=0)
+        expected = 0.7 * (1 - (LENGTHS - PROMPTS).double() / 5) * torch.cat(rewards).std(correction=0)
         torch.testing.assert_close(run(inputs).ledger.contributions["reward/length_penalty"], expected)
 
 
 def test_kl_in_the_loss_leaves_rewards_alone_and_hands_out_the_coefficient() -> None:
-    in_loss = pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs())
+    loss = {"coefficient": 0.1, "estimator": "k3", "placement": "loss"}
+    in_loss = pipeline({"kl": loss})(make_inputs())
     without = pipeline({})(make_inputs())
     assert torch.equal(in_loss.token_rewards, without.token_rewards)
-    losses = [{"coefficient": 0.1, "placement": "loss"}, {"coefficient": 0.1}, {}]
+    losses = [loss, {"coefficient": 0.1}, {}]
     assert [pipeline({"kl": kl}).kl.loss_coefficient for kl in losses] == [0.1, 0.0, 0.0]
     in_reward = pipeline({"kl": {"coefficient": 0.1}})(make_inputs())
     assert not torch.equal(in_reward.token_rewards, without.token_rewards)
     with pytest.raises(ValueError, match=r"ref_logprobs: needed for shaping\.kl"):
-        pipeline({"kl": {"coefficient": 0.1, "placement": "loss"}})(make_inputs(ref_logprobs=None))
+        pipeline({"kl": loss})(make_inputs(ref_logprobs=None))
 
 
 def test_the_adaptive_coefficient_acts_from_the_next_step() -> None:
@@ -253,6 +255,15 @@ def test_a_resumed_pipeline_continues_as_if_never_stopped() -> None:
     expected, result = steady(make_inputs(2, models=3)), resumed(make_inputs(2, models=3))
     assert torch.equal(expected.token_rewards, result.token_rewards)
     assert not torch.equal(expected.token_rewards, pipeline(EVERYTHING)(make_inputs(2, models=3)).token_rewards)
+
+
+def test_a_coefficient_that_was_set_after_a_checkpoint_is_taken_back_with_it() -> None:
+    run = pipeline({"kl": {"coefficient": 0.1}})
+    state = run.state_dict()
+    run.kl.set_coefficient(0.2)
+    run.load_state_dict(state)
+    assert run.kl.coefficient == 0.1
+    assert run.state_dict() == state
 
 
 def test_what_is_new_in_a_resumed_pipeline_starts_now() -> None:
@@ -288,6 +299,8 @@ def test_bad_inputs_are_refused_by_name(changes: dict[str, Any], message: str) -
     ("settings", "message"),
     [
         ({"length_penalty": {"kind": "linear"}}, "needs length"),
+        ({"length_penalty": {"length": 4}}, "length 4 without a kind"),
+        ({"length_penalty": {"kind": "linear", "length": 4, "buffer": 2}}, "only 'soft_overlong' has a buffer"),
         ({"length_penalty": {"kind": "soft_overlong", "length": 4, "buffer": 5}}, "buffer of at most length"),
         ({"kl": {"controller": "adaptive", "target": 1.0, "horizon": 5}}, "coefficient above 0"),
         ({"energy_penalty": {"etta": 1.0}}, "did you mean 'eta'"),

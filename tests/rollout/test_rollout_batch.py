@@ -203,3 +203,8 @@ def test_completions_travel_whole(reads: bool) -> None:
     for name in ("logprobs", "entropies", "energies"):
         one, other = getattr(got, name), getattr(sent, name)
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_completions_travel_as_arrays() -> None:
+    sent = Completion([128_000] * 1000, torch.zeros(1000), FinishReason.STOP, 1)
+    assert len(pickle.dumps(sent)) < 9 * 1000, "4 bytes for a token id and 4 for its log-prob; a list takes more"

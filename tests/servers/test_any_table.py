@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from distributed import free_port
@@ -104,6 +106,7 @@ def served(ready: Path, port: int) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_endpoints_of_any_table_are_served_checked_and_asked(tmp_path: Path) -> None:
     # a process of its own: PyTriton's threads do not survive a fork of one in which other tests have used it
     command = [sys.executable, __file__, str(tmp_path), str(free_port())]
@@ -114,7 +117,8 @@ def test_endpoints_of_any_table_are_served_checked_and_asked(tmp_path: Path) -> 
     np.testing.assert_array_equal(shares, [[1, 0], [0, 2], [0, 0], [4, 0], [0, 5]])
     assert totals == [7, 7]
     field, step, broken = wrong
-    assert "weights = -2.0, expected numbers > 0" in field, "of the first request, which is of two rows"
+    # the rows make three requests, and which is refused first is chance
+    assert re.search(r"weights = -[245]\.0, expected numbers > 0", field)
     assert "step = 3, expected 2: the last applied update is 1" in step
     assert "unavailable for break (step 1): break ended the server; see its log" in broken
 

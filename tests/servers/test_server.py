@@ -295,22 +295,9 @@ def test_any_rank_told_to_stop_ends_all_cleanly(tmp_path: Path) -> None:
         assert not server.ready_file.exists()
 
 
-def test_killed_server_is_reported_and_leaves_no_process(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server, CriticClient(server.client_config) as client:
-        pids = client.connect(EXPECT)["pids"]
-        children = psutil.Process(pids[0]).children(recursive=True)
-        tokens, lengths = batch(100 * MAX_BATCH, first=SLEEP)  # a hundred requests; one failure tells
-        tokens[0, 1] = VOCAB - 5  # seconds
-        future = client.infer(tokens, lengths)
-        while client.status()["busy"] != "critic_infer":
-            time.sleep(0.02)
-        os.kill(pids[0], signal.SIGKILL)
-        with pytest.raises(ServerUnavailable, match=f"critic server at {server.url} unavailable for critic_infer"):
-            future.result(timeout=30)
-        assert not psutil.wait_procs(children, timeout=30)[1]
+def test_taken_port_is_reported_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_eppo.servers.frontend.EXIT_TIMEOUT_S", 0.1)  # of a server that had the port before
 
-
-def test_taken_port_is_reported_before_anything_starts() -> None:
     class Nothing:
         name, vocab_size, max_sequence_length, step = "critic", 1, 2, 0
         endpoints: dict[str, Any] = {}  # noqa: RUF012
@@ -337,3 +324,19 @@ def test_error_payload_is_json_with_all_parts() -> None:
         b'{"field": "lengths[2]", "value": "99", "expected": "at most 9", '
         b'"message": "lengths[2] = 99, expected at most 9"}'
     )
+
+
+# the last one: the server of this file's tests is gone then
+def test_killed_server_is_reported_and_leaves_no_process(server: Server) -> None:
+    with CriticClient(server.client_config) as client:
+        pids = client.connect(EXPECT)["pids"]
+        children = psutil.Process(pids[0]).children(recursive=True)
+        tokens, lengths = batch(100 * MAX_BATCH, first=SLEEP)  # a hundred requests; one failure tells
+        tokens[0, 1] = VOCAB - 5  # seconds
+        future = client.infer(tokens, lengths)
+        while client.status()["busy"] != "critic_infer":
+            time.sleep(0.02)
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(ServerUnavailable, match=f"critic server at {server.url} unavailable for critic_infer"):
+            future.result(timeout=30)
+        assert not psutil.wait_procs(children, timeout=30)[1]

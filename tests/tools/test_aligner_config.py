@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import yaml
+from aligner_files import ACTOR, CRITIC, FILES, REWARD_SERVER, REWARD_TRAINING, SFT
 from aligner_key_names import KEY_NAMES
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_eppo.cli import main
 from nemo_eppo.config import Config, ConfigError, config_types, load_config
+from nemo_eppo.entry.settings import nested
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.ppo import PPOConfig
-from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import SFTConfig
 from nemo_eppo.tools.aligner_cli import check, render_report
 from nemo_eppo.tools.aligner_config import convert
@@ -26,121 +28,9 @@ CONF = Path(__file__).parents[2] / "conf"
 SCHEMAS: dict[str, type[Config]] = {
     "ppo-actor": PPOConfig,
     "ppo-critic": CriticConfig,
-    "reward-server": RewardModelConfig,
+    "reward-server": RewardServerConfig,
     "reward-training": RewardTrainingConfig,
     "sft": SFTConfig,
-}
-# files of one's own in that project's manner, with values unlike its defaults
-ACTOR: dict[str, Any] = {
-    "trainer": {
-        "num_nodes": 2,
-        "devices": 4,
-        "precision": "bf16-mixed",
-        "ppo": {
-            "max_steps": 300,
-            "max_epochs": 2,
-            "val_check_interval": 7,
-            "save_interval": "${.val_check_interval}",
-            "gradient_clip_val": 0.5,
-            "initial_policy_kl_penalty": 0.02,
-            "use_absolute_kl": False,
-            "discount_factor": 0.99,
-            "gae_lambda": 0.9,
-            "normalize_advantages": False,
-            "trt_llm": {"enable": True, "model_type": "llama"},
-        },
-    },
-    "remote_critic_rm": {
-        "combine_rm_and_critic_server": False,
-        "reward_model": {"ip": "node7", "port": 5600},
-        "critic": {"ip": "localhost", "port": 5601},
-    },
-    "exp_manager": {
-        "explicit_log_dir": "/results/actor",
-        "create_wandb_logger": True,
-        "wandb_logger_kwargs": {"project": "p", "name": "n"},
-        "max_time_per_run": "00:03:30:00",
-        "checkpoint_callback_params": {
-            "monitor": "val_global_rewards",
-            "save_top_k": 3,
-            "mode": "max",
-            "model_parallel_size": "${multiply:${model.tensor_model_parallel_size},${model.nowhere}}",
-        },
-    },
-    "pretrained_checkpoint": {"restore_from_path": "/models/sft.nemo"},
-    "model": {
-        "ppo": {
-            "num_rollout_samples": 96,
-            "rollout_micro_batch_size": 12,
-            "num_val_samples": "${.num_rollout_samples}",
-            "entropy_bonus": 0.01,
-            "ratio_eps": 0.15,
-            "sampling_params": {
-                "temperature": 0.8,
-                "top_k": 50,
-                "top_p": 0.0,
-                "repetition_penalty": 1.2,
-                "end_strings": ["<|endoftext|>", "\nUser:"],
-            },
-            "length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 4}", "min_length": 5},
-        },
-        "micro_batch_size": 3,
-        "global_batch_size": 48,
-        "encoder_seq_length": 2048,
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-        "activations_checkpoint_granularity": "full",
-        "seed": 99,
-        "optim": {
-            "name": "distributed_fused_adam",
-            "lr": 3e-7,
-            "betas": [0.8, 0.9],
-            "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "constant_steps": 0, "min_lr": 3e-8},
-        },
-        "data": {"data_impl": "jsonl", "data_prefix": {"train": ["/d/train.jsonl"], "validation": ["/d/val.jsonl"]}},
-    },
-}
-CRITIC: dict[str, Any] = {
-    "trainer": {"ppo": {"port": 5601, "combine_rm_and_critic_server": True, "max_steps": 600}},
-    "pretrained_checkpoint": {"restore_from_path": "/models/rm.nemo"},
-    "model": {"loss_clip_val": 0.3, "reward_standardization": {"enable": True, "mean": 1.5, "std": 2.5}},
-}
-REWARD_SERVER: dict[str, Any] = {
-    "trainer": {"precision": 32},
-    "inference": {"port": 5600, "inference_micro_batch_size": [2, 8]},
-    "rm_model_file": "/models/rm_hf",
-}
-REWARD_TRAINING: dict[str, Any] = {
-    "trainer": {"rm": {"max_epochs": 2, "max_steps": -1, "val_check_interval": 50, "save_interval": 200}},
-    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 3, "mode": "min"}},
-    "pretrained_checkpoint": {"restore_from_path": "/models/sft_hf"},
-    "model": {
-        "global_batch_size": 32,
-        "encoder_seq_length": 1024,
-        "data": {
-            "seq_length": "${model.encoder_seq_length}",
-            "data_prefix": {"train": ["/d/a"], "validation": ["/d/b"]},
-        },
-    },
-}
-SFT: dict[str, Any] = {
-    "trainer": {"sft": {"max_steps": 500, "val_check_interval": 0.5}},
-    "exp_manager": {"checkpoint_callback_params": {"monitor": "val_loss", "save_top_k": 1, "mode": "min"}},
-    "model": {
-        "restore_from_path": "/models/base.nemo",
-        "hidden_dropout": 0.1,
-        "data": {
-            "train_ds": {"file_path": "/d/train.jsonl", "global_batch_size": 16, "max_seq_length": 512},
-            "validation_ds": {"file_path": "/d/val.jsonl", "add_eos": "${model.data.train_ds.max_seq_length}"},
-        },
-    },
-}
-FILES = {
-    "ppo-actor": ACTOR,
-    "ppo-critic": CRITIC,
-    "reward-server": REWARD_SERVER,
-    "reward-training": REWARD_TRAINING,
-    "sft": SFT,
 }
 
 
@@ -160,13 +50,9 @@ def status(result: Conversion, key: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_of_that_project_is_mapped_or_listed_with_a_reason(kind: str, tmp_path: Path) -> None:
-    filled: dict[str, Any] = {}
-    for name in KEY_NAMES[kind]:
-        rules = KINDS[kind]
-        default = rules[name].default if name in rules else None
-        OmegaConf.update(tree := OmegaConf.create(filled), name, default)
-        filled = OmegaConf.to_container(tree)  # type: ignore[assignment]
-    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(filled))
+    rules = KINDS[kind]
+    filled = {name: rules[name].default if name in rules else None for name in KEY_NAMES[kind]}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(nested(filled)))
     result = convert(tmp_path / "theirs.yaml", kind)
     reported = {row.key: row for row in result.rows}
     for name in KEY_NAMES[kind]:
@@ -228,7 +114,7 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "generation.min_new_tokens": 5,
         "data.max_prompt_length": 1536,
         "data.train": "/d/train.jsonl",
-        "model.restore_from_path": "/models/sft_hf",
+        "model.restore_from_path": "/models/sft_megatron",
         "model.precision": "bf16",
         "model.micro_batch_size": 3,
         "model.recompute": True,
@@ -248,7 +134,7 @@ def test_values_of_the_actor(tmp_path: Path) -> None:
         "checkpoint.best_is": "highest",
         "exp_manager.max_time_per_run": "00:03:30:00",
         "seed": 99,
-        "exp_manager.explicit_log_dir": "/results/actor",
+        "exp_manager.explicit_log_dir": "/results/actor/ppo_actor",
         "exp_manager.wandb_logger_kwargs": {"project": "p", "name": "n"},
         "critic.server.url": "grpc://localhost:5601",
         "rewards": [{"server": {"url": "grpc://node7:5600"}, "mean": 0.0, "std": 1.0}],
@@ -270,13 +156,26 @@ def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -
     actor = converted(ACTOR, tmp_path, remote_critic_rm__combine_rm_and_critic_server=True)
     assert actor.values["rewards"][0]["server"] == {"url": "grpc://localhost:5601", "job": "critic"}
     critic = converted(CRITIC, tmp_path)
-    assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_hf"
+    assert critic.values["reward_model"] == critic.values["model.restore_from_path"] == "/models/rm_megatron"
+    assert any(line.startswith("nemo-eppo convert nemo-to-megatron --input /models/rm.nemo") for line in critic.todo)
     assert {"server.port": 5601, "optimizer.decay_steps": 600, "value_clip": 0.3}.items() <= critic.values.items()
-    assert any('"nemo_eppo_reward": {"mean": 1.5, "std": 2.5}' in line for line in critic.todo)
+    assert any("set mean: 1.5 and std: 2.5 in the actor's rewards" in line for line in critic.todo)
     sized = converted(CRITIC, tmp_path, model__global_batch_size=24)
     assert any("global_batch_size = 24 of this file has to be its ppo.mini_batch_size" in line for line in sized.todo)
     alone = converted(CRITIC, tmp_path, trainer__ppo__combine_rm_and_critic_server=False)
     assert alone.values["reward_model"] is None
+
+
+def test_jobs_that_share_a_directory_there_have_one_each(tmp_path: Path) -> None:
+    directories = set()
+    for values in (ACTOR, CRITIC, REWARD_TRAINING, SFT):
+        result = converted(values, tmp_path, exp_manager__explicit_log_dir="/results")  # as in that project's files
+        assert status(result, "exp_manager.explicit_log_dir") == "changed"
+        loaded: Any = check(result)
+        directories.add(str(loaded.exp_manager.directory))
+    assert directories == {f"/results/{job}" for job in ("ppo_actor", "ppo_critic", "reward_training", "sft")}
+    unset = converted(CRITIC, tmp_path, exp_manager__explicit_log_dir=None)
+    assert "exp_manager.explicit_log_dir" not in unset.values
 
 
 def test_values_of_the_other_jobs(tmp_path: Path) -> None:
@@ -395,7 +294,10 @@ def test_contradictions_are_reported(tmp_path: Path) -> None:
         ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),
         ("model__peft__peft_scheme", "ptuning", "model.peft.peft_scheme = 'ptuning': expected lora or none"),
         ("model__seed", "${model.nowhere}", "refers to what neither the file nor the environment has"),
-        ("model__global_batch_size", None, "null where a value is needed, for 'ppo.mini_batch_size'"),
+        ("model__global_batch_size", None, "model.global_batch_size = None: expected a whole number"),
+        ("model__data__seq_length", "???", "model.data.seq_length = '???': expected a whole number"),
+        ("model__ppo__length_params__max_length", 2.5, "max_length = 2.5: expected a whole number"),
+        ("model__ppo__ratio_eps", "x", "model.ppo.ratio_eps = 'x': expected a number"),
         ("remote_critic_rm__critic__ip", None, "remote_critic_rm.critic.ip = None: expected a host name"),
     ],
 )
@@ -423,7 +325,7 @@ def test_what_is_left_to_do_comes_first(tmp_path: Path) -> None:
     report = render_report(converted(SFT, tmp_path), Path("theirs.yaml"))
     headings = [line.partition(" (")[0] for line in report.splitlines()[1:] if line and not line.startswith(" ")]
     assert headings == ["to do by hand:", "lost", "changed", "dropped", "default", "mapped"]
-    assert report.splitlines()[3].startswith("  - make the Hugging Face directory /models/base_hf")
+    assert report.splitlines()[3].startswith("  - nemo-eppo convert nemo-to-megatron --input /models/base.nemo")
 
 
 def test_an_sft_file_with_settings_of_generation_is_no_server_s(tmp_path: Path) -> None:
@@ -433,3 +335,12 @@ def test_an_sft_file_with_settings_of_generation_is_no_server_s(tmp_path: Path) 
 def test_files_of_other_algorithms_are_not_guessed_at(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it looks like one for dpo"):
         converted({"trainer": {"dpo": {"max_steps": 1}}}, tmp_path)
+
+
+@pytest.mark.parametrize(("theirs", "alone"), [(0, 0), (1, 0), (4, 3)])
+def test_a_critic_that_warms_up_makes_as_many_rollouts_before_the_policy_learns(
+    theirs: int, alone: int, tmp_path: Path
+) -> None:
+    values = converted(ACTOR, tmp_path, trainer__ppo__critic_warmup_steps=theirs).values
+    assert values.get("ppo.critic_warmup_steps", 0) == alone
+    assert values["ppo.max_steps"] == 300 + alone  # the policy's own steps are as many

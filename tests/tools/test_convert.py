@@ -247,7 +247,7 @@ def reward_round_trip(root: Path) -> list[Tensor]:
         served.build()
         tokens, lengths = batch()
         raw = served.infer({"tokens": tokens, "lengths": lengths, "prompt_lengths": torch.ones(4, dtype=torch.long)})
-        [mean], [std] = (served.statistics()[name] for name in ("mean", "std"))
+        [mean], [std] = (served.statistics[name] for name in ("mean", "std"))
         scores += [raw["rewards"][:, 0], (raw["rewards"][:, 0] - mean) / std]
     return scores
 
@@ -347,7 +347,7 @@ def broken(tmp_path: Path, what: str) -> Path:
         ("truncated shard", "is damaged or no safetensors file"),
         ("no weights", "lacks model.safetensors (expected model.safetensors, or model.safetensors.index.json"),
         ("config", "config.json cannot be read"),
-        ("tokenizer", "tokenizer"),
+        ("tokenizer", "cannot be loaded: it has no tokenizer.json, *.model or vocab.*"),
         ("missing tensors", "model.norm.weight: expected (32,), found no such tensor"),
         ("missing tensors", "lm_head.weight: expected (67, 32), found no such tensor"),
         ("misshapen tensor", "model.norm.weight: expected (32,), found (31,)"),

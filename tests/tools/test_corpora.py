@@ -86,6 +86,12 @@ def test_prompts_are_kept_as_they_are() -> None:
     assert one("prompts", {"text": "b"}).prompt == "b"
 
 
+def test_rows_of_the_trainers_keep_their_texts() -> None:
+    assert one("rows", {"prompt": " a\n", "answer": 3}) == Example(" a\n", (), (user("a"),), "a")
+    assert one("rows", {"prompt": "a", "response": " b "}).responses == (" b ",)
+    assert one("rows", {"prompt": "a", "chosen": "b ", "rejected": "\n"}).responses == ("b ", "\n")
+
+
 def test_nemo_aligner_demonstrations_and_dpo_pairs() -> None:
     assert one("nemo_aligner", {"input": "in\n", "output": " out"}) == Example("in\n", (" out",), (user("in"),), "in")
     fields = {"prompt": "p", "chosen_response": "c", "rejected_response": "r", "chosen_reward": 1.0}
@@ -196,6 +202,11 @@ TURNS = [{"from": "User", "value": "a"}, {"from": "Bot", "value": "b"}]
             "field 'preference' is not 1 or 2",
         ),
         ("prompts", {"instruction": "a"}, "field 'text' is missing"),
+        ("rows", {"response": "a"}, "field 'prompt' is missing"),
+        ("rows", {"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        ("rows", {"prompt": "a", "response": ["b"]}, "field 'response' is not text"),
+        ("rows", {"prompt": [user("a")], "response": "b"}, "field 'prompt' is a conversation, which"),
+        ("rows", {"prompt": "a", "response": "b", "chosen": "c", "rejected": "d"}, "are of different kinds of rows"),
         ("nemo_aligner", {"input": "a"}, "the fields fit no layout"),
         ("nemo_aligner", {"conversations": TURNS}, "field 'mask' is missing"),
         ("nemo_aligner", {"conversations": "a", "mask": "User"}, "field 'conversations' is not a list"),

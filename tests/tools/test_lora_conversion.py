@@ -24,7 +24,7 @@ from nemo_eppo.tools.convert import MegatronToHf
 from nemo_eppo.training.setup import build, plan
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
-FAMILIES = ("Llama", "Qwen2", "Gemma2", "Phi3")
+FAMILIES = ("Qwen2", "Gemma2", "Phi3")  # Qwen2 is Llama with biases and tied embeddings
 ADAPTERS = {"lora": LoRAConfig(rank=4, alpha=8.0)}
 OPTIMIZER = OptimizerConfig(lr=0.05)
 

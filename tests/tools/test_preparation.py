@@ -17,7 +17,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import PreferenceDataset, PromptDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, train_bpe, word_level
 from nemo_eppo.tools.corpora import CORPORA
-from nemo_eppo.tools.preparation import PreparationCounts, prepare
+from nemo_eppo.tools.preparation import Preparation, PreparationCounts, prepare
 
 SHARED_DATA = Path(os.environ.get("NEMO_EPPO_DATA") or Path(__file__).parents[3] / "shared" / "data")
 HH = SHARED_DATA / "hh-harmless-base-test.jsonl.gz"
@@ -36,8 +36,11 @@ def pairs(count: int) -> list[Mapping[str, object]]:
 
 
 def prepare_small(corpus: str, path: Path, out_dir: Path, **settings: Any) -> PreparationCounts:
-    vocabulary = {} if "tokenizer_dir" in settings else {"bpe_vocab_size": 300}
-    return prepare(CORPORA[corpus], [path], out_dir, **{"validation_fraction": 0.3, **vocabulary, **settings})
+    return prepare(CORPORA[corpus], [path], out_dir, small(**settings))
+
+
+def small(**settings: Any) -> Preparation:
+    return Preparation(**{"validation_fraction": 0.3, "bpe_vocab_size": 300, **settings})
 
 
 def test_a_table_of_several_layouts_gives_the_rows_of_the_same_lines(
@@ -125,8 +128,8 @@ def test_the_split_does_not_depend_on_order_files_or_repetition(
 ) -> None:
     whole = write_rows(*pairs(60), name="whole.jsonl")
     parts = [write_rows(*pairs(60)[30:], name="b.jsonl"), write_rows(*pairs(30), name="a.jsonl"), whole]
-    prepare(CORPORA["hh"], [whole], tmp_path / "one", validation_fraction=0.3, bpe_vocab_size=300)
-    prepare(CORPORA["hh"], parts, tmp_path / "three", validation_fraction=0.3, bpe_vocab_size=300)
+    prepare(CORPORA["hh"], [whole], tmp_path / "one", small())
+    prepare(CORPORA["hh"], parts, tmp_path / "three", small())
     for name in ("preferences.train", "preferences.validation", "sft.train", "prompts.train", "prompts.validation"):
         one, three = (read_rows(tmp_path / directory / f"{name}.jsonl") for directory in ("one", "three"))
         assert sorted(map(str, one)) == sorted(map(str, three))
@@ -227,6 +230,9 @@ def test_settings_and_inputs_that_cannot_work_are_named(write_rows: Callable[...
         prepare_small("hh", path, tmp_path / "out", validation_fraction=1.5)
     with pytest.raises(ConfigError, match="max_prompt_tokens = 0"):
         prepare_small("hh", path, tmp_path / "out", max_prompt_tokens=0)
+    for keep in (("answer", "prompt"), ("",), ("answer", "answer")):
+        with pytest.raises(ConfigError, match=f"keep = {','.join(keep)}: expected names of fields"):
+            prepare_small("hh", path, tmp_path / "out", keep=keep)
     with pytest.raises(ConfigError, match=r"nothing is left for preferences\.validation\.jsonl"):
         prepare_small("hh", path, tmp_path / "out", validation_fraction=1e-9)
     wrong_corpus = write_rows({"prompt": "x"})
@@ -236,6 +242,64 @@ def test_settings_and_inputs_that_cannot_work_are_named(write_rows: Callable[...
         prepare_small("hh", wrong_corpus, tmp_path / "out")
 
 
+def test_rows_of_the_trainers_are_split_again_without_a_change(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows: list[dict[str, str]] = [
+        {"prompt": f" Q{n}: \n", **answers}
+        for n in range(20)
+        for answers in ({}, {"response": f"\tA{n} "}, {"chosen": f" c{n}", "rejected": "r\n"})
+    ]
+    counts = prepare_small("rows", write_rows(*rows), tmp_path / "out")
+    assert not counts.dropped
+    made = {kind: both(tmp_path / "out", kind) for kind in ("prompts", "sft", "preferences")}
+    assert sorted(map(str, made["prompts"])) == sorted(str(row) for row in rows if len(row) == 1)
+    assert sorted(map(str, made["preferences"])) == sorted(str(row) for row in rows if len(row) == 3)
+    assert {row["response"] for row in made["sft"]} == {f"\tA{n} " for n in range(20)} | {f" c{n}" for n in range(20)}
+    train = tmp_path / "out" / "preferences.train.jsonl"
+    again = prepare_small("rows", train, tmp_path / "again", validation_fraction=0.7)
+    assert again.read == len(read_rows(train))
+    assert sorted(map(str, both(tmp_path / "again", "preferences"))) == sorted(map(str, read_rows(train)))
+
+
+def test_kept_fields_stand_in_the_prompts_files_alone(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n}?", "response": f"So {n}.", "answer": n, "source": {"name": "é"}, "other": 1} for n in range(20)
+    ]
+    bad = {"prompt": " ", "response": "x"}  # is dropped, whatever it lacks
+    counts = prepare_small("rows", write_rows(*rows, bad, rows[3]), tmp_path / "out", keep=("answer", "source"))
+    assert counts.dropped == {"empty prompt": 1, "duplicate": 1}
+    prompts: list[dict[str, Any]] = [*both(tmp_path / "out", "prompts")]
+    kept = [{name: row[name] for name in ("prompt", "answer", "source")} for row in rows]
+    assert sorted(prompts, key=lambda row: row["answer"]) == kept
+    assert all(row.keys() == {"prompt", "response"} for row in both(tmp_path / "out", "sft"))
+    tokenizer = Tokenizer.from_directory(tmp_path / "out" / "tokenizer")
+    item = PromptDataset(tmp_path / "out" / "prompts.train.jsonl", tokenizer, max_prompt_length=99)[0]
+    assert item.fields == {"answer": int(item.text[:-1]), "source": {"name": "é"}}
+
+
+def test_a_prompt_with_another_answer_is_another_prompt(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "answer": answer} for n in range(20) for answer in ("a", "b", "a")]
+    counts = prepare_small("prompts", write_rows(*rows), tmp_path / "out", keep=("answer",))
+    assert counts.dropped == {"duplicate": 20}
+    assert len(both(tmp_path / "out", "prompts")) == 40
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": "x"}, r"rows\.jsonl:21: field 'answer' is missing, which is to be kept \(found: prompt\)"),
+        ({"prompt": "x", "answer": None}, r"rows\.jsonl:21: field 'answer' is missing"),
+        ({"prompt": "x", "answer": ["\ud800"]}, r"rows\.jsonl:21: field 'answer' cannot be kept: .*surrogates"),
+    ],
+)
+def test_a_row_without_a_field_to_keep_is_an_error(
+    write_rows: Callable[..., Path], tmp_path: Path, row: dict[str, Any], complaint: str
+) -> None:
+    path = write_rows(*({"prompt": f"{n}?", "answer": n} for n in range(20)), row)
+    with pytest.raises(ConfigError, match=complaint):
+        prepare_small("prompts", path, tmp_path / "out", keep=("answer",))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not HH.is_file(), reason=f"needs {HH.name}; set NEMO_EPPO_DATA to the directory that holds it")
 def test_the_real_corpus_from_end_to_end(tmp_path: Path) -> None:
     """2,312 rows: 5 with unequal prompts and 4 with an empty answer, found by comparing the dialogues directly.
@@ -243,7 +307,7 @@ def test_the_real_corpus_from_end_to_end(tmp_path: Path) -> None:
     None is repeated, and 128 openings have several prompts.
     """
     out = tmp_path / "hh"
-    counts = prepare(CORPORA["hh"], [HH], out, validation_fraction=0.1, bpe_vocab_size=1024)
+    counts = prepare(CORPORA["hh"], [HH], out, small(validation_fraction=0.1, bpe_vocab_size=1024))
     assert counts.read == 2312
     assert counts.dropped == {"prompts differ": 5, "empty chosen response": 4}
     with gzip.open(HH, "rt", encoding="utf-8") as file:

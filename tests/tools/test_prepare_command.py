@@ -52,6 +52,14 @@ def test_every_option_reaches_the_preparation(
     assert "a chat template needs" in capsys.readouterr().err
 
 
+def test_fields_to_keep_are_named_with_commas(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_rows(*({"prompt": f"q{n}", "answer": n, "source": "s", "id": n} for n in range(30)))
+    options = ["--vocab-size", "300", "--validation-fraction", "0.3", "--keep", "answer,source"]
+    assert main(["prepare", "rows", "--input", str(path), "--output", str(tmp_path / "out"), *options]) == 0
+    row = json.loads((tmp_path / "out" / "prompts.train.jsonl").read_text().splitlines()[0])
+    assert list(row) == ["prompt", "answer", "source"]
+
+
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "absent.jsonl")
     assert main(["prepare", "hh", "--input", absent, "--output", str(tmp_path / "out")]) == 2
@@ -100,16 +108,30 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "nemo_aligner", "--help"]])
-def test_help_answers_without_a_heavy_import(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "prepare",
+        "prepare nemo_aligner",
+        "generate",
+        "evaluate",
+        "score",
+        "energy-report",
+        "detect",
+        "judge",
+        "latents",
+    ],
+)
+def test_help_answers_without_a_heavy_import(command: str) -> None:
     script = (
-        "import sys, json; from nemo_eppo.cli import main\n"
+        "import sys; from nemo_eppo.cli import main\n"
         "heavy = {'torch', 'transformers', 'megatron', 'nemo', 'numpy'}\n"
-        "try: main(json.loads(sys.argv[1]))\n"
+        "try: main()\n"
         "finally: print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, *command.split(), "--help"], capture_output=True, text=True, check=True
     )
     assert run.stdout.splitlines()[-1] == "[]"
     assert "usage: nemo-eppo" in run.stdout

@@ -49,15 +49,16 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("case", ["bradley_terry_on_tp2", pytest.param("inform_on_one_rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["bradley_terry_on_tp2", "inform_on_one_rank"])
 def test_three_steps_are_those_over_the_wire(
-    case: str, models: Models, trained: dict[str, Path], tmp_path: Path
+    case: str, models: Models, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     ranks, layout, critic, reward = 2, TP2, models.rm, models.rm
     changes: dict[str, Any] = {}
     if case == "inform_on_one_rank":
         # adapters of the policy and the critic's head are drawn at random, each as in a job of its own
-        ranks, layout, critic, reward = 1, {}, models.sft, trained["inform"]
+        ranks, layout, critic, reward = 1, {}, models.sft, request.getfixturevalue("trained")["inform"]
         changes = {"shaping": {"latent_penalty": {"gamma": 0.1}}, "reward_kind": "inform"}
         changes["model"] = settings(models, layout)["model"] | {"lora": {"rank": 2, "alpha": 4}}
     optimizer = {"lr": 1e-3, "schedule": "linear", "warmup_steps": 2}

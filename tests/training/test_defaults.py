@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from annotated_types import Ge, Lt
 from pydantic_core import PydanticUndefined
 
 from nemo_eppo.config import Config, config_types
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.reference_energies import ReferenceEnergiesConfig
-from nemo_eppo.settings.reward_model import RewardModelConfig, RewardTrainingConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig, RewardTrainingConfig
 from nemo_eppo.settings.training import SFTConfig
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -50,7 +51,7 @@ def differences(
     [
         ("gpt_sft", SFTConfig),
         ("gpt_reward_model", RewardTrainingConfig),
-        ("serve_reward_model", RewardModelConfig),
+        ("serve_reward_model", RewardServerConfig),
         ("gpt_ppo_critic", CriticConfig),
         ("gpt_ppo_actor", PPOConfig),
         ("gpt_reference_energies", ReferenceEnergiesConfig),
@@ -61,3 +62,8 @@ def test_yaml_and_schema_agree(file: str, schema: type[Config]) -> None:
     values.pop("defaults", None)
     values["model"].pop("restore_from_path")
     assert set(differences(schema, values)) <= JOBS_OWN
+
+
+@pytest.mark.parametrize("schema", [CriticConfig, PPOConfig, ReferenceEnergiesConfig, RewardTrainingConfig, SFTConfig])
+def test_seeds_of_all_jobs_have_the_same_bounds(schema: type[Config]) -> None:
+    assert schema.model_fields["seed"].metadata == [Ge(ge=0), Lt(lt=2**31)]

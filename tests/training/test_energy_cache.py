@@ -11,7 +11,7 @@ from distributed import run_ranks
 from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.generation.engine import Limits
+from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.frozen import FrozenWeights
@@ -44,7 +44,7 @@ def energies(
     planned, config = plan(setup), EnergyConfig()
     runtime.initialize(setup.parallel, 1)
     runner, counted = build(planned, "lm", probe=config), Counted()
-    engine = MegatronEngine(runner.chunks, Limits(eos_id=1, pad_id=0, max_batch_size=8, max_sequence_length=24))
+    engine = MegatronEngine(runner.chunks, EngineLimits(eos_id=1, pad_id=0, max_batch_size=8, max_sequence_length=24))
     generate, infer = engine.generate, runner.infer
 
     def count_generate(*args: Any) -> list[Completion]:

@@ -7,6 +7,8 @@ engine's real tensors; activations, and what loading a checkpoint takes, are giv
 import logging
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,30 @@ from nemo_eppo.config import load_config
 from nemo_eppo.generation import ipc
 from nemo_eppo.megatron import checkpoint, device
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.offload import Offload
 from nemo_eppo.megatron.runner import ModelRunner
 from nemo_eppo.observability.run import Run
+from nemo_eppo.rollout.batch import Completion
 from nemo_eppo.settings.ppo import PPOConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.training import ppo_job, setup
+from nemo_eppo.training.policy import Policy
 from nemo_eppo.training.ppo_loop import train_ppo
 
 STAND_IN = Path(__file__).parents[1] / "generation" / "stand_in"
 sys.path.append(str(STAND_IN))
 from memory_account import Account  # noqa: E402
 
-# In sizes of the weights. The trainer's weights, gradients and moments take 4, the engine's weights 1, a refit 1.
+# In sizes of the weights. The trainer's weights, gradients and moments take 4, and so do the critic's in its turns; the
+# engine's weights 1, a refit 1.
 BUDGET, ACTIVATIONS, LOADING, CACHE_SHARE = 10, 5, 2, 0.9
 
 
 class Trainer:
     """The actor's GPU memory as torch holds it: what is freed stays reserved until its cache is emptied."""
 
-    def __init__(self, account: Account) -> None:
-        self._account, self._reserved = account, 0
+    def __init__(self, account: Account, weights: int) -> None:
+        self._account, self._weights, self._reserved = account, weights, 0
         self._runner: ModelRunner | None = None
         self._buffers: list[weakref.ref[Tensor]] = []
 
@@ -68,22 +74,28 @@ class Trainer:
 
             return watched
 
-        weights = self._account.budget // BUDGET
+        turn = Offload.turn
+
+        @contextmanager
+        def watched_turn(offload: Offload) -> Iterator[None]:
+            outermost = not offload._in_turn
+            with turn(offload):
+                self._account.hold("critic", _states(getattr(offload._model, "runner", None)))
+                yield
+                self._account.hold("critic", _states(offload._model.runner))
+            if outermost:
+                self._account.hold("critic", 0)
+
+        Offload.turn = watched_turn  # type: ignore[assignment, method-assign]
         vars(ppo_job)["build"], vars(ipc)["allocate"] = watched_build, watched_allocate
-        checkpoint.load = working(load, LOADING * weights)
+        checkpoint.load = working(load, LOADING * self._weights)
         for name, work in (("train_step", train_step), ("infer", infer)):
-            setattr(ModelRunner, name, working(work, ACTIVATIONS * weights))
+            setattr(ModelRunner, name, working(work, ACTIVATIONS * self._weights))
         device.empty_cache = self._empty_cache
 
     def _live(self) -> int:
         buffers = [buffer for reference in self._buffers if (buffer := reference()) is not None]
-        if self._runner is None:
-            return 0
-        held = [p for chunk in self._runner.chunks for p in unwrap(chunk).parameters()]
-        held += [buffer.grad_data for chunk in self._runner.chunks for buffer in chunk.buffers]
-        for part in self._runner.optimizer.chained_optimizers:
-            held += [value for state in part.optimizer.state.values() for value in state.values() if value.dim()]
-        return sum(tensor.nbytes for tensor in [*held, *buffers])
+        return _states(self._runner) + sum(buffer.nbytes for buffer in buffers)
 
     def _use(self, work: int = 0) -> None:
         self._reserved = max(self._reserved, self._live() + work)
@@ -94,19 +106,37 @@ class Trainer:
         self._account.hold("trainer", self._reserved)
 
 
-def train(values: dict[str, Any], directory: Path, budget: int, mistake: str | None) -> dict[str, int]:
-    """Run the job; return what is held at its end."""
-    account = Account(directory / "account", budget)
-    Trainer(account).watch()
+def _states(runner: ModelRunner | None) -> int:
+    """Bytes of weights, gradients and moments."""
+    if runner is None:
+        return 0
+    held = [p for chunk in runner.chunks for p in unwrap(chunk).parameters()]
+    held += [buffer.grad_data for chunk in runner.chunks for buffer in chunk.buffers]
+    for part in runner.optimizer.chained_optimizers:
+        held += [value for state in part.optimizer.state.values() for value in state.values() if value.dim()]
+    return sum(tensor.nbytes for tensor in held)
+
+
+def train(values: dict[str, Any], directory: Path, weights: int, mistake: str | None) -> dict[str, int]:
+    """Run the job on a GPU that has room for BUDGET `weights`, with a critic for 4 more; return what is held when
+    it answers for the last time."""
+    account = Account(directory / "account", weights * (BUDGET + 4 * (values["critic"] is not None)))
+    Trainer(account, weights).watch()
     if mistake == "torch keeps its cache":
         device.empty_cache = lambda: None
     elif mistake == "moments appear with the first update":
         vars(ppo_job)["allocate_state"] = lambda optimizer: None
     (directory / "run").mkdir(exist_ok=True)
     values["engine"]["tensorrt_llm"]["environment"]["STAND_IN_MEMORY"] = str(directory / "account")
+    generate, held = Policy.generate, dict[str, int]()
+
+    def watched(policy: Policy, *arguments: Any) -> list[Completion]:
+        held.update(account.held())
+        return generate(policy, *arguments)
+
+    Policy.generate = watched  # type: ignore[assignment, method-assign]
     run = Run(directory / "run", 0, logging.getLogger(), ExpManagerConfig())
     train_ppo(load_config(PPOConfig, values), run)
-    held = account.held()
     (directory / "account").rename(directory / f"account_{values['ppo']['max_steps']}")
     return held
 
@@ -138,20 +168,29 @@ def settings(models: Models, steps: int) -> dict[str, Any]:
     }
 
 
-def budget(models: Models) -> int:
-    return BUDGET * sum(tensor.numel() * 4 for tensor in models.policy.values())
+def weights(models: Models) -> int:
+    return sum(tensor.numel() * 4 for tensor in models.policy.values())
 
 
 def test_trainer_and_engine_take_turns_with_the_gpus_memory_also_when_a_run_resumes(
     models: Models, tmp_path: Path
 ) -> None:
     for steps in (2, 3):
-        held = run_ranks(train, 1, settings(models, steps), tmp_path, budget(models), None)[0]
-        assert held["trainer"] == pytest.approx(budget(models) * 4 / BUDGET, rel=0.02)
-        assert held["kv_cache"] == pytest.approx(budget(models) * 4.5 / BUDGET, rel=0.02), "as large as it may be"
+        held = run_ranks(train, 1, settings(models, steps), tmp_path, weights(models), None)[0]
+        assert held["trainer"] == pytest.approx(weights(models) * 4, rel=0.02)
+        assert held["kv_cache"] == pytest.approx(weights(models) * 4.5, rel=0.02), "as large as it may be"
 
 
+def test_so_does_a_critic_in_the_same_processes(models: Models, tmp_path: Path) -> None:
+    values = settings(models, 2)
+    values["critic"] = {"colocated": {"restore_from_path": models.rm, "optimizer": {"lr": 1e-4}}}
+    values["ppo"]["advantages"] = {}
+    held = run_ranks(train, 1, values, tmp_path, weights(models), None)[0]
+    assert "critic" not in held
+
+
+@pytest.mark.slow  # of the account itself
 @pytest.mark.parametrize("mistake", ["torch keeps its cache", "moments appear with the first update"])
 def test_the_account_finds_what_passes_the_budget(models: Models, tmp_path: Path, mistake: str) -> None:
     with pytest.raises(RuntimeError, match=r"MemoryError: \d+ bytes of \d+ when "):
-        run_ranks(train, 1, settings(models, 2), tmp_path, budget(models), mistake)
+        run_ranks(train, 1, settings(models, 2), tmp_path, weights(models), mistake)

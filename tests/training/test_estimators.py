@@ -31,6 +31,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "remax": {"estimator": "remax"},
 }
 GROUP = 4
+CLIP = 13.0  # of -13.6 and more
 GOLD = "nemo_eppo.tools.noun_task:gold_reward"
 
 
@@ -48,7 +49,7 @@ def settings(models: Models, estimator: str, parallel: dict[str, Any], steps: in
             "advantages": ESTIMATORS[estimator],
         },
         "rewards": [{"function": GOLD, "weight": 2.0, "mean": 0.1, "std": 0.5}],
-        "shaping": {"missing_eos": {"penalty": 0.3}, "kl": {"coefficient": 0.1}},
+        "shaping": {"missing_eos": {"penalty": 0.3}, "clip": {"range": CLIP}, "kl": {"coefficient": 0.1}},
         "critic": None,
         "optimizer": {"lr": 1e-3},
     }
@@ -111,6 +112,7 @@ def test_advantages_are_those_of_plain_loops(name: str, one: tuple[dict[str, Any
         for prompt in range(4):
             assert np.ptp(greedy[GROUP * prompt : GROUP * (prompt + 1)]) < 1e-5, "one greedy response per prompt"
         assert len({round(value, 4) for value in greedy}) > 1
+        assert max(map(abs, greedy)) == pytest.approx(CLIP), "clipped as the reward that it is taken from"
     found = experience.advantages.double().numpy()
     np.testing.assert_allclose(found, expected_advantages(name, experience, greedy), rtol=0, atol=2e-5)
     assert abs(found).max() > 0
@@ -119,7 +121,7 @@ def test_advantages_are_those_of_plain_loops(name: str, one: tuple[dict[str, Any
     assert not [metric for metric in metrics if metric.startswith("critic/")], "no critic, no metrics of one"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=pytest.mark.slow), "pp2", "dp2"])
 def test_no_layout_changes_them(
     layout: str, one: tuple[dict[str, Any], dict[str, Any]], models: Models, tmp_path: Path
 ) -> None:
@@ -132,37 +134,40 @@ def test_no_layout_changes_them(
             assert made[name]["metrics"][metric] == pytest.approx(one[0][name]["metrics"][metric], abs=1e-4), metric
 
 
-def test_a_killed_run_without_critic_and_servers_resumes_bit_for_bit(models: Models, tmp_path: Path) -> None:
-    values = settings(models, "grpo", {}, steps=4) | {
-        "checkpoint": {"interval": 1},
-        "gold_reward": GOLD,
-    }
+def run(models: Models, steps: int, root: Path, name: str, directory: str, **kill: Any) -> Job:
+    """A job that saves every step; `kill` says where it dies."""
+    values = settings(models, "grpo", {}, steps) | {"checkpoint": {"interval": 1}, "gold_reward": GOLD}
+    changes = {"kill": kill} if kill else {}
+    return Job("actor", 1, json.loads(json.dumps(values | changes, default=str)), root / name, root / directory)
 
-    def run(name: str, directory: str, **kill: Any) -> Job:
-        changes = {"kill": kill} if kill else {}
-        return Job(
-            "actor", 1, json.loads(json.dumps(values | changes, default=str)), tmp_path / name, tmp_path / directory
-        )
 
-    def trajectory(directory: str) -> list[dict[str, float]]:
-        rows = [json.loads(line) for line in (tmp_path / directory / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
+def trajectory(directory: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
 
-    whole = run("whole_job", "whole")
-    assert whole.wait(300) == 0, whole.log.read_text()[-4000:]
-    killed = run("killed_job", "parts", phase="actor_train", call=6)
-    assert killed.wait(300) == -signal.SIGKILL, killed.log.read_text()[-4000:]
-    resumed = run("resumed_job", "parts")
-    assert resumed.wait(300) == 0, resumed.log.read_text()[-4000:]
-    assert trajectory("parts") == trajectory("whole")
-    for row in trajectory("whole"):
+
+def test_a_run_without_critic_and_servers_records_gold_rewards_and_groups(models: Models, tmp_path: Path) -> None:
+    job = run(models, 2, tmp_path, "job", "run")
+    assert job.wait(300) == 0, job.log.read_text()[-4000:]
+    for row in trajectory(tmp_path / "run"):
         proxy = 2 * (row["reward/gold"] - 0.1) / 0.5
         assert row["reward/proxy"] == pytest.approx(proxy, abs=1e-5), "one function is both reward and gold"
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "rollouts" / "step_000004.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000002.jsonl").open()]
     prompts = [row["prompt"] for row in rows]
     assert all(len(set(prompts[start : start + GROUP])) == 1 for start in range(0, len(prompts), GROUP))
     assert len(set(prompts)) == len(prompts) // GROUP
     assert len({row["response"] for row in rows}) > len(set(prompts)), "responses of a group differ"
+
+
+@pytest.mark.slow  # test_interrupted and test_colocated show it of runs with a critic
+def test_a_killed_run_without_critic_and_servers_resumes_bit_for_bit(models: Models, tmp_path: Path) -> None:
+    whole = run(models, 4, tmp_path, "whole_job", "whole")
+    assert whole.wait(300) == 0, whole.log.read_text()[-4000:]
+    killed = run(models, 4, tmp_path, "killed_job", "parts", phase="actor_train", call=6)
+    assert killed.wait(300) == -signal.SIGKILL, killed.log.read_text()[-4000:]
+    resumed = run(models, 4, tmp_path, "resumed_job", "parts")
+    assert resumed.wait(300) == 0, resumed.log.read_text()[-4000:]
+    assert trajectory(tmp_path / "parts") == trajectory(tmp_path / "whole")
 
 
 def test_the_settings_of_every_estimator_are_keys_with_its_own_defaults() -> None:

@@ -63,13 +63,27 @@ def learning(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if "second" not in k and k != "time"} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["sft", "rm"])
-def test_packed_training_is_padded_training(kind: str, models: Models, tmp_path: Path) -> None:
-    values = settings(models, kind, 3)
-    [padded] = run_ranks(train, 1, kind, tmp_path / "padded", values)
+HALFWAY = {"checkpoint": {"interval": 2}}  # of four steps; there is a validation, too
+Wholes = dict[str, tuple[Path, list[dict[str, float]]]]
+
+
+@pytest.fixture(scope="module")
+def wholes(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """Of each kind the directory and metrics of four steps on one rank, with a checkpoint of the second."""
+    found: Wholes = {}
+    for kind in ("sft", "reward"):
+        directory = tmp_path_factory.mktemp("wholes") / kind
+        values = settings(models, kind, 4) | HALFWAY
+        found[kind] = directory, run_ranks(train, 1, kind, directory, values)[0]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_packed_training_is_padded_training(kind: str, models: Models, wholes: Wholes, tmp_path: Path) -> None:
     packed_model = {"restore_from_path": models.sft, "micro_batch_tokens": 80}
-    [packed] = run_ranks(train, 1, kind, tmp_path / "packed", values | {"model": packed_model})
-    for expected, found in zip(learning(padded), learning(packed), strict=True):
+    values = settings(models, kind, 4) | HALFWAY | {"model": packed_model}
+    [packed] = run_ranks(train, 1, kind, tmp_path / "packed", values)
+    for expected, found in zip(learning(wholes[kind][1]), learning(packed), strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -112,12 +126,9 @@ def test_training_learns_and_an_interrupted_run_goes_on_bit_for_bit(kind: str, m
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_a_run_goes_on_in_another_layout(kind: str, models: Models, tmp_path: Path) -> None:
-    values = settings(models, kind, 4)
-    [whole] = run_ranks(train, 1, kind, tmp_path / "whole", values | {"checkpoint": {"interval": 2}})
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints" / "step_000002", tmp_path / "parts" / "checkpoints" / "step_000002"
-    )
+def test_a_run_goes_on_in_another_layout(kind: str, models: Models, wholes: Wholes, tmp_path: Path) -> None:
+    values, (directory, whole) = settings(models, kind, 4), wholes[kind]
+    shutil.copytree(directory / "checkpoints" / "step_000002", tmp_path / "parts" / "checkpoints" / "step_000002")
     split = values | {"model": values["model"] | {"parallel": {"tensor_model_parallel_size": 2}}}
     parts = run_ranks(train, 2, kind, tmp_path / "parts", split)[0]
     for row, expected in zip(learning(parts), learning(whole)[2:], strict=True):
@@ -238,11 +249,25 @@ def test_ctrl_c_saves_and_the_run_goes_on(models: Models, tmp_path: Path) -> Non
     assert end == f"SFT ended after step {rows[-1]['step']} of 500; its checkpoint is {last}"
 
 
+def last_step_late(directory: Path, values: dict[str, Any]) -> str:
+    """The log of a run of one step whose time is up after it."""
+    directory.mkdir()
+    logging.basicConfig(filename=directory / "log.txt", format="%(message)s", level=logging.INFO, force=True)
+    train("sft", directory, values | {"exp_manager": {"max_time_per_run": "00:00:00:00"}})
+    return (directory / "log.txt").read_text()
+
+
+def test_a_run_that_is_done_is_not_told_to_resume(models: Models, tmp_path: Path) -> None:
+    [said] = run_ranks(last_step_late, 1, tmp_path / "run", settings(models, "sft", 1))
+    assert "SFT ended after step 1 of 1" in said
+    assert "resumes" not in said
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, tmp_path: Path) -> None:
-    one = run_ranks(train, 1, kind, tmp_path / "one", settings(models, kind, 4))[0]
-    two = run_ranks(train, 2, kind, tmp_path / "two", settings(models, kind, None, epochs=2))[0]  # two steps each
-    for a, b in zip(learning(one), learning(two), strict=True):
+def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, wholes: Wholes, tmp_path: Path) -> None:
+    values = settings(models, kind, None, epochs=2) | HALFWAY  # two steps each
+    two = run_ranks(train, 2, kind, tmp_path / "two", values)[0]
+    for a, b in zip(learning(wholes[kind][1]), learning(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
 
 

@@ -72,6 +72,13 @@ def _no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
             r"rewards\.0: expected exactly one",
         ),
         ({"rewards": [{"colocated": {}}]}, r"rewards\.0\.colocated\.restore_from_path: required"),
+        (
+            {
+                "shaping": {"combine": "wco"},
+                "rewards": [{"colocated": {"restore_from_path": "x"}, "weight": w} for w in (1, 0.5)],
+            },
+            r"rewards\[1\]\.weight = 0\.5 with shaping\.combine = 'wco'",
+        ),
         ({"held_out_reward": {"weight": 2.0}}, r"held_out_reward: expected exactly one of server, colocated and"),
         (
             {"critic": {"server": {"url": "grpc://x:1"}, "colocated": COLOCATED_CRITIC}},
@@ -157,15 +164,15 @@ def test_colocated_models_that_do_not_fit_are_named(models: Models, tmp_path: Pa
     )
     assert "reward_kind = 'odin', but rewards[0].colocated has a reward model of kind 'b" in said(reward_kind="odin")
     short = another(models, tmp_path / "short", max_sequence_length=30)
-    message = f"expected at least data.max_prompt_length + generation.max_new_tokens = {16 + 20}"
+    message = f"has a window of 30 tokens; expected at least {16 + 20}, the longest prompt and response together"
     for key, found in (("critic", said(critic=short)), ("held_out_reward", said(reward=short))):
-        tokens = 30 if key == "held_out_reward" else 31  # a critic also takes the end of a truncated response
-        assert found == f"{key}.colocated.restore_from_path: the model takes {tokens} tokens, {message}"
+        assert found == f"{key}.colocated.restore_from_path: {short} {message}"
     foreign = another(models, tmp_path / "foreign")
     shutil.rmtree(foreign / "tokenizer")
     word_level(["red", "green"], foreign / "tokenizer")
     for key, found in (("critic", said(critic=foreign)), ("held_out_reward", said(reward=foreign))):
-        assert found == f"{key}.colocated.restore_from_path: {foreign} has another tokenizer than the policy"
+        said_of = f"{key}.colocated.restore_from_path: {foreign} has another tokenizer than the policy: vocabulary of "
+        assert found.startswith(said_of)
 
 
 def test_an_empty_data_set_is_named(models: Models, tmp_path: Path) -> None:
@@ -191,6 +198,15 @@ def test_the_wrong_kind_of_checkpoint_is_named(models: Models, tmp_path: Path) -
         )
     with pytest.raises(ConfigError, match="holds a model with head 'lm', expected 'scalar'"):
         RewardModel(ModelSetup(restore_from_path=models.sft))
+
+
+def test_a_reward_model_whose_scores_are_all_equal_is_named(models: Models, tmp_path: Path) -> None:
+    constant = shutil.copytree(models.rm, tmp_path / "constant")
+    manifest = json.loads((constant / "manifest.json").read_text())
+    manifest["state"]["std"] = 0.0
+    (constant / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"^model: .*constant.* has a standard deviation of 0\.0: expected above 0$"):
+        RewardModel(ModelSetup(restore_from_path=constant))
 
 
 def test_a_truncated_checkpoint_is_named(models: Models, tmp_path: Path) -> None:

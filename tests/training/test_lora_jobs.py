@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed import free_port, run_ranks
 from jobs import WARM, Job, Models, reward_training
@@ -78,24 +80,41 @@ def base_and_merged(source: Path, resume: Path, head: Head) -> list[dict[str, Te
     ]
 
 
-def test_ppo_with_adapters_keeps_both_base_models_and_resumes(models: Models, reward_url: str, tmp_path: Path) -> None:
-    rows = ppo(models, reward_url, tmp_path / "whole")
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing interrupted."""
+
+    root: Path
+    rows: list[dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def whole(models: Models, reward_url: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    root = tmp_path_factory.mktemp("whole")
+    return Whole(root, ppo(models, reward_url, root))
+
+
+def test_ppo_with_adapters_keeps_both_base_models(models: Models, whole: Whole) -> None:
+    rows = whole.rows
     assert rows[0]["kl/policy_reference"] == 0
     assert rows[-1]["kl/policy_reference"] != 0
     for job, head, source in (("actor", "lm", models.sft), ("critic", "scalar", models.rm)):
-        newest = checkpoint_files.latest(tmp_path / "whole" / job / "checkpoints")
+        newest = checkpoint_files.latest(whole.root / job / "checkpoints")
         start, base, merged = run_ranks(base_and_merged, 1, source, newest, head)[0]
         for name, weight in start.items():
             assert torch.equal(base[name], weight) != name.startswith("score."), name  # the critic's head has learnt
             adapted = name.endswith("_proj.weight") or name.startswith("score.")
             assert torch.equal(merged[name], weight) != adapted, name
 
+
+@pytest.mark.slow  # tests/megatron/test_lora.py shows it of one model, test_interrupted.py of jobs without adapters
+def test_ppo_with_adapters_resumes(models: Models, reward_url: str, whole: Whole, tmp_path: Path) -> None:
     # as after a crash between the two checkpoints
     for job, step in (("actor", SAVED), ("critic", SAVED * 2)):
         place = Path(job) / "checkpoints" / f"step_{step:06d}"
-        shutil.copytree(tmp_path / "whole" / place, tmp_path / "parts" / place)
-    shutil.copy(tmp_path / "whole" / "actor" / "run_id", tmp_path / "parts" / "actor")
-    assert ppo(models, reward_url, tmp_path / "parts") == rows[SAVED:]
+        shutil.copytree(whole.root / place, tmp_path / place)
+    shutil.copy(whole.root / "actor" / "run_id", tmp_path / "actor")
+    assert ppo(models, reward_url, tmp_path) == whole.rows[SAVED:]
 
 
 def settings(models: Models, layout: dict[str, int], **changes: Any) -> RewardTrainingConfig:

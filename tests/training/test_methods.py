@@ -20,6 +20,7 @@ AT_WORK: dict[str, set[str]] = {
     "ppo_kl": set(),  # the policy is the reference in the first step
     "ppo_lp": {"reward/length_penalty"},
     "eppo": {"reward/energy_penalty"},
+    "eppo_rise": {"reward/energy_penalty"},
     "eppo_kl": {"reward/energy_penalty"},
     "chi2": set(),
     "erm_mean": set(),
@@ -27,6 +28,7 @@ AT_WORK: dict[str, set[str]] = {
     "erm_uwo": set(),
     "odin": set(),
     "warm": set(),
+    "eppo_authors": {"reward/energy_penalty"},
     "eppo_odin": {"reward/energy_penalty"},
     "inform": set(),
     "eppo_inform": {"reward/energy_penalty"},

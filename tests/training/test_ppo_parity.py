@@ -24,7 +24,7 @@ PACKED = 70  # tokens per micro-batch: two to four rows
 
 
 READ_BY_ENGINE = ("pp2", "tp2")  # log-probs and energies come from decoding
-SHOWN_TWICE = ("tp2", "tp2_sp")  # packed, and padded in other layouts
+SHOWN_TWICE = ("tp2", "tp2_sp", "dp2")  # packed, and padded in other layouts; replicas in test_layouts, test_estimators
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,16 @@ from nemo_eppo.training.stopping import StopWatch
 PROMPTS = 13
 
 
-@pytest.fixture
-def prompts(models: Models, tmp_path: Path) -> Path:
-    file = tmp_path / "prompts.jsonl"
+def write_prompts(models: Models, directory: Path) -> Path:
+    file = directory / "prompts.jsonl"
     lines = (models.data / "prompts.train.jsonl").read_text().splitlines()
     file.write_text("\n".join(list(dict.fromkeys(lines))[:PROMPTS]) + "\n")
     return file
+
+
+@pytest.fixture
+def prompts(models: Models, tmp_path: Path) -> Path:
+    return write_prompts(models, tmp_path)
 
 
 def settings(models: Models, prompts: Path, **changes: Any) -> dict[str, Any]:
@@ -106,13 +110,19 @@ def no_turn() -> NoReturn:
     raise AssertionError("the reference's weights take the policy's place, and have nothing to do")
 
 
+@pytest.fixture(scope="module")
+def cold(models: Models, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """What an actor without a cache reads."""
+    prompts = write_prompts(models, tmp_path_factory.mktemp("cold"))
+    (energies, answered), *_ = run_ranks(by_actor, 1, models, prompts)
+    assert answered == PROMPTS
+    return energies
+
+
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {})])
 def test_an_actor_finds_what_it_would_have_read(
-    ranks: int, parallel: dict[str, int], models: Models, prompts: Path, tmp_path: Path
+    ranks: int, parallel: dict[str, int], cold: torch.Tensor, models: Models, prompts: Path, tmp_path: Path
 ) -> None:
-    (cold, answered), *_ = run_ranks(by_actor, 1, models, prompts)
-    assert answered == PROMPTS
-    (tmp_path / "cache").rename(tmp_path / "by_the_actor")
     values = settings(models, prompts, model={"parallel": parallel})
     run_ranks(fill, ranks, values, tmp_path)
     (warm, answered), *_ = run_ranks(by_actor, 1, models, prompts)
@@ -136,10 +146,10 @@ def stopped_after(steps: int, values: dict[str, Any], directory: Path) -> bool:
     """Fill the cache until the job is told to end after some steps; whether it says that it has not finished."""
     left = steps
 
-    def due(self: object) -> bool:
+    def due(self: object) -> str:
         nonlocal left
         left -= 1
-        return left == 0
+        return "" if left else "told"
 
     StopWatch.due = due  # type: ignore[method-assign]
     try:

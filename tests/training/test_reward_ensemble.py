@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.model import ModelSetup, ParallelConfig
 from nemo_eppo.settings.run import ExpManagerConfig
 from nemo_eppo.settings.training import OptimizerConfig
+from nemo_eppo.training.fit import Fit
 from nemo_eppo.training.reward_model import RewardTask, train_reward_model
 from nemo_eppo.training.reward_service import RewardModel
 from nemo_eppo.training.setup import build, plan
@@ -57,14 +59,15 @@ def test_the_average_is_that_of_the_best_members_who_share_a_probed_head(
     distance = max(float((member["score.weight"] - probe["score.weight"]).norm()) for member in each)
     assert distance < 0.2 * float(probe["score.weight"].norm())  # all have started with the probe's head
     assert (state["kind"], state["std"] > 0) == ("warm", True)
-    assert RewardModel(ModelSetup(restore_from_path=trained["warm"])).statistics()["kind"] == "warm"
+    assert RewardModel(ModelSetup(restore_from_path=trained["warm"])).statistics["kind"] == "warm"
 
 
-def test_what_is_trained_already_is_not_trained_again(models: Models, trained: dict[str, Path]) -> None:
-    files = [*trained["warm"].parent.glob("*/metrics.jsonl")]
+def test_what_is_trained_already_is_not_trained_again(models: Models, trained: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(trained["warm"].parent, tmp_path / "warm")  # that one is for all tests, and averaged anew
+    files = [*root.glob("*/metrics.jsonl")]
     before = {path: path.read_text() for path in files}
     assert len(files) == 4
-    run_ranks(_train_warm, 1, models, trained["warm"].parent)
+    run_ranks(_train_warm, 1, models, root)
     assert {path: path.read_text() for path in files} == before
 
 
@@ -72,6 +75,7 @@ def _stop_in_the_probe(models: Models, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     run = Run(directory, 0, logging.getLogger(), ExpManagerConfig(max_time_per_run="00:00:00:00"))
     ensemble = WARM | {"linear_probe_steps": 3}
+    logging.basicConfig(filename=directory / "log.txt", format="%(message)s", level=logging.INFO, force=True)
     with contextlib.suppress(RunStopped):
         train_reward_model(reward_training(models, "bradley_terry", ensemble=ensemble), run)
 
@@ -80,6 +84,8 @@ def test_a_probe_that_was_stopped_begins_anew(models: Models, tmp_path: Path) ->
     for _ in range(2):
         run_ranks(_stop_in_the_probe, 1, models, tmp_path / "warm")
     assert not list((tmp_path / "warm").glob("**/step_*"))
+    said = "max_time_per_run = 00:00:00:00: ending. A linear probe is not saved, the same command begins it anew."
+    assert (tmp_path / "warm" / "log.txt").read_text().count(said) == 2
 
 
 def probe(models: Models, parallel: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
@@ -96,20 +102,23 @@ def probe(models: Models, parallel: dict[str, Any]) -> tuple[dict[str, torch.Ten
     return before, dict(export_tensors(runner.chunks, planned.model)), report["grad_norm"]
 
 
+@pytest.fixture(scope="module")
+def probed(models: Models) -> tuple[dict[str, torch.Tensor], float]:
+    """Weights after the update on one rank, and the norm of the gradient."""
+    _, after, norm = run_ranks(probe, 1, models, {})[0]
+    return after, norm
+
+
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [
-        (1, {}),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        (2, {"pipeline_model_parallel_size": 2}),
-    ],
-    ids=["one", "tp2_sp", "pp2"],
+    "parallel",
+    [{"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 2}],
+    ids=["tp2_sp", "pp2"],
 )
 def test_a_linear_probe_moves_the_head_alone_in_every_layout(
-    ranks: int, parallel: dict[str, Any], models: Models
+    parallel: dict[str, Any], models: Models, probed: tuple[dict[str, torch.Tensor], float]
 ) -> None:
-    _, expected, norm = run_ranks(probe, 1, models, {})[0]
-    for before, after, found_norm in run_ranks(probe, ranks, models, parallel):
+    expected, norm = probed
+    for before, after, found_norm in run_ranks(probe, 2, models, parallel):
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved <= {"score.weight", "score.bias"}
         assert "score.weight" in moved
@@ -131,6 +140,30 @@ def test_a_linear_probe_moves_the_head_alone_in_every_layout(
 def test_bad_settings_are_named(ensemble: dict[str, Any], message: str, models: Models) -> None:
     with pytest.raises(ConfigError, match=message):
         reward_training(models, "bradley_terry", ensemble=ensemble)
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "expected"),
+    [
+        ({"lrs": [1e-5], "dropouts": [0.2]}, [(".", 1e-5, 0.2, 1234)]),
+        ({"dropouts": [0.2, 0.3]}, [(".", 1e-3, 0.2, 1234)]),
+        ({"members": 2, "lrs": [1e-5]}, [("member_0", 1e-5, 0.0, 1234), ("member_1", 1e-5, 0.0, 1235)]),
+    ],
+)
+def test_each_member_gets_its_folder_learning_rate_dropout_and_seed(
+    ensemble: dict[str, Any], expected: list[Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(fit: Fit) -> Path:
+        place = fit.run.directory.relative_to(tmp_path)
+        seen.append((str(place), fit.optimizer.lr, fit.dropout, fit.seed))
+        return place
+
+    monkeypatch.setattr(Fit, "train", train)
+    config = reward_training(models, "bradley_terry", ensemble=ensemble)
+    train_reward_model(config, Run(tmp_path, 0, logging.getLogger(), ExpManagerConfig()))
+    assert seen == expected
 
 
 def test_members_without_a_common_head_are_not_averaged(models: Models, tmp_path: Path) -> None:
@@ -179,4 +212,4 @@ def test_every_kind_trains_and_averages_in_bf16(kind: str, models: Models, tmp_p
     made = run_ranks(train_bf16, 1, models, kind, tmp_path / kind)[0]
     assert made == ["average", "linear_probe", "member_0", "member_1"]
     model = RewardModel(ModelSetup(restore_from_path=tmp_path / kind / "average"))
-    assert (model.head, model.statistics()["kind"], model.statistics()["std"][0] > 0) == (kind, kind, True)
+    assert (model.head, model.statistics["kind"], model.statistics["std"][0] > 0) == (kind, kind, True)

@@ -6,11 +6,11 @@ Start it with `python serve_reward_model.py key=value ...`, on several ranks wit
 
 from nemo_eppo.entry.job import job
 from nemo_eppo.observability.run import Run
-from nemo_eppo.settings.reward_model import RewardModelConfig
+from nemo_eppo.settings.reward_model import RewardServerConfig
 
 
-@job(RewardModelConfig, config_name="serve_reward_model")
-def main(config: RewardModelConfig, run: Run) -> None:
+@job(RewardServerConfig, config_name="serve_reward_model")
+def main(config: RewardServerConfig, run: Run) -> None:
     from nemo_eppo.training.reward_service import serve_reward_model
 
     serve_reward_model(config, run)

@@ -1,18 +1,13 @@
-"""Thousands of wrong requests from a client that may speak to the server: none changes it, none is answered."""
+"""Requests that a server applies, and what can be wrong with one."""
 
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
-import grpc
-import pytest
 import torch
-from server_process import Server
 from tiny_server import VOCAB
-from tritonclient.grpc import service_pb2
 
-from nemo_eppo.servers.client import CriticClient
-from nemo_eppo.servers.transport import Transport, _encode
+from nemo_eppo.servers.transport import _encode
 
 TOKENS, LENGTHS = torch.arange(8).reshape(2, 4) % (VOCAB - 4), torch.full((2,), 4)
 ENDPOINTS = ("critic_infer", "critic_train", "reward_infer")
@@ -93,38 +88,3 @@ FAULTS: list[Callable[[Any, Random], None]] = [
     leave_out, rename, other_type, other_shape, cut, lengthen, wrong_tokens, endless_lengths, other_endpoint,
     other_version, one_more,
 ]  # fmt: skip
-
-
-def memory(server: Server) -> int:
-    return sum(process.memory_info().rss for process in server.processes())
-
-
-@pytest.mark.parametrize("count", [200, pytest.param(12_000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_wrong_requests_change_nothing(server: Server, critic: CriticClient, count: int) -> None:
-    random, transport = Random(0), Transport(server.url, server.certificates)
-    before, values = critic.status(), critic.infer(TOKENS, LENGTHS).result()
-    processes, early = {process.pid for process in server.processes()}, 0
-    raw = transport._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")  # sends bytes as they are
-    for number in range(count):
-        fault = random.choice(FAULTS)
-        request = right(random.choice(ENDPOINTS))
-        fault(request, random)
-        sent = request.SerializeToString()
-        if random.random() < 0.1:  # no message at all, or one that breaks off
-            sent = random.choice([random.randbytes(200), sent[: random.randrange(1, 20)]])
-        call = raw.future(sent, timeout=60)
-        if call.code() is grpc.StatusCode.OK:
-            answer = service_pb2.ModelInferResponse.FromString(call.result())
-            assert [output.name for output in answer.outputs] == ["error"], (number, fault.__name__, request)
-        assert call.code() is not grpc.StatusCode.DEADLINE_EXCEEDED, (number, fault.__name__)
-        if number % 4 == 0:
-            assert torch.equal(critic.infer(TOKENS, LENGTHS).result(), values)
-        if number == count // 5:
-            early = memory(server)
-    transport.close()
-    after = critic.status()
-    assert {name: after[name] for name in ("step", "bias", "instance")} == {
-        name: before[name] for name in ("step", "bias", "instance")
-    }
-    assert {process.pid for process in server.processes()} == processes
-    assert memory(server) < 1.1 * early

@@ -1,0 +1,66 @@
+"""The memory of a decoder's keys and values: what the living sequences need, not what they may come to need.
+
+Responses end at many lengths, most of them long before their limit; room for all of them at the limit would be several
+times what is ever used.
+"""
+
+import torch
+
+from nemo_eppo.megatron import device
+
+_FEWEST = 128  # columns that are added at once: with fewer, short sequences would move at every few tokens
+
+
+class KeyValueCache:
+    """Keys and values [rows, G, 2, W, D] of each layer, on the device; the columns of a row are adjacent.
+
+    Where a sequence outgrows the W columns, it makes room for half as many again as the longest one has, up to a limit,
+    in the rows that are in use then: so a token's share of all moves is a constant. Layers move one after the other, so
+    that no more than one of them is there twice.
+
+    Args:
+        layers: number of layers of each chunk of this rank.
+        groups: G, groups of keys and values of this rank.
+        width: D, numbers of a key.
+    """
+
+    def __init__(self, layers: list[int], groups: int, width: int, dtype: torch.dtype) -> None:
+        self._empty = torch.empty(0, groups, 2, 0, width, dtype=dtype, device=device.device())
+        self.chunks = [[self._empty] * count for count in layers]
+        self._limit = 0
+
+    def start(self, limit: int) -> None:
+        """Free all memory; a row will have up to `limit` columns."""
+        self.chunks = [[self._empty] * len(layers) for layers in self.chunks]
+        self._limit = rounded(limit)
+
+    def make_room(self, rows: int, columns: int) -> bool:
+        """Have at least so many rows and columns; no row after these is in use. New columns hold 0.
+
+        Returns:
+            whether the layers have moved, and rows that are not in use are gone.
+        """
+        old_rows, _, _, old_columns, _ = self.chunks[0][0].shape
+        if rows <= old_rows and columns <= old_columns:
+            return False
+        if columns > old_columns:
+            columns = min(rounded(columns + max(columns // 2, _FEWEST)), self._limit)
+        else:
+            columns = old_columns
+        for layers in self.chunks:
+            for number, old in enumerate(layers):
+                # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
+                layers[number] = old.new_zeros(rows, *old.shape[1:3], columns, old.size(-1))
+                layers[number][:old_rows, ..., :old_columns, :] = old[:rows]
+        return True
+
+    def copy(self, source: int, target: int, columns: int) -> None:
+        """Copy the first columns of a row to another row."""
+        for layer in (layer for layers in self.chunks for layer in layers):
+            layer[target, ..., :columns, :] = layer[source, ..., :columns, :]
+
+
+def rounded(columns: int) -> int:
+    """Round a number of columns up as the device's attention wants it."""
+    multiple = device.cached_tokens_multiple()
+    return -(-columns // multiple) * multiple
