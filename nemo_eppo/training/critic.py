@@ -117,8 +117,15 @@ class CriticModel:
                     raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
             del self.runner  # before the new one needs as much memory
             self._build(resume)
+            on_rank0(lambda: self._remove_after(step))
         self._run = run
         return self._step
+
+    def _remove_after(self, step: int) -> None:
+        # updates are made anew from here: of one that is not saved again, an earlier trajectory's must not be found
+        for path in checkpoint_files.complete_in(self._folder):
+            if checkpoint_files.read_manifest(path).step > step:
+                remove_directory(path)
 
     def _infer(self, request: Tensors) -> Tensors:
         values, _ = self.runner.infer(request["tokens"], request["lengths"], outputs=1)

@@ -43,7 +43,7 @@ class Task(ABC):
     latent_size = 0
     """Size d of the latents of the head "inform"; 0 for other heads."""
     train: Examples[Any]
-    """Training examples."""
+    validation: Examples[Any]
 
     @abstractmethod
     def rows(self, indices: list[int]) -> Rows:
@@ -99,7 +99,7 @@ class Fit:
         self.optimizer.check_decay(last)
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
-        require_same("data.train: rows", task.train.digest)
+        require_same("data.train and data.validation: rows", (task.train.digest, task.validation.digest))
         folder = run.directory / CHECKPOINTS
         resume = checkpoint.verify_newest(folder, task.head, plan.model, plan.setup.precision)
         done = 0

@@ -139,8 +139,10 @@ class PPO:
             ledger.observations |= seen
         metrics = self._train(step, batch, experience)
         with timers("shape"):
-            if "kl/policy_reference" in ledger.observations:
-                self.pipeline.kl.end_step(ledger.observations["kl/policy_reference"].mean().item(), batch.batch_size)
+            if (kl := self.pipeline.kl).coefficient > 0:
+                metrics["kl/coefficient"] = kl.coefficient
+            if self._policy_learns(step) and "kl/policy_reference" in ledger.observations:
+                kl.end_step(ledger.observations["kl/policy_reference"].mean().item(), batch.batch_size)
             metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, outputs, experience, generated)
         metrics |= timers.collect(time.perf_counter() - started)
         return StepResult(metrics, batch, rollout.samples, experience, ledger, raw.latents)
@@ -249,10 +251,12 @@ class PPO:
         experience.validate()
         return experience, shaped.ledger
 
+    def _policy_learns(self, step: int) -> bool:
+        return step > self.settings.critic_warmup_steps
+
     def _train(self, step: int, batch: RolloutBatch, experience: Experience) -> dict[str, float]:
         """Make all updates of a step. A critic server makes its updates in order while the policy makes its own."""
         settings, self.updating = self.settings, True
-        policy_learns = step > settings.critic_warmup_steps
         reports: list[dict[str, float]] = []
         pending = []
         for epoch in range(settings.epochs):
@@ -264,7 +268,7 @@ class PPO:
                     with self.timers("critic_train"):
                         pending.append(self.critic.train(part, chosen.returns, chosen.values))
                 report = {}
-                if policy_learns:
+                if self._policy_learns(step):
                     with self.timers("actor_train"):
                         report = self._train_policy(part, chosen, is_first=not reports)
                 reports.append({f"actor/{name}": value for name, value in report.items()})

@@ -74,6 +74,21 @@ def test_nothing_changes_for_a_model_that_leaves_and_returns(
     run_ranks(journeys, layout.get("tensor_model_parallel_size", 1), precision, lora, layout)
 
 
+def frozen_journeys() -> None:
+    runner = build_runner({})
+    offload, expected = Offload(Holder(runner)), logprobs(runner)
+    for _ in range(2):
+        offload.set_aside()
+        offload.restore()
+        assert torch.equal(logprobs(runner), expected)
+        for parameter in runner.chunks[0].parameters():
+            parameter.data.zero_()  # comes back as it was: its first copy is not made anew
+
+
+def test_a_model_that_nothing_trains_is_copied_to_the_host_once() -> None:
+    run_ranks(frozen_journeys, 1)
+
+
 def nested_turns() -> tuple[int, int, int]:
     runner = build_runner({}, optimizer=OptimizerConfig(lr=1e-2))
     offload, moves = Offload(Holder(runner)), [0]

@@ -9,7 +9,7 @@ from distributed import run_ranks
 from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.servers.protocol import ServiceError
+from nemo_eppo.servers.protocol import ServerEnding, ServiceError
 from nemo_eppo.servers.service import Tensors
 from nemo_eppo.settings.critic import CriticConfig
 from nemo_eppo.training.critic import CriticService
@@ -74,6 +74,31 @@ def test_what_a_critic_has_learnt_belongs_to_one_run(models: Models, tmp_path: P
     [(first, other, same, foreign)] = run_ranks(beginnings, 1, models, tmp_path)
     assert (first, other, same) == ("", "", "")  # a critic that has learnt nothing serves any run
     assert foreign.startswith("the critic has made 1 updates of another run")
+
+
+def going_back(models: Models, directory: Path) -> tuple[list[str], list[str], str]:
+    service, saved = started(models, directory), []
+    service.endpoints["critic_begin"](begin(1, 0))
+    for _ in range(2):
+        service.endpoints["critic_train"](request(2))
+        service.endpoints["critic_save"]({"keep": torch.tensor([0, 1]), "step": torch.tensor([service.step])})
+        service.endpoints["critic_saved"]({"step": torch.tensor([service.step])})
+        saved.append(sorted(path.name for path in directory.glob("checkpoints/*"))[-1])
+    service.endpoints["critic_begin"](begin(1, 1))
+    left = sorted(path.name for path in directory.glob("checkpoints/*"))
+    service.endpoints["critic_train"](request(2))
+    try:
+        service.endpoints["critic_saved"]({"step": torch.tensor([2])})
+    except ServerEnding as error:
+        return saved, left, str(error)
+    return saved, left, ""
+
+
+def test_a_critic_that_went_back_finds_no_checkpoint_of_before(models: Models, tmp_path: Path) -> None:
+    [(saved, left, error)] = run_ranks(going_back, 1, models, tmp_path)
+    assert saved == ["step_000001", "step_000002"]
+    assert left == ["step_000001"]
+    assert error.endswith("step_000002 was not saved")
 
 
 def anew(models: Models, directory: Path) -> tuple[list[Tensors], int, list[str], str]:

@@ -50,6 +50,7 @@ def test_a_failed_function_loses_no_step_and_the_policy_waits_for_its_critic(mod
         "ppo": {"max_steps": 10, "rollout_batch_size": 8, "mini_batch_size": 4, "critic_warmup_steps": 1},
         "critic": {"colocated": {"restore_from_path": models.rm, "optimizer": {"lr": 1e-3}}},
         "rewards": [{"function": "own_functions:fails_at_the_17th"}],
+        "shaping": {"kl": {"coefficient": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 40}},
         "optimizer": {"lr": 1e-3, "schedule": "linear"},
         "checkpoint": {"interval": 0},
     }
@@ -64,6 +65,7 @@ def test_a_failed_function_loses_no_step_and_the_policy_waits_for_its_critic(mod
     first, second = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "critic/grad_norm" in first
     assert not any(name.startswith("actor/") for name in first)
+    assert first["kl/coefficient"] == second["kl/coefficient"] == 0.1  # which no KL of a policy that waits can lower
     assert second["kl/policy_reference"] == 0  # it generated with the SFT model's weights still
     assert second["actor/lr"] == 1e-3 * (1 - 0.5 / 18)  # the mean of its first two of 18 updates, the schedule's first
     [weights] = run_ranks(read_weights, 1, saved, models.config, "lm")
