@@ -272,6 +272,25 @@ def test_an_actor_of_tp2_pp2_refits_tensor_by_tensor_and_no_damage_passes_on_any
         assert rank["healed"] == {6}
 
 
+def fail_amid_a_refit(directory: Path) -> None:
+    chunks = build_policy(LAYOUTS["TP 2"])
+    engine = trtllm_engine(chunks, directory, config=small_buckets())
+
+    def ends_on_rank_1() -> Iterator[tuple[str, Tensor]]:
+        for index, named in enumerate(export_tensors(chunks, MODEL)):
+            if index == 9 and torch.distributed.get_rank() == 1:
+                raise MemoryError("no room for the next tensor")
+            yield named
+
+    engine.refit(ends_on_rank_1(), 1)
+
+
+def test_a_rank_that_fails_amid_a_refit_does_not_wait_for_those_that_wait_for_it(tmp_path: Path) -> None:
+    # its end is the job's, as torchrun ends all when one does
+    with pytest.raises(RuntimeError, match=r"rank 1 failed:(\n.*)*MemoryError: no room for the next tensor"):
+        run_ranks(fail_amid_a_refit, 2, tmp_path, timeout=60)
+
+
 def answer_with_a_stale_cache(directory: Path) -> tuple[list[Any], str]:
     """Greedy answers before and after an update whose finalising keeps the prefix cache; then the process dies."""
     chunks = build_policy({})
