@@ -225,8 +225,12 @@ def test_ctrl_c_before_anything_has_started_leaves_no_traceback(tmp_path: Path) 
         with file.open("w"):  # waits until the launcher reads it
             os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=press_ctrl_c, daemon=True).start()
-    assert main(["launch", str(file)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+    try:
+        threading.Thread(target=press_ctrl_c, daemon=True).start()
+        assert main(["launch", str(file)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow  # that a job ends with its launcher is shown in tests/entry, and of its ranks in test_nursery.py
