@@ -5,6 +5,7 @@ times what is ever used.
 """
 
 import torch
+from torch import Tensor
 
 from nemo_eppo.megatron import device
 
@@ -29,6 +30,11 @@ class KeyValueCache:
         self.chunks = [[self._empty] * count for count in layers]
         self._limit = 0
 
+    @property
+    def columns(self) -> int:
+        """W."""
+        return self.chunks[0][0].size(3)
+
     def start(self, limit: int) -> None:
         """Free all memory; a row will have up to `limit` columns."""
         self.chunks = [[self._empty] * len(layers) for layers in self.chunks]
@@ -40,7 +46,7 @@ class KeyValueCache:
         Returns:
             whether the layers have moved, and rows that are not in use are gone.
         """
-        old_rows, _, _, old_columns, _ = self.chunks[0][0].shape
+        old_rows, old_columns = self.chunks[0][0].size(0), self.columns
         if rows <= old_rows and columns <= old_columns:
             return False
         if columns > old_columns:
@@ -54,8 +60,8 @@ class KeyValueCache:
                 layers[number][:old_rows, ..., :old_columns, :] = old[:rows]
         return True
 
-    def copy(self, source: int, target: int, columns: int) -> None:
-        """Copy the first columns of a row to another row."""
+    def copy(self, source: int | Tensor, target: int | slice, columns: int) -> None:
+        """Copy the first columns of a row, or of several, to other rows."""
         for layer in (layer for layers in self.chunks for layer in layers):
             layer[target, ..., :columns, :] = layer[source, ..., :columns, :]
 

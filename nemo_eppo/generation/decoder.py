@@ -56,8 +56,8 @@ class _Passed(NamedTuple):
 class _Newest(NamedTuple):
     """One new token of each row, and the columns of the cache that it sees."""
 
-    rows: Tensor
-    """Row numbers [n], 0 to n - 1."""
+    places: Tensor
+    """Where its keys and values stand in a layer's cache [n, G, 2, W, D]: rows [n * G * 2] of it as [-1, D]."""
     positions: Tensor
     """Position [n] of each new token."""
     longest: int
@@ -135,18 +135,23 @@ class Decoder:
             self._replayed = [ReplayedSteps(advance, rows, self._record) for advance in advances]
 
     @torch.inference_mode()
-    def add(self, tokens: Tensor, lengths: Tensor) -> Outputs:
-        """Begin sequences, in the rows after those in use.
+    def add(self, tokens: Tensor, lengths: Tensor, repeated: list[int]) -> Outputs:
+        """Begin sequences, in the rows after those in use: one with each prompt, and others with the same prompts.
 
         Args:
-            tokens: [n, P] prompts, right padding; on the host, as `lengths` is.
-            lengths: [n] tokens of each prompt.
+            tokens: [d, P] prompts, right padding; on the host, as `lengths` is.
+            lengths: [d] tokens of each prompt.
+            repeated: numbers r of the prompts of further rows, which are computed once.
+
+        Returns:
+            of the d + r new rows.
         """
         first, longest = len(self._lengths), tokens.size(1)
-        self._lengths = torch.cat([self._lengths, lengths])
+        prompt_of = torch.tensor([*range(len(lengths)), *repeated])
+        self._lengths = torch.cat([self._lengths, lengths[prompt_of]])
         self._make_room(longest)
-        tokens, lengths = tokens.to(device.device()), lengths.to(device.device())
-        self._positions = torch.cat([self._positions, lengths])
+        tokens, lengths, prompt_of = (part.to(device.device()) for part in (tokens, lengths, prompt_of))
+        self._positions = torch.cat([self._positions, lengths[prompt_of]])
         at_once = max(1, _PREFILL_TOKENS // longest)  # rows
         last_hidden, energies = [], []
         for start in range(0, len(lengths), at_once):
@@ -156,7 +161,12 @@ class Decoder:
             energies.append(read[places])
             if hidden is not None:
                 last_hidden.append(hidden[places])
-        return Outputs(self._logits(torch.cat(last_hidden)) if last_hidden else None, torch.cat(energies))
+        logits = self._logits(torch.cat(last_hidden)) if last_hidden else None
+        if repeated:
+            others = slice(first + len(tokens), len(self._lengths))
+            self._cache.copy(first + prompt_of[len(tokens) :], others, longest)
+            logits = None if logits is None else logits[prompt_of]
+        return Outputs(logits, torch.cat(energies)[prompt_of])
 
     def _prefill(self, tokens: Tensor, first: int) -> tuple[Tensor | None, Tensor]:
         """Run prompts [n, P] in n rows of the cache: hidden [n, P, H] on the last stage, energies [n, P, E]."""
@@ -211,8 +221,9 @@ class Decoder:
             visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(self._dtype)
             if window is not None:
                 in_window = visible.masked_fill((columns <= places - window)[:, None, None], -torch.inf)
-        rows = torch.arange(len(positions), device=positions.device)
-        return _Newest(rows, positions, longest, visible, in_window)
+        firsts = torch.arange(len(positions) * self._groups * 2, device=positions.device) * self._cache.columns
+        places = (firsts.view(len(positions), -1) + positions[:, None]).flatten()
+        return _Newest(places, positions, longest, visible, in_window)
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> list[int]:
@@ -222,6 +233,8 @@ class Decoder:
             The kept rows in their new order.
         """
         size = len(rows)
+        if size == len(self._lengths):
+            return rows
         holes = sorted(set(range(size)) - set(rows))
         movers = [row for row in rows if row >= size]
         order = list(range(size))
@@ -300,7 +313,7 @@ class Decoder:
             key.copy_(self._norm(key, layer.k_norm))
         rotate(qkv[..., : heads + 1, :], rotary)
         if newest is not None:
-            cache[newest.rows, :, :, newest.positions] = qkv[:, 0, :, heads:]
+            cache.view(-1, width).index_copy_(0, newest.places, qkv[:, 0, :, heads:].reshape(-1, width))
             if self._decoding_attention is not None:
                 seen = (newest.positions, newest.longest)
                 out = self._decoding_attention(query[:, 0], cache, *seen, window=layer.window, **self._attention)

@@ -26,7 +26,7 @@ from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import SamplingParams
 
-_BLOCK = 8  # tokens per row between looks at what was sampled, each of which waits for the device
+_BLOCK = 8 if device.on_gpu() else 2  # tokens per row between looks at what was sampled, for which a GPU is waited for
 _NUMBERS = 2  # log-prob and entropy of a token, before its energies
 
 
@@ -130,18 +130,27 @@ class MegatronEngine:
             batch = self._go_on(decoder, batch, token, work.responses)
 
     def _begin(self, decoder: Decoder, joining: list[int], work: "_Work") -> "_Batch":
-        """Add the prompts of the requests `joining` to the decoder's rows."""
-        prompts = [work.prompts[i] for i in joining]
+        """Add the prompts of the requests `joining` to the decoder's rows; equal ones are computed once."""
+        numbers: dict[tuple[int, ...], int] = {}
+        firsts, others, repeated = list[int](), list[int](), list[int]()
+        for i in joining:
+            number = numbers.setdefault(tuple(work.prompts[i]), len(firsts))
+            if number == len(firsts):
+                firsts.append(i)
+            else:
+                others.append(i)
+                repeated.append(number)
+        prompts, rows = [work.prompts[i] for i in firsts], firsts + others
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = [torch.tensor(prompt) for prompt in prompts]
         padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._limits.pad_id)
         seen = None
         if work.distribution.repetition_penalty != 1.0:
-            seen = torch.zeros(len(prompts), self._vocab_size, dtype=torch.bool)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[prompt] = True
+            seen = torch.zeros(len(rows), self._vocab_size, dtype=torch.bool)
+            for row, i in zip(seen, rows, strict=True):
+                row[work.prompts[i]] = True
             seen = seen.to(device.device())
-        return _Batch(joining, decoder.add(padded, lengths), seen)
+        return _Batch(rows, decoder.add(padded, lengths, repeated), seen)
 
     def _go_on(self, decoder: Decoder, batch: "_Batch", token: Tensor, responses: list["_Response"]) -> "_Batch | None":
         """Drop the rows whose responses have ended and run `token` [n], the newest of each, of the others.

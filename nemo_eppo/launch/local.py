@@ -28,7 +28,7 @@ from nemo_eppo.servers.ports import free_port
 
 GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
 MOST_RESTARTS = 3  # of each server that had been ready; the actor waits for it, and resumes
-POLL_S = 0.2  # seconds between looks at the jobs
+POLL_S = 0.1  # seconds between looks at the jobs
 TAIL_LINES = 25  # lines shown of a failed job's log
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -114,7 +114,9 @@ def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[Res
     group = parallel_state.get_data_parallel_group()
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     mine = order[group.rank() :: group.size()]
-    made: list[Any] = [None] * group.size()
-    dist.all_gather_object(made, dict(zip(mine, work(mine), strict=True)), group=group)
+    own = dict(zip(mine, work(mine), strict=True))
+    made: list[Any] = [own] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(made, own, group=group)
     together = {index: result for part in made for index, result in part.items()}
     return [together[index] for index in range(len(sizes))]

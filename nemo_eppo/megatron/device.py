@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_eppo.megatron.elementwise import rotation, swiglu
+from nemo_eppo.megatron.elementwise import norm_of_all, rotation, scale_all, swiglu
 from nemo_eppo.processes import serve_parent
 
 CPU = torch.device("cpu")
@@ -181,6 +181,10 @@ def install() -> None:
     rope = _megatron("models.common.embeddings.rope_utils")
     rope._apply_rotary_pos_emb_bshd = rotation(rope._apply_rotary_pos_emb_bshd)
     _megatron("transformer.mlp").bias_swiglu_impl = swiglu
+    clip = _megatron("optimizer.clip_grads")
+    clip.l2_norm_impl, clip.multi_tensor_scale_impl = norm_of_all, scale_all
+    # of routers to experts, for which it looks through all modules at each update; there are none
+    _megatron("distributed.finalize_model_grads").reset_model_temporary_tensors = lambda *args: None
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
 

@@ -9,12 +9,13 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_eppo.megatron import device
 from nemo_eppo.megatron.elementwise import rms_norm_on_cpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """RMSNorm over the last dimension of x [..., H] with weight [H]; `plus_one` scales by 1 + weight in fp32."""
+    if x.is_cpu and x.dtype.itemsize >= 4:  # the narrow ones are computed in fp32
+        return rms_norm_on_cpu(x, 1 + weight if plus_one else weight, eps)
     if not plus_one:
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -33,8 +34,6 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
-        if not device.on_gpu() and x.dtype.itemsize >= 4:  # the narrow ones are computed in fp32
-            return rms_norm_on_cpu(x, 1 + self.weight if self.plus_one else self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps, self.plus_one)
 
 

@@ -19,8 +19,8 @@ from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
 from nemo_eppo.settings.training import OptimizerConfig
 
-# keys of a parameter group that come from the config; the scheduler sets lr and weight decay
-_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+# keys of a parameter group that come from the config or this machine; the scheduler sets lr and weight decay
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "fused")
 
 
 def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, precision: Precision) -> list[Any]:
@@ -87,6 +87,9 @@ def build_optimizer(
             _find_states_where_they_are(part)
         elif precision == "bf16":
             _give_main_copies_to_heads(part)
+        if not device.on_gpu() and part.optimizer is not None:
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # torch's AdamW then takes one pass over memory for each parameter
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -142,7 +145,7 @@ def load_state(
     if shards is not None:
         _load_shards(optimizer, shards)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update({name: own[name] for name in _SETTINGS})
+        group.update({name: own[name] for name in _SETTINGS if name in own})
         for name in own.keys() - group.keys():  # of this machine's Adam, which may not be the one that was saved
             group[name] = own[name]
     scheduler.num_steps = 0  # megatron-core (0.16) adds the checkpoint's updates to those made

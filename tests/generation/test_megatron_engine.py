@@ -23,6 +23,7 @@ from nemo_eppo.generation import megatron_engine
 from nemo_eppo.generation.decoder import Decoder, Outputs
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.rollout.batch import Completion, FinishReason
+from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import SamplingParams
 
 LENGTHS = [7, 1, 4, 12, 4, 9, 3, 20, 5, 5, 6, 2, 15, 8, 10, 11]
@@ -135,6 +136,35 @@ def generate_among_others() -> list[list[int]]:
 
 def test_a_response_does_not_depend_on_the_other_prompts() -> None:
     assert on_one_rank(generate_among_others) == tokens_of(alone())
+
+
+def generate_groups(layout: dict[str, Any], size: int) -> tuple[list[Completion], int]:
+    """Three answers to each of five prompts, in batches of `size`, and how many prompts were computed."""
+    computed, prefill = [], Decoder._prefill
+
+    def counted(self: Decoder, tokens: torch.Tensor, first: int) -> Any:
+        computed.append(len(tokens))
+        return prefill(self, tokens, first)
+
+    Decoder._prefill = counted  # type: ignore[method-assign]
+    engine = build_engine(build_policy(layout), energy=EnergyProbeConfig(), max_batch_size=size)
+    prompts = [prompt for prompt in PROMPTS[:5] for _ in range(3)]
+    sampling = HOT.model_copy(update={"repetition_penalty": 1.2})
+    return engine.generate(prompts, sampling, SEEDS[:15]), sum(computed)
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "most"), [({}, 15, 5), ({}, 7, 12), ({"tensor_model_parallel_size": 2}, 15, 5)]
+)
+def test_equal_prompts_are_computed_once_for_all_their_answers(layout: dict[str, Any], size: int, most: int) -> None:
+    alone, computed_alone = on_one_rank(generate_groups, {}, 1)
+    assert computed_alone == 15
+    for together, computed in run_ranks(generate_groups, layout.get("tensor_model_parallel_size", 1), layout, size):
+        assert 5 <= computed <= most
+        assert tokens_of(together) == tokens_of(alone)
+        for one, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(one.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(one.energies, expected.energies, atol=1e-5, rtol=1e-5)
 
 
 def generate_per_replica() -> tuple[int, list[list[int]]]:

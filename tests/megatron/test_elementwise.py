@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.elementwise import rms_norm_on_cpu, rotation, swiglu
+from nemo_eppo.megatron.elementwise import norm_of_all, rms_norm_on_cpu, rotation, scale_all, swiglu
 
 device.install()
 ROPE: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
@@ -98,3 +98,16 @@ def test_rms_norm_of_zeros_is_zero() -> None:
     assert torch.equal(x, torch.zeros(2, 4))
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_the_norm_of_all_gradients_and_their_scaling() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) for shape in ((3, 2), (7,), (1,))]
+    expected = torch.cat([tensor.flatten() for tensor in tensors])
+    norm, _ = norm_of_all(1, torch.zeros(1), [tensors], False)
+    assert norm.shape == (1,)
+    assert norm.item() == pytest.approx(expected.norm().item(), rel=1e-6)
+    places = [tensor.data_ptr() for tensor in tensors]
+    scale_all(1, torch.zeros(1), [tensors, tensors], 0.25)
+    assert torch.equal(torch.cat([tensor.flatten() for tensor in tensors]), expected * 0.25)
+    assert [tensor.data_ptr() for tensor in tensors] == places

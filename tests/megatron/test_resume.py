@@ -40,7 +40,11 @@ def interrupted(
     runner = build_runner(layout, head=head, precision=precision, optimizer=optimizer)
     update(runner, head)
     manifest = checkpoint_files.Manifest(head=head, step=1, model=MODEL, optimizer=True)
+    for group in runner.optimizer.param_groups:
+        group["fused"] = None  # as where another Adam wrote it, and as it was before there was a fused one
     checkpoint.save(directory, runner, manifest)
+    for group in runner.optimizer.param_groups:
+        group["fused"] = True
     update(runner, head)
     update(runner, head)
     return exported(runner)
@@ -284,8 +288,9 @@ def resumed_with(settings: OptimizerConfig, precision: Any, directory: Path) -> 
     checkpoint.load(directory, runner, optimizer=True)
     rates = [update(runner, "lm")["lr"] for _ in range(3)]
     groups = runner.optimizer.param_groups
-    decays = sorted(group["weight_decay"] for group in groups)
-    return rates, {"betas": [group["betas"] for group in groups], "eps": groups[0]["eps"], "decays": decays}
+    decays, fused = sorted(group["weight_decay"] for group in groups), {group["fused"] for group in groups}
+    told = {"betas": [group["betas"] for group in groups], "eps": groups[0]["eps"], "decays": decays, "fused": fused}
+    return rates, told
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -294,7 +299,7 @@ def test_a_run_goes_on_with_the_settings_it_is_given_now(precision: str, written
     settings = OptimizerConfig(lr=0.02, min_lr=0.004, schedule="linear", betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
     [(rates, told)] = run_ranks(resumed_with, 1, settings, precision, directory)
     assert rates == pytest.approx([0.02 - 0.016 * done / 5 for done in (1, 2, 3)])
-    assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2]}
+    assert told == {"betas": [(0.8, 0.9)] * 2, "eps": 1e-3, "decays": [0.0, 0.2], "fused": {True}}
 
 
 def refusal(precision: Any, directory: Path, optimizer: OptimizerConfig = OPTIMIZER) -> str:
