@@ -17,7 +17,9 @@ class RefitWorker(WorkerExtension):
     device_id: int
 
     def load_bucket(self, handles: list[str]) -> list[TensorInfo]:
-        """Load the tensors that are shared on this worker's GPU, and describe what was loaded.
+        """Load the tensors that are shared on this worker's GPU, and describe what was given to TensorRT-LLM to load.
+
+        That it loads all it is given is not checked: its own tensors are fused and split, so they have other digests.
 
         Args:
             handles: of each GPU of the engine, what `ipc.handles` made on it.

@@ -99,7 +99,7 @@ def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
     of it are in use. torch's own pinned tensors take the next power of two of bytes."""
     # shared with the processes that write checkpoints: a fork would copy locked pages of its own at once
     memory = torch.frombuffer(mmap.mmap(-1, max(size, 1) * dtype.itemsize), dtype=dtype)[:size]
-    if on_gpu():
+    if on_gpu() and size:
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())

@@ -84,8 +84,8 @@ class PPOSettings(Config):
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """What probability ratios, KL and energy losses start from: a forward pass of the trainer over each rollout, or
     (engine) what engine.name = megatron reads while it decodes, which saves that pass. In fp32 both are the same up to
-    rounding. In bf16 their log-probs differ by about 0.01 per token. With engine, steps 1, 51, 101, ... still compare
-    both."""
+    rounding. In bf16 their log-probs differ by about 0.01 per token. With engine, steps 1, 51, 101, ... and the first
+    after a resume still compare both."""
     importance_cap: float | None = Field(None, gt=0)
     """Cap of the token weights min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
     mismatch_limit: float | None = Field(0.5, gt=0)

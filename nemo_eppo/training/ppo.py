@@ -92,6 +92,7 @@ class PPO:
         self.sampling, self.tokenizer, self.seed = sampling, tokenizer, seed
         self.estimator = ESTIMATORS[settings.advantages.estimator](**settings.advantages.given)
         self.timers = Timers(device.synchronize)
+        self._is_compared = False  # whether engine and trainer are, since this process started
         self.updating = False
         """Whether policy and critic may be between two steps."""
 
@@ -179,8 +180,9 @@ class PPO:
     def _old_outputs(self, batch: RolloutBatch, step: int) -> tuple[PolicyOutputs, dict[str, float]]:
         """Return the outputs of the policy that generated the batch, and how far engine and trainer differ."""
         settings = self.settings
-        if settings.old_logprobs == "engine" and (step - 1) % CHECK_INTERVAL:
+        if settings.old_logprobs == "engine" and self._is_compared and (step - 1) % CHECK_INTERVAL:
             return self.policy.read(batch), {}
+        self._is_compared = True
         computed = self.policy.infer(batch)
         mismatch = engine_mismatch(batch, computed.logprobs, settings.mismatch_limit)
         return (self.policy.read(batch) if settings.old_logprobs == "engine" else computed), mismatch

@@ -1,13 +1,14 @@
 """From settings to a model on all ranks: `plan` checks before anything expensive starts, `build` builds."""
 
 import gc
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.megatron import checkpoint, lora, runtime
+from nemo_eppo.megatron import checkpoint, device, lora, runtime
 from nemo_eppo.megatron.energy import EnergyProbe
 from nemo_eppo.megatron.model import build_model
 from nemo_eppo.megatron.optimizer import build_optimizer, wrap_data_parallel
@@ -19,6 +20,8 @@ from nemo_eppo.models.layout import check_layout
 from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.model import Head, ModelConfig, ModelSetup
 from nemo_eppo.settings.training import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ def build(
     setup = plan.setup
     if setup.lora is not None and optimizer is None:
         raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
+    if device.on_gpu() and setup.precision == "fp32" and optimizer is not None:
+        logger.warning("model.precision = fp32 on a GPU: bf16 computes an order of magnitude faster there")
     gc.collect()  # reference cycles hold an earlier model and its optimizer, which would stay beside the new one
     chunks: list[Any] = build_model(
         plan.model,

@@ -22,7 +22,7 @@ from nemo_eppo.megatron import device
 Row = dict[str, str | float]
 Contestant = Callable[[], object]
 """Does the work that is measured; an int that it returns is how many units of work it was, else it was one."""
-PACKAGES = ("torch", "megatron-core", "transformers", "trl")
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "nvidia-pytriton", "transformers", "trl")
 
 
 class Options(NamedTuple):

@@ -1,6 +1,7 @@
 """No refit passes that is not exactly the one expected, and one that passes is the actor's weights bit for bit."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from engines import stand_in, trtllm_engine
+from engines import STAND_IN, stand_in, trtllm_engine
 from small_models import (
     EOS,
     GEMMA2_MODEL,
@@ -38,6 +39,9 @@ from nemo_eppo.models.hf_config import hf_config
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.settings.generation import EngineConfig, SamplingParams, TensorRTLLMConfig
 from nemo_eppo.settings.model import LoRAConfig, ModelConfig, ParallelConfig
+
+sys.path.append(str(STAND_IN))
+from memory_account import Account
 
 GREEDY = SamplingParams(max_new_tokens=8, greedy=True)
 PROMPTS = random_prompts([7, 3, 12])
@@ -289,6 +293,19 @@ def test_a_rank_that_fails_amid_a_refit_does_not_wait_for_those_that_wait_for_it
     # its end is the job's, as torchrun ends all when one does
     with pytest.raises(RuntimeError, match=r"rank 1 failed:(\n.*)*MemoryError: no room for the next tensor"):
         run_ranks(fail_amid_a_refit, 2, tmp_path, timeout=60)
+
+
+def held_after_the_start(directory: Path) -> dict[str, int]:
+    account = Account(directory / "account", 10**9)
+    config = stand_in(environment={"STAND_IN_MEMORY": str(directory / "account")})
+    engine = trtllm_engine(build_policy({}), directory, config=config)
+    held = account.held()
+    engine.close()
+    return held
+
+
+def test_an_engine_that_has_started_sleeps(tmp_path: Path) -> None:
+    assert run_ranks(held_after_the_start, 1, tmp_path) == [{}]
 
 
 def answer_with_a_stale_cache(directory: Path) -> tuple[list[Any], str]:

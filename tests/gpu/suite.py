@@ -3,10 +3,13 @@
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +37,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {', '.join(device.describe()) or 'no GPU'}", flush=True)
     if len(arguments.only) > 1 and not options.smallest:  # in a process of its own each, which may lose its GPU
         command = [sys.executable, *sys.argv, "--only"]
-        passed = [in_time([*command, name]) for name in arguments.only]
+        passed = [in_time([*command, name], arguments.output) for name in arguments.only]
     else:
         passed = [run(name, options, arguments.output) for name in arguments.only]
     ok = all(passed)
@@ -42,13 +45,29 @@ def main() -> None:
     sys.exit(0 if ok else 1)
 
 
-def in_time(command: list[str]) -> bool:
-    """Run a part in a process of its own, and tell whether it passed; its rows so far are kept if its time is over."""
+def in_time(command: list[str], output: Path) -> bool:
+    """Run a part in a process of its own, and tell whether it passed; its rows so far are kept if it does not end."""
+    part = subprocess.Popen(command, start_new_session=True)
     try:
-        return subprocess.run(command, check=False, timeout=LIMIT_S).returncode == 0
+        status = part.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        print(f"{command[-1]}: not ended after {LIMIT_S} s", flush=True)
-        return False
+        found = f"not ended after {LIMIT_S} s"
+        # first so that what it has launched ends its jobs, which would disturb the next part
+        for told, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(part.pid, told)
+                part.wait(patience)
+    else:
+        if status in (0, 1):  # 1: its rows say what failed
+            return status == 0
+        found = f"exit status {status}"
+    name = command[-1]
+    file = output / f"{name}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows.append({"what": "the part ends", "expected": "no error", "found": found, CHECK: FAIL})
+    write(output, name, f"{name}, which did not end", rows, 0)
+    print(json.dumps({"part": name, **rows[-1]}), flush=True)
+    return False
 
 
 def run(name: str, options: Options, output: Path) -> bool:

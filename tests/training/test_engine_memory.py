@@ -36,8 +36,8 @@ sys.path.append(str(STAND_IN))
 from memory_account import Account  # noqa: E402
 
 # In sizes of the weights. The trainer's weights, gradients and moments take 4, and so do the critic's in its turns; the
-# engine's weights 1, a refit 1.
-BUDGET, ACTIVATIONS, LOADING, CACHE_SHARE = 10, 5, 2, 0.9
+# engine's weights 1, a refit 1. Activations take all the rest, so that an engine that wakes wants what torch keeps.
+BUDGET, ACTIVATIONS, LOADING, CACHE_SHARE = 10, 6, 2, 0.9
 
 
 class Trainer:
