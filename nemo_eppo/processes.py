@@ -1,8 +1,9 @@
-"""What a process arranges with the kernel for itself, and with its children by their environment (Linux)."""
+"""What a process arranges with the kernel for itself, and with others that it starts (Linux)."""
 
 import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -40,3 +41,10 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def version_there(package: str, python: str, environment: Mapping[str, str] | None = None) -> str:
+    """Ask another Python which version of a package it has; "" if it has none, OSError if it cannot be run."""
+    look = f"from importlib.metadata import version; print(version({package!r}))"
+    asked = subprocess.run([python, "-c", look], env=environment, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()

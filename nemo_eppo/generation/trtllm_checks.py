@@ -1,13 +1,13 @@
 """What has to hold before a TensorRT-LLM engine can start, and the environment of its process."""
 
 import os
-import subprocess
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.megatron import device
 from nemo_eppo.megatron.runtime import world_size
 from nemo_eppo.models.families import family_of
+from nemo_eppo.processes import version_there
 from nemo_eppo.settings.generation import TensorRTLLMConfig
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
@@ -76,14 +76,10 @@ def check_tensorrt_llm(config: TensorRTLLMConfig, model: ModelConfig, parallel: 
                 "engine's workers; take expandable_segments out of it"
             )
     python = config.interpreter
-    look = "from importlib.metadata import version; print(version('tensorrt_llm'))"
     try:
-        looked = subprocess.run(
-            [python, "-c", look], env=engine_environment(config, []), capture_output=True, text=True, check=False
-        )
+        found = version_there("tensorrt_llm", python, engine_environment(config, []))
     except OSError as error:
         raise ConfigError(f"{_KEY}.python = {python!r} cannot be run: {error}") from None
-    found = looked.stdout.strip()
     if not found.startswith(_VERSION):
         raise ConfigError(
             f"engine.name = 'tensorrt_llm': {python} has "

@@ -16,6 +16,8 @@ from packaging.specifiers import SpecifierSet
 
 from nemo_eppo.launch.findings import Finding, error, ok, warning
 from nemo_eppo.launch.gpus import visible_gpus
+from nemo_eppo.processes import version_there
+from nemo_eppo.settings.generation import PYTHON, TensorRTLLMConfig
 
 _SHARED_MEMORY = 1 << 30  # bytes that PyTriton and NCCL need
 _OPEN_FILES = 4096  # files that a process should be able to open
@@ -44,9 +46,17 @@ def packages() -> Iterator[Finding]:
         else:
             yield error(f"package {requirement.name}", version, f"expected {requirement.specifier}")
     yield ok("packages", f"{len(good)} of the versions wanted, among them {', '.join(good[:3])}")
-    for name, what in (("transformer_engine", "faster layers on GPUs"), ("tensorrt_llm", "faster generation on GPUs")):
-        found = "installed" if importlib.util.find_spec(name) else "not installed"
-        yield ok(f"optional {name}", f"{found} ({what})")
+    found = "installed" if importlib.util.find_spec("transformer_engine") else "not installed"
+    yield ok("optional transformer_engine", f"{found} (faster layers on GPUs)")
+    python = TensorRTLLMConfig().interpreter
+    try:
+        found = version_there("tensorrt_llm", python) or "not installed"
+    except OSError as trouble:
+        yield warning(
+            "optional tensorrt_llm", f"{PYTHON}={python}: {trouble}", "expected a Python that has tensorrt_llm"
+        )
+        return
+    yield ok("optional tensorrt_llm", f"{found} in {python} (faster generation on GPUs)")
 
 
 def triton() -> Iterator[Finding]:

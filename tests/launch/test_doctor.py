@@ -126,6 +126,24 @@ def test_a_machine_without_gpus_is_examined_without_torch() -> None:
     assert ended.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [("#!/bin/sh\necho 1.2.1", "1.2.1 in {}"), ("#!/bin/sh\nexit 1", "not installed in {}"), (None, "No such file")],
+    ids=["there", "not there", "no Python"],
+)
+def test_tensorrt_llm_is_looked_for_where_engines_would_run(
+    script: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(script)
+        python.chmod(0o755)
+    monkeypatch.setenv("NEMO_EPPO_TENSORRT_LLM_PYTHON", str(python))
+    [finding] = [finding for finding in machine_checks.packages() if finding.check == "optional tensorrt_llm"]
+    assert found.format(python) in finding.found
+    assert finding.status == ("ok" if script else "warning")
+
+
 def with_free_tokenizer(model: Path, copy: Path) -> Path:
     """A copy of a checkpoint whose tokenizer can be changed."""
     shutil.copytree(model, copy)
