@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ def compare(seconds: Mapping[str, Sequence[Seconds]], base: str, **labels: str |
     """Add to the rows of `medians` the median and the quartiles of each contestant's ratio to `base`."""
     rows = medians(seconds, **labels)
     for row, times in zip(rows, seconds.values(), strict=True):
+        row["ratio to"] = base
         pairs = list(zip(times, seconds[base], strict=True))
         for part in Seconds._fields:
             ratio = Spread.of([getattr(mine, part) / getattr(other, part) for mine, other in pairs])
@@ -111,12 +113,14 @@ def write(folder: Path, name: str, about: str, rows: Sequence[Row], rounds: int)
     date, versions = datetime.date.today().isoformat(), {one: found for one in PACKAGES if (found := _version(one))}
     processor = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     machine = ", ".join([*device.describe(), processor])
-    result = {"benchmark": name, "date": date, "machine": machine, "versions": versions, "rounds": rounds, "rows": rows}
+    commit = _commit()
+    about_run = {"benchmark": name, "date": date, "commit": commit, "machine": machine, "versions": versions}
+    result = {**about_run, "rounds": rounds, "rows": rows}
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / f"{name}.md").write_text(
-        f"# {name}\n\n{about}\n\n{table}\n{date}, {machine}, {rounds} rounds, {packages}\n"
+        f"# {name}\n\n{about}\n\n{table}\n{date}, {machine}, {rounds} rounds, {packages}, commit {commit}\n"
     )
     return table
 
@@ -129,6 +133,15 @@ def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+" if files differ from it; "" where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _version(package: str) -> str | None:

@@ -19,7 +19,7 @@ STARTS_JOBS = {"cost_model", "quickstart_run", "servers", "startup", "step", "tr
     "names",
     [
         pytest.param(NAMES - STARTS_JOBS, id="in one process"),
-        pytest.param(STARTS_JOBS, id="that start jobs", marks=pytest.mark.slow),
+        pytest.param(STARTS_JOBS, id="that start jobs"),
     ],
 )
 def test_benchmarks_write_their_numbers(names: set[str], tmp_path: Path) -> None:
