@@ -26,7 +26,8 @@ and has to be confirmed. Questions that fail are asked again, after a wait that 
 the command. The API key is read from an environment variable, and written nowhere.
 
 With --judge gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
-finished, and the row's other fields; no token ids) and gives a number; the higher wins. No endpoint is asked.
+finished, and the row's "fields" as generate writes them, or its other fields; no token ids) and gives a number; the
+higher wins. A text counts as finished if no row says how it ended, as in `nemo-eppo evaluate`. No endpoint is asked.
 
 Answers and gold rewards are kept one by one in answers.jsonl of the output directory: the same command, or one with
 more files, asks only what is missing.

@@ -351,7 +351,7 @@ def test_no_gold_reward_is_asked_for_twice(
     [
         (["--baseline", "{other}"], "has 1 responses to the prompt 'prompt 0', {other} has 0"),
         (["--baseline", "nowhere"], "nowhere: no such file"),
-        (["--baseline", "{mixed}"], "some rows have a field 'finished' or 'finish_reason', and others do not"),
+        (["--baseline", "{mixed}"], "some rows say how their response ended (finish_reason), and others do not"),
         (["--base-url", "localhost:1"], "base_url = 'localhost:1': expected http://HOST"),
         (["--base-url", "https://me:secret@host/v1"], "expected http://HOST"),
         (["--names", "a", "b"], "--names: 2 names for 1 paths"),

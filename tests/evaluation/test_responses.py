@@ -1,6 +1,7 @@
 """Texts of a file of responses become the tokens that training makes of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, word_level
 from nemo_eppo.evaluation.evaluation_results import join_rows
+from nemo_eppo.evaluation.pairs import read_pairs
 from nemo_eppo.evaluation.prompts import read_prompts
 from nemo_eppo.evaluation.responses import read_responses
 from nemo_eppo.evaluation.source_scoring import sample_of
@@ -70,3 +72,19 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> Non
         read_responses(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)
     with pytest.raises(ConfigError, match=r"rows\.jsonl:2: field 'prompt': the tokenizer's chat template refuses"):
         read_prompts(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)
+
+
+def test_a_judges_gold_reward_sees_what_that_of_evaluate_sees(tmp_path: Path) -> None:
+    word_level(["red", "blue"], tmp_path / "words")
+    tokenizer = Tokenizer.from_directory(tmp_path / "words")
+    path = tmp_path / "rows.jsonl"
+    plain = {"prompt": "red", "response": "blue", "answer": "blue"}
+    [blue] = tokenizer.encode(["blue"])
+    generated = {**plain, "index": 0, "prompt_ids": blue, "response_ids": blue, "fields": {"answer": "red"}}
+    ends = {"finished": True, "finish_reason": "stop"}, {"finished": False, "finish_reason": "length"}
+    for row in (plain, {**plain, "finish_reason": "length"}, *({**generated, **end} for end in ends)):
+        path.write_text(json.dumps(row))
+        [response] = read_responses(path, tokenizer, tokenizer.vocab_size, 10)
+        seen = replace(sample_of(response, tokenizer), token_ids=())
+        assert read_pairs(path, path) == [(seen, seen)]
+        assert list(seen.fields) == ["answer"]
