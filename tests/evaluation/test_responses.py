@@ -74,6 +74,19 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> Non
         read_prompts(path, tokenizer, tokenizer.vocab_size, 10, chat_template=True)
 
 
+def test_several_responses_to_a_prompt_are_compared_in_their_order(tmp_path: Path) -> None:
+    def write(name: str, rows: dict[str, str], **ended: Any) -> Path:
+        found = [{"prompt": prompt, "response": response, **ended} for response, prompt in rows.items()]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+        return tmp_path / name
+
+    left = write("left.jsonl", {"a": "p", "b": "q", "c": "p"}, finished=True)
+    right = write("right.jsonl", {"x": "p", "y": "p", "z": "q"}, finish_reason="length")
+    pairs = read_pairs(left, right)
+    assert [(pair.response.response, pair.baseline.response) for pair in pairs] == [("a", "x"), ("b", "z"), ("c", "y")]
+    assert [(pair.response.finished, pair.baseline.finished) for pair in pairs] == [(True, False)] * 3
+
+
 def test_a_judges_gold_reward_sees_what_that_of_evaluate_sees(tmp_path: Path) -> None:
     word_level(["red", "blue"], tmp_path / "words")
     tokenizer = Tokenizer.from_directory(tmp_path / "words")
