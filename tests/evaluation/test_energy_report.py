@@ -329,6 +329,12 @@ def test_answers_to_one_prompt_are_no_independent_evidence(tmp_path: Path) -> No
     for energies in (alone, replace(alone, prompts=prompts)):
         write_energy_report(energies, tmp_path)
         found.append(json.loads((tmp_path / "report.json").read_text()))
+    write_energy_report(replace(alone, prompts=[0] * 120), tmp_path / "one")
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "(no interval of one)" in page
+    write_energy_report(replace(alone, after=alone.after - 1), tmp_path / "fell")
+    assert "Largest rise" in page
+    assert "Largest rise" not in (tmp_path / "fell" / "report.html").read_text()
     assert found[0]["rise"]["low"] > 0 > found[1]["rise"]["low"]
     assert found[0]["rise"]["value"] == found[1]["rise"]["value"]
     assert "did not change beyond noise" in (tmp_path / "report.html").read_text()

@@ -114,6 +114,7 @@ def test_responses_are_measured_as_a_plain_reference_does(
     for row in rows:
         expected = by_reference(row, models, reference[1])
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+        assert str(row["gold_reward"]) == str(np.float32(row["gold_reward"])), "no digits that a function did not give"
         assert row["finished"] == (row["response_ids"][-1] == 0)
         assert row["response_length"] == len(row["response_ids"])
         assert row["fields"] == {"answer": row["index"]}, "reward functions see the other fields of the prompt's row"

@@ -50,9 +50,10 @@ def test_gold_at_a_distance_is_interpolated() -> None:
     ("gold", "correlation", "refusal"),
     [
         ([0.2, 0.5, 0.3], 0.7, ""),
-        ([0.2, 0.5, 0.3], 0.4, "correlation 0.40 is below 0.5"),
-        ([0.2, 0.3, 0.1], 0.7, "rises by 0.10 only"),
-        ([0.2, 0.5, 0.48], 0.7, "falls by 0.02 only"),
+        ([0.2, 0.5, 0.3], 0.4, "correlation 0.400 is below 0.5"),
+        ([0.2, 0.3, 0.1], 0.7, "rises by 0.100 only"),
+        ([0.2, 0.349, 0.1], 0.7, "rises by 0.149 only, less than 0.15"),
+        ([0.2, 0.5, 0.48], 0.7, "falls by 0.020 only"),
     ],
 )
 def test_seeds_count_where_plain_ppo_over_optimises(gold: list[float], correlation: float, refusal: str) -> None:
@@ -105,6 +106,16 @@ def test_the_fit_over_the_distance_finds_what_made_the_curves() -> None:
     assert (fit["start"], fit["a"], fit["b"]) == pytest.approx((0.2, 0.8, 0.5), abs=0.01)  # lines between the steps
     still = {name: {1: curves([0.2, 0.2], [0.0, 0.0])} for name in ("ppo", "eppo")}
     assert compare(still, ("ppo",))["fits"]["ppo"] is None
+
+
+def test_of_one_seed_nothing_follows(tmp_path: Path) -> None:
+    runs = {name: {1: curves([0.0, 1.0, last])} for name, last in (("ppo", 0.3), ("eppo", 0.4))}
+    text = write_results(tmp_path, runs, {}, {})
+    assert "Of one seed nothing follows: EPPO less plain PPO is 0.100." in " ".join(text.split())
+    assert "0.100, 1/1" in text
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["methods"]["eppo"]["final"]["less"]["ppo"]["low"] is None
+    assert found["fits"]["eppo"] is None
 
 
 def test_equal_gold_rewards_are_half_a_win() -> None:
@@ -231,7 +242,7 @@ def test_what_was_tuned_and_which_seeds_were_refused_is_kept(tmp_path: Path, mon
     made = bench.Bench(task, methods, 1, Acceptance())
     found = made.run(1)
     assert made.tuning == {"eppo": {"chosen": 8, "gold": {2: {1001: 0.3, 1002: 0.5}, 8: {1001: 0.45, 1002: 0.4}}}}
-    refusal = "correlation 0.40 is below 0.5"
+    refusal = "correlation 0.400 is below 0.5"
     assert made.candidates == {
         1: {"correlation": 0.4, "refusal": refusal}, 2: {"correlation": 0.7, "refusal": ""}
     }  # fmt: skip
