@@ -29,7 +29,8 @@ class EnergyScoring:
 
         def job(name: str, model: Path, data: Path, fields: tuple[str, str]) -> Scoring:
             output = config.output / f"{name}.jsonl"
-            return Scoring(ScoreConfig(model=model, data=data, output=output, fields=fields, sweep=True, **shared))
+            settings = ScoreConfig(model=model, data=data, output=output, fields=fields, sweep=True, **shared)
+            return Scoring(settings, f"--{name.partition('_')[0]}")
 
         before_data = config.before_data or config.data
         is_new = not config.output.exists()

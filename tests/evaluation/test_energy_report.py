@@ -375,6 +375,8 @@ def test_bad_choices_are_named_before_a_model_runs(
         ([], "expected exactly one of: --before, --after, --data; or --before-scores, --after-scores; or --table"),
         ([*pair, "--table", str(data)], "expected exactly one of"),
         (pair, "--data: required beside --before, --after, --data"),
+        (["--before", "nowhere", *pair[2:], "--data", str(data)], "--before: nowhere does not exist"),
+        ([*pair[:2], "--after", "nowhere", "--data", str(data)], "--after: nowhere does not exist"),
         (["--table", str(data), "--before-data", str(data)], "--before-data: for --before and --after only"),
         ([*pair, "--data", str(data), "--before-data", str(short)], "short.jsonl has 18 rows"),
         ([*pair, "--data", str(data), "--before-data", str(other)], "other.jsonl:1: its prompt"),

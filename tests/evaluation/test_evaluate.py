@@ -333,7 +333,7 @@ def test_bad_settings_are_named_before_anything_runs(
         ([*policy, "--gold", "nemo_eppo.tools.noun_task:no"], "--gold = 'nemo_eppo.tools.noun_task:no': expected"),
         ([*policy, "--proxy", "grpc://nowhere"], "grpc://HOST:PORT"),
         ([*policy, "--proxy", str(models.sft)], "holds a model with head 'lm', expected 'scalar'"),
-        ([*policy, "--reference", str(models.rm)], "--reference.restore_from_path"),
+        ([*policy, "--reference", str(models.rm)], "--reference: "),
         ([*policy, "--reference", str(foreign)], "--reference: "),
         ([*policy, "--samples-per-prompt", "0"], "samples_per_prompt = 0"),
         ([*policy, "--tp", "3"], "is not divisible by tensor_model_parallel_size = 3"),
