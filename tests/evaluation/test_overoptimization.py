@@ -163,6 +163,13 @@ def test_the_bench_runs(tmp_path: Path) -> None:
     assert found["tuning"] == found["candidates"] == {}, "one value, and every seed counts"
     assert found["curves"]["eppo"]["1"]["steps"] == [0, 1, 2]
     assert not (tmp_path / "alarms").exists(), "two steps are too few"
+    read = json.loads((tmp_path / "weights_and_text.json").read_text())
+    for method in ("ppo", "eppo"):
+        recorded, of_method = found["curves"][method]["1"]["energy"], read[method]["1"]
+        assert of_method["sft"]["first"] == pytest.approx(recorded[0], abs=1e-5)
+        assert of_method["policy"]["last"] == pytest.approx(recorded[-1], abs=1e-5)
+        assert len({of_method[reader][text] for reader in ("sft", "policy") for text in ("first", "last")}) == 4
+    assert (tmp_path / "seed_1" / "policies" / "eppo" / "weights_and_text" / "done").exists(), "it is not read again"
 
 
 @pytest.mark.slow
@@ -305,6 +312,7 @@ def test_pieces_of_work_end_with_the_bench(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # 35 trainings of policies, on a machine that may be busy
 def test_the_same_seed_gives_the_same_numbers_and_every_method_runs(tmp_path: Path) -> None:
-    first, second = bench(tmp_path / "first", ""), bench(tmp_path / "second", "ppo_kl")
+    names = yaml.safe_load((BENCH / "methods.yaml").read_text())
+    first, second = bench(tmp_path / "first", ",".join(names)), bench(tmp_path / "second", "ppo_kl")
     assert all(first["curves"][name] == second["curves"][name] for name in ("ppo", "eppo", "ppo_kl"))
-    assert set(first["methods"]) == set(yaml.safe_load((BENCH / "methods.yaml").read_text()))
+    assert set(first["methods"]) == set(names)
