@@ -6,6 +6,8 @@
 3. A run of plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and
    reward models in the policy's own process; its coefficient was chosen on seeds of their own.
 4. results.json, report.html, curves.png in the output directory; in alarms/, which alarms would have helped.
+5. The SFT model and the policies of plain PPO and EPPO read each other's responses: weights_and_text.json says whether
+   the energy loss rises for the text or for the weights.
 
 What is finished is kept: the same command goes on after an interruption. A policy whose method or chosen value has
 changed since is named, and has to be removed first.
@@ -31,6 +33,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from pieces import Work, run_all  # noqa: E402
 from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
+from weights_and_text import compare_weights_and_text  # noqa: E402
 
 from nemo_eppo.config import ConfigError  # noqa: E402
 from nemo_eppo.evaluation.alarms import Alarms  # noqa: E402
@@ -43,6 +46,8 @@ from nemo_eppo.settings.evaluation import DetectionConfig  # noqa: E402
 TUNING_SEEDS = (1001, 1002)
 MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
 ALWAYS = "ppo"
+SMOKED = ("eppo", "inform", "erm_mean", "grpo", "control_frozen")
+"""Methods of --smoke, beside plain PPO, which share little with each other."""
 DETECTED = ("eppo", "inform", "erm_mean")
 """Methods whose runs have signs that plain PPO's lack: the energy loss's rise, latents, variance of reward models."""
 ACCEPTANCE, ACCEPTANCE_SEED = "acceptance", 10_000  # the run that accepts a seed, and what is added to its own
@@ -198,7 +203,8 @@ def read_methods(names: list[str], values: Mapping[str, float]) -> Iterator[Meth
 def main() -> None:
     options = parse()
     started = time.monotonic()
-    methods = list(read_methods(options.methods.split(",") if options.methods else [], options.values))
+    of_all = list(SMOKED) if options.smoke else []
+    methods = list(read_methods(options.methods.split(",") if options.methods else of_all, options.values))
     size, effort = SIZES[options.size], Effort(steps=options.steps)
     acceptance: Acceptance | None = Acceptance()
     if options.smoke:
@@ -221,6 +227,7 @@ def main() -> None:
     print(write_results(task.directory, found, about, {"tuning": bench.tuning, "candidates": bench.candidates}))
     plain = ALWAYS if options.smoke else ACCEPTANCE  # of all seeds that were tried, so that some did not fall
     detect(task, found, plain)
+    compare_weights_and_text(task, found, options.workers)
 
 
 def detect(task: Task, found: Mapping[str, Iterable[int]], plain: str) -> None:
@@ -289,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="hardly train anything, only to see all of it run: with all methods, five minutes of one core",
+        help=f"hardly train anything, only to see it run: --methods (default: {','.join(SMOKED)}), one value, one seed",
     )
     options = parser.parse_args()
     for name in ("seeds", "steps", "workers"):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nemo_eppo.config import load_config
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.evaluation.names_cli import add_names, named
 from nemo_eppo.evaluation.options_cli import add_options, chosen
 from nemo_eppo.settings.evaluation import DetectionConfig
@@ -48,11 +48,14 @@ def _detect(arguments: argparse.Namespace) -> None:
         name: load_config(DetectionConfig, chosen(arguments, DetectionConfig) | {"run": run})
         for name, run in named(arguments.runs, arguments.names).items()
     }
-    if len(configs) > 1:
-        alarms = Alarms(configs)
-        print(f"{alarms_page.write_alarms(alarms, arguments.output)}{alarms_page.verdict(alarms)}")
-    else:
-        [detection] = map(RunDetection, configs.values())
-        run_detection_page.write_detection(detection, arguments.output)
-        print(run_detection_page.verdict(detection))
+    try:
+        if len(configs) > 1:
+            alarms = Alarms(configs)
+            print(f"{alarms_page.write_alarms(alarms, arguments.output)}{alarms_page.verdict(alarms)}")
+        else:
+            [detection] = map(RunDetection, configs.values())
+            run_detection_page.write_detection(detection, arguments.output)
+            print(run_detection_page.verdict(detection))
+    except ValueError as error:  # of a file that is damaged
+        raise ConfigError(str(error)) from None
     print(f"wrote {arguments.output / 'report.html'}")

@@ -50,8 +50,8 @@ class Detector(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return its numbers for a JSON file."""
         return {
-            "auroc": self.auroc._asdict(),
-            "auprc": self.auprc._asdict(),
+            "auroc": self.auroc.as_dict(),
+            "auprc": self.auprc.as_dict(),
             "threshold_at_recall": self.threshold,
             "false_alarms_per_1000": self.false_alarms,
         }

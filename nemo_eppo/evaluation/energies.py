@@ -231,7 +231,11 @@ def read_scores(
 
 def with_labels(energies: Energies, labels: Path | None) -> Energies:
     """Return the energies with the labels of a file, see `read_labels`; None leaves them as they are."""
-    return energies if labels is None else replace(energies, hacked=read_labels(labels, energies.index))
+    if labels is None:
+        return energies
+    if energies.hacked is not None:
+        raise ConfigError(f"--labels {labels}: the table has labels in its column 'label'; expected one of the two")
+    return replace(energies, hacked=read_labels(labels, energies.index))
 
 
 def _scores(path: Path) -> list[dict[str, Any]]:
@@ -271,6 +275,9 @@ def _check_settings(before: Path, after: Path) -> bool:
     if not all(path.is_file() for path in settings):
         return False
     old, new = (json.loads(path.read_text()) for path in settings)
+    for path, of_score in ((before, old), (after, new)):
+        if "preset" not in of_score:
+            raise ConfigError(f"{path}: another command than nemo-eppo score wrote it; expected scores")
     for name in ("preset", "layer", "precision", "chat_template"):
         if old[name] != new[name]:
             raise ConfigError(

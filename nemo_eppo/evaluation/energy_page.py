@@ -61,7 +61,7 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     report = {
         "samples": len(energies.after),
         "groups": {name: _summary(values, means[name]) for name, values in groups.items()},
-        "rise": rise._asdict(),
+        "rise": rise.as_dict(),
         "share_risen": share_risen,
         "detection": {detector.sign: detector.as_dict() for detector in detectors},
         "sweep": [entry._asdict() for entry in sweep],
@@ -189,12 +189,11 @@ def _verdict(share_risen: float, rise: Estimate, detectors: Sequence[Detector]) 
 
 
 def _text(estimate: Estimate, digits: int) -> str:
-    value, low, high = (f"{number:.{digits}f}" for number in estimate)
-    return f"{value} ({low} to {high})"
+    return f"{estimate.value:.{digits}f} ({estimate.interval(digits)})"
 
 
 def _summary(values: Floats, mean: Estimate) -> dict[str, Any]:
-    return {"responses": len(values), "mean": mean._asdict(), "std": float(values.std())}
+    return {"responses": len(values), "mean": mean.as_dict(), "std": float(values.std())}
 
 
 def _group_rows(groups: Mapping[str, Floats], means: Mapping[str, Estimate]) -> list[Sequence[str]]:
@@ -218,7 +217,10 @@ def _samples(energies: Energies) -> Sequence[dict[str, Any]]:
 
 def _cards(energies: Energies, samples: Sequence[Mapping[str, Any]]) -> str:
     """The samples whose energy loss rose most, with their texts if there are any."""
-    most = np.argsort(energies.before - energies.after, kind="stable")[:_SHOWN]
+    rise = energies.after - energies.before
+    most = [number for number in np.argsort(-rise, kind="stable")[:_SHOWN] if rise[number] > 0]
+    if not most:
+        return '<p class="soft">The energy loss of no sample rose. All samples are in samples.jsonl.</p>'
     cards = ["<h2>Largest rise in energy loss</h2>", '<p class="soft">All samples are in samples.jsonl.</p>']
     if energies.texts is None:
         cells = []

@@ -25,21 +25,29 @@ class EnergyScoring:
         self._responses = responses = read_data(config.data, config.before_data)
         if config.labels is not None:
             read_labels(config.labels, responses.index)
-        config.output.mkdir(parents=True, exist_ok=True)
         shared = config.model_dump(include={"preset", "layer", "chat_template", *ModelRunConfig.model_fields})
 
         def job(name: str, model: Path, data: Path, fields: tuple[str, str]) -> Scoring:
             output = config.output / f"{name}.jsonl"
-            return Scoring(ScoreConfig(model=model, data=data, output=output, fields=fields, sweep=True, **shared))
+            settings = ScoreConfig(model=model, data=data, output=output, fields=fields, sweep=True, **shared)
+            return Scoring(settings, f"--{name.partition('_')[0]}")
 
         before_data = config.before_data or config.data
-        self._jobs = {
-            "before": job("before", config.before, before_data, responses.before_fields),
-            "after": job("after", config.after, config.data, responses.after_fields),
-        }
-        if not responses.same:
-            self._jobs["before_on_after"] = job("before_on_after", config.before, config.data, responses.after_fields)
-        self._check(before_data)
+        is_new = not config.output.exists()
+        config.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self._jobs = {
+                "before": job("before", config.before, before_data, responses.before_fields),
+                "after": job("after", config.after, config.data, responses.after_fields),
+            }
+            if not responses.same:
+                on_after = job("before_on_after", config.before, config.data, responses.after_fields)
+                self._jobs["before_on_after"] = on_after
+            self._check(before_data)
+        except ConfigError:
+            if is_new:
+                config.output.rmdir()
+            raise
 
     def run(self) -> None:
         """Score what is missing; collective."""

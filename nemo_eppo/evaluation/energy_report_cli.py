@@ -29,7 +29,8 @@ What is compared is one of:
                                of the EPPO paper: {"index", "input", "actor_num0_response", "actor_latest_response"}
   --before-scores, --after-scores
                                files that `nemo-eppo score` wrote, with --sweep for the sweep
-  --table                      a CSV file: index, label (hacking or normal), sft_energy_loss, rlhf_energy_loss
+  --table                      a CSV file: index, label (hacking or normal; no such column with --labels),
+                               sft_energy_loss, rlhf_energy_loss
 
 The output directory gets report.html, energies.png, sweep.png, report.json and samples.jsonl. The same command resumes
 an interrupted one.""",

@@ -177,7 +177,8 @@ def _selection(
     def curve(read: Sequence[Floats]) -> tuple[list[float], GaoFit | None]:
         pairs = zip(chosen_by, read, strict=True)
         per_prompt = np.concatenate([best_of_n(proxy, scores, sizes) for proxy, scores in pairs])
-        fit = fit_gao("best_of_n", np.sqrt(kl), per_prompt, seed=seed) if len(sizes) >= _FEWEST else None
+        fits = len(sizes) >= _FEWEST and len(answers) > 1  # of one prompt a fit would have no band
+        fit = fit_gao("best_of_n", np.sqrt(kl), per_prompt, seed=seed) if fits else None
         return per_prompt.mean(axis=0).tolist(), fit
 
     proxy, proxy_fit = curve(chosen_by)
@@ -210,7 +211,7 @@ def write_results(directory: Path, results: Results, settings: Mapping[str, Any]
         "settings": settings,
         "prompts": results.prompts,
         "responses": len(results.rows),
-        "means": {name: estimate._asdict() for name, estimate in results.means.items()},
+        "means": {name: estimate.as_dict() for name, estimate in results.means.items()},
         "best_of_n": {name: asdict(selection) for name, selection in results.best_of_n.items()},
         "detectors": {found.sign: found.as_dict() for found in results.detectors},
     }

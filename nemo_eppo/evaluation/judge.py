@@ -9,14 +9,13 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from tqdm import tqdm
-
 from nemo_eppo.config import ConfigError, RunError
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.judge_client import Answer, Endpoint, Question
 from nemo_eppo.evaluation.judge_report import Judged, Outcome, write_judgement
 from nemo_eppo.evaluation.pairs import Pair, read_pairs
 from nemo_eppo.evaluation.rows_file import RowsFile
+from nemo_eppo.evaluation.rows_progress import rows_progress
 from nemo_eppo.observability.run import LOCK, hold
 from nemo_eppo.rewards.functions import FunctionPool, check_function, source_sha256
 from nemo_eppo.rewards.sample import Sample
@@ -83,9 +82,9 @@ class Judging(ABC):
         """
         self._file.begin()
         if self.open_questions:
-            with tqdm(total=len(self.open_questions), unit="answer", disable=None) as bar:
+            with rows_progress(len(self.open_questions), unit="answer") as add:
                 try:
-                    self._ask(self._keeper(bar.update))
+                    self._ask(self._keeper(add))
                 except RunError as error:
                     raise RunError(
                         f"{error}\n{len(self._answers):,} answers are kept in {self._file.path}; the same command asks "
@@ -95,11 +94,11 @@ class Judging(ABC):
         about = {"judge": self.config.judge, **self._about()}
         return write_judgement(self.config.output, judged, about, self.config.baseline)
 
-    def _keeper(self, advance: Callable[[], object]) -> Callable[[str, Mapping[str, Any]], None]:
+    def _keeper(self, add: Callable[[int], None]) -> Callable[[str, Mapping[str, Any]], None]:
         def keep(key: str, answer: Mapping[str, Any]) -> None:
             self._answers[key] = dict(answer)
             self._file.append([json_line({"key": key, **answer})])
-            advance()
+            add(1)
 
         return keep
 

@@ -23,10 +23,12 @@ without --baseline has both: {"input", "actor_num0_response", "actor_latest_resp
 A model behind any OpenAI-compatible endpoint is asked about each pair twice, with the responses in both orders. A pair
 is won, or lost, if both verdicts say so; otherwise it is a tie. What it will take is shown before the first question
 and has to be confirmed. Questions that fail are asked again, after a wait that doubles; one that fails for good ends
-the command. The API key is read from an environment variable, and written nowhere.
+the command. Endpoints that know no JSON schemas take --response-format json_object or none. The API key is read from
+an environment variable, and written nowhere.
 
 With --judge gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
-finished, and the row's other fields; no token ids) and gives a number; the higher wins. No endpoint is asked.
+finished, and the row's "fields" as generate writes them, or its other fields; no token ids) and gives a number; the
+higher wins. A text counts as finished if no row says how it ended, as in `nemo-eppo evaluate`. No endpoint is asked.
 
 Answers and gold rewards are kept one by one in answers.jsonl of the output directory: the same command, or one with
 more files, asks only what is missing.
@@ -48,8 +50,9 @@ examples:
     add_options(parser, JudgeConfig, judge=None, gold="MODULE:FUNCTION")
     endpoint = parser.add_argument_group("the endpoint")
     add_options(endpoint, EndpointConfig, required=False, model="MODEL", base_url="URL", key_variable="NAME")
-    add_options(endpoint, EndpointConfig, question="QUESTION", temperature="T", max_tokens="N", concurrency="N")
-    add_options(endpoint, EndpointConfig, retries="N", time_limit="SECONDS", price_in="PRICE", price_out="PRICE")
+    add_options(endpoint, EndpointConfig, question="QUESTION", temperature="T", max_tokens="N", response_format=None)
+    add_options(endpoint, EndpointConfig, concurrency="N", retries="N", time_limit="SECONDS")
+    add_options(endpoint, EndpointConfig, price_in="PRICE", price_out="PRICE")
     endpoint.add_argument("--yes", action="store_true", help="start without asking whether the cost is right")
     parser.set_defaults(run=_judge)
 

@@ -93,11 +93,11 @@ class Acceptance:
     def refusal(self, ppo: Curves) -> str:
         """Say why a seed does not count; an empty text if it does."""
         if ppo.correlation < self.correlation:
-            return f"correlation {ppo.correlation:.2f} is below {self.correlation}"
+            return f"correlation {ppo.correlation:.3f} is below {self.correlation}"
         if (rise := ppo.peak - float(ppo.gold[0])) < self.rise:
-            return f"the gold reward rises by {rise:.2f} only, less than {self.rise}"
+            return f"the gold reward rises by {rise:.3f} only, less than {self.rise}"
         if (fall := ppo.peak - float(ppo.gold[-1])) < self.fall:
-            return f"the gold reward falls by {fall:.2f} only after its peak, less than {self.fall}"
+            return f"the gold reward falls by {fall:.3f} only after its peak, less than {self.fall}"
         return ""
 
 
@@ -132,9 +132,9 @@ def over_distance(runs: Sequence[Curves], name: str, points: int = 9) -> tuple[F
 
 
 def _fit(runs: Sequence[Curves]) -> dict[str, Any] | None:
-    """Fit `d (a - b log d)` (Gao et al. 2023, arXiv 2210.10760); None for runs that have not moved."""
+    """Fit `d (a - b log d)` (Gao et al. 2023, arXiv 2210.10760); None for one run, or runs that have not moved."""
     d, gold = over_distance(runs, "gold")
-    return asdict(fit_gao("rl", d, gold)) if d[-1] > 0 else None
+    return asdict(fit_gao("rl", d, gold)) if d[-1] > 0 and len(runs) > 1 else None
 
 
 def win_rate(gold: Floats, against: Floats) -> float:
@@ -142,23 +142,24 @@ def win_rate(gold: Floats, against: Floats) -> float:
     return float((gold > against).mean() + 0.5 * (gold == against).mean())
 
 
-def over_seeds(values: ArrayLike) -> dict[str, float]:
+def over_seeds(values: ArrayLike) -> dict[str, float | None]:
     """Mean over seeds, and Student's 95% interval of it: that of a bootstrap over so few covers too seldom, .86 of the
-    time with six normal values and .91 with ten. Of one seed the interval is the value."""
+    time with six normal values and .91 with ten. Of one seed there is no interval: low and high are None."""
     sample = np.asarray(values, dtype=np.float64)
-    mean, half = float(sample.mean()), half_interval(sample)
+    mean = float(sample.mean())
+    if len(sample) < 2:
+        return {"value": mean, "low": None, "high": None}
+    half = half_interval(sample)
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
 def half_interval(values: ArrayLike) -> float:
-    """Half of Student's 95% interval of the mean of values [seeds]; 0 of one."""
+    """Half of Student's 95% interval of the mean of two or more values [seeds]."""
     sample = np.asarray(values, dtype=np.float64)
-    if len(sample) < 2:
-        return 0.0
     return float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
 
 
-def paired(values: ArrayLike, others: ArrayLike) -> dict[str, float]:
+def paired(values: ArrayLike, others: ArrayLike) -> dict[str, float | None]:
     """`over_seeds` of the differences, on how many seeds `values` is the higher one, and the p-value of Wilcoxon's
     signed-rank test, which a single seed with a large difference does not sway."""
     difference = np.subtract(values, others)

@@ -66,13 +66,14 @@ def verdict(found: Mapping[str, Any]) -> str:
     order = _order(found)
     place, own = order.index(_OURS) + 1, methods[_OURS]["final"]
     less = own["less"][_PLAIN]
-    against = "no clear difference" if less["low"] <= 0 <= less["high"] else "more" if less["low"] > 0 else "less"
+    if less["low"] is None:
+        against = f"Of one seed nothing follows: EPPO less plain PPO is {_interval(less)}."
+    else:
+        has = "no clear difference" if less["low"] <= 0 <= less["high"] else "more" if less["low"] > 0 else "less"
+        against = f"Against plain PPO EPPO has {has}: {_interval(less)}."
     first = "EPPO has the highest gold reward" if place == 1 else f"EPPO does not win: {order[0]} does"
     best = methods[order[0]]["final"]["value"]
-    return (
-        f"{first} at the last step ({best:.3f}; EPPO {own['value']:.3f}, place {place} of {len(order)}). "
-        f"Against plain PPO EPPO has {against}: {_interval(less)}."
-    )
+    return f"{first} at the last step ({best:.3f}; EPPO {own['value']:.3f}, place {place} of {len(order)}). {against}"
 
 
 def _order(found: Mapping[str, Any]) -> list[str]:
@@ -128,8 +129,9 @@ def _row(found: Mapping[str, Any], method: str) -> list[str]:
     return cells
 
 
-def _interval(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+def _interval(estimate: Mapping[str, Any]) -> str:
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['value']:.3f}{interval}"
 
 
 def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:
@@ -142,14 +144,14 @@ def _over_distance(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curve
 
 
 def _bands(methods: Sequence[str], read: Iterable[tuple[Any, Any]]) -> list[Series]:
-    """Means of values [seeds, places] at their places, with bands."""
+    """Means of values [seeds, places] at their places, with bands over several seeds."""
     return [
         Series(
             method,
             COLORS[number % len(COLORS)],
             list(places),
             np.mean(values, axis=0).tolist(),
-            [half_interval(of_place) for of_place in np.transpose(values)],
+            [half_interval(of_place) for of_place in np.transpose(values)] if len(values) > 1 else (),
         )
         for number, (method, (places, values)) in enumerate(zip(methods, read, strict=True))
     ]

@@ -3,11 +3,11 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import read_objects, text_fields
-from nemo_eppo.evaluation.responses import row_finished
+from nemo_eppo.evaluation.responses import row_fields, row_finished, says_how_it_ended
 from nemo_eppo.rewards.sample import Sample
 
 _AUTHORS = ("input", "actor_num0_response", "actor_latest_response")  # prompt, SFT model's response, policy's
@@ -25,7 +25,8 @@ def read_pairs(path: Path, baseline: Path | None) -> list[Pair]:
 
     Rows are {"prompt", "response"}; without `baseline` they are {"input", "actor_num0_response",
     "actor_latest_response"}, where the last is the response and the one before it the baseline. Where a file has
-    several responses to a prompt, the first is paired with the other file's first, and so on.
+    several responses to a prompt, the first is paired with the other file's first, and so on. Responses are taken as
+    finished if no row says how they ended.
 
     Args:
         path: .jsonl or .jsonl.gz, as `baseline`.
@@ -37,42 +38,39 @@ def read_pairs(path: Path, baseline: Path | None) -> list[Pair]:
         ConfigError: the first row that is bad, by file and line; or the files are not about the same prompts; or some
             rows say whether the response finished, and others do not.
     """
+    told: set[bool] = set()
     if baseline is None:
-        pairs = [Pair(*samples) for samples in _read(path, _AUTHORS[0], _AUTHORS[:0:-1])]
+        pairs = [Pair(*samples) for samples in _read(path, _AUTHORS[0], _AUTHORS[:0:-1], told)]
     else:
         (answers, others) = (
-            [sample for (sample,) in _read(file, "prompt", ("response",))] for file in (path, baseline)
+            [sample for (sample,) in _read(file, "prompt", ("response",), told)] for file in (path, baseline)
         )
         _require_same_prompts(path, answers, baseline, others)
         waiting = defaultdict(list)
         for sample in reversed(others):
             waiting[sample.prompt].append(sample)
         pairs = [Pair(sample, waiting[sample.prompt].pop()) for sample in answers]
-    told = {_says_finished(sample) for pair in pairs for sample in pair}
     if len(told) > 1:
         files = " and ".join(str(file) for file in (path, baseline) if file)
-        raise ConfigError(f"{files}: some rows have a field 'finished' or 'finish_reason', and others do not")
+        raise ConfigError(f"{files}: some rows say how their response ended (finish_reason), and others do not")
     return pairs
 
 
-def _read(path: Path, prompt: str, responses: Sequence[str]) -> list[list[Sample]]:
-    """Read one sample for each of the fields `responses` of every row."""
+def _read(path: Path, prompt: str, responses: Sequence[str], told: set[bool]) -> list[list[Sample]]:
+    """Read one sample for each of the fields `responses` of every row; `told` gets whether rows say how they ended."""
     rows = []
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         text, *answers = text_fields(row, (prompt, *responses), where)
-        finished = row_finished(row, where)
-        fields: dict[str, Any] = {name: value for name, value in row.items() if name not in (prompt, *responses)}
+        told.add(says_how_it_ended(row))
+        finished = row_finished(row, where) or not says_how_it_ended(row)
+        fields = row_fields({name: value for name, value in row.items() if name not in (prompt, *responses)})
         rows.append(
             [Sample(prompt=text, response=answer, token_ids=(), finished=finished, fields=fields) for answer in answers]
         )
     if not rows:
         raise ConfigError(f"{path}: no rows")
     return rows
-
-
-def _says_finished(sample: Sample) -> bool:
-    return "finished" in sample.fields or "finish_reason" in sample.fields
 
 
 def _require_same_prompts(path: Path, answers: Sequence[Sample], other: Path, others: Sequence[Sample]) -> None:

@@ -13,10 +13,17 @@ from nemo_eppo.settings.evaluation import ModelRunConfig
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, schema: type[ModelRunConfig]) -> None:
-    """Add --chat-template, --precision, --batch-size, --tp and --pp."""
+    """Add --chat-template, --precision, --batch-size, --tp and --pp, whose help says how to get replicas, too."""
     add_options(parser, schema, chat_template=None, precision=None, batch_size="N")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="number of tensor-parallel processes")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help="number of pipeline-parallel processes")
+    parser.add_argument(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of pipeline-parallel processes; replicas of the model, which share the rows, are what further "
+        "processes under `torchrun --nproc_per_node N -m nemo_eppo.cli COMMAND ...` become",
+    )
 
 
 def model_config(arguments: argparse.Namespace, schema: type[ConfigT], **others: Any) -> ConfigT:

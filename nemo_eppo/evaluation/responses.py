@@ -13,6 +13,7 @@ from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
 """Fields of a row that have texts, unless a caller says otherwise."""
 _IDS = ("prompt_ids", "response_ids")
+_OF_RESPONSES = (*_IDS, "prompt", "response", "finished", "finish_reason", "index", "sample")
 
 
 class Response(NamedTuple):
@@ -112,6 +113,15 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
 def says_how_it_ended(row: dict[str, Any]) -> bool:
     """Tell whether a row says how its response ended: in words, or by token ids, which have EOS or have none."""
     return any(name in row for name in ("finished", "finish_reason", "response_ids"))
+
+
+def row_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row that are the prompt's own, as reward functions see them.
+
+    They are in "fields", as runs and `nemo-eppo generate` write them, or else all that says nothing of a response.
+    """
+    fields: dict[str, Any] = row.get("fields", {name: row[name] for name in row if name not in _OF_RESPONSES})
+    return fields
 
 
 def row_finished(row: dict[str, Any], where: str) -> bool:

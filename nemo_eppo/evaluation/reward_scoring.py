@@ -96,7 +96,8 @@ class RewardScoring:
 
 def reward_lines(found: Rewards, mean: float, std: float) -> list[str]:
     """Make the output line of each response: {"reward", "score"}, and "latents" if there are any."""
+    rewards = [float(str(reward)) for reward in found.rewards[:, 0].numpy()]  # -0.15, not -0.15000000596046448
     return [
         json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
-        for reward, latent in zip(found.rewards[:, 0].tolist(), found.latents.tolist(), strict=True)
+        for reward, latent in zip(rewards, found.latents.tolist(), strict=True)
     ]

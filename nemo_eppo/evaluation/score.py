@@ -27,7 +27,8 @@ from nemo_eppo.training.setup import build, plan
 class Scoring:
     """Computes log-probability and energy loss of the responses in one file.
 
-    Creating it checks the model, every row, and the output of an interrupted run. `logprob` is the sum over the
+    Creating it checks the model, every row, and the output of an interrupted run; `where` is the option that names the
+    model, for messages. `logprob` is the sum over the
     response's tokens, at temperature 1 over the whole vocabulary. `energy_loss` is the mean energy loss at these
     tokens' positions (window `response`), each energy divided by its tensor's width as in training; presets with
     several modules add theirs up, as the penalty does.
@@ -37,9 +38,9 @@ class Scoring:
             to another model, data or settings.
     """
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: ScoreConfig, where: str = "--model") -> None:
         self.config = config
-        self.plan = plan(config.setup(config.model), "--model", head="lm", ranks=config.parallel.model_parallel_size)
+        self.plan = plan(config.setup(config.model), where, head="lm", ranks=config.parallel.model_parallel_size)
         one = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
         one.layer_indices(self.plan.model.num_layers)
         every = tuple(range(self.plan.model.num_layers))

@@ -11,7 +11,7 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import append_rows
-from nemo_eppo.evaluation.responses import Response, says_how_it_ended
+from nemo_eppo.evaluation.responses import Response, row_fields, says_how_it_ended
 from nemo_eppo.evaluation.reward_scoring import reward_lines
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.rewards.functions import FunctionPool, check_function, source_sha256
@@ -23,7 +23,6 @@ from nemo_eppo.training.reward_sources import ServerSource, build_source
 
 _AT_ONCE = 256  # responses of one request
 _CONNECT_S = 60.0  # a running server answers at once; one that has just been started may still load its model
-_ROW_FIELDS = ("prompt", "response", "prompt_ids", "response_ids", "finished", "finish_reason", "index", "sample")
 
 
 class SourceScoring:
@@ -96,16 +95,14 @@ class SourceScoring:
 def sample_of(row: Response, tokenizer: Tokenizer) -> Sample:
     """Return a row as reward functions see it: texts that it lacks are read from its token ids.
 
-    A response whose row does not say how it ended is taken as finished. Its fields are those in the row's "fields", as
-    runs and `nemo-eppo generate` write them, or else what the row has beside prompt and response.
+    A response whose row does not say how it ended is taken as finished.
     """
     given, ids = row.row, row.response.tolist()
-    others = {name: value for name, value in given.items() if name not in _ROW_FIELDS}
     ended = ids[-1] == tokenizer.eos_id or given.get("finish_reason") == "stop" or not says_how_it_ended(given)
     return Sample(
         prompt=given["prompt"] if isinstance(given.get("prompt"), str) else tokenizer.decode(row.prompt.tolist()),
         response=given["response"] if "response" in given else tokenizer.decode(ids),
         token_ids=tuple(ids),
         finished=given.get("finished", ended),
-        fields=given.get("fields", others),
+        fields=row_fields(given),
     )

@@ -21,7 +21,7 @@ _BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
 
 
 class Estimate(NamedTuple):
-    """A value and its interval."""
+    """A value and its interval, from -inf to inf where the samples say nothing of it."""
 
     value: float
     low: float
@@ -29,8 +29,14 @@ class Estimate(NamedTuple):
 
     def cell(self, digits: int = 3) -> str:
         """Return the value above its interval, as HTML for a cell of a table."""
-        value, low, high = (f"{number:.{digits}f}" for number in self)
-        return f"{value}<small>{low} to {high}</small>"
+        return f"{self.value:.{digits}f}<small>{self.interval(digits)}</small>"
+
+    def interval(self, digits: int) -> str:
+        return f"{self.low:.{digits}f} to {self.high:.{digits}f}" if math.isfinite(self.low) else "no interval of one"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return it for a JSON file; an end that is infinite is None."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None) -> Estimate:
@@ -38,10 +44,13 @@ def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None
 
     Args:
         values: [N], one of each sample; N > 0.
-        groups: [N]; None if all samples are independent.
+        groups: [N]; None if all samples are independent. One group alone has no interval.
     """
     sample = np.asarray(values, dtype=np.float64)
-    blocks = _resampled(np.arange(len(sample)) if groups is None else groups, seed)
+    of_groups = np.arange(len(sample)) if groups is None else np.asarray(groups)
+    if len(np.unique(of_groups)) < 2:
+        return Estimate(float(sample.mean()), -math.inf, math.inf)
+    blocks = _resampled(of_groups, seed)
     means = [counts @ sample / counts.sum(axis=1) for counts in blocks]
     return _estimate(float(sample.mean()), np.concatenate(means))
 
@@ -61,7 +70,7 @@ def estimate_share(values: ArrayLike) -> Estimate:
     size = len(shares) * max(1.0, variance / np.append(shares, [0, 1]).var())
     centre, half = share + z**2 / (2 * size), z * math.sqrt(variance / size + (z / (2 * size)) ** 2)
     low, high = ((centre + side) / (1 + z**2 / size) for side in (-half, half))
-    return Estimate(share, max(low, 0.0), min(high, 1.0))  # which rounding may pass
+    return Estimate(share, low if share > 0 else 0.0, high if share < 1 else 1.0)  # which rounding may miss
 
 
 def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
@@ -136,6 +145,8 @@ def _bootstrap(
     truth, ranked = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     if truth.all() or not truth.any():
         raise ValueError(f"labels: all {len(truth)} are {bool(truth.any())}; expected both True and False")
+    if len(np.unique(groups)) < 2:
+        return Estimate(float(exact(truth, ranked)), -math.inf, math.inf)
     descending = np.argsort(-ranked, kind="stable")
     # places in the sorted samples where a new score begins: equal scores are found together
     starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))

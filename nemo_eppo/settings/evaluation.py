@@ -191,6 +191,8 @@ class EndpointConfig(Config):
     """Sampling temperature of the judge."""
     max_tokens: int = Field(1024, ge=1)
     """Tokens that one answer may have, those of its reasoning included."""
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """Form of answer that the endpoint is told to give, besides the words that ask for JSON."""
     concurrency: int = Field(8, ge=1)
     """Questions that wait for an answer at the same time."""
     retries: int = Field(5, ge=0)

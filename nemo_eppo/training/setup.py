@@ -73,7 +73,7 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     """Read and check everything the model needs, without building it.
 
     Args:
-        where: the config key of `setup`, for error messages.
+        where: the config key of `setup`, or the option that names its model, for error messages.
         head: the head that the checkpoint must have; None for any.
         ranks: number of ranks that the layout is for; None for those of this job.
 
@@ -92,11 +92,12 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
                 raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
             own_tokenizer = source.path
         else:
-            source = checkpoint_files.find(setup.restore_from_path, f"{where}.restore_from_path")
+            named = where if where.startswith("--") else f"{where}.restore_from_path"
+            source = _find(setup.restore_from_path, named)
             try:
                 manifest = checkpoint_files.read_manifest(source, head)
             except ConfigError as error:
-                raise ConfigError(f"{where}.restore_from_path: {error}") from None
+                raise ConfigError(f"{named}: {error}") from None
             own_tokenizer = source / checkpoint_files.TOKENIZER
         model = manifest.model
     assert model is not None
@@ -114,6 +115,15 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     check_layout(model, setup.parallel, f"{where}.architecture")
     setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
+
+
+def _find(path: Path, where: str) -> Path:
+    try:
+        return checkpoint_files.find(path, where)
+    except ConfigError as error:
+        has_run = checkpoint_files.latest(path / "checkpoints") is not None
+        hint = f"; it is the directory of a run, whose checkpoints are in {path}/checkpoints" if has_run else ""
+        raise ConfigError(f"{error}{hint}") from None
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: str) -> None:

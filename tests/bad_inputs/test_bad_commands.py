@@ -11,7 +11,7 @@ SCORING = [
     Row(
         "no such model",
         "score --model nowhere --data rows.jsonl --output scores.jsonl",
-        r"--model\.restore_from_path: nowhere does not exist",
+        r"--model: nowhere does not exist",
         rows(_ROW),
     ),
     Row("no such data", SCORE, r"rows\.jsonl: no such file"),
@@ -24,7 +24,7 @@ SCORING = [
     Row(
         "a reward model",
         "score --model rm --data rows.jsonl --output scores.jsonl",
-        r"--model\.restore_from_path: rm holds a model with head 'scalar', expected 'lm'",
+        r"--model: rm holds a model with head 'scalar', expected 'lm'",
         rows(_ROW),
     ),
     Row("no rows", SCORE, r"rows\.jsonl: no rows", rows()),

@@ -90,13 +90,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, _completion(f"Sure! {verdict}"))
         elif fault == "wrong verdict":
             self._send(200, _completion('{"reason": "", "verdict": "maybe"}'))
+        elif fault == "no content":
+            self._send(200, _completion(None, "length"))
         elif fault == "no choices":
             self._send(200, {"choices": [], "usage": None})
+        elif fault == "no schemas" and body.get("response_format", {}).get("type") == "json_schema":
+            self._send(400, {"error": {"message": "response_format.type must be 'text' or 'json_object'"}})
         else:
-            assert fault == "none"
+            assert fault in ("none", "no schemas")
             with server.lock:
                 server.answered[question] += 1
-            self._send(200, _completion(verdict))
+            fenced = f"```json\n{json.dumps({'confidence': 0.9, **json.loads(verdict)}, indent=1)}\n```\n"
+            self._send(200, _completion(verdict if fault == "none" else fenced))
 
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -109,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut
 
 
-def _completion(content: str, finish_reason: str = "stop") -> dict[str, Any]:
+def _completion(content: str | None, finish_reason: str = "stop") -> dict[str, Any]:
     return {
         "id": "1",
         "object": "chat.completion",

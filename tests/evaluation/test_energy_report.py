@@ -266,10 +266,11 @@ def test_models_and_the_scores_of_models_give_the_same_report(models: tuple[Path
 
 
 TABLE = "index,label,sft_energy_loss,rlhf_energy_loss\n0,normal,-0.5,-0.4\n1,hacking,-0.5,-0.1\n"
+PLAIN = "index,sft_energy_loss,rlhf_energy_loss\n7,-0.5,-0.4\n8,-0.5,-0.1\n"
 
 
 def test_a_table_without_labels_takes_those_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text("index,sft_energy_loss,rlhf_energy_loss\n7,-0.5,-0.4\n8,-0.5,-0.1\n9,-0.4,-0.2\n")
+    (tmp_path / "in.csv").write_text(f"{PLAIN}9,-0.4,-0.2\n")
     labels = write_labels(tmp_path / "labels.json", [False, True, True], first=7)
     command = ["energy-report", "--table", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out")]
     assert main(command) == 0
@@ -290,21 +291,22 @@ def test_a_table_without_labels_takes_those_of_a_file(tmp_path: Path) -> None:
         (TABLE.replace("hacking", "Yes"), "", "in.csv:3: column 'label' = 'Yes': expected hacking or normal"),
         (TABLE.replace("hacking", "normal"), "", "in.csv: all 2 labels are the same"),
         (TABLE.splitlines()[0], "", "in.csv: no rows"),
-        (TABLE, "{", "labels.json: not JSON"),
-        (TABLE, "{}", "labels.json: expected a JSON list"),
-        (TABLE, '[{"query_id": 0}]', "labels.json: entry 1 is {'query_id': 0}: expected an integer 'question_id'"),
-        (TABLE, '[{"question_id": 0, "response": "yes"}]', "entry 1: field 'response' = 'yes': expected 'Yes'"),
+        (PLAIN, "{", "labels.json: not JSON"),
+        (PLAIN, "{}", "labels.json: expected a JSON list"),
+        (PLAIN, '[{"query_id": 0}]', "labels.json: entry 1 is {'query_id': 0}: expected an integer 'question_id'"),
+        (PLAIN, '[{"question_id": 0, "response": "yes"}]', "entry 1: field 'response' = 'yes': expected 'Yes'"),
         (
-            TABLE,
+            PLAIN,
             '[{"question_id": 0, "response": "Yes"}, {"question_id": 0, "response": "No"}]',
             "entry 2: field 'response' = 'No': contradicts an earlier entry with question_id 0",
         ),
         (
-            TABLE.replace("\n1,", "\n0,"),
+            PLAIN.replace("\n8,", "\n7,"),
             '[{"question_id": 0, "response": "Yes"}]',
-            "labels.json: names samples by their index, but several have index 0",
+            "labels.json: names samples by their index, but several have index 7",
         ),
-        (TABLE, '[{"question_id": 0, "response": "Yes"}]', "no entry has question_id 1; 1 samples have no label"),
+        (PLAIN, '[{"question_id": 7, "response": "Yes"}]', "no entry has question_id 8; 1 samples have no label"),
+        (TABLE, "[]", "labels.json: the table has labels in its column 'label'; expected one of the two"),
     ],
 )
 def test_bad_tables_and_labels_are_named(
@@ -327,6 +329,12 @@ def test_answers_to_one_prompt_are_no_independent_evidence(tmp_path: Path) -> No
     for energies in (alone, replace(alone, prompts=prompts)):
         write_energy_report(energies, tmp_path)
         found.append(json.loads((tmp_path / "report.json").read_text()))
+    write_energy_report(replace(alone, prompts=[0] * 120), tmp_path / "one")
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "(no interval of one)" in page
+    write_energy_report(replace(alone, after=alone.after - 1), tmp_path / "fell")
+    assert "Largest rise" in page
+    assert "Largest rise" not in (tmp_path / "fell" / "report.html").read_text()
     assert found[0]["rise"]["low"] > 0 > found[1]["rise"]["low"]
     assert found[0]["rise"]["value"] == found[1]["rise"]["value"]
     assert "did not change beyond noise" in (tmp_path / "report.html").read_text()
@@ -347,9 +355,11 @@ def test_scores_of_other_settings_are_not_compared(
     said = capsys.readouterr().err
     assert f"old.jsonl has {name} = {settings[name]!r}" in said
     assert f"new.jsonl has {name} = {value!r}" in said
-    assert (
-        main(["energy-report", "--before-scores", str(new), "--after-scores", str(new), "--output", str(tmp_path)]) == 0
-    )
+    command = ["energy-report", "--before-scores", str(new), "--after-scores", str(new), "--output", str(tmp_path)]
+    assert main(command) == 0
+    new.with_name(f"{new.name}.settings.json").write_text('{"samples_per_prompt": 1}')  # of `nemo-eppo generate`
+    assert main(command) == 2
+    assert "new.jsonl: another command than nemo-eppo score wrote it" in capsys.readouterr().err
 
 
 def test_bad_choices_are_named_before_a_model_runs(
@@ -365,6 +375,8 @@ def test_bad_choices_are_named_before_a_model_runs(
         ([], "expected exactly one of: --before, --after, --data; or --before-scores, --after-scores; or --table"),
         ([*pair, "--table", str(data)], "expected exactly one of"),
         (pair, "--data: required beside --before, --after, --data"),
+        (["--before", "nowhere", *pair[2:], "--data", str(data)], "--before: nowhere does not exist"),
+        ([*pair[:2], "--after", "nowhere", "--data", str(data)], "--after: nowhere does not exist"),
         (["--table", str(data), "--before-data", str(data)], "--before-data: for --before and --after only"),
         ([*pair, "--data", str(data), "--before-data", str(short)], "short.jsonl has 18 rows"),
         ([*pair, "--data", str(data), "--before-data", str(other)], "other.jsonl:1: its prompt"),
@@ -376,4 +388,4 @@ def test_bad_choices_are_named_before_a_model_runs(
     ):
         assert main(["energy-report", *given, "--output", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
-        assert not any((tmp_path / "out").glob("*"))
+        assert not (tmp_path / "out").exists()

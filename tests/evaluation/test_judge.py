@@ -16,11 +16,10 @@ from scipy.stats import binomtest
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation.pairs import read_pairs
 from nemo_eppo.evaluation.statistics import estimate_share
 from nemo_eppo.tools.noun_task import quality, sample_prompt, sample_sft_response
 
-FAULTS = ("429", "500", "cut", "no JSON", "half", "wrong JSON", "wrong verdict", "no choices")
+FAULTS = ("429", "500", "cut", "no JSON", "half", "wrong JSON", "wrong verdict", "no choices", "no content")
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
 
@@ -88,9 +87,9 @@ def test_every_fault_is_outlived_and_both_orders_are_asked_once(answers: Path, b
     assert shares == {"win": 4 / 8, "tie": 2 / 8, "lose": 2 / 8, "score": 5 / 8}
     interval = binomtest(4, 8).proportion_ci(method="wilson")
     assert (found["win"]["low"], found["win"]["high"]) == pytest.approx((interval.low, interval.high))
-    # what failed with an answer was paid for too: 4 of 8 faults have a usage, "no JSON", "no choices" and errors none
+    # what failed with an answer was paid for too, where it has a usage: "no JSON", "no choices" and errors have none
     told = json.loads((output / "summary.json").read_text())["judge"]
-    billed = sum(fault in ("half", "wrong JSON", "wrong verdict") for fault in (FAULTS * 2)[:14])
+    billed = sum(fault in ("half", "wrong JSON", "wrong verdict", "no content") for fault in (FAULTS * 2)[:14])
     assert (told["tokens_in"], told["tokens_out"]) == (100 * (14 + billed), 10 * (14 + billed))
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "win. shown first: win (23 against 16)" in (output / "report.html").read_text()
@@ -194,7 +193,11 @@ def test_nothing_is_asked_before_the_cost_is_confirmed(
         ("500", "oops"),
         ("cut", "peer closed connection without sending complete message body"),
         ("half", "no verdict in 2 answers; the last: answer = "),
-        ("half", "(finish_reason: length)"),
+        (
+            "no content",
+            "answer = '': Invalid JSON: EOF while parsing a value at line 1 column 0 (finish_reason: length)",
+        ),
+        ("half", "(finish_reason: length); --max-tokens allows longer answers"),
         ("wrong verdict", "verdict = 'maybe': Input should be 'first', 'second' or 'tie'"),
         ("no choices", "choices = []"),
         ("no JSON", "<html>gateway</html>"),
@@ -214,6 +217,24 @@ def test_a_question_that_fails_for_good_is_one_message_and_keeps_the_rest(
         assert error.count("nemo-eppo: error") == 1
         assert not (output / "summary.json").exists()
         assert len(server.requests) == 4  # two answered, one asked twice
+
+
+def test_an_endpoint_without_schemas_may_fence_its_json(
+    answers: Path, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with judge_server() as server:
+        server.broken = "no schemas"
+        command = [*arguments(server, tmp_path / "out", answers, baseline=baseline), "--yes", "--retries", "0"]
+        assert main(command) == 2
+        assert "must be 'text' or 'json_object'" in (error := capsys.readouterr().err)
+        assert "; if that is for the JSON schema: --response-format json_object or none" in error
+        assert main([*command, "--response-format", "json_object"]) == 0
+        assert server.requests[-1]["response_format"] == {"type": "json_object"}
+        command[command.index(str(tmp_path / "out"))] = str(tmp_path / "again")
+        assert main([*command, "--response-format", "none"]) == 0
+        assert "response_format" not in server.requests[-1]
+    assert summary(tmp_path / "out", "step_20") == summary(tmp_path / "again", "step_20")
+    assert summary(tmp_path / "out", "step_20")["score"]["value"] == 5 / 8
 
 
 def test_a_failure_lets_what_is_under_way_end_and_asks_no_more(
@@ -253,14 +274,6 @@ def test_the_key_is_in_no_message_and_no_file(
         said = capsys.readouterr().err
         assert "environment variable MY_KEY" in said
         assert not bad or bad not in said
-
-
-def test_several_responses_to_a_prompt_are_compared_in_their_order(tmp_path: Path) -> None:
-    left = write(tmp_path / "left.jsonl", ["a", "b", "c"], ["p", "q", "p"], finished=True)
-    right = write(tmp_path / "right.jsonl", ["x", "y", "z"], ["p", "p", "q"], finish_reason="length")
-    pairs = read_pairs(left, right)
-    assert [(pair.response.response, pair.baseline.response) for pair in pairs] == [("a", "x"), ("b", "z"), ("c", "y")]
-    assert [(pair.response.finished, pair.baseline.finished) for pair in pairs] == [(True, False)] * 3
 
 
 def test_an_interval_is_over_prompts_that_count_alike(tmp_path: Path) -> None:
@@ -351,7 +364,7 @@ def test_no_gold_reward_is_asked_for_twice(
     [
         (["--baseline", "{other}"], "has 1 responses to the prompt 'prompt 0', {other} has 0"),
         (["--baseline", "nowhere"], "nowhere: no such file"),
-        (["--baseline", "{mixed}"], "some rows have a field 'finished' or 'finish_reason', and others do not"),
+        (["--baseline", "{mixed}"], "some rows say how their response ended (finish_reason), and others do not"),
         (["--base-url", "localhost:1"], "base_url = 'localhost:1': expected http://HOST"),
         (["--base-url", "https://me:secret@host/v1"], "expected http://HOST"),
         (["--names", "a", "b"], "--names: 2 names for 1 paths"),

@@ -50,9 +50,10 @@ def test_gold_at_a_distance_is_interpolated() -> None:
     ("gold", "correlation", "refusal"),
     [
         ([0.2, 0.5, 0.3], 0.7, ""),
-        ([0.2, 0.5, 0.3], 0.4, "correlation 0.40 is below 0.5"),
-        ([0.2, 0.3, 0.1], 0.7, "rises by 0.10 only"),
-        ([0.2, 0.5, 0.48], 0.7, "falls by 0.02 only"),
+        ([0.2, 0.5, 0.3], 0.4, "correlation 0.400 is below 0.5"),
+        ([0.2, 0.3, 0.1], 0.7, "rises by 0.100 only"),
+        ([0.2, 0.349, 0.1], 0.7, "rises by 0.149 only, less than 0.15"),
+        ([0.2, 0.5, 0.48], 0.7, "falls by 0.020 only"),
     ],
 )
 def test_seeds_count_where_plain_ppo_over_optimises(gold: list[float], correlation: float, refusal: str) -> None:
@@ -107,6 +108,16 @@ def test_the_fit_over_the_distance_finds_what_made_the_curves() -> None:
     assert compare(still, ("ppo",))["fits"]["ppo"] is None
 
 
+def test_of_one_seed_nothing_follows(tmp_path: Path) -> None:
+    runs = {name: {1: curves([0.0, 1.0, last])} for name, last in (("ppo", 0.3), ("eppo", 0.4))}
+    text = write_results(tmp_path, runs, {}, {})
+    assert "Of one seed nothing follows: EPPO less plain PPO is 0.100." in " ".join(text.split())
+    assert "0.100, 1/1" in text
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["methods"]["eppo"]["final"]["less"]["ppo"]["low"] is None
+    assert found["fits"]["eppo"] is None
+
+
 def test_equal_gold_rewards_are_half_a_win() -> None:
     assert win_rate(np.array([1.0, 2, 3, 4]), np.array([0.0, 2, 4, 4])) == 0.5
 
@@ -152,6 +163,13 @@ def test_the_bench_runs(tmp_path: Path) -> None:
     assert found["tuning"] == found["candidates"] == {}, "one value, and every seed counts"
     assert found["curves"]["eppo"]["1"]["steps"] == [0, 1, 2]
     assert not (tmp_path / "alarms").exists(), "two steps are too few"
+    read = json.loads((tmp_path / "weights_and_text.json").read_text())
+    for method in ("ppo", "eppo"):
+        recorded, of_method = found["curves"][method]["1"]["energy"], read[method]["1"]
+        assert of_method["sft"]["first"] == pytest.approx(recorded[0], abs=1e-5)
+        assert of_method["policy"]["last"] == pytest.approx(recorded[-1], abs=1e-5)
+        assert len({of_method[reader][text] for reader in ("sft", "policy") for text in ("first", "last")}) == 4
+    assert (tmp_path / "seed_1" / "policies" / "eppo" / "weights_and_text" / "done").exists(), "it is not read again"
 
 
 @pytest.mark.slow
@@ -231,7 +249,7 @@ def test_what_was_tuned_and_which_seeds_were_refused_is_kept(tmp_path: Path, mon
     made = bench.Bench(task, methods, 1, Acceptance())
     found = made.run(1)
     assert made.tuning == {"eppo": {"chosen": 8, "gold": {2: {1001: 0.3, 1002: 0.5}, 8: {1001: 0.45, 1002: 0.4}}}}
-    refusal = "correlation 0.40 is below 0.5"
+    refusal = "correlation 0.400 is below 0.5"
     assert made.candidates == {
         1: {"correlation": 0.4, "refusal": refusal}, 2: {"correlation": 0.7, "refusal": ""}
     }  # fmt: skip
@@ -294,6 +312,7 @@ def test_pieces_of_work_end_with_the_bench(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # 35 trainings of policies, on a machine that may be busy
 def test_the_same_seed_gives_the_same_numbers_and_every_method_runs(tmp_path: Path) -> None:
-    first, second = bench(tmp_path / "first", ""), bench(tmp_path / "second", "ppo_kl")
+    names = yaml.safe_load((BENCH / "methods.yaml").read_text())
+    first, second = bench(tmp_path / "first", ",".join(names)), bench(tmp_path / "second", "ppo_kl")
     assert all(first["curves"][name] == second["curves"][name] for name in ("ppo", "eppo", "ppo_kl"))
-    assert set(first["methods"]) == set(yaml.safe_load((BENCH / "methods.yaml").read_text()))
+    assert set(first["methods"]) == set(names)

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 from browser import assert_fits, needs_chromium
 from test_overoptimization import curves
-from test_run_detection import of_run
+from test_run_detection import of_run, write_run
 
+from nemo_eppo.evaluation.alarms import Alarms
+from nemo_eppo.evaluation.alarms_page import write_alarms
 from nemo_eppo.evaluation.detection import KL, LENGTH
 from nemo_eppo.evaluation.energies import Energies, Texts
 from nemo_eppo.evaluation.energy_page import write_energy_report
@@ -15,6 +17,7 @@ from nemo_eppo.evaluation.overoptimization_page import write_results
 from nemo_eppo.evaluation.pairs import Pair
 from nemo_eppo.evaluation.run_detection_page import write_detection
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.evaluation import DetectionConfig
 
 LONG = "checkpoints/of_a_run_with_a_name_that_has_no_space_to_break_at/step_000100"
 TEXT = f"A response with a long word, {LONG}, and many others. " * 8
@@ -35,6 +38,18 @@ def test_an_energy_report(tmp_path: Path) -> None:
 @needs_chromium
 def test_a_detection_report(tmp_path: Path) -> None:
     write_detection(of_run(tmp_path / "run", falls=True, says=True), tmp_path)
+    assert_fits(tmp_path / "report.html")
+
+
+@needs_chromium
+def test_a_detection_report_of_several_runs(tmp_path: Path) -> None:
+    for number in range(6):
+        of_run(tmp_path / f"{LONG}_{number}", falls=number % 2 == 0, says=number < 4)
+    write_run(tmp_path / f"{LONG}_left_out", lambda _: [{"reward/proxy": 0.0, "reward/gold": 1.0}])
+    runs = sorted((tmp_path / LONG).parent.iterdir())
+    alarms = Alarms({str(run.relative_to(tmp_path)): DetectionConfig(run=run) for run in runs})
+    assert (len(alarms.runs), len(alarms.left_out)) == (6, 1)
+    write_alarms(alarms, tmp_path)
     assert_fits(tmp_path / "report.html")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from nemo_eppo.cli import main
 from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH
 from nemo_eppo.evaluation.run_detection import RunDetection, _limit
@@ -117,6 +118,15 @@ def test_a_gold_reward_that_only_fluctuates_does_not_fall(tmp_path: Path) -> Non
 
         fell += RunDetection(DetectionConfig(run=write_run(tmp_path / str(number), rows))).fell
     assert fell <= 2, "of 30 runs; at most one in forty falls so far by chance"
+
+
+def test_a_damaged_rollout_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", lambda _: [{"reward/proxy": 0.0, "reward/gold": 1.0}], steps=11)
+    damaged = run / "rollouts" / "step_000002.jsonl"
+    damaged.write_text('{"reward/proxy": 0.0')
+    assert main(["detect", str(run), "--output", str(tmp_path / "out")]) == 2
+    assert f"nemo-eppo: error: {damaged}:1: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_greedy_responses_are_no_baseline_for_sampled_ones(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The statistics of the reports against scikit-learn and scipy."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -87,11 +88,21 @@ def test_the_interval_of_a_mean_over_groups_is_that_of_scipy(
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
 
 
-@pytest.mark.parametrize(("ones", "number"), [(8, 8), (0, 8), (3, 40), (1, 1)])
+@pytest.mark.parametrize(("ones", "number"), [(10, 10), (0, 7), (3, 40), (1, 1)])
 def test_the_interval_of_a_share_is_wilsons(ones: int, number: int) -> None:
     found = estimate_share([1.0] * ones + [0.0] * (number - ones))
     wanted = stats.binomtest(ones, number).proportion_ci(method="wilson")
     assert found == pytest.approx((ones / number, wanted.low, wanted.high), abs=1e-12)
+    assert (found.low == 0, found.high == 1) == (ones == 0, ones == number), "exactly"
+
+
+@pytest.mark.parametrize("groups", [None, [7]])
+def test_the_mean_of_one_group_has_no_interval(groups: list[int] | None) -> None:
+    found = bootstrap_mean([2.0], seed=1, groups=groups)
+    assert found == (2.0, -math.inf, math.inf)
+    assert found.cell() == "2.000<small>no interval of one</small>"
+    assert found.as_dict() == {"value": 2.0, "low": None, "high": None}
+    assert bootstrap_auroc([True, False], [2.0, 1.0], [7, 7], seed=0) == (1.0, -math.inf, math.inf)
 
 
 def test_the_interval_of_a_score_with_ties_holds_it_as_often_as_it_says() -> None:

@@ -135,3 +135,11 @@ def test_help_answers_without_a_heavy_import(command: str) -> None:
     )
     assert run.stdout.splitlines()[-1] == "[]"
     assert "usage: nemo-eppo" in run.stdout
+
+
+def test_help_shows_defaults_that_are_0_but_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["judge", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sampling temperature of the judge (default: 0.0)" in said
+    assert "(default: False)" not in said

@@ -55,3 +55,11 @@ def test_a_tokenizer_with_other_token_ids_than_the_model_s_own_has_to_be_allowed
     contents["files"] = {name: entry for name, entry in contents["files"].items() if "tokenizer" not in name}
     manifest.write_text(json.dumps(contents))
     assert plan(setup.model_copy(update={"restore_from_path": bare})).tokenizer.vocab_size == 4, "it has none"
+
+
+def test_a_run_directory_is_told_where_its_checkpoints_are(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000001").symlink_to(models.sft)
+    hint = f"--model: {tmp_path} is no checkpoint and holds none .*the directory of a run.* in {tmp_path}/checkpoints"
+    with pytest.raises(ConfigError, match=hint):
+        plan(ModelSetup(restore_from_path=tmp_path), "--model")
