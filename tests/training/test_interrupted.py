@@ -62,7 +62,7 @@ class Runs:
                 "energy_penalty": {"eta": 2.0, "standardize": True},  # running statistics that a resume has to restore
                 "kl": {"coefficient": 0.1, "controller": "adaptive", "target": 0.01, "horizon": 100},
             },
-            "optimizer": {"lr": 1e-3, "schedule": "linear"},
+            "optimizer": {"lr": 1e-3, "schedule": "linear", "decay_steps": 2 * STEPS},
             "checkpoint": {"interval": 1, "best": "validation/proxy_reward"},
             "critic": {"server": {"url": f"grpc://127.0.0.1:{port}", "connect_timeout": 60}},
             "rewards": [{"server": {"url": self.reward_url}}],
@@ -187,7 +187,8 @@ def test_a_run_goes_on_in_another_layout(whole: Runs, tmp_path: Path) -> None:
             critic.stop()
     expected = [row for row in whole.trajectory() if row["step"] <= 2]
     for row, wanted in zip(runs.trajectory(), expected, strict=True):
-        # the learning rate is constant, so that max_steps changes nothing
+        for name in [name for name in row.keys() - wanted.keys() if name.startswith("validation/")]:
+            del row[name]  # after the last step of each start
         clipped = {name for name in wanted if name.endswith("clip_fraction")}  # one token may be right at the border
         for name in clipped:
             assert row.pop(name) == pytest.approx(wanted.pop(name), abs=0.01), name
