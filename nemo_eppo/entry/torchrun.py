@@ -90,7 +90,11 @@ def _meet_signals_when_ranks_have_started() -> None:
     this, early, starting = os.getpid(), list[int](), False
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if starting and os.getpid() == this:  # a forked rank has this handler, too, until it sets its own
+        if os.getpid() != this:  # a forked rank has this handler until it sets its own
+            # an exception would be lost in what Python calls right after a fork
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        elif starting:
             early.append(signum)
         else:
             meet(signum, frame)

@@ -22,6 +22,7 @@ COLORS = (  # readable on white and on black; neighbours differ in lightness too
 GRAY = "#8a94a0"
 _GRID = "rgba(130,138,150,.28)"
 _MOST_POINTS = 1_000  # of one line; more would only make the file larger, so neighbours are averaged
+_LONGEST_LABEL = 34  # characters, which fit on a phone
 _SINGLE_POINTS = 25  # a line of fewer points shows each of them
 
 
@@ -156,6 +157,11 @@ def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short:
     # labels of up to `short` characters stand in two columns, on a phone too; a legend that flows may never settle
     from plotly.graph_objects import Figure
 
+    # a legend breaks no words, and what tells runs apart is the end of their names
+    traces = [
+        trace | {"name": name if len(name := trace["name"]) <= _LONGEST_LABEL else f"…{name[1 - _LONGEST_LABEL :]}"}
+        for trace in traces
+    ]
     labels = dict.fromkeys(trace["name"] for trace in traces)
     columns = 2 if max(map(len, labels)) <= short else 1
     axis = {"gridcolor": _GRID, "zerolinecolor": GRAY, "zerolinewidth": 1, "automargin": True, "hoverformat": ".4~g"}
@@ -164,7 +170,7 @@ def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short:
         "traceorder": "normal", "tracegroupgap": 0,
     }  # fmt: skip
     return Figure(
-        list(traces),
+        traces,
         {
             "template": "none", "height": 285 + 20 * math.ceil(len(labels) / columns),
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8}, "font": {"size": 12, "family": "inherit", "color": GRAY},
