@@ -164,16 +164,9 @@ run_forked(2, wait)
 """
 
 
-_TOLD_TO_END_RIGHT_AFTER_THE_FORK = """
-import os, signal, time
-from nemo_eppo.entry.torchrun import run_forked
-
-def both_are_told():
-    os.kill(os.getppid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-os.register_at_fork(after_in_child=both_are_told)
-run_forked(2, lambda: time.sleep(100))
+_AND_SO_ARE_THE_RANKS = """
+import os, signal
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
 """
 
 
@@ -201,8 +194,8 @@ run_forked(2, train)
 
 @pytest.mark.parametrize(
     "program",
-    [_TOLD_TO_END_AT_THE_START, _TOLD_TO_END_RIGHT_AFTER_THE_FORK, _TOLD_TO_END_LATER],
-    ids=["at the start", "right after the fork", "later"],
+    [_TOLD_TO_END_AT_THE_START, _AND_SO_ARE_THE_RANKS + _TOLD_TO_END_AT_THE_START, _TOLD_TO_END_LATER],
+    ids=["at the start", "ranks too, right after the fork", "later"],
 )
 def test_a_torchrun_that_is_told_to_end_ends_soon_with_its_ranks(program: str) -> None:
     repository = str(Path(__file__).parents[2])
