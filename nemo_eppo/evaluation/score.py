@@ -28,10 +28,9 @@ class Scoring:
     """Computes log-probability and energy loss of the responses in one file.
 
     Creating it checks the model, every row, and the output of an interrupted run; `where` is the option that names the
-    model, for messages. `logprob` is the sum over the
-    response's tokens, at temperature 1 over the whole vocabulary. `energy_loss` is the mean energy loss at these
-    tokens' positions (window `response`), each energy divided by its tensor's width as in training; presets with
-    several modules add theirs up, as the penalty does.
+    model, for messages. `logprob` is the sum over the response's tokens, at temperature 1 over the whole vocabulary.
+    `energy_loss` is the mean energy loss at these tokens' positions (window `response`), each energy divided by its
+    tensor's width as in training; presets with several modules add theirs up, as the penalty does.
 
     Raises:
         ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
