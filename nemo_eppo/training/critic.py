@@ -123,9 +123,9 @@ class CriticModel:
 
     def _remove_after(self, step: int) -> None:
         # updates are made anew from here: of one that is not saved again, an earlier trajectory's must not be found
-        for path in checkpoint_files.complete_in(self._folder):
-            if checkpoint_files.read_manifest(path).step > step:
-                remove_directory(path)
+        saved = checkpoint_files.complete_in(self._folder)
+        for path in saved[saved.index(self._saver.path(step)) + 1 :] if step else saved:
+            remove_directory(path)
 
     def _infer(self, request: Tensors) -> Tensors:
         values, _ = self.runner.infer(request["tokens"], request["lengths"], outputs=1)

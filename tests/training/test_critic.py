@@ -9,6 +9,7 @@ from distributed import run_ranks
 from jobs import Models
 
 from nemo_eppo.config import ConfigError, load_config
+from nemo_eppo.models import checkpoint_files
 from nemo_eppo.servers.protocol import ServerEnding, ServiceError
 from nemo_eppo.servers.service import Tensors
 from nemo_eppo.settings.critic import CriticConfig
@@ -84,6 +85,8 @@ def going_back(models: Models, directory: Path) -> tuple[list[str], list[str], s
         service.endpoints["critic_save"]({"keep": torch.tensor([0, 1]), "step": torch.tensor([service.step])})
         service.endpoints["critic_saved"]({"step": torch.tensor([service.step])})
         saved.append(sorted(path.name for path in directory.glob("checkpoints/*"))[-1])
+    weights = directory / "checkpoints" / "step_000002" / checkpoint_files.WEIGHTS
+    next(path for path in weights.iterdir() if path.suffix == ".distcp").unlink()  # a damaged one is in nobody's way
     service.endpoints["critic_begin"](begin(1, 1))
     left = sorted(path.name for path in directory.glob("checkpoints/*"))
     service.endpoints["critic_train"](request(2))
