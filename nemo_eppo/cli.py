@@ -56,7 +56,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keeps the layout of descriptions and shows every default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shows_default = action.default is not False and action.default not in (None, [])  # 0 == False, but is shown
+        shows_default = action.default is not False and action.default not in (None, [], ())  # 0 == False, but is shown
         return super()._get_help_string(action) if shows_default else action.help
 
 

@@ -25,7 +25,7 @@ class EnergyScoring:
         self._responses = responses = read_data(config.data, config.before_data)
         if config.labels is not None:
             read_labels(config.labels, responses.index)
-        shared = config.model_dump(include={"preset", "layer", "chat_template", *ModelRunConfig.model_fields})
+        shared = config.model_dump(include={"preset", "layer", *ModelRunConfig.model_fields})
 
         def job(name: str, model: Path, data: Path, fields: tuple[str, str]) -> Scoring:
             output = config.output / f"{name}.jsonl"

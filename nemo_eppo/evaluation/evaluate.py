@@ -114,15 +114,9 @@ class Evaluation:
         on_rank0(lambda: self._write(responses))
 
     def _score(self, part: str, model: Path) -> None:
-        config = self.config
-        settings = ScoreConfig(
-            model=model,
-            data=self._file,
-            output=self._parts / f"{part}.jsonl",
-            chat_template=config.responses is not None and config.chat_template,
-            **config.model_dump(include=set(ModelRunConfig.model_fields)),
-        )
-        Scoring(settings).run()
+        shared = self.config.model_dump(include=set(ModelRunConfig.model_fields))
+        shared["chat_template"] &= self.config.responses is not None  # generated ones have it already
+        Scoring(ScoreConfig(model=model, data=self._file, output=self._parts / f"{part}.jsonl", **shared)).run()
 
     def _write(self, responses: list[Response]) -> None:
         config = self.config

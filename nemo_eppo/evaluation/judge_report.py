@@ -118,7 +118,7 @@ def _result(judged: Sequence[Judged]) -> _Result:
 
 def _plain(result: _Result) -> dict[str, Any]:
     fields = result._asdict().items()
-    return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in fields}
+    return {name: value.as_dict() if isinstance(value, Estimate) else value for name, value in fields}
 
 
 def _table_rows(results: Mapping[str, _Result]) -> list[list[str]]:

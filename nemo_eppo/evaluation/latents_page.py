@@ -91,7 +91,7 @@ def write_latents(
         "mean_mahalanobis": {name: float(np.mean(distances[name])) for name in groups},
         "mean_reward": {name: float(np.mean(group.rewards)) for name, group in groups.items()},
         "alpha": alpha,
-        "outlier_fraction": {name: estimate._asdict() for name, estimate in outliers.items()},
+        "outlier_fraction": {name: estimate.as_dict() for name, estimate in outliers.items()},
         "mop": outliers["rlhf"].value,
         "csi": csi,
         "csi_per_response": {"sft": baseline / len(halves[0]), "rlhf": csi / len(rlhf.latents)},

@@ -62,8 +62,9 @@ def _read(path: Path, prompt: str, responses: Sequence[str], told: set[bool]) ->
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         text, *answers = text_fields(row, (prompt, *responses), where)
-        told.add(says_how_it_ended(row))
-        finished = row_finished(row, where) or not says_how_it_ended(row)
+        says = says_how_it_ended(row)
+        told.add(says)
+        finished = row_finished(row, where) or not says
         fields = row_fields({name: value for name, value in row.items() if name not in (prompt, *responses)})
         rows.append(
             [Sample(prompt=text, response=answer, token_ids=(), finished=finished, fields=fields) for answer in answers]

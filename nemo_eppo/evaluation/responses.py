@@ -11,7 +11,6 @@ from nemo_eppo.data.datasets import TokenIds
 from nemo_eppo.data.jsonl import read_objects, text_fields
 from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
-"""Fields of a row that have texts, unless a caller says otherwise."""
 _IDS = ("prompt_ids", "response_ids")
 _OF_RESPONSES = (*_IDS, "prompt", "response", "finished", "finish_reason", "index", "sample")
 

@@ -81,7 +81,7 @@ class Alarm:
             "first_alarm_step": self.step,
             "lead_steps": self.lead,
             "hacked_found": self.found,
-            "auroc_within_steps": self.auroc_within._asdict() if self.auroc_within else None,
+            "auroc_within_steps": self.auroc_within.as_dict() if self.auroc_within else None,
         }
 
 

@@ -44,6 +44,10 @@ class Outputs(NamedTuple):
     energies: Tensor
     """fp32 [n, E]; 0 for layers of other pipeline stages."""
 
+    def select(self, rows: Tensor | list[int]) -> "Outputs":
+        """Those of the rows with these numbers, in this order."""
+        return Outputs(None if self.logits is None else self.logits[rows], self.energies[rows])
+
 
 class _Passed(NamedTuple):
     """What a chunk of layers gives."""
@@ -161,12 +165,12 @@ class Decoder:
             energies.append(read[places])
             if hidden is not None:
                 last_hidden.append(hidden[places])
-        logits = self._logits(torch.cat(last_hidden)) if last_hidden else None
-        if repeated:
-            others = slice(first + len(tokens), len(self._lengths))
-            self._cache.copy(first + prompt_of[len(tokens) :], others, longest)
-            logits = None if logits is None else logits[prompt_of]
-        return Outputs(logits, torch.cat(energies)[prompt_of])
+        outputs = Outputs(self._logits(torch.cat(last_hidden)) if last_hidden else None, torch.cat(energies))
+        if not repeated:
+            return outputs
+        others = slice(first + len(tokens), len(self._lengths))
+        self._cache.copy(first + prompt_of[len(tokens) :], others, longest)
+        return outputs.select(prompt_of)
 
     def _prefill(self, tokens: Tensor, first: int) -> tuple[Tensor | None, Tensor]:
         """Run prompts [n, P] in n rows of the cache: hidden [n, P, H] on the last stage, energies [n, P, E]."""

@@ -131,16 +131,12 @@ class MegatronEngine:
 
     def _begin(self, decoder: Decoder, joining: list[int], work: "_Work") -> "_Batch":
         """Add the prompts of the requests `joining` to the decoder's rows; equal ones are computed once."""
-        numbers: dict[tuple[int, ...], int] = {}
-        firsts, others, repeated = list[int](), list[int](), list[int]()
+        groups: dict[tuple[int, ...], list[int]] = {}
         for i in joining:
-            number = numbers.setdefault(tuple(work.prompts[i]), len(firsts))
-            if number == len(firsts):
-                firsts.append(i)
-            else:
-                others.append(i)
-                repeated.append(number)
-        prompts, rows = [work.prompts[i] for i in firsts], firsts + others
+            groups.setdefault(tuple(work.prompts[i]), []).append(i)
+        repeated = [number for number, group in enumerate(groups.values()) for _ in group[1:]]
+        rows = [group[0] for group in groups.values()] + [i for group in groups.values() for i in group[1:]]
+        prompts = list(groups)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = [torch.tensor(prompt) for prompt in prompts]
         padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._limits.pad_id)
@@ -169,9 +165,7 @@ class MegatronEngine:
             if responses[i].ended:
                 responses[i].read.append(read)
         order = decoder.keep([row for row, i in enumerate(batch.rows) if not responses[i].ended])
-        logits, energies = batch.outputs
-        outputs = Outputs(None if logits is None else logits[order], energies[order])
-        return batch.reordered(order, outputs) if order else None
+        return batch.reordered(order, batch.outputs.select(order)) if order else None
 
     def _decode(
         self, decoder: Decoder, batch: "_Batch", uniforms: Tensor, early: Tensor, work: "_Work"

@@ -30,7 +30,6 @@ class Offload:
     def __init__(self, model: Runs) -> None:
         self._model, self._in_turn = model, False
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._is_kept = False  # whether the memory holds the weights of a model that nothing trains
         self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._gradients: list[tuple[torch.UntypedStorage, int]] = []
 
@@ -56,15 +55,16 @@ class Offload:
             storage.resize_(0)
         storages = _storages(_lasting(self._model.runner))
         sizes = [storage.nbytes() for storage in storages]
+        # the weights of a model that nothing trains are there since the last turn
+        is_kept = len(self._memory) > 0 and self._model.runner.optimizer is None
         if sum(sizes) > len(self._memory):  # the first time, or with moments that the first update has made
             device.synchronize()  # what comes back may still be read from it
             self._memory = device.locked_memory(sum(sizes), torch.uint8)
         for storage, host in zip(storages, self._memory[: sum(sizes)].split(sizes), strict=True):
-            if not self._is_kept:
+            if not is_kept:
                 host.copy_(_bytes(storage), non_blocking=True)
             storage.resize_(0)
             self._away.append((storage, host))
-        self._is_kept = self._model.runner.optimizer is None
 
     def restore(self) -> None:
         """Move back what `set_aside` moved. Host memory is kept for the next turn: to lock it takes long."""

@@ -140,8 +140,11 @@ def find(path: Path, where: str) -> Path:
         return path
     newest = latest(path)
     if newest is None:
-        is_nemo = path.suffix == ".nemo" or (path / "model_config.yaml").is_file()
-        hint = "; `nemo-eppo convert nemo-to-megatron` makes one of a model of NeMo" if is_nemo else ""
+        hint = ""
+        if path.suffix == ".nemo" or (path / "model_config.yaml").is_file():
+            hint = "; `nemo-eppo convert nemo-to-megatron` makes one of a model of NeMo"
+        elif latest(path / "checkpoints") is not None:
+            hint = f"; it is the directory of a run, whose checkpoints are in {path}/checkpoints"
         raise ConfigError(f"{where}: {path} is no checkpoint and holds none (step_*){hint}")
     return newest
 

@@ -15,6 +15,8 @@ from nemo_eppo.settings.model import ModelSetup, ParallelConfig, Precision
 class ModelRunConfig(Config):
     """How a command runs its models, one at a time."""
 
+    chat_template: bool = False
+    """Make prompts that are texts the user's turn of the tokenizer's chat template."""
     precision: Precision = "fp32"
     """Precision of weights and activations."""
     batch_size: int = Field(8, ge=1)
@@ -48,8 +50,6 @@ class GenerateConfig(GeneratorConfig):
     """New .jsonl file with a row for each response, or the one of an interrupted run."""
     samples_per_prompt: int = Field(1, ge=1)
     """Responses to each prompt."""
-    chat_template: bool = False
-    """Make texts the user's turn of the tokenizer's chat template."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
@@ -83,8 +83,6 @@ class EvaluateConfig(ModelRunConfig):
     """Responses to each prompt."""
     sampling: SamplingParams
     """How they are sampled."""
-    chat_template: bool = False
-    """Make texts the user's turn of the tokenizer's chat template."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the sampling and of bootstrap intervals."""
 
@@ -118,8 +116,6 @@ class ScoreConfig(ModelRunConfig):
     """Decoder layer to read, counted from 0; negative numbers count from the end."""
     sweep: bool = False
     """Also write "energies", of every layer under every preset, which energy-report compares."""
-    chat_template: bool = False
-    """Make prompts the user's turn of the tokenizer's chat template."""
 
 
 class EnergyReportConfig(ModelRunConfig):
@@ -142,8 +138,6 @@ class EnergyReportConfig(ModelRunConfig):
     """Energies that the report is about, see `nemo-eppo score`; the sweep has all."""
     layer: int = -1
     """Decoder layer of these, counted from 0; negative numbers count from the end."""
-    chat_template: bool = False
-    """Make prompts the user's turn of the tokenizer's chat template."""
 
 
 class LatentsConfig(ModelRunConfig):
@@ -161,8 +155,6 @@ class LatentsConfig(ModelRunConfig):
     """Outliers are the responses whose p-value under the SFT latents' Gaussian is below this."""
     perplexity: float = Field(30.0, gt=1)
     """Neighbours of each point that t-SNE preserves; lowered where there are fewer than three times as many points."""
-    chat_template: bool = False
-    """Make prompts the user's turn of the tokenizer's chat template."""
 
 
 class DetectionConfig(Config):

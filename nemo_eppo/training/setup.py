@@ -93,7 +93,7 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
             own_tokenizer = source.path
         else:
             named = where if where.startswith("--") else f"{where}.restore_from_path"
-            source = _find(setup.restore_from_path, named)
+            source = checkpoint_files.find(setup.restore_from_path, named)
             try:
                 manifest = checkpoint_files.read_manifest(source, head)
             except ConfigError as error:
@@ -115,15 +115,6 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     check_layout(model, setup.parallel, f"{where}.architecture")
     setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
-
-
-def _find(path: Path, where: str) -> Path:
-    try:
-        return checkpoint_files.find(path, where)
-    except ConfigError as error:
-        has_run = checkpoint_files.latest(path / "checkpoints") is not None
-        hint = f"; it is the directory of a run, whose checkpoints are in {path}/checkpoints" if has_run else ""
-        raise ConfigError(f"{error}{hint}") from None
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: str) -> None:
