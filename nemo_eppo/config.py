@@ -87,14 +87,17 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 ClassT = TypeVar("ClassT")
 
 
-def load_config(schema: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+def load_config(schema: type[ConfigT], values: Mapping[str, Any], *, gpus: bool | None = None) -> ConfigT:
     """Check `values` (plain nested containers) against `schema`.
+
+    Args:
+        gpus: whether they are for GPUs, on which null means another value for some; None to look at this machine.
 
     Raises:
         ConfigError: one line per bad key: its dotted path, its value, what was expected, and the closest known key.
     """
     try:
-        return schema.model_validate(dict(values))
+        return schema.model_validate(dict(values), context={"gpus": gpus})
     except ValidationError as error:
         issues = error.errors(include_url=False)
         # a list with a wrong item counts as too short as well

@@ -190,8 +190,8 @@ WARM = {
 
 def _train_warm(models: Models, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
-    run = Run(directory, 0, logging.getLogger(), ExpManagerConfig())
-    train_reward_model(reward_training(models, "bradley_terry", ensemble=WARM), run)
+    run, sharded = Run(directory, 0, logging.getLogger(), ExpManagerConfig()), {"lr": 1e-3, "distributed": True}
+    train_reward_model(reward_training(models, "bradley_terry", ensemble=WARM, optimizer=sharded), run)
 
 
 def train_models(models: Models, root: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash examples/environment.sh
 export OMP_NUM_THREADS=1 # parallel ranks share the cores
+export CUDA_VISIBLE_DEVICES="" # GPUs have tests of their own, tests/gpu/run.sh
 
 echo "== lint"
 .venv/bin/ruff check .

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_eppo.files import write_json
-from nemo_eppo.launch.gpus import visible_gpus
+from nemo_eppo.machine import visible_gpus
 from nemo_eppo.observability.run import hold
 from nemo_eppo.processes import end_with_parent
 

@@ -101,20 +101,23 @@ class _OtherDirectories(SearchPathPlugin):
             search_path.append("nemo_eppo", f"file://{directory}")
 
 
-def read_settings(schema: type[ConfigT], directory: Path, name: str, overrides: Sequence[str]) -> ConfigT:
+def read_settings(
+    schema: type[ConfigT], directory: Path, name: str, overrides: Sequence[str], *, gpus: bool | None = None
+) -> ConfigT:
     """Return the checked settings of a job that is started with these `key=value` arguments.
 
     Args:
         directory: holds the YAML file `name` (without its ending).
+        gpus: whether it will run on GPUs; None if on this machine.
 
     Raises:
         ConfigError: as the job itself would report it.
     """
-    return check(schema, Source(name, [directory], overrides).compose())
+    return check(schema, Source(name, [directory], overrides).compose(), gpus)
 
 
-def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
-    """Return composed settings as an object of the schema.
+def check(schema: type[ConfigT], composed: DictConfig, gpus: bool | None = None) -> ConfigT:
+    """Return composed settings as an object of the schema; see `read_settings` for `gpus`.
 
     Raises:
         ConfigError: one line for each key that is missing, unknown or has a wrong value.
@@ -125,7 +128,7 @@ def check(schema: type[ConfigT], composed: DictConfig) -> ConfigT:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     if not missing:
-        return load_config(schema, plain(composed))
+        return load_config(schema, plain(composed), gpus=gpus)
     message = ""
     try:  # report wrong keys in the same message: a misspelt key is often the one that is missing
         load_config(schema, _set_only(plain(composed)))

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemo_eppo.config import RunError
 from nemo_eppo.launch.cluster import H100, Cluster, Fixed, Link
 from nemo_eppo.launch.command import THREADS
-from nemo_eppo.launch.gpus import visible_gpus
 from nemo_eppo.launch.work import Shape, Work, ring
+from nemo_eppo.machine import visible_gpus
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig, Precision
 
 if TYPE_CHECKING:

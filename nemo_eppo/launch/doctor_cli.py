@@ -107,7 +107,7 @@ def _examine(
             findings.append(error("launch file", str(fault), "see nemo-eppo launch --help"))
         else:
             here = launch.slurm is None and launch.kubernetes is None
-            found, jobs = examine(launch, here=here, files=True)
+            found, jobs = examine(launch, here=here, files=True, gpus=cluster.overlaps if cluster else None)
             findings += found + examine_jobs(launch, jobs, here=here)
             if arguments.estimate is not None:
                 findings += guarded("estimate", _estimate)(arguments.estimate, cluster, launch, jobs, estimates)

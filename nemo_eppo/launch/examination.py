@@ -43,13 +43,16 @@ def check_launch(launch: LaunchConfig, *, here: bool) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Finding], list[Job]]:
+def examine(
+    launch: LaunchConfig, *, here: bool, files: bool, gpus: bool | None = None
+) -> tuple[list[Finding], list[Job]]:
     """Examine settings, layouts, files and models; return the findings, and the jobs with valid settings.
 
     Args:
         here: the jobs run on this machine, so that each has one node, and ports have to be free.
         files: also check the files and models that jobs read (but no data rows): they are on this machine, or will be
             made by an earlier job.
+        gpus: whether jobs run on GPUs; None to see where the launch runs them.
     """
     if not Path(script(next(iter(launch.jobs.values())))).exists():
         found = f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
@@ -59,7 +62,7 @@ def examine(launch: LaunchConfig, *, here: bool, files: bool) -> tuple[list[Find
     with tempfile.TemporaryDirectory() as root:
         for name in launch.order():  # a job that makes a model comes before those that start from it
             check = guarded(f"{name}: settings and model", _job)
-            findings += check(launch, name, here, Path(root) if files else None, jobs)
+            findings += check(launch, name, here, Path(root) if files else None, jobs, gpus)
         findings += guarded("jobs together", examine_together)(launch, [*jobs.values()], files=files)
     if here:
         findings += guarded("ports", _ports)(launch)
@@ -76,7 +79,9 @@ def _output(launch: LaunchConfig) -> Iterator[Finding]:
     yield ok("output", f"{launch.output}")
 
 
-def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: dict[str, Job]) -> Iterator[Finding]:
+def _job(
+    launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: dict[str, Job], gpus: bool | None
+) -> Iterator[Finding]:
     """Examine settings, servers, data files, then the models and their layout.
 
     With valid settings it is put into `jobs`, at the end with its models.
@@ -84,7 +89,7 @@ def _job(launch: LaunchConfig, name: str, here: bool, root: Path | None, jobs: d
     Args:
         root: a directory for what stands in for checkpoints that earlier jobs will make; None if no file is looked at.
     """
-    config, kind, settings = launch.jobs[name], launch.jobs[name].kind, job_settings(launch, name)
+    config, kind, settings = launch.jobs[name], launch.jobs[name].kind, job_settings(launch, name, gpus)
     job = Job(name, kind, config.ranks, settings)
     jobs[name] = job
     if root is not None:

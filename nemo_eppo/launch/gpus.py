@@ -1,16 +1,8 @@
 """Gives each job its own GPUs of this machine, so that jobs which run together do not share one."""
 
-import os
-import shutil
-import subprocess
-from itertools import takewhile
-from pathlib import Path
-
 from nemo_eppo.config import ConfigError
 from nemo_eppo.launch.launch_file import JobConfig, LaunchConfig
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-_NODES = Path("/dev")
+from nemo_eppo.machine import VISIBLE, visible_gpus
 
 
 class Gpus:
@@ -63,13 +55,9 @@ class Gpus:
         self._free = self._free + self._held.pop(name, [])
 
 
-def visible_gpus() -> list[str]:
-    """List this machine's GPUs, or those in CUDA_VISIBLE_DEVICES if that is set."""
-    if VISIBLE in os.environ:
-        named = [gpu.strip() for gpu in os.environ[VISIBLE].split(",")]
-        return list(takewhile(lambda gpu: gpu not in ("", "-1", "NoDevFiles"), named))  # CUDA stops at the first one
-    if shutil.which("nvidia-smi") is None:  # as in containers whose GPUs may only compute
-        return [str(number) for number, _ in enumerate(_NODES.glob("nvidia[0-9]*"))]
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    found = listed.stdout.splitlines() if listed.returncode == 0 else []
-    return [str(number) for number, line in enumerate(found) if line.startswith("GPU ")]
+def on_gpus(launch: LaunchConfig, name: str) -> bool:
+    """Tell whether a job will run on GPUs: all on a cluster do, and here those from which the launch hides none."""
+    if launch.slurm is not None or launch.kubernetes is not None:
+        return True
+    environment = launch.environment | launch.jobs[name].environment
+    return bool(visible_gpus()) and environment.get(VISIBLE) != ""

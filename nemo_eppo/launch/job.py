@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_eppo.entry.settings import read_settings
 from nemo_eppo.launch.command import REPOSITORY, Address, overrides
+from nemo_eppo.launch.gpus import on_gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.settings.kinds import JobKind
 
@@ -78,7 +79,13 @@ class Job:
         return value
 
 
-def job_settings(launch: LaunchConfig, name: str) -> Any:
-    """Return the checked settings of a job before any server has an address; ConfigError as the job would report it."""
+def job_settings(launch: LaunchConfig, name: str, gpus: bool | None = None) -> Any:
+    """Return the checked settings of a job before any server has an address; ConfigError as the job would report it.
+
+    Args:
+        gpus: whether it runs on GPUs; None to see where the launch runs it.
+    """
     kind, nowhere = launch.jobs[name].kind, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
-    return read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, overrides(launch, name, nowhere))
+    given = overrides(launch, name, nowhere)
+    gpus = on_gpus(launch, name) if gpus is None else gpus
+    return read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, given, gpus=gpus)

@@ -10,11 +10,12 @@ from pathlib import Path
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import read_jsonl
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
-from nemo_eppo.launch.gpus import Gpus, visible_gpus
+from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.job import DATA, Job
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.machine_checks import disk
 from nemo_eppo.launch.memory import JobMemory, Memory, Workload, estimate
+from nemo_eppo.machine import visible_gpus
 from nemo_eppo.megatron import device
 from nemo_eppo.settings.model import ParallelConfig
 from nemo_eppo.settings.training import CheckpointConfig
@@ -137,7 +138,7 @@ def _speed(jobs: Sequence[Job]) -> Iterator[Finding]:
                 slow["optimizer.distributed = false"] = (
                     f"true, with which each of {replicas} replicas updates, and keeps the states of, its own share"
                 )
-            if optimizer.overlap_grad_reduce is False:
+            if not optimizer.overlap_grad_reduce:
                 slow["optimizer.overlap_grad_reduce = false"] = "null, which sums gradients during the backward pass"
         if slow:
             yield warning(f"{job.name}: speed", f"slow on GPUs: {', '.join(slow)}", f"set {'; '.join(slow.values())}")

@@ -17,10 +17,11 @@ import psutil
 
 from nemo_eppo.config import NOT_FINISHED
 from nemo_eppo.launch.command import THREADS, Address, environment, override, overrides, own_address, script, torchrun
-from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
+from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
 from nemo_eppo.launch.nursery import ForkedJob, Nursery
 from nemo_eppo.launch.status import Row, State, Status
+from nemo_eppo.machine import VISIBLE, visible_gpus
 from nemo_eppo.observability.run import hold
 from nemo_eppo.processes import adopt_orphans, end_with_parent
 from nemo_eppo.servers import certificates

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nemo_eppo.launch.findings import Finding, error, ok, warning
-from nemo_eppo.launch.gpus import visible_gpus
+from nemo_eppo.machine import visible_gpus
 from nemo_eppo.processes import version_there
 from nemo_eppo.settings.generation import PYTHON, TensorRTLLMConfig
 

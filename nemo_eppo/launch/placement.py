@@ -78,8 +78,7 @@ class Placement:
     def hidden(self, cluster: Cluster, rows: int, length: int, targets: int) -> float:
         """Seconds of an update in which gradients are summed while the last micro-batch's backward pass still runs."""
         assert self.optimizer is not None
-        overlap = self.optimizer.overlap_grad_reduce
-        if not (cluster.overlaps if overlap is None else overlap):
+        if not self.optimizer.overlap_grad_reduce:
             return 0.0
         _, each = self._micro_batches(rows, length)
         sums = self.train(rows, length, targets).own

@@ -30,14 +30,13 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
     reference, generation engines, checkpoints and the log-probabilities' projection read them outside of modules'
     forward passes, where Megatron would not wait for them.
     """
-    overlap = device.on_gpu() if optimizer.overlap_grad_reduce is None else optimizer.overlap_grad_reduce
     config: Any = chunks[0].config
     wrapped = [
         DistributedDataParallel(
             config=config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=precision != "fp32",
-                overlap_grad_reduce=overlap,
+                overlap_grad_reduce=optimizer.overlap_grad_reduce,
                 use_distributed_optimizer=optimizer.distributed,
             ),
             module=chunk,
@@ -49,7 +48,7 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
     for chunk in wrapped:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    if overlap:  # else every micro-batch would sum
+    if optimizer.overlap_grad_reduce:  # else every micro-batch would sum
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped

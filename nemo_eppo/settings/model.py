@@ -2,11 +2,28 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from nemo_eppo.config import Config, ConfigError
+from nemo_eppo.machine import visible_gpus
+
+NULL: Any = None
+"""Default of a setting that is never null once it is checked."""
+
+
+def by_device(on_gpus: Any, on_cpus: Any) -> BeforeValidator:
+    """Make a setting that is null one of these; see `load_config` for what decides."""
+
+    def choose(value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        gpus = (info.context or {}).get("gpus")
+        return on_gpus if (bool(visible_gpus()) if gpus is None else gpus) else on_cpus
+
+    return BeforeValidator(choose)
+
 
 RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
 
@@ -263,9 +280,9 @@ class ModelSetup(Config):
     """Hugging Face tokenizer directory; null for the one that comes with the model."""
     allow_other_tokenizer: bool = False
     """Allow a tokenizer with other token ids than the one that comes with the model."""
-    precision: Precision = "fp32"
-    """Precision of weights and activations; heads, optimizer and losses are always fp32. fp32 is not TF32 on a
-    GPU, unless the environment has NVIDIA_TF32_OVERRIDE=1."""
+    precision: Annotated[Precision, by_device("bf16", "fp32")] = NULL
+    """Precision of weights and activations, null for bf16 on GPUs and fp32 on CPUs; heads, optimizer and losses are
+    always fp32. fp32 is not TF32 on a GPU, unless the environment has NVIDIA_TF32_OVERRIDE=1."""
     recompute: bool = False
     """Recompute activations in the backward pass, which takes less memory and a third more time."""
     lora: LoRAConfig | None = None

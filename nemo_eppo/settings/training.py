@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.settings.model import ModelSetup
+from nemo_eppo.settings.model import NULL, ModelSetup, by_device
 from nemo_eppo.settings.run import ExpManagerConfig
 
 
@@ -35,10 +35,10 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices; 0 for none."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
-    distributed: bool = False
-    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer). A run resumes with the
-    value that it was saved with, under any layout."""
-    overlap_grad_reduce: bool | None = None
+    distributed: Annotated[bool, by_device(True, False)] = NULL
+    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer); null does so on GPUs. A run
+    resumes with the value that it was saved with, under any layout."""
+    overlap_grad_reduce: Annotated[bool, by_device(True, False)] = NULL
     """Sum gradients over data-parallel ranks while the backward pass of the last micro-batch still runs; null does so
     on GPUs."""
 

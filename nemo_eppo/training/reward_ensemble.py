@@ -30,8 +30,6 @@ def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: O
             "ensemble.average = true averages members that share one head: set ensemble.linear_probe_steps, or start "
             "from a reward model"
         )
-    if config.linear_probe_steps and optimizer.distributed:
-        raise ConfigError("ensemble.linear_probe_steps needs optimizer.distributed = false")
     if lowest := [lr for lr in config.lrs if lr < optimizer.min_lr]:
         raise ConfigError(f"ensemble.lrs: {lowest[0]} is below optimizer.min_lr = {optimizer.min_lr}")
 
@@ -46,7 +44,8 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
         probe = replace(
             fit,
             settings=fit.settings.model_copy(update={"epochs": None, "max_steps": config.linear_probe_steps}),
-            optimizer=fit.optimizer.model_copy(update={"constant_steps": 0}),  # they are the members' last updates
+            # constant steps are the members' last updates; the states of a head alone are too small to be sharded
+            optimizer=fit.optimizer.model_copy(update={"constant_steps": 0, "distributed": False}),
             saving=fit.saving.model_copy(update={"interval": 0}),
             run=_part(fit.run, "linear_probe"),
             head_only=True,

@@ -22,6 +22,10 @@ from nemo_eppo.settings.model import Head, ModelConfig, ModelSetup
 from nemo_eppo.settings.training import OptimizerConfig
 
 logger = logging.getLogger(__name__)
+_UNUSUAL = {
+    "fp32": "model.precision = fp32 on a GPU: bf16 computes an order of magnitude faster there",
+    "bf16": "model.precision = bf16 on a CPU: fp32 is faster there; if this machine has GPUs, torch finds none of them",
+}
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def build(
     setup = plan.setup
     if setup.lora is not None and optimizer is None:
         raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
-    if device.on_gpu() and setup.precision == "fp32" and optimizer is not None:
-        logger.warning("model.precision = fp32 on a GPU: bf16 computes an order of magnitude faster there")
+    if optimizer is not None and (setup.precision == "fp32") == device.on_gpu():
+        logger.warning(_UNUSUAL[setup.precision])
     gc.collect()  # reference cycles hold an earlier model and its optimizer, which would stay beside the new one
     chunks: list[Any] = build_model(
         plan.model,

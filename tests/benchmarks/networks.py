@@ -39,6 +39,7 @@ def our_runner(
     head: Head = "lm",
     precision: Precision = "fp32",
     trained: bool = False,
+    distributed: bool | None = None,
     probe: EnergyProbeConfig | None = None,
     micro_batch_tokens: int | None = None,
     parallel: ParallelConfig = ONE,
@@ -47,8 +48,9 @@ def our_runner(
     chunks = build_model(model, parallel, head=head, precision=precision)
     optimizer = scheduler = None
     if trained:
-        chunks = wrap_data_parallel(chunks, OPTIMIZER, precision)
-        optimizer, scheduler = build_optimizer(chunks, OPTIMIZER, precision, total_steps=10_000)
+        settings = OPTIMIZER if distributed is None else OPTIMIZER.model_copy(update={"distributed": distributed})
+        chunks = wrap_data_parallel(chunks, settings, precision)
+        optimizer, scheduler = build_optimizer(chunks, settings, precision, total_steps=10_000)
     return ModelRunner(
         chunks,
         micro_batch_size,

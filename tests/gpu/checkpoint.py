@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,6 +30,8 @@ from nemo_eppo.models.checkpoint_files import Manifest
 from nemo_eppo.settings.model import Precision
 
 MODEL = TINY
+KINDS = tuple(product(PRECISIONS, (False, True)))
+"""Precisions, and whether the optimizer is distributed."""
 MANIFEST = Manifest(head="lm", step=2, model=MODEL, optimizer=True)
 Digests = dict[str, str]
 
@@ -41,22 +45,23 @@ def measure(options: Options) -> Iterator[Row]:
         ) as other:
             assert other.stdin is not None
             assert other.stdout is not None
-            for precision in PRECISIONS:
+            for precision, distributed in KINDS:
                 saved: Digests = json.loads(other.stdout.readline())
-                here = through(Path(folder) / precision, precision)
+                here = through(Path(folder) / f"{precision}_{distributed}", precision, distributed)
                 other.stdin.write("\n")
                 other.stdin.flush()
                 again: Digests = json.loads(other.stdout.readline())
                 for what, found in (("loaded from a CPU", here), ("saved here, loaded on a CPU", again)):
                     same = sum(found.get(name) == digest for name, digest in saved.items())
-                    row: Row = {"what": what, "precision": precision, "device": str(device.device())}
+                    optimizer = {"precision": precision, "distributed optimizer": distributed}
+                    row: Row = {"what": what, **optimizer, "device": str(device.device())}
                     ok = found == saved
                     yield passed({**row, "found": f"{same} tensors are the same"}, f"all {len(saved)}", ok)
 
 
-def through(directory: Path, precision: Precision) -> Digests:
+def through(directory: Path, precision: Precision, distributed: bool) -> Digests:
     """Load a checkpoint on this process's device and save it again, beside."""
-    runner = our_runner(MODEL, precision=precision, trained=True)
+    runner = our_runner(MODEL, precision=precision, trained=True, distributed=distributed)
     load(directory, runner, optimizer=True)
     found = digests(runner)
     saver = CheckpointSaver(directory.with_suffix(".again"), None, asynchronous=True)
@@ -89,15 +94,17 @@ def digest(tensor: Tensor) -> str:
 def on_a_cpu(folder: Path) -> None:
     """The other process: it prints digests of what it has saved and then, when told to go on, of what it has loaded."""
     assert not device.on_gpu()
-    for precision in PRECISIONS:
-        runner = our_runner(MODEL, precision=precision, trained=True)
+    for precision, distributed in KINDS:
+        build = partial(our_runner, MODEL, precision=precision, trained=True, distributed=distributed)
+        runner = build()
         for _ in range(2):
             runner.train_step(even_rows(4, 16, MODEL.vocab_size), mean_nll)
-        save(folder / precision, runner, MANIFEST)
+        directory = folder / f"{precision}_{distributed}"
+        save(directory, runner, MANIFEST)
         print(json.dumps(digests(runner)), flush=True)
         sys.stdin.readline()
-        runner = our_runner(MODEL, precision=precision, trained=True)
-        load(folder / f"{precision}.again" / f"step_{MANIFEST.step:06d}", runner, optimizer=True)
+        runner = build()
+        load(directory.with_suffix(".again") / f"step_{MANIFEST.step:06d}", runner, optimizer=True)
         print(json.dumps(digests(runner)), flush=True)
 
 

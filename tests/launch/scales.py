@@ -53,7 +53,7 @@ def planned(launch: LaunchConfig, model: ModelConfig) -> list[Job]:
     for name, config in launch.jobs.items():
         kind = config.kind
         given = overrides(launch, name, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1")))
-        settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, given)
+        settings: Any = read_settings(kind.schema, REPOSITORY / "conf", kind.config_name, given, gpus=True)
         job = Job(name, kind, config.ranks, settings)
         examined.append(replace(job, plans=dict.fromkeys(job.models, plan)))
     return examined

@@ -295,18 +295,35 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
     assert "a GPU has 0" in findings["actor: memory"]["found"]
 
 
+def test_null_is_what_suits_the_devices_on_which_a_job_will_run(launch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpus, on_gpus = ("fp32", False, False), ("bf16", True, True)
+    hidden = "jobs.critic.environment.CUDA_VISIBLE_DEVICES=''"
+
+    def chosen(*overrides: str) -> tuple[str, bool, bool]:
+        settings = job_settings(read_launch(launch, overrides), "critic")
+        optimizer = settings.optimizer
+        return settings.model.precision, optimizer.distributed, optimizer.overlap_grad_reduce
+
+    for gpus, found in (("", on_cpus), ("0,1", on_gpus)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        assert (chosen(), chosen(hidden), chosen("slurm.image=nemo.sqsh")) == (found, on_cpus, on_gpus)
+    keys = {"model.precision": "fp32", "optimizer.distributed": "false", "optimizer.overlap_grad_reduce": "false"}
+    assert chosen(*(f"jobs.critic.settings.{key}={value}" for key, value in keys.items())) == on_cpus
+
+
 def test_settings_that_are_slow_on_gpus_alone(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [check for check in doctor(launch)[1] if check.endswith("speed")]
     monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [2**40] * 4)
     model, critic = "jobs.actor.settings.model", "jobs.critic"
     replicas = (f"{critic}.ranks_per_node=2", f"{critic}.settings.optimizer.overlap_grad_reduce=false")
-    findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64", *replicas)[1]
+    slow = (f"{critic}.settings.model.precision=fp32", f"{critic}.settings.optimizer.distributed=false")
+    findings = doctor(launch, f"{model}.precision=bf16", f"{model}.micro_batch_tokens=64", *replicas, *slow)[1]
     assert "actor: speed" not in findings
     assert findings["actor: CUDA graphs"]["status"] == "ok", "nobody has run them on a GPU"
     assert "run.sh --only decoder" in findings["actor: CUDA graphs"]["found"]
-    slow = findings["critic: speed"]
-    assert (slow["status"], slow["mend"][:9]) == ("warning", "set bf16,")
-    assert slow["found"] == (
+    found = findings["critic: speed"]
+    assert (found["status"], found["mend"][:9]) == ("warning", "set bf16,")
+    assert found["found"] == (
         "slow on GPUs: model.precision = fp32, model.micro_batch_tokens = null, optimizer.distributed = false, "
         "optimizer.overlap_grad_reduce = false"
     )

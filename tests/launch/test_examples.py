@@ -63,7 +63,7 @@ def test_doctor_accepts_a_node_of_80_gb_gpus(
         for side in ("train", "validation"):
             (tmp_path / f"{kind}.{side}.jsonl").write_text((json.dumps(row) + "\n") * 128)
     monkeypatch.setattr("nemo_eppo.megatron.device.capacities", lambda: [int(ROOM * GPU)] * 8)
-    monkeypatch.setattr("nemo_eppo.launch.job_checks.visible_gpus", lambda: [str(number) for number in range(8)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     places = [f"output={tmp_path}/run", f"variables.model={tmp_path}/model", f"variables.data={tmp_path}"]
     file = LAUNCHES / "llama3_8b_1_node.yaml"
     with contextlib.suppress(SystemExit):
@@ -73,7 +73,14 @@ def test_doctor_accepts_a_node_of_80_gb_gpus(
     for check in [f"{job}: {what}" for job in jobs for what in ("layout", "memory")] + ["GPUs of the jobs"]:
         assert findings[check]["status"] == "ok", findings[check]
     assert not [check for check in findings if check.endswith("speed")], "nothing is slow on GPUs"
-    here = ("GPU", "disk", "memory of the machine", "shared memory", "open files")  # of whatever runs the tests
+    here = (
+        "GPU",
+        "accelerators",
+        "disk",
+        "memory of the machine",
+        "shared memory",
+        "open files",
+    )  # of whatever runs the tests
     faults = [check for check, found in findings.items() if found["status"] == "error" and not check.startswith(here)]
     assert not faults
     peaks = [float(re.match(r"[\d.]+", findings[f"{job}: memory"]["found"]).group()) for job in jobs]  # type: ignore[union-attr]

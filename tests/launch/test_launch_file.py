@@ -11,16 +11,17 @@ import pytest
 from jobs import Models
 from launched import eppo, write
 
+from nemo_eppo import machine
 from nemo_eppo.cli import main
 from nemo_eppo.config import ConfigError, flat
-from nemo_eppo.launch import gpus as gpus_module
 from nemo_eppo.launch.command import CRITIC, REWARDS
 from nemo_eppo.launch.examination import check_launch, missing_servers
-from nemo_eppo.launch.gpus import VISIBLE, Gpus, visible_gpus
+from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.job import Job
 from nemo_eppo.launch.kubernetes import manifests
 from nemo_eppo.launch.launch_file import LaunchConfig, read_launch
 from nemo_eppo.launch.slurm import batch_script
+from nemo_eppo.machine import VISIBLE, visible_gpus
 from nemo_eppo.settings.critic import CriticSource
 from nemo_eppo.settings.kinds import KINDS
 from nemo_eppo.settings.rewards import RewardSourceConfig
@@ -278,10 +279,12 @@ def test_jobs_that_run_together_get_gpus_of_their_own() -> None:
 def test_gpus_are_found_where_there_is_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nvidia1", "nvidia3", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(gpus_module, "_NODES", tmp_path)
+    monkeypatch.setattr(machine, "_NODES", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(VISIBLE, raising=False)
+    machine._gpus.cache_clear()
     assert visible_gpus() == ["0", "1"]
+    machine._gpus.cache_clear()
     for named, seen in {"": [], "-1": [], "NoDevFiles": [], "2, GPU-ab": ["2", "GPU-ab"], "1,-1,0": ["1"]}.items():
         monkeypatch.setenv(VISIBLE, named)
         assert visible_gpus() == seen

@@ -1,7 +1,6 @@
 """Updates against torch's AdamW and clip_grad_norm_ on the same network in transformers; updates that must fail."""
 
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.megatron import checkpoint, optimizer
+from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.optimizer import allocate_state
 from nemo_eppo.megatron.runner import Rows
@@ -141,15 +140,6 @@ def test_updates_of_a_distributed_optimizer_during_whose_backward_passes_gradien
     for reports, parameters in run_ranks(train, 4 if layout else 2, layout, QWEN2, optimizer):
         close(f"distributed AdamW, {layout}, parameters", parameters, expected)
         assert [report["loss"] for report in reports] == pytest.approx([r["loss"] for r in expected_reports], rel=1e-6)
-
-
-def overlaps(gpu: bool) -> bool:
-    vars(optimizer)["device"] = SimpleNamespace(on_gpu=lambda: gpu)
-    return bool(build_runner({}, optimizer=OPTIMIZER).chunks[0].ddp_config.overlap_grad_reduce)
-
-
-def test_gradients_are_summed_during_backward_passes_on_gpus() -> None:
-    assert [run_ranks(overlaps, 1, gpu) for gpu in (False, True)] == [[False], [True]]
 
 
 def preparations(distributed: bool) -> list[int]:
