@@ -18,6 +18,8 @@ from nemo_eppo.algorithms.sampling import mix64
 _ALIGNMENT = 256  # bytes; GPUs read aligned tensors faster
 _ROW, _ROWS = 4096, 64  # words that a digest handles at once: 1 MiB stays in a CPU's cache
 _GPU_ROWS = 4096
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What an engine may make of several tensors, which have these names otherwise."""
 
 
 class RefitError(RuntimeError):
@@ -136,6 +138,9 @@ class Receiver:
         self._buckets = self._received = 0
         self._pending: int | None = None
         self.version: int | None = None
+        self._given: dict[str, int | None] = {}  # digests of this refit, and of the last that was complete
+        self._given_before: dict[str, int | None] = {}
+        self._own_before: dict[str, list[int | None]] = {}  # those of the engine's own tensors after that
 
     def forget(self) -> None:
         """Record that there are no weights: memory was released, or a refit has failed."""
@@ -169,6 +174,7 @@ class Receiver:
                 raise RefitError(f"corrupted refit of version {bucket.version}: {damage}")
         self._buckets += 1
         self._received += len(bucket.tensors)
+        self._given |= {info.name: info.digest for info in bucket.tensors}
 
     def finish(self, version: int) -> None:
         """End the refit; RefitError if it is not complete."""
@@ -182,6 +188,29 @@ class Receiver:
                 f"tensors, {missing[0].name} is missing"
             )
         self.version = version
+
+    def confirm(self, loaded: Sequence[Sequence[TensorInfo]]) -> list[str]:
+        """Raise RefitError if, after a complete refit, one of the engine's own tensors is what it was after the one
+        before although new values were given for it. That is all that can be told: these tensors are fused and split,
+        so they have digests of their own, and one that was loaded in part has changed as well.
+
+        Args:
+            loaded: what `describe` says of the engine's own tensors, one list for each device.
+
+        Returns:
+            The names of what was given that, by its name, none of them is made of, and that goes unwatched.
+        """
+        own: dict[str, list[int | None]] = {}
+        for name, info in ((info.name, info) for device in loaded for info in device):
+            own.setdefault(name, []).append(info.digest)
+        sources = {name: _sources(name) for name in own}
+        renewed = {name for name, value in self._given.items() if self._given_before.get(name, value) != value}
+        for name, digests in own.items():
+            if digests == self._own_before.get(name) and (given := sources[name] & renewed):
+                version, self.version = self.version, None
+                raise RefitError(f"refit of version {version}: the engine did not load {min(given)} into its {name}")
+        self._given_before, self._own_before = dict(self._given), own
+        return sorted(set(self._given) - set().union(*sources.values()))
 
     def _expect(self, bucket: Bucket) -> None:
         if bucket.version != self._pending:
@@ -205,6 +234,11 @@ class Receiver:
                     f"{where}: {info.name} is {info.dtype} {info.shape}, "
                     f"expected {due[position].dtype} {due[position].shape}"
                 )
+
+
+def _sources(name: str) -> set[str]:
+    """Return the names of the tensors that one of an engine's own may be made of."""
+    return {name} | {name.replace(fused, part) for fused, parts in _FUSED.items() for part in parts}
 
 
 def _difference(bucket: Bucket, loaded: Sequence[TensorInfo]) -> str | None:

@@ -74,6 +74,7 @@ class EngineServer:
         self._sampling_params, self._pad_id = SamplingParams, pad_id
         self._receiver = Receiver(expected)
         self._released: set[str] = set()
+        self._told = False  # which tensors are not checked
         self._llm = AsyncLLM(
             model=model,
             backend="pytorch",
@@ -103,23 +104,30 @@ class EngineServer:
         await self._take(_ALL_BUT_CACHE)
 
     async def bucket(self, bucket: Bucket, handles: list[str]) -> None:
-        """Load the tensors of every GPU's shared buffer, and check what the workers have loaded."""
+        """Load the tensors of every GPU's shared buffer, and check what the workers were given."""
         self._receiver.expect(bucket)
-        loaded = await self._load("load_bucket", handles)
-        self._receiver.check(bucket, [[TensorInfo(*info) for info in infos] for infos in loaded])
+        self._receiver.check(bucket, _infos(await self._on_workers("load_bucket", handles)))
 
     async def finish(self, version: int) -> None:
-        """End a refit after its last bucket; this also drops the prefix cache."""
+        """End a refit after its last bucket, and check that it has changed the weights; drops the prefix cache."""
         self._receiver.finish(version)
-        await self._load("update_weights", None)
+        await self._on_workers("update_weights", None)
+        unwatched = self._receiver.confirm(_infos(await self._on_workers("own_tensors")))
+        if unwatched and not self._told:
+            print(
+                f"TensorRT-LLM has no tensors of the names of {len(unwatched)} that it was given, {unwatched[0]} "
+                "for one: whether it loads them is not checked",
+                flush=True,
+            )
+            self._told = True
 
     async def take_cache(self) -> None:
         """Take memory for the KV cache, in which nothing is left."""
         await self._take(_CACHE)
 
-    async def _load(self, method: str, handles: list[str] | None) -> list[Any]:
+    async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
         try:
-            results: list[Any] = await self._llm.collective_rpc(method, args=(handles,))
+            results: list[Any] = await self._llm.collective_rpc(method, args=arguments)
         except BaseException:
             self._receiver.forget()
             raise
@@ -161,6 +169,11 @@ class EngineServer:
         if wanted := [tag for tag in _ALL_BUT_CACHE + _CACHE if tag not in self._released]:
             await self._llm.release(wanted)
             self._released |= set(wanted)
+
+
+def _infos(described: list[Any]) -> list[list[TensorInfo]]:
+    """Read what each worker has described; Ray may bring named tuples as tuples."""
+    return [[TensorInfo(*info) for info in infos] for infos in described]
 
 
 _COMMANDS = ("begin", "bucket", "finish", "take_cache", "generate", "release")

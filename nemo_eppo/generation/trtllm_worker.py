@@ -15,11 +15,10 @@ class RefitWorker(WorkerExtension):
     those that the engine sees."""
 
     device_id: int
+    engine: Any
 
     def load_bucket(self, handles: list[str]) -> list[TensorInfo]:
         """Load the tensors that are shared on this worker's GPU, and describe what was given to TensorRT-LLM to load.
-
-        That it loads all it is given is not checked: its own tensors are fused and split, so they have other digests.
 
         Args:
             handles: of each GPU of the engine, what `ipc.handles` made on it.
@@ -30,6 +29,10 @@ class RefitWorker(WorkerExtension):
         opened = [(name, (_returns(tensor), [None] * 7)) for name, tensor in named]
         self.update_weights({get_device_uuid(self.device_id): opened})
         return describe(named)  # waits until all is copied: the sender fills the buffer anew
+
+    def own_tensors(self) -> list[TensorInfo]:
+        """Describe the model's own tensors on this worker's GPU, fused and split as they are."""
+        return describe(list(self.engine.model_engine.model.named_parameters()))
 
 
 def _returns(tensor: Tensor) -> Any:

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nemo_eppo.config import ConfigError
 from nemo_eppo.generation import ipc
 from nemo_eppo.generation.build import check_engine
-from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, describe, digest, pack
+from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo, describe, digest, pack
 from nemo_eppo.generation.trtllm_checks import check_tensorrt_llm
 from nemo_eppo.generation.trtllm_engine import map_sampling
 from nemo_eppo.megatron import lora
@@ -306,6 +306,51 @@ def held_after_the_start(directory: Path) -> dict[str, int]:
 
 def test_an_engine_that_has_started_sleeps(tmp_path: Path) -> None:
     assert run_ranks(held_after_the_start, 1, tmp_path) == [{}]
+
+
+def refit_without_loading(directory: Path) -> list[str]:
+    """What three refits raise of which the first has other weights, but for one, than an engine loads."""
+    weights, said = random_weights(MODEL), []
+    engine = trtllm_engine(build_policy({}), directory, config=stand_in(environment={"STAND_IN_SKIP": "model.norm"}))
+    for version, factor in enumerate((1, 1, 1.001)):
+        try:
+            engine.refit(((name, tensor * factor) for name, tensor in weights.items()), version)
+        except RefitError as error:
+            said.append(str(error))
+    engine.close()
+    return said
+
+
+def test_a_tensor_that_the_engine_was_given_and_did_not_load_is_named(tmp_path: Path) -> None:
+    message = "refit of version 2: the engine did not load model.norm.weight into its model.norm.weight"
+    assert run_ranks(refit_without_loading, 1, tmp_path) == [[message]]
+    assert "is not checked" not in (tmp_path / "engine.log.0").read_text(), "each weight has a tensor of the engine"
+
+
+def test_what_is_fused_and_split_is_watched_by_what_it_is_made_of() -> None:
+    sizes = {f"0.{name}.weight": size for name, size in {"q_proj": 1, "k_proj": 2, "v_proj": 3, "up": 4}.items()}
+    receiver = Receiver([TensorInfo(name, (size,), "torch.float32") for name, size in sizes.items()])
+
+    def refit(version: int, changed: str, own: dict[str, list[float]]) -> list[str]:
+        given = [(name, torch.full((size,), float(name == changed))) for name, size in sizes.items()]
+        bucket = Bucket(version, 0, describe(given))
+        receiver.begin(version)
+        receiver.check(bucket, [bucket.tensors])
+        receiver.finish(version)
+        devices = zip(*own.values(), strict=True)
+        return receiver.confirm(
+            [describe([(n, torch.tensor([v])) for n, v in zip(own, d, strict=True)]) for d in devices]
+        )
+
+    assert refit(0, "", {"0.qkv_proj.weight": [0, 0]}) == ["0.up.weight"]
+    refit(1, "0.k_proj.weight", {"0.qkv_proj.weight": [0, 1]})  # its rows are on the second device
+    refit(2, "0.up.weight", {"0.qkv_proj.weight": [0, 0]})
+    refit(3, "0.up.weight", {"0.qkv_proj.weight": [0, 0]})  # nothing is new
+    with pytest.raises(
+        RefitError, match="version 4: the engine did not load 0\\.v_proj"
+    ):
+        refit(4, "0.v_proj.weight", {"0.qkv_proj.weight": [0, 0]})
+    assert receiver.version is None
 
 
 def answer_with_a_stale_cache(directory: Path) -> tuple[list[Any], str]:

@@ -5,6 +5,7 @@ workers, of which each GPU has one; prompts share a real prefix cache, which onl
 
 STAND_IN_MEMORY=directory: what it holds goes into the account of GPU memory there, as 1.2 allocates it: its KV cache is
 a share of what is free when it starts.
+STAND_IN_SKIP=text: after the first refit, tensors whose names hold it are not loaded.
 STAND_IN_PERTURB=x: finalising multiplies every matrix by 1 + x. STAND_IN_KEEP_PREFIXES=1: finalising keeps the cache.
 STAND_IN_DUMP=directory: finalising writes all weights there, in a file of this process. STAND_IN_CRASH=1: generating
 ends the process.
@@ -14,6 +15,7 @@ import asyncio
 import copy
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +105,9 @@ class AsyncLLM:
         self._workers: list[Any] = []
         self._released: set[str] = set()
         self._prefixes: dict[tuple[int, ...], DynamicCache] = {}
+        self._finalised = False
         self._lock = asyncio.Lock()
+        self.model_engine = SimpleNamespace(model=SimpleNamespace(named_parameters=self._own_parameters))
         self._account = Account(Path(os.environ["STAND_IN_MEMORY"])) if "STAND_IN_MEMORY" in os.environ else None
 
     async def setup_async(self) -> "AsyncLLM":
@@ -132,11 +136,25 @@ class AsyncLLM:
     def load(self, device_id: int, name: str, tensor: Tensor) -> None:
         """A worker loads a tensor; the first one's become those of the model."""
         assert WEIGHTS not in self._released, "new weights without memory for them"
-        if device_id == 0:
+        skipped = os.environ.get("STAND_IN_SKIP")
+        if device_id == 0 and not (self._finalised and skipped and skipped in name):
             self._model.get_parameter(name).data.copy_(tensor)
+
+    def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as 1.2's modules hold them, under their names."""
+        tensors = dict(self._model.named_parameters())
+        for name, tensor in tensors.items():
+            if "q_proj" in name:
+                parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+                yield name.replace("q_proj", "qkv_proj"), torch.cat(parts)
+            elif "gate_proj" in name:
+                yield name.replace("gate", "gate_up"), torch.cat([tensor, tensors[name.replace("gate", "up")]])
+            elif not any(part in name for part in ("k_proj", "v_proj", "up_proj")):
+                yield name, tensor
 
     def finalise(self) -> None:
         """Done by each of the workers."""
+        self._finalised = True
         parameters = dict(self._model.named_parameters())
         if "STAND_IN_PERTURB" in os.environ:
             for parameter in parameters.values():
