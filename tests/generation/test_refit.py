@@ -346,9 +346,7 @@ def test_what_is_fused_and_split_is_watched_by_what_it_is_made_of() -> None:
     refit(1, "0.k_proj.weight", {"0.qkv_proj.weight": [0, 1]})  # its rows are on the second device
     refit(2, "0.up.weight", {"0.qkv_proj.weight": [0, 0]})
     refit(3, "0.up.weight", {"0.qkv_proj.weight": [0, 0]})  # nothing is new
-    with pytest.raises(
-        RefitError, match="version 4: the engine did not load 0\\.v_proj"
-    ):
+    with pytest.raises(RefitError, match="version 4: the engine did not load 0\\.v_proj"):
         refit(4, "0.v_proj.weight", {"0.qkv_proj.weight": [0, 0]})
     assert receiver.version is None
 

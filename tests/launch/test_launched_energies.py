@@ -1,5 +1,6 @@
 """A launch in which a job answers the actor's prompts with the SFT model, before the actor or beside it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,42 @@ def launch_of(models: Models, output: Path, **energies: Any) -> dict[str, Any]:
     return launch | {"jobs": {"actor": actor, "energies": job}}
 
 
-def test_the_actor_answers_nothing_that_was_answered_before(models: Models, tmp_path: Path) -> None:
-    launch = launch_of(models, tmp_path / "out", batch_size=200)
+def energies_of(output: Path) -> list[float]:
+    """The reference's energy losses in each step of the actor."""
+    return read_metrics(output / "actor" / "metrics.jsonl")["energy/reference"][1]
+
+
+@pytest.fixture(scope="module")
+def before(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a launch whose actor starts when all prompts are answered."""
+    root = tmp_path_factory.mktemp("before")
+    launch = launch_of(models, root / "out", batch_size=200)
     launch["jobs"]["actor"]["needs"] = ["energies"]
-    file = write(launch, tmp_path / "launch.yaml")
+    file = write(launch, root / "launch.yaml")
     check_launch(read_launch(file), here=True)
     run_local(read_launch(file), nursery())
-    [written] = (tmp_path / "out" / "energies_of_all").glob("*/*.jsonl")  # each process that writes has its own file
+    return root / "out"
+
+
+def test_the_actor_answers_nothing_that_was_answered_before(models: Models, before: Path) -> None:
+    [written] = (before / "energies_of_all").glob("*/*.jsonl")  # each process that writes has its own file
     rows = (models.data / "prompts.train.jsonl").read_text().splitlines()
     assert len(written.read_text().splitlines()) == len(set(rows))
-    log = (tmp_path / "out" / "energies" / "log.txt").read_text()
+    log = (before / "energies" / "log.txt").read_text()
     assert f"all {len(rows)} prompts are answered; their energies are in {written.parent}" in log
-    energy = read_metrics(tmp_path / "out" / "actor" / "metrics.jsonl")["energy/reference"]
-    assert len(energy[1]) == 2
+    assert len(energies_of(before)) == 2
+
+
+def test_beside_each_other_both_answer_and_the_actor_reads_the_same(
+    models: Models, before: Path, tmp_path: Path
+) -> None:
+    run_local(
+        read_launch(write(launch_of(models, tmp_path / "out", batch_size=8), tmp_path / "launch.yaml")), nursery()
+    )
+    written = [*(tmp_path / "out" / "energies_of_all").glob("*/*.jsonl")]
+    keys = {json.loads(line)["prompt"] for file in written for line in file.read_text().splitlines()}
+    assert len(keys) == len(set((models.data / "prompts.train.jsonl").read_text().splitlines()))
+    assert energies_of(tmp_path / "out") == pytest.approx(energies_of(before), rel=1e-6)
 
 
 def test_without_a_need_it_is_a_stage_of_its_own_on_a_cluster(models: Models, tmp_path: Path) -> None:
