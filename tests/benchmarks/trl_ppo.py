@@ -122,6 +122,7 @@ def our_job(work: Work, name: str, stack: ExitStack, **changes: Any) -> tuple[PP
     optimizer = {"lr": LR, "weight_decay": 0.0}
     values: dict[str, Any] = {
         "model.restore_from_path": str(work.folder / "policy"),
+        "model.precision": "fp32",  # as TRL's
         "model.micro_batch_size": work.batch,
         "data.train": str(work.folder / "prompts.jsonl"),
         "data.max_prompt_length": work.prompt,

@@ -37,8 +37,7 @@ def measure(options: Options) -> Iterator[Row]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.on_gpu() else [])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Work(Path(folder), 2, options.smallest, layers=16, width=1024)
-        precision = "bf16" if device.on_gpu() else "fp32"
-        ppo, prompts = our_job(work, "eppo own_response", stack, **{"model.precision": precision})
+        ppo, prompts = our_job(work, "eppo own_response", stack, **{"model.precision": None})
         ppo.timers = MarkingTimers(device.synchronize)
         ppo.step(1, prompts())
         with profile(activities=activities) as found:

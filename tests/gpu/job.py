@@ -108,11 +108,10 @@ class Launch:
     def __init__(self, folder: Path, name: str, steps: int) -> None:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         self.output, self._file = folder / name, folder / f"{name}.yaml"
-        precision = "bf16" if device.on_gpu() else "fp32"
         batch = 8 if steps == 3 else 64
 
         def model(name: str) -> dict[str, Any]:
-            return {"restore_from_path": str(folder / name), "precision": precision, "micro_batch_size": batch}
+            return {"restore_from_path": str(folder / name), "micro_batch_size": batch}
 
         actor = {
             "model": model("policy"),
