@@ -24,7 +24,7 @@ from nemo_eppo.generation.energies import EnergyReader, MLPTensors
 from nemo_eppo.generation.layers import Layer, layer_weights, rotate
 from nemo_eppo.generation.replay import Recorder, ReplayedSteps
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.attention import DECODING_KERNELS, attend
+from nemo_eppo.megatron.attention import ALL_BUT_CUDNN, attend
 from nemo_eppo.megatron.logprobs import full_logits, soft_capped
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.norms import rms_norm
@@ -120,7 +120,8 @@ class Decoder:
         self._reader = None if energy is None else EnergyReader(energy, self._tensor_ranks)
         self._energies_per_token = 0 if energy is None else energy.energies_per_token()
         self._layers = [[layer_weights(layer, energy) for layer in model.decoder.layers] for model in self._models]
-        self._record, self._decoding_attention = record, attention or attention_of_device()
+        self._decoding_attention = attention or attention_of_device(self._dtype, self._head_width)
+        self._record = record
         self._replayed: list[ReplayedSteps] = []
         self._cache = KeyValueCache(list(map(len, self._layers)), self._groups, self._head_width, self._dtype)
 
@@ -277,7 +278,7 @@ class Decoder:
                 dist.send(out, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
         return out if self._models[-1].post_process else None, sum(parts[1:], parts[0])
 
-    @sdpa_kernel(DECODING_KERNELS)
+    @sdpa_kernel(ALL_BUT_CUDNN)
     def _through(
         self,
         chunk: int,
@@ -384,14 +385,19 @@ class Decoder:
 
 
 @cache
-def attention_of_device() -> DecodingAttention | None:
-    """Return `flash_decode` on a GPU; None, which stands for torch's, on a CPU and where Triton cannot make kernels."""
+def attention_of_device(dtype: torch.dtype, width: int) -> DecodingAttention | None:
+    """Return `flash_decode` on a GPU; None, which stands for torch's, on a CPU and where Triton cannot make kernels.
+
+    Args:
+        dtype: of the cache.
+        width: D of each head.
+    """
     if not device.on_gpu():
         return None
     try:
         from nemo_eppo.generation.flash_decoding import flash_decode  # Triton comes with torch for GPUs only
 
-        one = torch.zeros(1, 1, 2, 16, 16, device=device.device())
+        one = torch.zeros(1, 1, 2, 16, width, dtype=dtype, device=device.device())
         flash_decode(one[:, :, 0, :1], one, torch.zeros(1, dtype=torch.int64, device=one.device), 1)
     except Exception as error:  # it wants a C compiler and Python's headers, and tells that in many ways
         logger.warning("decoding is slower, with torch's attention: Triton cannot make a kernel here (%r)", error)

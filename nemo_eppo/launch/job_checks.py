@@ -69,6 +69,7 @@ def memory_of(job: Job) -> JobMemory:
     for key, setup in job.models.items():
         main, optimizer, stages = key == "model", job.optimizer(key), setup.parallel.pipeline_model_parallel_size
         sequences = setup.micro_batch_size * job.kind.sequences_per_row
+        replicas = setup.parallel.data_parallel_size(job.ranks)
         decodes = main and job.setting("engine.name") == "megatron"  # TensorRT-LLM's cache takes what is free
         memory = estimate(
             job.plans[key].model,
@@ -82,8 +83,8 @@ def memory_of(job: Job) -> JobMemory:
                 longest=job.longest,
             ),
             outputs=None if job.is_language_model(key) else 1,
-            replicas=setup.parallel.data_parallel_size(job.ranks),
-            distributed_optimizer=bool(optimizer and optimizer.distributed),
+            replicas=replicas,
+            distributed_optimizer=optimizer is not None and optimizer.is_distributed(replicas),
             recompute=setup.recompute,
             lora=setup.lora,
         )
@@ -134,7 +135,7 @@ def _speed(jobs: Sequence[Job]) -> Iterator[Finding]:
         optimizer = job.setting("optimizer")
         replicas = job.settings.model.parallel.data_parallel_size(job.ranks)
         if optimizer is not None and replicas > 1:
-            if not optimizer.distributed:
+            if optimizer.distributed is False:
                 slow["optimizer.distributed = false"] = (
                     f"true, with which each of {replicas} replicas updates, and keeps the states of, its own share"
                 )

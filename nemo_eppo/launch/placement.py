@@ -71,7 +71,7 @@ class Placement:
             shape.forward(each, length, targets, last=end) + shape.backward(each, length, targets, last=end)
             for end in (True, False)
         )
-        distributed, layers = self.optimizer.distributed, shape.layers
+        distributed, layers = self.optimizer.is_distributed(self.replicas), shape.layers
         step = update(self.trained, layers, self.replicas, distributed, shape.bytes)
         return Passes(last * count + step, other * self._bubble)
 
@@ -83,7 +83,7 @@ class Placement:
         _, each = self._micro_batches(rows, length)
         sums = self.train(rows, length, targets).own
         sums = Work(replica_bytes=sums.replica_bytes, replica_messages=sums.replica_messages)
-        share = 0.5 if self.optimizer.distributed else 1.0  # weights are gathered after the update
+        share = 0.5 if self.optimizer.is_distributed(self.replicas) else 1.0  # weights are gathered after the update
         backward = self.seconds(cluster, self.shape.backward(each, length, targets))
         return min(share * self.seconds(cluster, sums), backward)
 

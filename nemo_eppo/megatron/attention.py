@@ -1,5 +1,6 @@
 """Attention in plain torch, with an optional sliding window and an optional cap on its logits."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -9,13 +10,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_eppo.megatron import device
 
-DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Torch's kernels for shapes that change from call to call. cuDNN's would plan for each anew (42 ms against 0.25 ms on
-a GPU, pytorch PR 191576)."""
+ALL_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Torch's kernels for shapes that change from call to call, for which cuDNN's would plan anew (42 ms against 0.25 ms on
+a GPU, pytorch PR 191576), and where its numbers are wrong (torch 2.11): with a mask, gradients on an H100 may be NaN
+(pytorch issue 196678); without gradients, it fails silently on a B200 with fewer than 8 groups (193893)."""
 
 
 def attend(
@@ -49,15 +51,11 @@ def attend(
         if device.on_gpu() and heads != groups and (visible is not None or query.dtype == torch.float32):
             # torch's kernel for masks and fp32 wants as many heads of keys as of queries; another keeps all logits
             key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            visible,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=heads != key.size(1),
-        )
+        gqa = heads != key.size(1)
+        with sdpa_kernel(ALL_BUT_CUDNN) if device.on_gpu() and _errs_in_cudnn(visible) else nullcontext():
+            return F.scaled_dot_product_attention(
+                query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=gqa
+            )
     grouped = query.unflatten(1, (key.size(1), -1))  # [b, groups, heads of a group, l, D]
     logits = (grouped @ key.unsqueeze(2).mT).to(torch.promote_types(query.dtype, torch.float32)).flatten(1, 2)
     logits = softcap * torch.tanh(logits * ((query.size(-1) ** -0.5 if scale is None else scale) / softcap))
@@ -65,6 +63,10 @@ def attend(
         logits = logits.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else logits + visible
     weights = logits.softmax(-1).to(value.dtype).unflatten(1, (key.size(1), -1))
     return (weights @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _errs_in_cudnn(visible: Tensor | None) -> bool:
+    return visible is not None or torch.cuda.get_device_capability() >= (10, 0)
 
 
 @lru_cache(maxsize=4)

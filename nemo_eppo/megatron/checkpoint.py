@@ -156,9 +156,7 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
         raise ConfigError(
             f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
         )
-    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (
-        saved := _is_sharded(directory)
-    ):
+    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (saved := is_sharded(directory)):
         raise ConfigError(
             f"{directory} was saved with optimizer.distributed = {saved}; training cannot resume from it with {now}"
         )
@@ -211,7 +209,7 @@ def _end_without_a_worker(signum: int, frame: Any) -> None:
         os._exit(1)
 
 
-def _is_sharded(directory: Path) -> bool:
+def is_sharded(directory: Path) -> bool:
     """Tell whether a checkpoint was saved by a distributed optimizer, which names fp32 weights otherwise."""
     return any(
         name.startswith("optimizer.state.param.") for name in read_metadata(directory / WEIGHTS).state_dict_metadata

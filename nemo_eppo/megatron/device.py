@@ -13,13 +13,16 @@ import inspect
 import mmap
 import multiprocessing
 import os
+import shutil
 import sys
+import sysconfig
 import time
 import types
 import warnings
 import weakref
 from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,7 +157,11 @@ def install() -> None:
     if on_gpu():
         # TransformerEngine, and torch in NVIDIA's images, would compute fp32 in TF32
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        if not _can_compile():
+            warnings.warn("no C compiler with Python's headers: torch.compile fuses nothing", stacklevel=1)
+            _disable_jit_fuser()
         _keep_checkpoint_queue("spawn")
+        _take_fewer_calls()
         return
     for package in ("transformer_engine", "apex", "triton"):  # Megatron would take their kernels, which want a GPU
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError
@@ -178,11 +185,8 @@ def install() -> None:
     _keep_checkpoint_queue("fork")
     _reduce_alone_at_once()
     _share_gloo_device()
-    rope = _megatron("models.common.embeddings.rope_utils")
-    rope._apply_rotary_pos_emb_bshd = rotation(rope._apply_rotary_pos_emb_bshd)
     _megatron("transformer.mlp").bias_swiglu_impl = swiglu
-    clip = _megatron("optimizer.clip_grads")
-    clip.l2_norm_impl, clip.multi_tensor_scale_impl = norm_of_all, scale_all
+    _take_fewer_calls()
     # of routers to experts, for which it looks through all modules at each update; there are none
     _megatron("distributed.finalize_model_grads").reset_model_temporary_tensors = lambda *args: None
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
@@ -206,6 +210,22 @@ class _CpuEvent:
 
     def elapsed_time(self, end: "_CpuEvent") -> float:
         return (end.time - self.time) * 1e3
+
+
+def _take_fewer_calls() -> None:
+    """Replace what megatron-core does where neither TransformerEngine nor Apex does it; at the norm of each gradient it
+    would wait for a GPU."""
+    rope = _megatron("models.common.embeddings.rope_utils")
+    rope._apply_rotary_pos_emb_bshd = rotation(rope._apply_rotary_pos_emb_bshd)
+    clip, local = _megatron("optimizer.clip_grads"), _megatron("utils").local_multi_tensor_l2_norm
+    if clip.l2_norm_impl is local:
+        clip.l2_norm_impl, clip.multi_tensor_scale_impl = norm_of_all, scale_all
+
+
+def _can_compile() -> bool:
+    """Tell whether Triton, which compiles a launcher for each kernel, can do so here."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def _disable_jit_fuser() -> None:

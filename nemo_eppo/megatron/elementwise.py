@@ -1,4 +1,5 @@
-"""Rotary positions, SwiGLU, RMSNorm and gradients' norms for CPUs, in fewer passes and calls than what they replace.
+"""Rotary positions, SwiGLU, RMSNorm and gradients' norms, for CPUs and, but for SwiGLU and RMSNorm, for GPUs without
+TransformerEngine and Apex, in fewer passes and calls than what they replace.
 
 megatron-core's unfused rotation and SwiGLU copy whole tensors to put halves together; values and gradients here are the
 same to the last bit. torch's RMSNorm is some twenty operations on a CPU, forward and back, where nine do.

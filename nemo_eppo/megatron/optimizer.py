@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,7 +14,6 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from nemo_eppo.megatron import device
 from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
@@ -37,7 +37,7 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=precision != "fp32",
                 overlap_grad_reduce=optimizer.overlap_grad_reduce,
-                use_distributed_optimizer=optimizer.distributed,
+                use_distributed_optimizer=optimizer.is_distributed(parallel_state.get_data_parallel_world_size()),
             ),
             module=chunk,
             # as one bucket, a bf16 chunk and its fp32 head would be gathered in one call, which mixes them up with gloo
@@ -65,6 +65,7 @@ def build_optimizer(
     Raises:
         ConfigError: see `OptimizerConfig.arrival`.
     """
+    distributed: bool = chunks[0].ddp_config.use_distributed_optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -77,18 +78,18 @@ def build_optimizer(
             clip_grad=config.clip_grad,
             bf16=precision == "bf16",
             params_dtype=DTYPES[precision],
-            use_distributed_optimizer=config.distributed,
+            use_distributed_optimizer=distributed,
         ),
         chunks,
     )
     for part in optimizer.chained_optimizers:
-        if config.distributed:
+        if distributed:
             _find_states_where_they_are(part)
         elif precision == "bf16":
             _give_main_copies_to_heads(part)
-        if not device.on_gpu() and part.optimizer is not None:
+        if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
-                group["fused"] = True  # torch's AdamW then takes one pass over memory for each parameter
+                group["fused"] = True  # one pass over memory for each parameter, and nothing of their size beside them
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -115,8 +116,8 @@ def allocate_state(optimizer: Any) -> None:
             continue
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):  # they count updates for each parameter
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.zeros(()))
+            for parameter, state in part.optimizer.state.items():
+                state.setdefault("step", torch.zeros((), device=parameter.device))
 
 
 def train_head_only(chunks: list[nn.Module], optimizer: Any) -> None:
@@ -143,6 +144,10 @@ def load_state(
     optimizer.load_state_dict(optimizer_state)
     if shards is not None:
         _load_shards(optimizer, shards)
+    for part in optimizer.chained_optimizers:
+        for parameter, state in part.optimizer.state.items() if part.optimizer is not None else ():
+            if "step" in state:  # a fused update counts on the device
+                state["step"] = state["step"].to(parameter.device)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({name: own[name] for name in _SETTINGS if name in own})
         for name in own.keys() - group.keys():  # of this machine's Adam, which may not be the one that was saved

@@ -35,9 +35,10 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices; 0 for none."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
-    distributed: Annotated[bool, by_device(True, False)] = NULL
-    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer); null does so on GPUs. A run
-    resumes with the value that it was saved with, under any layout."""
+    distributed: Annotated[bool | None, by_device(None, False)] = None
+    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer); null does so on GPUs if there
+    are several of these ranks. A run resumes with the value that it was saved with, under any layout. To be saved, the
+    states are put together in the host's memory, while training waits."""
     overlap_grad_reduce: Annotated[bool, by_device(True, False)] = NULL
     """Sum gradients over data-parallel ranks while the backward pass of the last micro-batch still runs; null does so
     on GPUs."""
@@ -51,6 +52,10 @@ class OptimizerConfig(Config):
         if self.decay_steps is not None:
             self.check_decay(self.decay_steps)
         return self
+
+    def is_distributed(self, replicas: int) -> bool:
+        """Tell whether the states are sharded in a job with so many data-parallel ranks."""
+        return replicas > 1 if self.distributed is None else self.distributed
 
     def check_decay(self, updates: int) -> None:
         """Raise ConfigError if warmup_steps and constant_steps leave no update to decay in, of `updates` in the run."""

@@ -185,6 +185,8 @@ def build(
         lora.train_adapters(chunks, setup.lora)
     megatron_optimizer = scheduler = None
     if optimizer is not None:
+        if resume is not None and optimizer.distributed is None:
+            optimizer = optimizer.model_copy(update={"distributed": checkpoint.is_sharded(resume)})
         chunks = wrap_data_parallel(chunks, optimizer, setup.precision)
         megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, setup.precision, total_steps)
     runner = ModelRunner(

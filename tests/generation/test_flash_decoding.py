@@ -152,7 +152,7 @@ def test_where_triton_makes_no_kernels_torch_attends_and_it_is_told(
     monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr("nemo_eppo.generation.flash_decoding.flash_decode", no_compiler)
     attention_of_device.cache_clear()
-    assert attention_of_device() is None
+    assert attention_of_device(torch.float32, 16) is None
     attention_of_device.cache_clear()
     assert "Failed to find C compiler" in caplog.text
 

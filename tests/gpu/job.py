@@ -30,7 +30,7 @@ from nemo_eppo.megatron import device
 from nemo_eppo.tools.noun_task import MAX_RESPONSE_TOKENS, vocabulary, write_noun_task
 
 KILLED_AFTER = 1  # the step of whose checkpoint it is
-PATIENCE_S = 400.0
+PATIENCE_S = 150.0  # for each of three launches, of which the first also compiles
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKED = ("second", "time", "memory")
 """Parts of the names of metrics that differ from run to run."""

@@ -77,7 +77,10 @@ def theirs(
     network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     network.load_state_dict(weights, strict=False)
     network.tie_weights()
+    angles = {name: buffer.to(place) for name, buffer in network.named_buffers() if name.endswith("inv_freq")}
     network.to(place, DTYPES[precision])
+    for name, buffer in network.named_buffers():  # which transformers keeps in fp32 whatever it loads a model in
+        buffer.data = angles.get(name, buffer)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

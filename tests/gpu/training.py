@@ -18,7 +18,7 @@ from pairs import Contestant, Options, Row, compare, interleave, medians
 from torch.nn.attention import sdpa_kernel
 
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.attention import DECODING_KERNELS
+from nemo_eppo.megatron.attention import ALL_BUT_CUDNN
 from nemo_eppo.megatron.runner import ModelRunner, Rows
 from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.model import ModelConfig
@@ -46,7 +46,7 @@ def speeds(case: str, model: ModelConfig, options: Options, rate: float) -> Iter
         contestants: dict[str, Contestant] = {
             "padded": on_the_next(batches, partial(work, padded)),
             "packed": on_the_next(batches, partial(work, packed)),
-            "packed, decoding kernels": on_the_next(batches, sdpa_kernel(DECODING_KERNELS)(partial(work, packed))),
+            "packed, without cuDNN": on_the_next(batches, sdpa_kernel(ALL_BUT_CUDNN)(partial(work, packed))),
         }
         for row in compare(interleave(contestants, options.rounds), "padded"):
             yield told({**row, "what": f"{what}, {row['what']}", "lengths": case}, model, batches[1:], times, rate)

@@ -296,10 +296,10 @@ def test_memory_that_no_gpu_has(launch: Path, doctor: Any, monkeypatch: pytest.M
 
 
 def test_null_is_what_suits_the_devices_on_which_a_job_will_run(launch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpus, on_gpus = ("fp32", False, False), ("bf16", True, True)
+    on_cpus, on_gpus = ("fp32", False, False), ("bf16", None, True)  # sharded if there are replicas
     hidden = "jobs.critic.environment.CUDA_VISIBLE_DEVICES=''"
 
-    def chosen(*overrides: str) -> tuple[str, bool, bool]:
+    def chosen(*overrides: str) -> tuple[str, bool | None, bool]:
         settings = job_settings(read_launch(launch, overrides), "critic")
         optimizer = settings.optimizer
         return settings.model.precision, optimizer.distributed, optimizer.overlap_grad_reduce

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import types
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from distributed import run_ranks
 
 from nemo_eppo.megatron import device
+from nemo_eppo.megatron.elementwise import norm_of_all
 
 pytestmark = pytest.mark.skipif(device.on_gpu(), reason="the CPU layer is not installed on a GPU machine")
 
@@ -117,12 +119,33 @@ def test_fp32_is_fp32_on_a_gpu_unless_the_user_wants_less(monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     writer = device._megatron("dist_checkpointing.strategies.filesystem_async")
     monkeypatch.setattr(writer, "_get_write_results_queue", None)
+    monkeypatch.setattr(device, "_take_fewer_calls", lambda: None)
     for before, after in ((None, "0"), ("1", "1")):
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         if before is not None:
             monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", before)
         device.install()
         assert os.environ["NVIDIA_TF32_OVERRIDE"] == after
+
+
+def test_gradients_are_measured_and_scaled_in_one_call_unless_apex_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, rope = device._megatron("optimizer.clip_grads"), device._megatron("models.common.embeddings.rope_utils")
+    monkeypatch.setattr(rope, "_apply_rotary_pos_emb_bshd", rope._apply_rotary_pos_emb_bshd)
+    for found, then in ((device._megatron("utils").local_multi_tensor_l2_norm, norm_of_all), (print, print)):
+        monkeypatch.setattr(clip, "l2_norm_impl", found)
+        device._take_fewer_calls()
+        assert clip.l2_norm_impl is then
+
+
+def test_without_a_compiler_nothing_waits_to_be_compiled_at_its_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("gcc", "Python.h"):
+        assert not device._can_compile()
+        (tmp_path / name).touch(mode=0o755)
+    assert device._can_compile()
 
 
 def test_named_random_states_leave_the_outer_one_alone() -> None:

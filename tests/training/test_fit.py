@@ -22,6 +22,7 @@ from nemo_eppo.config import ConfigError, RunStopped, load_config
 from nemo_eppo.data.datasets import GlobalBatches, PreferenceDataset, SFTDataset, collate
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.files import disk_trouble
+from nemo_eppo.megatron.checkpoint import is_sharded
 from nemo_eppo.megatron.saving import CheckpointSaver
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.run import Run
@@ -269,6 +270,22 @@ def test_two_replicas_learn_the_same_as_one(kind: str, models: Models, wholes: W
     two = run_ranks(train, 2, kind, tmp_path / "two", values)[0]
     for a, b in zip(learning(wholes[kind][1]), learning(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+
+
+def train_as_on_gpus(directory: Path, values: dict[str, Any]) -> bool:
+    """Train; tell whether the optimizer's states are saved in shards."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
+    train("sft", directory, values)
+    return is_sharded(checkpoint_files.find(directory / "checkpoints", "checkpoints"))
+
+
+def test_replicas_on_gpus_shard_the_states_unless_the_run_began_otherwise(models: Models, tmp_path: Path) -> None:
+    values = settings(models, "sft", 1)
+    values["model"]["precision"], values["optimizer"]["overlap_grad_reduce"] = "fp32", False
+    assert run_ranks(train_as_on_gpus, 1, tmp_path / "one", values) == [False]
+    values["fit"]["max_steps"] = 2
+    assert run_ranks(train_as_on_gpus, 2, tmp_path / "one", values) == [False] * 2
+    assert run_ranks(train_as_on_gpus, 2, tmp_path / "two", values) == [True] * 2
 
 
 def test_the_reward_model_stores_mean_and_std_of_its_validation_scores(models: Models, tmp_path: Path) -> None:
