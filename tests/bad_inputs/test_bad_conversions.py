@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input import Row, check, prepare, rows, run, tensors, truncated, written
+from bad_input import Row, check, edited, prepare, rows, run, tensors, truncated, written
 
 _PAIR = {"chosen": "\n\nHuman: copy\n\nAssistant: the", "rejected": "\n\nHuman: copy\n\nAssistant: a"}
 _ROW = {"prompt": "apple", "response": "river"}
@@ -209,14 +209,20 @@ CONVERT = [
         change=("hf", tensors(model__norm__weight=torch.ones(5))),
     ),
     Row(
-        "a reward model for a policy",
-        "convert megatron-to-hf --input rm --output out",
-        "rm holds a model with head 'scalar', expected 'lm'",
+        "a policy's architecture for a reward model",
+        "convert megatron-to-hf --input rm --output out --architecture LlamaForCausalLM",
+        "architecture 'LlamaForCausalLM': expected one that ends with ForSequenceClassification",
     ),
     Row(
-        "a policy for a reward model",
-        "convert reward-to-hf --input sft --output out",
-        "sft holds a model with head 'lm', expected 'scalar'",
+        "a reward model's architecture for a policy",
+        "convert megatron-to-hf --input sft --output out --architecture LlamaForSequenceClassification",
+        "architecture 'LlamaForSequenceClassification': expected one that ends with ForCausalLM",
+    ),
+    Row(
+        "a kind of head that Hugging Face lacks",
+        "convert megatron-to-hf --input rm --output out",
+        "rm has a head of kind odin, which Hugging Face lacks",
+        change=("rm", edited("manifest.json", head="odin")),
     ),
     Row(
         "an architecture that does not fit",
