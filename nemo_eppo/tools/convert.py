@@ -98,6 +98,7 @@ class MegatronToHf:
         output: the directory to write, which must not exist.
         architecture: None for that of the model's family.
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
+        max_shard_bytes: the largest size of a file; one is held in memory.
 
     Raises:
         ConfigError: there is no such checkpoint, its head has no counterpart, it has no statistics of scores or does

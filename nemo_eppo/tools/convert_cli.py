@@ -1,10 +1,8 @@
 """The arguments of `nemo-eppo convert`."""
 
 import argparse
-import math
 from pathlib import Path
 
-from nemo_eppo.config import ConfigError
 from nemo_eppo.tools.aligner_cli import add_aligner_config
 
 _CONVERT = "\n  nemo-eppo convert"
@@ -95,13 +93,6 @@ uses.""",
         choices=["fp32", "bf16", "fp16"],
         help="precision of the files (default: as the checkpoint); fp16 is for models that were released in it",
     )
-    to_hf.add_argument(
-        "--max-shard-gb",
-        type=float,
-        default=4.0,
-        metavar="GB",
-        help="largest size of a file; one is held in memory",
-    )
     to_hf.set_defaults(run=_megatron_to_hf)
 
 
@@ -127,14 +118,8 @@ def _nemo_to_megatron(arguments: argparse.Namespace) -> None:
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.convert import MegatronToHf
 
-    if not 0 < arguments.max_shard_gb < math.inf:
-        raise ConfigError(f"--max-shard-gb {arguments.max_shard_gb}: expected more than 0")
     conversion = MegatronToHf(
-        arguments.input,
-        arguments.output,
-        architecture=arguments.architecture,
-        precision=arguments.precision,
-        max_shard_bytes=int(arguments.max_shard_gb * 2**30),
+        arguments.input, arguments.output, architecture=arguments.architecture, precision=arguments.precision
     )
     conversion.run()
     print(f"wrote {arguments.output}, a {conversion.architecture}")

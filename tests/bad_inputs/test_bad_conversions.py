@@ -258,11 +258,6 @@ CONVERT = [
         r"hf has no model_config\.yaml: expected a model of NeMo 1\.x or NeMo-Aligner",
     ),
     Row(
-        "files of NaN bytes",
-        "convert megatron-to-hf --input sft --output out --max-shard-gb nan",
-        "--max-shard-gb nan: expected more than 0",
-    ),
-    Row(
         "no settings of NeMo-Aligner",
         "convert aligner-config nowhere.yaml",
         r"nowhere\.yaml: \[Errno 2\] No such file or directory: .*nowhere\.yaml'",
