@@ -92,13 +92,13 @@ PREPARE = [
     Row(
         "everything held out",
         f"{HH} --validation-fraction 1",
-        r"validation_fraction = 1\.0: expected a number between 0 and 1",
+        r"validation_fraction = 1\.0: Input should be less than 1",
         rows(_PAIR),
     ),
     Row(
         "a fraction of NaN",
         f"{HH} --validation-fraction nan",
-        "validation_fraction = nan: expected a number between 0 and 1",
+        "validation_fraction = nan: Input should be a finite number",
         rows(_PAIR),
     ),
     Row(
@@ -113,7 +113,12 @@ PREPARE = [
         r"nothing is left for preferences\.validation\.jsonl of rows\.jsonl \(validation_fraction = 0\.05\) read 1",
         rows(_PAIR),
     ),
-    Row("a limit of 0", f"{HH} --max-prompt-tokens 0", "max_prompt_tokens = 0: expected at least 1", rows(_PAIR)),
+    Row(
+        "a limit of 0",
+        f"{HH} --max-prompt-tokens 0",
+        "max_prompt_tokens = 0: Input should be greater than or equal to 1",
+        rows(_PAIR),
+    ),
     Row(
         "a vocabulary below 256",
         "prepare hh --input rows.jsonl --output out --vocab-size 8",
@@ -135,7 +140,7 @@ PREPARE = [
     Row(
         "a broken template",
         f"{HH} --chat-template chat.jinja",
-        "a chat template needs tokenizer_dir: it spells that tokenizer's special tokens",
+        "a chat template needs a tokenizer: it spells that tokenizer's special tokens",
         {**rows(_PAIR), "chat.jinja": "{% for m in messages %}"},
     ),
     Row(
@@ -150,11 +155,15 @@ PREPARE = [
         r"rows\.jsonl: File exists; a file is in the way; choose another name",
         rows(_PAIR),
     ),
-    Row("a toy task of no prompts", "prepare noun-task --output out --prompts 0", "prompts = 0: expected at least 1"),
+    Row(
+        "a toy task of no prompts",
+        "prepare noun-task --output out --prompts 0",
+        "prompts = 0: Input should be greater than or equal to 1",
+    ),
     Row(
         "a toy task of a negative size",
         "prepare noun-task --output out --sft-examples -5",
-        "sft_examples = -5: expected at least 1",
+        "sft_examples = -5: Input should be greater than or equal to 1",
     ),
 ]
 
