@@ -29,8 +29,9 @@ def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser
         description="""\
 Translate a settings file of NeMo-Aligner: its PPO actor, PPO critic, reward server, reward-model training or SFT.
 
-Every key is mapped, or reported with the reason why not; interpolations are resolved; keys that the file leaves out
-have that project's defaults. The output starts with what is left to do by hand; values to be filled in are ???.""",
+Every key is mapped, or reported on standard error with the reason why not; interpolations are resolved; keys that the
+file leaves out have that project's defaults. The output starts with what is left to do by hand; values to be filled in
+are ???.""",
         epilog="""\
 example:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
@@ -39,7 +40,6 @@ example:
     parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project to translate")
     parser.add_argument("--kind", choices=list(JOBS), help="what the file is for (default: its contents tell)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="new file to write (default: standard output)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the report (default: standard error)")
     parser.add_argument("--strict", action="store_true", help="stop at a key that is none of that project's")
     parser.set_defaults(run=_aligner_config)
 
@@ -55,16 +55,12 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.input}: no keys of NeMo-Aligner: {', '.join(unknown)}")
     check(result)
     text = as_yaml(result, _header(result, arguments.input))
-    report = render_report(result, arguments.input)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.output, text)
     else:
         print(text, end="")
-    if arguments.report is not None:
-        write_atomically(arguments.report, report)
-    else:
-        print(report, end="", file=sys.stderr)
+    print(render_report(result, arguments.input), end="", file=sys.stderr)
 
 
 def check(result: Conversion) -> Config:
