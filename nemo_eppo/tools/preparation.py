@@ -1,7 +1,8 @@
 """Turns corpora into the files that training reads: read, check, drop duplicates, format, drop long rows, split, write.
 
-Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory. Only digests of what
-was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each pair.
+Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory, unless it is a JSON
+array. Only digests of what was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each
+pair.
 """
 
 import hashlib

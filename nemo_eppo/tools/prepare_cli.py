@@ -88,7 +88,7 @@ _TOO = """
 
 Rows that cannot be used, duplicates and rows over the limits are dropped; the counts say how many and why, and
 dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
-memory; a .json file is one array, or has one object per line."""
+memory. A .json file has one object per line, or is one array, which has to fit into memory."""
 
 _EXAMPLES = """\
 examples:
