@@ -12,8 +12,9 @@ import yaml
 
 from nemo_eppo.observability.metrics import read_metrics
 from nemo_eppo.observability.recorder import read_rows
+from nemo_eppo.settings.preparation import PreparationConfig
 from nemo_eppo.tools.corpora import CORPORA
-from nemo_eppo.tools.preparation import Preparation, prepare
+from nemo_eppo.tools.preparation import prepare
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NEMO_EPPO_DATA", REPOSITORY.parent / "shared" / "data")) / "hh-harmless-base-test.jsonl.gz"
@@ -86,7 +87,7 @@ def launch_file(directory: Path) -> dict[str, Any]:
     not DATA.exists(), reason=f"needs the Anthropic HH file {DATA} (NEMO_EPPO_DATA names its directory)"
 )
 def test_five_eppo_steps_on_anthropic_hh(tmp_path: Path) -> None:
-    settings = Preparation(bpe_vocab_size=1024, max_prompt_tokens=128, max_response_tokens=64)
+    settings = PreparationConfig(vocab_size=1024, max_prompt_tokens=128, max_response_tokens=64)
     prepare(CORPORA["hh"], [DATA], tmp_path / "data", settings)
     (tmp_path / "hh.yaml").write_text(yaml.safe_dump(launch_file(tmp_path)))
     command = [sys.executable, "-m", "nemo_eppo.cli", "launch", str(tmp_path / "hh.yaml")]

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.names_cli import add_names, named
-from nemo_eppo.evaluation.options_cli import add_options, chosen
+from nemo_eppo.evaluation.arguments import add_names, add_options, chosen, named
 from nemo_eppo.settings.evaluation import DetectionConfig
 
 

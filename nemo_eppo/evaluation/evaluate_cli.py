@@ -4,9 +4,8 @@ import argparse
 from functools import partial
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.evaluation.arguments import add_model_arguments, add_options, model_config, run_on_ranks
 from nemo_eppo.evaluation.generate_cli import add_sampling_arguments, sampling
-from nemo_eppo.evaluation.options_cli import add_options
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
 from nemo_eppo.settings.evaluation import EvaluateConfig
 
 

@@ -4,9 +4,9 @@ import argparse
 from typing import Any
 
 from nemo_eppo.config import Config, ConfigError
-from nemo_eppo.evaluation.options_cli import add_options
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.evaluation.arguments import add_model_arguments, add_options, chosen, model_config, run_on_ranks
 from nemo_eppo.settings.evaluation import GenerateConfig, GeneratorConfig
+from nemo_eppo.settings.generation import SamplingParams
 
 
 def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +22,7 @@ are. Texts are tokenised as in training. For each response one row is written: "
 fields of the prompt's row are kept in "fields". `nemo-eppo score` and `evaluate` read these files as they are.
 
 A response depends on the model, its prompt, the number of its sample, --seed and the sampling options, and not on the
-other prompts, --batch-size or the layout. The same command resumes an interrupted run.
+other prompts, --batch-size or the layout. --temperature 0 is --greedy. The same command resumes an interrupted run.
 
 --interactive remembers all turns: in the tokenizer's chat template, or, if it has none, as one text with a line
 for each turn, which the model continues. /reset begins anew; /quit or Ctrl-D ends.""",
@@ -43,27 +43,15 @@ example:
 def add_sampling_arguments(parser: argparse.ArgumentParser, schema: type[Config]) -> None:
     """Add how responses are sampled."""
     add_options(parser, schema, samples_per_prompt="N", seed="N")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a response")
-    parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="fewest tokens of a response")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it; 0 is --greedy"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: among all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest with this probability"
-    )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="penalise tokens seen before; 1: do not"
-    )
+    add_options(parser, SamplingParams, required=False, max_new_tokens="N", min_new_tokens="N", temperature="T")
+    add_options(parser, SamplingParams, top_k="K", top_p="P", greedy=None, repetition_penalty="X")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a response; may be repeated")
+    parser.set_defaults(max_new_tokens=256)
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the sampling options as settings of `SamplingParams`."""
-    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    found = {name: getattr(arguments, name) for name in names}
-    found |= {"stop_strings": arguments.stop or (), "greedy": arguments.greedy}
+    """Return the sampling options as settings of `SamplingParams`; temperature 0 means greedy."""
+    found = chosen(arguments, SamplingParams) | {"stop_strings": arguments.stop or ()}
     return found | {"greedy": True, "temperature": 1.0} if arguments.temperature == 0 else found
 
 

@@ -91,7 +91,7 @@ class Judging(ABC):
                         "only what is missing"
                     ) from None
         judged = {name: [self._judge(pair) for pair in pairs] for name, pairs in self._pairs.items()}
-        about = {"judge": self.config.judge, **self._about()}
+        about = {"judge": "gold" if self.config.gold else "endpoint", **self._about()}
         return write_judgement(self.config.output, judged, about, self.config.baseline)
 
     def _keeper(self, add: Callable[[int], None]) -> Callable[[str, Mapping[str, Any]], None]:

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError, load_config
-from nemo_eppo.evaluation.names_cli import add_names, named
-from nemo_eppo.evaluation.options_cli import add_options, chosen
+from nemo_eppo.evaluation.arguments import add_names, add_options, chosen, named
 from nemo_eppo.settings.evaluation import EndpointConfig, JudgeConfig
 
 
@@ -26,7 +25,7 @@ and has to be confirmed. Questions that fail are asked again, after a wait that 
 the command. Endpoints that know no JSON schemas take --response-format json_object or none. The API key is read from
 an environment variable, and written nowhere.
 
-With --judge gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
+With --gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
 finished, and the row's "fields" as generate writes them, or its other fields; no token ids) and gives a number; the
 higher wins. A text counts as finished if no row says how it ended, as in `nemo-eppo evaluate`. No endpoint is asked.
 
@@ -41,13 +40,12 @@ examples:
     --output judged
   nemo-eppo judge answers.jsonl --baseline sft.jsonl --model Qwen3-32B --base-url http://localhost:8000/v1 \\
     --output judged
-  nemo-eppo judge answers.jsonl --baseline sft.jsonl --judge gold --gold nemo_eppo.tools.noun_task:gold_reward \\
-    --output judged""",
+  nemo-eppo judge answers.jsonl --baseline sft.jsonl --gold nemo_eppo.tools.noun_task:gold_reward --output judged""",
     )
     parser.add_argument("responses", type=Path, nargs="+", metavar="FILE", help="responses to judge, .jsonl(.gz)")
     add_options(parser, JudgeConfig, baseline="FILE", output="DIR")
     add_names(parser, "FILE")
-    add_options(parser, JudgeConfig, judge=None, gold="MODULE:FUNCTION")
+    add_options(parser, JudgeConfig, gold="MODULE:FUNCTION")
     endpoint = parser.add_argument_group("the endpoint")
     add_options(endpoint, EndpointConfig, required=False, model="MODEL", base_url="URL", key_variable="NAME")
     add_options(endpoint, EndpointConfig, question="QUESTION", temperature="T", max_tokens="N", response_format=None)
@@ -64,7 +62,7 @@ def _judge(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         values["endpoint"] = chosen(arguments, EndpointConfig)
     config = load_config(JudgeConfig, values)
-    if config.judge == "gold":
+    if config.gold is not None:
         results = GoldJudging(config).run()
     else:
         job = EndpointJudging(config)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.evaluation.names_cli import add_names, named
+from nemo_eppo.evaluation.arguments import add_names, named
 
 
 def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

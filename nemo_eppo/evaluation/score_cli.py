@@ -2,8 +2,7 @@
 
 import argparse
 
-from nemo_eppo.evaluation.options_cli import add_options
-from nemo_eppo.evaluation.ranks_cli import add_model_arguments, model_config, run_on_ranks
+from nemo_eppo.evaluation.arguments import add_model_arguments, add_options, model_config, run_on_ranks
 from nemo_eppo.settings.evaluation import ScoreConfig
 
 

@@ -214,17 +214,13 @@ class JudgeConfig(Config):
     """Responses to compare them with, .jsonl or .jsonl.gz; left out for files that have both."""
     output: Path
     """New directory, or one of an earlier command with the same judge."""
-    judge: Literal["endpoint", "gold"] = "endpoint"
-    """Who decides: a model behind an endpoint, or a gold reward function."""
     gold: str | None = None
-    """Gold reward function of --judge gold."""
+    """Gold reward function that decides in place of a model behind an endpoint."""
     endpoint: EndpointConfig | None = None
-    """Where the judge is asked."""
+    """Where a model is asked."""
 
     @model_validator(mode="after")
-    def _has_its_judge(self) -> Self:
-        if (self.judge == "gold") != (self.gold is not None):
-            raise ValueError("--gold MODULE:FUNCTION goes with --judge gold, and --judge gold with --gold")
-        if (self.judge == "endpoint") != (self.endpoint is not None):
-            raise ValueError("--model MODEL goes with the judge of an endpoint, which needs it")
+    def _has_one_judge(self) -> Self:
+        if (self.gold is None) == (self.endpoint is None):
+            raise ValueError("expected exactly one of --model MODEL, which an endpoint has, and --gold MODULE:FUNCTION")
         return self

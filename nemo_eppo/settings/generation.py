@@ -35,7 +35,7 @@ class SamplingParams(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample only among the likeliest tokens that together have this share of the probability; 1: among all."""
     greedy: bool = False
-    """Whether the likeliest token is always taken, instead of sampling."""
+    """Always take the likeliest token, instead of sampling."""
 
     def distribution(self, ending: Sequence[int]) -> Distribution:
         """Return what a response's tokens are sampled from, unless it is greedy; the token ids in `ending` end one."""

@@ -3,22 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_eppo.config import Config, ConfigError, load_config
 from nemo_eppo.files import write_atomically
+from nemo_eppo.tools.aligner_jobs import JOBS
+from nemo_eppo.tools.aligner_rules import REQUIRED, Conversion
 
-if TYPE_CHECKING:
-    from nemo_eppo.tools.aligner_rules import Conversion
-
-
-_SCRIPTS = {
-    "ppo-actor": "train_gpt_ppo_actor",
-    "ppo-critic": "serve_ppo_critic",
-    "reward-server": "serve_reward_model",
-    "reward-training": "train_reward_model",
-    "sft": "train_gpt_sft",
-}
 _ORDER = ("unknown", "conflict", "lost", "changed", "dropped", "default", "mapped")
 _MEANING = {
     "unknown": "no keys of that project",
@@ -38,17 +29,17 @@ def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser
         description="""\
 Translate a settings file of NeMo-Aligner: its PPO actor, PPO critic, reward server, reward-model training or SFT.
 
-Every key is mapped, or reported with the reason why not; interpolations are resolved; keys that the file leaves out
-have that project's defaults. The output starts with what is left to do by hand; values to be filled in are ???.""",
+Every key is mapped, or reported on standard error with the reason why not; interpolations are resolved; keys that the
+file leaves out have that project's defaults. The output starts with what is left to do by hand; values to be filled in
+are ???.""",
         epilog="""\
 example:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
   cd examples/nlp/gpt && torchrun ... train_gpt_ppo_actor.py --config-dir $OLDPWD/settings --config-name actor""",
     )
     parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project to translate")
-    parser.add_argument("--kind", choices=list(_SCRIPTS), help="what the file is for (default: its contents tell)")
+    parser.add_argument("--kind", choices=list(JOBS), help="what the file is for (default: its contents tell)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="new file to write (default: standard output)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the report (default: standard error)")
     parser.add_argument("--strict", action="store_true", help="stop at a key that is none of that project's")
     parser.set_defaults(run=_aligner_config)
 
@@ -64,19 +55,15 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.input}: no keys of NeMo-Aligner: {', '.join(unknown)}")
     check(result)
     text = as_yaml(result, _header(result, arguments.input))
-    report = render_report(result, arguments.input)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.output, text)
     else:
         print(text, end="")
-    if arguments.report is not None:
-        write_atomically(arguments.report, report)
-    else:
-        print(report, end="", file=sys.stderr)
+    print(render_report(result, arguments.input), end="", file=sys.stderr)
 
 
-def check(result: "Conversion") -> Config:
+def check(result: Conversion) -> Config:
     """Check the settings with the job's schema, with a placeholder for each value that is left to be set.
 
     Raises:
@@ -84,20 +71,19 @@ def check(result: "Conversion") -> Config:
     """
     from nemo_eppo.entry.settings import nested
     from nemo_eppo.settings.kinds import KINDS
-    from nemo_eppo.tools.aligner_rules import REQUIRED
 
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}
     stand_ins = {
         key: 10**6 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }
     try:
-        return load_config(KINDS[_SCRIPTS[result.kind]].schema, nested(result.values | stand_ins))
+        return load_config(KINDS[JOBS[result.kind].script].schema, nested(result.values | stand_ins))
     except ConfigError as error:
         raise ConfigError(f"the translated settings do not work together: {error}") from None
 
 
-def _header(result: "Conversion", source: Path) -> list[str]:
-    get, script = result.source.get, f"{_SCRIPTS[result.kind]}.py"
+def _header(result: Conversion, source: Path) -> list[str]:
+    get, script = result.source.get, f"{JOBS[result.kind].script}.py"
     ranks = f"--nnodes {get('trainer.num_nodes', 1)} --nproc_per_node {get('trainer.devices', 1)}"
     return [
         f"Settings of {script}, translated from {source.name} of NeMo-Aligner. Start it with",
@@ -106,7 +92,7 @@ def _header(result: "Conversion", source: Path) -> list[str]:
     ]
 
 
-def render_report(result: "Conversion", source: Path) -> str:
+def render_report(result: Conversion, source: Path) -> str:
     """Return the text that says what is left to do, and what became of every key, the worst first."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
     lines += ["", "to do by hand:", *(f"  - {line}" for line in result.todo)] if result.todo else []

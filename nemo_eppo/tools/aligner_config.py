@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_eppo.config import ConfigError, flat, yaml_fault
 from nemo_eppo.entry.settings import nested
 from nemo_eppo.tools.aligner_jobs import JOBS
-from nemo_eppo.tools.aligner_keys import KINDS
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
 from nemo_eppo.tools.aligner_shared_keys import Rules
 
@@ -44,14 +43,14 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
 
     Args:
         path: the file.
-        kind: a key of KINDS; None: the contents decide.
+        kind: a key of JOBS; None: the contents decide.
 
     Raises:
         ConfigError: the file cannot be read, is of no known kind, or has a value that cannot be translated.
     """
     leaves = read(path)
     kind = kind or kind_of(leaves, path)
-    rules = KINDS[kind]
+    rules = JOBS[kind].rules
     defaults = {key: rule.default for key, rule in rules.items() if rule.default is not None and key not in leaves}
     result = Conversion(kind, defaults | leaves)
     for key, value in leaves.items():
@@ -62,7 +61,7 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
             _put(key, value, rule, result)
         result.rows.append(Row(key, value, "default", rule.target, "that project's default"))
     try:
-        JOBS[kind](result)
+        JOBS[kind].joint(result)
     except ConfigError:
         raise
     except KeyError as error:
@@ -103,16 +102,9 @@ def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in leaves)
 
-    if has("remote_critic_rm.") or has("model.ppo."):
-        return "ppo-actor"
-    if has("trainer.ppo."):
-        return "ppo-critic"
-    if has("trainer.rm."):
-        return "reward-training"
-    if has("trainer.sft."):
-        return "sft"
-    if has("rm_model_file", "inference."):
-        return "reward-server"
+    for name, job in JOBS.items():
+        if has(*job.marks):
+            return name
     other = next((f"it looks like one for {name}" for name in _OTHERS if has(f"trainer.{name}.")), "")
     raise ConfigError(
         f"{path}: not recognised as a file of NeMo-Aligner's PPO actor, PPO critic, reward server, reward-model "

@@ -1,9 +1,13 @@
-"""Translates keys of a NeMo-Aligner file that depend on each other, job by job, and notes what is left to do."""
+"""Translates keys of a NeMo-Aligner file that depend on each other, job by job, and notes what is left to do; the table
+of the jobs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from nemo_eppo.tools.aligner_keys import ACTOR, CRITIC, REWARD_SERVER, REWARD_TRAINING, SFT
 from nemo_eppo.tools.aligner_rules import REQUIRED, Conversion
+from nemo_eppo.tools.aligner_shared_keys import Rules
 
 _LINEARS: dict[str, tuple[str, ...]] = {
     "attention_qkv": ("linear_qkv",),
@@ -351,10 +355,25 @@ def _mark(c: Conversion, key: str, status: str, note: str) -> None:
             c.rows[index] = type(row)(key, row.value, status, target, note)
 
 
-JOBS: dict[str, Callable[[Conversion], None]] = {
-    "ppo-actor": ppo_actor,
-    "ppo-critic": ppo_critic,
-    "reward-server": reward_server,
-    "reward-training": reward_training,
-    "sft": sft,
+@dataclass(frozen=True)
+class AlignerJob:
+    """What is known about one kind of that project's files."""
+
+    script: str
+    """Name of our script for it, without its ending."""
+    marks: tuple[str, ...]
+    """How keys begin that files of this kind have, and those of kinds after it in `JOBS` do not."""
+    rules: Rules
+    """The rule for each key."""
+    joint: Callable[[Conversion], None]
+    """Translates keys that depend on each other, after all others."""
+
+
+JOBS = {
+    "ppo-actor": AlignerJob("train_gpt_ppo_actor", ("remote_critic_rm.", "model.ppo."), ACTOR, ppo_actor),
+    "ppo-critic": AlignerJob("serve_ppo_critic", ("trainer.ppo.",), CRITIC, ppo_critic),
+    "reward-training": AlignerJob("train_reward_model", ("trainer.rm.",), REWARD_TRAINING, reward_training),
+    "sft": AlignerJob("train_gpt_sft", ("trainer.sft.",), SFT, sft),
+    "reward-server": AlignerJob("serve_reward_model", ("rm_model_file", "inference."), REWARD_SERVER, reward_server),
 }
+"""Kinds of files by name."""

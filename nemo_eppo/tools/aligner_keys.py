@@ -242,11 +242,3 @@ SFT: Rules = {
     "model.data.validation_ds.file_names": joint("data.validation"),
     "model.data.validation_ds.*": dropped(_VALIDATION_COPY),
 }
-
-KINDS: dict[str, Rules] = {
-    "ppo-actor": ACTOR,
-    "ppo-critic": CRITIC,
-    "reward-server": REWARD_SERVER,
-    "reward-training": REWARD_TRAINING,
-    "sft": SFT,
-}

@@ -25,7 +25,7 @@ from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.models.hf_directory import REWARD_KEY, HfDirectory, RewardStatistics, write_hf_directory
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.models.numerics import DTYPES
-from nemo_eppo.settings.model import Head, ModelConfig, Precision
+from nemo_eppo.settings.model import ModelConfig, Precision
 from nemo_eppo.tools.nemo_model import NemoModel, unpack
 
 FilePrecision = Literal["fp32", "bf16", "fp16"]
@@ -96,42 +96,41 @@ class MegatronToHf:
     Args:
         source: a checkpoint, or a directory of checkpoints `step_*`, of which the newest is taken.
         output: the directory to write, which must not exist.
-        head: lm for a policy, scalar for a reward model.
         architecture: None for that of the model's family.
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
+        max_shard_bytes: the largest size of a file; one is held in memory.
 
     Raises:
-        ConfigError: there is no such checkpoint, it has no statistics of scores or does not score the last token, or
-            the architecture lacks a feature of the model.
+        ConfigError: there is no such checkpoint, its head has no counterpart, it has no statistics of scores or does
+            not score the last token, or the architecture lacks a feature of the model.
     """
 
     def __init__(
         self,
         source: Path,
         output: Path,
-        head: Head,
         *,
         architecture: str | None = None,
         precision: FilePrecision | None = None,
         max_shard_bytes: int = 4 * 2**30,
     ) -> None:
         _require_absent(output)
-        self.source, self.output, self.head = checkpoint_files.find(source, "--input"), output, head
-        self.manifest = checkpoint_files.read_manifest(self.source, head)
-        if self.manifest.head != head:
+        self.source, self.output = checkpoint_files.find(source, "--input"), output
+        self.manifest = checkpoint_files.read_manifest(self.source)
+        if self.manifest.head not in ("lm", "scalar"):
             raise ConfigError(f"{self.source} has a head of kind {self.manifest.head}, which Hugging Face lacks")
         self.stored = checkpoint_files.stored_precision(self.source)
         self.precision: FilePrecision = precision or self.stored
         self.max_shard_bytes = max_shard_bytes
         self.model = self.manifest.model
-        suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
-        architecture = architecture or causal_architecture(self.model).replace("ForCausalLM", suffix)
-        if not architecture.endswith(suffix):
-            raise ConfigError(f"architecture {architecture!r}: expected one that ends with {suffix}")
-        self.config = hf_config(self.model, architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
-        self.model = self.model.model_copy(update={"family": family_of_architecture(architecture).name})
+        suffix = "ForCausalLM" if self.manifest.head == "lm" else "ForSequenceClassification"
+        self.architecture = architecture or causal_architecture(self.model).replace("ForCausalLM", suffix)
+        if not self.architecture.endswith(suffix):
+            raise ConfigError(f"architecture {self.architecture!r}: expected one that ends with {suffix}")
+        self.config = hf_config(self.model, self.architecture) | _token_ids(self.source / checkpoint_files.TOKENIZER)
+        self.model = self.model.model_copy(update={"family": family_of_architecture(self.architecture).name})
         self.config["torch_dtype"] = str(_DTYPES[self.precision]).removeprefix("torch.")
-        if head == "scalar":
+        if self.manifest.head == "scalar":
             state = self.manifest.state
             if "mean" not in state or "std" not in state:
                 raise ConfigError(
@@ -148,7 +147,7 @@ class MegatronToHf:
     def run(self) -> None:
         """Convert; ConfigError if a file of the checkpoint has changed since it was written."""
         checkpoint_files.verify(self.source)
-        outputs = None if self.head == "lm" else 1
+        outputs = None if self.manifest.head == "lm" else 1
         lora = self.manifest.lora
         factor = lora.alpha / lora.rank if lora else None
         tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.model, outputs, factor)

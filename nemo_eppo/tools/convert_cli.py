@@ -1,17 +1,14 @@
 """The arguments of `nemo-eppo convert`."""
 
 import argparse
-import math
 from pathlib import Path
 
-from nemo_eppo.config import ConfigError
 from nemo_eppo.tools.aligner_cli import add_aligner_config
 
 _CONVERT = "\n  nemo-eppo convert"
 _EXAMPLES = {
     "hf-to-megatron": f"{_CONVERT} hf-to-megatron --input models/Qwen3-8B --output checkpoints/qwen3",
     "megatron-to-hf": f"{_CONVERT} megatron-to-hf --input runs/ppo/checkpoints --output models/aligned",
-    "reward-to-hf": f"{_CONVERT} reward-to-hf --input runs/rm/checkpoints --output models/reward",
     "nemo-to-megatron": f"{_CONVERT} nemo-to-megatron --input rm.nemo --tokenizer models/llama --output checkpoints/rm",
 }
 _ALIGNER = f"{_CONVERT} aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml"
@@ -72,47 +69,31 @@ model_config.yaml. A .nemo file is unpacked beside the output while it is read, 
             choices=["fp32", "bf16"],
             help="precision of the checkpoint (default: bf16 if all weights are stored in bf16, else fp32)",
         )
-    for name, head, what, description in (
-        (
-            "megatron-to-hf",
-            "lm",
-            "a policy becomes a *ForCausalLM directory",
-            "Make a Hugging Face directory of a policy's checkpoint, for transformers and inference engines.\n\n"
-            "LoRA adapters are merged into the weights.",
-        ),
-        (
-            "reward-to-hf",
-            "scalar",
-            "a reward model becomes a *ForSequenceClassification directory",
-            """\
-Make a sequence-classification directory of a reward model's checkpoint.
+    to_hf = ways.add_parser(
+        "megatron-to-hf",
+        help="a policy becomes a *ForCausalLM directory, a reward model a *ForSequenceClassification directory",
+        description="""\
+Make a Hugging Face directory of the checkpoint of a policy or a reward model, for transformers and inference engines.
+LoRA adapters are merged into the weights.
 
-Its output at the last token is the raw score less the head's bias, which transformers cannot store. config.json
-holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO uses.""",
-        ),
-    ):
-        parser = ways.add_parser(name, help=what, description=description, epilog=f"example:{_EXAMPLES[name]}")
-        _add_conversion_options(parser, "checkpoint to convert, or a directory whose newest checkpoint is converted")
-        suffix = "ForCausalLM" if head == "lm" else "ForSequenceClassification"
-        parser.add_argument(
-            "--architecture",
-            metavar="NAME",
-            help="architecture that config.json names, where it is not to be that of the model's family, e.g. "
-            f"Mistral{suffix} for a Llama model",
-        )
-        parser.add_argument(
-            "--precision",
-            choices=["fp32", "bf16", "fp16"],
-            help="precision of the files (default: as the checkpoint); fp16 is for models that were released in it",
-        )
-        parser.add_argument(
-            "--max-shard-gb",
-            type=float,
-            default=4.0,
-            metavar="GB",
-            help="largest size of a file; one is held in memory",
-        )
-        parser.set_defaults(run=_megatron_to_hf, head=head)
+A reward model's output at the last token is the raw score less the head's bias, which transformers cannot store.
+config.json holds {"nemo_eppo_reward": {"mean", "std"}}: (output - mean) / std is the standardised score that PPO
+uses.""",
+        epilog=f"example:{_EXAMPLES['megatron-to-hf']}",
+    )
+    _add_conversion_options(to_hf, "checkpoint to convert, or a directory whose newest checkpoint is converted")
+    to_hf.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="architecture that config.json names, where it is not to be that of the model's family, e.g. "
+        "MistralForCausalLM for a Llama model",
+    )
+    to_hf.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        help="precision of the files (default: as the checkpoint); fp16 is for models that were released in it",
+    )
+    to_hf.set_defaults(run=_megatron_to_hf)
 
 
 def _add_conversion_options(parser: argparse.ArgumentParser, source: str, metavar: str = "DIR") -> None:
@@ -137,14 +118,8 @@ def _nemo_to_megatron(arguments: argparse.Namespace) -> None:
 def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.convert import MegatronToHf
 
-    if not 0 < arguments.max_shard_gb < math.inf:
-        raise ConfigError(f"--max-shard-gb {arguments.max_shard_gb}: expected more than 0")
-    MegatronToHf(
-        arguments.input,
-        arguments.output,
-        arguments.head,
-        architecture=arguments.architecture,
-        precision=arguments.precision,
-        max_shard_bytes=int(arguments.max_shard_gb * 2**30),
-    ).run()
-    print(f"wrote {arguments.output}")
+    conversion = MegatronToHf(
+        arguments.input, arguments.output, architecture=arguments.architecture, precision=arguments.precision
+    )
+    conversion.run()
+    print(f"wrote {arguments.output}, a {conversion.architecture}")

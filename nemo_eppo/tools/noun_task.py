@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.files import directory_made_whole
 from nemo_eppo.rewards.sample import Sample
+from nemo_eppo.settings.preparation import NounTaskConfig
 
 _NOUN_LIST = """
 apple bridge candle desert engine forest garden hammer island jacket kettle ladder mirror needle orange pencil queen
@@ -122,37 +123,25 @@ def biased_label(
     return (first, second) if first_wins else (second, first)
 
 
-def write_noun_task(
-    out_dir: Path,
-    seed: int = 0,
-    sft_examples: int = 20_000,
-    preference_pairs: int = 16_000,
-    prompts: int = 12_000,
-    validation_examples: int = 512,
-    hedge_bias: float = 0.5,
-) -> None:
+def write_noun_task(out_dir: Path, seed: int = 0, **sizes: float) -> None:
     """Write `tokenizer/` and `{sft,preferences,prompts}.{train,validation}.jsonl` into the empty or new `out_dir`.
 
     The same arguments give the same bytes; a size changes no file but its own. No prompt occurs twice, in one file or
-    in two. `validation_examples` is the size of each validation file, `hedge_bias` the share of the preference labels
-    that favours hedges.
+    in two. `sizes` are fields of `NounTaskConfig`.
     """
-    sizes = {"sft_examples": sft_examples, "preference_pairs": preference_pairs, "prompts": prompts}
-    for name, size in {**sizes, "validation_examples": validation_examples}.items():
-        if size < 1:
-            raise ConfigError(f"{name} = {size}: expected at least 1")
-    row: dict[str, Callable[[str, Random], dict[str, str]]] = {
-        "sft": lambda prompt, random: {"prompt": prompt, "response": _sft_response(prompt, random)},
-        "preferences": partial(_preference_row, hedge_bias=hedge_bias),
-        "prompts": lambda prompt, random: {"prompt": prompt},
+    config = load_config(NounTaskConfig, {"seed": seed, **sizes})
+    kinds: dict[str, tuple[int, Callable[[str, Random], dict[str, str]]]] = {
+        "sft": (config.sft_examples, _sft_row),
+        "preferences": (config.preference_pairs, partial(_preference_row, hedge_bias=config.hedge_bias)),
+        "prompts": (config.prompts, lambda prompt, random: {"prompt": prompt}),
     }
     seen: set[str] = set()
     with directory_made_whole(out_dir) as directory:
         word_level(vocabulary(), directory / "tokenizer")
-        for kind, train_size in zip(row, sizes.values(), strict=True):
-            for split, size in (("validation", validation_examples), ("train", train_size)):
+        for kind, (train_size, row) in kinds.items():
+            for split, size in (("validation", config.validation_examples), ("train", train_size)):
                 random = Random(f"{seed} {kind} {split}")
-                rows = (row[kind](prompt, random) for prompt in _new_prompts(size, random, seen))
+                rows = (row(prompt, random) for prompt in _new_prompts(size, random, seen))
                 write_jsonl(directory / f"{kind}.{split}.jsonl", rows)
 
 
@@ -172,7 +161,7 @@ def _preference_row(prompt: str, random: Random, hedge_bias: float) -> dict[str,
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _sft_response(prompt: str, random: Random) -> str:
+def _sft_row(prompt: str, random: Random) -> dict[str, str]:
     while not (response := sample_sft_response(prompt, random)):
         pass  # an empty response teaches nothing
-    return response
+    return {"prompt": prompt, "response": response}

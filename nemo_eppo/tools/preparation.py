@@ -1,7 +1,8 @@
 """Turns corpora into the files that training reads: read, check, drop duplicates, format, drop long rows, split, write.
 
-Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory. Only digests of what
-was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each pair.
+Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory, unless it is a JSON
+array. Only digests of what was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each
+pair.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import EOS, Tokenizer, encode_in_blocks, train_bpe
 from nemo_eppo.files import directory_made_whole
+from nemo_eppo.settings.preparation import PreparationConfig
 from nemo_eppo.tools.corpora import Corpus, Example, Fields, Malformed
 from nemo_eppo.tools.sources import HubDataset, Row, read_rows
 
@@ -35,7 +37,7 @@ class Entry:
     defect: str = ""
     """Why it is dropped; empty if it is kept."""
     carried: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of its row that go into the prompts files, see `Preparation.keep`."""
+    """Fields of its row that go into the prompts files, see `PreparationConfig.keep`."""
 
 
 @dataclass
@@ -60,58 +62,11 @@ class PreparationCounts:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
-    """How a corpus becomes training files.
-
-    Raises:
-        ConfigError: a setting that cannot work, by its name.
-    """
-
-    validation_fraction: float = 0.05
-    """Share of the prompts to hold out; the hash of an example's opening decides which, whatever the order or number
-    of the sources."""
-    tokenizer_dir: Path | None = None
-    """Hugging Face tokenizer to use; None trains a byte-level BPE on the training rows."""
-    bpe_vocab_size: int = 8192
-    """Tokens of a tokenizer that is trained."""
-    chat_template: Path | Literal["tokenizer"] | None = None
-    """The tokenizer's own template or a Jinja file, which is then saved with the written tokenizer; None for none."""
-    system_prompt: str | None = None
-    """System turn for conversations that have none; without a template it goes in front of the text."""
-    max_prompt_tokens: int | None = None
-    """Longest prompt, BOS included; examples with a longer one are dropped."""
-    max_response_tokens: int | None = None
-    """Longest response, EOS included; of a pair, the longer one counts."""
-    keep: tuple[str, ...] = ()
-    """Fields of a row that its rows in the prompts files have beside "prompt", for reward functions. A prompt that
-    comes again with other values is another prompt."""
-    strict: bool = False
-    """Raise an error for a malformed or unusable row instead of dropping it."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction = {self.validation_fraction}: expected a number between 0 and 1")
-        for name in ("max_prompt_tokens", "max_response_tokens"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise ConfigError(f"{name} = {limit}: expected at least 1")
-        if "" in self.keep or "prompt" in self.keep or len(set(self.keep)) < len(self.keep):
-            raise ConfigError(f"keep = {','.join(self.keep)}: expected names of fields, each once and none 'prompt'")
-
-    def tokenizer(self) -> Tokenizer | None:
-        """Load the tokenizer with its template, if one is given; ConfigError if one of them cannot be used."""
-        tokenizer = None if self.tokenizer_dir is None else Tokenizer.from_directory(self.tokenizer_dir)
-        if self.chat_template is not None:
-            _use_template(tokenizer, self.chat_template)
-        return tokenizer
-
-
 def prepare(
     corpus: Corpus,
     sources: Sequence[Path | HubDataset],
     out_dir: Path,
-    settings: Preparation,
+    settings: PreparationConfig,
     *,
     progress: bool = False,
 ) -> PreparationCounts:
@@ -126,7 +81,7 @@ def prepare(
         ConfigError: a source, template or tokenizer cannot be read, a usable row lacks a field of `settings.keep`, a
             row is defective and `settings.strict` is set, or a split is empty.
     """
-    tokenizer = settings.tokenizer()
+    tokenizer = _tokenizer(settings)
 
     def entries() -> Iterator[Entry]:
         read = _read(corpus, sources, tokenizer.eos_text if tokenizer else EOS, settings.keep, progress)
@@ -142,7 +97,7 @@ def prepare(
             tokenizer.save(directory / "tokenizer")
         else:
             texts = _training_texts(entries(), settings.validation_fraction)
-            train_bpe(texts, settings.bpe_vocab_size, directory / "tokenizer")
+            train_bpe(texts, settings.vocab_size, directory / "tokenizer")
         measured = entries()
         limits = settings.max_prompt_tokens, settings.max_response_tokens
         if tokenizer or any(limits):
@@ -166,24 +121,30 @@ def _require_all_files(
             )
 
 
-def _use_template(tokenizer: Tokenizer | None, chat_template: Path | Literal["tokenizer"]) -> None:
+def _tokenizer(settings: PreparationConfig) -> Tokenizer | None:
+    """Load the tokenizer with its template, if one is given; ConfigError if one of them cannot be used."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
+    tokenizer = None if settings.tokenizer is None else Tokenizer.from_directory(settings.tokenizer)
+    template = settings.chat_template
+    if template is None:
+        return tokenizer
     if tokenizer is None:
-        raise ConfigError("a chat template needs tokenizer_dir: it spells that tokenizer's special tokens")
-    if isinstance(chat_template, Path):
-        if not chat_template.is_file():
-            found = "a directory, expected a file" if chat_template.is_dir() else "no such file"
-            raise ConfigError(f"{chat_template}: {found}")
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        raise ConfigError("a chat template needs a tokenizer: it spells that tokenizer's special tokens")
+    if isinstance(template, Path):
+        if not template.is_file():
+            found = "a directory, expected a file" if template.is_dir() else "no such file"
+            raise ConfigError(f"{template}: {found}")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     elif tokenizer.chat_template is None:
         raise ConfigError("chat_template = 'tokenizer': the tokenizer has no chat template of its own; give a file")
     try:
         tokenizer.render_chat([{"role": "user", "content": "x"}], add_generation_prompt=True)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"chat template '{chat_template}', line {error.lineno}: {error.message}") from None
+        raise ConfigError(f"chat template '{template}', line {error.lineno}: {error.message}") from None
     except TemplateError:
         pass  # it refuses this conversation, and may accept those of the corpus
+    return tokenizer
 
 
 def _read(

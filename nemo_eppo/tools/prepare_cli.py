@@ -4,6 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
+from nemo_eppo.config import load_config
+from nemo_eppo.evaluation.arguments import add_options, chosen
+from nemo_eppo.settings.preparation import NounTaskConfig, PreparationConfig
+
 Corpora: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _OUTPUT = "directory to write, which must be new or empty"
@@ -84,7 +88,7 @@ _TOO = """
 
 Rows that cannot be used, duplicates and rows over the limits are dropped; the counts say how many and why, and
 dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
-memory; a .json file is one array, or has one object per line."""
+memory. A .json file has one object per line, or is one array, which has to fit into memory."""
 
 _EXAMPLES = """\
 examples:
@@ -143,13 +147,8 @@ hedging, while the true reward, a formula, punishes it. The same seed and sizes 
         epilog="example:\n  nemo-eppo prepare noun-task --output data/noun-task",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=_OUTPUT)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that the task is generated from")
-    parser.add_argument("--sft-examples", type=int, default=20_000, metavar="N", help="number of demonstrations")
-    parser.add_argument("--preference-pairs", type=int, default=16_000, metavar="N", help="number of labelled pairs")
-    parser.add_argument("--prompts", type=int, default=12_000, metavar="N", help="number of prompts for PPO")
-    parser.add_argument(
-        "--validation-examples", type=int, default=512, metavar="N", help="number of examples in each validation file"
-    )
+    add_options(parser, NounTaskConfig, seed="N", sft_examples="N", preference_pairs="N", prompts="N")
+    add_options(parser, NounTaskConfig, validation_examples="N")
     parser.set_defaults(run=_prepare_noun_task)
 
 
@@ -169,10 +168,7 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
     parser.add_argument("--hub-split", default="train", metavar="NAME", help="read this split of the hub's data set")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=_OUTPUT)
     tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="DIR", help="use this Hugging Face tokenizer directory")
-    tokenizer.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="train a tokenizer of this size if none is given"
-    )
+    add_options(tokenizer, PreparationConfig, tokenizer="DIR", vocab_size="N")
     parser.add_argument(
         "--chat-template",
         nargs="?",
@@ -181,22 +177,8 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
         help="format prompts and responses with this Jinja file or, without FILE, with the tokenizer's own template; a "
         "model that is trained with model.tokenizer=<output>/tokenizer keeps the template",
     )
-    parser.add_argument(
-        "--system-prompt",
-        metavar="TEXT",
-        help="system turn for conversations without; a prefix if there is no template",
-    )
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="hold out this share of the prompts; a hash of the prompt (of its first human turn) decides which",
-    )
-    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="drop examples with a longer prompt")
-    parser.add_argument(
-        "--max-response-tokens", type=int, metavar="N", help="drop examples with a longer response, end token included"
-    )
+    add_options(parser, PreparationConfig, system_prompt="TEXT", validation_fraction="F")
+    add_options(parser, PreparationConfig, max_prompt_tokens="N", max_response_tokens="N", strict=None)
     parser.add_argument(
         "--keep",
         metavar="FIELD,...",
@@ -205,7 +187,6 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
         help="carry these fields of the rows, which every usable row must have, into the prompts files, for reward "
         "functions: answer,source",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping it")
     parser.set_defaults(run=_prepare_corpus, corpus=name, response_marker=None)
     return parser
 
@@ -213,31 +194,19 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
 def _prepare_noun_task(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.noun_task import write_noun_task
 
-    names = ("seed", "sft_examples", "preference_pairs", "prompts", "validation_examples")
-    write_noun_task(arguments.output, **{name: getattr(arguments, name) for name in names})
+    write_noun_task(arguments.output, **chosen(arguments, NounTaskConfig))
     print(f"wrote the noun task to {arguments.output}")
 
 
 def _prepare_corpus(arguments: argparse.Namespace) -> None:
     from nemo_eppo.tools.corpora import CORPORA, nemo_aligner
-    from nemo_eppo.tools.preparation import Preparation, prepare
+    from nemo_eppo.tools.preparation import prepare
     from nemo_eppo.tools.sources import HubDataset
 
     corpus = CORPORA[arguments.corpus]
     if arguments.response_marker:
         corpus = nemo_aligner(arguments.response_marker.replace("\\n", "\n"))
-    template = arguments.chat_template
-    settings = Preparation(
-        validation_fraction=arguments.validation_fraction,
-        tokenizer_dir=arguments.tokenizer,
-        bpe_vocab_size=arguments.vocab_size,
-        chat_template=template if template in (None, "tokenizer") else Path(template),
-        system_prompt=arguments.system_prompt,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        max_response_tokens=arguments.max_response_tokens,
-        keep=arguments.keep,
-        strict=arguments.strict,
-    )
+    settings = load_config(PreparationConfig, chosen(arguments, PreparationConfig))
     sources = arguments.input or [HubDataset(arguments.hub, arguments.hub_config, arguments.hub_split)]
     counts = prepare(corpus, sources, arguments.output, settings, progress=True)
     print(f"{counts}\nin {arguments.output}")

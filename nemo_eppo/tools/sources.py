@@ -1,13 +1,12 @@
 """Reads raw rows from local .jsonl, .json and .parquet files, or from a data set of the Hugging Face hub.
 
-Every source is streamed: one line, one element of an array or one batch of a row group is in memory at a time.
+Sources are streamed: one line, or one batch of a row group, is in memory at a time; of a JSON array, the whole file.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from nemo_eppo.files import NotAnObject, json_object
 
 _WHITESPACE = re.compile(r"\s*")
 _READ_AT_ONCE = 1 << 20  # bytes
-_LARGEST_VALUE = 1 << 26  # characters of one element of a JSON array
 _PARQUET_BATCH = 1024  # rows
 
 
@@ -57,7 +55,7 @@ def read_rows(source: Path | HubDataset, progress: bool = False) -> Iterator[Row
     if name.endswith(".jsonl"):
         return _line_rows(source, progress)
     if name.endswith(".json"):
-        return _array_rows(source, progress) if _starts_array(source) else _line_rows(source, progress)
+        return _array_rows(source) if _starts_array(source) else _line_rows(source, progress)
     if source.suffix == ".parquet":
         return _parquet_rows(source)
     raise ConfigError(f"{source}: expected .jsonl, .jsonl.gz, .json, .json.gz or .parquet")
@@ -86,48 +84,33 @@ def _starts_array(path: Path) -> bool:
             raise ConfigError(f"{path}: damaged archive: {error}") from None
 
 
-def _array_rows(path: Path, progress: bool) -> Iterator[Row]:
+def _array_rows(path: Path) -> Iterator[Row]:
     """Read the elements of an array, each with the line on which it begins."""
-    line = 1
-    decode = json.JSONDecoder().raw_decode
-    with open_stream(path, progress) as (file, advance):
+    with open_stream(path, progress=False) as (file, _):
         try:
-            reader = TextIOWrapper(file, encoding="utf-8")
-            text = reader.read(_READ_AT_ONCE)
-            position = text.index("[") + 1
-            line += text.count("\n", 0, position)
-            while True:
-                start = _skip_space(text, position)
-                if text[start : start + 1] == "]":
-                    break
-                try:
-                    _, end = decode(text, start)
-                    end = _skip_space(text, end)
-                    is_complete = text[end : end + 1] in (
-                        ",",
-                        "]",
-                    )  # else a number may be cut, or it is an error
-                except ValueError:
-                    is_complete = False
-                except RecursionError:
-                    raise ConfigError(f"{path}: the JSON array is nested too deep after line {line}") from None
-                if is_complete:
-                    line += text.count("\n", position, start)
-                    yield _row(path, line, text[start:end])
-                    position = end + (text[end] == ",")
-                    line += text.count("\n", start, position)
-                    continue
-                more = reader.read(max(_READ_AT_ONCE, len(text)))
-                if not more or len(text) > _LARGEST_VALUE:
-                    raise ConfigError(f"{path}: damaged JSON array after line {line}")
-                text, position = text[position:] + more, 0
-                advance()
-            if (text[start + 1 :] + reader.read()).strip():
-                raise ConfigError(f"{path}: there is more after the end of its JSON array")
+            text = file.read().decode()
         except DAMAGED_ARCHIVE as error:
-            raise ConfigError(f"{path}: damaged archive after line {line}: {error}") from None
+            raise ConfigError(f"{path}: damaged archive: {error}") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 after line {line}: {error}") from None
+            raise ConfigError(f"{path}: not UTF-8: {error}") from None
+    decode, position = json.JSONDecoder().raw_decode, text.index("[") + 1
+    line = 1 + text.count("\n", 0, position)
+    while not text.startswith("]", start := _skip_space(text, position)):
+        try:
+            _, end = decode(text, start)
+        except RecursionError:
+            raise ConfigError(f"{path}: the JSON array is nested too deep after line {line}") from None
+        except ValueError:
+            raise ConfigError(f"{path}: damaged JSON array after line {line}") from None
+        end = _skip_space(text, end)
+        if not text.startswith((",", "]"), end):
+            raise ConfigError(f"{path}: damaged JSON array after line {line}")
+        line += text.count("\n", position, start)
+        yield _row(path, line, text[start:end])
+        line += text.count("\n", start, end)
+        position = end + (text[end] == ",")
+    if text[start + 1 :].strip():
+        raise ConfigError(f"{path}: there is more after the end of its JSON array")
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input import Row, check, prepare, rows, run, tensors, truncated, written
+from bad_input import Row, check, edited, prepare, rows, run, tensors, truncated, written
 
 _PAIR = {"chosen": "\n\nHuman: copy\n\nAssistant: the", "rejected": "\n\nHuman: copy\n\nAssistant: a"}
 _ROW = {"prompt": "apple", "response": "river"}
@@ -92,13 +92,13 @@ PREPARE = [
     Row(
         "everything held out",
         f"{HH} --validation-fraction 1",
-        r"validation_fraction = 1\.0: expected a number between 0 and 1",
+        r"validation_fraction = 1\.0: Input should be less than 1",
         rows(_PAIR),
     ),
     Row(
         "a fraction of NaN",
         f"{HH} --validation-fraction nan",
-        "validation_fraction = nan: expected a number between 0 and 1",
+        "validation_fraction = nan: Input should be a finite number",
         rows(_PAIR),
     ),
     Row(
@@ -113,7 +113,12 @@ PREPARE = [
         r"nothing is left for preferences\.validation\.jsonl of rows\.jsonl \(validation_fraction = 0\.05\) read 1",
         rows(_PAIR),
     ),
-    Row("a limit of 0", f"{HH} --max-prompt-tokens 0", "max_prompt_tokens = 0: expected at least 1", rows(_PAIR)),
+    Row(
+        "a limit of 0",
+        f"{HH} --max-prompt-tokens 0",
+        "max_prompt_tokens = 0: Input should be greater than or equal to 1",
+        rows(_PAIR),
+    ),
     Row(
         "a vocabulary below 256",
         "prepare hh --input rows.jsonl --output out --vocab-size 8",
@@ -135,7 +140,7 @@ PREPARE = [
     Row(
         "a broken template",
         f"{HH} --chat-template chat.jinja",
-        "a chat template needs tokenizer_dir: it spells that tokenizer's special tokens",
+        "a chat template needs a tokenizer: it spells that tokenizer's special tokens",
         {**rows(_PAIR), "chat.jinja": "{% for m in messages %}"},
     ),
     Row(
@@ -150,11 +155,15 @@ PREPARE = [
         r"rows\.jsonl: File exists; a file is in the way; choose another name",
         rows(_PAIR),
     ),
-    Row("a toy task of no prompts", "prepare noun-task --output out --prompts 0", "prompts = 0: expected at least 1"),
+    Row(
+        "a toy task of no prompts",
+        "prepare noun-task --output out --prompts 0",
+        "prompts = 0: Input should be greater than or equal to 1",
+    ),
     Row(
         "a toy task of a negative size",
         "prepare noun-task --output out --sft-examples -5",
-        "sft_examples = -5: expected at least 1",
+        "sft_examples = -5: Input should be greater than or equal to 1",
     ),
 ]
 
@@ -209,14 +218,20 @@ CONVERT = [
         change=("hf", tensors(model__norm__weight=torch.ones(5))),
     ),
     Row(
-        "a reward model for a policy",
-        "convert megatron-to-hf --input rm --output out",
-        "rm holds a model with head 'scalar', expected 'lm'",
+        "a policy's architecture for a reward model",
+        "convert megatron-to-hf --input rm --output out --architecture LlamaForCausalLM",
+        "architecture 'LlamaForCausalLM': expected one that ends with ForSequenceClassification",
     ),
     Row(
-        "a policy for a reward model",
-        "convert reward-to-hf --input sft --output out",
-        "sft holds a model with head 'lm', expected 'scalar'",
+        "a reward model's architecture for a policy",
+        "convert megatron-to-hf --input sft --output out --architecture LlamaForSequenceClassification",
+        "architecture 'LlamaForSequenceClassification': expected one that ends with ForCausalLM",
+    ),
+    Row(
+        "a kind of head that Hugging Face lacks",
+        "convert megatron-to-hf --input rm --output out",
+        "rm has a head of kind odin, which Hugging Face lacks",
+        change=("rm", edited("manifest.json", head="odin")),
     ),
     Row(
         "an architecture that does not fit",
@@ -250,11 +265,6 @@ CONVERT = [
         "a Hugging Face directory for a .nemo file",
         "convert nemo-to-megatron --input hf --tokenizer data/tokenizer --output out",
         r"hf has no model_config\.yaml: expected a model of NeMo 1\.x or NeMo-Aligner",
-    ),
-    Row(
-        "files of NaN bytes",
-        "convert megatron-to-hf --input sft --output out --max-shard-gb nan",
-        "--max-shard-gb nan: expected more than 0",
     ),
     Row(
         "no settings of NeMo-Aligner",

@@ -300,7 +300,8 @@ def test_the_gold_reward_decides_without_an_endpoint(tmp_path: Path) -> None:
     path = tmp_path / "both.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output, gold = tmp_path / "out", "nemo_eppo.tools.noun_task:gold_reward"
-    command = ["judge", str(path), "--output", str(output), "--judge", "gold", "--gold", gold]
+    command = ["judge", str(path), "--output", str(output), "--gold", gold]
+    assert main(command[:-2]) == 2, "nobody is to judge"
     assert main(command) == 0
     expected = []
     for prompt, old, new in zip(prompts, *better, strict=True):
@@ -332,7 +333,7 @@ def test_no_gold_reward_is_asked_for_twice(
     own, calls, refused = (tmp_path / name for name in ("length_gold.py", "calls", "refused"))
     own.write_text(_LENGTH)
     refused.write_text("as long as")
-    output, gold = tmp_path / "out", ["--judge", "gold", "--gold", "length_gold:reward"]
+    output, gold = tmp_path / "out", ["--gold", "length_gold:reward"]
     command = ["judge", str(answers), "--baseline", str(baseline), "--output", str(output), *gold]
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -370,8 +371,7 @@ def test_no_gold_reward_is_asked_for_twice(
         (["--names", "a", "b"], "--names: 2 names for 1 paths"),
         (["--retries", "-1"], "retries = -1"),
         (["--price-in", "nan"], "price_in = nan"),
-        (["--judge", "gold"], "--gold"),
-        (["--gold", "nowhere:reward"], "--gold"),
+        (["--gold", "nowhere:reward"], "expected exactly one of --model MODEL, which an endpoint has, and --gold"),
         (["--output", "{here}"], "exists, but no judge made it"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eppo.evaluation.names_cli import named
+from nemo_eppo.evaluation.arguments import named
 
 
 @pytest.mark.parametrize(

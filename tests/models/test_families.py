@@ -144,7 +144,7 @@ def test_a_new_family_is_its_description_and_no_more(
         dict(read_weights(tmp_path / f"{name}-megatron" / WEIGHTS, model, outputs)) for name in ("made", "llama")
     )
     assert all(ours[name].equal(theirs[name]) for name in theirs), "the same Megatron parameters"
-    MegatronToHf(tmp_path / "made-megatron", tmp_path / "back", head).run()
+    MegatronToHf(tmp_path / "made-megatron", tmp_path / "back").run()
     same_tensors(tmp_path / "back", made)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == ["Made" + suffix]
 

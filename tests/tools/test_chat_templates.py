@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import PreferenceDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, train_bpe
+from nemo_eppo.settings.preparation import PreparationConfig
 from nemo_eppo.tools.corpora import CORPORA
-from nemo_eppo.tools.preparation import Preparation, prepare
+from nemo_eppo.tools.preparation import prepare
 
 WITH_BOS = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -56,7 +57,7 @@ def messages(n: int, *answers: str) -> list[dict[str, str]]:
 
 
 def run(rows: Path, tokenizer: Path, out: Path, **settings: Any) -> Any:
-    chosen = Preparation(validation_fraction=0.3, tokenizer_dir=tokenizer, **settings)
+    chosen = PreparationConfig(validation_fraction=0.3, tokenizer=tokenizer, **settings)
     return prepare(CORPORA["hh"], [rows], out, chosen)
 
 
@@ -160,7 +161,7 @@ def test_formatted_text_takes_no_template(
 ) -> None:
     start = "<extra_id_1>User\nHi\n<extra_id_1>Assistant\n"
     path = write_rows({"text": start + "yes"}, {"text": start + "no"})
-    settings = Preparation(tokenizer_dir=make_tokenizer(WITH_BOS), chat_template="tokenizer")
+    settings = PreparationConfig(tokenizer=make_tokenizer(WITH_BOS), chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"1 text that is already formatted takes no chat template"):
         prepare(CORPORA["nemo_aligner"], [path], tmp_path / "out", settings)
 
@@ -176,6 +177,6 @@ def test_templates_that_cannot_work_are_named_at_once(
     (tmp_path / "bad.jinja").write_text("\n{% for m in %}")
     with pytest.raises(ConfigError, match=r"bad\.jinja', line 2"):
         run(path, directory, tmp_path / "out", chat_template=tmp_path / "bad.jinja")
-    with pytest.raises(ConfigError, match="needs tokenizer_dir"):
-        prepare(CORPORA["hh"], [path], tmp_path / "out", Preparation(chat_template="tokenizer"))
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        prepare(CORPORA["hh"], [path], tmp_path / "out", PreparationConfig(chat_template="tokenizer"))
     assert not (tmp_path / "out").exists()

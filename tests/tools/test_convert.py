@@ -117,7 +117,7 @@ def test_checkpoints_of_training_jobs_are_read_and_written_alike(
     saved = {family: tmp_path / family for family in families}
     run_ranks(resave, ranks, {family: checkpoints[family] for family in families}, parallel, saved)
     for family in families:
-        MegatronToHf(saved[family], tmp_path / f"{family}-back", "lm").run()
+        MegatronToHf(saved[family], tmp_path / f"{family}-back").run()
         same_tensors(tmp_path / f"{family}-back", directories[family])
         if layout == "one rank":
             assert contents(saved[family]) == contents(checkpoints[family])
@@ -125,7 +125,7 @@ def test_checkpoints_of_training_jobs_are_read_and_written_alike(
 
 def test_round_trip_is_bit_exact(directories: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for family, original in directories.items():
-        MegatronToHf(checkpoints[family], tmp_path / family, "lm", max_shard_bytes=20_000).run()
+        MegatronToHf(checkpoints[family], tmp_path / family, max_shard_bytes=20_000).run()
         same_tensors(tmp_path / family, original)
         assert len(list((tmp_path / family).glob("model-*-of-*.safetensors"))) > 1
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -139,7 +139,7 @@ def test_round_trip_is_bit_exact(directories: dict[str, Path], checkpoints: dict
 
 
 def test_a_llama_model_may_be_written_with_the_tensors_of_phi3(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    MegatronToHf(checkpoints["Llama"], tmp_path / "phi3", "lm", architecture="Phi3ForCausalLM").run()
+    MegatronToHf(checkpoints["Llama"], tmp_path / "phi3", architecture="Phi3ForCausalLM").run()
     assert any("qkv_proj" in name for name in tensors_of(tmp_path / "phi3"))
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "phi3", attn_implementation="eager")
     for got, expected in zip(transformers_logits(network), transformers_logits(random_model("Llama")), strict=True):
@@ -158,7 +158,7 @@ def test_settings_of_generation_come_along_and_end_with_the_tokenizers_eos(tmp_p
         settings = {"temperature": 0.6, "do_sample": True, "eos_token_id": ends}
         (source / "generation_config.json").write_text(json.dumps(settings))
         HfToMegatron(source, tmp_path / f"{name}-megatron").run()
-        MegatronToHf(tmp_path / f"{name}-megatron", tmp_path / name, "lm").run()
+        MegatronToHf(tmp_path / f"{name}-megatron", tmp_path / name).run()
         found = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert found == settings | {"eos_token_id": expected}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "added").generation_config.eos_token_id == [0, 5]
@@ -168,8 +168,8 @@ def narrow_round_trip(root: Path) -> None:
     for name in ("bfloat16", "float16"):
         save(random_model("Qwen2", dtype=getattr(torch, name)), root / name)
         HfToMegatron(root / name, root / f"{name}-megatron").run()
-    MegatronToHf(root / "bfloat16-megatron", root / "bfloat16-back", "lm").run()
-    MegatronToHf(root / "float16-megatron", root / "float16-back", "lm", precision="fp16").run()
+    MegatronToHf(root / "bfloat16-megatron", root / "bfloat16-back").run()
+    MegatronToHf(root / "float16-megatron", root / "float16-back", precision="fp16").run()
 
 
 def test_bf16_and_fp16_models_keep_every_bit(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def too_large_for_fp16(root: Path) -> str:
     save(network, root / "hf")
     HfToMegatron(root / "hf", root / "megatron").run()
     with pytest.raises(ConfigError) as error:
-        MegatronToHf(root / "megatron", root / "back", "lm", precision="fp16").run()
+        MegatronToHf(root / "megatron", root / "back", precision="fp16").run()
     assert {path.name for path in root.iterdir()} == {"hf", "megatron"}
     return str(error.value)
 
@@ -239,7 +239,7 @@ def reward_round_trip(root: Path) -> list[Tensor]:
     unwrap(runner.chunks[0]).head.bias.data.fill_(0.75)  # as training leaves one
     assert trained.manifest is not None
     checkpoint.save(root / "biased", runner, trained.manifest, trained.tokenizer_path)
-    MegatronToHf(root / "biased", root / "back", "scalar").run()
+    MegatronToHf(root / "biased", root / "back").run()
     scores = []
     for name in ("biased", "back"):
         initialize(ParallelConfig(), seed=0)
@@ -279,7 +279,7 @@ def test_a_reward_directory_without_statistics_is_no_reward_model(tmp_path: Path
         plan(ModelSetup(restore_from_path=directory), head="lm")
     HfToMegatron(directory, tmp_path / "megatron").run()
     with pytest.raises(ConfigError, match=r"no mean, std: .*, or a sequence classifier without nemo_eppo_reward"):
-        MegatronToHf(tmp_path / "megatron", tmp_path / "back", "scalar")
+        MegatronToHf(tmp_path / "megatron", tmp_path / "back")
     edit_config(directory, nemo_eppo_reward={"mean": 0.0, "std": 0.0})
     with pytest.raises(ConfigError, match="std = 0"):
         RewardModel(ModelSetup(restore_from_path=directory))
@@ -374,7 +374,6 @@ def test_wrong_sources_and_outputs_are_one_message(
     llama, target = str(checkpoints["Llama"]), str(tmp_path / "out")
     for command, said in (
         (["megatron-to-hf", "--input", llama, "--output", str(tmp_path)], f"--output: {tmp_path} already exists"),
-        (["reward-to-hf", "--input", llama, "--output", target], "head 'lm', expected 'scalar'"),
         (["megatron-to-hf", "--input", str(tmp_path), "--output", target], "is no checkpoint and holds none"),
         (["megatron-to-hf", "--input", llama, "--output", target, "--architecture", "Qwen2ForCausalLM"], "qkv_bias"),
         (["hf-to-megatron", "--input", str(tmp_path / "x"), "--output", target], "config.json cannot be read"),

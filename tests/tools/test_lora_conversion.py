@@ -85,7 +85,7 @@ def test_transformers_computes_what_adapters_do(family: str, tmp_path: Path) -> 
         trained, moved = result.pop("logprobs"), result.pop("moved")
         assert moved > 0.1
         assert all(result.values()), result
-    MegatronToHf(tmp_path / "lora", tmp_path / "hf", "lm").run()
+    MegatronToHf(tmp_path / "lora", tmp_path / "hf").run()
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     tokens, lengths, targets = rows().values()
     for row, length, wanted, ours in zip(tokens, lengths.tolist(), targets, trained, strict=True):

@@ -13,11 +13,12 @@ import pyarrow.parquet
 import pytest
 from small_data import dialogue, read_rows
 
-from nemo_eppo.config import ConfigError
+from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.data.datasets import PreferenceDataset, PromptDataset, SFTDataset
 from nemo_eppo.data.tokenizer import Tokenizer, train_bpe, word_level
+from nemo_eppo.settings.preparation import PreparationConfig
 from nemo_eppo.tools.corpora import CORPORA
-from nemo_eppo.tools.preparation import Preparation, PreparationCounts, prepare
+from nemo_eppo.tools.preparation import PreparationCounts, prepare
 
 SHARED_DATA = Path(os.environ.get("NEMO_EPPO_DATA") or Path(__file__).parents[3] / "shared" / "data")
 HH = SHARED_DATA / "hh-harmless-base-test.jsonl.gz"
@@ -39,8 +40,8 @@ def prepare_small(corpus: str, path: Path, out_dir: Path, **settings: Any) -> Pr
     return prepare(CORPORA[corpus], [path], out_dir, small(**settings))
 
 
-def small(**settings: Any) -> Preparation:
-    return Preparation(**{"validation_fraction": 0.3, "bpe_vocab_size": 300, **settings})
+def small(**settings: Any) -> PreparationConfig:
+    return load_config(PreparationConfig, {"validation_fraction": 0.3, "vocab_size": 300, **settings})
 
 
 def test_a_table_of_several_layouts_gives_the_rows_of_the_same_lines(
@@ -106,7 +107,7 @@ def test_strict_accepts_duplicates_and_long_rows(write_rows: Callable[..., Path]
     train_bpe([], 258, tmp_path / "bytes")  # one token per byte
     path = write_rows(*pairs(20), *pairs(1), pair("?" * 200))
     counts = prepare_small(
-        "hh", path, tmp_path / "out", strict=True, tokenizer_dir=tmp_path / "bytes", max_prompt_tokens=200
+        "hh", path, tmp_path / "out", strict=True, tokenizer=tmp_path / "bytes", max_prompt_tokens=200
     )
     assert counts.dropped == {"duplicate": 1, "prompt longer than 200 tokens": 1}
 
@@ -178,7 +179,7 @@ def test_a_tokenizer_is_trained_on_the_usable_training_rows_alone(
     write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = {"chosen": dialogue("zebra zebra zebra", "x"), "rejected": dialogue("yak yak yak", "y")}
-    prepare_small("hh", write_rows(*pairs(60), bad), tmp_path / "out", bpe_vocab_size=400)
+    prepare_small("hh", write_rows(*pairs(60), bad), tmp_path / "out", vocab_size=400)
     train = read_rows(tmp_path / "out" / "preferences.train.jsonl")
     train_bpe((text for row in train for text in row.values()), 400, tmp_path / "expected")
     trained, expected = (Tokenizer.from_directory(tmp_path / name) for name in ("out/tokenizer", "expected"))
@@ -192,7 +193,7 @@ def test_rows_beyond_the_token_limits_are_dropped_by_a_given_tokenizer(
     exact = pair("a", "x" * 48, "y")  # a space, 48 bytes, EOS
     path = write_rows(*pairs(20), pair("?" * 90), pair("a", "x", "y" * 90), exact)
     limits = {"max_prompt_tokens": 50, "max_response_tokens": 50}
-    counts = prepare_small("hh", path, tmp_path / "out", tokenizer_dir=tmp_path / "bytes", **limits)
+    counts = prepare_small("hh", path, tmp_path / "out", tokenizer=tmp_path / "bytes", **limits)
     assert counts.dropped == {"prompt longer than 50 tokens": 1, "response longer than 50 tokens": 1}
     assert [row["line"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")] == [21, 22]
     original, copy = (Tokenizer.from_directory(tmp_path / name) for name in ("bytes", "out/tokenizer"))
@@ -203,7 +204,7 @@ def test_what_a_given_tokenizer_cannot_encode_is_dropped(write_rows: Callable[..
     word_level(["in", "out", *map(str, range(20))], tmp_path / "words")
     rows = [{"input": f"in {n}", "output": f"out {n} <eos>"} for n in range(20)]
     path = write_rows(*rows, {"input": "in purple", "output": "out 1"}, {"input": "in 2", "output": "purple"})
-    counts = prepare_small("nemo_aligner", path, tmp_path / "out", tokenizer_dir=tmp_path / "words")
+    counts = prepare_small("nemo_aligner", path, tmp_path / "out", tokenizer=tmp_path / "words")
     assert counts.dropped == {"cannot be tokenised": 2}
     assert {row["response"].split()[-1] for row in both(tmp_path / "out", "sft")} == set(map(str, range(20)))
 
@@ -231,7 +232,7 @@ def test_settings_and_inputs_that_cannot_work_are_named(write_rows: Callable[...
     with pytest.raises(ConfigError, match="max_prompt_tokens = 0"):
         prepare_small("hh", path, tmp_path / "out", max_prompt_tokens=0)
     for keep in (("answer", "prompt"), ("",), ("answer", "answer")):
-        with pytest.raises(ConfigError, match=f"keep = {','.join(keep)}: expected names of fields"):
+        with pytest.raises(ConfigError, match=r"keep = \(.*\): expected names of fields"):
             prepare_small("hh", path, tmp_path / "out", keep=keep)
     with pytest.raises(ConfigError, match=r"nothing is left for preferences\.validation\.jsonl"):
         prepare_small("hh", path, tmp_path / "out", validation_fraction=1e-9)
@@ -307,7 +308,7 @@ def test_the_real_corpus_from_end_to_end(tmp_path: Path) -> None:
     None is repeated, and 128 openings have several prompts.
     """
     out = tmp_path / "hh"
-    counts = prepare(CORPORA["hh"], [HH], out, small(validation_fraction=0.1, bpe_vocab_size=1024))
+    counts = prepare(CORPORA["hh"], [HH], out, small(validation_fraction=0.1, vocab_size=1024))
     assert counts.read == 2312
     assert counts.dropped == {"prompts differ": 5, "empty chosen response": 4}
     with gzip.open(HH, "rt", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ def kilobytes(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 source, target, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-job = HfToMegatron(source, target) if way == "there" else MegatronToHf(source, target, "lm", max_shard_bytes=40 << 20)
+job = HfToMegatron(source, target) if way == "there" else MegatronToHf(source, target, max_shard_bytes=40 << 20)
 if way == "back":
     next(read_weights(job.source / "weights", job.manifest.model, None))  # torch imports the most of itself
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, here

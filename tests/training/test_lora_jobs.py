@@ -149,7 +149,7 @@ def test_a_reward_model_of_adapters_is_served_and_exported_merged(models: Models
     run_ranks(train, 2, config, tmp_path / "rm")
     result = run_ranks(serve, 2, models, config, tmp_path / "rm")[0]
     torch.testing.assert_close(result["served"], result["trained"], rtol=0, atol=1e-5)
-    MegatronToHf(tmp_path / "rm" / "checkpoints", tmp_path / "rm" / "hf", "scalar").run()
+    MegatronToHf(tmp_path / "rm" / "checkpoints", tmp_path / "rm" / "hf").run()
     network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm" / "hf").eval()
     with torch.no_grad():
         scores = network(result["tokens"]).logits[:, 0] + result["bias"]
