@@ -105,7 +105,7 @@ class PromptDataset(Examples[PromptItem]):
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, too_long: TooLong = "error"
     ) -> None:
-        rows = _tokenised_rows(Path(path), tokenizer, (), "max_prompt_length", max_prompt_length, too_long)
+        rows = tokenised_rows(Path(path), tokenizer, (), "max_prompt_length", max_prompt_length, too_long)
         super().__init__(rows, _prompt_item)
 
 
@@ -120,7 +120,7 @@ class SFTDataset(Examples[SequenceItem]):
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
     ) -> None:
         fields = ("response",)
-        rows = _tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
+        rows = tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
         super().__init__(rows, lambda index, row, *ids: SequenceItem(index, *ids))
 
 
@@ -132,7 +132,7 @@ class PreferenceDataset(Examples[PreferenceItem]):
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
     ) -> None:
         fields = ("chosen", "rejected")
-        rows = _tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
+        rows = tokenised_rows(Path(path), tokenizer, fields, "max_sequence_length", max_sequence_length, too_long)
         super().__init__(rows, lambda index, row, *ids: PreferenceItem(index, *ids))
 
 
@@ -142,7 +142,7 @@ def _prompt_item(index: int, row: dict[str, Any], token_ids: TokenIds) -> Prompt
     return PromptItem(index, row["prompt"], token_ids, *packed)
 
 
-def _tokenised_rows(
+def tokenised_rows(
     path: Path, tokenizer: Tokenizer, responses: tuple[str, ...], limit_name: str, limit: int, too_long: TooLong
 ) -> Iterator[tuple[dict[str, Any], list[TokenIds]]]:
     """Yield every row within the limit, with the token ids of its prompt and of each field in `responses`."""
@@ -175,7 +175,7 @@ def _tokenised_rows(
             sizes = ", ".join(f"'{field}' {len(tokens)}" for field, tokens in zip(fields, encoded, strict=True))
             raise ConfigError(
                 f"{path}:{line}: {length} tokens (field {sizes}), but {limit_name} = {limit}; "
-                "shorten it, raise the limit, or set too_long to 'drop'"
+                "shorten it, raise the limit, or set data.too_long to 'drop'"
             )
     if not read:
         raise ConfigError(f"{path}: no examples")

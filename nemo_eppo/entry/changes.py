@@ -43,9 +43,12 @@ _FREE = (
 those others, because a checkpoint holds its weights in the run's precision."""
 
 
-def check_changes(config: Config, settings: ExpManagerConfig) -> list[str]:
+def check_changes(config: Config, settings: ExpManagerConfig, prefix: str = "") -> list[str]:
     """Check, and describe, what has changed since the last start of the run that a job with these settings resumes;
     nothing if its directory holds no checkpoint, from which anything could be resumed.
+
+    Args:
+        prefix: stands before the job's settings where they are given, "jobs.NAME.settings." in a launch file.
 
     Raises:
         ConfigError: a change would make another run out of it, and exp_manager.may_change does not name it.
@@ -68,12 +71,13 @@ def check_changes(config: Config, settings: ExpManagerConfig) -> list[str]:
         if not any(fnmatchcase(key, pattern) for pattern in (*_FREE, *settings.may_change)):
             refused.append((key, text))
     if refused:
+        manager = f"{prefix}exp_manager"
         lines = "".join(f"\n  - {text}" for _, text in refused)
         keys = ",".join(key for key, _ in refused)
         raise ConfigError(
             f"{directory} holds a run that was started with other settings:{lines}\n"
             "They would make another run out of it: set them back, choose another run directory (output of a launch, "
-            f"or exp_manager.explicit_log_dir, name or version), or accept them with 'exp_manager.may_change=[{keys}]'"
+            f"or {manager}.explicit_log_dir, name or version), or accept them with '{manager}.may_change=[{keys}]'"
         )
     return told
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -70,6 +71,9 @@ def run_forked(ranks: int, function: Callable[[], None]) -> None:
         except SystemExit as end:
             if end.code == 0 and isinstance(end.__context__, RunStopped):
                 os._exit(0)  # it would wait until torchrun reads what it returns, which one told to end does not do
+            raise
+        except Exception:
+            traceback.print_exc()  # torchrun tells it only at the end of a report of its own
             raise
 
     arguments = [*_loopback_rendezvous(), "--nproc-per-node", str(ranks), "--start-method", "fork", function.__name__]

@@ -38,7 +38,7 @@ def check_launch(launch: LaunchConfig, *, here: bool) -> None:
         ConfigError: one paragraph for each error of each job.
     """
     findings, _ = examine(launch, here=here, files=here)
-    faults = [finding.fault for finding in findings if finding.status == "error"]
+    faults = dict.fromkeys(finding.fault for finding in findings if finding.status == "error")
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -93,7 +93,9 @@ def _job(
     job = Job(name, kind, config.ranks, settings)
     jobs[name] = job
     if root is not None:
-        check_changes(settings, settings.exp_manager)  # as the job itself would, when its servers run
+        check_changes(
+            settings, settings.exp_manager, f"jobs.{name}.settings."
+        )  # as the job itself would, when its servers run
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
     if kind.samples:
         yield from missing_servers(launch, job)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.data.datasets import tokenised_rows
 from nemo_eppo.data.jsonl import read_jsonl
 from nemo_eppo.launch.findings import Finding, error, guarded, ok, warning
 from nemo_eppo.launch.gpus import Gpus
@@ -41,7 +42,7 @@ def examine_jobs(launch: LaunchConfig, jobs: Sequence[Job], *, here: bool) -> li
 
 
 def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Check, as far as time allows, that every row of the existing files has the fields that its job reads."""
+    """Check, as far as time allows, that every row of the existing files is one that its job can use."""
     for job in jobs:
         for key in DATA:
             path: Path | None = job.setting(key)
@@ -49,7 +50,7 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
                 continue
             check, rows, started, whole = f"{job.name}: {key}", 0, time.monotonic(), True
             try:
-                for rows, _ in enumerate(read_jsonl(path, job.kind.row_fields), start=1):
+                for rows, _ in enumerate(_rows(job, path), start=1):
                     if rows % 1000 == 0 and time.monotonic() - started > _SECONDS_PER_FILE:
                         whole = False
                         break
@@ -61,6 +62,20 @@ def _data(jobs: Sequence[Job]) -> Iterator[Finding]:
                 yield error(check, f"{path}: {rows} rows", f"expected {batch} or more ({job.kind.rows_per_step})")
             else:
                 yield ok(check, f"{path}: {rows} rows{'' if whole else ' and more'}")
+
+
+def _rows(job: Job, path: Path) -> Iterator[object]:
+    """The rows of a file as the job reads them, or, if its tokenizer is not known, those that have the right fields.
+
+    Raises:
+        ConfigError: as the job would.
+    """
+    if job.plan is None:
+        return iter(read_jsonl(path, job.kind.row_fields))
+    _, *responses = job.kind.row_fields
+    name = "max_sequence_length" if responses else "max_prompt_length"
+    limit = job.setting(f"data.{name}") or job.longest
+    return tokenised_rows(path, job.plan.tokenizer, tuple(responses), name, limit, job.settings.data.too_long)
 
 
 def memory_of(job: Job) -> JobMemory:

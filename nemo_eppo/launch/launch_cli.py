@@ -42,6 +42,7 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--sweep",
+        action="append",
         metavar="KEY=V1,V2,...",
         help="run the actor, with a fresh critic, once for each value of a key of the actor's settings, or of the "
         "launch file if it changes these two jobs alone; reward servers and trainings run once. Results are in "
@@ -68,9 +69,11 @@ def _launch(arguments: argparse.Namespace) -> None:
     if arguments.sweep is not None:
         if not local:
             raise ConfigError(f"--sweep runs on one machine, expected --backend local, got {arguments.backend}")
+        if len(arguments.sweep) > 1:
+            raise ConfigError(f"--sweep is given {len(arguments.sweep)} times, expected one key: {arguments.sweep}")
         from nemo_eppo.launch.sweep import swept, variants
 
-        launch, actors = swept(variants(arguments.file, arguments.overrides, arguments.sweep))
+        launch, actors = swept(variants(arguments.file, arguments.overrides, *arguments.sweep))
     else:
         launch = colocated(read_launch(arguments.file, arguments.overrides))
     nursery = open_nursery(launch) if local and not arguments.dry_run else None  # imports during the examination

@@ -15,7 +15,7 @@ from types import FrameType
 
 import psutil
 
-from nemo_eppo.config import NOT_FINISHED
+from nemo_eppo.config import NOT_FINISHED, ConfigError
 from nemo_eppo.launch.command import THREADS, Address, environment, override, overrides, own_address, script, torchrun
 from nemo_eppo.launch.gpus import Gpus
 from nemo_eppo.launch.launch_file import LaunchConfig
@@ -60,7 +60,10 @@ def run_local(launch: LaunchConfig, nursery: Nursery | None = None) -> None:
         ConfigError: a launch with the same output is running, or there are too few GPUs.
         LaunchError: a job failed or a signal came. In any case all jobs have been stopped.
     """
-    hold(launch.output)
+    try:
+        hold(launch.output)
+    except OSError as error:
+        raise ConfigError(f"output = {launch.output}: cannot be made, {error}") from None
     with _stop_signals():
         supervisor = Supervisor(launch, Gpus(launch, visible_gpus()), nursery)
         with Status(supervisor.rows) as status:

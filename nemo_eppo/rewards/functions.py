@@ -28,10 +28,16 @@ class RewardFunctionError(RunError):
 
 
 def check_function(key: str, name: str) -> None:
-    """ConfigError, naming the setting `key`, if there is no function behind "module:function"."""
+    """ConfigError, naming the setting `key`, if there is no function of one argument behind "module:function"."""
     found = load_named(key, name, "module:function")
     if isinstance(found, type) or not callable(found):
         raise ConfigError(f"{key} = {name!r} is not a function")
+    try:
+        inspect.signature(found).bind("sample")
+    except TypeError as error:
+        raise ConfigError(f"{key} = {name!r}: expected a function of one argument, a Sample: {error}") from None
+    except ValueError:  # functions written in C may have no signature
+        pass
 
 
 def source_sha256(name: str) -> str | None:

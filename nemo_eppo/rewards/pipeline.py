@@ -63,8 +63,10 @@ class RewardPipeline:
             if not term.is_active:
                 continue
             shaped = term(inputs, reward.clone())  # a term may work in place
-            if shaped.shape != reward.shape:
-                raise ValueError(f"reward/{name}: shape {tuple(shaped.shape)}; expected {tuple(reward.shape)}")
+            if not isinstance(shaped, Tensor) or shaped.shape != reward.shape:
+                found = f"shape {tuple(shaped.shape)}" if isinstance(shaped, Tensor) else type(shaped).__name__
+                raise ValueError(f"reward/{name}: {found}; expected a tensor of shape {tuple(reward.shape)}")
+            shaped = shaped.to(reward.dtype)
             require_finite(f"reward/{name}", shaped)
             ledger.contributions[f"reward/{name}"] = shaped - reward
             reward = shaped

@@ -40,10 +40,10 @@ class ExpManagerConfig(Config):
             raise ValueError("create_wandb_logger = true needs wandb_logger_kwargs with name and project")
         return self
 
-    @field_validator("max_time_per_run")
+    @field_validator("max_time_per_run", mode="before")
     @classmethod
-    def _is_a_time(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", value):
+    def _is_a_time(cls, value: Any) -> Any:
+        if value is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", str(value)):
             raise ValueError("expected DD:HH:MM:SS, 00:03:50:00 for instance")
         return value
 

@@ -97,6 +97,10 @@ class Fit:
         batches = GlobalBatches(len(task.train), settings.global_batch_size, seed=self.seed, digest=task.train.digest)
         last = settings.max_steps or len(task.train) // settings.global_batch_size * (settings.epochs or 1)
         self.optimizer.check_decay(last)
+        if (warmup := self.optimizer.warmup_steps) >= last:
+            run.logger.warning(
+                "optimizer.warmup_steps = %d: this run of %d steps never reaches optimizer.lr", warmup, last
+            )
         plan.setup.parallel.check_update("global_batch_size", settings.global_batch_size, runtime.world_size())
         runtime.initialize(plan.setup.parallel, self.seed)
         require_same("data.train and data.validation: rows", (task.train.digest, task.validation.digest))

@@ -233,6 +233,13 @@ def test_missing_and_malformed_files(launch: Path, doctor: Any, models: Models, 
     assert str(nowhere) in findings["actor: data.train"]["found"]
 
 
+def test_rows_that_a_job_would_refuse_after_the_jobs_before_it(launch: Path, doctor: Any) -> None:
+    limit = "jobs.actor.settings.data.max_prompt_length=3"
+    found = only_error(doctor(launch, limit), "actor: data.train")
+    assert "prompts.train.jsonl:1: " in found
+    assert "but max_prompt_length = 3; shorten it, raise the limit, or set data.too_long to 'drop'" in found
+
+
 def test_a_run_that_does_not_go_on_with_these_settings(launch: Path, doctor: Any) -> None:
     config = read_launch(launch)
     run = config.output / "actor"
@@ -242,6 +249,9 @@ def test_a_run_that_does_not_go_on_with_these_settings(launch: Path, doctor: Any
     report = doctor(launch, "jobs.actor.settings.shaping.energy_penalty.eta=9")
     found = only_error(report, "actor: settings and model")
     assert "holds a run that was started with other settings:\n  - shaping.energy_penalty.eta was" in found
+    change = "jobs.actor.settings.exp_manager.may_change=[shaping.energy_penalty.eta]"
+    assert f"accept them with '{change}'" in found
+    assert doctor(launch, "jobs.actor.settings.shaping.energy_penalty.eta=9", change)[0] == 0
 
 
 def test_faults_do_not_hide_each_other(launch: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,14 @@ def test_a_script_has_its_arguments_environment_imports_and_exit_status(nursery:
     assert end == "the end", "what is registered with atexit is called"
 
 
+def test_a_mistake_of_a_rank_is_told_with_its_stack_before_torchruns_report(nursery: Nursery, script: Path) -> None:
+    log = script.with_suffix(".log")
+    assert end_of(nursery.start([str(script), "seven"], 2, log), 60) == 1
+    told, _, _ = log.read_text().partition("failed (exitcode: ")
+    assert 'script.py", line' in told
+    assert "ValueError: invalid literal for int() with base 10: 'seven'" in told
+
+
 def test_ranks_find_each_other_and_75_is_the_exit_status_of_all(nursery: Nursery, script: Path) -> None:
     log = script.with_suffix(".log")
     assert end_of(nursery.start([str(script), "75"], 2, log), 60) == 75

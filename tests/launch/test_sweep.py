@@ -88,6 +88,7 @@ def test_a_reward_of_the_critics_job_is_that_of_the_same_value(models: Models, t
         ([f"{ETA}=1,1"], f"two values have the name {ETA}=1"),
         ([f"{ETA}=1,-2"], f"jobs.{ETA}=-2/actor: invalid configuration:"),
         ([f"{ETA}=1", "jobs.actor.script=train_gpt_sft"], "expected one train_gpt_ppo_actor in the file, found none"),
+        ([f"{ETA}=1", "--sweep", "seed=1,2"], "--sweep is given 2 times, expected one key: "),
         ([f"{ETA}=1", "--backend", "slurm"], "--sweep runs on one machine"),
     ],
 )

@@ -45,6 +45,16 @@ class WrongShape(Term[Config]):
         return reward[:, None]
 
 
+class Nothing(Term[Config]):
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        return None  # type: ignore[return-value]
+
+
+class WholeNumbers(Term[Config]):
+    def __call__(self, inputs: RewardInputs, reward: torch.Tensor) -> torch.Tensor:
+        return inputs.mask.sum(1)
+
+
 class Needy(Term[Config]):
     needs = ("logits",)
 

@@ -104,6 +104,18 @@ def test_a_function_that_does_not_exist_is_named_before_anything_runs() -> None:
         check_function("gold_reward", "own_functions:Sample.x")
 
 
+def test_a_function_that_takes_no_sample_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arguments.py").write_text(
+        "def none():\n    return 1\ndef more(sample, scale=2, *, of=3):\n    return 1\n"
+    )
+    check_function("gold_reward", "arguments:more")
+    with pytest.raises(ConfigError, match=r"'arguments:none': expected a function of one argument, a Sample: too many"):
+        check_function("gold_reward", "arguments:none")
+
+
 def test_a_module_of_the_working_directory_is_found_and_what_is_wrong_with_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
