@@ -193,8 +193,8 @@ def test_a_term_that_works_in_place_has_its_own_row_and_one_of_another_shape_is_
         pipeline({"terms": [{**own, "term": "own_terms:WrongShape"}]})(inputs)
     with pytest.raises(ValueError, match=r"reward/mine: NoneType; expected a tensor of shape \(6,\)"):
         pipeline({"terms": [{**own, "term": "own_terms:Nothing"}]})(inputs)
-    whole = pipeline({"terms": [{**own, "term": "own_terms:WholeNumbers"}]})(inputs)
-    assert whole.token_rewards.sum(1).tolist() == pytest.approx(inputs.mask.sum(1).tolist())
+    whole = pipeline({"terms": [{**own, "term": "own_terms:WholeNumbers"}]})(inputs).ledger.contributions
+    assert (whole["reward/proxy"] + whole["reward/mine"]).tolist() == pytest.approx(inputs.mask.sum(1).tolist())
 
 
 def test_own_code_may_lie_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
