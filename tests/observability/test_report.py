@@ -27,7 +27,7 @@ from nemo_eppo.observability.charts import (
     stacked_chart,
 )
 from nemo_eppo.observability.chat import turns
-from nemo_eppo.observability.recorder import RolloutRecorder, read_rows
+from nemo_eppo.observability.recorder import read_rows, record
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means
 from nemo_eppo.observability.report_tables import alarms_table
 
@@ -291,13 +291,13 @@ def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
     path = tmp_path / "validation" / "step_000001.jsonl"
     rows = read_rows(path)
     rows[1]["prompt"] = "another"
-    RolloutRecorder(tmp_path / "validation").record(1, rows)
+    record(tmp_path / "validation", 1, rows)
     with pytest.raises(ValueError, match="share 2 prompts"):
         report_from_run(tmp_path, tmp_path / "report.html")
 
 
 def test_a_run_that_was_validated_once_has_nothing_to_compare(tmp_path: Path) -> None:
-    RolloutRecorder(tmp_path / "validation").record(0, [])
+    record(tmp_path / "validation", 0, [])
     with pytest.raises(ValueError, match="validation has 1 steps"):
         report_from_run(tmp_path, tmp_path / "report.html")
 
