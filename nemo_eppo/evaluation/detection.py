@@ -72,7 +72,7 @@ def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike
     return found
 
 
-def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> dict[str, Floats]:
+def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int) -> dict[str, Floats]:
     """Return what `combine_signs` makes of energy loss and KL, where there are more signs than these, and of all signs.
 
     Of a single sign, or with too few prompts that have hacked (or other) responses to leave some out, that is nothing.
