@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.files import json_object, write_atomically
+from nemo_eppo.files import json_row, write_atomically
 
 
 def record(directory: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -46,15 +46,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of one recorded step.
 
     Raises:
-        ValueError: a line is not one JSON object; the message names file and line.
+        ConfigError: a line is not one JSON object; the message names file and line.
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            rows += [json_object(line)] if line else []
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    return rows
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return [json_row(line, f"{path}:{number}") for number, line in lines if line]
 
 
 def recorded_steps(directory: Path) -> dict[int, Path]:

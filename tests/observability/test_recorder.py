@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.observability.recorder import read_rows, record, recorded_steps
 
 ROW = {"prompt": "a\u2028b\n\u00e9", "response": "c", "reward": -0.25, "terms": {"kl": [0.0, 1.0]}, "gold_reward": None}
@@ -25,7 +26,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
 def test_a_damaged_row_is_named(line: str, said: str, tmp_path: Path) -> None:
     path = record(tmp_path, 1, [{"n": 1}])
     path.write_text(path.read_text() + line)
-    with pytest.raises(ValueError, match=rf"step_000001\.jsonl:2: {said}"):
+    with pytest.raises(ConfigError, match=rf"step_000001\.jsonl:2: {said}"):
         read_rows(path)
 
 
