@@ -2,7 +2,6 @@
 
 import html
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.pairs import Pair
-from nemo_eppo.evaluation.statistics import Estimate, estimate_share
+from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
 from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
@@ -91,13 +90,10 @@ def _row(name: str, judged: Judged) -> dict[str, Any]:
 
 
 def _result(judged: Sequence[Judged]) -> _Result:
-    prompts = defaultdict(list)
-    for one in judged:
-        prompts[one.pair.response.prompt].append(one.outcome)
+    prompts = [one.pair.response.prompt for one in judged]
 
     def estimate(worth: Mapping[str, float]) -> Estimate:
-        per_prompt = [np.mean([worth.get(outcome, 0.0) for outcome in outcomes]) for outcomes in prompts.values()]
-        return estimate_share(per_prompt)
+        return share_over_prompts([worth.get(one.outcome, 0.0) for one in judged], prompts)
 
     asked = [one.orders for one in judged if one.orders]
     # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
@@ -105,7 +101,7 @@ def _result(judged: Sequence[Judged]) -> _Result:
     decided += [second == "lose" for _, second in asked if second != "tie"]
     return _Result(
         pairs=len(judged),
-        prompts=len(prompts),
+        prompts=len(set(prompts)),
         win=estimate({"win": 1.0}),
         tie=estimate({"tie": 1.0}),
         lose=estimate({"lose": 1.0}),

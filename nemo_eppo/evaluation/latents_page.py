@@ -1,7 +1,6 @@
 """What `nemo-eppo latents` writes: samples.jsonl, latents.json, report.html and latents.png."""
 
 import html
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
 from nemo_eppo.data.jsonl import write_jsonl
-from nemo_eppo.evaluation.statistics import Estimate, estimate_share
+from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
@@ -74,7 +73,10 @@ def write_latents(
     csi, radius = _separation(rlhf.latents, sft.latents)
     halves = torch.randperm(len(sft.latents), generator=torch.Generator().manual_seed(_SEED)).chunk(2)
     baseline, _ = _separation(*(sft.latents[half] for half in halves))
-    outliers = {name: _outliers(group, np.array(chances[name]) < alpha) for name, group in groups.items()}
+    outliers = {
+        name: share_over_prompts(np.array(chances[name]) < alpha, (prompt for prompt, _ in group.texts))
+        for name, group in groups.items()
+    }
 
     rows = (
         {"set": name, "line": line, "reward": reward, "mahalanobis": distance, "p_value": chance, "tsne": place}
@@ -131,14 +133,6 @@ def _separation(latents: Tensor, sft: Tensor) -> tuple[float, float]:
     known = SFTLatents(len(sft))
     known.add(sft)
     return cluster_separation_index(latents, sft, known.radius), known.radius
-
-
-def _outliers(group: Latents, is_outlier: NDArray[np.bool_]) -> Estimate:
-    """Estimate the share of outliers, each prompt counted alike: answers to one are not independent."""
-    prompts: dict[str, list[bool]] = defaultdict(list)
-    for (prompt, _), outlier in zip(group.texts, is_outlier.tolist(), strict=True):
-        prompts[prompt].append(outlier)
-    return estimate_share([np.mean(answers) for answers in prompts.values()])
 
 
 def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:
