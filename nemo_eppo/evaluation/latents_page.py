@@ -16,9 +16,9 @@ from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
-from nemo_eppo.observability.pictures import histogram, scatter, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Scatter, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, sample_card, section
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
@@ -101,15 +101,11 @@ def write_latents(
     }
     cloud = _series(where, groups)
     spread = [Series(f"{label} ({len(distances[name])})", color, [], distances[name]) for name, label, color in _GROUPS]
-    figures = [
-        figure(*_MAP, scatter_chart(cloud, "t-SNE 1", "t-SNE 2")),
-        figure(*_HISTOGRAM, histogram_chart(spread, _DISTANCE)),
-    ]
+    charts = [Scatter(*_MAP, cloud, "t-SNE 1", "t-SNE 2"), Histogram(*_HISTOGRAM, spread, _DISTANCE)]
     shown = _table(results, outliers)
-    body = list(_body(results, shown, figures, rlhf, distances["rlhf"], chances["rlhf"]))
+    body = list(_body(results, shown, charts, rlhf, distances["rlhf"], chances["rlhf"]))
     write_atomically(directory / "report.html", page("Latents", body))
-    panels = [scatter(cloud, "t-SNE 1", "t-SNE 2", _MAP[0]), histogram(spread, _DISTANCE, _HISTOGRAM[0])]
-    write_picture(directory / "latents.png", panels)
+    write_picture(directory / "latents.png", charts)
     write_json(directory / "latents.json", results)
     return text_table("Latents", shown)
 
@@ -176,7 +172,7 @@ def _table(results: Mapping[str, Any], outliers: Mapping[str, Estimate]) -> list
 def _body(
     results: Mapping[str, Any],
     shown: Sequence[Sequence[str]],
-    figures: Sequence[str],
+    charts: Sequence[Chart],
     rlhf: Latents,
     distances: Sequence[float],
     chances: Sequence[float],
@@ -190,7 +186,7 @@ def _body(
         "hold 95% intervals. Each twentieth of the SFT responses is compared with the rest. CSI grows with clusters of "
         "RLHF responses that are far from all SFT responses; that of SFT is of one half of them against the other.</p>"
     )
-    yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
+    yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", charts)
     yield "<h2>RLHF responses farthest from the SFT responses</h2>"
     for index in sorted(range(len(distances)), key=lambda index: -distances[index])[:_FARTHEST]:
         prompt, response = rlhf.texts[index]

@@ -12,19 +12,12 @@ from typing import Any
 
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.accounts import accounts
-from nemo_eppo.observability.charts import (
-    COLORS,
-    GRAY,
-    Series,
-    histogram_chart,
-    line_chart,
-    scatter_chart,
-)
+from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
 from nemo_eppo.observability.chat import turns
 from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
 from nemo_eppo.observability.peak import find_peak
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
+from nemo_eppo.observability.report_page import page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table, text_table
 
 Row = Mapping[str, Any]
@@ -201,8 +194,8 @@ def _cells(before: float | None, after: float | None) -> list[str]:
     return [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"]
 
 
-def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str]:
-    figures = []
+def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Chart]:
+    charts: list[Chart] = []
     for title, text, unit, lines, measure in _PANELS:
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
         measured = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
@@ -210,45 +203,39 @@ def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str
             means, errors = zip(*map(_mean_and_error, measured.values()), strict=True)
             series.append(Series("validation", GRAY, list(measured), means, errors))
         if series:
-            figures.append(figure(title, text, line_chart(series, _STEP, unit)))
-    return figures
+            charts.append(Lines(title, text, series, _STEP, unit))
+    return charts
 
 
-def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    figures: list[str] = []
-    x_label, y_label = "proxy reward", "gold reward"
+def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
+    charts: list[Chart] = []
+    axes = "proxy reward", "gold reward"
     for prefix, what in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
         proxy, gold = curves.get(prefix.format("proxy")), curves.get(prefix.format("gold"))
-        if proxy and gold and len(gold[0]) > 2 and not figures:
+        if proxy and gold and len(gold[0]) > 2 and not charts:
             golds = dict(zip(*gold, strict=True))
             path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
             notes = [f"{_STEP} {step}" for step, _, _ in path]
             series = Series(what, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
             text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
-            chart = scatter_chart([series], x_label, y_label, joined=True)
-            figures.append(figure("The path of training", text, chart))
+            charts.append(Scatter("The path of training", text, [series], *axes, joined=True))
     if _has(pairs[0], "gold_reward"):
         clouds = []
         for label, color, rows in zip(("before", "after"), (GRAY, _AFTER), zip(*pairs, strict=True), strict=True):
             x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
             clouds.append(Series(label, color, x, y, notes=[_words(row["prompt"])[:80] for row in rows]))
         text = "One point per validation response; rings mark the means."
-        figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label)))
-    return figures
+        charts.append(Scatter("Single responses", text, clouds, *axes))
+    return charts
 
 
-def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
     def group(label: str, color: str, rows: Sequence[Row]) -> Series:
         return Series(f"{label} ({len(rows)})", color, [], [row["energy_loss"] for row in rows])
 
     groups = [group("before", GRAY, [a for a, _ in pairs]), group("after", _AFTER, [b for _, b in pairs])]
-    figures = [
-        figure(
-            "Before and after training",
-            "Dashed lines are means. A rise of the whole distribution is the first sign that EPPO describes.",
-            histogram_chart(groups, "energy loss"),
-        )
-    ]
+    text = "Dashed lines are means. A rise of the whole distribution is the first sign that EPPO describes."
+    charts: list[Chart] = [Histogram("Before and after training", text, groups, "energy loss")]
     if _has(pairs[0], "gold_reward"):
         hacked = [b for a, b in pairs if b["proxy_reward"] > a["proxy_reward"] and b["gold_reward"] < a["gold_reward"]]
         others = [b for a, b in pairs if b["proxy_reward"] <= a["proxy_reward"] or b["gold_reward"] >= a["gold_reward"]]
@@ -257,15 +244,12 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
             for label, color, rows in (("other", GRAY, others), ("proxy up, gold down", _AFTER, hacked))
             if rows
         ]
-        figures.append(
-            figure(
-                "After training: exploited and other responses",
-                "Exploited: higher proxy and lower gold reward than before training, on the same prompt. "
-                "An excessive energy loss of these responses is the second sign.",
-                histogram_chart(groups, "energy loss"),
-            )
+        text = (
+            "Exploited: higher proxy and lower gold reward than before training, on the same prompt. "
+            "An excessive energy loss of these responses is the second sign."
         )
-    return figures
+        charts.append(Histogram("After training: exploited and other responses", text, groups, "energy loss"))
+    return charts
 
 
 def _samples(pairs: Sequence[tuple[Row, Row]]) -> str:
