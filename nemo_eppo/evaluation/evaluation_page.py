@@ -24,11 +24,11 @@ _FITTED = (
     "Points are unbiased estimates. The band holds 95% of bootstrap draws, over prompts, of the fit d (a - b d) of Gao "
     "et al., d = sqrt(KL)."
 )
-_HISTOGRAMS = {  # measure -> title, unit, what is known of the reference
-    "energy_loss": ("Energy loss", "energy loss", "reference_energy_loss"),
-    "kl": ("KL to the reference", "log-ratio of a response, nats", None),
-    "response_length": ("Response length", "tokens", None),
-    "latent_distance": ("Mahalanobis distance", "distance from the latents of SFT responses", None),
+_HISTOGRAMS = {  # measure -> label of the axis, what is known of the reference
+    "energy_loss": ("energy loss", "reference_energy_loss"),
+    "kl": ("log-ratio of a response, nats", None),
+    "response_length": ("tokens", None),
+    "latent_distance": ("distance from the latents of SFT responses", None),
 }
 
 
@@ -145,12 +145,12 @@ def _response_charts(rows: Sequence[Row]) -> Iterator[Chart]:
         cloud = [Series("responses", _GOLD, x, y, notes=[row["prompt"][:80] for row in rows])]
         text = "One point per response; the ring marks the mean."
         yield Scatter("Proxy against gold", text, cloud, "proxy reward", "gold reward")
-    for measure, (title, unit, of_reference) in _HISTOGRAMS.items():
+    for measure, (unit, of_reference) in _HISTOGRAMS.items():
         if measure in rows[0]:
             series = [Series("policy", _POLICY, [], [row[measure] for row in rows])]
             if of_reference in rows[0]:
                 series.insert(0, Series("reference", _REFERENCE, [], [row[of_reference] for row in rows]))
-            yield Histogram(title, "Dashed lines are means.", series, unit)
+            yield Histogram(MEASURES[measure][0], "Dashed lines are means.", series, unit)
 
 
 def _detectors(detectors: Sequence[Detector]) -> str:

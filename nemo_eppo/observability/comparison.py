@@ -14,21 +14,13 @@ from nemo_eppo.config import flat
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.accounts import compared_accounts
 from nemo_eppo.observability.charts import COLORS, Lines, Series
-from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.metrics import FILE_NAME, MEASURES, Curves, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import facts
 from nemo_eppo.observability.report_page import page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, plain_table, read_config, text_table
 
 _STEP = "PPO step"
-_MEASURES = {  # metric -> title, what it is, unit
-    "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
-    "reward/gold": ("Gold reward", "What was meant; the policy is never trained on it.", "gold reward"),
-    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
-    "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),
-    "energy/policy": ("Energy loss", "L1 energy that the last layer takes away from the policy's responses.", "energy"),
-    "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
-}
 _OF_EVERY_RUN = "exp_manager."  # settings that differ, but say nothing, as do addresses of servers
 _SAMPLES = 6
 
@@ -46,7 +38,7 @@ class _Run:
     @property
     def final(self) -> dict[str, float]:
         """Values of the last step that has them."""
-        return {name: self.curves[name][1][-1] for name in _MEASURES if name in self.curves}
+        return {name: self.curves[name][1][-1] for name in MEASURES if name in self.curves}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -108,7 +100,7 @@ def _differing(runs: Mapping[str, _Run]) -> list[str]:
 
 
 def _measured(runs: Mapping[str, _Run]) -> list[str]:
-    return [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
+    return [name for name in MEASURES if any(name in run.curves for run in runs.values())]
 
 
 def _colors(runs: Mapping[str, _Run]) -> dict[str, str]:
@@ -118,7 +110,7 @@ def _colors(runs: Mapping[str, _Run]) -> dict[str, str]:
 def _charts(runs: Mapping[str, _Run]) -> list[Lines]:
     colors, charts = _colors(runs), []
     for measure in _measured(runs):
-        title, text, unit = _MEASURES[measure]
+        title, text, unit = MEASURES[measure]
         having = {name: run.curves[measure] for name, run in runs.items() if measure in run.curves}
         series = [Series(name, colors[name], *curve) for name, curve in having.items()]
         charts.append(Lines(title, text, series, _STEP, unit))
@@ -163,7 +155,7 @@ def _samples(runs: Mapping[str, _Run]) -> str:
 
 def _final_rows(runs: Mapping[str, _Run]) -> list[list[str]]:
     measures = _measured(runs)
-    rows = [["", "Steps", *(_MEASURES[name][0] for name in measures)]]
+    rows = [["", "Steps", *(MEASURES[name][0] for name in measures)]]
     return rows + [[name, str(run.steps), *(_number(run.final.get(m)) for m in measures)] for name, run in runs.items()]
 
 

@@ -14,6 +14,27 @@ FILE_NAME = "metrics.jsonl"
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Metrics by name, each with its steps and its values, of the same length."""
 _RESERVED = ("step", "time")
+MEASURES = {  # metrics that pages show over the steps -> title, what it is, unit
+    "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
+    "reward/gold": (
+        "Gold reward",
+        "What was meant; the policy is never trained on it. A fall while the proxy rises is over-optimisation.",
+        "gold reward",
+    ),
+    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
+    "energy/policy": (
+        "Energy loss",
+        "L1 energy that the last layer takes away from the responses. An excessive rise marks reward hacking.",
+        "energy loss",
+    ),
+    "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),
+    "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
+    "rollout/truncated_fraction": (
+        "Truncated responses",
+        "Share of the rollouts that ended without an end-of-sequence token.",
+        "fraction",
+    ),
+}
 
 
 class MetricsSink(Protocol):

@@ -14,7 +14,7 @@ from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.accounts import accounts
 from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
 from nemo_eppo.observability.chat import turns
-from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.metrics import FILE_NAME, MEASURES, Curves, read_metrics
 from nemo_eppo.observability.peak import find_peak
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report_page import page, sample_card, section, titled
@@ -26,27 +26,14 @@ Means = Mapping[str, float | None]
 _STEP = "PPO step"
 _FIRST, _RISING = 6, 3  # responses shown: of the first prompts, and of those whose energy loss rose most
 _MINUS = "\N{MINUS SIGN}"
-_MEASURES = {  # column of a validation row -> name, unit
-    "proxy_reward": ("Proxy reward", "standardised score of the reward model"),
-    "gold_reward": ("Gold reward", "score that the policy is never trained on"),
-    "energy_loss": ("Energy loss", "final layer, mean over the response"),
-    "response_length": ("Response length", "tokens"),
+_VALIDATED = {  # column of a validation row -> metric of the same meaning
+    "proxy_reward": "reward/proxy",
+    "gold_reward": "reward/gold",
+    "energy_loss": "energy/policy",
+    "response_length": "rollout/response_length",
 }
-_PROXY, _AFTER, _LENGTH, _GOLD, _KL, _SHARE = COLORS[:6]
-_PANELS = (  # title, what it is, unit, and per curve: metric, label, colour; then the validation measure, if any
-    ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward",
-     (("reward/proxy", "rollouts", _PROXY),), "proxy_reward"),
-    ("Gold reward", "What was meant. A fall while the proxy rises is over-optimisation.", "gold reward",
-     (("reward/gold", "rollouts", _GOLD),), "gold_reward"),
-    ("Energy loss", "L1 energy that the last layer takes away. An excessive rise marks reward hacking.", "energy loss",
-     (("energy/policy", "policy", _AFTER), ("energy/reference", "reference (SFT)", GRAY)), ""),
-    ("KL divergence", "How far the policy has moved from the reference.", "nats",
-     (("kl/policy_reference", "KL", _KL),), ""),
-    ("Response length", "Tokens, the end-of-sequence token included.", "tokens",
-     (("rollout/response_length", "rollouts", _LENGTH),), ""),
-    ("Truncated responses", "Share of the rollouts that ended without an end-of-sequence token.", "fraction",
-     (("rollout/truncated_fraction", "rollouts", _SHARE),), ""),
-)  # fmt: skip
+_GOLD, _AFTER = COLORS[3], COLORS[1]
+_COLORS = (COLORS[0], _GOLD, COLORS[6], _AFTER, COLORS[4], COLORS[2], COLORS[5])  # of MEASURES
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
@@ -108,7 +95,7 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
         ValueError: some rows have a measure and others do not.
     """
     means: dict[str, float | None] = {}
-    for name in _MEASURES:
+    for name in _VALIDATED:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values and len(values) != len(rows):
             raise ValueError(f"{name} is missing in {len(rows) - len(values)} of {len(rows)} validation rows")
@@ -118,7 +105,7 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
 
 def summary_table(before: Means, after: Means) -> str:
     """Return the comparison as text for the terminal; the arguments are what `validation_means` returns."""
-    cells = {label: _cells(before[name], after[name]) for name, (label, _) in _MEASURES.items()}
+    cells = {MEASURES[metric][0]: _cells(before[name], after[name]) for name, metric in _VALIDATED.items()}
     rows = [[label, *found] for label, found in cells.items() if found]
     return text_table("Validation", [["", "before", "after", "change"], *rows], width=80)
 
@@ -139,7 +126,7 @@ def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]
 
 def _verdict(pairs: Sequence[tuple[Row, Row]], curves: Curves) -> str:
     moved = {}
-    for name in _MEASURES:
+    for name in _VALIDATED:
         if _has(pairs[0], name):
             change, error = _paired_change(pairs, name)
             moved[name] = (
@@ -173,14 +160,14 @@ def _has(rows: Sequence[Row], measure: str) -> bool:
 
 def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -> str:
     rows = []
-    for name, (label, unit) in _MEASURES.items():
+    for name, (label, text, _) in ((name, MEASURES[metric]) for name, metric in _VALIDATED.items()):
         cells = [cell.replace("-", _MINUS) for cell in _cells(before[name], after[name])]
         if not cells:
             continue
         old, new, change = cells
         noise = f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
         rows.append(
-            f'<tr><td>{label}<small>{unit}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
+            f'<tr><td>{label}<small>{text}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
             f"<td>{change}{noise}</td></tr>"
         )
     return f"<table><tr><th></th><th>Before</th><th>After</th><th>Change</th></tr>{''.join(rows)}</table>"
@@ -196,9 +183,13 @@ def _cells(before: float | None, after: float | None) -> list[str]:
 
 def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Chart]:
     charts: list[Chart] = []
-    for title, text, unit, lines, measure in _PANELS:
+    for (metric, (title, text, unit)), color in zip(MEASURES.items(), _COLORS, strict=True):
+        lines = [(metric, "rollouts", color)]
+        if metric == "energy/policy":
+            lines = [(metric, "policy", color), ("energy/reference", "reference (SFT)", GRAY)]
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
-        measured = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
+        column = f"{metric.removeprefix('reward/')}_reward"  # no other measure has one of such a name
+        measured = {step: [row[column] for row in rows] for step, rows in validation.items() if _has(rows, column)}
         if measured:
             means, errors = zip(*map(_mean_and_error, measured.values()), strict=True)
             series.append(Series("validation", GRAY, list(measured), means, errors))

@@ -284,7 +284,18 @@ def test_without_a_gold_reward_the_report_has_none(tmp_path: Path) -> None:
     assert "Gold reward" not in page.texts["h3"]
     assert "Proxy against gold" not in page.texts["h2"]
     assert "there is no gold reward to compare it with" in page.texts["p"][1]
-    assert [row.split("reward")[0] for row in page.texts["tr"] if "reward" in row and "score" in row] == ["Proxy "]
+    assert [row.split(" reward")[0] for row in page.texts["tr"] if " rewardWhat " in row] == ["Proxy"]
+
+
+def test_a_held_out_reward_has_a_panel_with_its_validation(tmp_path: Path) -> None:
+    write_example_run(tmp_path, steps=3, prompts=4)
+    for file, name in ((tmp_path / "metrics.jsonl", "reward/held_out"), *(
+        (file, "held_out_reward") for file in (tmp_path / "validation").iterdir()
+    )):  # fmt: skip
+        file.write_text("".join(json.dumps(row | {name: 0.5}) + "\n" for row in read_rows(file)))
+    report_from_run(tmp_path, tmp_path / "report.html")
+    traces = _charts((tmp_path / "report.html").read_text())["Held-out reward"]
+    assert _read(traces, step=3) == {"rollouts": 0.5, "validation": 0.5}
 
 
 def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
