@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison import Curves, compare, half_interval, over_distance
 
-from nemo_eppo.evaluation.overoptimization import Curves, compare, half_interval, over_distance
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, Lines, Series
 from nemo_eppo.observability.pictures import write_picture
