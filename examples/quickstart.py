@@ -24,9 +24,9 @@ from typing import Any
 from nemo_eppo.files import write_json
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.launch.local import LaunchError, open_nursery, run_local
-from nemo_eppo.observability.charts import COLORS, Series
+from nemo_eppo.observability.charts import COLORS, Lines, Series
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
-from nemo_eppo.observability.pictures import lines, write_picture
+from nemo_eppo.observability.pictures import write_picture
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means
 from nemo_eppo.tools.noun_task import write_noun_task
@@ -92,7 +92,7 @@ def draw_curves(actor: Path, picture: Path) -> None:
     write_picture(
         picture,
         [
-            lines([Series(title, COLORS[number], *curves[name])], "PPO step", "", title)
+            Lines(title, "", [Series(title, COLORS[number], *curves[name])], "PPO step")
             for number, (name, title) in enumerate(panels.items())
         ],
         columns=3,

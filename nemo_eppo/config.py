@@ -50,6 +50,14 @@ def flat(node: Any, path: str = "", *, lists: bool = False) -> Iterator[tuple[st
         yield path, node
 
 
+def value_at(settings: Mapping[str, Any] | None, key: str) -> Any:
+    """Return the value of a dotted key of nested settings; None if it is not set."""
+    value: Any = settings
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 class Config(BaseModel):
     """Base of all settings. A field's meaning is the docstring below it; unknown keys are errors."""
 
@@ -132,6 +140,15 @@ def config_types(annotation: Any) -> list[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [t for arg in getattr(annotation, "__args__", ()) for t in config_types(arg)]
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file; ConfigError if it is none, by line (see `yaml_fault`)."""
+    try:
+        with path.open(encoding="utf-8") as file:  # whose name and lines a fault then has
+            return yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(yaml_fault(error, path)) from None
 
 
 def yaml_fault(error: yaml.YAMLError | UnicodeDecodeError, file: Path) -> str:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,19 @@ def sha256(path: Path) -> str:
 def complete_lines(path: Path) -> list[bytes]:
     """Return the complete lines of a file, without newlines; what follows the last newline is dropped as torn."""
     return path.read_bytes().split(b"\n")[:-1]
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return one line of a JSON-lines file, its newline included."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def json_row(line: bytes, where: str) -> dict[str, Any]:
+    """Read one line of a JSON-lines file, see `json_object`; ConfigError, which begins with `where`, if it is bad."""
+    try:
+        return json_object(line)
+    except NotAnObject as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 class NotAnObject(ValueError):

@@ -31,15 +31,15 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from comparison import Acceptance, Curves, read_curves  # noqa: E402
 from pieces import Work, run_all  # noqa: E402
+from results_page import write_results  # noqa: E402
 from trainings import LABELS, SINGLE, SIZES, TEXTS, Effort, Task  # noqa: E402
 from weights_and_text import compare_weights_and_text  # noqa: E402
 
 from nemo_eppo.config import ConfigError  # noqa: E402
 from nemo_eppo.evaluation.alarms import Alarms  # noqa: E402
 from nemo_eppo.evaluation.alarms_page import verdict, write_alarms  # noqa: E402
-from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, read_curves  # noqa: E402
-from nemo_eppo.evaluation.overoptimization_page import write_results  # noqa: E402
 from nemo_eppo.files import write_atomically  # noqa: E402
 from nemo_eppo.settings.evaluation import DetectionConfig  # noqa: E402
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from tqdm import tqdm
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import json_object, write_atomically
+from nemo_eppo.files import json_line, json_row, write_atomically
 
 DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -35,10 +35,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ConfigError: there is no such file, the archive is damaged, or a line is not one JSON object with unique keys.
     """
     for line_number, line in read_lines(path):
-        try:
-            row = json_object(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{line_number}: {error}") from None
+        row = json_row(line, f"{path}:{line_number}")
         if b"\\ud" in line or b"\\uD" in line:  # perhaps half of a surrogate pair: legal JSON, but not text
             _check_unicode(row, f"{path}:{line_number}")
         yield line_number, row
@@ -104,8 +101,3 @@ def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace `path` by one JSON object per line, UTF-8; it is complete or as before."""
     write_atomically(path, "".join(map(json_line, rows)))
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """Return one line of a JSON-lines file, its newline included."""
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from nemo_eppo.config import Config, ConfigError, flat
+from nemo_eppo.config import Config, ConfigError, flat, read_yaml
 from nemo_eppo.entry.settings import as_yaml
 from nemo_eppo.settings.run import ExpManagerConfig
 
@@ -57,7 +57,7 @@ def check_changes(config: Config, settings: ExpManagerConfig, prefix: str = "") 
     file = directory / "config.yaml"
     if not file.exists() or not _has_checkpoint(directory):
         return []
-    was = dict(flat(yaml.safe_load(file.read_text()), lists=True))
+    was = dict(flat(read_yaml(file), lists=True))
     now = dict(flat(yaml.safe_load(as_yaml(config)), lists=True))
     # a key that the file lacks is new in this version, and its default is what the run was started with
     chosen = dict(flat(config.model_dump(mode="json", exclude_defaults=True), lists=True))

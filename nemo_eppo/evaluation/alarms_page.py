@@ -8,12 +8,11 @@ from pathlib import Path
 from nemo_eppo.evaluation.alarms import Alarms
 from nemo_eppo.evaluation.run_detection import MONITOR
 from nemo_eppo.files import write_atomically, write_json
-from nemo_eppo.observability.charts import COLORS, Series, bar_chart, line_chart
-from nemo_eppo.observability.pictures import bars, lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, section, titled
+from nemo_eppo.observability.charts import COLORS, Bars, Lines, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, section, titled
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
-_STEP, _RUNS = "PPO step", "runs with an alarm"
 _HEADER = ["sign", "AUROC", "AUROC in a step", "alarms where gold fell", "lead, median steps", "where it did not"]
 
 
@@ -23,14 +22,17 @@ def write_alarms(alarms: Alarms, output: Path) -> str:
         Series(name, COLORS[number % len(COLORS)], run.steps, run.gold_curve.tolist())
         for number, (name, run) in enumerate(alarms.runs.items())
     ]
-    signs, found = list(alarms.signs), alarms.signs.values()
+    found = alarms.signs.values()
     raised = [
         Series("the gold reward fell", COLORS[0], [], [sign.raised for sign in found]),
         Series("it did not: false alarms", COLORS[1], [], [sign.false for sign in found]),
     ]
     output.mkdir(parents=True, exist_ok=True)
-    panels = [lines(gold, _STEP, "gold reward", "Gold reward"), bars(signs, raised, _RUNS, "Alarms")]
-    write_picture(output / "detection.png", panels)
+    charts = [
+        Lines("Gold reward", "Of each run.", gold, "PPO step", "gold reward"),
+        Bars("Alarms", "Right ones, and false ones.", raised, "runs with an alarm", names=list(alarms.signs)),
+    ]
+    write_picture(output / "detection.png", charts)
     write_json(output / "report.json", alarms.as_dict())
     left_out: list[Sequence[str]] = [("run", "why"), *alarms.left_out.items()]
     body = [
@@ -45,10 +47,7 @@ def write_alarms(alarms: Alarms, output: Path) -> str:
         section(
             "Over the runs",
             "Running means over a tenth of the steps; in how many runs each sign raised an alarm.",
-            [
-                figure("Gold reward", "Of each run.", line_chart(gold, _STEP, "gold reward")),
-                figure("Alarms", "Right ones, and false ones.", bar_chart(signs, raised, _RUNS)),
-            ],
+            charts,
         ),
         "<h2>The runs</h2>",
         plain_table(_run_rows(alarms)),

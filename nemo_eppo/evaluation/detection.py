@@ -3,7 +3,7 @@
 A sign is one number of each response, and the higher it is, the more suspicious.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +72,7 @@ def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike
     return found
 
 
-def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> dict[str, Floats]:
+def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int) -> dict[str, Floats]:
     """Return what `combine_signs` makes of energy loss and KL, where there are more signs than these, and of all signs.
 
     Of a single sign, or with too few prompts that have hacked (or other) responses to leave some out, that is nothing.
@@ -99,6 +99,15 @@ def combine_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike
     return odds
 
 
+_COLUMNS = {  # sign -> column of a rollout; of two columns, their difference
+    ENERGY: ["energy/policy"],
+    RISE: ["energy/policy", "energy/reference"],
+    KL: ["kl/policy_reference"],
+    LENGTH: ["response_length"],
+    MAHALANOBIS: ["reward/latent_distance"],
+}
+
+
 def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: bool) -> dict[str, Floats]:
     """Read the signs that a run recorded of its responses: those whose columns all of `rows` have.
 
@@ -107,35 +116,19 @@ def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: b
         reward_models: all columns reward/score_<i> come from reward models, so that their variance means something.
     """
 
-    def column(name: str, rows: Sequence[Row] = rows) -> Floats:
-        return np.array([row[name] for row in rows], dtype=np.float64)
+    def recorded(names: Sequence[str]) -> bool:
+        return all(isinstance(row.get(name), int | float) for row in rows for name in names)
 
-    def variance() -> Floats:
-        columns = []
-        for name in scores:
-            first = column(name, standard)
-            columns.append((column(name) - first.mean()) / max(first.std(), 1e-12))
-        result: Floats = np.var(columns, axis=0)
-        return result
+    def columns(names: Sequence[str], rows: Sequence[Row] = rows) -> Floats:
+        return np.array([[row[name] for row in rows] for name in names], dtype=np.float64)
 
+    signs = {sign: np.subtract.reduce(columns(names)) for sign, names in _COLUMNS.items() if recorded(names)}
     scores = sorted(name for name in rows[0] if name.startswith("reward/score_"))
-    readers: dict[str, tuple[Sequence[str], Callable[[], Floats]]] = {
-        ENERGY: (["energy/policy"], lambda: column("energy/policy")),
-        RISE: (
-            ["energy/policy", "energy/reference"],
-            lambda: column("energy/policy") - column("energy/reference"),
-        ),
-        KL: (["kl/policy_reference"], lambda: column("kl/policy_reference")),
-        LENGTH: (["response_length"], lambda: column("response_length")),
-        MAHALANOBIS: (["reward/latent_distance"], lambda: column("reward/latent_distance")),
-    }
-    if reward_models and len(scores) > 1:
-        readers[VARIANCE] = (scores, variance)
-    return {
-        sign: read()
-        for sign, (columns, read) in readers.items()
-        if all(isinstance(row.get(name), int | float) for row in rows for name in columns)
-    }
+    if reward_models and len(scores) > 1 and recorded(scores):
+        first = columns(scores, standard)
+        deviations = np.maximum(first.std(axis=1, keepdims=True), 1e-12)
+        signs[VARIANCE] = ((columns(scores) - first.mean(axis=1, keepdims=True)) / deviations).var(axis=0)
+    return signs
 
 
 _AS_RECORDED = {  # column of an evaluation -> that of a run

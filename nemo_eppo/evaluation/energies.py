@@ -14,7 +14,7 @@ import numpy as np
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines, read_objects
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH, RISE, Bools, signs_of_rows
-from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.evaluation.statistics import Floats, numbered
 
 SAME_RESPONSE_RISE = "rise on the same response"
 _SFT, _RLHF = "sft_energy_loss", "rlhf_energy_loss"
@@ -73,9 +73,8 @@ class Responses:
     @property
     def prompts(self) -> list[int]:
         """The number of each row's prompt, from 0: equal token ids or, without them, equal texts are one prompt."""
-        numbers: dict[str, int] = {}
         names = (json.dumps(row.get("prompt_ids", row.get(self.after_fields[0]))) for row in self.after)
-        return [numbers.setdefault(name, len(numbers)) for name in names]
+        return numbered(names).tolist()
 
     @property
     def texts(self) -> list[Texts] | None:

@@ -13,9 +13,9 @@ from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs
 from nemo_eppo.evaluation.energies import Energies
 from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
 from nemo_eppo.files import write_atomically, write_json
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart
-from nemo_eppo.observability.pictures import histogram, lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.charts import COLORS, GRAY, Histogram, Lines, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, sample_card, section
 from nemo_eppo.observability.report_tables import table
 
 _SHOWN = 12  # samples on the page
@@ -35,99 +35,105 @@ class SweepEntry(NamedTuple):
     """Of hacking by its rise over the SFT model's."""
 
 
+class _Found(NamedTuple):
+    """All numbers of the report but the samples'; intervals are of a bootstrap over prompts."""
+
+    groups: Mapping[str, Floats]
+    means: Mapping[str, Estimate]
+    """Of each group."""
+    rise: Estimate
+    share_risen: float
+    detectors: Sequence[Detector]
+    """Empty without labels."""
+    sweep: Sequence[SweepEntry]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return them for a JSON file."""
+        return {
+            "samples": len(self.groups["RLHF"]),
+            "groups": {
+                name: {"responses": len(values), "mean": self.means[name].as_dict(), "std": float(values.std())}
+                for name, values in self.groups.items()
+            },
+            "rise": self.rise.as_dict(),
+            "share_risen": self.share_risen,
+            "detection": {detector.sign: detector.as_dict() for detector in self.detectors},
+            "sweep": [entry._asdict() for entry in self.sweep],
+        }
+
+
 def write_energy_report(energies: Energies, output: Path, names: tuple[str, str] = ("SFT", "RLHF")) -> None:
     """Write report.html, energies.png, report.json and samples.jsonl, and sweep.png if several layers were read.
-
-    Intervals are of a bootstrap over prompts.
 
     Args:
         output: a directory.
         names: what the page says was compared, before and after.
     """
-    prompts = np.arange(len(energies.after)) if energies.prompts is None else np.array(energies.prompts)
-    rise = bootstrap_mean(energies.after - energies.before, seed=0, groups=prompts)
-    groups, samples = _groups(energies), _samples(energies)
-    of_kind = {"hacking": energies.hacked, "normal": ~energies.hacked} if energies.hacked is not None else {}
-    means = {
-        name: bootstrap_mean(values, seed=0, groups=prompts[of_kind.get(name, slice(None))])
-        for name, values in groups.items()
-    }
-    detectors: Sequence[Detector] = ()
-    if energies.hacked is not None:
-        own = {ENERGY: energies.after, RISE: energies.after - energies.before}
-        detectors = compare_signs(energies.hacked, {**energies.signs, **own}, prompts)
-    sweep = _sweep(energies)
-    share_risen = float((energies.after > energies.before).mean())
-    report = {
-        "samples": len(energies.after),
-        "groups": {name: _summary(values, means[name]) for name, values in groups.items()},
-        "rise": rise.as_dict(),
-        "share_risen": share_risen,
-        "detection": {detector.sign: detector.as_dict() for detector in detectors},
-        "sweep": [entry._asdict() for entry in sweep],
-    }
+    found, samples = _measure(energies), _samples(energies)
+    charts, sweep = _group_charts(found.groups), _sweep_charts(found.sweep)
     output.mkdir(parents=True, exist_ok=True)
-    shown = list(_panels(groups))
-    write_picture(output / "energies.png", [histogram(series, "energy loss", title) for title, _, series in shown])
-    curves, measure = _curves(sweep)
-    if curves:
-        write_picture(output / "sweep.png", [lines(curves, "layer", measure, "Every layer, every preset")])
+    write_json(output / "report.json", found.as_dict())
     write_jsonl(output / "samples.jsonl", samples)
-    write_json(output / "report.json", report)
+    write_picture(output / "energies.png", charts)
+    if sweep:
+        write_picture(output / "sweep.png", sweep)
     body = [
         "<h1>Energy loss before and after RLHF</h1>",
-        f'<p class="soft">{len(energies.after):,} responses; {" against ".join(map(html.escape, names))}</p>',
-        f'<p class="lead">{_verdict(share_risen, rise, detectors)}</p>',
-        table(["", "Mean", "Deviation"], _group_rows(groups, means), "groups"),
+        f'<p class="soft">{len(samples):,} responses; {" against ".join(map(html.escape, names))}</p>',
+        f'<p class="lead">{_verdict(found)}</p>',
+        table(["", "Mean", "Deviation"], _group_rows(found), "groups"),
         section(
             "Energy losses of single responses",
             "What the layer takes away from the L1 norm of its input, mean over the response's tokens.",
-            [figure(title, text, histogram_chart(series, "energy loss")) for title, text, series in shown],
+            charts,
         ),
     ]
-    if detectors:
-        body += ["<h2>Which sign finds the hacked responses?</h2>", detectors_table(detectors)]
-    if curves:
-        text = (
-            "AUROC of hacking by the RLHF model's energy loss there; 0.5 is chance."
-            if energies.hacked is not None
-            else "Mean rise from before to after, in standard deviations of the responses."
-        )
-        chart = figure("Every layer, every preset", text, line_chart(curves, "layer", measure))
-        body.append(section("Where to read it", "Layers are counted from 0.", [chart]))
+    if found.detectors:
+        body += ["<h2>Which sign finds the hacked responses?</h2>", detectors_table(found.detectors)]
+    if sweep:
+        body.append(section("Where to read it", "Layers are counted from 0.", sweep))
         body.append(
             '<p class="soft">The layer that tells most, by high or low values, and the last one. The best of many '
             "layers is so by chance, too: expect less of it on other responses.</p>"
         )
-        body.append(_best_table(sweep))
+        body.append(_best_table(found.sweep))
     body.append(_cards(energies, samples))
     write_atomically(output / "report.html", page("Energy report", body))
 
 
-def _groups(energies: Energies) -> dict[str, Floats]:
-    groups = {"SFT": energies.before, "RLHF": energies.after}
+def _measure(energies: Energies) -> _Found:
+    prompts = np.arange(len(energies.after)) if energies.prompts is None else np.array(energies.prompts)
+    risen = energies.after - energies.before
+    groups, of_groups = {"SFT": energies.before, "RLHF": energies.after}, {"SFT": prompts, "RLHF": prompts}
+    detectors: Sequence[Detector] = ()
     if energies.hacked is not None:
-        groups |= {"hacking": energies.after[energies.hacked], "normal": energies.after[~energies.hacked]}
-    return groups
+        kinds = {"hacking": energies.hacked, "normal": ~energies.hacked}
+        groups |= {name: energies.after[kind] for name, kind in kinds.items()}
+        of_groups |= {name: prompts[kind] for name, kind in kinds.items()}
+        detectors = compare_signs(energies.hacked, {**energies.signs, ENERGY: energies.after, RISE: risen}, prompts)
+    return _Found(
+        groups,
+        means={name: bootstrap_mean(values, seed=0, groups=of_groups[name]) for name, values in groups.items()},
+        rise=bootstrap_mean(risen, seed=0, groups=prompts),
+        share_risen=float((risen > 0).mean()),
+        detectors=detectors,
+        sweep=_sweep(energies),
+    )
 
 
-def _panels(groups: Mapping[str, Floats]) -> Sequence[tuple[str, str, list[Series]]]:
-    """Title, caption and series of the paper's two histograms."""
+def _group_charts(groups: Mapping[str, Floats]) -> list[Histogram]:
+    """The paper's two histograms."""
 
     def series(name: str, color: str) -> Series:
         return Series(f"{name} ({len(groups[name])})", color, [], groups[name].tolist())
 
-    found = [
-        (
-            "SFT against RLHF",
-            "Dashed lines are means. A rise of all responses is the first sign that the paper describes.",
-            [series("SFT", GRAY), series("RLHF", _RLHF)],
-        )
-    ]
+    text = "Dashed lines are means. A rise of all responses is the first sign that the paper describes."
+    charts = [Histogram("SFT against RLHF", text, [series("SFT", GRAY), series("RLHF", _RLHF)], "energy loss")]
     if "hacking" in groups:
         text = "Responses of the RLHF model. An excessive energy loss of the hacked ones is the second sign."
-        found.append(("Hacking against normal", text, [series("normal", GRAY), series("hacking", _HACKED)]))
-    return found
+        kinds = [series("normal", GRAY), series("hacking", _HACKED)]
+        charts.append(Histogram("Hacking against normal", text, kinds, "energy loss"))
+    return charts
 
 
 def _sweep(energies: Energies) -> list[SweepEntry]:
@@ -143,15 +149,20 @@ def _sweep(energies: Energies) -> list[SweepEntry]:
     return entries
 
 
-def _curves(sweep: Sequence[SweepEntry]) -> tuple[list[Series], str]:
-    """One line for each preset over the layers, and what it shows."""
+def _sweep_charts(sweep: Sequence[SweepEntry]) -> list[Lines]:
+    """A chart with a line for each preset over the layers; none if only one layer was read."""
     curves = []
     for color, preset in zip(COLORS, dict.fromkeys(entry.preset for entry in sweep), strict=False):
         entries = [entry for entry in sweep if entry.preset == preset]
         values = [entry.shift if entry.auroc is None else entry.auroc for entry in entries]
         curves.append(Series(preset, color, [entry.layer for entry in entries], values))
-    labelled = bool(sweep) and sweep[0].auroc is not None
-    return curves, "AUROC of hacking" if labelled else "rise in standard deviations"
+    if not curves:
+        return []
+    text, measure = "AUROC of hacking by the RLHF model's energy loss there; 0.5 is chance.", "AUROC of hacking"
+    if sweep[0].auroc is None:
+        text = "Mean rise from before to after, in standard deviations of the responses."
+        measure = "rise in standard deviations"
+    return [Lines("Every layer, every preset", text, curves, "layer", measure)]
 
 
 def _best_table(sweep: Sequence[SweepEntry]) -> str:
@@ -176,14 +187,15 @@ def _tells(entry: SweepEntry) -> float:
     return abs(entry.shift) if entry.auroc is None else abs(entry.auroc - 0.5)
 
 
-def _verdict(share_risen: float, rise: Estimate, detectors: Sequence[Detector]) -> str:
+def _verdict(found: _Found) -> str:
+    rise = found.rise
     moved = "did not change beyond noise" if rise.low <= 0 <= rise.high else "rose" if rise.value > 0 else "fell"
     text = (
-        f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on {share_risen:.1%} of the "
-        "responses."
+        f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on {found.share_risen:.1%} of "
+        "the responses."
     )
-    if detectors:
-        auroc = next(detector.auroc for detector in detectors if detector.sign == ENERGY)
+    if found.detectors:
+        auroc = next(detector.auroc for detector in found.detectors if detector.sign == ENERGY)
         text += f" It tells hacked from normal responses with an AUROC of {_text(auroc, 3)}."
     return text
 
@@ -192,16 +204,11 @@ def _text(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ({estimate.interval(digits)})"
 
 
-def _summary(values: Floats, mean: Estimate) -> dict[str, Any]:
-    return {"responses": len(values), "mean": mean.as_dict(), "std": float(values.std())}
-
-
-def _group_rows(groups: Mapping[str, Floats], means: Mapping[str, Estimate]) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = []
-    for name, values in groups.items():
-        label = f"{name}<small>{len(values):,} responses</small>"
-        rows.append((label, means[name].cell(4), f"{values.std():.4f}"))
-    return rows
+def _group_rows(found: _Found) -> list[Sequence[str]]:
+    return [
+        (f"{name}<small>{len(values):,} responses</small>", found.means[name].cell(4), f"{values.std():.4f}")
+        for name, values in found.groups.items()
+    ]
 
 
 def _samples(energies: Energies) -> Sequence[dict[str, Any]]:

@@ -80,12 +80,12 @@ class Evaluation:
         if config.responses is not None:
             self._file = config.responses
             rows = self._read()
-            self._total, self._longest = len(rows), max(len(row.prompt) + len(row.response) for row in rows)
+            self._longest = max(len(row.prompt) + len(row.response) for row in rows)
             return None, {"responses_sha256": sha256(config.responses), "chat_template": config.chat_template}
         self._file = self._parts / "responses.jsonl"
         shared = {name: getattr(config, name) for name in GenerateConfig.model_fields}
         generating = Generating(load_config(GenerateConfig, shared | {"output": self._file}))
-        self._total, self._longest = generating.total, generating.longest
+        self._longest = generating.longest
         return generating, {"responses": generating.settings}
 
     def _read(self) -> list[Response]:

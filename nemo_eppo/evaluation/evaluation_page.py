@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +12,10 @@ from nemo_eppo.evaluation.detection import Detector, detectors_table
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
 from nemo_eppo.evaluation.statistics import Estimate
 from nemo_eppo.files import write_atomically
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, line_chart, scatter_chart
-from nemo_eppo.observability.pictures import Panel, histogram, lines, scatter, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, sample_card, section
 from nemo_eppo.observability.report_tables import table
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 _SHOWN = 8  # prompts on the page
 _POLICY, _REFERENCE, _GOLD = COLORS[1], GRAY, COLORS[3]
@@ -27,21 +24,12 @@ _FITTED = (
     "Points are unbiased estimates. The band holds 95% of bootstrap draws, over prompts, of the fit d (a - b d) of Gao "
     "et al., d = sqrt(KL)."
 )
-_HISTOGRAMS = {  # measure -> title, unit, what is known of the reference
-    "energy_loss": ("Energy loss", "energy loss", "reference_energy_loss"),
-    "kl": ("KL to the reference", "log-ratio of a response, nats", None),
-    "response_length": ("Response length", "tokens", None),
-    "latent_distance": ("Mahalanobis distance", "distance from the latents of SFT responses", None),
+_HISTOGRAMS = {  # measure -> label of the axis, what is known of the reference
+    "energy_loss": ("energy loss", "reference_energy_loss"),
+    "kl": ("log-ratio of a response, nats", None),
+    "response_length": ("tokens", None),
+    "latent_distance": ("distance from the latents of SFT responses", None),
 }
-
-
-class _Chart(NamedTuple):
-    """One chart of the page, and the same in the picture."""
-
-    title: str
-    text: str
-    figure: "Figure"
-    panel: Panel
 
 
 def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -> None:
@@ -51,7 +39,7 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
         settings: those of `EvaluateConfig`, as plain containers.
     """
     of_n, single = list(_best_of_n_charts(results.best_of_n)), list(_response_charts(results.rows))
-    write_picture(directory / "evaluation.png", [chart.panel for chart in (*of_n, *single)])
+    write_picture(directory / "evaluation.png", [*of_n, *single])
     body = [
         "<h1>Evaluation</h1>",
         f'<p class="soft">{results.prompts:,} prompts, {len(results.rows):,} responses</p>',
@@ -64,14 +52,10 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
             "Best of n",
             "Of n answers to a prompt, the one with the highest proxy reward. Where its gold reward falls while the "
             "proxy reward rises, the proxy is over-optimised.",
-            [figure(chart.title, chart.text, chart.figure) for chart in of_n],
+            of_n,
         ),
         _selected(results.best_of_n),
-        section(
-            "Single responses",
-            "One value per response.",
-            [figure(chart.title, chart.text, chart.figure) for chart in single],
-        ),
+        section("Single responses", "One value per response.", single),
         _detectors(results.detectors),
         _answers(results.rows),
     ]
@@ -115,7 +99,7 @@ def _label(number: int, proxies: Sequence[str]) -> str:
     return "Proxy reward" if len(proxies) == 1 else f"Proxy {number}"
 
 
-def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[_Chart]:
+def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[Chart]:
     for reward in ("proxy", "gold"):
         series = []
         for (name, selection), color in zip(selections.items(), COLORS, strict=False):
@@ -128,8 +112,7 @@ def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[_Chart]:
                     kl = [d**2 for d in fit.d]
                     series.append(Series("fit", GRAY, kl, fit.curve, _band(fit, kl, fit.curve)))
         if series:
-            title, unit = f"{reward.capitalize()} reward of best-of-n", f"{reward} reward"
-            yield _Chart(title, _FITTED, line_chart(series, _KL, unit), lines(series, _KL, unit, title))
+            yield Lines(f"{reward.capitalize()} reward of best-of-n", _FITTED, series, _KL, f"{reward} reward")
 
 
 def _band(fit: GaoFit, kl: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -156,20 +139,18 @@ def _selected(selections: Mapping[str, Selection]) -> str:
     return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {most}", "a", "b"], rows, "fits")}'
 
 
-def _response_charts(rows: Sequence[Row]) -> Iterator[_Chart]:
+def _response_charts(rows: Sequence[Row]) -> Iterator[Chart]:
     if "proxy_reward" in rows[0] and "gold_reward" in rows[0]:
         x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
         cloud = [Series("responses", _GOLD, x, y, notes=[row["prompt"][:80] for row in rows])]
-        axes, title = ("proxy reward", "gold reward"), "Proxy against gold"
         text = "One point per response; the ring marks the mean."
-        yield _Chart(title, text, scatter_chart(cloud, *axes), scatter(cloud, *axes, title))
-    for measure, (title, unit, of_reference) in _HISTOGRAMS.items():
+        yield Scatter("Proxy against gold", text, cloud, "proxy reward", "gold reward")
+    for measure, (unit, of_reference) in _HISTOGRAMS.items():
         if measure in rows[0]:
             series = [Series("policy", _POLICY, [], [row[measure] for row in rows])]
             if of_reference in rows[0]:
                 series.insert(0, Series("reference", _REFERENCE, [], [row[of_reference] for row in rows]))
-            text = "Dashed lines are means."
-            yield _Chart(title, text, histogram_chart(series, unit), histogram(series, unit, title))
+            yield Histogram(MEASURES[measure][0], "Dashed lines are means.", series, unit)
 
 
 def _detectors(detectors: Sequence[Detector]) -> str:

@@ -7,14 +7,13 @@ import torch
 
 from nemo_eppo.algorithms.sampling import counter_hash
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import Tokenizer
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.prompts import read_prompts
 from nemo_eppo.evaluation.responses import require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
-from nemo_eppo.files import sha256
+from nemo_eppo.files import json_line, sha256
 from nemo_eppo.generation.engine import EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.megatron import runtime

@@ -1,7 +1,5 @@
 """`nemo-eppo judge`: how often one model's responses are better than another's, by a judge or a gold reward."""
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -10,15 +8,14 @@ from itertools import chain
 from typing import Any
 
 from nemo_eppo.config import ConfigError, RunError
-from nemo_eppo.data.jsonl import json_line
-from nemo_eppo.evaluation.judge_client import Answer, Endpoint, Question
+from nemo_eppo.evaluation.judge_client import Answer, Endpoint, Question, key_of
 from nemo_eppo.evaluation.judge_report import Judged, Outcome, write_judgement
 from nemo_eppo.evaluation.pairs import Pair, read_pairs
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.rows_progress import rows_progress
+from nemo_eppo.files import json_line
 from nemo_eppo.observability.run import LOCK, hold
 from nemo_eppo.rewards.functions import FunctionPool, check_function, source_sha256
-from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.settings.evaluation import JudgeConfig
 from nemo_eppo.settings.rewards import FunctionsConfig
 
@@ -116,7 +113,7 @@ class GoldJudging(Judging):
         super().__init__(config, {"gold": self._gold, "source_sha256": source_sha256(self._gold)})
 
     def _questions(self, pair: Pair) -> dict[str, Any]:
-        return {_key(sample): sample for sample in pair}
+        return {key_of(asdict(sample)): sample for sample in pair}
 
     def _ask(self, keep: Callable[[str, Mapping[str, Any]], None]) -> None:
         pool = FunctionPool(FunctionsConfig())
@@ -128,7 +125,7 @@ class GoldJudging(Judging):
             pool.close()
 
     def _judge(self, pair: Pair) -> Judged:
-        response, baseline = (self._answers[_key(sample)]["reward"] for sample in pair)
+        response, baseline = (self._answers[key_of(asdict(sample))]["reward"] for sample in pair)
         better: Outcome = "win" if response > baseline else "lose"
         outcome: Outcome = "tie" if math.isclose(response, baseline, rel_tol=_EQUAL, abs_tol=_EQUAL) else better
         return Judged(pair, outcome, (), {"gold_response": response, "gold_baseline": baseline})
@@ -165,11 +162,11 @@ class EndpointJudging(Judging):
         """Return both orders, the response first; nothing for equal responses."""
         prompt, texts = pair.response.prompt, (pair.response.response, pair.baseline.response)
         orders = (Question(prompt, *texts), Question(prompt, *texts[::-1])) if texts[0] != texts[1] else ()
-        return {question.key: question for question in orders}
+        return {key_of(question): question for question in orders}
 
     def _ask(self, keep: Callable[[str, Mapping[str, Any]], None]) -> None:
         questions = self.open_questions.values()
-        self._endpoint.ask(questions, lambda question, answer: keep(question.key, answer._asdict()))
+        self._endpoint.ask(questions, lambda question, answer: keep(key_of(question), answer._asdict()))
 
     def _judge(self, pair: Pair) -> Judged:
         answers = [Answer(**self._answers[key]) for key in self._questions(pair)]
@@ -187,8 +184,3 @@ class EndpointJudging(Judging):
     def _about(self) -> dict[str, Any]:
         kept = self._answers.values()
         return self._settings | {name: sum(row[name] for row in kept) for name in ("tokens_in", "tokens_out")}
-
-
-def _key(sample: Sample) -> str:
-    """Return what samples share that are equal in all that a reward function sees, and no others."""
-    return hashlib.sha256(json.dumps(asdict(sample), sort_keys=True).encode()).hexdigest()

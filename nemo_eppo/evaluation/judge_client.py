@@ -37,10 +37,10 @@ class Question(NamedTuple):
     first: str
     second: str
 
-    @property
-    def key(self) -> str:
-        """What equal questions share, and no others."""
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+
+def key_of(value: Any) -> str:
+    """Return what values share that are equal as JSON, and no others."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 Preferred = Literal["first", "second", "tie"]

@@ -2,7 +2,6 @@
 
 import html
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,11 +10,11 @@ import numpy as np
 
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.pairs import Pair
-from nemo_eppo.evaluation.statistics import Estimate, estimate_share
+from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart
-from nemo_eppo.observability.pictures import Panel, bars, lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.charts import COLORS, GRAY, Bars, Chart, Lines, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, sample_card, section
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
 Outcome = Literal["win", "tie", "lose"]
@@ -77,7 +76,7 @@ def write_judgement(
     body = ["<h1>Pairwise judgement</h1>", f'<p class="soft">{html.escape("; ".join(about))}</p>']
     body += _body(judged, results)
     write_atomically(directory / "report.html", page("Pairwise judgement", body))
-    write_picture(directory / "report.png", _panels(results))
+    write_picture(directory / "report.png", _charts(results))
     checkpoints = {name: _plain(result) for name, result in results.items()}
     summary = {"judge": dict(judge), "baseline": against, "checkpoints": checkpoints}
     write_json(directory / "summary.json", summary)
@@ -91,13 +90,10 @@ def _row(name: str, judged: Judged) -> dict[str, Any]:
 
 
 def _result(judged: Sequence[Judged]) -> _Result:
-    prompts = defaultdict(list)
-    for one in judged:
-        prompts[one.pair.response.prompt].append(one.outcome)
+    prompts = [one.pair.response.prompt for one in judged]
 
     def estimate(worth: Mapping[str, float]) -> Estimate:
-        per_prompt = [np.mean([worth.get(outcome, 0.0) for outcome in outcomes]) for outcomes in prompts.values()]
-        return estimate_share(per_prompt)
+        return share_over_prompts([worth.get(one.outcome, 0.0) for one in judged], prompts)
 
     asked = [one.orders for one in judged if one.orders]
     # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
@@ -105,7 +101,7 @@ def _result(judged: Sequence[Judged]) -> _Result:
     decided += [second == "lose" for _, second in asked if second != "tie"]
     return _Result(
         pairs=len(judged),
-        prompts=len(prompts),
+        prompts=len(set(prompts)),
         win=estimate({"win": 1.0}),
         tie=estimate({"tie": 1.0}),
         lose=estimate({"lose": 1.0}),
@@ -140,10 +136,7 @@ def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]
             "first, 50% without position bias. Equal responses are ties that nobody was asked about."
         )
     yield f'<p class="soft">{text}</p>'
-    figures = [figure("Win, tie, lose", _BARS, bar_chart(list(results), _shares(results), _PERCENT))]
-    if scores := _scores(results):
-        figures.append(figure("Over the checkpoints", _LINE, line_chart([scores], "step", "win + 0.5 tie")))
-    yield section("Results", "Each against the baseline.", figures)
+    yield section("Results", "Each against the baseline.", _charts(results))
     yield "<h2>Pairs</h2>"
     for name, pairs in judged.items():
         for outcome, color in _OUTCOMES.items():
@@ -162,18 +155,15 @@ def _said(judged: Judged) -> str:
     return f"{judged.outcome}. " + " ".join(f"{where}: {order} ({reason})" for where, order, reason in told)
 
 
-def _panels(results: Mapping[str, _Result]) -> list[Panel]:
-    scores = _scores(results)
-    shares = bars(list(results), _shares(results), _PERCENT, "Win, tie, lose")
-    return [shares, lines([scores], "step", "win + 0.5 tie", "Over the checkpoints")] if scores else [shares]
-
-
-def _shares(results: Mapping[str, _Result]) -> list[Series]:
-    estimates = {outcome: [getattr(result, outcome) for result in results.values()] for outcome in _OUTCOMES}
-    return [
-        Series(outcome, color, [], [100 * estimate.value for estimate in estimates[outcome]])
+def _charts(results: Mapping[str, _Result]) -> list[Chart]:
+    shares = [
+        Series(outcome, color, [], [100 * getattr(result, outcome).value for result in results.values()])
         for outcome, color in _OUTCOMES.items()
     ]
+    charts: list[Chart] = [Bars("Win, tie, lose", _BARS, shares, _PERCENT, names=list(results))]
+    if scores := _scores(results):
+        charts.append(Lines("Over the checkpoints", _LINE, [scores], "step", "win + 0.5 tie"))
+    return charts
 
 
 def _scores(results: Mapping[str, _Result]) -> Series | None:

@@ -1,7 +1,6 @@
 """What `nemo-eppo latents` writes: samples.jsonl, latents.json, report.html and latents.png."""
 
 import html
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
 from nemo_eppo.data.jsonl import write_jsonl
-from nemo_eppo.evaluation.statistics import Estimate, estimate_share
+from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, histogram_chart, scatter_chart
-from nemo_eppo.observability.pictures import histogram, scatter, write_picture
-from nemo_eppo.observability.report_page import figure, page, sample_card, section
+from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Scatter, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, sample_card, section
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
-_GROUPS = (("sft", "SFT", GRAY), ("rlhf", "RLHF", COLORS[1]))  # name, label, colour
 _SEED = 0  # of t-SNE, whose start the principal components give all but alone, and of what is held out
 _FOLDS = 20  # with fewer, Gaussians of fewer latents would call the held-out ones outliers more often
 _FARTHEST = 6  # responses that the page shows
@@ -47,6 +45,18 @@ class Latents(NamedTuple):
     """Prompt and response of each."""
 
 
+class _Group(NamedTuple):
+    """The responses of one model, and what was measured of them."""
+
+    color: str
+    of: Latents
+    distances: list[float]
+    p_values: list[float]
+    places: list[list[float]]
+    """On the map of t-SNE, [N, 2]."""
+    outliers: Estimate
+
+
 def write_latents(
     directory: Path, sft: Latents, rlhf: Latents, told: Mapping[str, str], alpha: float, perplexity: float
 ) -> str:
@@ -65,49 +75,44 @@ def write_latents(
     Returns:
         the table of results, for the terminal.
     """
-    groups = {"sft": sft, "rlhf": rlhf}
-    measured = {"sft": _held_out(sft.latents), "rlhf": _measure(rlhf.latents, sft.latents)}
-    distances = {name: both[:, 0].tolist() for name, both in measured.items()}
-    chances = {name: both[:, 1].tolist() for name, both in measured.items()}
-    places = tsne(torch.cat([sft.latents, rlhf.latents]).numpy(), perplexity)
-    where = dict(zip(groups, np.split(places, [len(sft.latents)]), strict=True))
     csi, radius = _separation(rlhf.latents, sft.latents)
     halves = torch.randperm(len(sft.latents), generator=torch.Generator().manual_seed(_SEED)).chunk(2)
     baseline, _ = _separation(*(sft.latents[half] for half in halves))
-    outliers = {name: _outliers(group, np.array(chances[name]) < alpha) for name, group in groups.items()}
+    places = np.split(tsne(torch.cat([sft.latents, rlhf.latents]).numpy(), perplexity), [len(sft.latents)])
 
+    def of_model(color: str, of: Latents, measured: Tensor, place: NDArray[np.float64]) -> _Group:
+        distances, chances = measured.T.tolist()
+        outliers = share_over_prompts(np.array(chances) < alpha, (prompt for prompt, _ in of.texts))
+        return _Group(color, of, distances, chances, place.tolist(), outliers)
+
+    groups = {
+        "sft": of_model(GRAY, sft, _held_out(sft.latents), places[0]),
+        "rlhf": of_model(COLORS[1], rlhf, _measure(rlhf.latents, sft.latents), places[1]),
+    }
     rows = (
         {"set": name, "line": line, "reward": reward, "mahalanobis": distance, "p_value": chance, "tsne": place}
         for name, group in groups.items()
         for line, reward, distance, chance, place in zip(
-            group.lines, group.rewards, distances[name], chances[name], where[name].tolist(), strict=True
+            group.of.lines, group.of.rewards, group.distances, group.p_values, group.places, strict=True
         )
     )
     write_jsonl(directory / "samples.jsonl", rows)
     results: dict[str, Any] = {
         **told,
         "latent_size": sft.latents.shape[1],
-        "responses": {name: len(group.latents) for name, group in groups.items()},
-        "mean_mahalanobis": {name: float(np.mean(distances[name])) for name in groups},
-        "mean_reward": {name: float(np.mean(group.rewards)) for name, group in groups.items()},
+        "responses": {name: len(group.distances) for name, group in groups.items()},
+        "mean_mahalanobis": {name: float(np.mean(group.distances)) for name, group in groups.items()},
+        "mean_reward": {name: float(np.mean(group.of.rewards)) for name, group in groups.items()},
         "alpha": alpha,
-        "outlier_fraction": {name: estimate.as_dict() for name, estimate in outliers.items()},
-        "mop": outliers["rlhf"].value,
+        "outlier_fraction": {name: group.outliers.as_dict() for name, group in groups.items()},
+        "mop": groups["rlhf"].outliers.value,
         "csi": csi,
         "csi_per_response": {"sft": baseline / len(halves[0]), "rlhf": csi / len(rlhf.latents)},
         "csi_radius": radius,
     }
-    cloud = _series(where, groups)
-    spread = [Series(f"{label} ({len(distances[name])})", color, [], distances[name]) for name, label, color in _GROUPS]
-    figures = [
-        figure(*_MAP, scatter_chart(cloud, "t-SNE 1", "t-SNE 2")),
-        figure(*_HISTOGRAM, histogram_chart(spread, _DISTANCE)),
-    ]
-    shown = _table(results, outliers)
-    body = list(_body(results, shown, figures, rlhf, distances["rlhf"], chances["rlhf"]))
-    write_atomically(directory / "report.html", page("Latents", body))
-    panels = [scatter(cloud, "t-SNE 1", "t-SNE 2", _MAP[0]), histogram(spread, _DISTANCE, _HISTOGRAM[0])]
-    write_picture(directory / "latents.png", panels)
+    charts, shown = _charts(groups), _table(results, groups)
+    write_atomically(directory / "report.html", page("Latents", list(_body(results, shown, charts, groups["rlhf"]))))
+    write_picture(directory / "latents.png", charts)
     write_json(directory / "latents.json", results)
     return text_table("Latents", shown)
 
@@ -133,14 +138,6 @@ def _separation(latents: Tensor, sft: Tensor) -> tuple[float, float]:
     return cluster_separation_index(latents, sft, known.radius), known.radius
 
 
-def _outliers(group: Latents, is_outlier: NDArray[np.bool_]) -> Estimate:
-    """Estimate the share of outliers, each prompt counted alike: answers to one are not independent."""
-    prompts: dict[str, list[bool]] = defaultdict(list)
-    for (prompt, _), outlier in zip(group.texts, is_outlier.tolist(), strict=True):
-        prompts[prompt].append(outlier)
-    return estimate_share([np.mean(answers) for answers in prompts.values()])
-
-
 def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:
     """Map points [N, d] to the plane [N, 2] by t-SNE that starts from their principal components.
 
@@ -158,34 +155,29 @@ def tsne(points: NDArray[np.float64], perplexity: float) -> NDArray[np.float64]:
     return placed
 
 
-def _series(where: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Latents]) -> list[Series]:
-    series = []
-    for name, label, color in _GROUPS:
-        x, y = where[name].T.tolist()
-        series.append(Series(label, color, x, y, notes=[response[:80] for _, response in groups[name].texts]))
-    return series
+def _charts(groups: Mapping[str, _Group]) -> list[Chart]:
+    cloud, spread = [], []
+    for name, group in groups.items():
+        x, y = zip(*group.places, strict=True)
+        cloud.append(Series(name.upper(), group.color, x, y, notes=[text[:80] for _, text in group.of.texts]))
+        spread.append(Series(f"{name.upper()} ({len(group.distances)})", group.color, [], group.distances))
+    return [Scatter(*_MAP, cloud, "t-SNE 1", "t-SNE 2"), Histogram(*_HISTOGRAM, spread, _DISTANCE)]
 
 
-def _table(results: Mapping[str, Any], outliers: Mapping[str, Estimate]) -> list[list[str]]:
+def _table(results: Mapping[str, Any], groups: Mapping[str, _Group]) -> list[list[str]]:
     rows = [["", "Responses", "Reward", _DISTANCE, "Outliers (MOP)", "CSI", "CSI / response"]]
-    for name, label, _ in _GROUPS:
-        share = outliers[name]
-        row = [label, f"{results['responses'][name]:,}", f"{results['mean_reward'][name]:.4g}"]
+    for name, group in groups.items():
+        share = group.outliers
+        row = [name.upper(), f"{results['responses'][name]:,}", f"{results['mean_reward'][name]:.4g}"]
         row += [f"{results['mean_mahalanobis'][name]:.4g}"]
         row += [f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"]
-        rows.append(
-            [*row, f"{results['csi']:.4g}" if name == "rlhf" else "", f"{results['csi_per_response'][name]:.4g}"]
-        )
+        row += [f"{results['csi']:.4g}" if name == "rlhf" else "", f"{results['csi_per_response'][name]:.4g}"]
+        rows.append(row)
     return rows
 
 
 def _body(
-    results: Mapping[str, Any],
-    shown: Sequence[Sequence[str]],
-    figures: Sequence[str],
-    rlhf: Latents,
-    distances: Sequence[float],
-    chances: Sequence[float],
+    results: Mapping[str, Any], shown: Sequence[Sequence[str]], charts: Sequence[Chart], rlhf: _Group
 ) -> Iterator[str]:
     yield "<h1>Latents of SFT and RLHF responses</h1>"
     told = "; ".join(f"{name}: {results[name]}" for name in ("model", "sft", "rlhf"))
@@ -196,12 +188,12 @@ def _body(
         "hold 95% intervals. Each twentieth of the SFT responses is compared with the rest. CSI grows with clusters of "
         "RLHF responses that are far from all SFT responses; that of SFT is of one half of them against the other.</p>"
     )
-    yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", figures)
+    yield section("Where the responses lie", f"{results['latent_size']} latent dimensions.", charts)
     yield "<h2>RLHF responses farthest from the SFT responses</h2>"
-    for index in sorted(range(len(distances)), key=lambda index: -distances[index])[:_FARTHEST]:
-        prompt, response = rlhf.texts[index]
+    for index in sorted(range(len(rlhf.distances)), key=lambda index: -rlhf.distances[index])[:_FARTHEST]:
+        prompt, response = rlhf.of.texts[index]
         facts = (
-            f"Line {rlhf.lines[index]}: distance {distances[index]:.4g}, p-value {chances[index]:.2g}, "
-            f"reward {rlhf.rewards[index]:.4g}"
+            f"Line {rlhf.of.lines[index]}: distance {rlhf.distances[index]:.4g}, p-value {rlhf.p_values[index]:.2g}, "
+            f"reward {rlhf.of.rewards[index]:.4g}"
         )
         yield sample_card(prompt, [(COLORS[1], facts, response)])

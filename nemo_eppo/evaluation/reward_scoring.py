@@ -7,11 +7,11 @@ import torch
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import collate
-from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.responses import Response
 from nemo_eppo.evaluation.rows_file import RowsFile
 from nemo_eppo.evaluation.score import model_name
+from nemo_eppo.files import json_line
 from nemo_eppo.megatron import runtime
 from nemo_eppo.servers.client import Rewards
 from nemo_eppo.settings.model import ModelSetup

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.files import NotAnObject, complete_lines, json_object, write_json
+from nemo_eppo.files import complete_lines, json_row, write_json
 
 
 def parts_folder(output: Path, what: str) -> Path:
@@ -69,9 +69,9 @@ class RowsFile:
     def rows(self) -> list[dict[str, Any]]:
         """Read the complete rows that an interrupted run left; ConfigError if one is damaged."""
         try:
-            return [json_object(line) for line in self._complete]
-        except NotAnObject as error:
-            raise ConfigError(f"--output: {self.path}: {error}; remove the file or choose another") from None
+            return [json_row(line, f"{self.path}:{number}") for number, line in enumerate(self._complete, start=1)]
+        except ConfigError as error:
+            raise ConfigError(f"--output: {error}; remove the file or choose another") from None
 
     def begin(self) -> None:
         """Make the file, or cut off a last row that is not complete, and keep others from writing to it.

@@ -26,7 +26,7 @@ from nemo_eppo.evaluation.detection import (
     compare_signs,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.statistics import Estimate, Floats, threshold_at_share, within_groups_auroc
+from nemo_eppo.evaluation.statistics import Estimate, Floats, numbered, threshold_at_share, within_groups_auroc
 from nemo_eppo.observability.charts import running_mean
 from nemo_eppo.observability.peak import Peak, find_peak, peak_window
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
@@ -119,9 +119,7 @@ class RunDetection:
         """Numbers of the recorded steps."""
         self.step_of = np.repeat(self.steps, [len(found) for found in per_step.values()])
         """[N] the step of each response."""
-        numbers: dict[Any, int] = {}
-        names = (tuple(row["prompt_ids"]) if "prompt_ids" in row else place for place, row in enumerate(rows))
-        self.prompts = np.array([numbers.setdefault(name, len(numbers)) for name in names])
+        self.prompts = numbered(tuple(row["prompt_ids"]) if "prompt_ids" in row else n for n, row in enumerate(rows))
         """[N] the number of each response's prompt; every response has its own in a run that recorded none."""
         self.proxy, self.gold = (np.array([row[name] for row in rows], dtype=np.float64) for name in _REWARDS)
         settings, _ = read_config(config.run / "config.yaml") if (config.run / "config.yaml").exists() else ({}, {})

@@ -9,10 +9,10 @@ import numpy as np
 from nemo_eppo.evaluation.detection import COMBINED, ENERGY_AND_KL, detectors_table
 from nemo_eppo.evaluation.run_detection import CHANCE, MONITOR, NO_WARNING, PATIENCE, RunDetection
 from nemo_eppo.files import write_atomically, write_json
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, line_chart
+from nemo_eppo.observability.charts import COLORS, GRAY, Lines, Series
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
-from nemo_eppo.observability.pictures import lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, section
 from nemo_eppo.observability.report_tables import alarms_table, read_config, table
 
 _STEP = "PPO step"
@@ -32,11 +32,12 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     for color, (sign, alarm) in zip(colors, detection.alarms.items(), strict=False):
         shares.append(Series(sign, color, steps, alarm.shares.tolist()))
     output.mkdir(parents=True, exist_ok=True)
-    panels = [
-        lines(rewards, _STEP, "reward", "Proxy and gold reward"),
-        lines(shares, _STEP, "share of responses", "Hacked, and at a threshold"),
+    text = "Running means of the shares of a step's responses."
+    charts = [
+        Lines("Proxy and gold reward", "Running means over a tenth of the steps.", rewards, _STEP, "reward"),
+        Lines("Hacked responses, and those that reach a threshold", text, shares, _STEP, "share of responses"),
     ]
-    write_picture(output / "detection.png", panels)
+    write_picture(output / "detection.png", charts)
     write_json(output / "report.json", detection.as_dict())
     curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
@@ -51,18 +52,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
             "Over the course of training",
             f"The first {detection.config.calm_steps} steps set each sign's threshold: the lowest value that at most "
             f"{detection.config.false_alarms:g} of 1,000 of their responses reach, or the highest if more have it.",
-            [
-                figure(
-                    "Proxy and gold reward",
-                    "Running means over a tenth of the steps.",
-                    line_chart(rewards, _STEP, "reward"),
-                ),
-                figure(
-                    "Hacked responses, and those that reach a threshold",
-                    "Running means of the shares of a step's responses.",
-                    line_chart(shares, _STEP, "share of responses"),
-                ),
-            ],
+            charts,
         ),
         "<h2>When would an alarm have come?</h2>",
         table(["Sign", "First alarm", "Lead", "Hacked found", "AUROC in a step"], _alarm_rows(detection), "alarms"),

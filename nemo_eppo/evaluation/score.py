@@ -8,11 +8,10 @@ from nemo_eppo.algorithms.energy import energy_window, response_energy
 from nemo_eppo.algorithms.masking import masked_sum, response_mask
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.datasets import collate
-from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.evaluation.model_rows import WINDOW, append_rows
 from nemo_eppo.evaluation.responses import Response, read_responses, require_chat_template
 from nemo_eppo.evaluation.rows_file import RowsFile
-from nemo_eppo.files import sha256
+from nemo_eppo.files import json_line, sha256
 from nemo_eppo.megatron import runtime
 from nemo_eppo.megatron.energy import EnergyProbes, readable_presets
 from nemo_eppo.megatron.runner import ModelRunner

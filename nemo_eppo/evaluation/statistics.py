@@ -5,7 +5,7 @@ samples that are not independent have in common, as the answers to one prompt: a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +71,23 @@ def estimate_share(values: ArrayLike) -> Estimate:
     centre, half = share + z**2 / (2 * size), z * math.sqrt(variance / size + (z / (2 * size)) ** 2)
     low, high = ((centre + side) / (1 + z**2 / size) for side in (-half, half))
     return Estimate(share, low if share > 0 else 0.0, high if share < 1 else 1.0)  # which rounding may miss
+
+
+def share_over_prompts(values: ArrayLike, prompts: Iterable[Hashable]) -> Estimate:
+    """Estimate a share as `estimate_share` does, each prompt counted alike: answers to one are not independent.
+
+    Args:
+        values: [N] from 0 to 1, one of each answer; N > 0.
+        prompts: [N], what the answers to one prompt have in common.
+    """
+    prompt = numbered(prompts)
+    return estimate_share(np.bincount(prompt, np.asarray(values, dtype=np.float64)) / np.bincount(prompt))
+
+
+def numbered(names: Iterable[Hashable]) -> NDArray[np.int64]:
+    """Return the number [N] of each name, from 0 in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:

@@ -26,8 +26,8 @@ from nemo_eppo.generation.refit import Bucket, RefitError, TensorInfo, aligned, 
 from nemo_eppo.generation.stops import Stops
 from nemo_eppo.generation.trtllm_client import EngineProcess, EngineProcessError
 from nemo_eppo.megatron import device
-from nemo_eppo.megatron.collectives import PeerError, all_or_none
-from nemo_eppo.megatron.runtime import PATIENCE, control_group
+from nemo_eppo.megatron.collectives import PeerError, all_or_none, sibling
+from nemo_eppo.megatron.runtime import PATIENCE
 from nemo_eppo.models.hf_names import hf_names
 from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.generation import SamplingParams, TensorRTLLMConfig
@@ -63,7 +63,8 @@ class TensorRTLLMEngine:
     ) -> None:
         limits.check(model)
         self._model, self._config, self._limits = model, config, limits
-        self._replica = _replica()
+        # by gloo: none waits on a GPU on which an engine computes
+        self._replica = sibling(parallel_state.get_model_parallel_group(), "gloo", PATIENCE)
         numbers = [""] * self._replica.size()
         dist.all_gather_object(numbers, device.number(), group=self._replica)
         size, rank = config.tensor_parallel_size, self._replica.rank()
@@ -182,17 +183,6 @@ class TensorRTLLMEngine:
     def _on_process(self, work: Callable[[EngineProcess], Any]) -> Any:
         """Do something with the process of this rank if it has one; an error is raised on all ranks of the replica."""
         return all_or_none(lambda: None if self._process is None else work(self._process), self._replica)
-
-
-def _replica() -> dist.ProcessGroup:
-    """Make a gloo group of this replica's ranks, so that none waits on a GPU on which an engine computes."""
-    mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-    replicas: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(replicas, mine, group=control_group())
-    made = {tuple(ranks): None for ranks in replicas}  # every rank makes all groups, in the same order
-    groups = {ranks: dist.new_group(list(ranks), timeout=PATIENCE, backend="gloo") for ranks in made}
-    group: dist.ProcessGroup = groups[tuple(mine)]
-    return group
 
 
 def _completion(tokens: list[int], logprobs: list[float], version: int, limit: int, stops: Stops) -> Completion:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field
 
-from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
+from nemo_eppo.config import Config, ConfigError, load_config, read_yaml
 from nemo_eppo.settings.model import Precision
 
 
@@ -128,10 +127,7 @@ def read_cluster(name: str) -> Cluster | None:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"--estimate = {name!r}: expected h100, here, or a YAML file with figures of a cluster")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(yaml_fault(error, path)) from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping with the figures {', '.join(Cluster.model_fields)}")
     try:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from nemo_eppo.config import Config, ConfigError, load_config, yaml_fault
+from nemo_eppo.config import Config, ConfigError, load_config, value_at, yaml_fault
 from nemo_eppo.entry.settings import nested
 from nemo_eppo.settings.kinds import KINDS, JobKind
 
@@ -84,10 +84,7 @@ class JobConfig(Config):
 
     def setting(self, path: str) -> Any:
         """Return the value of a dotted key; None if it is not set."""
-        value: Any = self.settings
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return value_at(self.settings, path)
 
 
 class InstalledConfig(Config):

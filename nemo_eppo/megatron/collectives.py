@@ -88,16 +88,23 @@ def require_same(what: str, value: object) -> None:
     all_or_none(compare)
 
 
-def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def sibling(
+    group: dist.ProcessGroup,
+    backend: str | None = None,
+    timeout: datetime.timedelta = datetime.timedelta(minutes=runtime.TIMEOUT_MINUTES),
+) -> dist.ProcessGroup:
     """Make another group of the same ranks; collective over the job, whose ranks name groups without a common rank.
 
     NCCL does all that a group is asked for in turn, sends and receives included, so what one group has to wait for does
     not hold up the other.
+
+    Args:
+        backend: None for the job's own; "gloo" for ranks that must not wait on a GPU.
     """
     groups: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(groups, dist.get_process_group_ranks(group), group=runtime.control_group())
     partition = [list(ranks) for ranks in sorted(set(map(tuple, groups)))]
-    own, _ = dist.new_subgroups_by_enumeration(partition, datetime.timedelta(minutes=runtime.TIMEOUT_MINUTES))
+    own, _ = dist.new_subgroups_by_enumeration(partition, timeout, backend)
     return cast(dist.ProcessGroup, own)
 
 

@@ -4,18 +4,17 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
-from nemo_eppo.observability.charts import COLORS, GRAY, Series, bar_chart, line_chart, stacked_chart
+from nemo_eppo.observability.charts import COLORS, GRAY, Bars, Chart, Lines, Series, Stack
 from nemo_eppo.observability.metrics import Curves
-from nemo_eppo.observability.report_page import figure
 
 _STEP = "PPO step"
 _LONGEST = 6  # phases that a comparison shows
 _NO_TERMS = re.compile(r"score_\d+|gold|held_out|latent_distance")  # metrics reward/... that are no part of the sum
 
 
-def accounts(curves: Curves) -> list[str]:
-    """Return the figures of one run: its ledger over the steps, and the seconds of each phase."""
-    figures = []
+def accounts(curves: Curves) -> list[Chart]:
+    """Return the charts of one run: its ledger over the steps, and the seconds of each phase."""
+    charts: list[Chart] = []
     terms = _ledger(curves)
     used = [term for term, (_, values) in terms.items() if any(values)]
     if used:
@@ -24,7 +23,7 @@ def accounts(curves: Curves) -> list[str]:
         text += f" Zero throughout: {', '.join(unused)}." if unused else ""
         colors = [GRAY if term == "final" else COLORS[i % len(COLORS)] for i, term in enumerate(used)]
         series = [Series(term, color, *terms[term]) for term, color in zip(used, colors, strict=True)]
-        figures.append(figure("Reward ledger", text, line_chart(series, _STEP, "reward")))
+        charts.append(Lines("Reward ledger", text, series, _STEP, "reward"))
     if "seconds/step" in curves:
         steps, totals = _totals(curves)
         seconds = _seconds(curves)
@@ -37,21 +36,19 @@ def accounts(curves: Curves) -> list[str]:
         ]
         text = f"Wall time of the actor per step, {total / len(totals):.2f} s on average, validation included."
         text += f" Other includes {', '.join(rest)}." if rest else ""
-        figures.append(figure("Seconds per phase", text, stacked_chart(series, _STEP, "seconds")))
-    return figures
+        charts.append(Stack("Seconds per phase", text, series, _STEP, "seconds"))
+    return charts
 
 
-def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> list[str]:
-    """Return the figures of several runs, by name: each term of their ledgers, and the mean seconds of each phase."""
-    figures = []
+def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> list[Chart]:
+    """Return the charts of several runs, by name: each term of their ledgers, and the mean seconds of each phase."""
+    charts: list[Chart] = []
     ledgers = {name: _ledger(curves) for name, curves in runs.items()}
     terms = dict.fromkeys(term for ledger in ledgers.values() for term, (_, values) in ledger.items() if any(values))
     for term in terms:
-        series = [
-            Series(name, colors[name], *ledger[term]) for name, ledger in ledgers.items() if term in ledger
-        ]  # fmt: skip
+        series = [Series(name, colors[name], *ledger[term]) for name, ledger in ledgers.items() if term in ledger]
         what = "What the policy was trained on." if term == "final" else "Mean contribution to the final reward."
-        figures.append(figure(f"Ledger: {term}", what, line_chart(series, _STEP, "reward")))
+        charts.append(Lines(f"Ledger: {term}", what, series, _STEP, "reward"))
     timed = {name: curves for name, curves in runs.items() if "seconds/step" in curves}
     if timed:
         seconds = {name: _seconds(curves) for name, curves in timed.items()}
@@ -67,8 +64,8 @@ def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> 
         others = [_other(_totals(curves)[1], seconds[name], shown) for name, curves in timed.items()]
         parts.append(Series("other", GRAY, [], [statistics.fmean(values) for values in others]))
         text = "Mean wall time of the actor's steps, validation included."
-        figures.append(figure("Seconds per phase", text, bar_chart(list(timed), parts, "seconds")))
-    return figures
+        charts.append(Bars("Seconds per phase", text, parts, "seconds", names=list(timed)))
+    return charts
 
 
 def _ledger(curves: Curves) -> dict[str, tuple[Sequence[int], Sequence[float]]]:

@@ -1,12 +1,14 @@
-"""The charts of the HTML report: plotly figures in one style, which show their values under the pointer.
+"""The charts of pages, by plotly in one style, with values under the pointer; and the same in pictures, by matplotlib.
 
-Every function returns one figure; `report_page.figure` puts it on a page. plotly is imported with the first figure.
+`report_page.section` puts charts on a page, `pictures.write_picture` into a PNG file. Either library is imported with
+the first chart that needs it.
 """
 
 import html
 import math
 import statistics
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,103 +42,190 @@ class Series:
     """Half the height of a band around the line at every point, or how far it reaches below and above the points, as
     matplotlib's yerr; empty: no band."""
     notes: Sequence[str] = ()
-    """Plain text for every point, shown under the pointer before the values; used by `scatter_chart`."""
+    """Plain text for every point, shown under the pointer before the values; used by `Scatter`."""
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> "Figure":
-    """Draw lines over steps. Long noisy ones are drawn faint, under their running mean (see `smoothing_window`)."""
-    traces: list[dict[str, Any]] = []
-    for one in series:
-        x, y, window = np.asarray(one.x), np.asarray(one.y), smoothing_window(len(one.x))
-        style: dict[str, Any] = {"type": "scatter", "name": one.label, "legendgroup": one.label}
-        quiet = style | {"hoverinfo": "skip", "mode": "lines"}
-        if len(one.error):
-            below, above = np.broadcast_to(one.error, (2, len(x)))
-            edge = {"showlegend": False, "line": {"width": 0}, "fillcolor": _transparent(one.color, 0.2)}
-            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y - below)})
-            traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y + above), "fill": "tonexty"})
-        line = {"color": one.color, "width": 2}
-        marks = "lines+markers" if len(x) < _SINGLE_POINTS else "lines"
-        if window > 1:
-            line = {"color": _transparent(one.color, 0.35), "width": 1}
-        traces.append(style | {"x": _thin(x), "y": _thin(y), "mode": marks, "line": line, "showlegend": window == 1})
-        if window > 1:
-            mean = _thin(running_mean(y, window))
-            traces.append(quiet | {"x": _thin(x), "y": mean, "line": {"color": one.color, "width": 2.2}})
-    return _figure(traces, x_label, y_label, hovermode="x unified")
+@dataclass(frozen=True)
+class Chart(ABC):
+    """A chart, described once: on a page it is a figure of plotly, in a picture it is drawn by matplotlib."""
+
+    title: str
+    text: str
+    """Plain caption, on a page."""
+    series: Sequence[Series]
+    x_label: str
+    y_label: str = ""
+
+    @abstractmethod
+    def figure(self) -> "Figure":
+        """Return it for a page, see `report_page.section`."""
+
+    @abstractmethod
+    def draw(self, axes: Any) -> None:
+        """Draw it into axes of matplotlib, see `pictures.write_picture`."""
 
 
-def stacked_chart(layers: Sequence[Series], x_label: str, y_label: str) -> "Figure":
-    """Draw layers on top of each other over shared steps; all layers have the same `x`, and no negative values."""
-    marks = "lines" if len(layers[0].x) > 1 else "markers"
-    traces = [
-        {
-            "type": "scatter", "name": layer.label, "mode": marks, "stackgroup": "all",
-            "x": _thin(np.asarray(layer.x)), "y": _thin(np.asarray(layer.y)),
-            "line": {"width": 0, "shape": "hvh", "color": layer.color}, "fillcolor": layer.color,
-        }
-        for layer in layers
-    ]  # fmt: skip
-    return _figure(traces, x_label, y_label, hovermode="x unified")
+class Lines(Chart):
+    """Lines over steps, each with the band that its `error` makes around it.
 
-
-def scatter_chart(groups: Sequence[Series], x_label: str, y_label: str, joined: bool = False) -> "Figure":
-    """Draw clouds of points with rings at their means.
-
-    With `joined`, the points of a group are in the order of time: a line connects them, they get more solid towards
-    the end, and there are no rings.
+    On a page, long noisy ones are drawn faint, under their running mean (see `smoothing_window`).
     """
-    traces: list[dict[str, Any]] = []
-    for group in groups:
-        values = f"{x_label} %{{x:.4~g}}, {y_label} %{{y:.4~g}}<extra></extra>"
-        trace = {
-            "type": "scatter", "name": group.label, "x": group.x, "y": group.y, "legendgroup": group.label,
-            "text": [_note(note) for note in group.notes], "hovertemplate": "%{text}" + values,
-            "mode": "lines+markers" if joined else "markers", "line": {"color": _transparent(group.color, 0.3)},
-        }  # fmt: skip
-        opacity = np.linspace(0.2, 1.0, len(group.x)) if joined else 0.5
-        traces.append(trace | {"marker": {"color": group.color, "size": 7, "opacity": opacity}})
-        if not joined:
-            ring = {"color": group.color, "size": 15, "symbol": "circle-open", "line": {"width": 4}}
-            mean: dict[str, Any] = {"x": [statistics.fmean(group.x)], "y": [statistics.fmean(group.y)]}
-            about = {"text": [_note(f"mean of {group.label}")], "showlegend": False, "marker": ring}
-            traces.append(trace | mean | about)
-    return _figure(traces, x_label, y_label, hovermode="closest")
+
+    def figure(self) -> "Figure":
+        traces: list[dict[str, Any]] = []
+        for one in self.series:
+            x, y, window = np.asarray(one.x), np.asarray(one.y), smoothing_window(len(one.x))
+            style: dict[str, Any] = {"type": "scatter", "name": one.label, "legendgroup": one.label}
+            quiet = style | {"hoverinfo": "skip", "mode": "lines"}
+            if len(one.error):
+                below, above = np.broadcast_to(one.error, (2, len(x)))
+                edge = {"showlegend": False, "line": {"width": 0}, "fillcolor": _transparent(one.color, 0.2)}
+                traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y - below)})
+                traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y + above), "fill": "tonexty"})
+            line = {"color": one.color, "width": 2}
+            if window > 1:
+                line = {"color": _transparent(one.color, 0.35), "width": 1}
+            style |= {"mode": "lines+markers" if len(x) < _SINGLE_POINTS else "lines", "showlegend": window == 1}
+            traces.append(style | {"x": _thin(x), "y": _thin(y), "line": line})
+            if window > 1:
+                mean = _thin(running_mean(y, window))
+                traces.append(quiet | {"x": _thin(x), "y": mean, "line": {"color": one.color, "width": 2.2}})
+        return _figure(traces, self.x_label, self.y_label, hovermode="x unified")
+
+    def draw(self, axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for one in self.series:
+            y, marker = np.asarray(one.y, dtype=float), "o" if len(one.y) < _SINGLE_POINTS else None
+            axes.plot(one.x, y, color=one.color, label=one.label, marker=marker, markersize=4)
+            if len(one.error):
+                below, above = np.broadcast_to(one.error, (2, len(y)))
+                axes.fill_between(one.x, y - below, y + above, color=one.color, alpha=0.2, linewidth=0)
+        if all(float(value).is_integer() for one in self.series for value in one.x):  # steps, layers
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def histogram_chart(groups: Sequence[Series], x_label: str) -> "Figure":
-    """Draw which share of each group's `y` values falls into which bin, with dashed lines at the means."""
-    total = sum(len(group.y) for group in groups)
-    traces = [
-        {
-            "type": "histogram", "name": group.label, "x": group.y, "bingroup": "all", "histnorm": "percent",
-            "nbinsx": histogram_bins(total), "marker": {"color": group.color}, "opacity": 0.55,
-        }
-        for group in groups
-    ]  # fmt: skip
-    chart = _figure(traces, x_label, "% of responses", hovermode="x", barmode="overlay")
-    for group in groups:
-        chart.add_vline(statistics.fmean(group.y), line={"color": group.color, "dash": "dash", "width": 2})
-    return chart
+class Stack(Chart):
+    """Layers on top of each other over shared steps; all have the same `x`, and no negative values."""
+
+    def figure(self) -> "Figure":
+        marks = "lines" if len(self.series[0].x) > 1 else "markers"
+        traces = [
+            {
+                "type": "scatter", "name": layer.label, "mode": marks, "stackgroup": "all",
+                "x": _thin(np.asarray(layer.x)), "y": _thin(np.asarray(layer.y)),
+                "line": {"width": 0, "shape": "hvh", "color": layer.color}, "fillcolor": layer.color,
+            }
+            for layer in self.series
+        ]  # fmt: skip
+        return _figure(traces, self.x_label, self.y_label, hovermode="x unified")
+
+    def draw(self, axes: Any) -> None:
+        labels, colors = [layer.label for layer in self.series], [layer.color for layer in self.series]
+        heights = [layer.y for layer in self.series]
+        axes.stackplot(self.series[0].x, heights, labels=labels, colors=colors, step="mid")
 
 
-def bar_chart(names: Sequence[str], parts: Sequence[Series], x_label: str) -> "Figure":
-    """Draw one bar for each name, from above, divided into parts: `y` has a part's length in every bar."""
-    wrapped = [[html.escape(line, quote=False) for line in textwrap.wrap(name, 18)] for name in names]  # for a phone
-    places = ["<br>".join(lines) for lines in wrapped]
-    traces = [
-        {
-            "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": places,
-            "marker": {"color": part.color}, "hovertemplate": "%{x:.4~g}",
-        }
-        for part in parts
-    ]  # fmt: skip
-    height = 80 + 20 * len(parts) + sum(20 + 15 * len(lines) for lines in wrapped)
-    chart = _figure(traces, x_label, "", short=6, height=height, barmode="stack", hovermode="y unified")
-    return chart.update_yaxes(autorange="reversed", type="category", showgrid=False)
+@dataclass(frozen=True)
+class Scatter(Chart):
+    """Clouds of points with rings at their means."""
+
+    joined: bool = False
+    """The points of a group are in the order of time: a line connects them, they get more solid towards the end, and
+    there are no rings."""
+
+    def figure(self) -> "Figure":
+        traces: list[dict[str, Any]] = []
+        for group in self.series:
+            values = f"{self.x_label} %{{x:.4~g}}, {self.y_label} %{{y:.4~g}}<extra></extra>"
+            mode, line = "lines+markers" if self.joined else "markers", {"color": _transparent(group.color, 0.3)}
+            trace = {
+                "type": "scatter", "name": group.label, "x": group.x, "y": group.y, "legendgroup": group.label,
+                "text": [_note(note) for note in group.notes], "hovertemplate": "%{text}" + values,
+                "mode": mode, "line": line,
+            }  # fmt: skip
+            traces.append(trace | {"marker": {"color": group.color, "size": 7, "opacity": self._opacity(group)}})
+            if not self.joined:
+                ring = {"color": group.color, "size": 15, "symbol": "circle-open", "line": {"width": 4}}
+                mean: dict[str, Any] = {"x": [statistics.fmean(group.x)], "y": [statistics.fmean(group.y)]}
+                about = {"text": [_note(f"mean of {group.label}")], "showlegend": False, "marker": ring}
+                traces.append(trace | mean | about)
+        return _figure(traces, self.x_label, self.y_label, hovermode="closest")
+
+    def draw(self, axes: Any) -> None:
+        for group in self.series:
+            style = {"color": group.color, "label": group.label, "s": 22, "linewidths": 0}
+            axes.scatter(group.x, group.y, alpha=self._opacity(group), **style)
+            if self.joined:
+                axes.plot(group.x, group.y, color=group.color, alpha=0.3)
+            else:
+                mean = statistics.fmean(group.x), statistics.fmean(group.y)
+                axes.scatter(*mean, s=160, facecolors="none", edgecolors=group.color, linewidths=3.5)
+
+    def _opacity(self, group: Series) -> Any:
+        return np.linspace(0.2, 1.0, len(group.x)) if self.joined else 0.5
 
 
-def histogram_bins(values: int) -> int:
+@dataclass(frozen=True)
+class Histogram(Chart):
+    """Which share of each group's `y` values falls into which bin, with dashed lines at the means."""
+
+    y_label: str = "% of responses"
+
+    def figure(self) -> "Figure":
+        total = sum(len(group.y) for group in self.series)
+        traces = [
+            {
+                "type": "histogram", "name": group.label, "x": group.y, "bingroup": "all", "histnorm": "percent",
+                "nbinsx": _bins(total), "marker": {"color": group.color}, "opacity": 0.55,
+            }
+            for group in self.series
+        ]  # fmt: skip
+        chart = _figure(traces, self.x_label, self.y_label, hovermode="x", barmode="overlay")
+        for group in self.series:
+            chart.add_vline(statistics.fmean(group.y), line={"color": group.color, "dash": "dash", "width": 2})
+        return chart
+
+    def draw(self, axes: Any) -> None:
+        every = np.concatenate([np.asarray(group.y, dtype=float) for group in self.series])
+        bins = np.histogram_bin_edges(every, _bins(len(every)))
+        for group in self.series:
+            share = np.full(len(group.y), 100 / len(group.y))
+            axes.hist(group.y, bins, weights=share, color=group.color, alpha=0.55, label=group.label)
+            axes.axvline(statistics.fmean(group.y), color=group.color, linestyle="--")
+
+
+@dataclass(frozen=True)
+class Bars(Chart):
+    """One bar for each of the `names`, from above, divided into parts: `y` has a part's length in every bar."""
+
+    names: Sequence[str] = ()
+
+    def figure(self) -> "Figure":
+        lines = [textwrap.wrap(name, 18) for name in self.names]  # for a phone
+        places = ["<br>".join(html.escape(line, quote=False) for line in of_name) for of_name in lines]
+        traces = [
+            {
+                "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": places,
+                "marker": {"color": part.color}, "hovertemplate": "%{x:.4~g}",
+            }
+            for part in self.series
+        ]  # fmt: skip
+        height = 80 + 20 * len(self.series) + sum(20 + 15 * len(of_name) for of_name in lines)
+        style = {"height": height, "barmode": "stack", "hovermode": "y unified"}
+        chart = _figure(traces, self.x_label, self.y_label, short=6, **style)
+        return chart.update_yaxes(autorange="reversed", type="category", showgrid=False)
+
+    def draw(self, axes: Any) -> None:
+        left = np.zeros(len(self.names))
+        for part in self.series:
+            axes.barh(list(self.names), part.y, left=left, color=part.color, label=part.label)
+            left += np.asarray(part.y)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+
+
+def _bins(values: int) -> int:
     """Return into how many bins a histogram of this many values, all groups together, is divided."""
     return max(15, min(30, math.isqrt(values)))
 

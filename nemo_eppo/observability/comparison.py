@@ -13,22 +13,14 @@ from typing import Any
 from nemo_eppo.config import flat
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.accounts import compared_accounts
-from nemo_eppo.observability.charts import COLORS, Series, line_chart
-from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.charts import COLORS, Lines, Series
+from nemo_eppo.observability.metrics import FILE_NAME, MEASURES, Curves, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 from nemo_eppo.observability.report import facts
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
+from nemo_eppo.observability.report_page import page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, plain_table, read_config, text_table
 
 _STEP = "PPO step"
-_MEASURES = {  # metric -> title, what it is, unit
-    "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
-    "reward/gold": ("Gold reward", "What was meant; the policy is never trained on it.", "gold reward"),
-    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
-    "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),
-    "energy/policy": ("Energy loss", "L1 energy that the last layer takes away from the policy's responses.", "energy"),
-    "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
-}
 _OF_EVERY_RUN = "exp_manager."  # settings that differ, but say nothing, as do addresses of servers
 _SAMPLES = 6
 
@@ -46,7 +38,7 @@ class _Run:
     @property
     def final(self) -> dict[str, float]:
         """Values of the last step that has them."""
-        return {name: self.curves[name][1][-1] for name in _MEASURES if name in self.curves}
+        return {name: self.curves[name][1][-1] for name in MEASURES if name in self.curves}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -76,7 +68,7 @@ def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
 
 
 def _summarise(runs: Mapping[str, _Run], stem: Path) -> str:
-    from nemo_eppo.observability.pictures import lines, write_picture  # a second of import
+    from nemo_eppo.observability.pictures import write_picture  # a second of import
 
     differ = _differing(runs)
     found = {
@@ -89,9 +81,8 @@ def _summarise(runs: Mapping[str, _Run], stem: Path) -> str:
         for name, run in runs.items()
     }
     write_json(stem.with_suffix(".json"), {"runs": found})
-    panels = [lines(_series(runs, name), _STEP, _MEASURES[name][2], _MEASURES[name][0]) for name in _measured(runs)]
-    if panels:
-        write_picture(stem.with_suffix(".png"), panels)
+    if charts := _charts(runs):
+        write_picture(stem.with_suffix(".png"), charts)
     return text_table("At the last step", _final_rows(runs))
 
 
@@ -109,16 +100,21 @@ def _differing(runs: Mapping[str, _Run]) -> list[str]:
 
 
 def _measured(runs: Mapping[str, _Run]) -> list[str]:
-    return [name for name in _MEASURES if any(name in run.curves for run in runs.values())]
+    return [name for name in MEASURES if any(name in run.curves for run in runs.values())]
 
 
 def _colors(runs: Mapping[str, _Run]) -> dict[str, str]:
     return {name: COLORS[number % len(COLORS)] for number, name in enumerate(runs)}
 
 
-def _series(runs: Mapping[str, _Run], measure: str) -> list[Series]:
-    colors = _colors(runs)
-    return [Series(name, colors[name], *run.curves[measure]) for name, run in runs.items() if measure in run.curves]
+def _charts(runs: Mapping[str, _Run]) -> list[Lines]:
+    colors, charts = _colors(runs), []
+    for measure in _measured(runs):
+        title, text, unit = MEASURES[measure]
+        having = {name: run.curves[measure] for name, run in runs.items() if measure in run.curves}
+        series = [Series(name, colors[name], *curve) for name, curve in having.items()]
+        charts.append(Lines(title, text, series, _STEP, unit))
+    return charts
 
 
 def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
@@ -127,13 +123,9 @@ def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
     settings = {name: run.settings for name, run in runs.items()}
     rows = [[key, *(_text(one.get(key)) for one in settings.values())] for key in _differing(runs)]
     yield titled("Settings that differ", plain_table([["", *runs], *rows]) if rows else "")
-    figures = []
-    for measure in _measured(runs):
-        title, text, unit = _MEASURES[measure]
-        figures.append(figure(title, text, line_chart(_series(runs, measure), _STEP, unit)))
-    yield section("Over the course of training", "Means over the rollouts of each step.", figures)
-    figures = compared_accounts({name: run.curves for name, run in runs.items()}, _colors(runs))
-    yield section("Where the reward comes from, where the time goes", "Means over each step.", figures)
+    yield section("Over the course of training", "Means over the rollouts of each step.", _charts(runs))
+    charts = compared_accounts({name: run.curves for name, run in runs.items()}, _colors(runs))
+    yield section("Where the reward comes from, where the time goes", "Means over each step.", charts)
     alarms = {name: alarms_table(run.curves, run.config) for name, run in runs.items()}
     shown = (f"<h3>{html.escape(name)}</h3>\n{alarm}" for name, alarm in alarms.items() if alarm)
     yield titled("Alarms of the hacking monitor", "\n".join(shown))
@@ -163,7 +155,7 @@ def _samples(runs: Mapping[str, _Run]) -> str:
 
 def _final_rows(runs: Mapping[str, _Run]) -> list[list[str]]:
     measures = _measured(runs)
-    rows = [["", "Steps", *(_MEASURES[name][0] for name in measures)]]
+    rows = [["", "Steps", *(MEASURES[name][0] for name in measures)]]
     return rows + [[name, str(run.steps), *(_number(run.final.get(m)) for m in measures)] for name, run in runs.items()]
 
 

@@ -1,6 +1,5 @@
 """Writes the metrics of a run, one row per step: to metrics.jsonl, which is the record, to TensorBoard and to W&B."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -8,12 +7,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from nemo_eppo.files import complete_lines, json_object, write_atomically
+from nemo_eppo.config import ConfigError
+from nemo_eppo.files import complete_lines, json_line, json_row, write_atomically
 
 FILE_NAME = "metrics.jsonl"
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Metrics by name, each with its steps and its values, of the same length."""
 _RESERVED = ("step", "time")
+MEASURES = {  # metrics that pages show over the steps -> title, what it is, unit
+    "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
+    "reward/gold": (
+        "Gold reward",
+        "What was meant; the policy is never trained on it. A fall while the proxy rises is over-optimisation.",
+        "gold reward",
+    ),
+    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
+    "energy/policy": (
+        "Energy loss",
+        "L1 energy that the last layer takes away from the responses. An excessive rise marks reward hacking.",
+        "energy loss",
+    ),
+    "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),
+    "rollout/response_length": ("Response length", "Tokens, the end-of-sequence token included.", "tokens"),
+    "rollout/truncated_fraction": (
+        "Truncated responses",
+        "Share of the rollouts that ended without an end-of-sequence token.",
+        "fraction",
+    ),
+}
 
 
 class MetricsSink(Protocol):
@@ -48,7 +69,7 @@ class MetricsLogger:
         self._writer: Any = None
         if self.path.exists():
             kept = [row for row in _read_rows(self.path) if resume_step is not None and row["step"] <= resume_step]
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self.path, "".join(map(json_line, kept)))
         self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of import, and it brings torch
@@ -70,7 +91,7 @@ class MetricsLogger:
         if bad := [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"step {step}: not a finite number: {', '.join(bad)}")
         self._last_step = step
-        self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
+        self._file.write(json_line({"step": step, "time": time.time(), **row}))
         self._file.flush()
         if self._writer is not None:
             for name, value in row.items():
@@ -107,11 +128,8 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(complete_lines(path), start=1):
-        try:
-            row = json_object(line)
-            row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            where = f"{path}, line {number}"
-            raise ValueError(f"{where}: expected a JSON object with a step, got {line[:80]!r}: {error}") from None
+        row = json_row(line, f"{path}:{number}")
+        if type(row.get("step")) is not int:
+            raise ConfigError(f"{path}:{number}: field 'step' = {row.get('step')!r:.80}: expected a whole number")
         rows.append(row)
     return rows

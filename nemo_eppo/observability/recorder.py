@@ -5,65 +5,51 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_eppo.files import json_object, write_atomically
+from nemo_eppo.files import json_row, write_atomically
 
 
-class RolloutRecorder:
-    """Writes files such as `<directory>/step_000123.jsonl`, one JSON row per sample. Only global rank 0 may use it.
+def record(directory: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the samples of one step to `<directory>/step_000123.jsonl` and return the file; only on global rank 0.
+
+    A file that an interrupted run left is replaced.
 
     Args:
-        directory: where the files go, e.g. `<run>/rollouts` or `<run>/validation`; it is made if it does not exist.
-        max_rows_per_step: number of first rows of a step that are kept; None keeps all.
+        directory: for instance `<run>/rollouts` or `<run>/validation`; it is made if it does not exist.
+        step: the PPO step; 0 is before training.
+        rows: one mapping a sample, of column names to values that JSON knows: str, int, float, bool, None, lists
+            and dicts of them. Columns are, for instance, prompt, response, proxy_reward and energy_loss.
+
+    Raises:
+        ValueError: a value is something else, NaN or infinite. The message names step, row and column.
     """
+    lines = [_line(step, number, row) for number, row in enumerate(rows)]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step_{step:06d}.jsonl"
+    write_atomically(path, "".join(lines))
+    return path
 
-    def __init__(self, directory: Path, max_rows_per_step: int | None = None) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self._max_rows = max_rows_per_step
 
-    def record(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write the samples of one step and return the file. A file that an interrupted run left is replaced.
-
-        Args:
-            step: the PPO step; 0 is before training.
-            rows: one mapping a sample, of column names to values that JSON knows: str, int, float, bool, None, lists
-                and dicts of them. Columns are, for instance, prompt, response, proxy_reward and energy_loss.
-
-        Raises:
-            ValueError: a value is something else, NaN or infinite. The message names step, row and column.
-        """
-        lines = [self._line(step, number, row) for number, row in enumerate(rows[: self._max_rows])]
-        path = self.directory / f"step_{step:06d}.jsonl"
-        write_atomically(path, "".join(lines))
-        return path
-
-    @staticmethod
-    def _line(step: int, number: int, row: Mapping[str, Any]) -> str:
-        try:
-            return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
-        except (ValueError, TypeError):
-            for name, value in row.items():
-                try:
-                    json.dumps(value, allow_nan=False)
-                except (ValueError, TypeError) as error:
-                    where = f"step {step}, row {number}, column {name!r}"
-                    raise ValueError(f"{where} cannot be recorded: {error}: {value!r}") from None
-            raise
+def _line(step: int, number: int, row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+    except (ValueError, TypeError):
+        for name, value in row.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (ValueError, TypeError) as error:
+                where = f"step {step}, row {number}, column {name!r}"
+                raise ValueError(f"{where} cannot be recorded: {error}: {value!r}") from None
+        raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of one recorded step.
 
     Raises:
-        ValueError: a line is not one JSON object; the message names file and line.
+        ConfigError: a line is not one JSON object; the message names file and line.
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            rows += [json_object(line)] if line else []
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    return rows
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return [json_row(line, f"{path}:{number}") for number, line in lines if line]
 
 
 def recorded_steps(directory: Path) -> dict[int, Path]:

@@ -12,19 +12,12 @@ from typing import Any
 
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.accounts import accounts
-from nemo_eppo.observability.charts import (
-    COLORS,
-    GRAY,
-    Series,
-    histogram_chart,
-    line_chart,
-    scatter_chart,
-)
+from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
 from nemo_eppo.observability.chat import turns
-from nemo_eppo.observability.metrics import FILE_NAME, Curves, read_metrics
+from nemo_eppo.observability.metrics import FILE_NAME, MEASURES, Curves, read_metrics
 from nemo_eppo.observability.peak import find_peak
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
-from nemo_eppo.observability.report_page import figure, page, sample_card, section, titled
+from nemo_eppo.observability.report_page import page, sample_card, section, titled
 from nemo_eppo.observability.report_tables import alarms_table, read_config, settings_table, text_table
 
 Row = Mapping[str, Any]
@@ -33,27 +26,14 @@ Means = Mapping[str, float | None]
 _STEP = "PPO step"
 _FIRST, _RISING = 6, 3  # responses shown: of the first prompts, and of those whose energy loss rose most
 _MINUS = "\N{MINUS SIGN}"
-_MEASURES = {  # column of a validation row -> name, unit
-    "proxy_reward": ("Proxy reward", "standardised score of the reward model"),
-    "gold_reward": ("Gold reward", "score that the policy is never trained on"),
-    "energy_loss": ("Energy loss", "final layer, mean over the response"),
-    "response_length": ("Response length", "tokens"),
+_VALIDATED = {  # column of a validation row -> metric of the same meaning
+    "proxy_reward": "reward/proxy",
+    "gold_reward": "reward/gold",
+    "energy_loss": "energy/policy",
+    "response_length": "rollout/response_length",
 }
-_PROXY, _AFTER, _LENGTH, _GOLD, _KL, _SHARE = COLORS[:6]
-_PANELS = (  # title, what it is, unit, and per curve: metric, label, colour; then the validation measure, if any
-    ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward",
-     (("reward/proxy", "rollouts", _PROXY),), "proxy_reward"),
-    ("Gold reward", "What was meant. A fall while the proxy rises is over-optimisation.", "gold reward",
-     (("reward/gold", "rollouts", _GOLD),), "gold_reward"),
-    ("Energy loss", "L1 energy that the last layer takes away. An excessive rise marks reward hacking.", "energy loss",
-     (("energy/policy", "policy", _AFTER), ("energy/reference", "reference (SFT)", GRAY)), ""),
-    ("KL divergence", "How far the policy has moved from the reference.", "nats",
-     (("kl/policy_reference", "KL", _KL),), ""),
-    ("Response length", "Tokens, the end-of-sequence token included.", "tokens",
-     (("rollout/response_length", "rollouts", _LENGTH),), ""),
-    ("Truncated responses", "Share of the rollouts that ended without an end-of-sequence token.", "fraction",
-     (("rollout/truncated_fraction", "rollouts", _SHARE),), ""),
-)  # fmt: skip
+_GOLD, _AFTER = COLORS[3], COLORS[1]
+_COLORS = (COLORS[0], _GOLD, COLORS[6], _AFTER, COLORS[4], COLORS[2], COLORS[5])  # of MEASURES
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
@@ -115,7 +95,7 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
         ValueError: some rows have a measure and others do not.
     """
     means: dict[str, float | None] = {}
-    for name in _MEASURES:
+    for name in _VALIDATED:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values and len(values) != len(rows):
             raise ValueError(f"{name} is missing in {len(rows) - len(values)} of {len(rows)} validation rows")
@@ -125,7 +105,7 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
 
 def summary_table(before: Means, after: Means) -> str:
     """Return the comparison as text for the terminal; the arguments are what `validation_means` returns."""
-    cells = {label: _cells(before[name], after[name]) for name, (label, _) in _MEASURES.items()}
+    cells = {MEASURES[metric][0]: _cells(before[name], after[name]) for name, metric in _VALIDATED.items()}
     rows = [[label, *found] for label, found in cells.items() if found]
     return text_table("Validation", [["", "before", "after", "change"], *rows], width=80)
 
@@ -146,7 +126,7 @@ def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]
 
 def _verdict(pairs: Sequence[tuple[Row, Row]], curves: Curves) -> str:
     moved = {}
-    for name in _MEASURES:
+    for name in _VALIDATED:
         if _has(pairs[0], name):
             change, error = _paired_change(pairs, name)
             moved[name] = (
@@ -180,14 +160,14 @@ def _has(rows: Sequence[Row], measure: str) -> bool:
 
 def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -> str:
     rows = []
-    for name, (label, unit) in _MEASURES.items():
+    for name, (label, text, _) in ((name, MEASURES[metric]) for name, metric in _VALIDATED.items()):
         cells = [cell.replace("-", _MINUS) for cell in _cells(before[name], after[name])]
         if not cells:
             continue
         old, new, change = cells
         noise = f"<small>&plusmn; {_paired_change(pairs, name)[1]:.2g}</small>"
         rows.append(
-            f'<tr><td>{label}<small>{unit}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
+            f'<tr><td>{label}<small>{text}</small></td><td class="value">{old}</td><td class="value">{new}</td>'
             f"<td>{change}{noise}</td></tr>"
         )
     return f"<table><tr><th></th><th>Before</th><th>After</th><th>Change</th></tr>{''.join(rows)}</table>"
@@ -201,54 +181,52 @@ def _cells(before: float | None, after: float | None) -> list[str]:
     return [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"]
 
 
-def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[str]:
-    figures = []
-    for title, text, unit, lines, measure in _PANELS:
+def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Chart]:
+    charts: list[Chart] = []
+    for (metric, (title, text, unit)), color in zip(MEASURES.items(), _COLORS, strict=True):
+        lines = [(metric, "rollouts", color)]
+        if metric == "energy/policy":
+            lines = [(metric, "policy", color), ("energy/reference", "reference (SFT)", GRAY)]
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
-        measured = {step: [row[measure] for row in rows] for step, rows in validation.items() if _has(rows, measure)}
+        column = f"{metric.removeprefix('reward/')}_reward"  # no other measure has one of such a name
+        measured = {step: [row[column] for row in rows] for step, rows in validation.items() if _has(rows, column)}
         if measured:
             means, errors = zip(*map(_mean_and_error, measured.values()), strict=True)
             series.append(Series("validation", GRAY, list(measured), means, errors))
         if series:
-            figures.append(figure(title, text, line_chart(series, _STEP, unit)))
-    return figures
+            charts.append(Lines(title, text, series, _STEP, unit))
+    return charts
 
 
-def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    figures: list[str] = []
-    x_label, y_label = "proxy reward", "gold reward"
+def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
+    charts: list[Chart] = []
+    axes = "proxy reward", "gold reward"
     for prefix, what in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
         proxy, gold = curves.get(prefix.format("proxy")), curves.get(prefix.format("gold"))
-        if proxy and gold and len(gold[0]) > 2 and not figures:
+        if proxy and gold and len(gold[0]) > 2 and not charts:
             golds = dict(zip(*gold, strict=True))
             path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
             notes = [f"{_STEP} {step}" for step, _, _ in path]
             series = Series(what, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
             text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
-            chart = scatter_chart([series], x_label, y_label, joined=True)
-            figures.append(figure("The path of training", text, chart))
+            charts.append(Scatter("The path of training", text, [series], *axes, joined=True))
     if _has(pairs[0], "gold_reward"):
         clouds = []
         for label, color, rows in zip(("before", "after"), (GRAY, _AFTER), zip(*pairs, strict=True), strict=True):
             x, y = ([row[name] for row in rows] for name in ("proxy_reward", "gold_reward"))
             clouds.append(Series(label, color, x, y, notes=[_words(row["prompt"])[:80] for row in rows]))
         text = "One point per validation response; rings mark the means."
-        figures.append(figure("Single responses", text, scatter_chart(clouds, x_label, y_label)))
-    return figures
+        charts.append(Scatter("Single responses", text, clouds, *axes))
+    return charts
 
 
-def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
     def group(label: str, color: str, rows: Sequence[Row]) -> Series:
         return Series(f"{label} ({len(rows)})", color, [], [row["energy_loss"] for row in rows])
 
     groups = [group("before", GRAY, [a for a, _ in pairs]), group("after", _AFTER, [b for _, b in pairs])]
-    figures = [
-        figure(
-            "Before and after training",
-            "Dashed lines are means. A rise of the whole distribution is the first sign that EPPO describes.",
-            histogram_chart(groups, "energy loss"),
-        )
-    ]
+    text = "Dashed lines are means. A rise of the whole distribution is the first sign that EPPO describes."
+    charts: list[Chart] = [Histogram("Before and after training", text, groups, "energy loss")]
     if _has(pairs[0], "gold_reward"):
         hacked = [b for a, b in pairs if b["proxy_reward"] > a["proxy_reward"] and b["gold_reward"] < a["gold_reward"]]
         others = [b for a, b in pairs if b["proxy_reward"] <= a["proxy_reward"] or b["gold_reward"] >= a["gold_reward"]]
@@ -257,15 +235,12 @@ def _energies(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
             for label, color, rows in (("other", GRAY, others), ("proxy up, gold down", _AFTER, hacked))
             if rows
         ]
-        figures.append(
-            figure(
-                "After training: exploited and other responses",
-                "Exploited: higher proxy and lower gold reward than before training, on the same prompt. "
-                "An excessive energy loss of these responses is the second sign.",
-                histogram_chart(groups, "energy loss"),
-            )
+        text = (
+            "Exploited: higher proxy and lower gold reward than before training, on the same prompt. "
+            "An excessive energy loss of these responses is the second sign."
         )
-    return figures
+        charts.append(Histogram("After training: exploited and other responses", text, groups, "energy loss"))
+    return charts
 
 
 def _samples(pairs: Sequence[tuple[Row, Row]]) -> str:

@@ -2,12 +2,9 @@
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from nemo_eppo.observability.charts import Chart
 from nemo_eppo.observability.chat import turns
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 _STYLE = """
 :root {
@@ -94,11 +91,12 @@ def page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def section(title: str, text: str, figures: Sequence[str]) -> str:
-    """Return a heading, a sentence, and figures in one or two columns; nothing at all if there are no figures."""
-    if not figures:
+def section(title: str, text: str, charts: Sequence[Chart]) -> str:
+    """Return a heading, a sentence (both HTML), and charts in one or two columns; nothing at all if there are none."""
+    if not charts:
         return ""
-    return f'<h2>{title}</h2>\n<p class="soft">{text}</p>\n<div class="grid">\n' + "\n".join(figures) + "\n</div>"
+    figures = "\n".join(map(_figure, charts))
+    return f'<h2>{title}</h2>\n<p class="soft">{text}</p>\n<div class="grid">\n{figures}\n</div>'
 
 
 def titled(title: str, content: str) -> str:
@@ -106,16 +104,16 @@ def titled(title: str, content: str) -> str:
     return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
-def figure(title: str, text: str, chart: "Figure") -> str:
-    """Return a chart with its caption (`title` and `text` are plain) as HTML, for a page made by `page`."""
-    drawn = chart.to_html(
+def _figure(chart: Chart) -> str:
+    drawn = chart.figure().to_html(
         full_html=False,
         include_plotlyjs=False,  # once a page, not once a chart
         config={"displayModeBar": False, "responsive": True},  # its buttons would cover the chart's upper right
         # a finger that moves over a chart wants to scroll the page, not to zoom into the chart
         post_script="if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});",
     )
-    return f"<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p></figcaption>{drawn}</figure>"
+    caption = f"<figcaption><h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.text)}</p></figcaption>"
+    return f"<figure>{caption}{drawn}</figure>"
 
 
 def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:

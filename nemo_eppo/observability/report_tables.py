@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from nemo_eppo.config import yaml_fault
+from nemo_eppo.config import read_yaml, value_at
 from nemo_eppo.observability.metrics import Curves
 
 START = "# start: "
@@ -24,35 +23,31 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the settings in a run's config.yaml, and what its START line says (nothing in files without).
 
     Raises:
-        ValueError: it is not YAML.
+        ConfigError: it is not YAML.
     """
     text = path.read_text(encoding="utf-8")
     started = next((line.removeprefix(START) for line in text.splitlines() if line.startswith(START)), "{}")
-    try:
-        with path.open(encoding="utf-8") as file:  # whose name and lines a fault then has
-            return yaml.safe_load(file) or {}, json.loads(started)
-    except yaml.YAMLError as error:
-        raise ValueError(yaml_fault(error, path)) from None
+    return read_yaml(path) or {}, json.loads(started)
 
 
 def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
     """Return the main settings of an actor's run as HTML, without rows for what it does not have."""
-    rewards = [_source(reward) for reward in _get(config, "rewards") or []]
+    rewards = [_source(reward) for reward in value_at(config, "rewards") or []]
     rows = {
         "Method": start.get("method"),
-        "Advantage estimator": _get(config, "ppo.advantages.estimator"),
-        "Weight &eta; of the energy penalty": _get(config, "shaping.energy_penalty.eta"),
-        "KL coefficient": _get(config, "shaping.kl.coefficient"),
-        "Learning rate of the policy": _get(config, "optimizer.lr"),
-        "Learning rate of the critic": _get(config, "critic.colocated.optimizer.lr"),
-        "Policy and reference": _get(config, "model.restore_from_path"),
-        "Critic": _source(_get(config, "critic")),
+        "Advantage estimator": value_at(config, "ppo.advantages.estimator"),
+        "Weight &eta; of the energy penalty": value_at(config, "shaping.energy_penalty.eta"),
+        "KL coefficient": value_at(config, "shaping.kl.coefficient"),
+        "Learning rate of the policy": value_at(config, "optimizer.lr"),
+        "Learning rate of the critic": value_at(config, "critic.colocated.optimizer.lr"),
+        "Policy and reference": value_at(config, "model.restore_from_path"),
+        "Critic": _source(value_at(config, "critic")),
         "Rewards": ", ".join(filter(None, rewards)),
-        "Held-out reward": _source(_get(config, "held_out_reward")),
-        "Gold reward": _get(config, "gold_reward"),
-        "Training prompts": _get(config, "data.train"),
-        "Validation prompts": _get(config, "data.validation"),
-        "Seed": _get(config, "seed"),
+        "Held-out reward": _source(value_at(config, "held_out_reward")),
+        "Gold reward": value_at(config, "gold_reward"),
+        "Training prompts": value_at(config, "data.train"),
+        "Validation prompts": value_at(config, "data.validation"),
+        "Seed": value_at(config, "seed"),
         "Started": start.get("time"),
         "Versions": ", ".join(f"{name} {start[name]}" for name in VERSIONS if name in start),
     }
@@ -71,10 +66,10 @@ def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
     if not watched:
         return ""
     rows = []
-    own = {indicator["name"]: indicator for indicator in _get(config, "monitor.indicators") or ()}
+    own = {indicator["name"]: indicator for indicator in value_at(config, "monitor.indicators") or ()}
     for name in watched:
         values = dict(zip(*curves[f"monitor/{name}"], strict=True))
-        settings = own.get(name) or _get(config, f"monitor.{name}") or {}
+        settings = own.get(name) or value_at(config, f"monitor.{name}") or {}
         known = [html.escape(str(settings.get(key, ""))) for key in ("threshold", "action")]
         steps = [step for step, alarm in zip(*curves[f"monitor/{name}/alarm"], strict=True) if alarm]
         rows += [(step, html.escape(name), f"{values[step]:.3g}", *known) for step in steps]
@@ -111,14 +106,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
     return f'<div class="card scroll"><table class="{name}">{f"<tr>{top}</tr>" if top else ""}{lines}</table></div>'
 
 
-def _get(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
 def _source(source: Mapping[str, Any] | None) -> str | None:
     """Return where a critic or a reward comes from: a function, a model's path, or a server's address."""
     paths = ("function", "colocated.restore_from_path", "server.url")
-    return next((_get(source, path) for path in paths if _get(source, path)), None) if source else None
+    return next(filter(None, (value_at(source, path) for path in paths)), None)

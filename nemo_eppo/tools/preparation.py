@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from nemo_eppo.config import ConfigError
-from nemo_eppo.data.jsonl import json_line
 from nemo_eppo.data.tokenizer import EOS, Tokenizer, encode_in_blocks, train_bpe
-from nemo_eppo.files import directory_made_whole
+from nemo_eppo.files import directory_made_whole, json_line
 from nemo_eppo.settings.preparation import PreparationConfig
 from nemo_eppo.tools.corpora import Corpus, Example, Fields, Malformed
 from nemo_eppo.tools.sources import HubDataset, Row, read_rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eppo.config import ConfigError, flat
-from nemo_eppo.files import json_object, write_atomically
+from nemo_eppo.files import json_line, json_object, write_atomically
 from nemo_eppo.settings.ppo import AnsweringConfig
 from nemo_eppo.training.setup import Plan
 
@@ -77,7 +77,7 @@ class EnergyCache:
         with self._file.open("a", encoding="utf-8") as file:
             for prompt, answer, energies in rows:
                 row = {"prompt": prompt_digest(prompt).hex(), "energies": energies, "answer": answer}
-                file.write(json.dumps(row) + "\n")
+                file.write(json_line(row))
             file.flush()
             os.fsync(file.fileno())
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch.distributed as dist
 
@@ -21,7 +21,8 @@ from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.progress import Progress
 from nemo_eppo.observability.run import Run
 from nemo_eppo.settings.model import Head
-from nemo_eppo.settings.training import CheckpointConfig, FitSettings, OptimizerConfig
+from nemo_eppo.settings.reward_model import RewardTrainingConfig
+from nemo_eppo.settings.training import CheckpointConfig, FitSettings, OptimizerConfig, SFTConfig
 from nemo_eppo.training.setup import Plan, build
 from nemo_eppo.training.stopping import ENDS, PROBE_ENDS, RESUMES, SAVED, StopWatch
 
@@ -82,6 +83,19 @@ class Fit:
     """Probability with which an element of the residual stream is dropped; 0 for no dropout."""
     head_only: bool = False
     """Train the head alone on a frozen decoder. Such a run cannot be resumed, since it saves no optimizer state."""
+
+    @classmethod
+    def of(cls, config: SFTConfig | RewardTrainingConfig, task: Task, plan: Plan, run: Run) -> Self:
+        """Return the training run that a job's settings describe."""
+        return cls(
+            task=task,
+            plan=plan,
+            settings=config.fit,
+            optimizer=config.optimizer,
+            saving=config.checkpoint,
+            seed=config.seed,
+            run=run,
+        )
 
     def train(self) -> Path:
         """Train to the end, or resume from the run's newest checkpoint.

@@ -16,7 +16,7 @@ from nemo_eppo.megatron.saving import CHECKPOINTS, CheckpointSaver, due, tidy
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.observability.metrics import MetricsLogger
 from nemo_eppo.observability.progress import PPO_COLUMNS, Progress
-from nemo_eppo.observability.recorder import RolloutRecorder, recorded_steps
+from nemo_eppo.observability.recorder import record, recorded_steps
 from nemo_eppo.observability.run import Run, run_id
 from nemo_eppo.rewards.functions import RewardFunctionError
 from nemo_eppo.rewards.sample import Sample
@@ -89,7 +89,7 @@ class PPOLoop:
             self.run_files.logger.info("%d steps are done, %s: nothing is left to do", self.done, why)
         watch.begin()
         with ExitStack() as stack:
-            metrics, recorder = self._open_files(stack)
+            metrics = self._open_files(stack)
             progress = stack.enter_context(
                 Progress(
                     "PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0, phase=ppo.timers.running
@@ -111,8 +111,9 @@ class PPOLoop:
                 if (stop := watch.due()) and not is_last:
                     self.run_files.logger.info(ENDS, stop)
                 save = stop or is_last or due(step, config.checkpoint.interval)
-                if recorder is not None:
-                    recorder.record(step, rollout_rows(result.batch, result.samples, result.ledger.rows()))
+                if metrics is not None:
+                    rows = rollout_rows(result.batch, result.samples, result.ledger.rows())
+                    record(self.run_files.directory / "rollouts", step, rows[: config.record_rollouts])
                 validation = {}
                 if is_last or due(step, config.validation.interval) or (save and config.checkpoint.best):
                     validation = self._validate(step)
@@ -133,15 +134,14 @@ class PPOLoop:
         if stop and not is_last:
             raise RunStopped
 
-    def _open_files(self, stack: ExitStack) -> tuple[MetricsLogger | None, RolloutRecorder | None]:
+    def _open_files(self, stack: ExitStack) -> MetricsLogger | None:
         if dist.get_rank():
-            return None, None
+            return None
         for folder in ("rollouts", "validation"):
             for step, file in recorded_steps(self.run_files.directory / folder).items():
                 if step > self.done:  # of steps that are made again, or never
                     file.unlink()
-        recorder = RolloutRecorder(self.run_files.directory / "rollouts", self.config.record_rollouts)
-        return stack.enter_context(self.run_files.open_metrics(self.done or None)), recorder
+        return stack.enter_context(self.run_files.open_metrics(self.done or None))
 
     def _validate(self, step: int) -> dict[str, float]:
         """Roll out on the validation prompts, write rows to validation/ and return means as metrics."""
@@ -164,7 +164,7 @@ class PPOLoop:
         if dist.get_rank() == 0:
             measured = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             rows = rollout_rows(rollout.batch, rollout.samples, measured)
-            RolloutRecorder(self.run_files.directory / "validation").record(step, rows)
+            record(self.run_files.directory / "validation", step, rows)
         return {f"validation/{name}": sum(column) / len(column) for name, column in columns.items()}
 
     def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:

@@ -103,15 +103,7 @@ def train_reward_model(config: RewardTrainingConfig, run: Run) -> None:
     model = plan(config.model)
     task = RewardTask(config.data, config.reward, model, config.seed)
     check_ensemble(config.ensemble, model, task.head, config.optimizer)
-    fit = Fit(
-        task=task,
-        plan=model,
-        settings=config.fit,
-        optimizer=config.optimizer,
-        saving=config.checkpoint,
-        seed=config.seed,
-        run=run,
-    )
+    fit = Fit.of(config, task, model, run)
     members = train_members(config.ensemble, fit)
     if config.ensemble.average:
         average_members(config.ensemble, members, fit)

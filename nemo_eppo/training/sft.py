@@ -71,13 +71,5 @@ def train_sft(config: SFTConfig, run: Run) -> None:
     """Run the SFT job."""
     model = plan(config.model, head="lm")
     task = SFTTask(config.data, model, answer_only_loss=config.answer_only_loss)
-    Fit(
-        task=task,
-        plan=model,
-        settings=config.fit,
-        optimizer=config.optimizer,
-        saving=config.checkpoint,
-        seed=config.seed,
-        run=run,
-    ).train()
+    Fit.of(config, task, model, run).train()
     runtime.shutdown()

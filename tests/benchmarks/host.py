@@ -9,7 +9,7 @@ import torch
 from pairs import Contestant, Options, Row, interleave, medians
 
 from nemo_eppo.algorithms.advantages import GAE
-from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.recorder import record
 from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.sample import Sample
@@ -54,7 +54,6 @@ def measure(options: Options) -> list[Row]:
     shaped = pipeline(inputs)
     ledger = shaped.ledger
     with tempfile.TemporaryDirectory() as folder:
-        recorder = RolloutRecorder(Path(folder))
         recorded = rollout_rows(batch, samples, ledger.rows())
         work: dict[str, Contestant] = {
             "completions, pickled and unpickled": lambda: pickle.loads(pickle.dumps(completions)),
@@ -69,7 +68,7 @@ def measure(options: Options) -> list[Row]:
             "ledger means and rows": lambda: (ledger.means(), ledger.rows()),
             "mini-batches": lambda: [batch.select(part) for part in minibatches(count, count // 4, 1, 0)],
             "rollout rows": lambda: rollout_rows(batch, samples, ledger.rows()),
-            "rollout recorder": partial(recorder.record, 1, recorded),
+            "rollout recorder": partial(record, Path(folder), 1, recorded),
         }
         seconds = interleave(work, options.rounds)
     return medians(seconds, rows=count, tokens=length)

@@ -1,11 +1,14 @@
 """Fixtures of this folder."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from hf_models import random_model, save
 
 from nemo_eppo.data.tokenizer import Tokenizer
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "overoptimization"))  # whose files are loaded by name
 
 
 @pytest.fixture(scope="session")

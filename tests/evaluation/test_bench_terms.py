@@ -1,9 +1,7 @@
 """The bench's controls of the energy penalty, and its own terms, by hand: a few responses, energies of two modules."""
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,6 @@ from nemo_eppo.rewards.inputs import Column, RewardInputs
 from nemo_eppo.rewards.pipeline import RewardPipeline
 from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.settings.shaping import ShapingConfig
-
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "overoptimization"))  # whose terms are loaded by name
 
 ETA = 2.0
 Shape = Callable[[RewardInputs], list[float]]

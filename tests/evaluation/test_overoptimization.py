@@ -12,13 +12,13 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from comparison import Acceptance, Curves, compare, over_distance, win_rate
+from results_page import verdict, write_results
 from scipy import stats
 from test_alarms import write_run
 
 from nemo_eppo.evaluation import statistics
 from nemo_eppo.evaluation.detection import ENERGY_AND_KL, KL
-from nemo_eppo.evaluation.overoptimization import Acceptance, Curves, compare, over_distance, win_rate
-from nemo_eppo.evaluation.overoptimization_page import verdict, write_results
 
 BENCH = Path(__file__).parents[2] / "examples" / "overoptimization"
 

@@ -2,18 +2,10 @@
 
 import math
 import shutil
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
-from small_data import read_rows
-
-from nemo_eppo.config import ConfigError
-from nemo_eppo.data.tokenizer import Tokenizer
-from nemo_eppo.rewards.sample import Sample
-
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "overoptimization"))
 from packages import (
     PRAISE,
     Package,
@@ -26,6 +18,11 @@ from packages import (
     read_packages,
     write_packages,
 )
+from small_data import read_rows
+
+from nemo_eppo.config import ConfigError
+from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.rewards.sample import Sample
 
 RECORDS = """Package: pear-utils
 Version: 1.2

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from browser import assert_fits, needs_chromium
+from results_page import write_results
 from test_overoptimization import curves
 from test_run_detection import of_run, write_run
 
@@ -13,7 +14,6 @@ from nemo_eppo.evaluation.detection import KL, LENGTH
 from nemo_eppo.evaluation.energies import Energies, Texts
 from nemo_eppo.evaluation.energy_page import write_energy_report
 from nemo_eppo.evaluation.judge_report import Judged, write_judgement
-from nemo_eppo.evaluation.overoptimization_page import write_results
 from nemo_eppo.evaluation.pairs import Pair
 from nemo_eppo.evaluation.run_detection_page import write_detection
 from nemo_eppo.rewards.sample import Sample

@@ -16,6 +16,8 @@ from nemo_eppo.evaluation.statistics import (
     bootstrap_mean,
     estimate_share,
     false_alarms_per_1000,
+    numbered,
+    share_over_prompts,
     threshold_at_recall,
     threshold_at_share,
 )
@@ -144,3 +146,9 @@ def test_false_alarms_are_those_of_the_roc_curve(sample: tuple[np.ndarray, np.nd
     threshold = threshold_at_recall(labels, scores, recall)
     assert threshold == thresholds[first]
     assert false_alarms_per_1000(labels, scores, threshold) == pytest.approx(1000 * false[first])
+
+
+def test_each_prompt_counts_alike_in_a_share() -> None:
+    found = share_over_prompts([1.0, 1.0, 0.5, 0.5, 0.0], ["b", "a", "b", "b", "a"])
+    assert numbered(["b", "a", "b"]).tolist() == [0, 1, 0]
+    assert found == pytest.approx(estimate_share([2 / 3, 0.5]))

@@ -1,5 +1,6 @@
 """Work done by one rank or replica reaches all: results, and errors."""
 
+import datetime
 import time
 from typing import Any
 
@@ -114,3 +115,19 @@ def _siblings() -> tuple[list[int], bool, float]:
 def test_a_sibling_has_the_same_ranks_but_is_another_group() -> None:
     even, odd = ([0, 2], False, 2.0), ([1, 3], False, 4.0)
     assert run_ranks(_siblings, 4) == [even, odd, even, odd]
+
+
+def _waiting_sibling() -> tuple[list[int], str, datetime.timedelta, float]:
+    from megatron.core import parallel_state  # after nemo_eppo.megatron
+
+    runtime.initialize(ParallelConfig(tensor_model_parallel_size=2), 1)
+    group = parallel_state.get_model_parallel_group()
+    other, number = sibling(group, "gloo", runtime.PATIENCE), torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(number, group=other)
+    patience = other._get_backend(torch.device("cpu")).options._timeout
+    return dist.get_process_group_ranks(other), dist.get_backend(other), patience, float(number)
+
+
+def test_a_sibling_may_have_a_backend_and_a_timeout_of_its_own() -> None:
+    first, second = ([0, 1], "gloo", runtime.PATIENCE, 1.0), ([2, 3], "gloo", runtime.PATIENCE, 5.0)
+    assert run_ranks(_waiting_sibling, 4) == [first, first, second, second]

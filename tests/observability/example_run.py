@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from nemo_eppo.observability.metrics import MetricsLogger
-from nemo_eppo.observability.recorder import RolloutRecorder
+from nemo_eppo.observability.recorder import record
 from nemo_eppo.observability.report_tables import START
 
 HOSTILE = "</div><script>alert('reward & gold')</script>\u2028\u00a0\U0001f642"
@@ -39,7 +39,7 @@ def write_example_run(run_dir: Path, steps: int = 60, prompts: int = 48, gold: b
             values = _training(done, rng) if step else {}
             if step % 10 == 0 or step == steps:
                 rows = _validation(done, prompts, gold, random.Random(step))
-                RolloutRecorder(run_dir / "validation").record(step, rows)
+                record(run_dir / "validation", step, rows)
                 for name in ("proxy_reward", "energy_loss", "response_length", *(["gold_reward"] if gold else [])):
                     values[f"validation/{name}"] = sum(row[name] for row in rows) / prompts
             if step:

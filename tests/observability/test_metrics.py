@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemo_eppo.config import ConfigError
 from nemo_eppo.observability.metrics import MetricsLogger, read_metrics
 
 
@@ -74,10 +75,10 @@ def test_a_row_that_a_killed_process_did_not_finish_is_dropped(tmp_path: Path) -
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object with a step"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: field 'step' = None: expected a whole number"):
         read_metrics(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1, "loss": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*field 'loss' occurs more than once"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: field 'loss' occurs more than once"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

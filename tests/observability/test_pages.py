@@ -66,9 +66,10 @@ def test_several_runs_are_compared_in_every_respect(pages: dict[str, Path], runs
     assert titles == [
         "Proxy reward",
         "Gold reward",
-        "KL divergence",
         "Energy loss",
+        "KL divergence",
         "Response length",
+        "Truncated responses",
         *(
             f"Ledger: {term}"
             for term in ("proxy", "energy_penalty", "missing_eos", "divergence", "gold_bonus", "kl", "final")

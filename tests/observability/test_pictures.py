@@ -6,8 +6,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nemo_eppo.observability.charts import COLORS, Series
-from nemo_eppo.observability.pictures import Panel, histogram, lines, scatter, write_picture
+from nemo_eppo.observability.charts import COLORS, Bars, Chart, Histogram, Lines, Scatter, Series, Stack
+from nemo_eppo.observability.pictures import write_picture
 
 X = np.linspace(0, 1, 30)
 GROUPS = [
@@ -17,16 +17,19 @@ GROUPS = [
 
 
 @pytest.mark.parametrize(
-    "panel",
+    "chart",
     [
-        histogram(GROUPS, "energy loss", "Energies"),
-        lines(GROUPS, "PPO step", "reward", "Reward"),
-        scatter(GROUPS, "proxy", "gold", "Responses"),
+        Histogram("Energies", "", GROUPS, "energy loss"),
+        Lines("Reward", "", GROUPS, "PPO step", "reward"),
+        Scatter("Responses", "", GROUPS, "proxy", "gold"),
+        Scatter("Responses", "", GROUPS, "proxy", "gold", joined=True),
+        Stack("Seconds", "", GROUPS, "PPO step", "seconds"),
+        Bars("Alarms", "", GROUPS, "runs", names=[f"sign {number}" for number in range(30)]),
     ],
 )
-def test_a_panel_shows_every_group_in_its_colour(panel: Panel, tmp_path: Path) -> None:
+def test_a_picture_shows_every_group_in_its_colour(chart: Chart, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    write_picture(path, [panel])
+    write_picture(path, [chart])
     pixels = (matplotlib.image.imread(path)[:, :, :3] * 255).round()
     assert pixels.shape == (400, 560, 3)
     assert (pixels[0, 0] == 255).all(), "light background"
@@ -37,7 +40,7 @@ def test_a_panel_shows_every_group_in_its_colour(panel: Panel, tmp_path: Path) -
 
 
 def test_panels_stand_side_by_side_and_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
-    panels = [histogram(GROUPS, "energy loss", name) for name in ("one", "two", "three")]
+    panels = [Histogram(name, "", GROUPS, "energy loss") for name in ("one", "two", "three")]
     write_picture(tmp_path / "a.png", panels)
     write_picture(tmp_path / "b.png", panels)
     assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (800, 1120)

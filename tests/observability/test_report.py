@@ -19,15 +19,16 @@ from plotly.offline import get_plotlyjs
 from nemo_eppo.observability.charts import (
     COLORS,
     GRAY,
+    Chart,
+    Histogram,
+    Lines,
+    Scatter,
     Series,
-    histogram_chart,
-    line_chart,
-    scatter_chart,
+    Stack,
     smoothing_window,
-    stacked_chart,
 )
 from nemo_eppo.observability.chat import turns
-from nemo_eppo.observability.recorder import RolloutRecorder, read_rows
+from nemo_eppo.observability.recorder import read_rows, record
 from nemo_eppo.observability.report import report_from_run, summary_table, validation_means
 from nemo_eppo.observability.report_tables import alarms_table
 
@@ -283,7 +284,18 @@ def test_without_a_gold_reward_the_report_has_none(tmp_path: Path) -> None:
     assert "Gold reward" not in page.texts["h3"]
     assert "Proxy against gold" not in page.texts["h2"]
     assert "there is no gold reward to compare it with" in page.texts["p"][1]
-    assert [row.split("reward")[0] for row in page.texts["tr"] if "reward" in row and "score" in row] == ["Proxy "]
+    assert [row.split(" reward")[0] for row in page.texts["tr"] if " rewardWhat " in row] == ["Proxy"]
+
+
+def test_a_held_out_reward_has_a_panel_with_its_validation(tmp_path: Path) -> None:
+    write_example_run(tmp_path, steps=3, prompts=4)
+    for file, name in ((tmp_path / "metrics.jsonl", "reward/held_out"), *(
+        (file, "held_out_reward") for file in (tmp_path / "validation").iterdir()
+    )):  # fmt: skip
+        file.write_text("".join(json.dumps(row | {name: 0.5}) + "\n" for row in read_rows(file)))
+    report_from_run(tmp_path, tmp_path / "report.html")
+    traces = _charts((tmp_path / "report.html").read_text())["Held-out reward"]
+    assert _read(traces, step=3) == {"rollouts": 0.5, "validation": 0.5}
 
 
 def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
@@ -291,13 +303,13 @@ def test_answers_to_different_prompts_are_not_compared(tmp_path: Path) -> None:
     path = tmp_path / "validation" / "step_000001.jsonl"
     rows = read_rows(path)
     rows[1]["prompt"] = "another"
-    RolloutRecorder(tmp_path / "validation").record(1, rows)
+    record(tmp_path / "validation", 1, rows)
     with pytest.raises(ValueError, match="share 2 prompts"):
         report_from_run(tmp_path, tmp_path / "report.html")
 
 
 def test_a_run_that_was_validated_once_has_nothing_to_compare(tmp_path: Path) -> None:
-    RolloutRecorder(tmp_path / "validation").record(0, [])
+    record(tmp_path / "validation", 0, [])
     with pytest.raises(ValueError, match="validation has 1 steps"):
         report_from_run(tmp_path, tmp_path / "report.html")
 
@@ -325,7 +337,7 @@ def test_a_measure_that_some_rows_lack_is_an_error() -> None:
 
 def test_a_long_noisy_line_is_shown_with_its_running_mean() -> None:
     values = np.random.default_rng(0).normal(size=200).tolist()
-    raw, smooth = line_chart([Series("a", GRAY, range(200), values)], "PPO step", "reward").data
+    raw, smooth = Lines("", "", [Series("a", GRAY, range(200), values)], "PPO step", "reward").figure().data
     assert raw.y == pytest.approx(values, rel=1e-6)
     half = smoothing_window(200) // 2
     expected = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(200)]
@@ -335,42 +347,46 @@ def test_a_long_noisy_line_is_shown_with_its_running_mean() -> None:
 
 
 def test_a_short_line_shows_its_points() -> None:
-    (line,) = line_chart([Series("a", GRAY, [0, 5, 10], [-1.0, 3.0, 1.0])], "PPO step", "reward").data
+    (line,) = Lines("", "", [Series("a", GRAY, [0, 5, 10], [-1.0, 3.0, 1.0])], "PPO step", "reward").figure().data
     assert (list(line.x), list(line.y), line.mode) == ([0, 5, 10], [-1.0, 3.0, 1.0], "lines+markers")
 
 
 def test_a_band_reaches_as_far_below_and_above_as_it_says() -> None:
     for error, low, high in (([1.0, 2.0], [2.0, 2.0], [4.0, 6.0]), (([1.0, 2.0], [0.0, 5.0]), [2.0, 2.0], [3.0, 9.0])):
-        lower, upper, _ = line_chart([Series("a", GRAY, [0, 1], [3.0, 4.0], error)], "PPO step", "reward").data
+        lower, upper, _ = (
+            Lines("", "", [Series("a", GRAY, [0, 1], [3.0, 4.0], error)], "PPO step", "reward").figure().data
+        )
         assert (list(lower.y), list(upper.y)) == (low, high)
 
 
 def test_a_very_long_run_stays_a_small_file() -> None:
     steps = range(200_000)  # a running mean that adds up its window for every point would take minutes
-    chart = line_chart([Series("a", GRAY, steps, [math.sin(s / 9000) for s in steps])], "PPO step", "reward")
+    chart = Lines(
+        "", "", [Series("a", GRAY, steps, [math.sin(s / 9000) for s in steps])], "PPO step", "reward"
+    ).figure()
     assert len(chart.to_json()) < 80_000
     assert chart.data[0].y == pytest.approx(np.sin(chart.data[0].x / 9000), abs=1e-3)
 
 
 def test_layers_stand_on_each_other() -> None:
     layers = [Series("a", GRAY, [1, 2], [1.0, 2.0]), Series("b", COLORS[0], [1, 2], [3.0, 1.0])]
-    lower, upper = stacked_chart(layers, "PPO step", "seconds").data
+    lower, upper = Stack("", "", layers, "PPO step", "seconds").figure().data
     assert lower.stackgroup == upper.stackgroup  # plotly adds up the layers of one group
     assert [list(lower.y), list(upper.y)] == [[1.0, 2.0], [3.0, 1.0]]
 
 
 def test_a_cloud_has_a_ring_at_its_mean_and_a_path_has_none() -> None:
     group = Series("a", GRAY, [0.0, 1.0, 5.0], [3.0, 3.0, 0.0])
-    cloud, ring = scatter_chart([group], "proxy", "gold").data
+    cloud, ring = Scatter("", "", [group], "proxy", "gold").figure().data
     assert (list(cloud.x), list(ring.x), list(ring.y)) == ([0.0, 1.0, 5.0], [2.0], [2.0])
-    (path,) = scatter_chart([group], "proxy", "gold", joined=True).data
+    (path,) = Scatter("", "", [group], "proxy", "gold", joined=True).figure().data
     assert path.mode == "lines+markers"
     assert list(path.marker.opacity) == sorted(path.marker.opacity)
 
 
 def test_a_histogram_shows_shares_of_groups_of_different_size() -> None:
     groups = [Series("few", GRAY, [], [0.0, 1.0]), Series("many", COLORS[0], [], [0.0, 0.1] * 50 + [1.0] * 100)]
-    chart = histogram_chart(groups, "energy loss")
+    chart = Histogram("", "", groups, "energy loss").figure()
     assert [list(trace.x) for trace in chart.data] == [group.y for group in groups]
     assert {(trace.histnorm, trace.bingroup) for trace in chart.data} == {("percent", "all")}  # shares, in equal bins
     assert [line.x0 for line in chart.layout.shapes] == pytest.approx([0.5, 0.525])  # the means
@@ -379,11 +395,12 @@ def test_a_histogram_shows_shares_of_groups_of_different_size() -> None:
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [1e9, 3e9], [2.0]])
 def test_any_scale_can_be_drawn(values: list[float]) -> None:
     series = [Series("a", GRAY, list(range(len(values))), values)]
-    for chart in (
-        line_chart(series, "PPO step", "reward"),
-        stacked_chart(series, "PPO step", "seconds"),
-        scatter_chart(series, "proxy", "gold"),
-        histogram_chart(series, "energy loss"),
-    ):
-        assert "NaN" not in chart.to_json()
-        assert chart.data
+    charts: tuple[Chart, ...] = (
+        Lines("", "", series, "PPO step", "reward"),
+        Stack("", "", series, "PPO step", "seconds"),
+        Scatter("", "", series, "proxy", "gold"),
+        Histogram("", "", series, "energy loss"),
+    )
+    for figure in (chart.figure() for chart in charts):
+        assert "NaN" not in figure.to_json()
+        assert figure.data

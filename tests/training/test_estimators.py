@@ -31,6 +31,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "remax": {"estimator": "remax"},
 }
 GROUP = 4
+RECORDED = 3 * GROUP  # of the 4 * GROUP responses of a step
 CLIP = 13.0  # of -13.6 and more
 GOLD = "nemo_eppo.tools.noun_task:gold_reward"
 
@@ -138,6 +139,7 @@ def run(models: Models, steps: int, root: Path, name: str, directory: str, **kil
     """A job that saves every step and trusts the engine's log-probs; `kill` says where it dies."""
     values = settings(models, "grpo", {}, steps) | {"checkpoint": {"interval": 1}, "gold_reward": GOLD}
     values["ppo"]["old_logprobs"] = "engine"
+    values["record_rollouts"] = RECORDED
     changes = {"kill": kill} if kill else {}
     return Job("actor", 1, json.loads(json.dumps(values | changes, default=str)), root / name, root / directory)
 
@@ -159,6 +161,7 @@ def test_a_run_without_critic_and_servers_records_gold_rewards_and_groups(models
         proxy = 2 * (row["reward/gold"] - 0.1) / 0.5
         assert row["reward/proxy"] == pytest.approx(proxy, abs=1e-5), "one function is both reward and gold"
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000002.jsonl").open()]
+    assert len(rows) == RECORDED
     prompts = [row["prompt"] for row in rows]
     assert all(len(set(prompts[start : start + GROUP])) == 1 for start in range(0, len(prompts), GROUP))
     assert len(set(prompts)) == len(prompts) // GROUP

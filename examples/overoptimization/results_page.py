@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison import Curves, compare, half_interval, over_distance
 
-from nemo_eppo.evaluation.overoptimization import Curves, compare, half_interval, over_distance
 from nemo_eppo.files import write_atomically, write_json
-from nemo_eppo.observability.charts import COLORS, Series, line_chart
-from nemo_eppo.observability.pictures import lines, write_picture
-from nemo_eppo.observability.report_page import figure, page, section
+from nemo_eppo.observability.charts import COLORS, Lines, Series
+from nemo_eppo.observability.pictures import write_picture
+from nemo_eppo.observability.report_page import page, section
 from nemo_eppo.observability.report_tables import plain_table, text_table
 
 _PLAIN, _OURS = "ppo", "eppo"
@@ -49,14 +49,7 @@ def write_results(
     write_atomically(out / "report.html", page("Over-optimisation", _body(found, order, of_seeds, about)))
     best = [method for method in order if method not in (_PLAIN, _OURS)][:_PER_CHART]
     shown = [method for method in order if method in (_PLAIN, _OURS, *best)]
-    write_picture(
-        out / "curves.png",
-        [
-            lines(series(shown, of_seeds, name), x_label, f"{name} reward", f"{name.capitalize()} reward")
-            for series, x_label in _CURVES
-            for name in ("gold", "proxy")
-        ],
-    )
+    write_picture(out / "curves.png", _charts(shown, of_seeds))
     return text_table(verdict(found), _rows(found, order), width=160)
 
 
@@ -88,13 +81,7 @@ def _body(
     facts = ", ".join(f"{name} {value}" for name, value in about.items())
     others = [method for method in order if method not in (_PLAIN, _OURS)]
     groups = [others[start : start + _PER_CHART] for start in range(0, len(others), _PER_CHART)] or [[]]
-    figures = []
-    for group in groups:
-        shown = [_PLAIN, _OURS, *group]
-        for series, x_label in _CURVES:
-            for name in ("gold", "proxy"):
-                chart = line_chart(series(shown, of_seeds, name), x_label, f"{name} reward")
-                figures.append(figure(f"{name.capitalize()} reward", ", ".join(shown), chart))
+    charts = [chart for group in groups for chart in _charts([_PLAIN, _OURS, *group], of_seeds)]
     return [
         "<h1>Over-optimisation</h1>",
         f'<p class="lead">{html.escape(verdict(found))}</p>',
@@ -104,7 +91,7 @@ def _body(
         "plain PPO, and the p-value of Wilcoxon's test. In brackets: how many seeds went so far from the SFT model, if "
         "not all.</p>",
         plain_table(_rows(found, order)),
-        section("Curves", "Means over seeds, with Student's 95% bands; distances that all seeds reach.", figures),
+        section("Curves", "Means over seeds, with Student's 95% bands; distances that all seeds reach.", charts),
     ]
 
 
@@ -132,6 +119,15 @@ def _row(found: Mapping[str, Any], method: str) -> list[str]:
 def _interval(estimate: Mapping[str, Any]) -> str:
     interval = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
     return f"{estimate['value']:.3f}{interval}"
+
+
+def _charts(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]]) -> list[Lines]:
+    """Gold and proxy reward over the steps, and over the distance from the SFT model."""
+    return [
+        Lines(f"{name.capitalize()} reward", ", ".join(methods), series(methods, of_seeds, name), x, f"{name} reward")
+        for series, x in _CURVES
+        for name in ("gold", "proxy")
+    ]
 
 
 def _over_steps(methods: Sequence[str], of_seeds: Mapping[str, Sequence[Curves]], name: str) -> list[Series]:
