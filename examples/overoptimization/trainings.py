@@ -176,6 +176,7 @@ class Task:
             {
                 "seed": seed,
                 "model.restore_from_path": self.sft / "checkpoints",
+                "model.precision": "fp32",
                 "model.micro_batch_size": 64,
                 "data.train": self.sft / "data" / "prompts.train.jsonl",
                 "data.validation": self.sft / "data" / "prompts.validation.jsonl",
@@ -243,6 +244,7 @@ def _fit(data: Path, kind: str, steps: int, lr: float) -> dict[str, Any]:
     return {
         "data.train": data / f"{kind}.train.jsonl",
         "data.validation": data / f"{kind}.validation.jsonl",
+        "model.precision": "fp32",  # the same numbers on all machines
         "model.micro_batch_size": 32,
         "fit.global_batch_size": 32,
         "fit.max_steps": steps,

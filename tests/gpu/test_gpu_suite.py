@@ -38,7 +38,6 @@ def test_all_parts_but_the_whole_job_pass_on_a_cpu(tmp_path: Path) -> None:
     ran([part for part in suite.PARTS if part != "job"], tmp_path)
 
 
-@pytest.mark.slow
 def test_the_whole_job_passes_on_a_cpu(tmp_path: Path) -> None:
     ran(["job"], tmp_path)
 
