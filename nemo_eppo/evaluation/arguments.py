@@ -65,8 +65,9 @@ def named(paths: list[Path], names: list[str]) -> dict[str, Path]:
     chosen = names or _differing(paths)
     if len(chosen) != len(paths):
         raise ConfigError(f"--names: {len(chosen)} names for {len(paths)} paths: {' '.join(map(str, paths))}")
-    if twice := [name for name in chosen if chosen.count(name) > 1]:
-        raise ConfigError(f"{'--names' if names else 'paths'}: {twice[0]} occurs more than once")
+    if twice := [(name, path) for name, path in zip(chosen, paths, strict=True) if chosen.count(name) > 1]:
+        name, path = twice[0]
+        raise ConfigError(f"--names: {name} occurs more than once" if names else f"{path} is given more than once")
     return dict(zip(chosen, paths, strict=True))
 
 

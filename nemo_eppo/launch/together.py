@@ -122,6 +122,10 @@ def _tokenizers(actor: Job, job: Job) -> Iterator[Finding]:
             continue
         if difference := unlike(tokenizer, expected, first):
             yield error(check, difference, f"models of one run need one tokenizer: {first}'s")
+        elif plan.model.vocab_size < actor.plan.model.vocab_size:
+            sizes = f"a vocabulary of {plan.model.vocab_size}, {first}'s model has {actor.plan.model.vocab_size}"
+            mend = "nothing, if the policy never samples ids that its tokenizer lacks: a request with one is refused"
+            yield warning(check, sizes, mend)
         elif tokenizer.chat_template != expected.chat_template:
             yield warning(
                 check,

@@ -170,6 +170,19 @@ def test_another_eos_is_an_error_and_another_chat_template_a_warning(
         assert found["found"] == "another chat template than actor's"
 
 
+def test_a_smaller_model_of_the_same_tokenizer_is_a_warning(
+    launch: Path, doctor: Any, models: Models, tmp_path: Path
+) -> None:
+    """As of Qwen2.5, whose models of 0.5B and 7B have 151936 and 152064 rows for one tokenizer of 151665."""
+    other = with_free_tokenizer(models.sft, tmp_path / "other")
+    manifest = json.loads((other / checkpoint_files.MANIFEST).read_text())
+    manifest["model"]["vocab_size"] = 70
+    (other / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
+    status, findings = doctor(launch, f"jobs.actor.settings.model.restore_from_path={other}")
+    assert (status, findings["reward: tokenizer"]["status"]) == (0, "warning")
+    assert findings["reward: tokenizer"]["found"] == "a vocabulary of 64, actor's model has 70"
+
+
 def test_another_vocabulary(launch: Path, doctor: Any, models: Models, tmp_path: Path) -> None:
     other = with_free_tokenizer(models.rm, tmp_path / "other")
     shutil.rmtree(other / checkpoint_files.TOKENIZER)

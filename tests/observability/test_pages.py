@@ -155,7 +155,7 @@ def test_a_run_s_page_goes_into_its_directory_and_names_can_be_chosen(tmp_path: 
     [
         (["{run}", "{empty}", "--output", "{empty}"], "{empty} is no run directory of a job: it has no metrics.jsonl"),
         (["{run}", "{once}"], "--output: expected a directory for the comparison of several runs"),
-        (["{run}", "{run}", "--output", "{empty}"], "paths: "),
+        (["{run}", "{run}", "--output", "{empty}"], "{run} is given more than once"),
         (["{run}", "{once}", "--names", "a", "a", "--output", "{empty}"], "--names: a occurs more than once"),
         (["{once}"], "validation has 1 steps; a report compares the first with the last"),
         (["{torn}"], "config.yaml:1: "),
