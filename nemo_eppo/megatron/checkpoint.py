@@ -10,10 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -220,8 +218,6 @@ def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> di
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",  # the only one (0.16) that loads under any layout
-        # one replica collects the state in host memory, instead of each of them on its GPU and then in host memory
-        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     state: dict[str, Any] = {}
     for index, chunk in enumerate(runner.chunks):
@@ -231,10 +227,5 @@ def _sharded_state(runner: ModelRunner, optimizer: bool, is_loading: bool) -> di
         if is_loading:
             allocate_state(runner.optimizer)
         state["optimizer"] = runner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-        if is_loading:
-            # megatron-core (0.16) zeroes memory for the whole state of a distributed optimizer, and takes more for what
-            # other replicas read: memory that was never written to takes none
-            for part in nested_values(state["optimizer"].get("param_state", {})):
-                part.data = torch.empty_like(part.data)
         state["scheduler"] = runner.scheduler.state_dict()
     return state

@@ -1,5 +1,6 @@
 """Builds Megatron's data-parallel wrapper, optimizer and learning-rate schedule from one config."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_eppo.megatron.model import unwrap
+from nemo_eppo.megatron.optimizer_shards import sharded_states
 from nemo_eppo.models.numerics import DTYPES
 from nemo_eppo.settings.model import Precision
 from nemo_eppo.settings.training import OptimizerConfig
@@ -85,6 +87,7 @@ def build_optimizer(
     for part in optimizer.chained_optimizers:
         if distributed:
             _find_states_where_they_are(part)
+            part.sharded_param_state_fully_reshardable = partial(_sharded_states, part)
         elif precision == "bf16":
             _give_main_copies_to_heads(part)
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -138,16 +141,14 @@ def load_state(
 ) -> None:
     """Resume with a checkpoint's moments and number of updates, but this job's settings, which may have changed."""
     settings = [dict(group) for group in optimizer.param_groups]
-    shards = optimizer_state.pop("param_state", None)  # of a distributed optimizer
-    if shards is None:
+    is_sharded = optimizer_state.pop("param_state", None) is not None  # which was loaded in place
+    if not is_sharded:
         _count_where_it_is_counted(optimizer, optimizer_state)
     optimizer.load_state_dict(optimizer_state)
-    if shards is not None:
-        _load_shards(optimizer, shards)
     for part in optimizer.chained_optimizers:
         for parameter, state in part.optimizer.state.items() if part.optimizer is not None else ():
-            if "step" in state:  # a fused update counts on the device
-                state["step"] = state["step"].to(parameter.device)
+            if "step" in state:  # a fused update counts on the device; megatron-core (0.16) may set one tensor for all
+                state["step"] = state["step"].to(parameter.device, copy=True)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({name: own[name] for name in _SETTINGS if name in own})
         for name in own.keys() - group.keys():  # of this machine's Adam, which may not be the one that was saved
@@ -171,26 +172,13 @@ def _count_where_it_is_counted(optimizer: Any, saved: dict[str, Any]) -> None:
                 group["step"] = int(count)
 
 
-def _load_shards(optimizer: Any, shards: dict[int, dict[str, Tensor]]) -> None:
-    [part] = optimizer.chained_optimizers
-    counting = [state for state in part.optimizer.state.values() if "step" in state]  # torch's AdamW, not FusedAdam
-    # megatron-core (0.16) looks for every tensor of a state in the shards, and sets one `step` tensor for all states,
-    # which each of them would then count up
-    steps = [state.pop("step").clone() for state in counting]
-    with torch.no_grad():  # shards of fp32 weights are views of the weights
-        part.load_parameter_state_from_fully_reshardable(shards)
-    for state, step in zip(counting, steps, strict=True):
-        state["step"] = step
+def _sharded_states(part: Any, model_state: dict[str, Any], *_: Any) -> list[Any]:
+    return sharded_states(part, model_state)
 
 
 def _find_states_where_they_are(optimizer: Any) -> None:
-    # Two errors of megatron-core's distributed optimizer (0.16) would mix up states in checkpoints. It gathers buffers
-    # without the padding between buckets, and looks for parameters in them as if it were there: let it be.
-    for buffer in optimizer.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    # And it puts fp32 parameters, our heads, before the others of a group, but looks for them behind the others.
+    # megatron-core's distributed optimizer (0.16) puts fp32 parameters, our heads, before the others of a group, but
+    # looks for their states behind those of the others.
     groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     for group, (fp32, others) in enumerate(groups):
         for place, parameter in enumerate([*fp32, *others]):

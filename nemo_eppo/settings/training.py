@@ -37,8 +37,7 @@ class OptimizerConfig(Config):
     """Largest global gradient norm; 0 does not clip."""
     distributed: Annotated[bool | None, by_device(None, False)] = None
     """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer); null does so on GPUs if there
-    are several of these ranks. A run resumes with the value that it was saved with, under any layout. To be saved, the
-    states are put together in the host's memory, while training waits."""
+    are several of these ranks. A run resumes with the value that it was saved with, under any layout."""
     overlap_grad_reduce: Annotated[bool, by_device(True, False)] = NULL
     """Sum gradients over data-parallel ranks while the backward pass of the last micro-batch still runs; null does so
     on GPUs."""

@@ -1,5 +1,6 @@
 """Updates against torch's AdamW and clip_grad_norm_ on the same network in transformers; updates that must fail."""
 
+import itertools
 from functools import cache
 from typing import Any
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from nemo_eppo.config import ConfigError, load_config
 from nemo_eppo.megatron import checkpoint
 from nemo_eppo.megatron.logprobs import IGNORE
 from nemo_eppo.megatron.optimizer import allocate_state
+from nemo_eppo.megatron.optimizer_shards import _blocks
 from nemo_eppo.megatron.runner import Rows
 from nemo_eppo.models.hf_config import causal_architecture, hf_config
 from nemo_eppo.settings.model import ModelConfig, Precision
@@ -278,12 +280,31 @@ def test_sharded_updates_of_a_bf16_model_with_a_head_are_the_same_in_an_interlea
         assert report["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
-def collected_states() -> bool:
-    runner = build_runner({}, optimizer=OPTIMIZER.model_copy(update={"distributed": True}))
-    runner.train_step(random_batch(), likelihood)
-    state = checkpoint._sharded_state(runner, optimizer=True, is_loading=False)["optimizer"]
-    return state["param_state"] is not None
+def described_states(layout: Layout) -> tuple[int, int, bool]:
+    """Numbers that this rank would save of its optimizer's states, and that it has; whether they are the same memory."""
+    runner = build_runner(layout, QWEN2, optimizer=OPTIMIZER.model_copy(update={"distributed": True}))
+    runner.train_step(random_batch(rows=8), likelihood)
+    blocks = checkpoint._sharded_state(runner, optimizer=True, is_loading=False)["optimizer"]["param_state"]
+    [part] = runner.optimizer.chained_optimizers
+    own = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+    own += [value for state in part.optimizer.state.values() for name, value in state.items() if name != "step"]
+    memory = {tensor.untyped_storage().data_ptr() for tensor in own}
+    shared = all(block.data.untyped_storage().data_ptr() in memory for block in blocks)
+    return sum(block.data.numel() for block in blocks), sum(tensor.numel() for tensor in own), shared
 
 
-def test_one_replica_alone_holds_the_whole_state_of_a_distributed_optimizer_to_save_it() -> None:
-    assert run_ranks(collected_states, 2) == [True, False]
+@pytest.mark.parametrize(("layout", "ranks"), [({}, 3), (VPP2, 4)], ids=["DP3", "DP2 VPP2"])
+def test_each_replica_saves_the_states_that_it_has_and_copies_none(layout: Layout, ranks: int) -> None:
+    for saved, has, shared in run_ranks(described_states, ranks, layout):
+        assert (saved, shared) == (has, True)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12])
+def test_a_range_of_a_matrix_is_divided_into_at_most_three_blocks(width: int) -> None:
+    matrix = torch.arange(4 * width).view(4, width)
+    for start, end in itertools.combinations_with_replacement(range(4 * width + 1), 2):
+        blocks = [*_blocks(start, end, width)]
+        parts = [matrix[b.row : b.row + b.rows, b.column : b.column + b.columns].flatten() for b in blocks]
+        assert [int(part[0]) for part in parts] == [block.begins for block in blocks]
+        assert torch.equal(torch.cat([*parts, matrix.new_zeros(0)]), matrix.flatten()[start:end])
+        assert len(blocks) <= 3
