@@ -281,7 +281,7 @@ def test_sharded_updates_of_a_bf16_model_with_a_head_are_the_same_in_an_interlea
 
 
 def described_states(layout: Layout) -> tuple[int, int, bool]:
-    """Numbers that this rank would save of its optimizer's states, and that it has; whether they are the same memory."""
+    """Numbers of states that this rank would save, and that it has; and whether both are the same memory."""
     runner = build_runner(layout, QWEN2, optimizer=OPTIMIZER.model_copy(update={"distributed": True}))
     runner.train_step(random_batch(rows=8), likelihood)
     blocks = checkpoint._sharded_state(runner, optimizer=True, is_loading=False)["optimizer"]["param_state"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import MODEL, SP2, VPP2, Layout, build_runner, close, exported, update
+from tiny import MODEL, PP2, SP2, VPP2, Layout, build_runner, close, exported, update
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -25,7 +25,7 @@ from nemo_eppo.megatron import optimizer as megatron_optimizer
 from nemo_eppo.megatron.norms import RMSNorm
 from nemo_eppo.megatron.saving import tidy
 from nemo_eppo.models import checkpoint_files
-from nemo_eppo.settings.model import ParallelConfig
+from nemo_eppo.settings.model import LoRAConfig, ParallelConfig
 from nemo_eppo.settings.training import CheckpointConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1e-4, weight_decay=0.1, schedule="linear")
@@ -134,6 +134,34 @@ def test_sharded_optimizer_states_resume_bit_for_bit_and_under_other_layouts(
     run_ranks(resumed_and_interrupted, 1, head, precision, tmp_path / "step_1", tmp_path / "step_2")
     for parameters in run_ranks(resumed_for_one_update, 2, head, precision, tmp_path / "step_2"):
         close(f"{head} {precision}, from DP2 to DP1 to TP2+SP", parameters, expected, tolerance)
+
+
+def continued(changes: dict[str, Any], directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after two updates, and after a checkpoint between them was loaded by another model."""
+    build = partial(build_runner, precision="bf16", optimizer=SHARDED, **changes)
+    runner = build()
+    update(runner, "lm")
+    checkpoint.save(
+        directory, runner, checkpoint_files.Manifest(head="lm", step=1, model=changes["model"], optimizer=True)
+    )
+    update(runner, "lm")
+    expected = {name: tensor.clone() for name, tensor in exported(runner).items()}
+    again = build()
+    checkpoint.load(directory, again, optimizer=True)
+    update(again, "lm")
+    return expected, exported(again)
+
+
+TIED = {"layout": PP2, "model": MODEL.model_copy(update={"tie_embeddings": True})}
+ADAPTERS = {"layout": VPP2, "model": MODEL, "lora": LoRAConfig(rank=2, alpha=4)}
+
+
+@pytest.mark.parametrize("changes", [TIED, ADAPTERS], ids=["tied embeddings, DP2 PP2", "adapters, DP2 VPP2"])
+def test_sharded_states_of_what_several_stages_or_no_weights_have_resume_too(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    for expected, found in run_ranks(continued, 4, changes, tmp_path / "step_1"):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class AsksForExtraState(RMSNorm):
