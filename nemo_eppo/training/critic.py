@@ -27,7 +27,7 @@ from nemo_eppo.training.setup import build, plan
 
 
 class CriticModel:
-    """A critic on this job's ranks, which computes values and makes updates; a `Service` that knows no server.
+    """A critic on this job's ranks, which computes values and makes updates; a `Service` for any server or none.
 
     The constructor checks files and settings; `build` is called once the ranks have joined. Each mini-batch is one
     update; `step` counts updates.
@@ -122,7 +122,7 @@ class CriticModel:
         return self._step
 
     def _remove_after(self, step: int) -> None:
-        # updates are made anew from here: of one that is not saved again, an earlier trajectory's must not be found
+        # later updates are made again: checkpoints of the abandoned ones must not be taken for those of the new ones
         saved = checkpoint_files.complete_in(self._folder)
         for path in saved[saved.index(self._saver.path(step)) + 1 :] if step else saved:
             remove_directory(path)
@@ -164,7 +164,7 @@ class CriticModel:
         self._saver.finish()
         path = self._saver.path(int(request["step"]))
         if not on_rank0(path.is_dir):
-            # to the actor the critic is lost, whatever happened to it or its writer: both go back to what is saved
+            # the actor takes this for a lost server, and both go back to the newest checkpoints
             raise ServerEnding(f"{path} was not saved")
         return str(path)
 
