@@ -14,7 +14,7 @@ from nemo_eppo.megatron.elementwise import rms_norm_on_cpu
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """RMSNorm over the last dimension of x [..., H] with weight [H]; `plus_one` scales by 1 + weight in fp32."""
-    if x.is_cpu and x.dtype.itemsize >= 4:  # the narrow ones are computed in fp32
+    if x.is_cpu and x.dtype.itemsize >= 4:  # torch's own computes bf16 in fp32, too
         return rms_norm_on_cpu(x, 1 + weight if plus_one else weight, eps)
     if not plus_one:
         return F.rms_norm(x, weight.shape, weight, eps)
