@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import directory_made_whole, inside
+from nemo_eppo.files import directory_made_whole, inside, write_json
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_config import model_config_from_hf
@@ -146,7 +146,7 @@ def write_hf_directory(
         shards.finish()
         checkpoint_files.copy_tokenizer(tokenizer, incomplete)
         _end_as_learnt(incomplete / checkpoint_files.GENERATION, config)
-        _write_json(incomplete / CONFIG, config)
+        write_json(incomplete / CONFIG, config)
 
 
 def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
     ends = settings.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if config["eos_token_id"] not in ends:
-        _write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
+        write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
 
 
 class _Shards:
@@ -195,7 +195,7 @@ class _Shards:
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self._directory / file)
             weight_map.update(dict.fromkeys(names, file))
-        _write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+        write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
 
 
 def _headers(path: Path) -> dict[str, _Stored]:
@@ -236,7 +236,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
