@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 REWARD_KEY = "nemo_eppo_reward"
 """Key of config.json that holds a reward model's RewardStatistics; transformers keeps it and ignores it."""
 _DTYPES = ("F32", "BF16", "F16")
-_LISTED = 8  # most tensors that one error message lists
+_LISTED = 8  # tensors, at most, that one error message lists
 
 
 class RewardStatistics(Config):
@@ -145,12 +145,12 @@ def write_hf_directory(
             shards.add(name, tensor.cpu())
         shards.finish()
         checkpoint_files.copy_tokenizer(tokenizer, incomplete)
-        _end_as_learnt(incomplete / checkpoint_files.GENERATION, config)
+        _add_eos(incomplete / checkpoint_files.GENERATION, config)
         write_json(incomplete / CONFIG, config)
 
 
-def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
-    """Make the settings of generation, if there are any, also end a response at the tokenizer's EOS."""
+def _add_eos(generation: Path, config: dict[str, Any]) -> None:
+    """Add the tokenizer's EOS to the tokens that end a response in generation_config.json, if there is such a file."""
     if not generation.is_file():
         return
     settings = _read_json(generation)
