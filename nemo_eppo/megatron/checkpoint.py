@@ -142,22 +142,8 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
             where this one is not, or the other way round.
     """
     manifest = on_rank0(lambda: read_manifest(directory))  # on one rank: it checks the size of every file
-    if optimizer and not manifest.optimizer:
-        raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
-    if optimizer and manifest.lora != lora.attached(runner.chunks):
-        raise ConfigError(
-            f"{directory} was saved with model.lora = {manifest.lora}; training cannot resume from it with "
-            f"{lora.attached(runner.chunks)}"
-        )
-    precision = "bf16" if runner.config.bf16 else "fp32"
-    if optimizer and precision != (stored := stored_precision(directory)):
-        raise ConfigError(
-            f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
-        )
-    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (saved := is_sharded(directory)):
-        raise ConfigError(
-            f"{directory} was saved with optimizer.distributed = {saved}; training cannot resume from it with {now}"
-        )
+    if optimizer:
+        _check_resumable(directory, manifest, runner)
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:
         lora.attach(runner.chunks, to_merge)
@@ -187,6 +173,22 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     elif runner.optimizer is not None:
         runner.optimizer.reload_model_params()
     return manifest
+
+
+def _check_resumable(directory: Path, manifest: Manifest, runner: ModelRunner) -> None:
+    """Raise ConfigError if training cannot resume from a checkpoint with this job's settings, see `load`."""
+    if not manifest.optimizer:
+        raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
+    precision, ddp = "bf16" if runner.config.bf16 else "fp32", runner.chunks[0].ddp_config
+    for setting, saved, now in (
+        ("model.lora", manifest.lora, lora.attached(runner.chunks)),
+        ("model.precision", stored_precision(directory), precision),
+        ("optimizer.distributed", is_sharded(directory), ddp.use_distributed_optimizer),
+    ):
+        if saved != now:
+            raise ConfigError(
+                f"{directory} was saved with {setting} = {saved}; training cannot resume from it with {now}"
+            )
 
 
 def _write_and_note_digests(

@@ -95,11 +95,10 @@ class PPOLoop:
                     "PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0, phase=ppo.timers.running
                 )
             )
-            if self.done == 0:
-                initial = self._validate(0)
-                if metrics is not None and initial:
+            if self.done == 0 and (initial := self._validate(0)):
+                if metrics is not None:
                     metrics.log(0, initial)
-                if initial and not config.validation.greedy:  # greedy responses have other energies than sampled ones
+                if not config.validation.greedy:  # greedy responses have other energies than sampled ones
                     self.monitor.observe_sft(initial["validation/energy_loss"])
             for step in range(self.done + 1, last + 1):
                 result = ppo.step(step, [self.prompts[index] for index in next(self.batches)])
@@ -289,7 +288,7 @@ def rollout_rows(
     batch: RolloutBatch, samples: Sequence[Sample], measured: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """Return one row per response for rollout files: its text and token ids (EOS included where it finished), how it
-    ended, and what was measured of it."""
+    ended, and its numbers in `measured`."""
     return [
         {
             "prompt": sample.prompt,

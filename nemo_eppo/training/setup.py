@@ -85,24 +85,10 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
         ConfigError: checkpoint or tokenizer is missing, damaged or wrong, the vocabulary does not fit, the tokenizer
             is not the model's own, or the model or the number of ranks does not allow the layout.
     """
-    source: Path | HfDirectory | None = None
-    own_tokenizer: Path | None = None
-    manifest, model = None, setup.architecture
+    source = own_tokenizer = manifest = None
+    model = setup.architecture
     if setup.restore_from_path is not None:
-        if HfDirectory.at(setup.restore_from_path):
-            source = HfDirectory(setup.restore_from_path)
-            manifest = source.manifest()
-            if head not in (None, source.head):
-                raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
-            own_tokenizer = source.path
-        else:
-            key = where if where.startswith("--") else f"{where}.restore_from_path"
-            source = checkpoint_files.find(setup.restore_from_path, key)
-            try:
-                manifest = checkpoint_files.read_manifest(source, head)
-            except ConfigError as error:
-                raise ConfigError(f"{key}: {error}") from None
-            own_tokenizer = source / checkpoint_files.TOKENIZER
+        source, own_tokenizer, manifest = _read_source(setup.restore_from_path, where, head)
         model = manifest.model
     assert model is not None
     tokenizer_path = setup.tokenizer or own_tokenizer
@@ -119,6 +105,23 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     check_layout(model, setup.parallel, f"{where}.architecture")
     setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
+
+
+def _read_source(
+    path: Path, where: str, head: Head | None
+) -> tuple[Path | HfDirectory, Path, checkpoint_files.Manifest]:
+    """Find and check the model at `path`; return it, the directory of its tokenizer, and its manifest; see `plan`."""
+    if HfDirectory.at(path):
+        directory = HfDirectory(path)
+        if head not in (None, directory.head):
+            raise ConfigError(f"{where}: {path} holds a {directory.architecture}, expected head '{head}'")
+        return directory, path, directory.manifest()
+    key = where if where.startswith("--") else f"{where}.restore_from_path"
+    source = checkpoint_files.find(path, key)
+    try:
+        return source, source / checkpoint_files.TOKENIZER, checkpoint_files.read_manifest(source, head)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: str) -> None:
