@@ -49,7 +49,7 @@ def token_logprobs(
         distribution: penalty, temperature and filters. With top-k or top-p the kept set follows the current logits,
             always includes the target, and costs a gather of one chunk's logits.
         softcap: cap of the logits, see `soft_capped`; None for none.
-        history: what a distribution that looks back needs; None for one that does not.
+        history: needed by a distribution that looks back; None for others.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.

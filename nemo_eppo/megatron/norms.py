@@ -38,7 +38,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NormAndAdd(nn.Module):
-    """Replaces Megatron's addition to the residual stream: it norms what is added first (Gemma 2)."""
+    """Replaces Megatron's bias-dropout-add: norms a module's output, then adds it to the residual stream (Gemma 2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

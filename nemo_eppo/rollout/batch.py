@@ -1,4 +1,4 @@
-"""The rollout of one step as padded tensors, what is computed from it, and its order of mini-batches and seeds."""
+"""Completions, a step's rollout as padded tensors and its experience; the order of its mini-batches, and its seeds."""
 
 from array import array
 from dataclasses import dataclass, fields, replace

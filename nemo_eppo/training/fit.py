@@ -63,7 +63,7 @@ class Task(ABC):
         """Return metrics on the validation data, whose names start with "validation/"; collective."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint records beside the weights, usually nothing; called after `validate`."""
+        """Return further state for a checkpoint's manifest, usually none; called after `validate`."""
         return {}
 
 

@@ -127,7 +127,7 @@ def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_si
 
 
 def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
-    """Convert a Gaussian over latents to what a manifest stores, in fp32."""
+    """Convert a Gaussian over latents to fp32 values for a manifest."""
     return {"mean": pack_array(gaussian.mean.cpu().numpy()), "factor": pack_array(gaussian.factor.cpu().numpy())}
 
 

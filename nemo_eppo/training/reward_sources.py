@@ -45,13 +45,13 @@ class ServerSource:
         self.client = RewardClient(address, address.job, address.others)
         self._expect: dict[str, Any] = dict(expect)
         self.statistics = self.connect()
-        """What the server says of its models; no two have the same."""
+        """Statistics of the server's models, which identify them: no two models have the same."""
         self._expect["reward"] = self.statistics  # after a reconnection it has to be the same model
         self.columns = model_columns(config, f"the server at {address.url}", self.statistics, kind)
         self.latent_size = int(self.statistics["latent_size"])
 
     def connect(self) -> dict[str, Any]:
-        """Wait until the server answers, check that it fits and return what it says of its models; collective."""
+        """Wait until the server answers, check that it fits, and return its models' statistics; collective."""
         model: dict[str, Any] = on_rank0(lambda: self.client.connect(self._expect)["reward"])
         return model
 
