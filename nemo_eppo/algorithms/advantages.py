@@ -73,14 +73,15 @@ class GAE:
             expected = "[B, T + 1], for bootstrap_truncated," if self.bootstrap_truncated else "[B, T] or [B, T + 1]"
             given = None if values is None else list(values.shape)
             raise ValueError(f"values: {given}; expected the critic's {expected} beside a mask {list(mask.shape)}")
-        rewards, present = zero_outside(rewards, mask), zero_outside(values[:, :actions], mask)
-        following = torch.cat([present[:, 1:], torch.zeros_like(present[:, :1])], dim=1)
+        rewards, current = zero_outside(rewards, mask), zero_outside(values[:, :actions], mask)
+        following = torch.cat([current[:, 1:], torch.zeros_like(current[:, :1])], dim=1)
         if self.bootstrap_truncated:
             last = last_action(mask)[:, None]
-            after = torch.where(truncated[:, None], values.gather(1, last + 1).to(present), 0.0)
-            following = following.scatter(1, last, after)
-        advantages = _to_go(rewards + self.gamma * following - present, mask, self.gamma * self.lam)
-        returns = zero_outside(advantages + present, mask)
+            after_last = torch.where(truncated[:, None], values.gather(1, last + 1).to(current), 0.0)
+            following = following.scatter(1, last, after_last)
+        deltas = rewards + self.gamma * following - current
+        advantages = _to_go(deltas, mask, self.gamma * self.lam)
+        returns = zero_outside(advantages + current, mask)
         return whiten(advantages, mask) if self.whiten else advantages, returns
 
 

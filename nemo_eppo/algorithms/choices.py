@@ -1,4 +1,4 @@
-"""What the functions of this room are told by name; settings use it, so nothing here needs torch."""
+"""The names of this room's options, and the sampling distribution. Settings use them, so nothing here needs torch."""
 
 from typing import Literal, NamedTuple
 
@@ -31,11 +31,11 @@ ESTIMATOR_SETTINGS: dict[EstimatorName, tuple[str, ...]] = {
     "reinforce_plus_plus": ("gamma",),
     "remax": (),
 }
-"""The fields of its class."""
+"""The fields of each estimator's class."""
 
 
 class Distribution(NamedTuple):
-    """Which distribution tokens are sampled from, and so whose log-probabilities are meant."""
+    """The distribution that tokens are sampled from and that log-probabilities refer to."""
 
     temperature: float
     """The logits are divided by it."""
@@ -44,15 +44,15 @@ class Distribution(NamedTuple):
     top_p: float
     """Of these, the likeliest that hold this share of the probability; 1 keeps all."""
     repetition_penalty: float = 1.0
-    """First of all, logits of the tokens of the prompt and of the response so far are penalised by it; 1: none are."""
+    """Applied first, to the logits of tokens in prompt and response so far, see `repetition_slopes`; 1: no penalty."""
     min_new_tokens: int = 0
-    """None of so many first tokens of a response is one of `ending`."""
+    """This many first tokens of a response are not in `ending`."""
     ending: tuple[int, ...] = ()
     """Token ids that end a response."""
 
     @property
     def looks_back(self) -> bool:
-        """Whether it depends on the tokens before, and not on the logits alone."""
+        """Whether it depends on earlier tokens, not on the logits alone."""
         return self.repetition_penalty != 1.0 or self.min_new_tokens > 0
 
 

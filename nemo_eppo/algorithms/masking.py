@@ -77,8 +77,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """
     x = zero_outside(x, mask)
     wide = x.double()  # an fp32 mean is off by rounding, which the division magnifies
-    off = wide - masked_mean(wide, mask)
-    scaled = off * torch.rsqrt(masked_mean(off.square(), mask) + 1e-8)
+    centred = wide - masked_mean(wide, mask)
+    scaled = centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
     return zero_outside(scaled, mask).to(x.dtype)
 
 

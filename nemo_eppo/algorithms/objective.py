@@ -94,8 +94,8 @@ class PolicyObjective:
             penalty = self.kl_coefficient * aggregate(kl, mask, self.aggregation, denominator)
             loss, report["kl_loss"] = loss + penalty, penalty.detach()
         if self.divergence != "none":
-            found = sequence_divergence(logprobs, rows["ref_logprobs"], mask)
-            per_response = found.kl if self.divergence == "kl" else found.chi2
+            estimates = sequence_divergence(logprobs, rows["ref_logprobs"], mask)
+            per_response = estimates.kl if self.divergence == "kl" else estimates.chi2
             penalty = self.divergence_weight * per_response.sum() / self.sequences
             loss, report["divergence_loss"] = loss + penalty, penalty.detach()
         return loss, report

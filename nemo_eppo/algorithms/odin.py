@@ -6,10 +6,10 @@ from torch import Tensor
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
     """Return Pearson's correlation of x and y, both [N]: a scalar; 0 without gradient if either is constant to 1e-6."""
-    x_off, y_off = x - x.mean(), y - y.mean()
-    if x_off.norm() <= 1e-6 * x.norm() or y_off.norm() <= 1e-6 * y.norm():
-        return torch.zeros_like(x_off.sum()).detach()
-    return (x_off * y_off).sum() / (x_off.norm() * y_off.norm())
+    x_centred, y_centred = x - x.mean(), y - y.mean()
+    if x_centred.norm() <= 1e-6 * x.norm() or y_centred.norm() <= 1e-6 * y.norm():
+        return torch.zeros_like(x_centred.sum()).detach()
+    return (x_centred * y_centred).sum() / (x_centred.norm() * y_centred.norm())
 
 
 def length_loss(quality: Tensor, length_scores: Tensor, lengths: Tensor) -> Tensor:

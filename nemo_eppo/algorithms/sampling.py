@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-9  # more than sums of fp64 probabilities over any vocabulary differ by, which is up to 1e-10
+_ROUNDING = 1e-9  # fp64 sums of a vocabulary's probabilities, in different orders, differ by up to 1e-10
 _WRAP = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15 - _WRAP
 _MIX_1 = 0xBF58476D1CE4E5B9 - _WRAP
@@ -11,7 +11,7 @@ _MIX_2 = 0x94D049BB133111EB - _WRAP
 
 
 def repetition_slopes(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return what a repetition penalty multiplies `logits` [..., V] by, of the same shape.
+    """Return the factors, of the same shape, by which a repetition penalty multiplies `logits` [..., V].
 
     Where `seen`, bool [..., V], is true, positive logits are divided by the penalty and negative ones multiplied (CTRL,
     arXiv 1909.05858, section 4.1, with the sign that transformers gave it).
@@ -54,9 +54,9 @@ def _sorted_cut(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tenso
 
 
 def _top_p_cut(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return what `_sorted_cut` does without a top-k, but sort only the likeliest tokens where they are enough.
+    """Do the same as `_sorted_cut` without top-k, but sort only the likeliest tokens where they are enough.
 
-    The host waits for the device, to know whether they are.
+    The host waits for the device to know whether they are.
     """
     largest = logits.topk(max(1, logits.shape[-1] // 16)).values
     mass = (largest.double() - logits.double().logsumexp(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)

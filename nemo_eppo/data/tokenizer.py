@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nemo_eppo.config import ConfigError
+from nemo_eppo.files import write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
@@ -256,4 +257,4 @@ def _save(tokenizer: "BackendTokenizer", out_dir: Path) -> None:
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(out_dir / "tokenizer_config.json", settings)

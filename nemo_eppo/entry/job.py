@@ -37,7 +37,7 @@ from nemo_eppo.observability.run import Run, hold, run_id
 from nemo_eppo.settings.run import ExpManagerConfig
 
 _HEADER = "# settings of {}"  # first line of config.yaml; it tells which script a run directory belongs to
-_LAST_S = 1.0  # seconds that rank 0 of a run that is not finished leaves the others to end
+_LAST_S = 1.0  # seconds by which rank 0 of an unfinished run ends after the others
 _PATIENCE = 5.0  # seconds that other ranks hold their message back: the launcher ends them when rank 0 has ended
 
 
@@ -96,9 +96,9 @@ def job(
 
 @contextlib.contextmanager
 def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[None]:
-    """End the process with one message when a block fails as is to be expected: with exit status 2 at a ConfigError,
-    and 1 at a RunError or when a file cannot be written, when the same command may succeed later. A run that was told
-    to end before its last step ends with NOT_FINISHED.
+    """End the process with one message if the block fails with an expected error: with exit status 2 at a ConfigError,
+    and 1 at a RunError or if a file cannot be written, where the same command may succeed later. A run that was told to
+    end before its last step ends with NOT_FINISHED.
 
     Other errors keep their stack. Most errors are the same on every rank, or follow from one rank's, and one message
     is enough: rank 0 tells at once, other ranks wait until the launcher should have ended them, and ranks that only
@@ -130,7 +130,7 @@ def errors_end_the_job(rank: int, directory: Path | None = None) -> Iterator[Non
 
 @contextlib.contextmanager
 def _refused_settings_leave_no_trace(directory: Path) -> Iterator[None]:
-    """Put a run's config.yaml back if the settings turn out not to work: the run goes on with those that it had."""
+    """Restore a run's config.yaml if the new settings turn out not to work: the run keeps those that it had."""
     file = directory / "config.yaml"
     before = file.read_text() if file.exists() else None
     try:
@@ -232,7 +232,7 @@ def _open_run(config: Config, rank: int, script: str, changed: Sequence[str] = (
 
 
 def _start() -> dict[str, str]:
-    """Say with what the run starts: the files chosen, such as method=ppo_kl, versions, and the time."""
+    """Return what this start of the run uses: chosen files, such as method=ppo_kl, versions, and the time."""
     chosen = HydraConfig.get().runtime.choices.items() if HydraConfig.initialized() else ()
     return {
         **{str(group): str(choice) for group, choice in chosen if not str(group).startswith("hydra/")},
@@ -260,7 +260,7 @@ def _start_exp_manager(config: Config) -> MetricsSink | None:
     settings = _settings(config)
     wandb = dict(settings.wandb_logger_kwargs)
     if settings.create_wandb_logger:
-        wandb.setdefault("id", str(run_id(settings.directory)))  # every start goes on with the same curves
+        wandb.setdefault("id", str(run_id(settings.directory)))  # every start continues the same curves
     # exp_manager hangs its loggers on a trainer; an explicit environment keeps it from asking Slurm or torchrun
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, plugins=[LightningEnvironment()])
     exp_manager(
@@ -287,7 +287,7 @@ class _ConsoleHandler(logging.Handler):
 
 def _logger(directory: Path, rank: int) -> logging.Logger:
     logging.raiseExceptions = False  # a full disk would print a stack for every line of every log file
-    logging.getLogger("megatron").addHandler(logging.NullHandler())  # what it reports, it raises too
+    logging.getLogger("megatron").addHandler(logging.NullHandler())  # it also raises what it logs
     logger = logging.getLogger("nemo_eppo")
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

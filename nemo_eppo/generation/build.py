@@ -1,6 +1,5 @@
 """Builds the configured generation engine."""
 
-import json
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -8,6 +7,7 @@ import torch
 
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import Tokenizer
+from nemo_eppo.files import write_json
 from nemo_eppo.generation.engine import Engine, EngineLimits
 from nemo_eppo.generation.megatron_engine import MegatronEngine
 from nemo_eppo.generation.replay import GraphRecorder
@@ -49,7 +49,7 @@ def build_engine(
         chunks: the policy's model chunks.
         tokenizer_path: directory of `tokenizer`.
         max_sequence_length: longest prompt and response together, in tokens.
-        energy: the energies that completions bring if the engine can read any.
+        energy: the energies to read while decoding, if the engine can.
         directory: the run directory, where an engine in a process of its own leaves its log and the model's settings.
     """
     limits = EngineLimits(tokenizer.eos_id, tokenizer.pad_id, config.max_batch_size, max_sequence_length, tokenizer)
@@ -69,5 +69,5 @@ def write_hf_settings(path: Path, model: ModelConfig, dtype: torch.dtype, tokeni
     """Write a Hugging Face directory with the settings of a model and its tokenizer, but no weights."""
     path.mkdir(parents=True, exist_ok=True)
     settings = hf_config(model, causal_architecture(model)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(path / CONFIG, settings)
     checkpoint_files.copy_tokenizer(tokenizer, path)

@@ -1,7 +1,6 @@
-"""The memory of a decoder's keys and values: what the living sequences need, not what they may come to need.
+"""The memory of a decoder's keys and values: as much as the present sequences need, not what they may come to need.
 
-Responses end at many lengths, most of them long before their limit; room for all of them at the limit would be several
-times what is ever used.
+Most responses end long before their limit; room for all of them at the limit would be several times what is ever used.
 """
 
 import torch
@@ -9,15 +8,15 @@ from torch import Tensor
 
 from nemo_eppo.megatron import device
 
-_FEWEST = 128  # columns that are added at once: with fewer, short sequences would move at every few tokens
+_MIN_GROWTH = 128  # columns added at once, at least: with fewer, short sequences would move every few tokens
 
 
 class KeyValueCache:
     """Keys and values [rows, G, 2, W, D] of each layer, on the device; the columns of a row are adjacent.
 
-    Where a sequence outgrows the W columns, it makes room for half as many again as the longest one has, up to a limit,
-    in the rows that are in use then: so a token's share of all moves is a constant. Layers move one after the other, so
-    that no more than one of them is there twice.
+    When a sequence outgrows the W columns, the rows in use are copied to a cache with half as many columns again as the
+    longest sequence has, up to a limit: amortised, a token costs a constant number of copies. Layers are copied one
+    after the other, so that at most one of them is there twice.
 
     Args:
         layers: number of layers of each chunk of this rank.
@@ -41,21 +40,21 @@ class KeyValueCache:
         self._limit = rounded(limit)
 
     def make_room(self, rows: int, columns: int) -> bool:
-        """Have at least so many rows and columns; no row after these is in use. New columns hold 0.
+        """Make room for the first `rows` rows, which are those in use, and `columns` columns. New columns hold 0.
 
         Returns:
-            whether the layers have moved, and rows that are not in use are gone.
+            whether the layers have moved; rows that are not in use are then gone.
         """
         old_rows, old_columns = self.chunks[0][0].size(0), self.columns
         if rows <= old_rows and columns <= old_columns:
             return False
         if columns > old_columns:
-            columns = min(rounded(columns + max(columns // 2, _FEWEST)), self._limit)
+            columns = min(rounded(columns + max(columns // 2, _MIN_GROWTH)), self._limit)
         else:
             columns = old_columns
         for layers in self.chunks:
             for number, old in enumerate(layers):
-                # hidden columns weigh 0 in attention, and 0 * NaN would be NaN
+                # masked columns weigh 0 in attention, and 0 * NaN would be NaN
                 layers[number] = old.new_zeros(rows, *old.shape[1:3], columns, old.size(-1))
                 layers[number][:old_rows, ..., :old_columns, :] = old[:rows]
         return True
@@ -67,6 +66,6 @@ class KeyValueCache:
 
 
 def rounded(columns: int) -> int:
-    """Round a number of columns up as the device's attention wants it."""
+    """Round a number of columns up to the multiple of the device's attention."""
     multiple = device.cached_tokens_multiple()
     return -(-columns // multiple) * multiple

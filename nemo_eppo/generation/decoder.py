@@ -37,23 +37,23 @@ _PREFILL_TOKENS = 8192  # prompt tokens computed at once: bounds the memory of a
 
 
 class Outputs(NamedTuple):
-    """What is known of the latest token of each of n rows."""
+    """Outputs of the model at the latest token of each of n rows."""
 
     logits: Tensor | None
-    """fp32 [n, V] of the token that follows; None except on the last pipeline stage."""
+    """fp32 [n, V] for the next token; None except on the last pipeline stage."""
     energies: Tensor
     """fp32 [n, E]; 0 for layers of other pipeline stages."""
 
     def select(self, rows: Tensor | list[int]) -> "Outputs":
-        """Those of the rows with these numbers, in this order."""
+        """Return the outputs of these rows, in this order."""
         return Outputs(None if self.logits is None else self.logits[rows], self.energies[rows])
 
 
-class _Passed(NamedTuple):
-    """What a chunk of layers gives."""
+class _ChunkOutputs(NamedTuple):
+    """Outputs of a chunk of layers."""
 
     out: Tensor
-    """Hidden states [n, s, H]; of the last chunk, where a token is appended to each row, logits [n, V]."""
+    """Hidden states [n, s, H]; in a decoding step, the last chunk's are logits [n, V]."""
     energies: Tensor
 
 
@@ -61,14 +61,14 @@ class _Newest(NamedTuple):
     """One new token of each row, and the columns of the cache that it sees."""
 
     places: Tensor
-    """Where its keys and values stand in a layer's cache [n, G, 2, W, D]: rows [n * G * 2] of it as [-1, D]."""
+    """Where its keys and values go in a layer's cache [n, G, 2, W, D]: row numbers [n * G * 2] of its view [-1, D]."""
     positions: Tensor
     """Position [n] of each new token."""
     longest: int
-    """Number of columns that attention reads: all that any row sees, on a GPU rounded up."""
+    """Number of columns that attention reads: those that any row sees, rounded up on a GPU."""
     visible: Tensor | None
-    """[n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers, or
-    nothing reads it."""
+    """Mask [n, 1, 1, longest]: 0 where a row sees a column, else -inf; None if all rows see all columns in all layers,
+    or for a `DecodingAttention`, which needs none."""
     in_window: Tensor | None
     """The same for layers with a sliding window."""
 
@@ -96,9 +96,9 @@ class Decoder:
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
         energy: the energies that are read; None for none.
-        record: records what a step does on this rank between one message of other stages and the next; it is then
-            replayed. None for no recordings.
-        attention: of steps; None for `attention_of_device`.
+        record: records the part of a step between messages from and to other stages, which is then replayed; None for
+            no recordings.
+        attention: attention of decoding steps; None for `attention_of_device`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Decoder:
         self._cache = KeyValueCache(list(map(len, self._layers)), self._groups, self._head_width, self._dtype)
 
     def start(self, columns: int) -> None:
-        """Forget all sequences; those that begin from now on have up to `columns` tokens each."""
+        """Forget all sequences; new ones will have up to `columns` tokens each."""
         self._cache.start(columns)
         self._rotary = self._rotary_table(columns)
         self._columns = torch.arange(rounded(columns), device=device.device())
@@ -134,22 +134,22 @@ class Decoder:
         self._positions = self._lengths.to(device.device())  # the same on the device, read without waiting
 
     def _make_room(self, columns: int) -> None:
-        """Make room for the present sequences of up to so many tokens; recordings end where the cache moves."""
+        """Make room in the cache for `columns` tokens per sequence; when it moves, recordings start anew."""
         if self._cache.make_room(rows := len(self._lengths), columns) and self._record is not None:
             advances = [partial(self._advance_at, chunk) for chunk in range(len(self._models))]
             self._replayed = [ReplayedSteps(advance, rows, self._record) for advance in advances]
 
     @torch.inference_mode()
     def add(self, tokens: Tensor, lengths: Tensor, repeated: list[int]) -> Outputs:
-        """Begin sequences, in the rows after those in use: one with each prompt, and others with the same prompts.
+        """Begin sequences in the rows after those in use: one for each of d prompts, and r more that repeat some.
 
         Args:
             tokens: [d, P] prompts, right padding; on the host, as `lengths` is.
             lengths: [d] tokens of each prompt.
-            repeated: numbers r of the prompts of further rows, which are computed once.
+            repeated: the prompt (0 to d - 1) of each of the r further rows; a prompt is computed once.
 
         Returns:
-            of the d + r new rows.
+            outputs of the d + r new rows.
         """
         first, longest = len(self._lengths), tokens.size(1)
         prompt_of = torch.tensor([*range(len(lengths)), *repeated])
@@ -177,10 +177,10 @@ class Decoder:
         """Run prompts [n, P] in n rows of the cache: hidden [n, P, H] on the last stage, energies [n, P, E]."""
         rotary, rows = self._rotary[:, None, : tokens.size(1)], slice(first, first + len(tokens))
 
-        def through(chunk: int, entering: Tensor | None) -> _Passed:
-            return self._through(chunk, tokens, entering, rotary, rows, None)
+        def run_chunk(chunk: int, entering: Tensor | None) -> _ChunkOutputs:
+            return self._run_chunk(chunk, tokens, entering, rotary, rows, None)
 
-        return self._pass_on(tokens.shape, through)
+        return self._run_stages(tokens.shape, run_chunk)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Outputs:
@@ -194,35 +194,35 @@ class Decoder:
             hides = int(self._lengths.min()) < longest or (window is not None and window < longest)
             newest = self._newest(positions, longest, hides)
 
-        def through(chunk: int, entering: Tensor | None) -> _Passed:
+        def run_chunk(chunk: int, entering: Tensor | None) -> _ChunkOutputs:
             if newest is not None:
                 return self._advance(chunk, tokens, newest, entering)
             given = (tokens, positions) if entering is None else (tokens, positions, entering)
-            replayed: _Passed = self._replayed[chunk](longest, *given)
+            replayed: _ChunkOutputs = self._replayed[chunk](longest, *given)
             return replayed
 
-        return Outputs(*self._pass_on((len(tokens), 1), through))
+        return Outputs(*self._run_stages((len(tokens), 1), run_chunk))
 
     def _advance_at(
         self, chunk: int, longest: int, tokens: Tensor, positions: Tensor, entering: Tensor | None = None
-    ) -> _Passed:
+    ) -> _ChunkOutputs:
         return self._advance(chunk, tokens, self._newest(positions, longest, hides=True), entering)
 
-    def _advance(self, chunk: int, tokens: Tensor, newest: _Newest, entering: Tensor | None) -> _Passed:
+    def _advance(self, chunk: int, tokens: Tensor, newest: _Newest, entering: Tensor | None) -> _ChunkOutputs:
         """Append one token [n] to the first n rows in a chunk's layers; the last chunk gives logits [n, V]."""
         rotary, rows = self._rotary[:, newest.positions[:, None]], slice(len(tokens))
-        hidden, energies = self._through(chunk, tokens[:, None], entering, rotary, rows, newest)
+        hidden, energies = self._run_chunk(chunk, tokens[:, None], entering, rotary, rows, newest)
         out = self._logits(hidden[:, 0]) if self._models[chunk].post_process else hidden
-        return _Passed(out, energies[:, 0])
+        return _ChunkOutputs(out, energies[:, 0])
 
     def _newest(self, positions: Tensor, longest: int, hides: bool) -> _Newest:
-        """Describe new tokens at these positions [n]; `hides`: a row may not see all of the `longest` columns."""
+        """Describe new tokens at these positions [n]; `hides`: some row may not see all of the `longest` columns."""
         visible = in_window = None
         if hides and self._decoding_attention is None:
             window = self._description.sliding_window
             columns, places = self._columns[:longest], positions[:, None]
             seen = columns <= places
-            # in the queries' dtype, which torch's memory-efficient attention wants
+            # torch's memory-efficient attention needs the queries' dtype
             visible = in_window = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(self._dtype)
             if window is not None:
                 in_window = visible.masked_fill((columns <= places - window)[:, None, None], -torch.inf)
@@ -245,7 +245,7 @@ class Decoder:
         order = list(range(size))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        for hole, mover in zip(holes, movers, strict=True):  # one by one: together they would be copied twice
+        for hole, mover in zip(holes, movers, strict=True):  # one by one: indexing with lists would copy twice
             self._cache.copy(mover, hole, int(self._lengths[mover]))
         self._lengths, self._positions = self._lengths[order], self._positions[order]
         return order
@@ -255,16 +255,16 @@ class Decoder:
         self._replayed = []
         self._cache.start(0)
 
-    def _pass_on(
-        self, shape: tuple[int, ...], through: Callable[[int, Tensor | None], _Passed]
+    def _run_stages(
+        self, shape: tuple[int, ...], run_chunk: Callable[[int, Tensor | None], _ChunkOutputs]
     ) -> tuple[Tensor | None, Tensor]:
-        """Take hidden states [*shape, H] through this rank's chunks, from stage to stage.
+        """Run this rank's chunks: receive hidden states [*shape, H] from the stage before, and send them to the next.
 
         Args:
-            through: runs a chunk by its number, on hidden states of the stage before it; None for the first chunk.
+            run_chunk: runs a chunk, given its number and the hidden states before it (None for the first chunk).
 
         Returns:
-            what the last chunk gives, None on other ranks; energies, 0 for other stages' layers.
+            the last chunk's output, None on other ranks; energies, 0 for other stages' layers.
         """
         out, parts = None, []
         for chunk, model in enumerate(self._models):
@@ -272,14 +272,14 @@ class Decoder:
             if not model.pre_process:
                 entering = torch.empty(*shape, self._hidden_size, dtype=self._dtype, device=device.device())
                 dist.recv(entering, group=self.stages, group_src=(self.stages.rank() - 1) % self.stages.size())
-            out, energies = through(chunk, entering)
+            out, energies = run_chunk(chunk, entering)
             parts.append(energies)
             if not model.post_process:
                 dist.send(out, group=self.stages, group_dst=(self.stages.rank() + 1) % self.stages.size())
         return out if self._models[-1].post_process else None, sum(parts[1:], parts[0])
 
     @sdpa_kernel(ALL_BUT_CUDNN)
-    def _through(
+    def _run_chunk(
         self,
         chunk: int,
         tokens: Tensor,
@@ -287,7 +287,7 @@ class Decoder:
         rotary: Tensor,
         rows: slice,
         newest: _Newest | None,
-    ) -> _Passed:
+    ) -> _ChunkOutputs:
         """Run a chunk's layers on tokens [b, s], filling these b rows of its cache; `entering` becomes the output.
 
         Returns:
@@ -304,7 +304,7 @@ class Decoder:
             if self._reader and entered is not None:
                 for columns in layer.energies:
                     energies[..., columns] = self._reader.read(entered, mlp, hidden)
-        return _Passed(hidden, energies)
+        return _ChunkOutputs(hidden, energies)
 
     def _attend(self, hidden: Tensor, layer: Layer, cache: Tensor, rotary: Tensor, newest: _Newest | None) -> None:
         """Add the layer's attention to hidden [b, s, H]; cache [b, G, 2, W, D], rotary [2, b or 1, s, 1, 1, D]."""
@@ -324,10 +324,10 @@ class Decoder:
                 out = self._decoding_attention(query[:, 0], cache, *seen, window=layer.window, **self._attention)
             else:
                 keys, values = cache[..., : newest.longest, :].unbind(2)
-                # the heads of a group are rows that share its keys
+                # `attend` takes the heads of a group as queries of one head
                 visible = newest.visible if layer.window is None else newest.in_window
                 out = attend(query[:, 0], keys, values, visible, **self._attention)
-        else:  # a prompt's own tokens come before its padding
+        else:  # padding comes after the prompt's tokens: a causal mask hides it
             cache[..., :size, :] = qkv[..., heads:, :].permute(0, 2, 3, 1, 4)
             out = attend(
                 query.flatten(2, 3).transpose(1, 2),
@@ -379,18 +379,18 @@ class Decoder:
         """Return cosines and sines [2, W, 1, 1, D] for `rotate`; sines carry the sign of the rotation."""
         cos, sin = self._models[0].rotary_pos_emb.get_cos_sin(columns)
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])[:, :, None, None]
-        # a trainer with TransformerEngine's kernel rounds once, at the end
+        # TransformerEngine's kernel, if the trainer uses it, rounds once, at the end
         fused = self._models[0].config.apply_rope_fusion
         return table.to(device.device(), torch.float32 if fused else self._dtype)
 
 
 @cache
 def attention_of_device(dtype: torch.dtype, width: int) -> DecodingAttention | None:
-    """Return `flash_decode` on a GPU; None, which stands for torch's, on a CPU and where Triton cannot make kernels.
+    """Return `flash_decode` on a GPU; None, for torch's attention, on a CPU and where Triton cannot compile.
 
     Args:
-        dtype: of the cache.
-        width: D of each head.
+        dtype: dtype of the cache.
+        width: D, width of a head.
     """
     if not device.on_gpu():
         return None
@@ -399,7 +399,7 @@ def attention_of_device(dtype: torch.dtype, width: int) -> DecodingAttention | N
 
         one = torch.zeros(1, 1, 2, 16, width, dtype=dtype, device=device.device())
         flash_decode(one[:, :, 0, :1], one, torch.zeros(1, dtype=torch.int64, device=one.device), 1)
-    except Exception as error:  # it wants a C compiler and Python's headers, and tells that in many ways
+    except Exception as error:  # no C compiler or Python headers: many kinds of errors
         logger.warning("decoding is slower, with torch's attention: Triton cannot make a kernel here (%r)", error)
         return None
     return flash_decode

@@ -11,7 +11,7 @@ from nemo_eppo.settings.energy import EnergyProbeConfig
 
 
 class MLPTensors(NamedTuple):
-    """What passes through a layer's MLP of F channels, which are split over tensor-parallel ranks."""
+    """Tensors of a layer's MLP, whose F channels are split over tensor-parallel ranks."""
 
     normed: Tensor
     """Its input [b, s, H], after the norm."""
@@ -39,11 +39,11 @@ class EnergyReader:
         """Return the L1 norms [b, s, 1] of hidden states [b, s, H]."""
         return l1_norms(hidden, self._config)
 
-    def read(self, entered: Tensor, mlp: MLPTensors, left: Tensor) -> Tensor:
-        """Return a layer's energies [b, s, e]; `entered` are the norms of its input, `left` [b, s, H] is its output."""
+    def read(self, entering: Tensor, mlp: MLPTensors, leaving: Tensor) -> Tensor:
+        """Return a layer's energies [b, s, e]. `entering`: L1 norms of its input; `leaving`: its output [b, s, H]."""
         preset = self._config.preset
         if preset == "paper":
-            return entered - self.l1(left)
+            return entering - self.l1(leaving)
         out = self.l1(mlp.out)
         if preset == "mlp_block":
             return self.l1(mlp.normed) - out

@@ -44,10 +44,10 @@ class Engine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Free the memory that only generation needs, if there is any; the next `generate` wants a refit before."""
+        """Free the memory that only generation needs; a refit has to come before the next `generate`."""
 
     def close(self) -> None:
-        """End all that the engine has started."""
+        """End the processes that the engine has started."""
 
 
 class EngineLimits(NamedTuple):
@@ -58,8 +58,7 @@ class EngineLimits(NamedTuple):
     pad_id: int
     """Fills batches; never part of a response."""
     max_batch_size: int
-    """Sequences decoded at once, with pipeline parallelism as many for each stage; where one has ended, the next prompt
-    joins."""
+    """Sequences decoded at once, per pipeline stage; when one ends, the next prompt takes its place."""
     max_sequence_length: int
     """Longest prompt and response together, in tokens."""
     tokenizer: Tokenizer | None = None

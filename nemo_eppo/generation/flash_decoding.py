@@ -1,10 +1,10 @@
 """Attention of the newest token of each sequence over the cache, as one Triton kernel for GPUs.
 
-Torch's fused kernels give one block of a GPU all columns of a row and group, read columns that a shorter row does not
-have, and want a mask. Here the columns are split between blocks that work side by side, whose results are joined by
-their softmax denominators (Flash-Decoding, Dao et al. 2023), and a row reads what it sees. A kernel of our own needs no
-package beside torch, knows sliding windows and capped logits, and can be tested without a GPU. **Not run on one yet**:
-the tests run it in Triton's interpreter, and compile it for GPUs.
+Torch's fused kernels compute all columns of a row and group in one block, read columns beyond a shorter row's end, and
+need a mask. Here the columns are split between parallel blocks, whose results are joined by their softmax denominators
+(Flash-Decoding, Dao et al. 2023), and a row reads only the columns that it sees. A kernel of our own needs no package
+beside torch, handles sliding windows and capped logits, and can be tested without a GPU. **Not run on one yet**: the
+tests run it in Triton's interpreter, and compile it for GPUs.
 """
 
 import torch
@@ -30,7 +30,7 @@ def flash_decode(
         query: [n, G, R, D], R heads for each of G groups of keys and values; its heads are adjacent.
         cache: keys and values [n, G, 2, W, D], its columns are adjacent.
         positions: [n] column of each newest token.
-        longest: number of columns that any row sees, or more; rows are split as if all had so many.
+        longest: upper bound of the columns that a row sees; all rows are split as if they had so many.
         window: a token sees only this many columns, up to its own; None for all.
         scale: factor of the logits; None for D ** -0.5.
         softcap: c of c * tanh(logit / c); None for none.
@@ -75,7 +75,7 @@ def _columns_tile(width: int, bytes_each: int) -> int:
     return 2**14 // (bytes_each * max(128, triton.next_power_of_2(width)))
 
 
-# the numbers that are not specialized change while a batch is answered, and a new value would compile a new kernel
+# these numbers change while a batch is decoded, and Triton would compile a new kernel for a new value
 @triton.jit(do_not_specialize=["splits", "columns", "window"])
 def _attend_split(  # type: ignore[no-untyped-def]
     query,

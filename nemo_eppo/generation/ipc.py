@@ -1,6 +1,6 @@
 """Shares tensors with another process of the machine: CUDA IPC on GPUs, shared memory on a CPU.
 
-The other process gets text that says where a tensor lies, a few hundred bytes whatever the tensor's size.
+The other process gets a handle as text, a few hundred bytes for a tensor of any size.
 """
 
 import base64
@@ -17,7 +17,7 @@ _DEVICE, _MEMORY = 6, 7  # index of the device number, and of the memory's handl
 
 
 def allocate(size: int, device: torch.device) -> Tensor:
-    """Allocate uint8 [size], its content undefined, whose parts `handles` can share."""
+    """Allocate uint8 [size], of undefined content, whose parts `handles` can share."""
     buffer = torch.empty(size, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         torch.multiprocessing.set_sharing_strategy("file_system")  # the default would need a connection for each tensor
@@ -27,13 +27,13 @@ def allocate(size: int, device: torch.device) -> Tensor:
 
 def handles(named: Sequence[tuple[str, Tensor]]) -> str:
     """Return handles of tensors, all in memory of `allocate`, as AsyncLLM.update_weights takes those of one device:
-    base64 of a pickled [(name, reduce_tensor(tensor)), ...]. The tensors have to stay until the other process has read
-    them, and the text can be opened once, because memory is freed by counting who has opened it."""
+    base64 of a pickled [(name, reduce_tensor(tensor)), ...]. Keep the tensors until the other process has read them.
+    Open the text once: torch counts openings to free the memory."""
     return base64.b64encode(ForkingPickler.dumps([(name, reduce_tensor(tensor)) for name, tensor in named])).decode()
 
 
 def _readable(handle: bytes) -> bytes:
-    # version, kind, content: for cudaMalloc's memory torch 2.13 writes version 3, which older ones refuse, for their 2
+    # version, kind, content: for cudaMalloc's memory torch 2.13 writes version 3, equal to the 2 that older ones expect
     return b"\x02" + handle[1:] if handle[:2] == b"\x03c" else handle
 
 

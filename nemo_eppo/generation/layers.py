@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 def layer_weights(layer: Any, energy: EnergyProbeConfig | None) -> Layer:
-    """Return the weights of a Megatron layer, and which of the energies are its own."""
+    """Return the weights of a Megatron layer, and the columns of its energies."""
     weights = {FUSED_NORMS.get(name, name): parameter for name, parameter in layer.named_parameters()}
     modules = dict(layer.named_modules())
 
@@ -79,8 +79,8 @@ def layer_weights(layer: Any, energy: EnergyProbeConfig | None) -> Layer:
 def rotate(heads: Tensor, table: Tensor) -> None:
     """Rotate queries and keys [..., D] in place by a table [2, ..., D] of cosines and signed sines.
 
-    Every operation rounds, as Megatron's do; with a table of higher precision than the heads the result alone does, as
-    in TransformerEngine's kernel.
+    With a table in the heads' dtype, every operation rounds, as in Megatron; with one of higher precision, only the
+    result does, as in TransformerEngine's kernel.
     """
     halves_swapped = heads.roll(heads.size(-1) // 2, -1)
     if table.dtype == heads.dtype:

@@ -26,19 +26,19 @@ from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.energy import EnergyProbeConfig
 from nemo_eppo.settings.generation import SamplingParams
 
-_BLOCK = 8 if device.on_gpu() else 2  # tokens per row between looks at what was sampled, for which a GPU is waited for
-_NUMBERS = 2  # log-prob and entropy of a token, before its energies
+_BLOCK = 8 if device.on_gpu() else 2  # tokens per row between reads of the sampled tokens, each a wait for the GPU
+_NUMBERS = 2  # log-prob and entropy, which come before a token's energies
 
 
 class MegatronEngine:
-    """An `Engine` over the chunks of a policy; all ranks of the job make it together.
+    """An `Engine` over the chunks of a policy; the constructor is collective over the job.
 
     All ranks of a replica call `generate` with the same input and get the same completions. Replicas are independent:
     each may have prompts of its own, or none.
 
     Args:
         chunks: what `build_model(..., head="lm")` returned, wrapped or not.
-        energy: the energies that completions bring, and with them entropies; None for neither.
+        energy: the energies that completions get, and with them entropies; None for neither.
         record, attention: see `Decoder`.
     """
 
@@ -55,7 +55,7 @@ class MegatronEngine:
         self._limits, self._vocab_size, self._reads = limits, model.vocab_size, energy is not None
         self._stages = unwrap(chunks[0]).pp_group
         if self._stages.size() > 1:
-            # hidden states go through the decoders' group, and do not wait there for another lane's token
+            # sampled tokens get a group of their own, so that hidden states of other lanes do not wait for them
             self._stages = sibling(self._stages)
         self._lanes = [Decoder(chunks, energy, record, attention) for _ in range(self._stages.size())]
         self._version = 0
@@ -65,7 +65,7 @@ class MegatronEngine:
         self._version = version
 
     def sleep(self) -> None:
-        """Free the caches, for good: training would keep small tensors where the next caches have to fit."""
+        """Free the caches and return their memory to the device: training's small tensors would fragment it."""
         for decoder in self._lanes:
             decoder.release()
         device.empty_cache()
@@ -101,16 +101,16 @@ class MegatronEngine:
             stops=stops,
         )
         columns = _BLOCK + max(len(prompt) + limit for prompt, limit in zip(prompt_ids, limits, strict=True))
-        going = []
+        running = []
         for decoder in self._lanes[: -(-len(prompt_ids) // at_once)]:
             decoder.start(columns)
-            going.append(self._answer(decoder, work))
-        while going:  # in the same order on all ranks
-            going = [lane for lane in going if next(lane, "ended") is None]
+            running.append(self._answer_prompts(decoder, work))
+        while running:  # in the same order on all ranks
+            running = [lane for lane in running if next(lane, "ended") is None]
         return [response.completion(self._version, self._reads) for response in work.responses]
 
-    def _answer(self, decoder: Decoder, work: "_Work") -> Iterator[None]:
-        """Answer prompts until none waits; it yields while a token comes from the last stage."""
+    def _answer_prompts(self, decoder: Decoder, work: "_Work") -> Iterator[None]:
+        """Answer prompts until none waits. Yields, to let other lanes run, while a token comes from the last stage."""
         batch: _Batch | None = None
         while work.waiting or batch:
             free = self._limits.max_batch_size - (len(batch.rows) if batch else 0)
@@ -120,14 +120,14 @@ class MegatronEngine:
                 batch = new if batch is None else batch.joined(new)
             assert batch is not None
             responses = [work.responses[i] for i in batch.rows]
-            drawn = torch.tensor([len(response.tokens) for response in responses])
-            steps = drawn[:, None] + torch.arange(min(_BLOCK, max(response.left for response in responses)))
+            lengths = torch.tensor([len(response.tokens) for response in responses])
+            steps = lengths[:, None] + torch.arange(min(_BLOCK, max(response.left for response in responses)))
             uniforms = counter_uniform(work.seeds[batch.rows, None], steps).to(device.device())
             early = (steps < work.distribution.min_new_tokens).to(device.device())
             token, tokens, read = yield from self._decode(decoder, batch, uniforms, early, work)
             for response, ids, passes in zip(responses, tokens.tolist(), read, strict=True):
                 response.take(ids, passes, work.stops)
-            batch = self._go_on(decoder, batch, token, work.responses)
+            batch = self._advance(decoder, batch, token, work.responses)
 
     def _begin(self, decoder: Decoder, joining: list[int], work: "_Work") -> "_Batch":
         """Add the prompts of the requests `joining` to the decoder's rows; equal ones are computed once."""
@@ -148,10 +148,12 @@ class MegatronEngine:
             seen = seen.to(device.device())
         return _Batch(rows, decoder.add(padded, lengths, repeated), seen)
 
-    def _go_on(self, decoder: Decoder, batch: "_Batch", token: Tensor, responses: list["_Response"]) -> "_Batch | None":
-        """Drop the rows whose responses have ended and run `token` [n], the newest of each, of the others.
+    def _advance(
+        self, decoder: Decoder, batch: "_Batch", token: Tensor, responses: list["_Response"]
+    ) -> "_Batch | None":
+        """Drop the rows whose responses have ended, and run the decoder on the newest `token` [n] of the others.
 
-        Where energies are read and a response ends with its newest token, this token is run, too.
+        If energies are read, an ended response's last token is run as well, since its energies are not known yet.
         """
         kept = [row for row, i in enumerate(batch.rows) if not responses[i].ended or responses[i].unread(self._reads)]
         order = decoder.keep(kept)
@@ -170,14 +172,14 @@ class MegatronEngine:
     def _decode(
         self, decoder: Decoder, batch: "_Batch", uniforms: Tensor, early: Tensor, work: "_Work"
     ) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
-        """Decode some more tokens of each row; it yields while a token comes from the last stage.
+        """Decode some more tokens of each row. Yields while a token comes from the last stage.
 
         Args:
             uniforms: fp64 [n, steps], the random numbers of the next tokens.
-            early: bool [n, steps], where the response is too short to end.
+            early: bool [n, steps], true where the response is still too short to end.
 
         Returns:
-            the last token [n]; on the host, all tokens [n, steps], and what was read of each [n, steps, _NUMBERS + E].
+            the last token [n]; on the host, all tokens [n, steps] and their numbers [n, steps, _NUMBERS + E].
         """
         tokens: list[Tensor] = []
         read: list[Tensor] = []
@@ -191,23 +193,23 @@ class MegatronEngine:
             token, numbers = self._choose(logits, uniform, work.greedy)
             if self._stages.size() > 1:
                 last = self._stages.size() - 1
-                coming = dist.broadcast(token, group=self._stages, group_src=last, async_op=True)
+                broadcast = dist.broadcast(token, group=self._stages, group_src=last, async_op=True)
                 yield
-                coming.wait()
+                broadcast.wait()
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             tokens.append(token)
             read.append(torch.cat([numbers, outputs.energies], -1))
-        together = self._summed(torch.stack(read, 1)).cpu()
-        if not torch.isfinite(together).all():
+        all_numbers = self._summed(torch.stack(read, 1)).cpu()
+        if not torch.isfinite(all_numbers).all():
             raise FloatingPointError(
                 f"the model of weight version {self._version} gives NaN or infinite log-probs or energies"
             )
-        return tokens[-1], torch.stack(tokens, 1).cpu(), together
+        return tokens[-1], torch.stack(tokens, 1).cpu(), all_numbers
 
     def _choose(self, logits: Tensor | None, uniforms: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-        """Choose the next token of each row: return it [n], and its log-prob and, if it is read, its distribution's
-        entropy [n, _NUMBERS]; the numbers are 0, and the token is unknown, except on the last stage."""
+        """Choose the next token of each row. Return it [n] with its log-prob and, if it is read, its distribution's
+        entropy [n, _NUMBERS]; except on the last stage, these are 0 and the token is undefined."""
         numbers = torch.zeros(len(uniforms), _NUMBERS, device=uniforms.device)
         if logits is None:
             token = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
@@ -220,7 +222,7 @@ class MegatronEngine:
         return token, numbers
 
     def _summed(self, parts: Tensor) -> Tensor:
-        """Add up what each pipeline stage has read."""
+        """Add up the numbers of all pipeline stages, in place."""
         if self._stages.size() > 1:
             dist.all_reduce(parts, group=self._stages)
         return parts
@@ -228,14 +230,14 @@ class MegatronEngine:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one call of `generate` has to do, and has done; the lanes share it."""
+    """Requests and responses of one call of `generate`, shared by the lanes."""
 
     prompts: list[list[int]]
     seeds: Tensor
     """int64, one for each prompt."""
     responses: list["_Response"]
     waiting: list[int]
-    """Numbers of the prompts that nobody has begun with; the last, and longest, are next."""
+    """Prompts, by number, that wait for a row; the last, and longest, are next."""
     distribution: Distribution
     greedy: bool
     stops: Stops
@@ -243,17 +245,17 @@ class _Work:
 
 @dataclass
 class _Batch:
-    """The n rows of a decoder."""
+    """The requests in the n rows of a decoder."""
 
     rows: list[int]
-    """The request that each row answers."""
+    """Number of the request that each row answers."""
     outputs: Outputs
-    """What the latest token of each row gave."""
+    """Outputs at the latest token of each row."""
     seen: Tensor | None
-    """bool [n, V]: tokens of prompt and response so far, kept up to date; None if none are penalised."""
+    """bool [n, V]: whether a token is in prompt or response so far; None if repetition is not penalised."""
 
     def joined(self, new: "_Batch") -> "_Batch":
-        """These rows, and then new ones."""
+        """Return these rows followed by the new ones."""
 
         def both(x: Tensor | None, y: Tensor | None) -> Any:
             return None if x is None or y is None else torch.cat([x, y])
@@ -262,7 +264,7 @@ class _Batch:
         return _Batch(self.rows + new.rows, Outputs(*outputs), both(self.seen, new.seen))
 
     def reordered(self, order: list[int], outputs: Outputs) -> "_Batch":
-        """The rows with these numbers, in this order, and what their latest tokens gave."""
+        """Return the rows with these numbers, in this order, with the outputs of their latest tokens."""
         return _Batch([self.rows[row] for row in order], outputs, None if self.seen is None else self.seen[order])
 
 
@@ -271,10 +273,10 @@ class _Response:
     """One response while it is decoded."""
 
     limit: int
-    """Most tokens that it may have."""
+    """Largest number of tokens."""
     tokens: list[int] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
-    """What was read of the prompt's last token and of those of the response: parts [p, _NUMBERS + E]."""
+    """Parts [p, _NUMBERS + E]: row t has numbers of response token t and energies of the token before it."""
     reason: FinishReason = FinishReason.LENGTH
     ended: bool = False
 
@@ -284,7 +286,7 @@ class _Response:
         return self.limit - len(self.tokens)
 
     def take(self, tokens: list[int], read: Tensor, stops: Stops) -> None:
-        """Take over tokens up to the response's end, and what was read."""
+        """Append tokens up to the response's end, and what was read."""
         seen = len(self.tokens)
         self.tokens += tokens[: self.left]
         self.read.append(read)
@@ -295,7 +297,7 @@ class _Response:
         self.ended = end is not None or not self.left
 
     def unread(self, reads: bool) -> bool:
-        """Whether the energies of the newest token are wanted (`reads`) but not known: it has not been run."""
+        """Whether energies are read (`reads`) and those of the newest token are not known: it has not been run."""
         return reads and sum(map(len, self.read)) == len(self.tokens)
 
     def completion(self, version: int, reads: bool) -> Completion:

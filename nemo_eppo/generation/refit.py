@@ -19,7 +19,7 @@ _ALIGNMENT = 256  # bytes; GPUs read aligned tensors faster
 _ROW, _ROWS = 4096, 64  # words that a digest handles at once: 1 MiB stays in a CPU's cache
 _GPU_ROWS = 4096
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""What an engine may make of several tensors, which have these names otherwise."""
+"""Names of tensors that an engine may fuse, and of their parts."""
 
 
 class RefitError(RuntimeError):
@@ -138,9 +138,9 @@ class Receiver:
         self._buckets = self._received = 0
         self._pending: int | None = None
         self.version: int | None = None
-        self._given: dict[str, int | None] = {}  # digests of this refit, and of the last that was complete
-        self._given_before: dict[str, int | None] = {}
-        self._own_before: dict[str, list[int | None]] = {}  # those of the engine's own tensors after that
+        self._given: dict[str, int | None] = {}  # digests of this refit's tensors
+        self._last_given: dict[str, int | None] = {}  # and of the last complete refit's
+        self._last_own: dict[str, list[int | None]] = {}  # digests of the engine's own tensors after it
 
     def forget(self) -> None:
         """Record that there are no weights: memory was released, or a refit has failed."""
@@ -190,26 +190,27 @@ class Receiver:
         self.version = version
 
     def confirm(self, loaded: Sequence[Sequence[TensorInfo]]) -> list[str]:
-        """Raise RefitError if, after a complete refit, one of the engine's own tensors is what it was after the one
-        before although new values were given for it. That is all that can be told: these tensors are fused and split,
-        so they have digests of their own, and one that was loaded in part has changed as well.
+        """Raise RefitError if one of the engine's tensors did not change in a complete refit that gave it new values.
+
+        More cannot be checked: the engine's tensors are fused and split, so their digests are others than the sender's,
+        and a tensor that was loaded in part has changed as well.
 
         Args:
             loaded: what `describe` says of the engine's own tensors, one list for each device.
 
         Returns:
-            The names of what was given that, by its name, none of them is made of, and that goes unwatched.
+            names of the tensors given that are not checked: by name, none of the engine's tensors is made of them.
         """
         own: dict[str, list[int | None]] = {}
         for name, info in ((info.name, info) for device in loaded for info in device):
             own.setdefault(name, []).append(info.digest)
         sources = {name: _sources(name) for name in own}
-        renewed = {name for name, value in self._given.items() if self._given_before.get(name, value) != value}
+        changed = {name for name, value in self._given.items() if self._last_given.get(name, value) != value}
         for name, digests in own.items():
-            if digests == self._own_before.get(name) and (given := sources[name] & renewed):
+            if digests == self._last_own.get(name) and (given := sources[name] & changed):
                 version, self.version = self.version, None
                 raise RefitError(f"refit of version {version}: the engine did not load {min(given)} into its {name}")
-        self._given_before, self._own_before = dict(self._given), own
+        self._last_given, self._last_own = dict(self._given), own
         return sorted(set(self._given) - set().union(*sources.values()))
 
     def _expect(self, bucket: Bucket) -> None:
@@ -237,7 +238,7 @@ class Receiver:
 
 
 def _sources(name: str) -> set[str]:
-    """Return the names of the tensors that one of an engine's own may be made of."""
+    """Return the names of the sender's tensors of which an engine's tensor may be made."""
     return {name} | {name.replace(fused, part) for fused, parts in _FUSED.items() for part in parts}
 
 

@@ -1,5 +1,5 @@
-"""Decoding steps whose kernels are launched together: a step of a deep model is thousands of small kernels, and their
-launches one by one take a host longer than a GPU needs to run them. **Not run on a GPU yet.**
+"""Decoding steps whose kernels are launched together: a deep model's step is thousands of small kernels, which a host
+launches one by one more slowly than a GPU runs them. **Not run on a GPU yet.**
 """
 
 from collections.abc import Callable
@@ -13,27 +13,28 @@ from torch import Tensor
 _FEWEST_ROWS = 8
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does with tensors, without doing it; the returned function does it, on the same tensors."""
+"""Records a function's tensor operations without running them; the returned function runs them, on the same tensors."""
 
 
 class Advance(Protocol):
-    """Work that recordings hold."""
+    """The work that is recorded."""
 
     def __call__(self, longest: int, *inputs: Tensor) -> Any:
-        """Append one token to each of n rows, which see `longest` columns; inputs, and what the returned named tuple
-        holds, are [n, ...].
+        """Append one token to each of n rows, which see `longest` columns; inputs, and the fields of the returned named
+        tuple, are [n, ...].
 
-        It does the same for all values of the inputs, and waits for none of them. With zeros for a free row it works.
+        Its operations do not depend on the inputs' values, and it waits for none of them. Free rows, of zeros, are
+        allowed.
         """
 
 
 class ReplayedSteps:
-    """A part of the steps of a decoder between two moves of its cache, while the tensors that it uses stay where they
-    are and adapters stay on, or off.
+    """A chunk's part of decoding steps between two moves of the cache, while its tensors stay where they are and
+    adapters stay on, or off.
 
-    Its first run with some number of rows and columns is an ordinary one, which also loads kernels and opens
+    The first run with some number of rows and columns is an ordinary one, which also loads kernels and opens
     connections between ranks; the second records, all others replay. The number of rows is rounded up: free rows take
-    part, their inputs are 0, and nobody looks at what comes of them.
+    part with inputs of 0, and their outputs are ignored.
 
     Args:
         rows: number of the cache's rows.
@@ -46,11 +47,11 @@ class ReplayedSteps:
         self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
 
     def __call__(self, longest: int, *inputs: Tensor) -> Any:
-        """Advance with these inputs [n, ...], always as many; the outputs [n, ...] stay what they are."""
+        """Advance with these inputs [n, ...], always the same number of them; the outputs [n, ...] are copies."""
         used = len(inputs[0])
         self._inputs = self._inputs or [given.new_empty(self._rows, *given.shape[1:]) for given in inputs]
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            kept[:used], kept[used:] = given, 0
+        for fixed, given in zip(self._inputs, inputs, strict=True):
+            fixed[:used], fixed[used:] = given, 0
         size = min(self._rows, max(_FEWEST_ROWS, 1 << (used - 1).bit_length()))
         step = partial(self._run, size, longest)
         if (size, longest) not in self._recorded:
@@ -63,25 +64,25 @@ class ReplayedSteps:
         return type(self._outputs)(*(output[:used].clone() for output in self._outputs))
 
     def _run(self, size: int, longest: int) -> None:
-        """Advance the first rows; what comes of them goes to memory that all recordings share."""
-        outputs = self._advance(longest, *(kept[:size] for kept in self._inputs))
+        """Advance the first rows, with outputs in memory that all recordings share."""
+        outputs = self._advance(longest, *(fixed[:size] for fixed in self._inputs))
         if self._outputs is None:
             self._outputs = type(outputs)(*(output.new_empty(self._rows, *output.shape[1:]) for output in outputs))
-        for kept, output in zip(self._outputs, outputs, strict=True):
-            kept[:size] = output
+        for fixed, output in zip(self._outputs, outputs, strict=True):
+            fixed[:size] = output
 
 
 class GraphRecorder:
-    """Records CUDA graphs, which share their memory, for one runs at a time."""
+    """Records CUDA graphs that share one memory pool, since one runs at a time."""
 
     def __init__(self) -> None:
         self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # torch refuses a pool of memory whose graphs are all gone, if something is left in it, as cuBLAS's workspace is
+        # torch refuses a memory pool whose graphs are all gone if something, as cuBLAS's workspace, is left in it
         pool = next((other.pool() for other in self._alive), None)
-        # NCCL's watchdog asks for events meanwhile, in a thread of its own
+        # NCCL's watchdog thread queries events meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
         self._alive.add(graph)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nemo_eppo.data.tokenizer import Tokenizer
 
-_MARGIN = 4  # tokens: a character, or the space before a word, may begin before the stop string
+_MARGIN = 4  # tokens: the stop string's first character or space may be part of a token before it
 
 
 class Stops:
@@ -28,7 +28,7 @@ class Stops:
             special = tokenizer.special_ids
         self.ids = tuple(dict.fromkeys([eos_id, *(special[text] for text in strings if text in special)]))
         self._texts = [text for text in strings if text not in special]
-        # the tokens of a stop string have at least a byte each; a token without any text inside of one is not expected
+        # each token of a stop string has at least one byte; tokens without text inside one are not expected
         self._reach = _MARGIN + max((len(text.encode()) for text in self._texts), default=0)
 
     def end(self, tokens: list[int], seen: int = 0) -> int | None:
@@ -36,8 +36,8 @@ class Stops:
 
         Args:
             tokens: the response so far.
-            seen: number of its first tokens, which are known not to end it: only what comes after is turned into text,
-                with the few tokens before that a stop string can have begun in.
+            seen: number of first tokens that are known not to end it: only those after them are turned into text, with
+                the few before them in which a stop string can begin.
         """
         places = range(seen, len(tokens))
         by_id = next((place + 1 for place in places if tokens[place] in self.ids), None)

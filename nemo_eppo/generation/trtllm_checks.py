@@ -1,4 +1,4 @@
-"""What has to hold before a TensorRT-LLM engine can start, and the environment of its process."""
+"""Checks before a TensorRT-LLM engine starts, and the environment of its process."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ from nemo_eppo.settings.generation import TensorRTLLMConfig
 from nemo_eppo.settings.model import ModelConfig, ParallelConfig
 
 _PACKAGES = Path(__file__).parents[2]  # where the engine's process finds nemo_eppo
-# Variables of this rank's launcher, which TensorRT-LLM or torch would take for their own launcher's, and of its
-# trainer: the engine's allocator has to share memory and give it back, and its kernels and threads are others.
+# Variables that the engine must not inherit: those of this rank's launcher, which TensorRT-LLM or torch would take for
+# their own launcher's, and the trainer's settings of allocator, kernels and threads.
 _LAUNCHER = ("PMI", "MPI", "OMPI", "SLURM", "TORCHELASTIC")
 _TRAINER = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -92,9 +92,9 @@ def check_tensorrt_llm(config: TensorRTLLMConfig, model: ModelConfig, parallel: 
 def engines(parallel: ParallelConfig, world: int, size: int) -> list[list[int]]:
     """Return the ranks of each engine; Megatron counts them over tensor, then data, then pipeline parallelism."""
     tensor, replicas = parallel.tensor_model_parallel_size, parallel.data_parallel_size(world)
-    found = []
+    ranks_of_engines = []
     for replica in range(replicas):
         stages = [(stage * replicas + replica) * tensor for stage in range(parallel.pipeline_model_parallel_size)]
         ranks = [first + rank for first in stages for rank in range(tensor)]
-        found += [ranks[start : start + size] for start in range(0, len(ranks), size)]
-    return found
+        ranks_of_engines += [ranks[start : start + size] for start in range(0, len(ranks), size)]
+    return ranks_of_engines

@@ -12,7 +12,7 @@ from nemo_eppo.generation.refit import RefitError
 from nemo_eppo.generation.trtllm_checks import engine_environment
 from nemo_eppo.settings.generation import TensorRTLLMConfig
 
-_LOG_TAIL = 3000
+_LOG_TAIL = 3000  # characters
 
 
 class EngineProcessError(RuntimeError):
@@ -20,11 +20,11 @@ class EngineProcessError(RuntimeError):
 
 
 class EngineProcess:
-    """The process of one engine, which sees these GPUs alone and writes its output to `log`."""
+    """The process of one engine, which sees only these GPUs and writes its output to `log`."""
 
     def __init__(self, config: TensorRTLLMConfig, gpus: list[str], log: Path) -> None:
         self._log, self._timeout = log, config.timeout_minutes * 60
-        self._asked: list[str] = []  # what was sent and not answered yet
+        self._pending: list[str] = []  # commands that were sent and not answered yet
         self._socket, theirs = socketpair()
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -39,32 +39,32 @@ class EngineProcess:
         self._connection = Connection(os.dup(self._socket.fileno()))
 
     def ask(self, command: str, arguments: dict[str, Any]) -> Any:
-        """Send one request and return its answer; the answers to earlier ones that nobody waited for are dropped.
+        """Send one request and return its answer; answers to earlier requests that are still due are dropped.
 
         Raises: see `answer`.
         """
-        while self._asked:
+        while self._pending:
             with suppress(RefitError, EngineProcessError):
                 self.answer()
         self.send(command, arguments)
         return self.answer()
 
     def send(self, command: str, arguments: dict[str, Any]) -> None:
-        """Send one request, whose answer is due; EngineProcessError if the process has ended."""
+        """Send one request without waiting for its answer; EngineProcessError if the process has ended."""
         try:
             self._connection.send((command, arguments))
         except OSError:
             raise self._ended(command) from None
-        self._asked.append(command)
+        self._pending.append(command)
 
     def answer(self) -> Any:
-        """Wait for the answer that is due first.
+        """Wait for the answer to the oldest pending request.
 
         Raises:
             RefitError: the process refused a refit.
             EngineProcessError: the request failed, was not answered in time, or the process has ended.
         """
-        command = self._asked.pop(0)
+        command = self._pending.pop(0)
         try:
             if not self._connection.poll(self._timeout):
                 self.close()
@@ -80,9 +80,9 @@ class EngineProcess:
         raise EngineProcessError(f"'{command}' failed: {kind}: {message}; log: {self._log}")
 
     def close(self) -> None:
-        """Close the connection, at which the process ends by itself; kill it if it does not in 30 s."""
+        """Close the connection, which ends the process; kill it if it has not ended after 30 s."""
         with suppress(OSError):
-            self._socket.shutdown(SHUT_RDWR)  # children of this process, as checkpoint writers are, may have copies
+            self._socket.shutdown(SHUT_RDWR)  # forked children, such as checkpoint writers, may hold copies
         self._socket.close()
         self._connection.close()
         try:

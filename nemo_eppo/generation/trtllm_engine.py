@@ -4,9 +4,9 @@ A replica's ranks form as many engines as they can, each of consecutive ranks. A
 (`export_tensors`) and share each bucket with their engine's process, which the engine's first rank starts and talks to.
 The engines of a replica share its prompts. A failure on one rank is raised on all.
 
-Trainer and engine take turns with the GPU's memory. An engine sleeps from its start on: it has neither weights nor a KV
-cache while the trainer trains or loads. Torch gives back what it keeps for later tensors before an engine takes its
-weights, and again before it takes its KV cache, when the buffers of the refit are gone.
+Trainer and engine take turns with the GPU's memory. An engine starts asleep: it has neither weights nor a KV cache
+while the trainer trains or loads. Torch's cached memory is freed before an engine allocates its weights, and again,
+with the buffers of the refit, before it allocates its KV cache.
 """
 
 import math
@@ -33,8 +33,8 @@ from nemo_eppo.rollout.batch import Completion, FinishReason
 from nemo_eppo.settings.generation import SamplingParams, TensorRTLLMConfig
 from nemo_eppo.settings.model import ModelConfig
 
-_TOLD = (RefitError, EngineProcessError, PeerError, ConfigError, FloatingPointError)
-"""Errors that a replica's ranks raise together, so that none waits for another in the midst of a refit."""
+_SHARED_ERRORS = (RefitError, EngineProcessError, PeerError, ConfigError, FloatingPointError)
+"""Errors that all ranks of a replica raise together, so that none is left waiting in a collective of a refit."""
 
 
 class TensorRTLLMEngine:
@@ -44,7 +44,7 @@ class TensorRTLLMEngine:
         model: the actor's model.
         dtype: dtype of its weights.
         hf_directory: config.json and tokenizer of the model, without weights.
-        log: file for the output of the engine's process, to whose name the engine's first rank is added.
+        log: file for the output of the engine's process; the engine's first rank is appended to its name.
 
     Raises:
         ConfigError: limits that no engine of this model can have.
@@ -87,7 +87,7 @@ class TensorRTLLMEngine:
         if rank == self._mine.start:
             gpus = numbers[self._mine]
             self._process = EngineProcess(config, gpus, log.with_name(f"{log.name}.{dist.get_rank()}"))
-        self._give_memory()  # what is free now decides how large the KV cache gets
+        self._free_cached_memory()  # the KV cache is a share of the memory that is free now
         all_or_none(lambda: self._ask("start", **start))
 
     def refit(self, named_weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -95,14 +95,14 @@ class TensorRTLLMEngine:
         if named_weights is None:
             raise TypeError("a TensorRT-LLM engine needs the weights themselves")
         weights = named_weights
-        all_or_none(lambda: self._refit(weights, version), expected=_TOLD)
+        all_or_none(lambda: self._refit(weights, version), expected=_SHARED_ERRORS)
 
     def _refit(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._give_memory()
+        self._free_cached_memory()
         self._ask("begin", version=version)
         self._send(named_weights, version)
         self._ask("finish", version=version)
-        self._give_memory()  # also that of the buckets
+        self._free_cached_memory()  # including the buckets
         self._ask("take_cache")
 
     def _send(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -114,12 +114,12 @@ class TensorRTLLMEngine:
                 TensorInfo(name, tuple(tensor.shape), str(tensor.dtype), value)
                 for (name, _, tensor), value in zip(bucket, digests, strict=True)
             ]
-            device.synchronize()  # the other process does not wait for what this one has queued
+            device.synchronize()  # the other process does not wait for this one's queued copies
             handles = [""] * self._replica.size()
             dist.all_gather_object(handles, ipc.handles([(name, t) for name, _, t in bucket]), group=self._replica)
             if number:
                 self._on_process(EngineProcess.answer)
-            self._tell("bucket", bucket=Bucket(version, number, infos), handles=handles[self._mine])
+            self._send_request("bucket", bucket=Bucket(version, number, infos), handles=handles[self._mine])
         self._on_process(EngineProcess.answer)
 
     def generate(self, prompt_ids: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
@@ -130,7 +130,7 @@ class TensorRTLLMEngine:
             RefitError: the engine has no weights.
             FloatingPointError: the model gives NaN.
         """
-        return all_or_none(lambda: self._generate(prompt_ids, sampling, seeds), expected=_TOLD)
+        return all_or_none(lambda: self._generate(prompt_ids, sampling, seeds), expected=_SHARED_ERRORS)
 
     def _generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         longest = self._limits.max_sequence_length
@@ -159,7 +159,7 @@ class TensorRTLLMEngine:
         return [answers[index % engines][index // engines] for index in range(len(requests))]
 
     def sleep(self) -> None:
-        """Free all of the engine's GPU memory, to give it to training; the weights have to be sent again."""
+        """Free all of the engine's GPU memory for training; the weights have to be sent again."""
         all_or_none(lambda: self._ask("release"))
 
     def close(self) -> None:
@@ -167,29 +167,29 @@ class TensorRTLLMEngine:
         if self._process is not None:
             self._process.close()
 
-    def _give_memory(self) -> None:
-        """Give the GPU memory that this replica's ranks do not use to their engines."""
+    def _free_cached_memory(self) -> None:
+        """Free the GPU memory in torch's cache on all ranks of the replica, for their engines."""
         device.empty_cache()
         dist.barrier(self._replica)
 
     def _ask(self, command: str, **arguments: Any) -> Any:
-        """Ask the process that this rank has started, and return its answer; None if it has none."""
+        """Send a request to this rank's process and return its answer; None if this rank has no process."""
         return self._on_process(lambda process: process.ask(command, arguments))
 
-    def _tell(self, command: str, **arguments: Any) -> None:
-        """The same without waiting for the answer."""
+    def _send_request(self, command: str, **arguments: Any) -> None:
+        """Send a request to this rank's process without waiting for the answer."""
         self._on_process(lambda process: process.send(command, arguments))
 
     def _on_process(self, work: Callable[[EngineProcess], Any]) -> Any:
-        """Do something with the process of this rank if it has one; an error is raised on all ranks of the replica."""
+        """Call `work` with this rank's process if it has one; an error is raised on all ranks of the replica."""
         return all_or_none(lambda: None if self._process is None else work(self._process), self._replica)
 
 
 def _completion(tokens: list[int], logprobs: list[float], version: int, limit: int, stops: Stops) -> Completion:
-    """Make a completion, after a check that the answer ends where it should.
+    """Check that an answer ends where it should, and make a completion of it.
 
-    TensorRT-LLM 1.2 knows a stop string only as one sequence of tokens, and would miss it in all others. So it does not
-    get those that are no token of their own, and the answer is cut here: what comes before does not depend on the rest.
+    TensorRT-LLM 1.2 finds a stop string only as one sequence of tokens, and would miss all others. So it gets only
+    those that are a single token; at the others the answer is cut here: the tokens before do not depend on the rest.
     """
     read = torch.tensor(logprobs)
     if not read.isfinite().all():

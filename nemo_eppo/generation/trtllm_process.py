@@ -17,8 +17,8 @@ from typing import Any
 from nemo_eppo.generation.refit import Bucket, Receiver, RefitError, TensorInfo
 
 _CACHE = ["kv_cache"]
-# All other memory of 1.2 that can be released (ExecutorMemoryType; its members "_no_capture_*" cannot). Released memory
-# of these waits in pinned host memory (RestoreMode.PINNED), as long as the engine sleeps.
+# All other memory of 1.2 that can be released (ExecutorMemoryType; its members "_no_capture_*" cannot). While the
+# engine sleeps, its contents are kept in pinned host memory (RestoreMode.PINNED).
 _ALL_BUT_CACHE = [
     "model",
     "draft_model",
@@ -74,7 +74,7 @@ class EngineServer:
         self._sampling_params, self._pad_id = SamplingParams, pad_id
         self._receiver = Receiver(expected)
         self._released: set[str] = set()
-        self._told = False  # which tensors are not checked
+        self._has_reported_unchecked = False  # the tensors whose loading is not checked
         self._llm = AsyncLLM(
             model=model,
             backend="pytorch",
@@ -99,12 +99,12 @@ class EngineServer:
         await self.release()
 
     async def begin(self, version: int) -> None:
-        """Start the refit to `version`: take memory for the weights."""
+        """Start the refit to `version`: allocate memory for the weights."""
         self._receiver.begin(version)
         await self._take(_ALL_BUT_CACHE)
 
     async def bucket(self, bucket: Bucket, handles: list[str]) -> None:
-        """Load the tensors of every GPU's shared buffer, and check what the workers were given."""
+        """Load the tensors in every GPU's shared buffer, and check their digests."""
         self._receiver.expect(bucket)
         self._receiver.check(bucket, _infos(await self._on_workers("load_bucket", handles)))
 
@@ -112,17 +112,17 @@ class EngineServer:
         """End a refit after its last bucket, and check that it has changed the weights; drops the prefix cache."""
         self._receiver.finish(version)
         await self._on_workers("update_weights", None)
-        unwatched = self._receiver.confirm(_infos(await self._on_workers("own_tensors")))
-        if unwatched and not self._told:
+        unchecked = self._receiver.confirm(_infos(await self._on_workers("own_tensors")))
+        if unchecked and not self._has_reported_unchecked:
             print(
-                f"TensorRT-LLM has no tensors of the names of {len(unwatched)} that it was given, {unwatched[0]} "
+                f"TensorRT-LLM has no tensors of the names of {len(unchecked)} that it was given, {unchecked[0]} "
                 "for one: whether it loads them is not checked",
                 flush=True,
             )
-            self._told = True
+            self._has_reported_unchecked = True
 
     async def take_cache(self) -> None:
-        """Take memory for the KV cache, in which nothing is left."""
+        """Allocate the KV cache, which is empty."""
         await self._take(_CACHE)
 
     async def _on_workers(self, method: str, *arguments: Any) -> list[Any]:

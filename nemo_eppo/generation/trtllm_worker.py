@@ -1,4 +1,4 @@
-"""What a TensorRT-LLM worker, a process of one GPU, does in a refit beside what TensorRT-LLM 1.2 has for it."""
+"""Extends a TensorRT-LLM 1.2 worker, a process of one GPU, with refits whose tensors are described for checks."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from nemo_eppo.generation.refit import TensorInfo, describe
 
 
 class RefitWorker(WorkerExtension):
-    """Is mixed into TensorRT-LLM's worker class (ray_worker_extension_cls), whose `device_id` is its GPU's number among
-    those that the engine sees."""
+    """Mixed into TensorRT-LLM's worker class (ray_worker_extension_cls); `device_id` numbers its GPU among the
+    engine's."""
 
     device_id: int
     engine: Any
 
     def load_bucket(self, handles: list[str]) -> list[TensorInfo]:
-        """Load the tensors that are shared on this worker's GPU, and describe what was given to TensorRT-LLM to load.
+        """Load the tensors shared on this worker's GPU, and describe them.
 
         Args:
-            handles: of each GPU of the engine, what `ipc.handles` made on it.
+            handles: the text of `ipc.handles` for each GPU of the engine.
         """
         named = open_handles(handles[self.device_id], self.device_id)
-        # update_weights also takes handles that are unpickled already: (function, arguments, of which it sets the 7th).
-        # A handle can be opened once, so its function returns what is open.
+        # update_weights also takes unpickled handles: (function, arguments), of which it sets argument 6. A handle can
+        # be opened once, so the function returns the tensor that is open already.
         opened = [(name, (_returns(tensor), [None] * 7)) for name, tensor in named]
         self.update_weights({get_device_uuid(self.device_id): opened})
         return describe(named)  # waits until all is copied: the sender fills the buffer anew

@@ -75,8 +75,8 @@ def _mean(found: list[Any]) -> Any:
 
 
 def _seconds(work: Callable[[], object], least: float = 0.25) -> float:
-    """Least seconds of a call, because what else runs only adds to it: of at least five calls and `least` seconds,
-    after two that do not count. On a CPU they are seconds of its one thread."""
+    """Return the seconds of the fastest call, since other processes only slow calls down: of at least five calls and
+    `least` seconds, after two that do not count. On a CPU they are CPU time of the process."""
     from nemo_eppo.megatron import device
 
     clock, times = time.perf_counter if device.on_gpu() else time.process_time, list[float]()
@@ -100,7 +100,7 @@ def _measure(precisions: list[Precision], rank: int, folder: Path) -> Cluster:
     gpu, where = device.on_gpu(), device.device()
     width, wide, many = (4096, 14336, 4096) if gpu else (256, 1024, 512)
     linear, products = torch.nn.functional.linear, dict[Precision, float]()
-    for precision in reversed(precisions):  # the first is that of what follows
+    for precision in reversed(precisions):  # ends with the first, which all that follows uses
         weight = torch.randn(wide, width, dtype=DTYPES[precision], device=where)
         rows = torch.randn(many, width, dtype=weight.dtype, device=where)
         products[precision] = 2 * width * wide * many / _seconds(partial(linear, rows, weight))
@@ -111,8 +111,8 @@ def _measure(precisions: list[Precision], rank: int, folder: Path) -> Cluster:
         spent = _seconds(lambda: [linear(few, weight) for weight in cold])
         spent -= 2 * cold.numel() * len(few) / products[precisions[0]]
         memory = min(memory, cold.nbytes / max(spent, 1e-6))
-    there = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=gpu)
-    host = large.nbytes / _seconds(partial(there.copy_, large))
+    pinned = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=gpu)
+    host = large.nbytes / _seconds(partial(pinned.copy_, large))
     query = torch.randn(8, 8, 128, width // 8, dtype=DTYPES[precisions[0]], device=where)
     pairs = 8 * 128 * 129 / 2
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -212,16 +212,16 @@ def _seconds_of_models(width: int, precision: Precision) -> _Seconds:
     return found
 
 
-def _of_a_layer(seconds: Mapping[int, float]) -> float:
+def _per_layer(seconds: Mapping[int, float]) -> float:
     return (seconds[_MANY] - seconds[_FEW]) / (_MANY - _FEW)
 
 
 def _fixed(seconds: _Seconds) -> Fixed:
     """Solve for the seconds of each kind of pass, and of each layer in it, however small they are."""
-    layer, layer_decode = _of_a_layer(seconds.forward), _of_a_layer(seconds.decode)
+    layer, layer_decode = _per_layer(seconds.forward), _per_layer(seconds.decode)
     each = {layers: (seconds.train[layers, 4] - seconds.train[layers, 1]) / 3 for layers in (_FEW, _MANY)}
     once = {layers: seconds.train[layers, 1] - each[layers] for layers in (_FEW, _MANY)}  # whatever the micro-batches
-    both, layer_update = _of_a_layer(each), _of_a_layer(once)
+    both, layer_update = _per_layer(each), _per_layer(once)
     forward = seconds.forward[_FEW] - _FEW * layer
     solved = {
         "layer": layer,
@@ -237,7 +237,7 @@ def _fixed(seconds: _Seconds) -> Fixed:
 
 
 def _bandwidths(found: Cluster, seconds: _Seconds, width: int, precision: Precision) -> dict[str, float]:
-    """Bandwidths of activations and of decoding: they explain what a wide layer takes beyond its known work."""
+    """Return the bandwidths of activations and of decoding that explain a wide layer's time beyond its known work."""
     one = Shape(_model(1, width), ParallelConfig(), precision, language=False)
     pass_, step, fixed = one.layers_forward(_ROWS, _LONG), one.decode(_ROWS, _NEW / 2), found.fixed
 
@@ -248,9 +248,9 @@ def _bandwidths(found: Cluster, seconds: _Seconds, width: int, precision: Precis
         return size / max(measured - known, known / 20)  # noise may hide it
 
     return {
-        "activations": bandwidth(pass_.activations, _of_a_layer(seconds.large), pass_, fixed.layer),
+        "activations": bandwidth(pass_.activations, _per_layer(seconds.large), pass_, fixed.layer),
         "decoded": bandwidth(
-            _ROWS * one.touched * one.bytes, _of_a_layer(seconds.decode_large), step, fixed.layer_decode
+            _ROWS * one.touched * one.bytes, _per_layer(seconds.decode_large), step, fixed.layer_decode
         ),
     }
 

@@ -1,4 +1,4 @@
-"""What a cluster's ranks and links reach: the figures that an estimate of a step's time is computed from."""
+"""Speeds of a cluster's ranks and links, from which the time of a step is estimated."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Cluster(Config):
     activations: float = Field(gt=0)
     """Bytes per second at which operations between matrix products (norms, gates, softmax) read and write."""
     decoded: float = Field(gt=0)
-    """The same while the Megatron engine decodes, where tensors are small."""
+    """As `activations`, while the Megatron engine decodes, where tensors are small."""
     host: float = Field(gt=0)
     """Bytes per second between a device and the host's memory, where the reference waits."""
     overlaps: bool

@@ -10,11 +10,11 @@ from nemo_eppo.launch.launch_file import LaunchConfig
 
 
 def colocated(launch: LaunchConfig) -> LaunchConfig:
-    """The launch without the servers of actors that say `colocate: true`, whose models these actors run themselves.
+    """Return the launch without the servers of actors with `colocate: true`; these actors run their models.
 
-    A server's model, and how its critic learns, become settings of the actor. Its layout, precision and micro-batches
-    are then the actor's. What the actor says of them is kept (`critic.fresh`, a reward's weight, mean and std), but for
-    their `server`.
+    A server's model, and a critic's optimizer and value clip, become settings of the actor; layout, precision and
+    micro-batches are the actor's. The actor's own settings of them are kept (`critic.fresh`, a reward's weight, mean
+    and std), except `server`.
 
     Raises:
         ConfigError: a job with `colocate` is no actor, another job needs one of its servers, or such a server has no
@@ -55,7 +55,7 @@ def _without_server(own: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _models(launch: LaunchConfig, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The critic of a server's settings, as the actor's `critic.colocated`; its reward model, as one of `rewards`."""
+    """Return a server's critic as the actor's `critic.colocated`, and its reward model as one of `rewards`."""
     config = job_settings(launch, name)
     source = config.model.restore_from_path
     if source is None:

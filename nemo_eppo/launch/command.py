@@ -93,20 +93,20 @@ def with_models_of_jobs(rewards: Sequence[Any], models: Mapping[str, dict[str, A
     """Return an actor's `rewards`, in which {job: NAME, ...} became a source of reward.
 
     Args:
-        rewards: its own: functions, models on its ranks, and jobs.
-        models: what says where each job's reward model is, by the job; those that `rewards` do not name come last.
+        rewards: the actor's own: functions, models on its ranks, and jobs.
+        models: settings that locate each job's reward model, by job; those that `rewards` do not name come last.
     """
-    found, unnamed = list[Any](), dict(models)
+    sources, unnamed = list[Any](), dict(models)
     for reward in rewards:
         if "job" not in reward:
-            found.append(reward)
+            sources.append(reward)
             continue
         model = unnamed.pop(reward["job"])
         own = {key: value for key, value in reward.items() if key not in ("job", "server")}
         if "server" in model:
             model = {"server": reward.get("server", {}) | model["server"]}
-        found.append(own | model)
-    return found + list(unnamed.values())
+        sources.append(own | model)
+    return sources + list(unnamed.values())
 
 
 def override(key: str, value: Any) -> str:

@@ -65,14 +65,14 @@ def _doctor(arguments: argparse.Namespace) -> None:
         from nemo_eppo.config import ConfigError
         from nemo_eppo.launch.cluster import read_cluster
 
-        cluster = read_cluster(arguments.estimate)  # a wrong figure is told at once
+        cluster = read_cluster(arguments.estimate)  # reports a wrong figure at once
         if arguments.file is None:
             raise ConfigError(f"--estimate {arguments.estimate}: expected a launch file before it")
     findings = _examine(arguments, cluster, estimates)
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
-        told = {"findings": [finding.model_dump() for finding in findings], "errors": errors}
-        print(json.dumps(told | {"estimates": [estimate.model_dump() for estimate in estimates]}, indent=1))
+        found = {"findings": [finding.model_dump() for finding in findings], "errors": errors}
+        print(json.dumps(found | {"estimates": [estimate.model_dump() for estimate in estimates]}, indent=1))
     else:
         _print_table(findings, errors)
         if estimates:
@@ -86,7 +86,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _examine(
     arguments: argparse.Namespace, cluster: "Cluster | None", estimates: "list[StepEstimate]"
 ) -> "list[Finding]":
-    """Examine what was asked for; add what is predicted to `estimates`, for `cluster` or, without one, this machine."""
+    """Examine machine, jobs and servers; add predictions for `cluster`, or for this machine if None, to `estimates`."""
     from nemo_eppo.launch import machine_checks
     from nemo_eppo.launch.findings import error, guarded
 

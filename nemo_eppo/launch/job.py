@@ -41,15 +41,15 @@ class Job:
     def models(self) -> "dict[str, ModelSetup]":
         """All models that the job will run, by the key of their settings."""
         model = self.settings.model
-        found: dict[str, ModelSetup] = {"model": model}
+        models: dict[str, ModelSetup] = {"model": model}
         if path := self.setting("reward_model"):
-            found["reward_model"] = model.beside(path)
+            models["reward_model"] = model.beside(path)
         if critic := self.setting("critic.colocated"):
-            found["critic.colocated"] = model.beside(critic.restore_from_path, critic.lora)
+            models["critic.colocated"] = model.beside(critic.restore_from_path, critic.lora)
         for key, source in (self.setting("reward_sources") or {}).items():
             if source.colocated is not None:
-                found[f"{key}.colocated"] = model.beside(source.colocated.restore_from_path)
-        return found
+                models[f"{key}.colocated"] = model.beside(source.colocated.restore_from_path)
+        return models
 
     @property
     def is_examined(self) -> bool:

@@ -28,7 +28,7 @@ from nemo_eppo.servers import certificates
 from nemo_eppo.servers.ports import free_port
 
 GRACE_S = 30.0  # seconds that a job may take to stop before it is killed
-MOST_RESTARTS = 3  # of each server that had been ready; the actor waits for it, and resumes
+MOST_RESTARTS = 3  # of each server that was ready before; the actor waits for it, and resumes
 POLL_S = 0.1  # seconds between looks at the jobs
 TAIL_LINES = 25  # lines shown of a failed job's log
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -101,7 +101,7 @@ class Supervisor:
         self._told_to_stop: dict[str, float] = {}  # monotonic time; servers that no job needs any more
         # Processes that outlive a job become children of this process, so that `stop` finds them.
         adopt_orphans()
-        self._strangers = set(psutil.Process().children(recursive=True))
+        self._strangers = set(psutil.Process().children(recursive=True))  # not ours to kill
 
     @property
     def rows(self) -> list[Row]:
@@ -120,7 +120,7 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def stop(self, status: Status) -> None:
-        """End all jobs, servers last, and the processes they started; kill what does not end when asked."""
+        """Tell all jobs to end, servers last; kill those that do not, and the processes that they leave."""
         self._end(False, State.SAVING, status)
         self._end(True, State.STOPPING, status)
         for _ in range(3):  # processes may start others while they end
@@ -136,7 +136,7 @@ class Supervisor:
         self._processes.clear()
 
     def _end(self, serves: bool, state: State, status: Status) -> None:
-        """Ask the jobs that serve, or the others, to end, and show how they do until the time is up."""
+        """Tell the servers, or the other jobs, to end, and show their states until all have ended or were killed."""
         deadline = time.monotonic() + GRACE_S
         running = [
             (self._rows[name], process)
@@ -167,7 +167,7 @@ class Supervisor:
         return bool(tasks) and all(row.state is State.DONE for row in tasks)
 
     def _may_start(self, name: str) -> bool:
-        # what needs a server imports and builds while that starts, and then waits for it
+        # a job imports and builds while its servers start, and then waits for them
         serving = (State.STARTING, State.READY)
         return all(
             self._rows[need].state in (serving if self._launch.jobs[need].serves else (State.DONE,))
@@ -207,7 +207,7 @@ class Supervisor:
         code = self._processes[name].poll()
         needed_by = [other for other, config in self._launch.jobs.items() if name in config.needs]
         if job.serves and needed_by and all(self._rows[other].state is State.DONE for other in needed_by):
-            self._let_go(name)
+            self._end_unneeded(name)
         elif code is not None:
             row.ended = time.monotonic()
             self._gpus.give_back(name)
@@ -219,7 +219,7 @@ class Supervisor:
                 )
                 self._start(name)
             elif code == NOT_FINISHED:
-                raise self._failure(name, "ended before its last step; the same command goes on", code)
+                raise self._failure(name, "ended before its last step; the same command resumes it", code)
             elif job.serves or code:
                 raise self._failure(name, f"ended with exit status {code}", code if code >= 0 else 128 - code)
             else:
@@ -231,7 +231,7 @@ class Supervisor:
             elif time.monotonic() - row.started > self._launch.start_timeout:
                 raise self._failure(name, f"was not ready after {self._launch.start_timeout:.0f} s", 1)
 
-    def _let_go(self, name: str) -> None:
+    def _end_unneeded(self, name: str) -> None:
         """End a server that no job needs any more, without waiting for it."""
         process, now = self._processes[name], time.monotonic()
         if process.poll() is not None:

@@ -75,7 +75,7 @@ def triton() -> Iterator[Finding]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """List the GPUs that torch finds; without any here, torch is not asked, whose import takes seconds."""
+    """List the GPUs that torch finds; torch, whose import takes seconds, is not imported if there are none."""
     here = visible_gpus()
     if not here:
         yield ok("GPUs", "none: jobs run on the CPU with gloo")

@@ -89,7 +89,7 @@ class Memory:
 
     @property
     def states(self) -> int:
-        """What lasts while the model is on the device."""
+        """Weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
 

@@ -24,7 +24,7 @@ from nemo_eppo.entry.torchrun import run_forked
 from nemo_eppo.processes import end_with_parent, environment
 
 _PRELOADED = "nemo_eppo.launch.preloaded"
-_TITLE_ROOM = "NEMO_EPPO_TITLE_ROOM"  # a process can have a title as long as its arguments and environment were
+_TITLE_ROOM = "NEMO_EPPO_TITLE_ROOM"  # a process title has room for as much as arguments and environment took
 
 
 class ForkedJob:
@@ -44,11 +44,11 @@ class ForkedJob:
         return self._process.exitcode
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         self._process.kill()
 
 
@@ -81,12 +81,13 @@ class Nursery:
 def _job(command: tuple[str, ...], ranks: int, log: Path, variables: Mapping[str, str]) -> None:
     """Become a job's first process."""
     os.setsid()  # Ctrl-C reaches only the launcher, which ends the jobs in order
-    # The nursery ends when nobody holds its other end any more, as when the launcher was killed, and jobs end with it.
+    # The nursery, and jobs with it, ends when nobody holds this end of its pipe any more, as after a launcher's kill.
     end_with_parent(signal.SIGTERM)
     server: Any = multiprocessing.forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
-    tracker: Any = multiprocessing.resource_tracker._resource_tracker  # a job's own clears away what it leaves at once
+    # a job's own tracker cleans up as soon as the job ends
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker
     os.close(tracker._fd)
     tracker._fd = tracker._pid = None
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""A model on the ranks of a job: micro-batches, pipeline, links; and the seconds that amounts of work take there."""
+"""A model on the ranks of a job: micro-batches, pipeline and links, and the seconds that they need for work."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from nemo_eppo.settings.model import ModelConfig, ModelSetup
 from nemo_eppo.settings.training import OptimizerConfig
 
 PARTS = ("compute", "memory", "launches", "links", "host")
-"""What a phase's time is made of: FLOPs; bytes of the device's memory; launches and Python; bytes and messages between
+"""Parts of a phase's time: FLOPs; bytes of the device's memory; launches and Python; bytes and messages between
 ranks; bytes between device and host."""
 
 
@@ -21,7 +21,7 @@ class Passes(NamedTuple):
 
     @property
     def path(self) -> Work:
-        """All that its time is made of."""
+        """All work on the critical path."""
         return self.own + self.waits
 
 

@@ -1,7 +1,7 @@
-"""What the jobs of a launch will make, known from their settings before any of them has run.
+"""The checkpoints that the jobs of a launch will make, known from their settings before any of them has run.
 
-A directory with manifest and tokenizer, but without weights, stands in for a checkpoint that an earlier job will make:
-whoever starts from it can be examined as if it were there.
+A directory with manifest and tokenizer, but without weights, stands in for a checkpoint that an earlier job will make,
+so that jobs which start from it can be examined as if it were there.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class Product(NamedTuple):
 
     head: "Head"
     state: dict[str, Any]
-    """What its manifest will record of a reward model; its statistics are stand-ins."""
+    """State of a reward model's manifest, with stand-ins for its statistics."""
 
 
 def maker(launch: LaunchConfig, path: Path) -> str | None:

@@ -176,7 +176,7 @@ def _make_certificates(launch: LaunchConfig, slurm: SlurmConfig, groups: int) ->
 
 
 def _container(slurm: SlurmConfig) -> str:
-    """The end of srun's options: those of the container, if there is one."""
+    """Return the last of srun's options: those of the container, if there is one."""
     return "" if slurm.image is None else ' "${container[@]}"'
 
 

@@ -16,7 +16,7 @@ from typing import Any
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Directory in which a pod finds the token of its service account, the API server's authority, and its namespace."""
 _POLL_S = 15.0
-_PATIENCE_S = 300.0  # for an API server that does not answer
+_PATIENCE_S = 300.0  # how long the API server may not answer
 
 
 class Jobs:
@@ -36,8 +36,9 @@ class Jobs:
     def condition(self, name: str) -> str:
         """Return Complete, Failed, Suspended, or an empty text for another condition of a Job."""
         job = self._ask(name)
-        conditions = [each["type"] for each in job.get("status", {}).get("conditions", ()) if each["status"] == "True"]
-        return next((found for found in ("Complete", "Failed", "Suspended") if found in conditions), "")
+        conditions = job.get("status", {}).get("conditions", ())
+        types = [condition["type"] for condition in conditions if condition["status"] == "True"]
+        return next((kind for kind in ("Complete", "Failed", "Suspended") if kind in types), "")
 
     def start(self, name: str) -> None:
         """Let a suspended Job run."""
@@ -53,8 +54,8 @@ class Jobs:
             method="GET" if patch is None else "PATCH",
         )
         with urllib.request.urlopen(request, context=self._tls, timeout=30) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
+            job: dict[str, Any] = json.load(answer)
+            return job
 
 
 def start_stages(needs: Mapping[str, Sequence[str]], jobs: Jobs, poll: float = _POLL_S) -> None:
@@ -67,11 +68,11 @@ def start_stages(needs: Mapping[str, Sequence[str]], jobs: Jobs, poll: float = _
     answered = time.monotonic()
     while True:
         try:
-            found = {name: jobs.condition(name) for name in needs}
-            if failed := [name for name, condition in found.items() if condition == "Failed"]:
+            conditions = {name: jobs.condition(name) for name in needs}
+            if failed := [name for name, condition in conditions.items() if condition == "Failed"]:
                 raise RuntimeError(f"{failed[0]} failed: the stages after it were not started")
             for name, before in needs.items():
-                if found[name] == "Suspended" and all(found[need] == "Complete" for need in before):
+                if conditions[name] == "Suspended" and all(conditions[need] == "Complete" for need in before):
                     jobs.start(name)
                     print(f"{name} started", flush=True)
             answered = time.monotonic()
@@ -79,8 +80,8 @@ def start_stages(needs: Mapping[str, Sequence[str]], jobs: Jobs, poll: float = _
             if time.monotonic() - answered > _PATIENCE_S:
                 raise
             print(f"the API server: {error}", file=sys.stderr, flush=True)
-            found = {}
-        if found and all(condition == "Complete" for condition in found.values()):
+            conditions = {}
+        if conditions and all(condition == "Complete" for condition in conditions.values()):
             return
         time.sleep(poll)
 

@@ -1,7 +1,7 @@
 """Predicts a PPO step of an actor and its critic and reward models: seconds of each phase, bytes sent, memory.
 
-Phases are those of `PPO.step`'s timers. All prompts and responses are taken to be as long as the settings allow, and
-prompts to be new, as in a run's first epoch, unless a job of the launch answers them. Reward functions count nothing.
+Phases are those of `PPO.step`'s timers. Prompts and responses are taken to have their maximum lengths, and
+prompts to be new, as in a run's first epoch, unless a job of the launch answers them. Reward functions take no time.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Phase(Config):
     """Name of the timer; for a server JOB: values, scores or updates."""
     seconds: float
     bound: str
-    """What takes longest of it: one of PARTS, or `waiting` for a server."""
+    """The part that takes longest: one of PARTS, or `waiting` for a server."""
     parts: dict[str, float]
     """Seconds of each of PARTS, as if nothing overlapped; empty for waiting."""
     during: str = ""
@@ -35,7 +35,7 @@ class Phase(Config):
 
 
 class StepEstimate(Config):
-    """What is predicted of one step of an actor."""
+    """The prediction for one step of an actor."""
 
     actor: str
     """Name of the job."""
@@ -67,7 +67,7 @@ class _Timed:
         return replace(self, passes=Passes(self.passes.own + work, waits), hidden=self.hidden + hidden)
 
     def phase(self, name: str, cluster: Cluster, during: str = "") -> Phase:
-        """Tell how long it takes, and what takes longest of it."""
+        """Return its seconds, and the part that takes longest."""
         path = self.passes.path
         parts = self.placement.parts(cluster, path)
         seconds = max(0.0, self.placement.seconds(cluster, path) - self.hidden)
@@ -169,8 +169,8 @@ class _Step:
         others = self.policy.setup.parallel.model_parallel_size - 1
         return Work(tensor_bytes=size * others, memory=4 * size * (others + 1))
 
-    def _away(self, placed: Placement, *, trained: bool = False) -> Work:
-        """A colocated model's way to its device and back to the host's memory, if ranks have devices."""
+    def _offloading(self, placed: Placement, *, trained: bool = False) -> Work:
+        """Copies of a colocated model to its device and back to the host's memory, if ranks have devices."""
         if self.cluster.cores is not None:
             return Work()
         size = placed.weights * placed.shape.bytes
@@ -183,18 +183,18 @@ class _Step:
         apart = self.launch.slurm is not None or self.launch.kubernetes is not None
         return Work(request=1, outside_bytes=4.0 * numbers * apart, outside_messages=2.0 * apart)
 
-    def _here(self) -> tuple[_Timed, _Timed]:
-        """What the actor's own ranks do as critic and reward models: values and scores; the critic's updates."""
+    def _colocated_work(self) -> tuple[_Timed, _Timed]:
+        """Work of colocated critic and reward models on the actor's ranks: values and scores; the critic's updates."""
         scoring = training = _Timed(self.policy, Passes(Work(), Work()))
         for key in self.actor.models.keys() - {"model"}:
             placed, learns = self._placed(self.actor, key), key == "critic.colocated"
-            scoring += self._passes(placed, self.rows) + self._away(placed, trained=learns)
+            scoring += self._passes(placed, self.rows) + self._offloading(placed, trained=learns)
             if learns:
-                training = self._updates(placed) + self._away(placed, trained=True) * self.updates
+                training = self._updates(placed) + self._offloading(placed, trained=True) * self.updates
         return scoring, training
 
-    def _servers(self) -> tuple[list[Phase], list[Phase], float]:
-        """What servers do: values and scores; the critic's updates; bytes sent to and from them."""
+    def _server_work(self) -> tuple[list[Phase], list[Phase], float]:
+        """Phases of the servers: values and scores; the critic's updates; and bytes sent to and from them."""
         scoring, training, numbers = list[Phase](), list[Phase](), 0
         critics = self.launch.critics(self.actor.name)
         for name in self.served_by:
@@ -205,15 +205,15 @@ class _Step:
                 work += self._request(2 * self.rows * self.length)
                 scoring.append(work.phase(f"{name}: {what}", self.cluster, "logprobs, reference, server_wait"))
         for name in critics:  # tokens, returns, values and the mask's bytes
-            asked = 3 * self.mini * self.length + self.mini * self.length // 4
-            numbers += asked * self.updates
-            work = self._updates(self._placed(self.jobs[name], "model")) + self._request(asked) * self.updates
+            request = 3 * self.mini * self.length + self.mini * self.length // 4
+            numbers += request * self.updates
+            work = self._updates(self._placed(self.jobs[name], "model")) + self._request(request) * self.updates
             training.append(work.phase(f"{name}: updates", self.cluster, "actor_train, critic_train"))
         return scoring, training, 4.0 * numbers
 
     def _wait(self, here: Phase, meanwhile: float, servers: Sequence[Phase]) -> Phase:
-        """What the actor does itself in a phase, or the wait that is left, after `meanwhile` seconds, until all servers
-        have answered; what one server is asked for follows one another."""
+        """Return the actor's own phase plus the wait that is left, after `meanwhile` seconds, until all servers have
+        answered. A server works on one request after another."""
         if not servers:
             return here
         seconds: dict[str, float] = {}
@@ -241,7 +241,7 @@ class _Step:
         if divergence.in_loss and divergence.kind == "sqrt_chi2":  # see PPO._divergence_weight
             for _ in range(self.updates - 1):
                 actor_train += self._passes(policy, self.mini)
-        scoring, training = self._here()
+        scoring, training = self._colocated_work()
         timed = {
             "generate": work(self._generation(self.rows + greedy)),
             "logprobs": self._passes(policy, self.rows) if recompute else work(Work()),
@@ -253,7 +253,7 @@ class _Step:
             "refit": work(self._refit()),
         }
         phases = {name: one.phase(name, self.cluster) for name, one in timed.items()}
-        scores, updates, asked = self._servers()
+        scores, updates, server_bytes = self._server_work()
         meanwhile = phases["logprobs"].seconds + phases["reference"].seconds
         phases["server_wait"] = self._wait(phases["server_wait"], meanwhile, scores)
         phases["critic_train"] = self._wait(phases["critic_train"], phases["actor_train"].seconds, updates)
@@ -270,7 +270,7 @@ class _Step:
                 "tensor": sent.tensor_bytes,
                 "stage": sent.stage_bytes,
                 "replica": sent.replica_bytes,
-                "servers": asked,
+                "servers": server_bytes,
             },
             memory={name: float(memory.device) for name, memory in needed.items()},
         )

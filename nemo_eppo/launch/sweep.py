@@ -41,14 +41,14 @@ def variants(file: Path, changes: Sequence[str], sweep: str) -> dict[str, Launch
     if key.partition(".")[0] not in LaunchConfig.model_fields:
         prefix = f"jobs.{_actor(read_launch(file, changes))}.settings."
     short = re.sub(r"^jobs\.(\w+)\.settings\.", r"\1.", key)
-    found = {}
+    launches = {}
     for value in values:
         shown = value if isinstance(value, str) else json.dumps(value)
         name = re.sub(r"[^\w.=+-]+", "_", f"{short}={shown}")
-        if name in found:
+        if name in launches:
             raise ConfigError(f"--sweep {sweep}: two values have the name {name}")
-        found[name] = colocated(read_launch(file, [*changes, f"{prefix}{key}={json.dumps(value)}"]))
-    return found
+        launches[name] = colocated(read_launch(file, [*changes, f"{prefix}{key}={json.dumps(value)}"]))
+    return launches
 
 
 def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str, Path]]:
@@ -62,15 +62,15 @@ def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str,
         and the run directories of all actors.
 
     Raises:
-        ConfigError: the values change something that is one for all of them.
+        ConfigError: the values change something that they share.
     """
     base = next(iter(launches.values()))
     actor = _actor(base)
     own = {actor, *base.critics(actor)}
-    once = _once(base, own)
+    shared = _shared(base, own)
     for launch in launches.values():
-        other = _once(launch, own)
-        if changed := [what for what in once | other if once.get(what) != other.get(what)]:
+        other = _shared(launch, own)
+        if changed := [what for what in shared | other if shared.get(what) != other.get(what)]:
             raise ConfigError(
                 f"--sweep changes {changed[0]}, of which there is one for all values; expected a setting of "
                 f"{', '.join(sorted(own))}"
@@ -99,8 +99,8 @@ def swept(launches: Mapping[str, LaunchConfig]) -> tuple[LaunchConfig, dict[str,
     return base.model_copy(update={"jobs": jobs}), directories
 
 
-def _once(launch: LaunchConfig, own: Set[str]) -> dict[str, Any]:
-    """What all values share, by how a message calls it: jobs but for `own`, and all else but `variables`."""
+def _shared(launch: LaunchConfig, own: Set[str]) -> dict[str, Any]:
+    """Return what all values share, by its name in messages: jobs except `own`, and all fields except `variables`."""
     fields = LaunchConfig.model_fields.keys() - {"jobs", "variables"}
     jobs = {f"the job {name}": job for name, job in launch.jobs.items() if name not in own}
     return jobs | {name: getattr(launch, name) for name in sorted(fields)}

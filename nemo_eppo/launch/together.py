@@ -1,6 +1,6 @@
-"""Checks the jobs of a launch against each other: what an actor expects of its servers, windows, tokenizers.
+"""Checks jobs of a launch against each other: an actor's rewards, windows and tokenizers, and its servers'.
 
-What a job starts from is checked with the job itself (examination.py).
+The model that a job starts from is checked with the job itself (examination.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,9 @@ def examine_together(launch: LaunchConfig, jobs: Sequence[Job], *, files: bool) 
 
 def _energy_cache(job: Job, actors: Sequence[Job]) -> Iterator[Finding]:
     """Check that an actor of the launch, if it has one, reads the reference energies that a job writes."""
-    ours, check, differences = _of_answers(job), f"{job.name}: energy cache", []
+    ours, check, differences = _answer_settings(job), f"{job.name}: energy cache", []
     for actor in actors:
-        theirs = _of_answers(actor)
+        theirs = _answer_settings(actor)
         differing = [name for name in ours if ours[name] != theirs[name]]
         if not differing:
             yield ok(check, f"{actor.name} reads what is written to {job.settings.energy.cache}")
@@ -45,8 +45,8 @@ def _energy_cache(job: Job, actors: Sequence[Job]) -> Iterator[Finding]:
         yield error(check, ", ".join(differences), "an actor uses answers of its own model and settings alone")
 
 
-def _of_answers(job: Job) -> dict[str, Any]:
-    """What decides whether an actor finds an answer, by setting."""
+def _answer_settings(job: Job) -> dict[str, Any]:
+    """Return the settings that must agree for an actor to find cached answers."""
     energy, model, answers = job.settings.energy, job.settings.model, dict(flat(job.settings.answer_settings))
     return {
         "energy.cache": str(energy.cache),
@@ -75,7 +75,7 @@ def _rewards(launch: LaunchConfig, actor: Job, known: dict[str, Job], files: boo
         if source.server is not None and (server := next(servers, None)) in known:
             where, statistics = f"the job {server}", next(iter(known[server].rewards.values()), None)
         if statistics is None:
-            return  # its own fault is told, or it is not on this machine
+            return  # its fault is reported elsewhere, or it is not on this machine
         columns += model_columns(source, where, statistics, actor.settings.reward_kind)
         latents += statistics["latent_size"]
     if files:

@@ -1,4 +1,4 @@
-"""What one rank computes, moves and sends in a forward pass, a backward pass, an update or a decoding step.
+"""The work of one rank in a forward pass, a backward pass, an update or a decoding step: FLOPs, bytes, messages.
 
 With hidden size H, query width Q, key or value width K, MLP width F, vocabulary V, and b bytes for each number, a layer
 has W = H (Q + 2 K) + Q H + 3 H F weights in its matrices, divided by the t tensor-parallel ranks as V, Q, K and F are.
@@ -31,7 +31,7 @@ it in 8 bytes."""
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts of one rank; they can be added and multiplied."""
+    """Amounts of work of one rank; they can be added, and multiplied by a number."""
 
     products: float = 0.0
     """FLOPs of matrix products, 2 for a multiplication and an addition."""
@@ -42,7 +42,7 @@ class Work:
     activations: float = 0.0
     """Bytes that other operations read or write."""
     decoded: float = 0.0
-    """The same while decoding."""
+    """As `activations`, while decoding."""
     host: float = 0.0
     """Bytes moved between device and host memory."""
     tensor_bytes: float = 0.0
@@ -89,7 +89,7 @@ def ring(ranks: int) -> float:
 class Shape:
     """A model as one of its ranks has it.
 
-    Args of all methods: `rows` of `length` tokens each, numbers of one micro-batch that need not be whole.
+    Methods take the `rows` of one micro-batch, a number that need not be whole, of `length` tokens each.
     """
 
     model: ModelConfig
@@ -242,11 +242,11 @@ class Shape:
         )
 
 
-def update(trained: float, layers: int, replicas: int, distributed: bool, each: int) -> Work:
+def update(trained: float, layers: int, replicas: int, distributed: bool, number_bytes: int) -> Work:
     """Sum gradients over replicas and update a rank's weights with AdamW.
 
     Args:
-        trained: weights of a rank that learn, with `each` bytes a number.
+        trained: trained weights of a rank, of `number_bytes` bytes each.
         distributed: whether each replica updates its share and gathers those of the others.
     """
     share = trained / replicas if distributed else trained
@@ -259,5 +259,6 @@ def update(trained: float, layers: int, replicas: int, distributed: bool, each: 
     if replicas == 1:
         return work
     half = ring(replicas) / 2
-    gathered = trained * each if distributed else 4 * trained  # fp32 gradients are scattered, then they or weights
+    # fp32 gradients are scattered, then they or the weights gathered
+    gathered = trained * number_bytes if distributed else 4 * trained
     return work + Work(replica_bytes=half * (4 * trained + gathered), replica_messages=2 if distributed else 1)

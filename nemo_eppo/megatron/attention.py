@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nemo_eppo.megatron import device
 
 ALL_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Torch's kernels for shapes that change from call to call, for which cuDNN's would plan anew (42 ms against 0.25 ms on
-a GPU, pytorch PR 191576), and where its numbers are wrong (torch 2.11): with a mask, gradients on an H100 may be NaN
-(pytorch issue 196678); without gradients, it fails silently on a B200 with fewer than 8 groups (193893)."""
+"""Torch's attention kernels without cuDNN's, which plans anew for every shape (42 ms against 0.25 ms on a GPU, pytorch
+PR 191576) and in torch 2.11 gives wrong numbers: with a mask, gradients on an H100 may be NaN (pytorch issue 196678);
+without gradients, it fails silently on a B200 with fewer than 8 groups (193893)."""
 
 
 def attend(
@@ -38,18 +38,18 @@ def attend(
         causal: replaces `visible` where l = s: query i sees keys up to i.
         window: with `causal`, query i sees only this many keys, up to i; None for all.
         scale: factor of the logits; None for D ** -0.5.
-        softcap: c of c * tanh(logit / c), applied before anything is hidden (Gemma 2, arXiv 2408.00118, section 2); it
+        softcap: c of c * tanh(logit / c), applied before the mask (Gemma 2, arXiv 2408.00118, section 2); it
             keeps all logits in memory, in fp32. None uses torch's fused attention.
     """
     size = query.size(2)
     if causal and (softcap is not None or (window is not None and window < size)):
-        whole = -(-size // 512) * 512
-        visible = _band(whole, window or whole, query.dtype, query.device)[:size, :size]
+        rounded = -(-size // 512) * 512
+        visible = _causal_mask(rounded, window or rounded, query.dtype, query.device)[:size, :size]
         causal = False
     if softcap is None:
         heads, groups = query.size(1), key.size(1)
         if device.on_gpu() and heads != groups and (visible is not None or query.dtype == torch.float32):
-            # torch's kernel for masks and fp32 wants as many heads of keys as of queries; another keeps all logits
+            # torch's fused kernel for masks and fp32 wants as many key heads as query heads; others keep all logits
             key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
         gqa = heads != key.size(1)
         with sdpa_kernel(ALL_BUT_CUDNN) if device.on_gpu() and _errs_in_cudnn(visible) else nullcontext():
@@ -70,7 +70,7 @@ def _errs_in_cudnn(visible: Tensor | None) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _band(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _causal_mask(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return [size, size]: 0 where a query sees a key, up to itself and in its window, else -inf.
 
     Torch keeps it for the backward pass of each layer, so all layers and shorter rows share one.
@@ -81,13 +81,13 @@ def _band(size: int, window: int, dtype: torch.dtype, device: torch.device) -> T
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
-    """Return how many tokens, itself included, a token sees in a layer (numbered from 1); None for all up to itself."""
+    """Return how many tokens, itself included, a token sees in a layer (counted from 1); None for all up to itself."""
     windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     return config.window_size[0] + 1 if windowed else None
 
 
 class CoreAttention(nn.Module):
-    """Computes Megatron's core attention with `attend`, where a token sees itself and the tokens before it."""
+    """Megatron's core attention, computed with `attend`: a token sees itself and the tokens before it."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class CoreAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         size = len(query)
-        if extra := -size % device.tokens_multiple():  # a row of a pack; it does not see what follows it
+        if extra := -size % device.tokens_multiple():  # a row of a pack; no token sees the padding after it
             q, k, v = (F.pad(t, (0, 0, 0, extra)) for t in (q, k, v))
         out = attend(q, k, v, causal=True, window=self.window, scale=self.scale, softcap=self.softcap)
         return out[:, :, :size].permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

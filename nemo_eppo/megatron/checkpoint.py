@@ -45,7 +45,7 @@ from nemo_eppo.models.checkpoint_files import (
 from nemo_eppo.models.stored_pickles import read_metadata, refusals, refuse_code
 from nemo_eppo.settings.model import Head, ModelConfig, Precision
 
-_QUANTISED = "_extra_state"  # of quantised training, which there is none of; TransformerEngine would unpickle it
+_QUANTISED = "_extra_state"  # states of fp8 training, which is not used; TransformerEngine would unpickle them
 
 
 def save(directory: Path, runner: ModelRunner, manifest: Manifest, tokenizer: Path | None = None) -> Path:
@@ -81,7 +81,7 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
     )
     if request.async_fn is not None:  # this rank writes
         write, stage = partial(_write_and_note_digests, incomplete, request.async_fn, os.getpid()), request.preload_fn
-        staged: list[Any] = []  # pinned memory, which the forked writer shares: megatron-core would let torch reuse it
+        staged: list[Any] = []  # keeps the pinned memory that the forked writer reads: torch would reuse it
 
         def stage_and_keep() -> Any:
             staged.append(stage())
@@ -92,7 +92,7 @@ def begin(directory: Path, runner: ModelRunner, manifest: Manifest) -> tuple[Asy
 
 
 def verify(directory: Path) -> Manifest:
-    """Do as `checkpoint_files.verify`, each rank with its share of the files; collective, with one result or error."""
+    """Verify a checkpoint as `checkpoint_files.verify` does, sharing its files out to the ranks; collective."""
     manifest = on_rank0(lambda: read_manifest(directory))
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
     own = names[dist.get_rank() :: dist.get_world_size()]
@@ -103,7 +103,7 @@ def verify(directory: Path) -> Manifest:
 
 
 def verify_newest(folder: Path, head: Head, model: ModelConfig, precision: Precision) -> Path | None:
-    """Find the newest checkpoint of a run that resumes with this very model, and `verify` it; collective.
+    """Find and `verify` the newest checkpoint of a run that resumes with the given model; collective.
 
     Raises:
         ConfigError: it is damaged (the message names the file, and how to resume from the checkpoint before), or holds
@@ -141,23 +141,9 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
             resume, but the optimizer was not saved, or was saved with other adapters, in another precision, or sharded
             where this one is not, or the other way round.
     """
-    manifest = on_rank0(lambda: read_manifest(directory))  # it looks at every file
-    if optimizer and not manifest.optimizer:
-        raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
-    if optimizer and manifest.lora != lora.attached(runner.chunks):
-        raise ConfigError(
-            f"{directory} was saved with model.lora = {manifest.lora}; training cannot resume from it with "
-            f"{lora.attached(runner.chunks)}"
-        )
-    precision = "bf16" if runner.config.bf16 else "fp32"
-    if optimizer and precision != (stored := stored_precision(directory)):
-        raise ConfigError(
-            f"{directory} was saved with model.precision = {stored}; training cannot resume from it with {precision}"
-        )
-    if optimizer and (now := runner.chunks[0].ddp_config.use_distributed_optimizer) != (saved := is_sharded(directory)):
-        raise ConfigError(
-            f"{directory} was saved with optimizer.distributed = {saved}; training cannot resume from it with {now}"
-        )
+    manifest = on_rank0(lambda: read_manifest(directory))  # on one rank: it checks the size of every file
+    if optimizer:
+        _check_resumable(directory, manifest, runner)
     to_merge = None if optimizer else manifest.lora
     if to_merge is not None:
         lora.attach(runner.chunks, to_merge)
@@ -189,20 +175,36 @@ def load(directory: Path, runner: ModelRunner, *, optimizer: bool = False, fresh
     return manifest
 
 
+def _check_resumable(directory: Path, manifest: Manifest, runner: ModelRunner) -> None:
+    """Raise ConfigError if training cannot resume from a checkpoint with this job's settings, see `load`."""
+    if not manifest.optimizer:
+        raise ConfigError(f"{directory} holds no optimizer state: training cannot resume from it")
+    precision, ddp = "bf16" if runner.config.bf16 else "fp32", runner.chunks[0].ddp_config
+    for setting, saved, now in (
+        ("model.lora", manifest.lora, lora.attached(runner.chunks)),
+        ("model.precision", stored_precision(directory), precision),
+        ("optimizer.distributed", is_sharded(directory), ddp.use_distributed_optimizer),
+    ):
+        if saved != now:
+            raise ConfigError(
+                f"{directory} was saved with {setting} = {saved}; training cannot resume from it with {now}"
+            )
+
+
 def _write_and_note_digests(
     incomplete: Path, write: Callable[..., None], job: int, rank: int, buckets: list[tuple[str, str, Any]], results: Any
 ) -> None:
     """Replace megatron-core's function that writes a rank's files (path, name, data), in a process of its own."""
     if os.getpid() != job:
-        signal.signal(signal.SIGCHLD, _end_without_a_worker)
+        signal.signal(signal.SIGCHLD, _end_after_lost_worker)
     write(rank, buckets, results)  # an error goes into `results`
-    with suppress(OSError):  # of files that could not be written, too: a checkpoint that is complete meets it in `seal`
+    with suppress(OSError):  # no digests of files that could not be written; `seal` adds missing digests, or fails
         note_digests(incomplete, [f"{WEIGHTS}/{name}" for _, name, _ in buckets], rank)
 
 
-def _end_without_a_worker(signum: int, frame: Any) -> None:
-    """End a writer, of which the job then knows that it failed: megatron-core (0.16) would wait for a worker of it that
-    was killed, and the job for both, for ever."""
+def _end_after_lost_worker(signum: int, frame: Any) -> None:
+    """End the writer process as failed if one of its workers was killed (a handler of SIGCHLD): megatron-core (0.16)
+    would wait for the worker, and the job for the writer, for ever."""
     if any(worker.exitcode for worker in multiprocessing.process._children.copy()):  # type: ignore[attr-defined]
         os._exit(1)
 

@@ -74,7 +74,7 @@ def write_weights(
     writer.set_up_storage_writer(is_coordinator=True)
     plans = writer.prepare_global_plan(plans)
     writer.finish(metadata, [writer.write_data(plan, _Makers(makers)).wait() for plan in plans])
-    # what Megatron's reader expects beside the arrays: that there is no other state, and their format
+    # Megatron's reader expects, beside the arrays, other state (none here) and the arrays' format
     torch.save({}, directory / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
@@ -119,14 +119,14 @@ class StoredArrays:
     arrays: dict[str, TensorStorageMetadata]
     """Shape, dtype and pieces of every array, by its stored name."""
     others: list[str]
-    """Names of the entries that are no arrays."""
+    """Names of the other entries."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._reader = directory, FileSystemReader(directory)
         metadata = read_metadata(directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         entries = metadata.state_dict_metadata.items()
-        self.arrays = {key: found for key, found in entries if isinstance(found, TensorStorageMetadata)}
+        self.arrays = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self.others = [key for key, _ in entries if key not in self.arrays]
 
     def read(self, key: str, layer: int | None, shape: Shape) -> Tensor:
@@ -135,9 +135,9 @@ class StoredArrays:
         Args:
             shape: shape of the result, without the axis of layers.
         """
-        found, part = self.arrays[key], _part(layer, shape)
-        target = torch.empty(part.sizes, dtype=found.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, found, [part]))
+        stored, part = self.arrays[key], _part(layer, shape)
+        target = torch.empty(part.sizes, dtype=stored.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [part]))
         with refusals(self._directory):
             self._reader.read_data(plan, _Target(target)).wait()
         return target.reshape(shape)
@@ -166,7 +166,7 @@ class _Target(DefaultLoadPlanner):
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """Return a Megatron parameter's name in the checkpoint, and the layer (from 0) that it is of; None for no layer."""
+    """Return a Megatron parameter's name in the checkpoint and its layer (from 0); None for a parameter of no layer."""
     if not name.startswith("decoder.layers."):
         return name, None
     number, rest = name.removeprefix("decoder.layers.").split(".", 1)
@@ -174,7 +174,7 @@ def stored_key(name: str) -> tuple[str, int | None]:
 
 
 def _part(layer: int | None, shape: Shape) -> ChunkStorageMetadata:
-    """Locate an array of this shape in a stored one: it is all of that, or one layer of the stack."""
+    """Locate an array of this shape in a stored one: the whole array, or one layer of a stack."""
     offsets, sizes = (0,) * len(shape), shape
     if layer is not None:
         offsets, sizes = (layer, *offsets), (1, *shape)

@@ -1,4 +1,4 @@
-"""Work that one rank or one replica does for all: every rank gets the same result, or an error."""
+"""Work of one rank or one replica whose result, or error, every rank gets."""
 
 import datetime
 from collections.abc import Callable, Sequence
@@ -48,8 +48,8 @@ def all_or_none(
     """Run `work` on every rank of `group` (None for all of the job); if it fails on one, it fails on all.
 
     Args:
-        expected: errors that are held back until all ranks are here. Where `work` has collectives of its own, only
-            those that leave none of them waiting: any other error ends its process at once, and so the job.
+        expected: errors that are held back until all ranks have run `work`; any other ends its process, and so the
+            job, at once. Where `work` has collectives of its own, name only errors that leave no rank waiting in one.
 
     Raises:
         the error of `work` on the ranks where it failed, and PeerError with the first one's message on all others.
@@ -62,8 +62,8 @@ def all_or_none(
         error = caught
     group = group or runtime.control_group()
     messages: list[str | None] = [None] * group.size()
-    own = error is not None and not isinstance(error, PeerError)
-    message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if own else None
+    is_own = error is not None and not isinstance(error, PeerError)
+    message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}" if is_own else None
     dist.all_gather_object(messages, message, group=group)
     if error is not None:
         raise error
@@ -74,10 +74,10 @@ def all_or_none(
 
 
 def require_same(what: str, value: object) -> None:
-    """Collective over the job.
+    """Check that `value` is the same on all ranks; `what` names it in the message. Collective over the job.
 
     Raises:
-        ConfigError: `value` differs from that of rank 0 on some rank; on that one, and PeerError on the others.
+        ConfigError: this rank's `value` is not that of rank 0; the other ranks raise PeerError.
     """
     first = on_rank0(lambda: value)
 
@@ -93,10 +93,10 @@ def sibling(
     backend: str | None = None,
     timeout: datetime.timedelta = datetime.timedelta(minutes=runtime.TIMEOUT_MINUTES),
 ) -> dist.ProcessGroup:
-    """Make another group of the same ranks; collective over the job, whose ranks name groups without a common rank.
+    """Make another group of the same ranks; collective over the job, each rank of which is in one such group.
 
-    NCCL does all that a group is asked for in turn, sends and receives included, so what one group has to wait for does
-    not hold up the other.
+    NCCL runs the operations of a group, sends and receives included, one after the other. With a sibling, an operation
+    that waits does not hold up those of the other group.
 
     Args:
         backend: None for the job's own; "gloo" for ranks that must not wait on a GPU.
@@ -122,8 +122,8 @@ def over_replicas(sizes: Sequence[int], work: Callable[[list[int]], Sequence[Res
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     mine = order[group.rank() :: group.size()]
     own = dict(zip(mine, work(mine), strict=True))
-    made: list[Any] = [own] * group.size()
+    of_replicas: list[Any] = [own] * group.size()
     if group.size() > 1:
-        dist.all_gather_object(made, own, group=group)
-    together = {index: result for part in made for index, result in part.items()}
-    return [together[index] for index in range(len(sizes))]
+        dist.all_gather_object(of_replicas, own, group=group)
+    results = {index: result for part in of_replicas for index, result in part.items()}
+    return [results[index] for index in range(len(sizes))]

@@ -91,16 +91,16 @@ def synchronize() -> None:
 
 
 def empty_cache() -> None:
-    """Give the memory that torch keeps for its next tensors back to the device, where other processes want it."""
+    """Return the free memory in torch's cache to the device, for other processes."""
     if on_gpu():
-        torch.cuda.ipc_collect()  # what was shared and nobody has open any more
+        torch.cuda.ipc_collect()  # shared memory that no other process has open any more
         torch.cuda.empty_cache()
 
 
 def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor [size] in host memory that a GPU copies to and from without a detour; keep it as long as views
-    of it are in use. torch's own pinned tensors take the next power of two of bytes."""
-    # shared with the processes that write checkpoints: a fork would copy locked pages of its own at once
+    """Return a tensor [size] in pinned host memory; keep it as long as views of it are in use. torch's own pinned
+    tensors take the next power of two of bytes."""
+    # a shared mapping: private pinned pages would be copied when a checkpoint's writer is forked
     memory = torch.frombuffer(mmap.mmap(-1, max(size, 1) * dtype.itemsize), dtype=dtype)[:size]
     if on_gpu() and size:
         runtime: Any = torch.cuda.cudart()
@@ -110,18 +110,18 @@ def locked_memory(size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cached_tokens_multiple() -> int:
-    """Return the number to a multiple of which a decoding step rounds the columns of its cache up.
+    """Return the number to a multiple of which a decoding step rounds up the length of its KV cache.
 
-    A GPU's attention kernels plan anew for every width, and copy a mask whose rows are not aligned; a CPU's do neither.
+    A GPU's attention kernels plan anew for every length, and copy a mask with unaligned rows; a CPU's do neither.
     """
     return 128 if on_gpu() else 1
 
 
 def tokens_multiple() -> int:
-    """Return the number to a multiple of which a forward pass rounds the tokens of its rows, or of its pack, up.
+    """Return the number to a multiple of which a forward pass rounds up the length of its rows, or of its pack.
 
-    A GPU's attention kernels plan anew for every length, and its allocator reuses memory for equal shapes; a CPU only
-    computes more. TransformerEngine rounds the longest row of a pack to the same multiple if it is not told it.
+    A GPU's attention kernels plan anew for every length, and its allocator reuses memory for equal shapes; a CPU would
+    only compute more. TransformerEngine rounds a pack's longest row to the same multiple if no length is given.
     """
     return 64 if on_gpu() else 1
 
@@ -133,7 +133,7 @@ def number() -> str:
 
 
 def only_these(numbers: list[str]) -> dict[str, str]:
-    """Return the environment variables that show a process these GPUs only, in this order; none on a CPU."""
+    """Return the environment variables with which a process sees these GPUs only, in this order; none on a CPU."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(numbers)} if on_gpu() else {}
 
 
@@ -161,9 +161,9 @@ def install() -> None:
             warnings.warn("no C compiler with Python's headers: torch.compile fuses nothing", stacklevel=1)
             _disable_jit_fuser()
         _keep_checkpoint_queue("spawn")
-        _take_fewer_calls()
+        _replace_slow_fallbacks()
         return
-    for package in ("transformer_engine", "apex", "triton"):  # Megatron would take their kernels, which want a GPU
+    for package in ("transformer_engine", "apex", "triton"):  # Megatron would use their kernels, which need a GPU
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError
     # their warnings advise users of GPUs, on every rank, at every start
     for module in (r"megatron\.core", r"torch\.distributed\.(checkpoint|c10d_logger)"):
@@ -183,11 +183,11 @@ def install() -> None:
     _use_cpu_random_states()
     _keep_freed_memory()
     _keep_checkpoint_queue("fork")
-    _reduce_alone_at_once()
+    _skip_reductions_over_one_rank()
     _share_gloo_device()
     _megatron("transformer.mlp").bias_swiglu_impl = swiglu
-    _take_fewer_calls()
-    # of routers to experts, for which it looks through all modules at each update; there are none
+    _replace_slow_fallbacks()
+    # it searches all modules for routers of experts at each update; there are none
     _megatron("distributed.finalize_model_grads").reset_model_temporary_tensors = lambda *args: None
     torch.cuda.Event = _CpuEvent  # type: ignore[assignment, misc]  # set last, because it marks a complete installation
 
@@ -212,9 +212,8 @@ class _CpuEvent:
         return (end.time - self.time) * 1e3
 
 
-def _take_fewer_calls() -> None:
-    """Replace what megatron-core does where neither TransformerEngine nor Apex does it; at the norm of each gradient it
-    would wait for a GPU."""
+def _replace_slow_fallbacks() -> None:
+    """Replace megatron-core's fallbacks for TransformerEngine and Apex; its norm waits for a GPU at each gradient."""
     rope = _megatron("models.common.embeddings.rope_utils")
     rope._apply_rotary_pos_emb_bshd = rotation(rope._apply_rotary_pos_emb_bshd)
     clip, local = _megatron("optimizer.clip_grads"), _megatron("utils").local_multi_tensor_l2_norm
@@ -223,7 +222,7 @@ def _take_fewer_calls() -> None:
 
 
 def _can_compile() -> bool:
-    """Tell whether Triton, which compiles a launcher for each kernel, can do so here."""
+    """Tell whether Triton can compile its kernels' launchers, which are C."""
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
@@ -296,8 +295,8 @@ def _keep_freed_memory() -> None:
 
 
 def _keep_checkpoint_queue(start_method: str) -> None:
-    # megatron-core's own process for it ends when torchrun tells the group to, before the rank's last checkpoint, and
-    # outlives a rank that is killed; on a CPU a forked one saves importing __main__ again, which takes 3 to 10 s
+    # megatron-core's own manager process ends at torchrun's signal to the group, before the rank's last checkpoint, and
+    # outlives a killed rank. Forking it, on a CPU, avoids importing __main__ again, which takes 3 to 10 s.
     writer = _megatron("dist_checkpointing.strategies.filesystem_async")
 
     def results_queue() -> Any:
@@ -310,8 +309,8 @@ def _keep_checkpoint_queue(start_method: str) -> None:
     writer._get_write_results_queue = results_queue
 
 
-def _reduce_alone_at_once() -> None:
-    # megatron-core reduces over groups of one rank, too: with gloo's threads a tenth of the update of a small model
+def _skip_reductions_over_one_rank() -> None:
+    # megatron-core also reduces over groups of one rank: with gloo's threads, a tenth of a small model's update
     all_reduce = dist.all_reduce
 
     def reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
@@ -323,10 +322,10 @@ def _reduce_alone_at_once() -> None:
 
 
 def _share_gloo_device() -> None:
-    # Megatron makes some 20 groups. The thread of a gloo device wakes 100 times a second, and torch makes one for each.
+    # Megatron makes some 20 groups, and torch a gloo device for each, whose thread wakes 100 times a second.
     gloo: Any = dist.ProcessGroupGloo
     make = gloo.__init__
-    devices: dict[int, list[Any]] = {}  # of each process: a forked one has no threads of its parent
+    devices: dict[int, list[Any]] = {}  # by process id: a forked process has no threads of its parent
 
     def make_on_shared_device(group: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
         if (process := os.getpid()) not in devices:

@@ -1,8 +1,8 @@
-"""Rotary positions, SwiGLU, RMSNorm and gradients' norms, for CPUs and, but for SwiGLU and RMSNorm, for GPUs without
-TransformerEngine and Apex, in fewer passes and calls than what they replace.
+"""Rotary positions, SwiGLU, RMSNorm and gradient norms in fewer passes and calls than those they replace.
 
-megatron-core's unfused rotation and SwiGLU copy whole tensors to put halves together; values and gradients here are the
-same to the last bit. torch's RMSNorm is some twenty operations on a CPU, forward and back, where nine do.
+CPUs use all of them, GPUs without TransformerEngine and Apex the rotation and the gradient norm. megatron-core's
+unfused rotation and SwiGLU copy whole tensors to join halves; values and gradients here are the same to the last bit.
+torch's RMSNorm takes some twenty operations on a CPU, forward and backward, this one nine.
 """
 
 from typing import Any, Protocol
@@ -29,12 +29,12 @@ class Rotation(Protocol):
     ) -> Tensor: ...
 
 
-def rotation(others: Rotation) -> Rotation:
-    """Return a rotation of whole heads whose halves are pairs, as in all model families here; `others` does the rest.
+def rotation(fallback: Rotation) -> Rotation:
+    """Return a rotation that pairs the halves of a whole head, as all model families here do; else it calls `fallback`.
 
     Cosines and sines are computed once for each tensor of angles, not in each layer for queries and for keys.
     """
-    known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # angles -> {(dtype, scale): (cosines, sines)}
+    tables_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # angles -> {(dtype, scale): (cosines, sines)}
 
     def rotate(
         t: Tensor,
@@ -44,10 +44,10 @@ def rotation(others: Rotation) -> Rotation:
         mscale: float = 1.0,
     ) -> Tensor:
         if rotary_interleaved or multi_latent_attention or freqs.size(-1) != t.size(-1):
-            return others(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
-        tables: dict[_Key, tuple[Tensor, Tensor]] = known.setdefault(freqs, {})
+            return fallback(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        tables: dict[_Key, tuple[Tensor, Tensor]] = tables_of.setdefault(freqs, {})
         if (t.dtype, mscale) not in tables:
-            with torch.inference_mode(False), torch.no_grad():  # they are kept for passes that have gradients
+            with torch.inference_mode(False), torch.no_grad():  # kept for passes with gradients, too
                 cos, sin = ((table * mscale).to(t.dtype) for table in (freqs.cos(), freqs.sin()))
                 first, second = sin.chunk(2, -1)
                 tables[t.dtype, mscale] = cos, torch.cat([-first, second], -1)
@@ -98,11 +98,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x, activated), [grad] = ctx.saved_tensors, grads
-        out = torch.empty_like(x)
-        (gate, up), (to_gate, to_up) = x.chunk(2, -1), out.chunk(2, -1)
-        torch.mul(grad, activated, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-        return out
+        grad_x = torch.empty_like(x)
+        (gate, up), (grad_gate, grad_up) = x.chunk(2, -1), grad_x.chunk(2, -1)
+        torch.mul(grad, activated, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_x
 
 
 def rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,16 +123,16 @@ class _RMSNorm(torch.autograd.Function):
         (x, weight, scale), [grad] = ctx.saved_tensors, grads
         normed = x * scale
         product = grad * normed
-        along = (product @ weight).unsqueeze(-1)  # what of the gradient would only change the length of x
-        to_x = (grad * weight).addcmul_(normed, along, value=-1 / x.size(-1)).mul_(scale)
-        return to_x, product.reshape(-1, weight.numel()).sum(0), None
+        radial = (product @ weight).unsqueeze(-1)  # the gradient along x, whose length the norm removes
+        grad_x = (grad * weight).addcmul_(normed, radial, value=-1 / x.size(-1)).mul_(scale)
+        return grad_x, product.reshape(-1, weight.numel()).sum(0), None
 
 
 def norm_of_all(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], of_each: bool) -> tuple[Tensor, None]:
-    """L2 norm [1] of all tensors of a list of one list: the signature of Apex's `multi_tensor_l2norm`."""
+    """Return the L2 norm [1] of all tensors in `lists[0]`, with the signature of Apex's `multi_tensor_l2norm`."""
     return torch.nn.utils.get_total_norm(lists[0]).reshape(1), None
 
 
 def scale_all(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
-    """Scale tensors in place, where Apex's `multi_tensor_scale` is given the same ones as source and target."""
+    """Scale the tensors in `lists[0]` in place: Apex's `multi_tensor_scale` for equal source and target lists."""
     torch._foreach_mul_(lists[0], factor)

@@ -22,7 +22,7 @@ from nemo_eppo.megatron.model import unwrap
 from nemo_eppo.megatron.specs import has_transformer_engine
 from nemo_eppo.settings.energy import EnergyProbeConfig, Preset
 
-_BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "mlp_linears_out", "down_proj")  # read nothing that a norm gives
+_BESIDE_FUSED_NORMS: tuple[Preset, ...] = ("paper", "mlp_linears_out", "down_proj")  # need no output of a norm
 
 
 def readable_presets() -> tuple[Preset, ...]:
@@ -31,7 +31,7 @@ def readable_presets() -> tuple[Preset, ...]:
 
 
 def l1_norms(hidden: Tensor, config: EnergyProbeConfig, width: int | None = None) -> Tensor:
-    """L1 norms [..., 1], fp32, of hidden states [..., H]; by the settings divided by `width`, which is H if None."""
+    """L1 norms [..., 1], fp32, of hidden states [..., H]; with `config.norm` divided by `width` (H if None)."""
     norms = hidden.abs().sum(-1, keepdim=True, dtype=torch.float32)
     return norms / (width or hidden.size(-1)) if config.norm else norms
 
@@ -53,7 +53,7 @@ class EnergyProbe:
         self.sequence_parallel = bool(unwrap(chunks[0]).config.sequence_parallel)
         # first column of a layer's energies -> one [s, b, e] per micro-batch
         self._passes: dict[int, list[Tensor]] = {}
-        self._open: dict[int, Tensor] = {}
+        self._gate_up: dict[int, Tensor] = {}  # energies of gate and up that wait for those of down
         self._recording = False
         for chunk in chunks:
             for layer in unwrap(chunk).decoder.layers:
@@ -120,20 +120,20 @@ class EnergyProbe:
 
     def _read_block(self, column: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._listening():
-            entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            self._passes[column].append(self._l1(entered) - self._l1(output[0]))
+            entering = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self._passes[column].append(self._l1(entering) - self._l1(output[0]))
 
     def _read_gate_up(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
             gate, up = output[0].chunk(2, dim=-1)
-            left = self._l1_of_shards(gate, up)
-            self._open[column] = left if self._only_outputs else self._l1(args[0]) - left
+            leaving = self._l1_of_shards(gate, up)
+            self._gate_up[column] = leaving if self._only_outputs else self._l1(args[0]) - leaving
 
     def _read_down(self, column: int, module: Any, args: Any, output: Any) -> None:
         if self._listening():
-            left = self._l1(output[0])
-            down = left if self._only_outputs else self._l1_of_shards(args[0]) - left
-            gate_up = self._open.pop(column, None)
+            leaving = self._l1(output[0])
+            down = leaving if self._only_outputs else self._l1_of_shards(args[0]) - leaving
+            gate_up = self._gate_up.pop(column, None)
             self._passes[column].append(down if gate_up is None else torch.cat([gate_up, down], dim=-1))
 
     @torch.no_grad()

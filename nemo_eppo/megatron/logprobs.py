@@ -49,7 +49,7 @@ def token_logprobs(
         distribution: penalty, temperature and filters. With top-k or top-p the kept set follows the current logits,
             always includes the target, and costs a gather of one chunk's logits.
         softcap: cap of the logits, see `soft_capped`; None for none.
-        history: what a distribution that looks back needs; None for one that does not.
+        history: needed by a distribution that looks back; None for others.
 
     Returns:
         [b, s, 2] fp32 (fp64 for fp64 hidden states): log-probability, entropy in nats.
@@ -62,8 +62,8 @@ def token_logprobs(
     rows = (targets != IGNORE).reshape(-1).nonzero().squeeze(1)
     wanted = hidden.flatten(0, 1).index_select(0, rows)
     assert history is not None or not distribution.looks_back
-    before = None if history is None else _before(rows, history, group.rank() * weight.size(0), weight.size(0))
-    projection = _Projection(group, vocab_size, distribution, softcap, before)
+    preceding = None if history is None else _preceding(rows, history, group.rank() * weight.size(0), weight.size(0))
+    projection = _Projection(group, vocab_size, distribution, softcap, preceding)
     computed = _TokenLogProbs.apply(wanted, weight, targets.reshape(-1)[rows], projection)
     out = computed.new_zeros(targets.numel(), 2).index_copy(0, rows, computed)
     return out.view(*targets.shape, 2).transpose(0, 1)
@@ -75,7 +75,7 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 class History(NamedTuple):
-    """The tokens of a micro-batch, in which the first target of every sequence is that of its response."""
+    """The tokens of a micro-batch; the first target of each sequence must be the first token of its response."""
 
     tokens: Tensor
     """int64 [b, s] token at each position."""
@@ -83,30 +83,30 @@ class History(NamedTuple):
     """int64 [b, s] number, from 0, of the sequence that each position belongs to."""
 
 
-class _Before(NamedTuple):
-    """What comes before the target of each of n rows."""
+class _Preceding(NamedTuple):
+    """The tokens before the target of each of n rows."""
 
     sequence: Tensor
     """int64 [n] number of the row's sequence."""
-    place: Tensor
+    column: Tensor
     """int32 [n] column of the row's position."""
-    drawn: Tensor
-    """int32 [n] tokens of the response before the target."""
-    first: Tensor
-    """int32 [sequences, V / tp] column in which a sequence has each of this rank's tokens for the first time."""
+    generated: Tensor
+    """int32 [n] number of the response's tokens before the target."""
+    first_column: Tensor
+    """int32 [sequences, V / tp] column where each of this rank's tokens first occurs; s if it does not."""
 
 
-def _before(rows: Tensor, history: History, first_token: int, size: int) -> _Before:
-    """Look up what comes before rows [n], numbers of positions [s, b]; this rank has `size` ids from `first_token`."""
+def _preceding(rows: Tensor, history: History, first_token: int, size: int) -> _Preceding:
+    """Look up the tokens before `rows` [n], flat indices into [s, b]; this rank has `size` ids from `first_token`."""
     tokens, sequences = history
     never, count = tokens.size(1), int(sequences.max()) + 1
     columns = torch.arange(never, dtype=torch.int32, device=tokens.device).expand_as(tokens)
-    sequence, place = sequences.T.reshape(-1)[rows], columns.T.reshape(-1)[rows]
-    start = place.new_full((count,), never).scatter_reduce_(0, sequence, place, "amin")
+    sequence, column = sequences.T.reshape(-1)[rows], columns.T.reshape(-1)[rows]
+    start = column.new_full((count,), never).scatter_reduce_(0, sequence, column, "amin")
     own = (tokens >= first_token) & (tokens < first_token + size)
     index = (sequences * size + tokens - first_token)[own]
-    first = place.new_full((count * size,), never).scatter_reduce_(0, index, columns[own], "amin")
-    return _Before(sequence, place, place - start[sequence], first.view(count, size))
+    first_column = column.new_full((count * size,), never).scatter_reduce_(0, index, columns[own], "amin")
+    return _Preceding(sequence, column, column - start[sequence], first_column.view(count, size))
 
 
 class _Projection(NamedTuple):
@@ -116,11 +116,11 @@ class _Projection(NamedTuple):
     vocab_size: int
     distribution: Distribution
     softcap: float | None
-    before: _Before | None
+    preceding: _Preceding | None
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """[n, H] hidden rows, [V / tp, H] weight, [n] targets -> [n, 2]; keeps two numbers per row for the backward."""
+    """[n, H] hidden rows, [V / tp, H] weight, [n] targets -> [n, 2]; keeps three numbers per row for backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection) -> Tensor:
@@ -173,8 +173,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
 @cache
 def columns_of(tokens: tuple[int, ...], first: int, size: int, where: torch.device) -> Tensor:
-    """Return the columns of these tokens on a rank that has `size` of them from `first`, as an index on its device: the
-    host would wait for one that is a list."""
+    """Return the columns of these tokens on a rank that has `size` ids from `first`, as a tensor on its device: with a
+    list as index, the host would wait for the device."""
     own = [token - first for token in tokens if first <= token < first + size]
     return torch.tensor(own, dtype=torch.int64, device=where)
 
@@ -202,21 +202,21 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 def _chunk_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, projection: _Projection, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute this rank's logits [n, V / tp] of the sampling distribution; of each target, [n], whether this rank owns
-    it, and its row here (0 if not); and what the logits were multiplied by as a penalty, None without one."""
-    group, vocab_size, distribution, softcap, before = projection
+    """Compute this rank's logits [n, V / tp] of the sampling distribution; for each target, [n], whether this rank owns
+    it, and its column here (0 if not); and the factors of the repetition penalty, None without one."""
+    group, vocab_size, distribution, softcap, preceding = projection
     logits = soft_capped(full_logits(hidden, weight), softcap)
     size = weight.size(0)
     first, penalties = group.rank() * size, None
-    if before is not None and distribution.repetition_penalty != 1.0:
-        seen = before.first[before.sequence[rows]] <= before.place[rows].unsqueeze(-1)
+    if preceding is not None and distribution.repetition_penalty != 1.0:
+        seen = preceding.first_column[preceding.sequence[rows]] <= preceding.column[rows].unsqueeze(-1)
         penalties = repetition_slopes(logits, seen, distribution.repetition_penalty)
         logits.mul_(penalties)
     if distribution.temperature != 1.0:
         logits.div_(distribution.temperature)
-    if before is not None and distribution.min_new_tokens:
+    if preceding is not None and distribution.min_new_tokens:
         barred = columns_of(distribution.ending, first, size, logits.device)
-        early = before.drawn[rows] < distribution.min_new_tokens
+        early = preceding.generated[rows] < distribution.min_new_tokens
         logits[:, barred] = torch.where(early.unsqueeze(-1), _MASKED, logits[:, barred])
     if first + size > vocab_size:
         logits[:, max(0, vocab_size - first) :] = _MASKED

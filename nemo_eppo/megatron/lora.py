@@ -52,7 +52,7 @@ class Adapter(nn.Module):
         set_tensor_model_parallel_attributes(split, True, 0 if self._splits_output else 1, 1)
         # each rank applies the whole factor to its part of the sequence only: Megatron sums its gradients
         whole.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
-        # the first of the linear's hooks, so that an energy probe reads the sum
+        # before the linear's other hooks, so that an energy probe reads the sum
         self.hook = linear.register_forward_hook(self._add, prepend=True)
 
     @property
@@ -101,11 +101,11 @@ class Adapter(nn.Module):
         They depend on seed, layer and target, not on the layout.
         """
         digest = hashlib.sha256(f"{seed} {layer} {self._target}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         group = parallel_state.get_tensor_model_parallel_group()
         parts = 1 if self._splits_output else group.size()
         inputs = self.a.size(1) * parts
-        whole = torch.randn(self.a.size(0), inputs, generator=draw) * inputs**-0.5
+        whole = torch.randn(self.a.size(0), inputs, generator=generator) * inputs**-0.5
         self.a.copy_(whole.chunk(parts, dim=1)[group.rank() % parts])
         self.b.zero_()
 
@@ -127,7 +127,7 @@ class Adapter(nn.Module):
         return shards
 
 
-def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
+def _linears(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
     """Yield every linear that can have an adapter: its parent module, its name there, its layer counted from 1."""
     for chunk in chunks:
         for layer in unwrap(chunk).decoder.layers:
@@ -141,7 +141,7 @@ def _places(chunks: Sequence[Any]) -> Iterator[tuple[Any, LoRATarget, int]]:
 
 def adapters(chunks: Sequence[Any]) -> Iterator[Adapter]:
     """Yield this rank's adapters."""
-    for parent, target, _ in _places(chunks):
+    for parent, target, _ in _linears(chunks):
         if hasattr(parent, target + SUFFIX):
             yield getattr(parent, target + SUFFIX)
 
@@ -150,7 +150,7 @@ def attach(chunks: Sequence[Any], config: LoRAConfig) -> None:
     """Put adapters, all zero, beside the linears of a model that has none."""
     if any(True for _ in adapters(chunks)):
         raise RuntimeError("the model has adapters already")
-    for parent, target, _ in _places(chunks):
+    for parent, target, _ in _linears(chunks):
         if target in config.targets:
             setattr(parent, target + SUFFIX, Adapter(getattr(parent, target), target, config, parent.config))
     for chunk in chunks:
@@ -165,7 +165,7 @@ def attached(chunks: Sequence[Any]) -> LoRAConfig | None:
 @torch.no_grad()
 def merge(chunks: Sequence[Any]) -> None:
     """Add the adapters to the weights beside them, and remove them."""
-    for parent, target, _ in _places(chunks):
+    for parent, target, _ in _linears(chunks):
         adapter = getattr(parent, target + SUFFIX, None)
         if adapter is not None:
             adapter.weight.copy_(adapter.merged_weight())
@@ -180,7 +180,7 @@ def train_adapters(chunks: Sequence[Any], config: LoRAConfig) -> None:
     seed = [torch.initial_seed()]
     dist.broadcast_object_list(seed)  # pipeline stages have seeds of their own
     attach(chunks, config)
-    for parent, target, layer in _places(chunks):
+    for parent, target, layer in _linears(chunks):
         if target in config.targets:
             getattr(parent, target + SUFFIX).initialise(seed[0], layer)
     for chunk in chunks:
@@ -188,10 +188,10 @@ def train_adapters(chunks: Sequence[Any], config: LoRAConfig) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(f"{SUFFIX}." in name or name.startswith("head."))
         if model.pre_process and model.config.recompute_granularity is not None:
-            model.embedding.register_forward_hook(_let_gradients_in)
+            model.embedding.register_forward_hook(_require_gradients)
 
 
-def _let_gradients_in(embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _require_gradients(embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
     # activation recomputation gives a layer's adapters no gradients if the layer's input needs none
     return output.requires_grad_() if torch.is_grad_enabled() else output
 

@@ -20,7 +20,7 @@ from nemo_eppo.settings.model import Head, ModelConfig, ParallelConfig, Precisio
 
 
 class _Decoder(GPTModel):
-    """Base of both kinds of model: a GPTModel built from our settings."""
+    """Base of both kinds of model: a GPTModel built from `ModelConfig`."""
 
     def __init__(
         self, model: ModelConfig, parallel: ParallelConfig, config: Any, vp_stage: int | None, tied: bool
@@ -38,7 +38,7 @@ class _Decoder(GPTModel):
             share_embeddings_and_output_weights=tied,
             vp_stage=vp_stage,
         )
-        # megatron-core scales by constants of its own
+        # megatron-core's RoPE scaling has fixed constants
         self.rotary_pos_emb.inv_freq = inverse_frequencies(model.head_width, model.rotary_base, model.rope_scaling).to(
             self.rotary_pos_emb.inv_freq.device
         )

@@ -14,7 +14,7 @@ from nemo_eppo.megatron.elementwise import rms_norm_on_cpu
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """RMSNorm over the last dimension of x [..., H] with weight [H]; `plus_one` scales by 1 + weight in fp32."""
-    if x.is_cpu and x.dtype.itemsize >= 4:  # the narrow ones are computed in fp32
+    if x.is_cpu and x.dtype.itemsize >= 4:  # torch's own computes bf16 in fp32, too
         return rms_norm_on_cpu(x, 1 + weight if plus_one else weight, eps)
     if not plus_one:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -38,7 +38,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NormAndAdd(nn.Module):
-    """Replaces Megatron's addition to the residual stream: it norms what is added first (Gemma 2)."""
+    """Replaces Megatron's bias-dropout-add: norms a module's output, then adds it to the residual stream (Gemma 2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

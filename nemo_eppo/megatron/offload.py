@@ -13,14 +13,14 @@ from nemo_eppo.megatron.runner import ModelRunner
 
 
 class Runs(Protocol):
-    """Has a model that it may replace by another one."""
+    """Owner of a model, which it may replace by another one."""
 
     runner: ModelRunner
 
 
 class Offload:
-    """Frees the memory of a model in place: whoever holds a weight, a view of a gradient buffer or an optimizer's
-    moments holds the same tensor before, meanwhile (empty) and afterwards.
+    """Moves a model's memory in place: weights, views of gradient buffers and optimizer moments stay the same tensor
+    objects, whose storages are empty while the model is set aside.
 
     Gradients come back with arbitrary content; every update begins by zeroing them. On a CPU `turn` moves nothing.
 
@@ -30,7 +30,7 @@ class Offload:
     def __init__(self, model: Runs) -> None:
         self._model, self._in_turn = model, False
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._moved: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._gradients: list[tuple[torch.UntypedStorage, int]] = []
 
     @contextmanager
@@ -53,27 +53,27 @@ class Offload:
         for storage in _storages(_gradients(self._model.runner)):
             self._gradients.append((storage, storage.nbytes()))
             storage.resize_(0)
-        storages = _storages(_lasting(self._model.runner))
+        storages = _storages(_weights_and_states(self._model.runner))
         sizes = [storage.nbytes() for storage in storages]
-        # the weights of a model that nothing trains are there since the last turn
+        # host memory still has the weights of a model that is not trained
         is_kept = len(self._memory) > 0 and self._model.runner.optimizer is None
         if sum(sizes) > len(self._memory):  # the first time, or with moments that the first update has made
-            device.synchronize()  # what comes back may still be read from it
+            device.synchronize()  # a copy back to the device may still read from it
             self._memory = device.locked_memory(sum(sizes), torch.uint8)
         for storage, host in zip(storages, self._memory[: sum(sizes)].split(sizes), strict=True):
             if not is_kept:
                 host.copy_(_bytes(storage), non_blocking=True)
             storage.resize_(0)
-            self._away.append((storage, host))
+            self._moved.append((storage, host))
 
     def restore(self) -> None:
         """Move back what `set_aside` moved. Host memory is kept for the next turn: to lock it takes long."""
-        for storage, host in self._away:
+        for storage, host in self._moved:
             storage.resize_(len(host))
             _bytes(storage).copy_(host, non_blocking=True)
         for storage, size in self._gradients:
             storage.resize_(size)
-        self._away, self._gradients = [], []
+        self._moved, self._gradients = [], []
 
 
 def _gradients(runner: ModelRunner) -> Iterator[Tensor]:
@@ -82,7 +82,7 @@ def _gradients(runner: ModelRunner) -> Iterator[Tensor]:
             yield buffer.grad_data
 
 
-def _lasting(runner: ModelRunner) -> Iterator[Tensor]:
+def _weights_and_states(runner: ModelRunner) -> Iterator[Tensor]:
     for chunk in runner.chunks:
         yield from unwrap(chunk).parameters()
         yield from unwrap(chunk).buffers()
@@ -95,13 +95,13 @@ def _lasting(runner: ModelRunner) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
-    """The device's memory behind tensors, each piece once, though several tensors may lie in it."""
-    found: dict[int, Any] = {}
+    """Return the tensors' storages on the device, each once; several tensors may share one."""
+    storages: dict[int, Any] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() and tensor.device.type == device.device().type:
-            found[storage.data_ptr()] = storage
-    return list(found.values())
+            storages[storage.data_ptr()] = storage
+    return list(storages.values())
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

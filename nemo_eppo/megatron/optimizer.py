@@ -50,7 +50,7 @@ def wrap_data_parallel(chunks: list[nn.Module], optimizer: OptimizerConfig, prec
     for chunk in wrapped:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    if optimizer.overlap_grad_reduce:  # else every micro-batch would sum
+    if optimizer.overlap_grad_reduce:  # else gradients would be summed after every micro-batch
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
@@ -86,13 +86,13 @@ def build_optimizer(
     )
     for part in optimizer.chained_optimizers:
         if distributed:
-            _find_states_where_they_are(part)
+            _fix_state_lookup(part)
             part.sharded_param_state_fully_reshardable = partial(_sharded_states, part)
         elif precision == "bf16":
             _give_main_copies_to_heads(part)
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
-                group["fused"] = True  # one pass over memory for each parameter, and nothing of their size beside them
+                group["fused"] = True  # one pass over memory, and no temporary tensors
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -113,7 +113,7 @@ def build_optimizer(
 
 
 def allocate_state(optimizer: Any) -> None:
-    """Allocate Adam's moments, as zeros, which the first update would do: so what is free is what stays free."""
+    """Allocate Adam's moments, as zeros, before the first update does, so that memory that is free now stays free."""
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:  # a pipeline stage without adapters
             continue
@@ -141,9 +141,9 @@ def load_state(
 ) -> None:
     """Resume with a checkpoint's moments and number of updates, but this job's settings, which may have changed."""
     settings = [dict(group) for group in optimizer.param_groups]
-    is_sharded = optimizer_state.pop("param_state", None) is not None  # which was loaded in place
+    is_sharded = optimizer_state.pop("param_state", None) is not None  # states were loaded in place
     if not is_sharded:
-        _count_where_it_is_counted(optimizer, optimizer_state)
+        _move_update_count(optimizer, optimizer_state)
     optimizer.load_state_dict(optimizer_state)
     for part in optimizer.chained_optimizers:
         for parameter, state in part.optimizer.state.items() if part.optimizer is not None else ():
@@ -157,9 +157,9 @@ def load_state(
     scheduler.load_state_dict(scheduler_state)
 
 
-def _count_where_it_is_counted(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Put a checkpoint's number of updates where this machine's Adam has it: torch's with each parameter, which
-    megatron-core (0.16) saves as one `common_step`; TransformerEngine's and Apex's FusedAdam with each group."""
+def _move_update_count(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Move a checkpoint's number of updates to where this machine's Adam keeps it: torch's for each parameter, which
+    megatron-core (0.16) saves as one `common_step`; TransformerEngine's and Apex's FusedAdam for each group."""
     parts = optimizer.chained_optimizers
     for part, state in zip(parts, [saved] if len(parts) == 1 else [saved[key] for key in sorted(saved)], strict=True):
         adam = state.get("optimizer", state)
@@ -176,9 +176,9 @@ def _sharded_states(part: Any, model_state: dict[str, Any], *_: Any) -> list[Any
     return sharded_states(part, model_state)
 
 
-def _find_states_where_they_are(optimizer: Any) -> None:
-    # megatron-core's distributed optimizer (0.16) puts fp32 parameters, our heads, before the others of a group, but
-    # looks for their states behind those of the others.
+def _fix_state_lookup(optimizer: Any) -> None:
+    # megatron-core's distributed optimizer (0.16) puts fp32 parameters, our heads, before a group's others, but expects
+    # their states behind those of the others.
     groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     for group, (fp32, others) in enumerate(groups):
         for place, parameter in enumerate([*fp32, *others]):
@@ -186,8 +186,8 @@ def _find_states_where_they_are(optimizer: Any) -> None:
 
 
 def _give_main_copies_to_heads(optimizer: Any) -> None:
-    # megatron-core's bf16 optimizer cannot checkpoint fp32 parameters (0.16: KeyError): show it heads as others:
-    # a model's parameter and an updated main copy. They have to be the last of their group, as in its lists.
+    # megatron-core's bf16 optimizer cannot checkpoint fp32 parameters (0.16: KeyError). So give heads an updated main
+    # copy, as bf16 parameters have. They have to be the last of their group, as in the optimizer's lists.
     for group, model, main, fp32 in zip(
         optimizer.param_groups,
         optimizer.float16_groups,

@@ -27,8 +27,8 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
             counting only products with weights and causal attention, for a layer of 12 H^2 weights.
 
     Returns:
-        the items of each pack, in a number of packs of which this rule cannot deal with `multiple` fewer. For n items
-        it tries O(log n) numbers, each in O(n log n) steps.
+        the items of each pack. With `multiple` packs fewer this rule finds no room; for n items it tries O(log n)
+        numbers of packs, each in O(n log n) steps.
     """
     budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
@@ -54,8 +54,8 @@ def balanced_packs(lengths: Sequence[int], budget: int, multiple: int, hidden_si
 
     # An item finds no room only where all packs are more than half full, so twice the least number is enough.
     least, enough = (-(-times * sum(lengths) // (budget * multiple)) for times in (1, 2))
-    tried = bisect_left(range(least, enough), True, key=lambda number: deal(number * multiple) is not None)
-    packs = deal((least + tried) * multiple)
+    more = bisect_left(range(least, enough), True, key=lambda number: deal(number * multiple) is not None)
+    packs = deal((least + more) * multiple)
     assert packs is not None
     return packs
 
@@ -83,8 +83,8 @@ class Packing:
         # the tail is a sequence of its own: nobody attends to it
         sizes = F.pad(lengths, (0, 1), value=self._tail) if self._tail else lengths
         starts, longest = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32), int(sizes.max())
-        # Its kernels read `starts` on the device. Others split rows by them on the host, in every layer; and where the
-        # longest row is said to be as long as the pack, Megatron's rotary positions run on from row to row.
+        # TransformerEngine's kernels read `starts` on the device; `CoreAttention` splits rows on the host. For it, the
+        # longest row is not rounded: were it as long as the pack, Megatron's rotary positions would not restart.
         if has_transformer_engine():
             starts, longest = starts.to(place), longest + -longest % device.tokens_multiple()
         self.params = PackedSeqParams(

@@ -36,12 +36,12 @@ RowReducer = Callable[[Tensor, Rows], Tensor]
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows of one forward pass, cut to the longest of them for losses; padded further, or packed, for the model."""
+    """Rows of one forward pass: for losses cut to the longest row, for the model padded further or packed."""
 
     indices: Tensor
     rows: Rows
     shape: tuple[int, int]
-    """[B, S] of the model's input, with rows and columns that losses do not see; [1, n] of packed rows."""
+    """Shape of the model's input: [B, S], with padding that losses do not see, or [1, n] of packed rows."""
     packing: Packing | None
 
     @property
@@ -63,7 +63,7 @@ class _MicroBatch:
         rows, width = self.rows["tokens"].shape
         return output[:rows, :width] if self.packing is None else self.packing.unpack(output)
 
-    def as_given(self, output: Tensor, width: int) -> Tensor:
+    def to_width(self, output: Tensor, width: int) -> Tensor:
         """Return the model's output as [b, width, C], 0 beyond each row's length."""
         output = self.padded(output)[:, :width]
         inside = torch.arange(output.size(1), device=output.device) < self.rows["lengths"].unsqueeze(1)
@@ -135,8 +135,8 @@ class ModelRunner:
         if probe and batches:
             parts = [torch.cat(pair, dim=-1) for pair in zip(parts, probe.collect(shapes), strict=True)]
         width = outputs + (probe.energies_per_token() if probe else 0)
-        rows_as_given = (batch.as_given(part, tokens.size(1)) for batch, part in zip(batches, parts, strict=True))
-        result = self._assemble(batches, rows_as_given, *tokens.shape, width)
+        full_rows = (batch.to_width(part, tokens.size(1)) for batch, part in zip(batches, parts, strict=True))
+        result = self._assemble(batches, full_rows, *tokens.shape, width)
         return result[..., :outputs], result[..., outputs:] if probe else None
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class ModelRunner:
         batches = self._inference_batches(rows)
 
         def read(batch: _MicroBatch, output: Tensor) -> Tensor:
-            return reduce(batch.as_given(output.float(), width), batch.rows)
+            return reduce(batch.to_width(output.float(), width), batch.rows)
 
         parts = self._collect(batches, read, [(len(batch.indices),) for batch in batches], outputs)
         return self._assemble(batches, parts, count, outputs)
@@ -185,14 +185,14 @@ class ModelRunner:
             ValueError: a token is not in the model's vocabulary, or there are too few rows for the layout.
         """
         self._check_tokens(rows["tokens"])
-        shares = self._deal(rows["lengths"], group)
-        for share in shares:  # every rank checks every replica's, so that all fail if one is too small
-            if len(share) % self._interleaved or not share:
+        dealt = self._deal(rows["lengths"], group)
+        for micro_batches in dealt:  # every rank checks all replicas, so that all fail if one has too few
+            if len(micro_batches) % self._batch_multiple or not micro_batches:
                 raise ValueError(
-                    f"tokens: {len(rows['tokens'])} rows cannot fill the micro-batches of {len(shares)} data-parallel "
-                    f"replicas: one would get {len(share)}, expected a multiple of {self._interleaved}"
+                    f"tokens: {len(rows['tokens'])} rows cannot fill the micro-batches of {len(dealt)} data-parallel "
+                    f"replicas: one would get {len(micro_batches)}, expected a multiple of {self._batch_multiple}"
                 )
-        batches = self._cut(rows, shares[self._replicas.rank()])
+        batches = self._cut(rows, dealt[self._replicas.rank()])
         self._set_training(True)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -220,14 +220,14 @@ class ModelRunner:
 
     def _set_training(self, mode: bool) -> None:
         for chunk in self.chunks:
-            if chunk.training != mode:  # it looks through all modules
+            if chunk.training != mode:  # `train` visits all modules
                 chunk.train(mode)
 
     def _inference_batches(self, rows: Mapping[str, Tensor]) -> list[_MicroBatch]:
-        """Cut this replica's micro-batches, repeating the last to fill all stages; none if rows are too few."""
+        """Cut this replica's micro-batches, repeating the last to fill all stages; none if it gets no rows."""
         self._check_tokens(rows["tokens"])
         mine = self._deal(rows["lengths"])[self._replicas.rank()]
-        return self._cut(rows, mine + mine[-1:] * (-len(mine) % self._interleaved))
+        return self._cut(rows, mine + mine[-1:] * (-len(mine) % self._batch_multiple))
 
     def _collect(
         self,
@@ -236,7 +236,7 @@ class ModelRunner:
         shapes: Sequence[tuple[int, ...]],
         width: int,
     ) -> list[Tensor]:
-        """Run the model; return on all stages what `read` makes of each output on the last, [*shape, width] fp32."""
+        """Run the model; `read` each output on the last stage, and return these results [*shape, width] fp32 on all."""
         if not batches:
             return []
         self._set_training(False)
@@ -254,7 +254,7 @@ class ModelRunner:
         return [part.view(*shape, width) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
     def _assemble(self, batches: list[_MicroBatch], parts: Iterable[Tensor], *shape: int) -> Tensor:
-        """Put the rows of all micro-batches of all replicas together, [*shape] fp32 in CPU memory."""
+        """Put the rows of all replicas' micro-batches back in order, [*shape] fp32 in CPU memory."""
         result = torch.zeros(shape, device=device.device())
         for batch, part in zip(batches, parts, strict=True):
             result[batch.indices.to(part.device)] = part
@@ -286,8 +286,8 @@ class ModelRunner:
         )
 
     @property
-    def _interleaved(self) -> int:
-        """Divisor of the number of micro-batches: the interleaved schedule has to fill all stages."""
+    def _batch_multiple(self) -> int:
+        """The number of micro-batches must be a multiple of this: the interleaved schedule has to fill all stages."""
         return self._stages.size() if len(self.chunks) > 1 else 1
 
     def _deal(self, lengths: Tensor, group: int = 1) -> list[list[Tensor]]:
@@ -301,7 +301,7 @@ class ModelRunner:
             packs = balanced_packs(
                 sizes.sum(1).tolist(),
                 self.micro_batch_tokens,
-                replicas * self._interleaved,
+                replicas * self._batch_multiple,
                 self.config.hidden_size,
             )
             return [[rows[pack].flatten() for pack in packs[replica::replicas] if pack] for replica in range(replicas)]
@@ -310,8 +310,8 @@ class ModelRunner:
 
     def _split(self, share: Tensor) -> list[Tensor]:
         """Split a replica's row indices [groups, group] into the indices of its micro-batches."""
-        rounds = -(-len(share) // (self.micro_batch_size * self._interleaved))
-        parts = share.tensor_split(rounds * self._interleaved) if rounds else ()
+        rounds = -(-len(share) // (self.micro_batch_size * self._batch_multiple))
+        parts = share.tensor_split(rounds * self._batch_multiple) if rounds else ()
         return [part.flatten() for part in parts if len(part)]
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -320,26 +320,26 @@ class ModelRunner:
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens: id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}")
 
-    def _cut(self, rows: Mapping[str, Tensor], shares: Sequence[Tensor]) -> list[_MicroBatch]:
-        """Cut the micro-batches of these row indices out of the global batch.
+    def _cut(self, rows: Mapping[str, Tensor], micro_batches: Sequence[Tensor]) -> list[_MicroBatch]:
+        """Cut micro-batches, given as row indices, out of the global batch.
 
-        The tokens of the model's input are rounded up as the device wants them. All micro-batches take the largest
-        shape in a pipeline, whose stages do not tell each other shapes, and where they are packs, which are balanced,
-        on a device that plans for each shape anew. Elsewhere that would only be more padding.
+        Lengths are rounded up to the device's multiple. All micro-batches get the largest shape in a pipeline, whose
+        stages do not exchange shapes, and on a GPU if they are packs, since its kernels plan anew for every shape and
+        packs are of about equal size. Elsewhere this would only add padding.
         """
         multiple = device.tokens_multiple()
         if self.config.sequence_parallel:
             multiple = math.lcm(multiple, self.config.tensor_model_parallel_size)
         shapes = []
-        for indices in shares:
+        for indices in micro_batches:
             lengths = rows["lengths"][indices]
             count, size = (len(indices), lengths.max()) if self.micro_batch_tokens is None else (1, lengths.sum())
             shapes.append((count, -(-int(size) // multiple) * multiple))
-        planned = self.micro_batch_tokens is not None and device.tokens_multiple() > 1
-        if shapes and (planned or self._stages.size() > 1):
+        packs_on_gpu = self.micro_batch_tokens is not None and device.tokens_multiple() > 1
+        if shapes and (packs_on_gpu or self._stages.size() > 1):
             counts, sizes = zip(*shapes, strict=True)
             shapes = [(max(counts), max(sizes))] * len(shapes)
-        return [self._micro_batch(rows, indices, shape) for indices, shape in zip(shares, shapes, strict=True)]
+        return [self._micro_batch(rows, indices, shape) for indices, shape in zip(micro_batches, shapes, strict=True)]
 
     def _micro_batch(self, rows: Mapping[str, Tensor], indices: Tensor, shape: tuple[int, int]) -> _MicroBatch:
         full, lengths = rows["tokens"].size(1), rows["lengths"][indices]

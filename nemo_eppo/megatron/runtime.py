@@ -21,10 +21,10 @@ from nemo_eppo.megatron import device
 from nemo_eppo.settings.model import ParallelConfig
 
 PATIENCE = datetime.timedelta(hours=3)
-"""How long ranks wait for work that one of them does for all: a server's answer, digests of a large checkpoint."""
+"""How long ranks wait for work of a single rank: a server's answer, digests of a large checkpoint."""
 TIMEOUT_MINUTES = 30.0
 """How long a collective waits."""
-_OPEN_FILES = 65_536
+_OPEN_FILES = 65_536  # soft limit of open files
 _control: dist.ProcessGroup | None = None
 
 
@@ -43,8 +43,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = TIM
 
     Args:
         parallel: the layout; checked against the world size before anything is joined.
-        seed: the same on every rank. Each pipeline stage derives another for torch, or their layers would start as
-            copies of each other's, and Megatron another for each tensor-parallel rank.
+        seed: the same on every rank. From it, each pipeline stage derives its own for torch, so that stages start with
+            different layers, and Megatron one for each tensor-parallel rank.
         timeout_minutes: a collective that waits longer than this ends the job; see also PATIENCE.
     """
     global _control
@@ -54,13 +54,13 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = TIM
         store = _store(timeout)
         if on_one_machine():
             for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")  # they would listen on an outer interface
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")  # else they listen on an outer interface
         else:
             _check_own_name()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:  # 1,024 for most logins, and gloo connects to every rank
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < limit:  # 1,024 for most logins, and gloo connects to every rank
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         device.select()
         # without device_id: NCCL would split a communicator for each of Megatron's hundreds of groups, used or not
         dist.init_process_group(
@@ -82,7 +82,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = TIM
 
 
 def _store(timeout: datetime.timedelta) -> Store:
-    """Make the store by which the ranks find each other; what torch makes itself listens on all interfaces.
+    """Make the store by which the ranks find each other; torch's own would listen on all interfaces.
 
     It is torchrun's, or that of rank 0 at MASTER_ADDR and MASTER_PORT, or of a single rank that needs no port.
     """
@@ -136,17 +136,17 @@ def seed_all(seed: int, step: int = 0) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator for a block, as `seed_all` does; after it they are where they were before."""
+    """Seed every generator for a block, as `seed_all` does; then restore their states."""
     tracker = get_cuda_rng_tracker()
-    python, arrays, named = random.getstate(), np.random.get_state(), tracker.get_states()
+    python_state, numpy_state, megatron_states = random.getstate(), np.random.get_state(), tracker.get_states()
     try:
         with torch.random.fork_rng([device.device()] if device.on_gpu() else []):
             seed_all(seed)
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        tracker.set_states(named)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        tracker.set_states(megatron_states)
 
 
 def shutdown() -> None:

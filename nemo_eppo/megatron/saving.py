@@ -15,12 +15,12 @@ from nemo_eppo.models import checkpoint_files
 from nemo_eppo.settings.training import CheckpointConfig
 
 CHECKPOINTS = "checkpoints"
-"""The folder in a run's directory."""
+"""Folder of the checkpoints in a run's directory."""
 BEST = "best"
 
 
 def due(step: int, interval: int) -> bool:
-    """Tell whether this step is one of those that are `interval` apart; with interval 0 none is."""
+    """Tell whether `step` is a multiple of `interval`; no step is for interval 0."""
     return interval > 0 and step % interval == 0
 
 
@@ -40,7 +40,7 @@ class CheckpointSaver:
         self._folder, self._tokenizer, self._asynchronous = folder, tokenizer, asynchronous
         self._writing = AsyncCallsQueue()
         self._pending = False  # whether a checkpoint may not be complete yet; the same on all ranks
-        self._sealing: Future[None] | None = None  # of rank 0
+        self._sealing: Future[None] | None = None  # on rank 0: manifest and renaming of the last checkpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if dist.get_rank() == 0:
             remove_incomplete(folder, "step_*")
@@ -97,23 +97,23 @@ class CheckpointSaver:
         """Wait until the last checkpoint is complete."""
         with disk_errors_name(self._folder):
             self._writing.maybe_finalize_async_calls(blocking=True)
-            sealing, self._sealing, self._pending = self._sealing, None, False  # an error in it is raised once
+            sealing, self._sealing, self._pending = self._sealing, None, False  # its error is raised once
             on_rank0(lambda: sealing.result() if sealing else None)
 
 
 def tidy(folder: Path, config: CheckpointConfig) -> None:
-    """Remove all but the newest checkpoints and the best, and link that one; on one rank."""
+    """Remove all checkpoints but the newest and the best, and link the best as `best`; on one rank."""
     saved = checkpoint_files.complete_in(folder)
-    wanted = set(saved[-config.keep :])
+    kept = set(saved[-config.keep :])
     if config.best is not None:
         sign = 1 if config.best_is == "highest" else -1
         metrics = {path: checkpoint_files.read_manifest(path).metrics for path in saved}
-        measured = {path: found[config.best] * sign for path, found in metrics.items() if config.best in found}
-        if measured:  # none was, if `best` has only been set since
-            best = max(measured, key=measured.__getitem__)
-            wanted.add(best)
+        values = {path: found[config.best] * sign for path, found in metrics.items() if config.best in found}
+        if values:  # none if `best` was set after these were saved
+            best = max(values, key=values.__getitem__)
+            kept.add(best)
             with replacing(folder / BEST) as link:
                 link.symlink_to(best.name)
     for path in saved:
-        if path not in wanted:
+        if path not in kept:
             remove_directory(path)

@@ -27,8 +27,8 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Names of a layer's norms in TransformerEngine's modules, which fuse them into the projection that follows, and in
-others."""
+"""Names of a layer's norm weights in TransformerEngine's modules, which fuse each norm into the next projection, and in
+other modules."""
 
 
 def has_transformer_engine() -> bool:

@@ -26,8 +26,8 @@ def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str,
     tensor_ranks, stages = unwrap(chunks[0]).tp_group, unwrap(chunks[0]).pp_group
     held: list[dict[str, tuple[Shape, torch.dtype]]] = [{} for _ in range(stages.size())]
     dist.all_gather_object(held, {name: (tuple(p.shape), p.dtype) for name, p in mine.items()}, group=stages)
-    everywhere = {name: found for stage in held for name, found in stage.items()}
-    outputs = everywhere["head.weight"][0][0] if "head.weight" in everywhere else None
+    layouts = {name: layout for stage in held for name, layout in stage.items()}
+    outputs = layouts["head.weight"][0][0] if "head.weight" in layouts else None
     for name, entry in entries(model, outputs).items():
         owner = next(rank for rank, names in enumerate(held) if name in names)
         if owner == stages.rank():
@@ -37,7 +37,7 @@ def export_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[str,
             dist.all_gather(shards, parameter, group=tensor_ranks)
             tensors = entry.join(shards, model)
         else:
-            dtype = everywhere[name][1]
+            dtype = layouts[name][1]
             tensors = [torch.empty(shape, dtype=dtype, device=device.device()) for shape in entry.tensors.values()]
         for hf_name, tensor in zip(entry.tensors, tensors, strict=True):
             if stages.size() > 1:
@@ -86,8 +86,8 @@ def load_tensors(
 
 
 def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
-    """Return this rank's parameters but adapters, named as in `entries` whatever the stage and the layer spec."""
-    found = {}
+    """Return this rank's parameters without adapters, under the names of `entries` for every stage and layer spec."""
+    parameters = {}
     for chunk in chunks:
         decoder = unwrap(chunk)
         for name, parameter in decoder.named_parameters():
@@ -97,5 +97,5 @@ def _parameters(chunks: list[Any]) -> dict[str, nn.Parameter]:
                 index, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 number = decoder.decoder.layers[int(index)].layer_number - 1
                 name = f"decoder.layers.{number}.{FUSED_NORMS.get(rest, rest)}"
-            found[name] = parameter
-    return found
+            parameters[name] = parameter
+    return parameters

@@ -114,7 +114,7 @@ def verify(directory: Path) -> Manifest:
 
 
 def compare(directory: Path, manifest: Manifest, found: Mapping[str, str]) -> None:
-    """Raise ConfigError if the digests found of a checkpoint's files are not those of its manifest."""
+    """Raise ConfigError if the digests `found` for a checkpoint's files are not those of its manifest."""
     for name, entry in manifest.files.items():
         if found[name] != entry.sha256:
             raise ConfigError(f"{directory} is damaged: the content of {name} is not what its manifest says")
@@ -122,8 +122,8 @@ def compare(directory: Path, manifest: Manifest, found: Mapping[str, str]) -> No
 
 def latest(directory: Path) -> Path | None:
     """Find the newest complete checkpoint `step_*` in a directory of checkpoints."""
-    found = complete_in(directory)
-    return found[-1] if found else None
+    saved = complete_in(directory)
+    return saved[-1] if saved else None
 
 
 def complete_in(directory: Path) -> list[Path]:
@@ -211,7 +211,8 @@ def seal(directory: Path, manifest: Manifest, tokenizer: Path | None) -> None:
 
 
 def note_digests(directory: Path, names: list[str], writer: int) -> None:
-    """Leave the digests of files that the process number `writer` has written there for `seal`, which adds others."""
+    """Note the digests of files that process number `writer` has written; `seal` collects them, and adds missing
+    ones."""
     write_atomically(directory / f"{_NOTES}{writer}", json.dumps(digests(directory, names)))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_eppo.config import Config, ConfigError, load_config
-from nemo_eppo.files import directory_made_whole, inside
+from nemo_eppo.files import directory_made_whole, inside, write_json
 from nemo_eppo.models import checkpoint_files
 from nemo_eppo.models.families import family_of
 from nemo_eppo.models.hf_config import model_config_from_hf
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 REWARD_KEY = "nemo_eppo_reward"
 """Key of config.json that holds a reward model's RewardStatistics; transformers keeps it and ignores it."""
 _DTYPES = ("F32", "BF16", "F16")
-_LISTED = 8  # most tensors that one error message lists
+_LISTED = 8  # tensors, at most, that one error message lists
 
 
 class RewardStatistics(Config):
@@ -145,19 +145,19 @@ def write_hf_directory(
             shards.add(name, tensor.cpu())
         shards.finish()
         checkpoint_files.copy_tokenizer(tokenizer, incomplete)
-        _end_as_learnt(incomplete / checkpoint_files.GENERATION, config)
-        _write_json(incomplete / CONFIG, config)
+        _add_eos(incomplete / checkpoint_files.GENERATION, config)
+        write_json(incomplete / CONFIG, config)
 
 
-def _end_as_learnt(generation: Path, config: dict[str, Any]) -> None:
-    """Make the settings of generation, if there are any, also end a response at the tokenizer's EOS."""
+def _add_eos(generation: Path, config: dict[str, Any]) -> None:
+    """Add the tokenizer's EOS to the tokens that end a response in generation_config.json, if there is such a file."""
     if not generation.is_file():
         return
     settings = _read_json(generation)
     ends = settings.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if config["eos_token_id"] not in ends:
-        _write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
+        write_json(generation, settings | {"eos_token_id": [config["eos_token_id"], *ends]})
 
 
 class _Shards:
@@ -195,7 +195,7 @@ class _Shards:
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self._directory / file)
             weight_map.update(dict.fromkeys(names, file))
-        _write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+        write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
 
 
 def _headers(path: Path) -> dict[str, _Stored]:
@@ -236,7 +236,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

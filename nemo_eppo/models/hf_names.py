@@ -100,14 +100,14 @@ def entries(model: ModelConfig, outputs: int | None = None) -> dict[str, Entry]:
         layer["self_attn_bda.norm.weight"] = layer["mlp_bda.norm.weight"] = ("whole", (hidden,))
 
     embedding, projection = "embedding.word_embeddings.weight", "output_layer.weight"
-    found = {embedding: entry(embedding, "vocabulary", (model.vocab_size, hidden))}
+    described = {embedding: entry(embedding, "vocabulary", (model.vocab_size, hidden))}
     for i in range(model.num_layers):
         for name, (split, *parts) in layer.items():
-            found[f"decoder.layers.{i}.{name}"] = entry(name, split, *parts, prefix=f"{family.layer_prefix}{i}.")
-    found["decoder.final_layernorm.weight"] = entry("decoder.final_layernorm.weight", "whole", (hidden,))
+            described[f"decoder.layers.{i}.{name}"] = entry(name, split, *parts, prefix=f"{family.layer_prefix}{i}.")
+    described["decoder.final_layernorm.weight"] = entry("decoder.final_layernorm.weight", "whole", (hidden,))
     if outputs is not None:
-        found["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)}, (outputs,))
-        found["head.bias"] = Entry("whole", {"score.bias": (outputs,)}, (outputs,))
+        described["head.weight"] = Entry("whole", {"score.weight": (outputs, hidden)}, (outputs,))
+        described["head.bias"] = Entry("whole", {"score.bias": (outputs,)}, (outputs,))
     elif not model.tie_embeddings:
-        found[projection] = entry(projection, "vocabulary", (model.vocab_size, hidden))
-    return found
+        described[projection] = entry(projection, "vocabulary", (model.vocab_size, hidden))
+    return described

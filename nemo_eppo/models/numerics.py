@@ -1,4 +1,4 @@
-"""What the names of activations and precisions in a model's settings stand for."""
+"""Activations and dtypes by their names in a model's settings."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,7 @@
-"""Reads what is pickled among the weights of a checkpoint. A pickle may run code: what is no plain data is refused.
+"""Reads the pickled parts of a checkpoint's weights. A pickle can run code, so all but plain data is refused.
 
-torch.distributed.checkpoint pickles its metadata and every entry that is not a tensor, and unpickles them without a
-check, as does megatron-core. So this goes over them first.
+torch.distributed.checkpoint and megatron-core pickle metadata and every entry that is not a tensor, and unpickle them
+without a check. They are checked here first.
 """
 
 import io
@@ -21,8 +21,8 @@ from nemo_eppo.files import inside
 
 _METADATA, _COMMON = ".metadata", "common.pt"  # names of torch and of megatron-core
 _CHECKPOINT = "torch.distributed.checkpoint"
-# All that torch 2.13 and megatron-core 0.16 write into metadata, besides dtypes, and what older ones had elsewhere.
-# None of it does anything when it is made: data classes, enumerations, and the look-up of a layout by its name.
+# The classes that torch 2.13 and megatron-core 0.16 write into metadata, besides dtypes, and older ones' places of
+# them. Making one has no effect: data classes, enumerations, and the look-up of a layout by its name.
 _CLASSES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},

@@ -55,14 +55,14 @@ class HackingMonitor:
     def __init__(self, config: MonitorConfig) -> None:
         self.config = config
         self.indicators = _indicators(config)
-        self._of_latents = [indicator for indicator in self.indicators if indicator.needs_latents]
+        self._need_latents = [indicator for indicator in self.indicators if indicator.needs_latents]
         self.sft = SFTLatents(config.sft_latents)
         self._streaks = dict.fromkeys((indicator.name for indicator in self.indicators), 0)
 
     def check_latents(self, size: int) -> None:
         """ConfigError if an indicator needs latents and their width over all reward models, `size`, is 0."""
-        if self._of_latents and not size:
-            first = self._of_latents[0]
+        if self._need_latents and not size:
+            first = self._need_latents[0]
             raise ConfigError(
                 f"monitor.{first.name}.action = '{first.config.action}' needs latents, but none of rewards gives any: "
                 "expected a reward model of kind 'inform'"
@@ -86,7 +86,7 @@ class HackingMonitor:
             KeyError: a metric that an indicator needs is missing.
             ValueError: no Gaussian can be fitted to the latents.
         """
-        if not self._of_latents:
+        if not self._need_latents:
             latents = None
         if latents is not None and not self.sft.complete:
             self.sft.add(latents)
@@ -119,17 +119,17 @@ class HackingMonitor:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken; an indicator that was not watched then starts now."""
+        """Resume where `state_dict` was taken; an indicator that was off then starts now."""
         state = copy.deepcopy(state)
         for indicator in self.indicators:
             indicator.state = state["indicators"].get(indicator.name, {})
             self._streaks[indicator.name] = state["streaks"].get(indicator.name, 0)
-        self.sft = SFTLatents(self.config.sft_latents)  # without what was fitted to others
+        self.sft = SFTLatents(self.config.sft_latents)  # new: the old one caches a Gaussian and a radius
         self.sft.latents = torch.from_numpy(unpack_array(state["sft_latents"]))
 
 
 def _indicators(config: MonitorConfig) -> list[Indicator[Any]]:
-    """New indicators without state, for all that have an action."""
+    """Return new indicators, without state, for all that have an action."""
     warmup = config.warmup_steps
     every: list[Indicator[Any]] = [
         EnergyRise(config.energy, warmup),

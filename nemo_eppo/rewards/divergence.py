@@ -25,6 +25,6 @@ class DivergencePenalty(Term[DivergenceConfig]):
     def __call__(self, inputs: RewardInputs, reward: Tensor) -> Tensor:
         config = self.config
         assert inputs.ref_logprobs is not None
-        found = sequence_divergence(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask)
-        slope = divergence_slope(found.chi2.mean().item(), config.kind)
-        return reward - config.coefficient * slope * (found.log_ratio if config.kind == "kl" else found.ratio)
+        divergence = sequence_divergence(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask)
+        slope = divergence_slope(divergence.chi2.mean().item(), config.kind)
+        return reward - config.coefficient * slope * (divergence.log_ratio if config.kind == "kl" else divergence.ratio)

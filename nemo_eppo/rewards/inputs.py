@@ -11,7 +11,7 @@ from nemo_eppo.rewards.sample import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """What one column of raw scores comes from: a reward model or a function."""
+    """The source of one column of raw scores, a reward model or a function, and how it is standardised."""
 
     name: str
     """Name in error messages: the model's address, or the function's name."""

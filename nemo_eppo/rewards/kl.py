@@ -33,7 +33,7 @@ class KLPenalty:
         self.coefficient, self._is_set = coefficient, True
 
     def token_rewards(self, inputs: RewardInputs) -> Tensor:
-        """Return what the penalty adds to each action's reward: fp64 [B, T], zero outside the mask."""
+        """Return the penalty's (negative) reward of each action: fp64 [B, T], zero outside the mask."""
         assert inputs.ref_logprobs is not None
         kl = kl_estimate(inputs.logprobs.double(), inputs.ref_logprobs.double(), inputs.mask, self.config.estimator)
         return -self.coefficient * kl

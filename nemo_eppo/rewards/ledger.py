@@ -1,4 +1,4 @@
-"""What each term added to the reward of each sample; the contributions add up to the final reward."""
+"""The contribution of each term to the reward of each sample; they add up to the final reward."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ class Ledger:
     """One entry per metric name, fp64 [B] each."""
 
     contributions: dict[str, Tensor] = field(default_factory=dict)
-    """What each term added, in the order in which the terms were applied; the sum is `reward/final` to 1e-6."""
+    """The contribution of each term, in the order of application; they sum to `reward/final` to 1e-6."""
     observations: dict[str, Tensor] = field(default_factory=dict)
-    """What is reported about the samples and is no part of the sum: raw scores, energies, KL."""
+    """Numbers that are reported but not part of the sum: raw scores, energies, KL."""
 
     @property
     def entries(self) -> dict[str, Tensor]:

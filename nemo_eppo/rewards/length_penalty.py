@@ -8,7 +8,7 @@ from nemo_eppo.settings.shaping import LengthPenaltyConfig
 
 
 class LengthPenalty(Term[LengthPenaltyConfig]):
-    """Adds what LengthPenaltyConfig.kind says."""
+    """Penalises long responses by the formula of `LengthPenaltyConfig.kind`."""
 
     config_class = LengthPenaltyConfig
 

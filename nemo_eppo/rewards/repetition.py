@@ -26,5 +26,5 @@ class Repetition(Term[RepetitionConfig]):
 
 def repeated_fraction(token_ids: Sequence[int], ngram: int) -> float:
     """The fraction of the n-grams of `token_ids` that occur earlier in it too; 0 if it is shorter than an n-gram."""
-    found = [tuple(token_ids[start : start + ngram]) for start in range(len(token_ids) - ngram + 1)]
-    return 1 - len(set(found)) / len(found) if found else 0.0
+    ngrams = [tuple(token_ids[start : start + ngram]) for start in range(len(token_ids) - ngram + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

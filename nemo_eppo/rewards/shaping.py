@@ -44,17 +44,17 @@ def build_terms(config: ShapingConfig) -> dict[str, Term[Any]]:
 
     def place(name: str) -> None:
         order.append(name)
-        for own in config.terms:
-            if own.after == name:
-                place(own.name)
+        for term in config.terms:
+            if term.after == name:
+                place(term.name)
 
-    names = ["proxy", *built, "kl", "final", *(own.name for own in config.terms)]
+    names = ["proxy", *built, "kl", "final", *(term.name for term in config.terms)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"shaping.terms: the name {twice[0]} is taken")
     for name in ("proxy", *built):
         place(name)
-    if lost := [own for own in config.terms if own.name not in order]:
-        known = ", ".join(order)
-        raise ConfigError(f"shaping.terms.{lost[0].name}.after = '{lost[0].after}': expected one of {known}")
-    built |= {own.name: load_term(own) for own in config.terms}
+    if unplaced := [term for term in config.terms if term.name not in order]:
+        name, after, known = unplaced[0].name, unplaced[0].after, ", ".join(order)
+        raise ConfigError(f"shaping.terms.{name}.after = '{after}': expected one of {known}")
+    built |= {term.name: load_term(term) for term in config.terms}
     return {name: built[name] for name in order[1:]}

@@ -1,4 +1,4 @@
-"""The rollout of one step as padded tensors, what is computed from it, and its order of mini-batches and seeds."""
+"""Completions, a step's rollout as padded tensors and its experience; the order of its mini-batches, and its seeds."""
 
 from array import array
 from dataclasses import dataclass, fields, replace
@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """The policy produced EOS or a stop string, with whose last token the response ends."""
     LENGTH = "length"
-    """It reached its longest length without either: it is truncated."""
+    """It reached its maximum length without either: it is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class RolloutBatch:
     lengths: Tensor
     """int64 [B] tokens of prompt and response together."""
     truncated: Tensor
-    """bool [B]: True if the response was cut off at its longest length."""
+    """bool [B]: True if the response was cut off at its maximum length."""
     engine_logprobs: Tensor
     """fp32 [B, T] log-probs that the engine reported, in nats; zero outside the mask."""
     pad_id: int
@@ -99,20 +99,20 @@ class RolloutBatch:
         width = int(lengths.max())
         tokens = torch.full((len(prompts), width), pad_id)
         for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
-            ids = array("q", prompt + completion.token_ids)  # several times as fast as by torch.tensor
+            ids = array("q", prompt + completion.token_ids)  # several times as fast as torch.tensor
             row[: len(ids)] = torch.frombuffer(ids, dtype=torch.int64)
 
-        def placed(read: list[Tensor | None], width: int) -> Tensor | None:
-            """Put what was read from each prompt's last token on in its place."""
-            if read[0] is None:
+        def padded(parts: list[Tensor | None], width: int) -> Tensor | None:
+            """Pad to `width` positions; the first entry of each part belongs to its prompt's last token."""
+            if parts[0] is None:
                 return None
-            padded = torch.zeros(len(read), width, *read[0].shape[1:])
-            for row, prompt, part in zip(padded, prompts, read, strict=True):
+            rows = torch.zeros(len(parts), width, *parts[0].shape[1:])
+            for row, prompt, part in zip(rows, prompts, parts, strict=True):
                 assert part is not None, "some of the completions come from another engine"
                 row[len(prompt) - 1 : len(prompt) - 1 + len(part)] = part
-            return padded
+            return rows
 
-        logprobs = placed([c.logprobs for c in completions], width - 1)
+        logprobs = padded([c.logprobs for c in completions], width - 1)
         assert logprobs is not None
         return cls(
             tokens=tokens,
@@ -121,8 +121,8 @@ class RolloutBatch:
             truncated=torch.tensor([c.finish_reason == FinishReason.LENGTH for c in completions]),
             engine_logprobs=logprobs,
             pad_id=pad_id,
-            engine_entropies=placed([c.entropies for c in completions], width - 1),
-            engine_energies=placed([c.energies for c in completions], width),
+            engine_entropies=padded([c.entropies for c in completions], width - 1),
+            engine_energies=padded([c.energies for c in completions], width),
         )
 
     @property
@@ -146,15 +146,15 @@ class RolloutBatch:
             raise ValueError(f"sequence_length: {sequence_length}; expected at least {longest}, the longest sample")
         extra = sequence_length - self.sequence_length
 
-        def wider(x: Tensor | None, fill: int = 0) -> Any:
+        def extended(x: Tensor | None, fill: int = 0) -> Any:
             return None if x is None else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=fill)
 
         return replace(
             self,
-            tokens=wider(self.tokens, self.pad_id),
-            engine_logprobs=wider(self.engine_logprobs),
-            engine_entropies=wider(self.engine_entropies),
-            engine_energies=wider(self.engine_energies),
+            tokens=extended(self.tokens, self.pad_id),
+            engine_logprobs=extended(self.engine_logprobs),
+            engine_entropies=extended(self.engine_entropies),
+            engine_energies=extended(self.engine_energies),
         )
 
     def select(self, indices: Tensor) -> "RolloutBatch":
@@ -195,7 +195,7 @@ class Experience:
     def validate(self) -> None:
         """Check the shape of every field, and that values, rewards, advantages and returns are finite.
 
-        The log-probs and energies are those that `RewardInputs.validate` has found finite in the same step.
+        `RewardInputs.validate` has checked log-probs and energies in the same step.
 
         Raises:
             ValueError: a field has a wrong shape, or NaN or infinity inside the mask; the message names it.

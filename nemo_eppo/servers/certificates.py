@@ -1,7 +1,7 @@
 """Mutual TLS between the jobs of a run: who holds the run's certificate is one of its servers or clients.
 
-A folder of three PEM files, of which `create` makes new ones: `ca.pem` (who is trusted), `cert.pem` and `key.pem` (who
-this process is). All jobs of a run use the same; nobody else can speak to a server, not even badly.
+`create` makes a folder of three PEM files: `ca.pem` (who is trusted), `cert.pem` and `key.pem` (who this process is).
+All jobs of a run use the same ones; a server refuses everybody else before it parses anything.
 """
 
 import datetime

@@ -29,12 +29,12 @@ class CriticClient(ServerClient):
         super().__init__("critic", config)
 
     def infer(self, tokens: torch.Tensor, lengths: torch.Tensor) -> "Future[torch.Tensor]":
-        """Return the values, fp32 [B, T], under the current weights: pending updates are not waited for."""
+        """Return the values, fp32 [B, T], under the weights at that moment: pending updates are not waited for."""
 
         def check(outputs: dict[str, Any]) -> torch.Tensor:
             values = torch.from_numpy(outputs["values"])
-            real = torch.arange(values.shape[1]) < lengths.cpu()[:, None]  # the last token's value may be asked for too
-            _refuse_numbers(self, "values", values, real)
+            real = torch.arange(values.shape[1]) < lengths.cpu()[:, None]  # values may include the last token's
+            _refuse_unusable(self, "values", values, real)
             return values
 
         return self.call("critic_infer", check, tokens=tokens, lengths=lengths)
@@ -59,7 +59,7 @@ class CriticClient(ServerClient):
             metrics: dict[str, Any] = outputs["metrics"]
             for key, value in metrics.items():
                 if type(value) not in (int, float) or not math.isfinite(value):
-                    raise _wrong(self, f"metrics[{key!r}]", value, "a finite number")
+                    raise _wrong_answer(self, f"metrics[{key!r}]", value, "a finite number")
             return metrics
 
         return self.call(
@@ -82,7 +82,7 @@ class CriticClient(ServerClient):
 
         def check(outputs: dict[str, Any]) -> int:
             if outputs["step"] != step:
-                raise _wrong(self, "step", outputs["step"], f"{step}, which critic_begin asked for")
+                raise _wrong_answer(self, "step", outputs["step"], f"{step}, which critic_begin asked for")
             return step
 
         numbers = {"run": torch.tensor([run]), "fresh": torch.tensor([fresh]), "step": torch.tensor([step])}
@@ -132,7 +132,7 @@ class RewardClient(ServerClient):
             fits = False
         if not fits:
             expected = "k, latent_size, and k finite numbers as mean and as std, these above 0"
-            raise _wrong(self, "status.reward", model, expected)
+            raise _wrong_answer(self, "status.reward", model, expected)
         self._sizes = {"K": count, "D": latents}
         return status
 
@@ -143,24 +143,24 @@ class RewardClient(ServerClient):
             rewards = torch.from_numpy(outputs["rewards"])
             latents = torch.from_numpy(outputs.get("latents", np.zeros((len(rewards), 0), np.float32)))
             if latents.shape[1] != self._sizes["D"]:
-                raise _wrong(self, "latents", "none", f"{self._sizes['D']} numbers a response")
-            _refuse_numbers(self, "rewards", rewards)
-            _refuse_numbers(self, "latents", latents)
+                raise _wrong_answer(self, "latents", "none", f"{self._sizes['D']} numbers a response")
+            _refuse_unusable(self, "rewards", rewards)
+            _refuse_unusable(self, "latents", latents)
             return Rewards(rewards, latents)
 
         return self.call("reward_infer", check, tokens=tokens, prompt_lengths=prompt_lengths, lengths=lengths)
 
 
-def _refuse_numbers(client: ServerClient, name: str, values: torch.Tensor, where: torch.Tensor | bool = True) -> None:
-    """Refuse what is not finite, and what would soon not be, where `where`."""
+def _refuse_unusable(client: ServerClient, name: str, values: torch.Tensor, where: torch.Tensor | bool = True) -> None:
+    """Raise ServerError for a number that is not finite or exceeds LARGEST, at places where `where` is true."""
     wrong = ~(values.abs() <= LARGEST) & where
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
-        raise _wrong(
+        raise _wrong_answer(
             client, f"{name}[{row}, {column}]", f"{values[row, column].item():g}", f"a number within {LARGEST:g}"
         )
 
 
-def _wrong(client: ServerClient, field: str, value: object, expected: str) -> ServerError:
+def _wrong_answer(client: ServerClient, field: str, value: object, expected: str) -> ServerError:
     message = f"{client.name} server at {client.config.url} answered {field} = {value}, expected {expected}"
     return ServerError(message, field, str(value), expected)

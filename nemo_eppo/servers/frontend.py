@@ -38,7 +38,7 @@ MOST_RESTARTS, RESTART_PERIOD_S = 3, 600.0
 _PREFIX = "nemo_eppo_triton_"
 
 logger = logging.getLogger(__name__)
-logging.getLogger("pytriton.server.triton_server").setLevel(logging.ERROR)  # that Triton ends is told here, with causes
+logging.getLogger("pytriton.server.triton_server").setLevel(logging.ERROR)  # this module logs Triton's end itself
 
 
 class _Triton(Triton):
@@ -90,7 +90,7 @@ class _Triton(Triton):
     def shared_memory_prefix(self) -> str:
         return str(self._python_backend_config["shm-region-prefix-name"])
 
-    def let_go_of_handlers(self) -> None:
+    def close_handlers(self) -> None:
         """Tell all endpoints' threads to end: each looks once a second, and `stop` waits for one after another."""
         for model in self._model_manager.models:
             for connector in model._requests_respones_connectors:
@@ -120,9 +120,9 @@ class Frontend:
         self.host, self.port = host, port
         self._certificates = certificates
         self._running = ExitStack()
-        self._restarts: list[float] = []  # when
+        self._restarts: list[float] = []  # times
         self._answering: set[str] = set()  # endpoints whose handler runs
-        self._answered = 0.0  # when the last one ended
+        self._answered = 0.0  # time at which the last handler ended
         self._processes: list[psutil.Process] = []
         self._blocks: set[Path] = set()  # shared memory of a Triton that was killed, which nobody else removes
 
@@ -177,7 +177,7 @@ class Frontend:
         logger.warning("%s\nstarting it anew", why)
 
     def stop(self) -> None:
-        """Clear away a Triton that was ended. All requests have to be answered, or are within a moment."""
+        """Clean up after a Triton that was ended. All requests must have been answered, or be within a moment."""
         self._running.close()
 
     def _let_answers_leave(self) -> None:
@@ -257,10 +257,10 @@ class Frontend:
         return infer
 
     def kill(self) -> None:
-        """Kill a Triton that hangs, and its helpers; if it were only asked to end, it would wait for them."""
+        """Kill Triton and its helpers; ending by itself, it would wait for those that hang."""
         server = self._triton._triton_server
         if server is not None and server.is_alive():
-            self._triton.let_go_of_handlers()
+            self._triton.close_handlers()
             self._blocks |= _mapped_blocks([psutil.Process(), *self._triton.processes()])
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(server._tritonserver_running_cmd.pid, signal.SIGKILL)
@@ -281,19 +281,19 @@ class Frontend:
 
 
 def _quiet_tracker() -> None:
-    """Start the process that clears away this one's shared memory, which it would tell about in the job's log."""
+    """Start multiprocessing's process that removes leaked shared memory, without its warnings in the job's log."""
     with environment({"PYTHONWARNINGS": "ignore"}):
         resource_tracker.ensure_running()
 
 
 def _mapped_blocks(processes: Iterable[psutil.Process]) -> set[Path]:
     """Return the files of Python's shared memory that processes have mapped."""
-    found: set[Path] = set()
+    blocks: set[Path] = set()
     for process in processes:
         with suppress(OSError):  # it has just ended
             maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            found |= {Path(line.split()[5]) for line in maps if "/dev/shm/psm_" in line}
-    return found
+            blocks |= {Path(line.split()[5]) for line in maps if "/dev/shm/psm_" in line}
+    return blocks
 
 
 def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
@@ -304,7 +304,7 @@ def _tensors(arrays: dict[str, Array]) -> list[Tensor]:
 
 
 def remove_leftovers() -> None:
-    """Clear away what servers left that were killed: nobody holds the lock on their `owner` file."""
+    """Remove what killed servers left: folders with an `owner` file whose lock nobody holds."""
     for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/owner"):
         try:
             with open(owner, "r+") as file:
@@ -318,8 +318,7 @@ def remove_leftovers() -> None:
 
 
 def _kill_orphans(folder: Path) -> None:
-    """Kill the Triton of this folder, which has lost its server and may wait for ever for an answer from it; so may the
-    client that asked."""
+    """Kill the Triton of this folder: it lost its server, whose answer it, and clients, may await for ever."""
     for process in psutil.process_iter(["cmdline"]):
         if (process.info["cmdline"] or [""])[0].startswith(f"{folder}/"):
             with suppress(ProcessLookupError):  # it has just ended

@@ -84,19 +84,19 @@ class Intake:
         self._closed.set()
         if self._current and not self._current.result.done():
             self._current.result.set_exception(ServerEnding(f"{self._current.endpoint} ended the server; see its log"))
-        self._turn_away("the server is stopping")
+        self._reject_waiting("the server is stopping")
 
     def _restart(self) -> None:
-        """Start Triton anew. Nothing that waits is executed: its clients get no answer and ask again."""
+        """Start Triton anew. Waiting requests are not executed: their clients get no answer and send them again."""
         self._frontend.end()
         self._closed.set()
-        self._turn_away("Triton has ended")
+        self._reject_waiting("Triton has ended")
         self._frontend.stop()
-        self._turn_away("Triton has ended")  # what came between
+        self._reject_waiting("Triton has ended")  # those that arrived meanwhile
         self._closed.clear()
         self._frontend.start()
 
-    def _turn_away(self, why: str) -> None:
+    def _reject_waiting(self, why: str) -> None:
         """Answer all waiting requests with an error, because Triton ends only after them."""
         while not self._waiting.empty():
             self._waiting.get().result.set_exception(ServerEnding(why))

@@ -7,13 +7,13 @@ import time
 from nemo_eppo.config import ConfigError
 
 FREE_PORTS = (20000, 32000)
-_LOOK_S = 0.2
+_RETRY_S = 0.2  # seconds between attempts
 
 
 def free_port(host: str, port: int, patience: float = 0.0) -> int:
     """Return `port` or, if it is 0, a free one. Binding it here gives a clear error if it is taken.
 
-    A free one lies below the range for outgoing connections, one of which could take it before Triton does.
+    A chosen one lies below the range for outgoing connections, so that none of them takes it before Triton does.
 
     Args:
         patience: seconds to wait for a given port: a Triton whose server was killed holds it for some.
@@ -25,7 +25,7 @@ def free_port(host: str, port: int, patience: float = 0.0) -> int:
                 return candidate
         if time.monotonic() >= deadline:
             raise ConfigError(f"port = {port}: cannot listen on {host}:{candidate}, {why}")
-        time.sleep(_LOOK_S)
+        time.sleep(_RETRY_S)
 
 
 def obstacle(host: str, port: int) -> str | None:

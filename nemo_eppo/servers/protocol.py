@@ -32,7 +32,7 @@ class ServiceError(RunError):
 
 
 class ServerEnding(ServiceError):
-    """The server ends, and what it was asked is lost: to its clients it is a server that does not answer."""
+    """The server ends and drops the request; clients treat it as a server that does not answer."""
 
     field = "server"
 
@@ -158,7 +158,7 @@ class Endpoint:
         """Check what a server answered to a request whose arrays have these `sizes`, see `check_arrays`.
 
         Raises:
-            RequestError: an output is missing, unknown, of another type or shape than asked for.
+            RequestError: an output is missing, unknown, or of another type or shape than expected.
         """
         if not self.reply:
             check_arrays(self.outputs, answer, sizes)

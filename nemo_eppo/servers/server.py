@@ -51,10 +51,10 @@ def serve(
 
 
 def check_server(config: ServerConfig) -> None:
-    """Check, before any model is built, what rank 0 needs to serve here; the port is taken, or not, when it does.
+    """Check, before any model is built, that rank 0 can serve here; whether the port is free is checked by `serve`.
 
     Raises:
-        ConfigError: it is no address of this machine, or the certificates do not work.
+        ConfigError: the host is no address of this machine, or the certificates do not work.
         OSError: the ready file's directory cannot be made.
     """
     try:

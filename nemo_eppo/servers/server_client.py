@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # is lost, so a lost server is reported after at most 2 * (4 + 8) s.
 HEALTH_INTERVAL_S = 4.0
 HEALTH_TIMEOUT_S = 8.0
-# A request whose connection broke is sent again for so long, within which a server starts its Triton anew; one for an
-# update too, because the server recognises a repeated one.
+# A request whose connection broke is sent again for RETRY_S, in which a server can start its Triton anew; a request for
+# an update too, because the server recognises a repeated one.
 RETRY_S, RETRY_PAUSE_S = 20.0, 1.0
 PARALLEL_REQUESTS = 4
 
@@ -38,14 +38,14 @@ ResultT = TypeVar("ResultT")
 
 
 class ServerUnavailable(ServerError):
-    """A server does not answer, or no longer."""
+    """A server does not answer, or not any more."""
 
 
 class ServerClient:
     """Sends requests to one server, or shares them among several that serve the same model.
 
     Args:
-        name: the kind of job expected there; every message has it.
+        name: the kind of job expected there, which messages name.
         others: addresses of further servers, which also answer for one that is lost; none for a service with steps.
     """
 
@@ -88,12 +88,7 @@ class ServerClient:
         return self._status(last)
 
     def _status(self, transport: Transport) -> dict[str, Any]:
-        """Return the status of one server; raises as `status` does.
-
-        Raises:
-            ServerUnavailable: there was no answer within HEALTH_TIMEOUT_S.
-            ServerError: what answered is not such a server.
-        """
+        """Return the status of one server; raises as `status` does."""
         try:
             answer = transport.request("status", {}, timeout=HEALTH_TIMEOUT_S)
             STATUS.check_answer(answer, {})
@@ -127,7 +122,7 @@ class ServerClient:
         return status
 
     def _connect(self, transport: Transport, expect: Mapping[str, Any]) -> dict[str, Any]:
-        start, told = time.monotonic(), 0.0
+        start, next_log = time.monotonic(), 0.0
         while True:
             try:
                 status = self._status(transport)
@@ -136,10 +131,10 @@ class ServerClient:
                 waited = time.monotonic() - start
                 if waited > self.config.connect_timeout:
                     raise ServerUnavailable(f"{error} (waited {waited:.0f} s)") from None
-                if waited >= told:
-                    where, most = f"the {self.name} server at {transport.url}", self.config.connect_timeout
-                    logger.info("waiting for %s (%.0f of %.0f s)", where, waited, most)
-                    told = waited + 30
+                if waited >= next_log:
+                    where, limit = f"the {self.name} server at {transport.url}", self.config.connect_timeout
+                    logger.info("waiting for %s (%.0f of %.0f s)", where, waited, limit)
+                    next_log = waited + 30
                 _pause(transport, 0.5)
         differences = []
         for key, wanted in {"protocol": PROTOCOL_VERSION, "job": self.name, "max_batch_size": 1, **expect}.items():
@@ -155,7 +150,7 @@ class ServerClient:
     def call(
         self, name: str, finish: Callable[[dict[str, Any]], ResultT], **tensors: torch.Tensor
     ) -> "Future[ResultT]":
-        """Ask the endpoint `name`; the future gives `finish(outputs by name)`. `connect` has to come first.
+        """Call the endpoint `name`; the future gives `finish(outputs by name)`. `connect` has to come first.
 
         Requests without a step are split into the server's largest batches, sent in parallel, and put together again.
 
@@ -184,7 +179,7 @@ class ServerClient:
     def _ask(self, name: str, arrays: Arrays, what: str, sizes: Mapping[str, int], number: int) -> dict[str, Any]:
         """Send one request and check the answer; runs in a thread of the pools.
 
-        It goes to server `number` modulo their number, to the next one if that is lost, and to all of them again.
+        It goes to server `number` modulo their number; if that is lost, to the next one, round and round for RETRY_S.
         """
         lost, turn = None, 0
         while True:
@@ -204,7 +199,7 @@ class ServerClient:
             except ServerUnavailable:
                 raise
             except ServerError as error:
-                # it ends, or has been started anew and its last updates are lost
+                # the server ends, or was started anew and has lost its last updates
                 if error.field in (ServerEnding.field, "step"):
                     raise self._unavailable(what, error) from None
                 raise self._failed(what, error) from None
@@ -240,7 +235,7 @@ class ServerClient:
 
 
 def _pause(transport: Transport, seconds: float) -> None:
-    """Wait for a server to come up, at most `seconds`, and a moment, as it may be up and still refuse what is asked."""
+    """Wait at most `seconds` for a server to be ready, and 0.1 s more: a ready one may still refuse requests."""
     transport.server_ready(timeout=seconds)
     time.sleep(0.1)
 
@@ -264,7 +259,7 @@ def _joined(
             elif not left:
                 try:
                     outputs, *more = [future.result() for future in futures]
-                    if more:  # else there may be JSON in it
+                    if more:  # a single answer may hold JSON
                         outputs = {k: np.concatenate([part[k] for part in (outputs, *more)]) for k in outputs}
                     joined.set_result(finish(outputs))
                 except BaseException as failure:

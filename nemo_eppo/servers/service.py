@@ -1,4 +1,4 @@
-"""The interface of what a server serves."""
+"""`Service`, the interface between a server and the model that it serves."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

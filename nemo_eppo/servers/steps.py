@@ -20,7 +20,7 @@ class Steps:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._due = 0  # digest of the request for the next update, taken before the service may change its tensors
+        self._next_digest = 0  # of the next update's request, taken before the service may change its tensors
         self._last_update: tuple[int, int, Any] | None = None  # step, digest of its request, answer
 
     def answered(self, endpoint: Endpoint, request: Tensors) -> Any:
@@ -38,7 +38,7 @@ class Steps:
             return None
         digest = _digest(request)
         if step == last + 1:
-            self._due = digest
+            self._next_digest = digest
             return None
         if self._last_update and step == self._last_update[0]:
             if digest != self._last_update[1]:
@@ -58,7 +58,7 @@ class Steps:
         if self._service.step != step:
             raise RuntimeError(f"the service says step {self._service.step} after update {step}")
         # Setting a service to an update may have undone the last one.
-        self._last_update = (step, self._due, answer) if endpoint.step == StepRule.NEXT else None
+        self._last_update = (step, self._next_digest, answer) if endpoint.step == StepRule.NEXT else None
 
 
 def _digest(request: Tensors) -> int:

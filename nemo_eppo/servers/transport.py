@@ -1,7 +1,7 @@
 """Arrays over gRPC to a Triton server: the KServe v2 protocol with raw tensors, encrypted where there are certificates.
 
-The messages are those of tritonclient; the calls are gRPC's own, because a call that waits has to look after the
-server's health meanwhile.
+The messages are those of tritonclient; the calls are gRPC's own, because a waiting call has to check the server's
+health meanwhile.
 """
 
 import json
@@ -80,7 +80,7 @@ class Transport:
         `while_waiting` is called every `interval` seconds until the answer comes; an exception from it ends the wait.
 
         Raises:
-            ServerError: the server answered with an error, or with what cannot be read.
+            ServerError: the server answered with an error, or the answer cannot be read.
             ConnectionError: there is no server, the connection broke, or no answer came within `timeout` seconds.
         """
         try:
@@ -104,15 +104,15 @@ class Transport:
         except grpc.FutureCancelledError:
             raise ConnectionError("the client was closed") from None
         finally:
-            call.cancel()  # of no effect on one that has ended
+            call.cancel()  # no effect on a call that has ended
         return _decode(answer)
 
     def server_ready(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds for the server to be up with all its endpoints; return whether it is.
 
-        gRPC looks after a connection that is being made while a call waits for it, else every 5 s: calls that fail at
-        once would find a server up to 16 s (TLS) after it listens. A channel's subscribers would do, too, but their
-        thread makes gRPC crash in processes that are forked, such as those which write checkpoints.
+        gRPC advances a connection attempt while a call waits for it, else every 5 s: calls that fail at once would find
+        a server up to 16 s (TLS) after it listens. A subscriber of the channel would do, too, but its thread makes gRPC
+        crash in forked processes, such as the writers of checkpoints.
         """
         request = service_pb2.ServerReadyRequest()
         try:

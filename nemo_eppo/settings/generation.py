@@ -16,10 +16,12 @@ class SamplingParams(Config):
     """How the engine samples responses; the trainer computes log-probs under the same distribution."""
 
     max_new_tokens: int = Field(gt=0)
-    """Most tokens of a response, EOS included; one that reaches it without EOS or a stop string is truncated."""
+    """Maximum number of tokens of a response, EOS included; one that reaches it without EOS or a stop string is
+    truncated."""
     min_new_tokens: int = Field(default=0, ge=0)
-    """Fewest tokens of a response: before, neither EOS nor a special token of `stop_strings` can be sampled, and the
-    trainer gives them probability 0, too. Stop strings of ordinary tokens end a response at any length."""
+    """Minimum number of tokens of a response: before it, neither EOS nor a special token of `stop_strings` can be
+    sampled, and the trainer gives them probability 0, too. Stop strings of ordinary tokens end a response at any
+    length."""
     stop_strings: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
     """Texts that end a response, as EOS does. The text of a special token stands for this token. Others are looked for
     in the response's text, over token borders: the token that completes one is the last, nothing is cut off it, and no
@@ -38,7 +40,7 @@ class SamplingParams(Config):
     """Always take the likeliest token, instead of sampling."""
 
     def distribution(self, ending: Sequence[int]) -> Distribution:
-        """Return what a response's tokens are sampled from, unless it is greedy; the token ids in `ending` end one."""
+        """Return the distribution of sampled tokens, not of greedy ones; token ids in `ending` end a response."""
         return Distribution(
             self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.min_new_tokens, tuple(ending)
         )
@@ -113,9 +115,8 @@ class EngineConfig(Config):
     name: Literal["megatron", "tensorrt_llm"] = "megatron"
     """megatron decodes with the trainer's own weights, on any machine; tensorrt_llm needs GPUs and that package."""
     max_batch_size: int = Field(64, ge=1)
-    """Sequences that one replica decodes at once; bounds the KV cache, which has room for as many of the present length
-    of the longest, and up to half as much again. With pipeline parallelism as many for each stage are under way.
-    TensorRT-LLM has its own, tensorrt_llm.*."""
+    """Sequences that one replica decodes at once, for each pipeline stage. The KV cache has room for so many sequences
+    of the present longest length, and up to half as much again. TensorRT-LLM has its own, tensorrt_llm.*."""
     cuda_graphs: bool = False
     """Whether the Megatron engine launches all kernels of a decoding step, or of a pipeline stage's part of it, at
     once, on GPUs. One by one their launches bound the speed of deep models. Not run on a GPU yet."""

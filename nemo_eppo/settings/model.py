@@ -14,7 +14,7 @@ NULL: Any = None
 
 
 def by_device(on_gpus: Any, on_cpus: Any) -> BeforeValidator:
-    """Make a setting that is null one of these; see `load_config` for what decides."""
+    """Replace null by one of these defaults; see `load_config` for how the device is known."""
 
     def choose(value: Any, info: ValidationInfo) -> Any:
         if value is not None:
@@ -293,8 +293,9 @@ class ModelSetup(Config):
     """Rows (preference pairs for a reward model) per forward pass of one replica, padded to the longest of them; with
     pipeline parallelism, to the longest of all passes."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Most tokens per forward pass with sequence packing, which puts rows together without padding and balances them
-    over micro-batches and replicas; a longer row gets its own pass. Replaces micro_batch_size; null pads instead."""
+    """Maximum number of tokens per forward pass with sequence packing, which joins rows without padding and balances
+    them over micro-batches and replicas; a longer row gets its own pass. Replaces micro_batch_size; null pads
+    instead."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSetup":

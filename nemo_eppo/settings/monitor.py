@@ -1,4 +1,4 @@
-"""The signs of reward hacking that a run looks for, and what they cause."""
+"""Indicators of reward hacking, and the actions that their alarms cause."""
 
 from typing import Literal
 

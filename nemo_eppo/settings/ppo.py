@@ -1,7 +1,7 @@
 """Every setting of the PPO actor job (conf/gpt_ppo_actor.yaml)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -82,10 +82,10 @@ class PPOSettings(Config):
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of an entropy bonus in the loss; 0 for none."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """What probability ratios, KL and energy losses start from: a forward pass of the trainer over each rollout, or
-    (engine) what engine.name = megatron reads while it decodes, which saves that pass. In fp32 both are the same up to
-    rounding. In bf16 their log-probs differ by about 0.01 per token. With engine, steps 1, 51, 101, ... and the first
-    after a resume still compare both."""
+    """Source of the log-probs and energy losses before a step's updates: a forward pass of the trainer over each
+    rollout, or (engine) what engine.name = megatron reads while it decodes, which saves that pass. In fp32 both are the
+    same up to rounding. In bf16 their log-probs differ by about 0.01 per token. With engine, steps 1, 51, 101, ... and
+    the first after a resume still compare both."""
     importance_cap: float | None = Field(None, gt=0)
     """Cap of the token weights min(exp(logp_trainer - logp_engine), cap); null leaves engine mismatch uncorrected."""
     mismatch_limit: float | None = Field(0.5, gt=0)
@@ -193,7 +193,7 @@ class ValidationConfig(Config):
 
 
 class AnsweringConfig(Config):
-    """What a job has that answers prompts and reads energies."""
+    """Settings of all jobs that answer prompts and read energies."""
 
     exp_manager: ExpManagerConfig = ExpManagerConfig()
     seed: int = Field(1234, ge=0, lt=2**31)
@@ -203,8 +203,7 @@ class AnsweringConfig(Config):
     data: PromptsConfig
     generation: SamplingParams
     engine: EngineConfig = EngineConfig()
-    if TYPE_CHECKING:  # each job has it, in its own place among the settings
-        energy: EnergyConfig
+    energy: EnergyConfig = EnergyConfig()
 
     @property
     def longest(self) -> int:
@@ -236,7 +235,6 @@ class PPOConfig(AnsweringConfig):
     """The PPO actor job."""
 
     ppo: PPOSettings
-    energy: EnergyConfig = EnergyConfig()
     rewards: tuple[RewardSourceConfig, ...] = Field((HERE,), min_length=1)
     """Reward models and functions that the reward is made of."""
     shaping: ShapingConfig = ShapingConfig()

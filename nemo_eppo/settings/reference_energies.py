@@ -8,7 +8,7 @@ from nemo_eppo.settings.ppo import AnsweringConfig, EnergyConfig
 class ReferenceEnergiesConfig(AnsweringConfig):
     """The job that fills the energy cache of an actor.
 
-    Model, data, generation, energy and seed are the actor's; layout and engine may be others. Answers are greedy
+    Model, data, generation, energy and seed are the actor's; layout and engine may differ. Answers are greedy
     whatever `generation` says of sampling.
     """
 

@@ -61,7 +61,7 @@ class RewardLossConfig(Config):
         return self
 
     def state(self, mean: float, std: float) -> dict[str, Any]:
-        """Return what a checkpoint records of how its score is read, which has this mean and standard deviation."""
+        """Return the state of a checkpoint's manifest: how the score is read, and its mean and standard deviation."""
         latents = {"latent_size": self.inform.latent_size} if self.kind == "inform" else {}
         return {"kind": self.kind, "score": self.score, "mean": mean, "std": std, **latents}
 

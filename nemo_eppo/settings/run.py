@@ -30,7 +30,7 @@ class ExpManagerConfig(Config):
     create_tensorboard_logger: bool = True
     """Whether to write the metrics to <run directory>/tensorboard."""
     create_wandb_logger: bool = False
-    """Whether to send settings and metrics to Weights & Biases. A resumed run goes on with its curves."""
+    """Whether to send settings and metrics to Weights & Biases. A resumed run continues its curves."""
     wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of Lightning's WandbLogger. name and project are required; id is the run's own unless it is set."""
 

@@ -56,7 +56,7 @@ class ClientConfig(Config):
 
 
 class ServersConfig(Config):
-    """How the actor bears the loss of a server."""
+    """What the actor does when a server is lost."""
 
     patience: float = Field(600.0, ge=0)
-    """Seconds to wait for a lost server before the run ends; 0 to end at once. What is done is saved before."""
+    """Seconds to wait for a lost server before the run ends; 0 to end at once. Finished steps are saved first."""

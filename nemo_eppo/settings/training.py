@@ -25,8 +25,8 @@ class OptimizerConfig(Config):
     """Updates over which a decaying learning rate falls to min_lr; null for all updates of the run. A critic job needs
     a number, because it does not know how long the actor trains: PPO steps x epochs x mini-batches."""
     constant_steps: int = Field(0, ge=0)
-    """Last of these updates that a decaying learning rate stays at min_lr, where it arrives so many updates earlier
-    (as in NeMo's CosineAnnealing)."""
+    """Number of the last of these updates in which a decaying learning rate stays at min_lr, which it reaches this much
+    earlier (as in NeMo's CosineAnnealing)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of Adam's first and second moment, per update."""
     eps: float = Field(1e-8, gt=0)

@@ -1,8 +1,9 @@
 """A critic and reward models in the actor's own processes: no server, no second job, the same numbers.
 
-A request is encoded, checked, cast and put through the step rules exactly as on its way through a server, and then
-given to the same endpoint functions on the actor's ranks. The results therefore equal those of a server in the actor's
-layout bit for bit, as long as that server takes the rollout in one request (server.max_batch_size).
+A request is encoded, validated, cast and checked against the step rules (`servers/steps.py`) exactly as on its way
+through a server, and then given to the same endpoint functions on the actor's ranks. The results therefore equal those
+of a server in the actor's layout bit for bit, as long as that server takes the rollout in one request
+(server.max_batch_size).
 """
 
 import sys
@@ -29,7 +30,7 @@ from nemo_eppo.training.reward_sources import model_columns
 from nemo_eppo.training.setup import Plan
 
 
-class _Local:
+class _LocalEndpoints:
     """Calls a service's endpoint functions on all ranks; on a GPU the model is on the device only during a call.
 
     Args:
@@ -60,7 +61,7 @@ class _Local:
 
 class ColocatedCritic:
     """A critic in the actor's processes, see `Critic`. The constructor checks files and settings; `build` is called
-    once the ranks have joined. Nothing is computed before the functions that its methods return are called.
+    once the ranks have joined. `values` and `train` compute nothing until the function that they return is called.
 
     Args:
         actor: the policy's plan; the critic shares its layout, precision and micro-batches.
@@ -79,7 +80,7 @@ class ColocatedCritic:
             config.value_clip,
             where=where,
         )
-        self._call = _Local(self._model, where, actor, longest)
+        self._call = _LocalEndpoints(self._model, where, actor, longest)
         self.updates = 0
 
     def build(self, directory: Path) -> None:
@@ -147,7 +148,7 @@ class ColocatedReward:
     ) -> None:
         where = f"{key}.colocated"
         self._model = RewardModel(actor.setup.beside(colocated.restore_from_path), where)
-        self._call = _Local(self._model, where, actor, longest)
+        self._call = _LocalEndpoints(self._model, where, actor, longest)
         self.columns = model_columns(config, where, self._model.statistics, kind)
         self.latent_size = self._model.latent_size
 
@@ -160,10 +161,10 @@ class ColocatedReward:
         """See `RewardSource`; the returned function computes the rewards."""
 
         def compute() -> Rewards:
-            found = self._call(
+            answer = self._call(
                 "reward_infer", tokens=batch.tokens, prompt_lengths=batch.prompt_lengths, lengths=batch.lengths
             )
-            return Rewards(found["rewards"], found.get("latents", torch.zeros(len(samples), 0)))
+            return Rewards(answer["rewards"], answer.get("latents", torch.zeros(len(samples), 0)))
 
         return compute
 

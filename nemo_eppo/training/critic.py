@@ -27,7 +27,7 @@ from nemo_eppo.training.setup import build, plan
 
 
 class CriticModel:
-    """A critic on this job's ranks, which computes values and makes updates; a `Service` that knows no server.
+    """A critic on this job's ranks, which computes values and makes updates; a `Service` for any server or none.
 
     The constructor checks files and settings; `build` is called once the ranks have joined. Each mini-batch is one
     update; `step` counts updates.
@@ -102,27 +102,35 @@ class CriticModel:
                     f"the critic has made {self._step} updates of another run: resume the actor from that run's "
                     "directory, start the critic with a new one, or let it begin anew with critic.fresh=true"
                 )
-            self._saver.finish()
-            aside = self._folder.with_name(f"{CHECKPOINTS}_of_run_{self._run}")
-            if on_rank0(aside.exists):
-                raise ServiceError(f"the critic's checkpoints of run {self._run} would become {aside}, which exists")
-            on_rank0(lambda: self._folder.rename(aside) if self._folder.exists() else None)
+            self._set_checkpoints_aside()
         if step != self._step:
-            self._saver.finish()
-            resume = self._saver.path(step) if step else None
-            if resume is not None:
-                try:
-                    checkpoint.verify(resume)
-                except (ConfigError, PeerError) as error:
-                    raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
-            del self.runner  # before the new one needs as much memory
-            self._build(resume)
-            on_rank0(lambda: self._remove_after(step))
+            self._go_back(step)
         self._run = run
         return self._step
 
+    def _set_checkpoints_aside(self) -> None:
+        """Rename the folder with the checkpoints of another run, so that the next run starts without any."""
+        self._saver.finish()
+        aside = self._folder.with_name(f"{CHECKPOINTS}_of_run_{self._run}")
+        if on_rank0(aside.exists):
+            raise ServiceError(f"the critic's checkpoints of run {self._run} would become {aside}, which exists")
+        on_rank0(lambda: self._folder.rename(aside) if self._folder.exists() else None)
+
+    def _go_back(self, step: int) -> None:
+        """Load the checkpoint of update `step`, 0 for the start of the run, and remove all later ones."""
+        self._saver.finish()
+        resume = self._saver.path(step) if step else None
+        if resume is not None:
+            try:
+                checkpoint.verify(resume)
+            except (ConfigError, PeerError) as error:
+                raise ServiceError(f"the critic cannot go back to update {step}: {error}") from None
+        del self.runner  # before the new one needs as much memory
+        self._build(resume)
+        on_rank0(lambda: self._remove_after(step))
+
     def _remove_after(self, step: int) -> None:
-        # updates are made anew from here: of one that is not saved again, an earlier trajectory's must not be found
+        # later updates are made again: checkpoints of the abandoned ones must not be taken for those of the new ones
         saved = checkpoint_files.complete_in(self._folder)
         for path in saved[saved.index(self._saver.path(step)) + 1 :] if step else saved:
             remove_directory(path)
@@ -164,7 +172,7 @@ class CriticModel:
         self._saver.finish()
         path = self._saver.path(int(request["step"]))
         if not on_rank0(path.is_dir):
-            # to the actor the critic is lost, whatever happened to it or its writer: both go back to what is saved
+            # the actor takes this for a lost server, and both go back to the newest checkpoints
             raise ServerEnding(f"{path} was not saved")
         return str(path)
 

@@ -1,4 +1,4 @@
-"""The critic as a PPO step sees it, wherever it runs."""
+"""What a PPO step calls on a critic, wherever it runs, and the client of a critic job."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,7 +31,7 @@ class Critic(Protocol):
         """Start the next update on a mini-batch; the returned function gives its metrics."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """Keep a critic in the actor's processes on the device for a block of answers, not for each alone."""
+        """Keep a colocated critic on the device during a `with` block, instead of moving it there for every call."""
 
     def begin(self, run: int, updates: int, fresh: bool) -> None:
         """Load the state after `updates` updates of the run with the id `run`; 0 is the state at its start. With
@@ -72,12 +72,13 @@ class RemoteCritic:
 
     def values(self, batch: RolloutBatch, *, after_last: bool = False) -> Callable[[], Tensor]:
         padded = batch.with_padding(batch.sequence_length + 1) if after_last else batch
-        return asked(lambda: self.client.infer(padded.tokens, padded.lengths))
+        return request_from_rank0(lambda: self.client.infer(padded.tokens, padded.lengths))
 
     def train(self, batch: RolloutBatch, returns: Tensor, values: Tensor) -> Callable[[], dict[str, float]]:
         self.updates += 1
         step = self.updates
-        return asked(lambda: self.client.train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
+        train = self.client.train
+        return request_from_rank0(lambda: train(batch.tokens, batch.lengths, returns, values, batch.mask, step))
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -95,9 +96,9 @@ class RemoteCritic:
         self.client.close()
 
 
-def asked(ask: "Callable[[], Future[ValueT]]") -> Callable[[], ValueT]:
+def request_from_rank0(send: "Callable[[], Future[ValueT]]") -> Callable[[], ValueT]:
     """Send a request from rank 0 now; the returned function gives the answer to every rank."""
-    future = ask() if dist.get_rank() == 0 else None
+    future = send() if dist.get_rank() == 0 else None
 
     def wait() -> ValueT:
         assert future is not None

@@ -31,10 +31,10 @@ class EnergyCache:
         self._key = json.dumps(key, sort_keys=True, indent=1)
         self.directory = directory / hashlib.sha256(self._key.encode()).hexdigest()[:32]
         self._file: Path | None = None
-        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines of each file that were read
+        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines read of each file
 
     def load(self) -> dict[bytes, list[float]]:
-        """Read the entries that were added since the last call, but by `append`, as {digest of the prompt: energies}.
+        """Return entries that other processes added since the last call, as {digest of the prompt: energies}.
 
         Raises:
             ConfigError: a line other than the last of a file is damaged; the message names it.
@@ -44,7 +44,7 @@ class EnergyCache:
             offset, number = self._read.get(path, (0, 0))
             with path.open("rb") as file:
                 file.seek(offset)
-                lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn, or still being written
+                lines = file.read().split(b"\n")[:-1]  # text after the last newline is torn or still being written
             last = number + len(lines)
             for line in lines:
                 try:
@@ -59,14 +59,14 @@ class EnergyCache:
         return known
 
     def others(self) -> dict[str, list[str]]:
-        """Return the keys for which the folder has entries, by directory: where each differs from this cache's."""
-        own, found = dict(flat(json.loads(self._key))), {}
+        """Return how the keys of the folder's other caches differ from this cache's key, by directory name."""
+        own, differences = dict(flat(json.loads(self._key))), {}
         for file in self.directory.parent.glob("*/key.json"):
             there = dict(flat(json.loads(file.read_text())))
             if differing := sorted(name for name in own | there if own.get(name) != there.get(name)):
                 texts = (f"{name} = {there.get(name)!r}, here {own.get(name)!r}" for name in differing)
-                found[file.parent.name] = list(texts)
-        return found
+                differences[file.parent.name] = list(texts)
+        return differences
 
     def append(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
         """Write `(prompt, answer, energies)` of new prompts; they are on disk when this returns."""

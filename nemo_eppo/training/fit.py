@@ -51,7 +51,7 @@ class Task(ABC):
         """Return the tensors of a global batch of examples, `group` rows each."""
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        """Add to `rows` what the loss needs to know about the whole global batch, usually nothing; collective."""
+        """Add to `rows` tensors that the loss needs of the whole global batch, if any; collective."""
         return rows
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Task(ABC):
         """Return metrics on the validation data, whose names start with "validation/"; collective."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint records beside the weights, usually nothing; called after `validate`."""
+        """Return further state for a checkpoint's manifest, usually none; called after `validate`."""
         return {}
 
 
@@ -124,7 +124,7 @@ class Fit:
         if resume is not None:
             manifest = checkpoint_files.read_manifest(resume)
             done = manifest.step
-            batches.load_state_dict(manifest.state["batches"])  # a run that is finished says so of its own data only
+            batches.load_state_dict(manifest.state["batches"])  # other data are an error in a finished run, too
             if done >= last:
                 run.logger.info(
                     "%s has made %d steps, the settings ask for %d: nothing is left to do", resume, done, last
@@ -151,25 +151,25 @@ class Fit:
         return saver.path(last)
 
     def _steps(self, runner: ModelRunner, batches: GlobalBatches, saver: CheckpointSaver, done: int, last: int) -> int:
-        """Make the steps after `done`; return the one that was made last, which is `last` unless the run has to end."""
+        """Make the steps after `done`; return the last one made, which is `last` unless the run has to end early."""
         task, run, saving = self.task, self.run, self.saving
         with ExitStack() as stack:
-            is_first = dist.get_rank() == 0
+            is_rank0 = dist.get_rank() == 0
             watch = stack.enter_context(StopWatch(run))
-            metrics = stack.enter_context(run.open_metrics(done or None)) if is_first else None
-            progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_first))
+            metrics = stack.enter_context(run.open_metrics(done or None)) if is_rank0 else None
+            progress = stack.enter_context(Progress(task.title, last, task.columns, done=done, disable=not is_rank0))
             for step in range(done + 1, last + 1):
                 row = self._update(runner, next(batches), step)
                 if (stop := watch.due()) and step < last:
                     run.logger.info(PROBE_ENDS if self.head_only else ENDS, stop)
-                # a linear probe begins anew: it has no optimizer's state that could be saved
+                # a linear probe saves no optimizer state: interrupted, it starts again from step 1
                 save = step == last or (not self.head_only and (stop or due(step, saving.interval)))
                 validation: dict[str, float] = {}
                 if save or due(step, self.settings.validation_interval):
                     validation = task.validate(runner)
                     row |= validation
                 if metrics is not None:
-                    metrics.log(step, row)  # before its checkpoint: a run that resumes drops rows, and makes none up
+                    metrics.log(step, row)  # before the checkpoint: resuming can drop rows, not restore them
                 if save:
                     manifest = checkpoint_files.Manifest(
                         head=task.head,

@@ -26,7 +26,7 @@ from nemo_eppo.training.setup import Plan
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What the policy makes of a rollout batch."""
+    """Outputs of the policy, or of the reference, on a rollout batch."""
 
     logprobs: Tensor
     """Log-probs [B, T] of the response tokens, 0 outside the response."""
@@ -54,7 +54,7 @@ def build_policy(
     cache: EnergyCache | None,
     run_directory: Path,
 ) -> "Policy":
-    """Build the engine of a runner's model, and the policy with it; collective. Whoever builds it closes its engine."""
+    """Build the engine of a runner's model, and the policy with it; collective. The caller closes `policy.engine`."""
     engine = build_engine(
         config.engine,
         runner.chunks,
@@ -76,7 +76,7 @@ def next_token_targets(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 class Policy:
-    """What a PPO step asks of the policy and of the reference; methods take and return global batches on every rank.
+    """Policy and reference for a PPO step. Methods take and return global batches, the same on every rank.
 
     Args:
         model: the policy's architecture.
@@ -125,20 +125,20 @@ class Policy:
         """Compute log-probs, entropies and energies of the responses under the weights that the modules hold now."""
         targets = next_token_targets(batch.tokens, batch.mask)
         out, read = self.runner.infer(batch.tokens, batch.lengths, targets, outputs=2, energies=energies)
-        return PolicyOutputs(out[:, :-1, 0], out[:, :-1, 1], self._of_responses(batch, read))
+        return PolicyOutputs(out[:, :-1, 0], out[:, :-1, 1], self._response_energies(batch, read))
 
     def read(self, batch: RolloutBatch) -> PolicyOutputs:
-        """The same under the weights that generated the batch: what the engine read then, if it does, else `infer`."""
+        """Return these outputs under the weights that generated the batch: the engine's, else `infer`'s."""
         if batch.engine_entropies is None:
             return self.infer(batch)
-        energies = self._of_responses(batch, batch.engine_energies)
+        energies = self._response_energies(batch, batch.engine_energies)
         return PolicyOutputs(batch.engine_logprobs, batch.engine_entropies, energies)
 
-    def _of_responses(self, batch: RolloutBatch, read: Tensor | None) -> Tensor:
-        """Energies of all tokens [B, S, E] -> means over responses [B, E]; [B, 0] for None."""
-        if read is None:
+    def _response_energies(self, batch: RolloutBatch, energies: Tensor | None) -> Tensor:
+        """Average the energies [B, S, E] of all tokens over each response, [B, E]; [B, 0] for None."""
+        if energies is None:
             return torch.zeros(batch.batch_size, 0)
-        return response_energy(energy_window(read, self.energy.window), batch.mask, self.energy.max_tokens)
+        return response_energy(energy_window(energies, self.energy.window), batch.mask, self.energy.max_tokens)
 
     def infer_reference(
         self, batch: RolloutBatch, prompts: list[list[int]], *, logprobs: bool, energies: bool
@@ -152,25 +152,25 @@ class Policy:
             logprobs: whether the log-probs of the responses are needed.
             energies: whether the energies are needed.
         """
-        same = self.energy.reference == "same_response"
-        unanswered = self.unanswered(prompts) if energies and not same else []
-        reads_responses = logprobs or (energies and same)
-        outputs = found = None
+        same_response = self.energy.reference == "same_response"
+        unanswered = self.unanswered(prompts) if energies and not same_response else []
+        reads_responses = logprobs or (energies and same_response)
+        outputs = ref_energies = None
         if reads_responses or unanswered:
             with self.reference.active():
                 if reads_responses:
-                    outputs = self.infer(batch, energies=same)
+                    outputs = self.infer(batch, energies=same_response)
                 if unanswered:
                     self.answer(unanswered, batch.pad_id)
-        if same and outputs is not None:
-            found = outputs.energies
+        if same_response and outputs is not None:
+            ref_energies = outputs.energies
         elif energies:
-            found = torch.tensor([self._own_energies[prompt_digest(prompt)] for prompt in prompts])
-        return ReferenceOutputs(outputs.logprobs if outputs else None, found)
+            ref_energies = torch.tensor([self._own_energies[prompt_digest(prompt)] for prompt in prompts])
+        return ReferenceOutputs(outputs.logprobs if outputs else None, ref_energies)
 
     def unanswered(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Return the prompts, each once, that the reference has not answered yet: in this job, or in another one with
-        which it shares the cache."""
+        """Return the prompts, each once, that the reference has answered neither in this job nor in one that shares the
+        cache."""
         by_key = {prompt_digest(prompt): prompt for prompt in prompts}
         if self._cache is not None and not by_key.keys() <= self._own_energies.keys():
             self._own_energies |= on_rank0(self._cache.load)

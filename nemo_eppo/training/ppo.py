@@ -92,9 +92,9 @@ class PPO:
         self.sampling, self.tokenizer, self.seed = sampling, tokenizer, seed
         self.estimator = ESTIMATORS[settings.advantages.estimator](**settings.advantages.given)
         self.timers = Timers(device.synchronize)
-        self._is_compared = False  # whether engine and trainer are, since this process started
+        self._has_compared = False  # whether this process has compared the engine's log-probs with the trainer's
         self.updating = False
-        """Whether policy and critic may be between two steps."""
+        """Whether the newest step has begun to change weights, which are then those of no whole step if it is lost."""
 
     def step(self, step: int, prompts: Sequence[PromptItem]) -> StepResult:
         """Generate responses, collect and shape their rewards, and update policy and critic.
@@ -119,7 +119,7 @@ class PPO:
         prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         with timers("generate"):
             rollout = self.roll_out(prompts, self.sampling, step_seed(self.seed, step))
-            generated, batch = time.perf_counter() - started, rollout.batch
+            generation_seconds, batch = time.perf_counter() - started, rollout.batch
             baselines = self._ask_baselines(prompts, batch)
             rewards, observed = self.ask(rollout)
         with timers("logprobs"):
@@ -133,18 +133,18 @@ class PPO:
             )
         with timers("server_wait"):
             raw = rewards()
-            seen = {f"reward/{name}": answer() for name, answer in observed.items()}
+            observed_rewards = {f"reward/{name}": answer() for name, answer in observed.items()}
             values = baselines()
         with timers("shape"):
             experience, ledger = self._shape(step, rollout, outputs, reference, raw, values)
-            ledger.observations |= seen
+            ledger.observations |= observed_rewards
         metrics = self._train(step, batch, experience)
         with timers("shape"):
             if (kl := self.pipeline.kl).coefficient > 0:
                 metrics["kl/coefficient"] = kl.coefficient
             if self._policy_learns(step) and "kl/policy_reference" in ledger.observations:
                 kl.end_step(ledger.observations["kl/policy_reference"].mean().item(), batch.batch_size)
-            metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, outputs, experience, generated)
+            metrics |= ledger.means() | mismatch | self._rollout_metrics(batch, outputs, experience, generation_seconds)
         metrics |= timers.collect(time.perf_counter() - started)
         return StepResult(metrics, batch, rollout.samples, experience, ledger, raw.latents)
 
@@ -166,8 +166,8 @@ class PPO:
         return Rollout(ids, RolloutBatch.from_completions(ids, completions, self.tokenizer.pad_id), samples)
 
     def ask(self, rollout: Rollout) -> tuple[Callable[[], RawRewards], dict[str, Callable[[], Tensor]]]:
-        """Ask all sources of reward at once. The returned functions are collective and wait for the answers: one gives
-        the raw rewards, and one for each observed name gives standardised rewards [B]."""
+        """Request rewards from all sources at once. The returned functions are collective and wait for the answers: one
+        gives the raw rewards, and one for each observed name gives standardised rewards [B]."""
 
         def standardised(sources: RewardSources) -> Callable[[], Tensor]:
             wait = sources.ask(rollout.batch, rollout.samples)
@@ -180,15 +180,15 @@ class PPO:
     def _old_outputs(self, batch: RolloutBatch, step: int) -> tuple[PolicyOutputs, dict[str, float]]:
         """Return the outputs of the policy that generated the batch, and how far engine and trainer differ."""
         settings = self.settings
-        if settings.old_logprobs == "engine" and self._is_compared and (step - 1) % CHECK_INTERVAL:
+        if settings.old_logprobs == "engine" and self._has_compared and (step - 1) % CHECK_INTERVAL:
             return self.policy.read(batch), {}
-        self._is_compared = True
+        self._has_compared = True
         computed = self.policy.infer(batch)
         mismatch = engine_mismatch(batch, computed.logprobs, settings.mismatch_limit)
         return (self.policy.read(batch) if settings.old_logprobs == "engine" else computed), mismatch
 
     def _ask_baselines(self, prompts: Sequence[PromptItem], batch: RolloutBatch) -> Callable[[], Tensor | None]:
-        """Start to compute what returns are compared with, and leave the engine asleep. The returned function gives the
+        """Start to compute the estimator's baselines, and put the engine to sleep. The returned function gives the
         critic's values [B, T or T + 1] or the proxy rewards of greedy responses [B, T]; None if neither is needed."""
         if self.estimator.needs != "greedy":
             self.policy.engine.sleep()
@@ -213,7 +213,7 @@ class PPO:
         raw: RawRewards,
         values: Tensor | None,
     ) -> tuple[Experience, Ledger]:
-        """Compute rewards and advantages. `values` are what `_ask_baselines` promised."""
+        """Compute rewards and advantages. `values` are the baselines of `_ask_baselines`."""
         settings, batch = self.settings, rollout.batch
         mask = batch.mask
         shaped = self.pipeline(
@@ -263,16 +263,17 @@ class PPO:
         pending = []
         for epoch in range(settings.epochs):
             for rows in minibatches(batch.batch_size, settings.mini_batch_size, step_seed(self.seed, step), epoch):
-                part, chosen = batch.select(rows), experience.select(rows)
+                mini_batch, mini_experience = batch.select(rows), experience.select(rows)
                 if self.critic is not None:
-                    assert chosen.returns is not None
-                    assert chosen.values is not None
+                    returns, values = mini_experience.returns, mini_experience.values
+                    assert returns is not None
+                    assert values is not None
                     with self.timers("critic_train"):
-                        pending.append(self.critic.train(part, chosen.returns, chosen.values))
+                        pending.append(self.critic.train(mini_batch, returns, values))
                 report = {}
                 if self._policy_learns(step):
                     with self.timers("actor_train"):
-                        report = self._train_policy(part, chosen, is_first=not reports)
+                        report = self._train_policy(mini_batch, mini_experience, is_first=not reports)
                 reports.append({f"actor/{name}": value for name, value in report.items()})
         if self.critic is not None:
             with self.timers("critic_train"), self.critic.turn():
@@ -281,6 +282,7 @@ class PPO:
         return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
 
     def _train_policy(self, batch: RolloutBatch, experience: Experience, is_first: bool) -> dict[str, float]:
+        """Make one update on a mini-batch; return its metrics."""
         settings, shaping, mask = self.settings, self.pipeline.config, experience.mask
         rows: Rows = {
             "tokens": batch.tokens,
@@ -340,15 +342,16 @@ class PPO:
         self, batch: RolloutBatch, outputs: PolicyOutputs, experience: Experience, seconds: float
     ) -> dict[str, float]:
         mask = batch.mask
-        found = {
+        metrics = {
             "rollout/response_length": float(mask.sum()) / batch.batch_size,
             "rollout/truncated_fraction": float(batch.truncated.float().mean()),
             "rollout/tokens_per_second": float(mask.sum()) / seconds,
             "rollout/entropy": float(masked_mean(outputs.entropies, mask)),
         }
         if experience.values is not None and experience.returns is not None:
-            found["critic/explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
-        return found
+            variance = explained_variance(experience.values, experience.returns, mask)
+            metrics["critic/explained_variance"] = float(variance)
+        return metrics
 
 
 def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) -> dict[str, float]:
@@ -361,15 +364,15 @@ def engine_mismatch(batch: RolloutBatch, logprobs: Tensor, limit: float | None) 
     Raises:
         EngineMismatchError: the mean is above the limit.
     """
-    sizes = (logprobs - batch.engine_logprobs).abs()[batch.mask]
-    found = {"mean": float(sizes.mean()), "max": float(sizes.max())}
+    errors = (logprobs - batch.engine_logprobs).abs()[batch.mask]
+    mismatch = {"mean": float(errors.mean()), "max": float(errors.max())}
     for percent in (50, 90, 99):
-        found[f"p{percent}"] = float(sizes.kthvalue((len(sizes) - 1) * percent // 100 + 1).values)
-    if limit is not None and not found["mean"] <= limit:
-        text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+        mismatch[f"p{percent}"] = float(errors.kthvalue((len(errors) - 1) * percent // 100 + 1).values)
+    if limit is not None and not mismatch["mean"] <= limit:  # also where the mean is NaN
+        text = ", ".join(f"{name} {value:.3g}" for name, value in mismatch.items())
         raise EngineMismatchError(
             f"|logp_engine - logp_trainer| per token: {text}; the mean is above ppo.mismatch_limit = {limit:g}. The "
             "engine computes with other weights, or in another precision, than the trainer; or it is TensorRT-LLM, "
             "whose log-probs are those before generation.top_k and top_p"
         )
-    return {f"rollout/engine_mismatch_{name}": value for name, value in found.items()}
+    return {f"rollout/engine_mismatch_{name}": value for name, value in mismatch.items()}

@@ -1,4 +1,4 @@
-"""The actor job: what is checked before anything is built, and how a PPO is built from it."""
+"""The actor job: checks files and settings, then builds or connects to the models of a PPO run."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -52,9 +52,9 @@ class PPOJob:
                 kind = "any" if key == "held_out_reward" else config.reward_kind
                 self._reward_models[key] = ColocatedReward(key, source, source.colocated, self.plan, longest, kind)
         check_own_code(config)
-        for asked in (config.critic, *config.reward_sources.values()):
-            if run.rank == 0 and asked is not None and asked.server is not None and asked.server.certificates:
-                Certificates.of(asked.server.certificates)
+        for part in (config.critic, *config.reward_sources.values()):
+            if run.rank == 0 and part is not None and part.server is not None and part.server.certificates:
+                Certificates.of(part.server.certificates)
         self.pipeline = RewardPipeline(config.shaping)
         self.monitor = HackingMonitor(config.monitor)
         self.prompts = self._dataset(config.data.train)
@@ -105,17 +105,26 @@ class PPOJob:
             self.remotes += made.remotes
             return made
 
-        trained_with = config.reward_sources
-        held_out = trained_with.pop("held_out_reward", None)
-        rewards, observed = sources(trained_with, config.reward_kind), {}
+        training_sources = config.reward_sources
+        held_out = training_sources.pop("held_out_reward", None)
+        rewards, observed = sources(training_sources, config.reward_kind), {}
         if config.gold_reward is not None:
             observed["gold"] = sources({"gold_reward": RewardSourceConfig(function=config.gold_reward)})
         if held_out is not None:
             observed["held_out"] = sources({"held_out_reward": held_out})
         self.pipeline.check_sources(rewards.columns, rewards.latent_size)
         self.monitor.check_latents(rewards.latent_size)
-        how = (config.generation, self.plan.tokenizer, config.seed)
-        return PPO(config.ppo, self.pipeline, policy, critic, rewards, observed, *how)
+        return PPO(
+            config.ppo,
+            self.pipeline,
+            policy,
+            critic,
+            rewards,
+            observed,
+            config.generation,
+            self.plan.tokenizer,
+            config.seed,
+        )
 
     def _build_policy(self) -> Policy:
         config, updates = self.config, self.config.ppo.policy_updates
@@ -142,7 +151,7 @@ class PPOJob:
         return cache
 
     def _connect_critic(self, expect: Mapping[str, Any]) -> Critic | None:
-        """Return the critic, None if there is none; one behind a server is joined first."""
+        """Connect to the critic's server if it has one; return the critic, None if there is none."""
         config = self.config
         if config.critic is None or config.critic.server is None:
             return self._critic

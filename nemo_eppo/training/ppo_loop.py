@@ -53,15 +53,15 @@ def _resumed(
     watch: StopWatch,
     error: ServerUnavailable | RewardFunctionError | PeerError,
 ) -> "PPOLoop":
-    """Resume after a step was lost; a server that is lost meanwhile is waited for again."""
+    """Resume after a lost step; if another server is lost while resuming, wait for it, too."""
     while True:
         recovery.recover(error, loop.done, loop.save_lost, watch)
         ppo.timers.discard()
-        ppo.updating = True  # no step can be saved before critic and policy have gone back to the same one
+        ppo.updating = True  # nothing may be saved before policy and critic are back at the same step
         try:
             return PPOLoop(job, ppo)
-        except (ServerUnavailable, PeerError) as again:
-            error = again
+        except (ServerUnavailable, PeerError) as next_error:
+            error = next_error
 
 
 class PPOLoop:
@@ -74,15 +74,15 @@ class PPOLoop:
         self.checkpoints = self.run_files.directory / CHECKPOINTS
         self.saver = CheckpointSaver(self.checkpoints, self.plan.tokenizer_path, self.config.checkpoint.asynchronous)
         ppo.policy.engine.sleep()  # loading takes its memory; after a lost step the engine may be awake
-        self._ended = False  # by the monitor
-        self._reference = on_rank0(job.plan.identity)  # what the policy is compared with
+        self._stopped_by_monitor = False
+        self._reference = on_rank0(job.plan.identity)
         self.done = self.saved = self._resume()
         self._state = self._state_now()
 
     def run(self, watch: StopWatch) -> None:
         """Train to the last step, or to where `watch` or the monitor ends the run."""
         config, ppo, step = self.config, self.ppo, self.done
-        last = self.done if self._ended and config.monitor.may_stop else config.ppo.max_steps
+        last = self.done if self._stopped_by_monitor and config.monitor.may_stop else config.ppo.max_steps
         stop, is_last = "", False
         if self.done >= last:
             why = "the monitor ended the run" if last < config.ppo.max_steps else f"ppo.max_steps = {last}"
@@ -95,18 +95,17 @@ class PPOLoop:
                     "PPO", last, PPO_COLUMNS, done=self.done, disable=dist.get_rank() != 0, phase=ppo.timers.running
                 )
             )
-            if self.done == 0:
-                before = self._validate(0)
-                if metrics is not None and before:
-                    metrics.log(0, before)
-                if before and not config.validation.greedy:  # greedy responses have other energies than sampled ones
-                    self.monitor.observe_sft(before["validation/energy_loss"])
+            if self.done == 0 and (initial := self._validate(0)):
+                if metrics is not None:
+                    metrics.log(0, initial)
+                if not config.validation.greedy:  # greedy responses have other energies than sampled ones
+                    self.monitor.observe_sft(initial["validation/energy_loss"])
             for step in range(self.done + 1, last + 1):
                 result = ppo.step(step, [self.prompts[index] for index in next(self.batches)])
                 started = time.perf_counter()
                 row = result.metrics
-                self._ended = self._watch(step, row, result.latents)
-                is_last = self._ended or step == last
+                self._stopped_by_monitor = self._watch(step, row, result.latents)
+                is_last = self._stopped_by_monitor or step == last
                 self._state = self._state_now()
                 if (stop := watch.due()) and not is_last:
                     self.run_files.logger.info(ENDS, stop)
@@ -120,7 +119,7 @@ class PPOLoop:
                 row |= validation
                 row["seconds/after_step"] = time.perf_counter() - started
                 if metrics is not None:
-                    metrics.log(step, row)  # before its checkpoint: a run that resumes drops rows, and makes none up
+                    metrics.log(step, row)  # before the checkpoint: resuming can drop rows, not restore them
                 if save:
                     self._save(step, validation)
                 self.saver.poll()
@@ -139,7 +138,7 @@ class PPOLoop:
             return None
         for folder in ("rollouts", "validation"):
             for step, file in recorded_steps(self.run_files.directory / folder).items():
-                if step > self.done:  # of steps that are made again, or never
+                if step > self.done:  # the checkpoint that the run resumes from is older
                     file.unlink()
         return stack.enter_context(self.run_files.open_metrics(self.done or None))
 
@@ -169,23 +168,23 @@ class PPOLoop:
 
     def _watch(self, step: int, row: dict[str, float], latents: torch.Tensor | None) -> bool:
         """Give a step's metrics `row` to the hacking monitor, add its own, and return whether it stops the run."""
-        watched = on_rank0(lambda: self.monitor.observe(step, row, latents))  # one verdict for all ranks
-        row |= watched.metrics
-        actions = [alarm.action for alarm in watched.alarms]
+        verdict = on_rank0(lambda: self.monitor.observe(step, row, latents))  # the same for all ranks
+        row |= verdict.metrics
+        actions = [alarm.action for alarm in verdict.alarms]
         if "raise_kl" in actions:
             kl = self.ppo.pipeline.kl
             kl.set_coefficient(self.monitor.raised_kl(kl.coefficient))
         if dist.get_rank() == 0:
-            for alarm in watched.alarms:
+            for alarm in verdict.alarms:
                 self.run_files.logger.warning("%s", alarm)
         return "stop" in actions
 
     def save_lost(self) -> int | None:
-        """Save the steps done, after another one was lost; return the newest step to resume from, None if none is.
+        """Save the finished steps after a later one was lost; return the newest saved step, None if there is none.
 
-        They are not saved if the lost one had begun to change weights, or if the critic is lost, too.
+        Nothing is saved if the lost step had begun to change weights, or if the critic's server is lost.
         """
-        with suppress(ServerUnavailable, PeerError):  # its critic's checkpoint may be lost, and so is this one
+        with suppress(ServerUnavailable, PeerError):  # a checkpoint under way is lost with its critic's
             self.saver.finish()
         if self.done > self.saved and not self.ppo.updating:
             with suppress(ServerUnavailable, PeerError):
@@ -203,13 +202,13 @@ class PPOLoop:
             "batches": self.batches.state_dict(),
             "pipeline": self.ppo.pipeline.state_dict(),
             "monitor": self.monitor.state_dict(),
-            "ended": self._ended,
+            "ended": self._stopped_by_monitor,
             "reference": self._reference,
             "rewards": self._scales(),
         }
 
     def _scales(self) -> list[list[float]]:
-        """Mean and standard deviation of each reward: no two reward models have the same."""
+        """Return mean and standard deviation of each reward, which tell one reward model from another."""
         return [[column.mean, column.std] for column in self.ppo.sources.columns]
 
     def _save(self, step: int, validation: dict[str, float]) -> None:
@@ -254,8 +253,8 @@ class PPOLoop:
                     f"{newest} was saved by a run with {had} critic, this run has {has}: choose another run directory"
                 )
             self.batches.load_state_dict(state["batches"])
-            self._ended = state.get("ended", False)
-            self._same_reference(newest, state.get("reference") or self._reference)
+            self._stopped_by_monitor = state.get("ended", False)
+            self._check_reference(newest, state.get("reference") or self._reference)
             if (before := state.get("rewards", self._scales())) != self._scales():
                 self.run_files.logger.warning(
                     "the run of %s had other rewards, by their means and standard deviations %s; they are %s now",
@@ -264,7 +263,7 @@ class PPOLoop:
         if ppo.critic is not None:
             assert self.config.critic is not None
             fresh = self.config.critic.fresh and newest is None
-            on_rank0(self._critics_needed)  # a damaged checkpoint is told before work is done that it keeps from a save
+            on_rank0(self._critics_needed)  # a damaged manifest is an error now, not at the first save
             ppo.critic.begin(on_rank0(lambda: run_id(self.run_files.directory)), state.get("critic_updates", 0), fresh)
         if newest is None:
             return 0
@@ -274,9 +273,9 @@ class PPOLoop:
         self.run_files.logger.info(RESUMES, newest, manifest.step, self.config.ppo.max_steps)
         return manifest.step
 
-    def _same_reference(self, checkpoint: Path, before: str | None) -> None:
-        """Raise ConfigError if the model that this run began with is another one now; warn if only its files' times
-        tell so."""
+    def _check_reference(self, checkpoint: Path, before: str | None) -> None:
+        """Raise ConfigError if the reference is another model than when the run began; only warn for a Hugging Face
+        directory, whose identity also changes when its files are copied."""
         if self._reference == before:
             return
         said = f"{self.plan.source} is not the model that the run of {checkpoint} began with, and compares itself with"
@@ -289,7 +288,7 @@ def rollout_rows(
     batch: RolloutBatch, samples: Sequence[Sample], measured: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """Return one row per response for rollout files: its text and token ids (EOS included where it finished), how it
-    ended, and what was measured of it."""
+    ended, and its numbers in `measured`."""
     return [
         {
             "prompt": sample.prompt,

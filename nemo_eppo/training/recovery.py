@@ -1,4 +1,4 @@
-"""What an actor does when a server is lost: it saves what it has, waits until its servers answer again, and resumes."""
+"""An actor that loses a server saves its finished steps, waits until all servers answer again, and resumes."""
 
 import logging
 import time
@@ -12,8 +12,8 @@ from nemo_eppo.servers.client import ServerClient, ServerUnavailable
 from nemo_eppo.settings.servers import ServersConfig
 from nemo_eppo.training.stopping import StopWatch
 
-_MOST_LOSSES = 3  # of servers at the same step, after which the step itself is taken to end them
-_TELL_S = 30.0  # seconds between two lines about a server that is waited for
+_MAX_LOSSES = 3  # lost servers at one step before the run ends with the error: the step itself seems to be the cause
+_LOG_INTERVAL = 30.0  # seconds between two log lines about a server that is waited for
 
 
 class Remote(Protocol):
@@ -21,14 +21,14 @@ class Remote(Protocol):
 
     @property
     def client(self) -> ServerClient:
-        """Its client, of which rank 0 alone asks."""
+        """Its client, used on rank 0 alone."""
 
     def connect(self) -> object:
         """Wait until the server answers, and check that it fits; collective."""
 
 
 class Recovery:
-    """Brings an actor and its servers together again; one object for the whole run. All methods are collective."""
+    """Waits for lost servers and connects to them again; one object for the whole run. All methods are collective."""
 
     def __init__(self, remotes: Sequence[Remote], config: ServersConfig, logger: logging.Logger) -> None:
         self._remotes, self._patience, self._logger = remotes, config.patience, logger
@@ -50,8 +50,8 @@ class Recovery:
             watch: a run that it has told to end waits for no server.
 
         Raises:
-            the error, if it was no lost server, if nothing is saved, or if a server stays away. When a reward function
-            failed, the steps done are saved before.
+            the error itself, if it is not a lost server, if nothing is saved, or if a server stays away. When a reward
+            function failed, the finished steps are saved first.
             ServerError: a server came back as another one.
             RunStopped: the run was told to end; the log says which of its steps are saved.
         """
@@ -61,15 +61,15 @@ class Recovery:
         if failed is not ServerUnavailable:
             raise error
         self._losses[step] = self._losses.get(step, 0) + 1
-        saved, back = save(), False
-        if saved is not None and self._losses[step] <= _MOST_LOSSES and self._patience:
+        saved, answered = save(), False
+        if saved is not None and self._losses[step] <= _MAX_LOSSES and self._patience:
             self._logger.warning("%s", error)
-            back = self._wait(watch)
+            answered = self._wait(watch)
         if saved is not None and watch.told():
             lost = "" if saved == step else f"; {step - saved} more have to be made again"
             self._logger.info("told to end while a server is lost: the first %d steps are saved%s", saved, lost)
             raise RunStopped from error
-        if not back:
+        if not answered:
             raise error
         for remote in self._remotes:
             remote.connect()
@@ -77,22 +77,22 @@ class Recovery:
 
     def _wait(self, watch: StopWatch) -> bool:
         """Wait until all servers answer or any rank is told to end, and return whether they answer."""
-        started, back = time.monotonic(), None
-        while back is None:  # ranks would not wait for rank 0 as long as the patience may be
-            back = on_rank0(lambda: self._wait_some(started, watch))
-            if back is None and watch.told():
+        started, answered = time.monotonic(), None
+        while answered is None:  # in slices: the other ranks' collectives would time out before a long patience ends
+            answered = on_rank0(lambda: self._wait_some(started, watch))
+            if answered is None and watch.told():
                 return False
-        return back
+        return answered
 
     def _wait_some(self, started: float, watch: StopWatch) -> bool | None:
-        """Wait for `_TELL_S` at most; False when the patience is over, None when there is more to wait."""
+        """Wait for `_LOG_INTERVAL` at most; False when the patience is over, None when there is more to wait."""
         until = 0.0
         while lost := [remote.client for remote in self._remotes if not _answers(remote.client)]:
             now = time.monotonic()
             if now - started >= self._patience:
                 return False
             if not until:
-                until = now + _TELL_S
+                until = now + _LOG_INTERVAL
                 names = " and ".join(f"the {client.name} server at {client.config.url}" for client in lost)
                 self._logger.warning("waiting for %s (%.0f of %.0f s)", names, now - started, self._patience)
             elif now >= until or watch.signalled:

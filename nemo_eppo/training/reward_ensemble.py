@@ -19,7 +19,7 @@ from nemo_eppo.training.fit import Fit
 from nemo_eppo.training.setup import Plan, build, plan
 
 AVERAGE = "average"
-"""Folder of WARM's average in the run directory, the only checkpoint that is no directory of checkpoints."""
+"""WARM's averaged checkpoint in the run directory, a single one, not a folder of checkpoints."""
 
 
 def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: OptimizerConfig) -> None:
@@ -35,7 +35,7 @@ def check_ensemble(config: EnsembleConfig, model: Plan, head: Head, optimizer: O
 
 
 def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
-    """Train those of the probe and the members that are not trained yet; return the last checkpoint of each member.
+    """Train linear probe and members, except finished ones; return the last checkpoint of each member.
 
     Args:
         fit: the training run of a single reward model.
@@ -44,7 +44,7 @@ def train_members(config: EnsembleConfig, fit: Fit) -> list[Path]:
         probe = replace(
             fit,
             settings=fit.settings.model_copy(update={"epochs": None, "max_steps": config.linear_probe_steps}),
-            # constant steps are the members' last updates; the states of a head alone are too small to be sharded
+            # constant steps are for the members' last updates; the head's optimizer states are too small to be sharded
             optimizer=fit.optimizer.model_copy(update={"constant_steps": 0, "distributed": False}),
             saving=fit.saving.model_copy(update={"interval": 0}),
             run=_part(fit.run, "linear_probe"),
@@ -99,7 +99,7 @@ def average_members(config: EnsembleConfig, members: list[Path], fit: Fit) -> di
 
 
 def averaged(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the average's checkpoint records, given what that of a member does."""
+    """Return the state in the averaged checkpoint's manifest, given that of a member."""
     return {**state, "kind": "warm" if state["kind"] == "bradley_terry" else state["kind"]}
 
 

@@ -26,7 +26,7 @@ class BradleyTerry:
         self.config, self.seed = config, seed
 
     def prepare(self, rows: Rows, runner: ModelRunner, step: int) -> Rows:
-        """Add to the rows of the global batch what the loss needs to know about the whole batch."""
+        """Add to `rows` tensors that the loss needs of the whole global batch; collective."""
         return rows
 
     def __call__(self, output: Tensor, rows: Rows, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from nemo_eppo.training.reward_losses import LOSSES
 from nemo_eppo.training.reward_service import score_and_latents, store_gaussian
 from nemo_eppo.training.setup import Plan, plan
 
-_SFT_RESPONSES = 2048
+_SFT_RESPONSES = 2048  # SFT responses, at most, to whose latents the Gaussian is fitted
 
 
 class RewardTask(Task):

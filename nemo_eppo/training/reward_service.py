@@ -25,7 +25,7 @@ from nemo_eppo.training.setup import Plan, build, plan
 
 
 class RewardModel:
-    """A reward model on this job's ranks; a `Service` that knows no server.
+    """A reward model on this job's ranks; a `Service` for any server or none.
 
     The constructor checks files and settings; `build` is called once the ranks have joined.
 
@@ -51,7 +51,7 @@ class RewardModel:
 
     def build(self) -> None:
         """Load the weights; collective."""
-        with runtime.seeded(0):  # all weights are loaded; the draws before must not affect a model beside it
+        with runtime.seeded(0):  # fresh weights are drawn before they are loaded; no later draw may depend on that
             self.runner = build(self.plan, self.head, latent_size=self.latent_size)
 
     def status(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def score_and_latents(output: Tensor, rows: Rows, how: ScoreReduction, latent_si
 
 
 def store_gaussian(gaussian: Gaussian) -> dict[str, Any]:
-    """Convert a Gaussian over latents to what a manifest stores, in fp32."""
+    """Convert a Gaussian over latents to fp32 values for a manifest."""
     return {"mean": pack_array(gaussian.mean.cpu().numpy()), "factor": pack_array(gaussian.factor.cpu().numpy())}
 
 

@@ -14,7 +14,7 @@ from nemo_eppo.rewards.sample import Sample
 from nemo_eppo.rollout.batch import RolloutBatch
 from nemo_eppo.servers.client import RewardClient, Rewards
 from nemo_eppo.settings.rewards import RewardAddress, RewardKind, RewardSourceConfig
-from nemo_eppo.training.critics import asked
+from nemo_eppo.training.critics import request_from_rank0
 
 
 class RewardSource(Protocol):
@@ -45,18 +45,18 @@ class ServerSource:
         self.client = RewardClient(address, address.job, address.others)
         self._expect: dict[str, Any] = dict(expect)
         self.statistics = self.connect()
-        """What the server says of its models; no two have the same."""
+        """Statistics of the server's models, which identify them: no two models have the same."""
         self._expect["reward"] = self.statistics  # after a reconnection it has to be the same model
         self.columns = model_columns(config, f"the server at {address.url}", self.statistics, kind)
         self.latent_size = int(self.statistics["latent_size"])
 
     def connect(self) -> dict[str, Any]:
-        """Wait until the server answers, check that it fits and return what it says of its models; collective."""
+        """Wait until the server answers, check that it fits, and return its models' statistics; collective."""
         model: dict[str, Any] = on_rank0(lambda: self.client.connect(self._expect)["reward"])
         return model
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
-        return asked(lambda: self.client.infer(batch.tokens, batch.prompt_lengths, batch.lengths))
+        return request_from_rank0(lambda: self.client.infer(batch.tokens, batch.prompt_lengths, batch.lengths))
 
     def close(self) -> None:
         self.client.close()
@@ -84,7 +84,7 @@ def model_columns(
 
 
 class FunctionSource:
-    """A user's reward function, which rank 0 has the pool's processes call."""
+    """A user's reward function; rank 0 submits it to the pool of processes."""
 
     latent_size = 0
 
@@ -95,11 +95,11 @@ class FunctionSource:
         ]
 
     def ask(self, batch: RolloutBatch, samples: Sequence[Sample]) -> Callable[[], Rewards]:
-        wait = asked(lambda: self._pool.submit(self._function, samples))
+        wait = request_from_rank0(lambda: self._pool.submit(self._function, samples))
         return lambda: Rewards(torch.tensor(wait()).unsqueeze(1), torch.zeros(len(samples), 0))
 
     def close(self) -> None:
-        """Nothing is held; whoever made the pool closes it."""
+        """Nothing is held; the pool is closed by its owner."""
 
 
 class RawRewards(NamedTuple):
@@ -125,11 +125,10 @@ class RewardSources:
         pending = [source.ask(batch, samples) for source in self._sources]
 
         def wait() -> RawRewards:
-            rewards = [answer() for answer in pending]
-            latents = torch.cat([found.latents for found in rewards], dim=1)
-            return RawRewards(
-                torch.cat([found.rewards for found in rewards], dim=1), latents if latents.shape[1] else None
-            )
+            rewards = [receive() for receive in pending]
+            scores = torch.cat([answer.rewards for answer in rewards], dim=1)
+            latents = torch.cat([answer.latents for answer in rewards], dim=1)
+            return RawRewards(scores, latents if latents.shape[1] else None)
 
         return wait
 

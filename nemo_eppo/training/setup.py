@@ -22,7 +22,7 @@ from nemo_eppo.settings.model import Head, ModelConfig, ModelSetup
 from nemo_eppo.settings.training import OptimizerConfig
 
 logger = logging.getLogger(__name__)
-_UNUSUAL = {
+_SLOW_PRECISION = {
     "fp32": "model.precision = fp32 on a GPU: bf16 computes an order of magnitude faster there",
     "bf16": "model.precision = bf16 on a CPU: fp32 is faster there; if this machine has GPUs, torch finds none of them",
 }
@@ -50,7 +50,7 @@ class Plan:
 
         Args:
             where: the option or config key that names this model, for messages.
-            tokenizer: what the sequences' token ids belong to.
+            tokenizer: tokenizer of the sequences.
             of: names the other model.
             longest: tokens of the longest prompt and response together.
         """
@@ -65,12 +65,12 @@ class Plan:
 
 
 def unlike(tokenizer: Tokenizer, other: Tokenizer, of: str) -> str:
-    """Say why token ids of one tokenizer mean nothing to the `other`, that of the model `of`; "" if they do."""
+    """Say how a tokenizer differs from the `other`, that of the model `of`; "" if their token ids mean the same."""
     sizes = (("vocabulary of", tokenizer.vocab_size, other.vocab_size), ("EOS", tokenizer.eos_id, other.eos_id))
-    found = [f"{what} {ours!r}, {of} has {theirs!r}" for what, ours, theirs in sizes if ours != theirs]
-    if not found and tokenizer.digest != other.digest:
-        found = [f"other tokens than {of}'s under the same numbers"]
-    return "; ".join(found)
+    differences = [f"{what} {ours!r}, {of} has {theirs!r}" for what, ours, theirs in sizes if ours != theirs]
+    if not differences and tokenizer.digest != other.digest:
+        differences = [f"other tokens than {of}'s under the same numbers"]
+    return "; ".join(differences)
 
 
 def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, ranks: int | None = None) -> Plan:
@@ -85,24 +85,10 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
         ConfigError: checkpoint or tokenizer is missing, damaged or wrong, the vocabulary does not fit, the tokenizer
             is not the model's own, or the model or the number of ranks does not allow the layout.
     """
-    source: Path | HfDirectory | None = None
-    own_tokenizer: Path | None = None
-    manifest, model = None, setup.architecture
+    source = own_tokenizer = manifest = None
+    model = setup.architecture
     if setup.restore_from_path is not None:
-        if HfDirectory.at(setup.restore_from_path):
-            source = HfDirectory(setup.restore_from_path)
-            manifest = source.manifest()
-            if head not in (None, source.head):
-                raise ConfigError(f"{where}: {source.path} holds a {source.architecture}, expected head '{head}'")
-            own_tokenizer = source.path
-        else:
-            named = where if where.startswith("--") else f"{where}.restore_from_path"
-            source = checkpoint_files.find(setup.restore_from_path, named)
-            try:
-                manifest = checkpoint_files.read_manifest(source, head)
-            except ConfigError as error:
-                raise ConfigError(f"{named}: {error}") from None
-            own_tokenizer = source / checkpoint_files.TOKENIZER
+        source, own_tokenizer, manifest = _read_source(setup.restore_from_path, where, head)
         model = manifest.model
     assert model is not None
     tokenizer_path = setup.tokenizer or own_tokenizer
@@ -119,6 +105,23 @@ def plan(setup: ModelSetup, where: str = "model", head: Head | None = None, rank
     check_layout(model, setup.parallel, f"{where}.architecture")
     setup.parallel.data_parallel_size(ranks or runtime.world_size())
     return Plan(setup, model, tokenizer, tokenizer_path, source, manifest)
+
+
+def _read_source(
+    path: Path, where: str, head: Head | None
+) -> tuple[Path | HfDirectory, Path, checkpoint_files.Manifest]:
+    """Find and check the model at `path`; return it, the directory of its tokenizer, and its manifest; see `plan`."""
+    if HfDirectory.at(path):
+        directory = HfDirectory(path)
+        if head not in (None, directory.head):
+            raise ConfigError(f"{where}: {path} holds a {directory.architecture}, expected head '{head}'")
+        return directory, path, directory.manifest()
+    key = where if where.startswith("--") else f"{where}.restore_from_path"
+    source = checkpoint_files.find(path, key)
+    try:
+        return source, source / checkpoint_files.TOKENIZER, checkpoint_files.read_manifest(source, head)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, path: Path, own: Path, where: str) -> None:
@@ -155,7 +158,7 @@ def build(
         dropout: probability of dropout in the residual stream during training.
         total_steps: updates over which the learning rate decays.
         probe: which energies the model can read; None for none.
-        resume: a checkpoint of this very job, from which weights, optimizer and schedule are loaded instead.
+        resume: a checkpoint of this run; weights, optimizer state and schedule are loaded from it instead.
 
     Raises:
         ConfigError: model.lora is set without an optimizer, or is another than `resume` was saved with.
@@ -164,7 +167,7 @@ def build(
     if setup.lora is not None and optimizer is None:
         raise ConfigError("model.lora is for models that are trained; adapters of a checkpoint are merged on load")
     if optimizer is not None and (setup.precision == "fp32") == device.on_gpu():
-        logger.warning(_UNUSUAL[setup.precision])
+        logger.warning(_SLOW_PRECISION[setup.precision])
     gc.collect()  # reference cycles hold an earlier model and its optimizer, which would stay beside the new one
     chunks: list[Any] = build_model(
         plan.model,

@@ -14,12 +14,11 @@ from nemo_eppo.observability.run import Run
 # srun forwards SIGUSR1 to the ranks that it has started; at SIGTERM it kills them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+# Log lines of all training loops: at a resume, at the end, and where a run ends before its last step.
 RESUMES = "resumes from %s, step %d of %d"
 SAVED = "%s ended after step %d of %d; its checkpoint is %s"
-"""What the log of a training ends with."""
 ENDS = "%s: saving, then ending. The same command resumes from here."
 PROBE_ENDS = "%s: ending. A linear probe is not saved, the same command begins it anew."
-"""What it says when a run ends before its last step, and why."""
 
 
 class StopWatch:
@@ -32,7 +31,7 @@ class StopWatch:
     def __init__(self, run: Run) -> None:
         self._run, self._limit = run, run.settings.max_seconds
         self._signal = 0
-        self._last, self._longest = time.monotonic(), 0.0
+        self._step_began, self._longest_step = time.monotonic(), 0.0
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -44,7 +43,7 @@ class StopWatch:
 
     def begin(self) -> None:
         """Begin to time a step."""
-        self._last = time.monotonic()
+        self._step_began = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -72,8 +71,8 @@ class StopWatch:
         """Return why to save and end now; "" to continue. Call it after each step on all ranks, which get the same
         answer."""
         now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
-        late = self._limit is not None and now - self._run.started + self._longest > self._limit
+        self._longest_step, self._step_began = max(self._longest_step, now - self._step_began), now
+        late = self._limit is not None and now - self._run.started + self._longest_step > self._limit
         votes = torch.tensor([self._signal, late], dtype=torch.int32, device=device.device())
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         number, late = votes.tolist()

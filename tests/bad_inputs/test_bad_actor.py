@@ -20,7 +20,7 @@ ACTOR = [
     Row(
         "a method as a key",
         "+method.name=eppo",
-        r"method: unknown key \(known keys: exp_manager, seed, model, data, generation, engine, ppo, energy,",
+        r"method: unknown key \(known keys: exp_manager, seed, model, data, generation, engine, energy, ppo,",
     ),
     Row(
         "a mini-batch that does not divide",

@@ -29,7 +29,7 @@ AT_ONCE = 3
 
 
 def test_room_is_for_half_as_many_columns_again_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_FEWEST", 4)
+    monkeypatch.setattr(cache, "_MIN_GROWTH", 4)
     room = KeyValueCache([2, 1], 2, 3, torch.float32)
     room.start(100)
     moves = [(columns, room.chunks[1][0].size(3)) for columns in range(1, 101) if room.make_room(5, columns)]
@@ -68,7 +68,7 @@ def test_layers_move_one_by_one_with_what_their_rows_hold(rows: int, columns: in
 
 
 def room_while_sequences_grow() -> list[tuple[int, int]]:
-    cache._FEWEST = 2
+    cache._MIN_GROWTH = 2
     decoder = Decoder(build_policy({}))
     decoder.start(64)
     decoder.add(torch.tensor(random_prompts([10] * 8)), torch.full((8,), 10), [])
@@ -89,7 +89,7 @@ def generate(
     layout: dict[str, Any], model: ModelConfig, whole: bool
 ) -> tuple[list[Completion], list[list[tuple[int, int]]]]:
     """Responses, and the rows and columns of each lane's cache whenever it moved; `whole` is for all that may come."""
-    cache._FEWEST, device.cached_tokens_multiple = 2, lambda: 4
+    cache._MIN_GROWTH, device.cached_tokens_multiple = 2, lambda: 4
     moves: dict[KeyValueCache, list[tuple[int, int]]] = {}
     make_room = KeyValueCache.make_room
 
@@ -122,7 +122,7 @@ def test_responses_are_bit_for_bit_those_of_a_cache_that_never_moves(layout: str
 
 def step_before_and_after_a_move() -> tuple[list[Tensor], list[Tensor], int]:
     """Logits of steps that are run and of the same steps, some of which are replayed; the number of those."""
-    cache._FEWEST, device.cached_tokens_multiple = 2, lambda: 8
+    cache._MIN_GROWTH, device.cached_tokens_multiple = 2, lambda: 8
     chunks, made, recorder = build_policy({}), [], Recorder()
     tokens = torch.tensor([prompt + [PAD] * (9 - len(prompt)) for prompt in random_prompts([9, 3])])
     for record in (None, recorder):

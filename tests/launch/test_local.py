@@ -170,7 +170,7 @@ def test_no_job_starts_from_one_whose_time_was_up(models: Models, tmp_path: Path
     with pytest.raises(LaunchError) as stopped:
         run_local(read_launch(write(launch, tmp_path / "launch.yaml")), nursery())
     assert stopped.value.status == NOT_FINISHED
-    assert "launch: sft ended before its last step; the same command goes on; its log is " in str(stopped.value)
+    assert "launch: sft ended before its last step; the same command resumes it; its log is " in str(stopped.value)
     assert "SFT ended after step 1 of 3; its checkpoint is " in str(stopped.value)
     assert not (tmp_path / "out" / "logs" / "later.log").exists()
 

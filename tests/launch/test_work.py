@@ -149,7 +149,7 @@ def test_gradients_of_replicas_have_the_bytes_of_the_real_sum() -> None:
     _, training = run_ranks(sent, 2, {})[0]
     layer = 32 * (2 * 32 + 2 * 16 + 3 * 48) + 2 * 32
     parameters = 2 * layer + 2 * 96 * 32 + 32
-    expected = update(parameters, 2, 2, distributed=False, each=4).replica_bytes
+    expected = update(parameters, 2, 2, distributed=False, number_bytes=4).replica_bytes
     assert expected == 4 * parameters
     assert expected <= training["replica"] <= 1.05 * expected
 
@@ -161,7 +161,7 @@ def test_stages_send_hidden_states_once() -> None:
 
 
 def test_a_distributed_optimizer_updates_a_share_and_gathers_weights() -> None:
-    whole, shared = (update(100, 1, 4, distributed=distributed, each=2) for distributed in (False, True))
+    whole, shared = (update(100, 1, 4, distributed=distributed, number_bytes=2) for distributed in (False, True))
     assert (whole.memory, shared.memory) == (100 * 44, 100 * 16 + 25 * 28)
     assert (whole.replica_bytes, shared.replica_bytes) == (0.75 * 800, 0.75 * (400 + 200))
 

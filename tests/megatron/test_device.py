@@ -119,7 +119,7 @@ def test_fp32_is_fp32_on_a_gpu_unless_the_user_wants_less(monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     writer = device._megatron("dist_checkpointing.strategies.filesystem_async")
     monkeypatch.setattr(writer, "_get_write_results_queue", None)
-    monkeypatch.setattr(device, "_take_fewer_calls", lambda: None)
+    monkeypatch.setattr(device, "_replace_slow_fallbacks", lambda: None)
     for before, after in ((None, "0"), ("1", "1")):
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
         if before is not None:
@@ -133,7 +133,7 @@ def test_gradients_are_measured_and_scaled_in_one_call_unless_apex_does(monkeypa
     monkeypatch.setattr(rope, "_apply_rotary_pos_emb_bshd", rope._apply_rotary_pos_emb_bshd)
     for found, then in ((device._megatron("utils").local_multi_tensor_l2_norm, norm_of_all), (print, print)):
         monkeypatch.setattr(clip, "l2_norm_impl", found)
-        device._take_fewer_calls()
+        device._replace_slow_fallbacks()
         assert clip.l2_norm_impl is then
 
 

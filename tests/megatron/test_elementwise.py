@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import inspect
 import weakref
 from typing import Any
 
@@ -14,7 +15,7 @@ from nemo_eppo.megatron.elementwise import norm_of_all, rms_norm_on_cpu, rotatio
 device.install()
 ROPE: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
 # the function that ours has taken the place of
-OWN: Any = ROPE._apply_rotary_pos_emb_bshd.__closure__[1].cell_contents
+OWN: Any = inspect.getclosurevars(ROPE._apply_rotary_pos_emb_bshd).nonlocals["fallback"]
 
 
 def with_gradient(function: Any, t: torch.Tensor, *others: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:

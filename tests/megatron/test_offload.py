@@ -42,8 +42,8 @@ def leave_and_return(offload: Offload, runner: ModelRunner) -> None:
     places = [(tensor, tensor.untyped_storage(), tensor.untyped_storage().nbytes()) for tensor in held(runner)]
     offload.set_aside()
     assert sum(storage.nbytes() for _, storage, _ in places) == 0
-    assert {host.untyped_storage().data_ptr() for _, host in offload._away} == {offload._memory.data_ptr()}
-    assert len(offload._memory) == sum(len(host) for _, host in offload._away), "torch would round each up"
+    assert {host.untyped_storage().data_ptr() for _, host in offload._moved} == {offload._memory.data_ptr()}
+    assert len(offload._memory) == sum(len(host) for _, host in offload._moved), "torch would round each up"
     others = [torch.full((size,), 255, dtype=torch.uint8) for _, _, size in places]  # take the memory that is now free
     offload.restore()
     assert all(tensor.untyped_storage()._cdata == storage._cdata for tensor, storage, _ in places)
