@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from nemo_eppo.evaluation.best_of_n import fit_gao
-from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.evaluation.intervals import Floats
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaln
 
-from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.evaluation.intervals import Floats
 
 FitKind = Literal["best_of_n", "rl"]
 _DRAWS = 1_000  # of the bootstrap

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nemo_eppo.evaluation.statistics import (
+from nemo_eppo.evaluation.intervals import (
     Estimate,
     Floats,
     bootstrap_auprc,

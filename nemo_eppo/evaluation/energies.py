@@ -14,7 +14,7 @@ import numpy as np
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines, read_objects
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH, RISE, Bools, signs_of_rows
-from nemo_eppo.evaluation.statistics import Floats, numbered
+from nemo_eppo.evaluation.intervals import Floats, numbered
 
 SAME_RESPONSE_RISE = "rise on the same response"
 _SFT, _RLHF = "sft_energy_loss", "rlhf_energy_loss"

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table
 from nemo_eppo.evaluation.energies import Energies
-from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
+from nemo_eppo.evaluation.intervals import Estimate, Floats, bootstrap_mean
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Histogram, Lines, Series
 from nemo_eppo.observability.pictures import write_picture

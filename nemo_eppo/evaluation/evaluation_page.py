@@ -10,7 +10,7 @@ import numpy as np
 from nemo_eppo.evaluation.best_of_n import GaoFit
 from nemo_eppo.evaluation.detection import Detector, detectors_table
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
-from nemo_eppo.evaluation.statistics import Estimate
+from nemo_eppo.evaluation.intervals import Estimate
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
 from nemo_eppo.observability.pictures import write_picture

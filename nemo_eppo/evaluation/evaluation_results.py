@@ -15,8 +15,8 @@ from nemo_eppo.algorithms.ensembles import combine_scores
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.best_of_n import GaoFit, best_of_n, best_of_n_kl, fit_gao, subset_sizes
 from nemo_eppo.evaluation.detection import Detector, detectors_of_evaluation
+from nemo_eppo.evaluation.intervals import Estimate, Floats, bootstrap_mean, estimate_share
 from nemo_eppo.evaluation.responses import Response, says_how_it_ended
-from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean, estimate_share
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.rewards.sample import Sample
 

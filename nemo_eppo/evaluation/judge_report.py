@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nemo_eppo.data.jsonl import write_jsonl
+from nemo_eppo.evaluation.intervals import Estimate, share_over_prompts
 from nemo_eppo.evaluation.pairs import Pair
-from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Bars, Chart, Lines, Series
 from nemo_eppo.observability.pictures import write_picture

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_eppo.algorithms.latents import fit_gaussian, mahalanobis, p_values
 from nemo_eppo.data.jsonl import write_jsonl
-from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
+from nemo_eppo.evaluation.intervals import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.monitor.indicators import SFTLatents, cluster_separation_index
 from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Scatter, Series

@@ -26,7 +26,7 @@ from nemo_eppo.evaluation.detection import (
     compare_signs,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.statistics import Estimate, Floats, numbered, threshold_at_share, within_groups_auroc
+from nemo_eppo.evaluation.intervals import Estimate, Floats, numbered, threshold_at_share, within_groups_auroc
 from nemo_eppo.observability.charts import running_mean
 from nemo_eppo.observability.peak import Peak, find_peak, peak_window
 from nemo_eppo.observability.recorder import read_rows, recorded_steps

@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import (
     COMBINED,
     ENERGY,
@@ -30,14 +30,14 @@ from nemo_eppo.evaluation.detection import (
     detectors_of_evaluation,
     signs_of_rows,
 )
+from nemo_eppo.evaluation.intervals import Floats, within_groups_auroc
 from nemo_eppo.evaluation.run_detection import RunDetection
-from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
 from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 300)
+    monkeypatch.setattr(intervals, "_DRAWS", 300)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from results_page import verdict, write_results
 from scipy import stats
 from test_alarms import write_run
 
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import ENERGY_AND_KL, KL
 
 BENCH = Path(__file__).parents[2] / "examples" / "overoptimization"
@@ -262,7 +262,7 @@ def test_alarms_are_those_of_plain_ppo_and_of_methods_with_further_signs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setattr(statistics, "_DRAWS", 50)
+    monkeypatch.setattr(intervals, "_DRAWS", 50)
     from bench import detect
     from trainings import LABELS, SIZES, TEXTS, Effort, Task
 
