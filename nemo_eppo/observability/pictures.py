@@ -20,11 +20,11 @@ _STYLE = {
     "legend.fontsize": 10, "legend.framealpha": 0.85, "legend.edgecolor": "none",
     "figure.facecolor": "white", "axes.facecolor": "white",
 }  # fmt: skip
-_PANEL, _DPI = (5.6, 4.0), 100  # inches, dots an inch: text is readable without zooming in
+_PANEL, _DPI = (5.6, 4.0), 100  # inches, dots per inch: text is readable without zooming in
 
 
 def write_picture(path: Path, charts: Sequence[Chart], columns: int = 2) -> None:
-    """Draw `charts`, from the left and then downwards, into a PNG file."""
+    """Draw `charts` into a PNG file, row by row."""
     columns = min(columns, len(charts))
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context(_STYLE), replacing(path) as temporary:
