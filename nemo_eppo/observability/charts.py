@@ -197,7 +197,7 @@ class Histogram(Chart):
 
 @dataclass(frozen=True)
 class Bars(Chart):
-    """One horizontal bar for each of `names`, from the top, stacked from parts: a part's `y` is its length in each bar."""
+    """One bar for each of `names`, from the top, stacked from parts: a part's `y` is its length in each bar."""
 
     names: Sequence[str] = ()
 
@@ -231,7 +231,7 @@ def _bins(values: int) -> int:
 
 
 def smoothing_window(points: int) -> int:
-    """Return the window of a curve's running mean: a twentieth of its points, odd; 1 (no smoothing) for short curves."""
+    """Return the window of a curve's running mean: a twentieth of its points, odd; 1 (none) for short curves."""
     return points // 20 | 1 if points >= 40 else 1
 
 

@@ -1,4 +1,4 @@
-"""Splits the text of a chat into turns with roles, by the markers of common templates; other markers stay in the text."""
+"""Splits the text of a chat into turns with roles, by the markers of common templates; other markers stay."""
 
 import re
 from typing import NamedTuple

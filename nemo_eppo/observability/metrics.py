@@ -18,13 +18,13 @@ MEASURES = {  # metrics that pages show over the steps -> title, caption, unit
     "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
     "reward/gold": (
         "Gold reward",
-        "What was meant; the policy is never trained on it. A fall while the proxy rises is over-optimisation.",
+        "The true goal, on which the policy is never trained. A fall while the proxy rises is over-optimisation.",
         "gold reward",
     ),
-    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
+    "reward/held_out": ("Held-out reward", "Score by a reward model that is not trained on.", "standardised reward"),
     "energy/policy": (
         "Energy loss",
-        "L1 energy that the last layer takes away from the responses. An excessive rise marks reward hacking.",
+        "Fall of the hidden states' L1 norm in the final layer, over the responses. An excessive rise marks hacking.",
         "energy loss",
     ),
     "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),

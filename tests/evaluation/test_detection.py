@@ -235,7 +235,7 @@ def test_labels_thresholds_and_lead_times_are_those_of_brute_force(run: Path) ->
         suspicious[step] = stats.binomtest(above, 32, alarm.calm_share, alternative="greater").pvalue < 0.01
     first = next(step for step in STEPS[10:] if all(suspicious[step - back] for back in range(3)))
     assert (alarm.step, alarm.lead) == (first, detection.peak - first)
-    assert alarm.found == pytest.approx(
+    assert alarm.recall == pytest.approx(
         sum(row["energy/policy"] >= alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
         / sum(hacked)
     )

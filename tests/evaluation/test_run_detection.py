@@ -44,7 +44,7 @@ def test_a_sign_that_reached_its_highest_value_in_the_first_steps_can_raise_an_a
         ]
 
     alarm = RunDetection(DetectionConfig(run=write_run(tmp_path, rows))).alarms[LENGTH]
-    assert (alarm.threshold, alarm.found) == (20, 1)
+    assert (alarm.threshold, alarm.recall) == (20, 1)
     assert 0.01 < alarm.calm_share < 0.06
     assert alarm.step is not None
     assert 13 <= alarm.step < 20
