@@ -246,9 +246,9 @@ class GlobalBatches(Iterator[list[int]]):
         """
         for name, value in self._settings.items():
             if state[name] != value:
-                what = {"digest": "the digest of its rows", "num_items": "its num_items"}.get(name, name)
+                label = {"digest": "the digest of its rows", "num_items": "its num_items"}.get(name, name)
                 raise ConfigError(
-                    f"cannot resume the order of data.train: {what} was {state[name]}, and is now {value}; set it "
+                    f"cannot resume the order of data.train: {label} was {state[name]}, and is now {value}; set it "
                     "back, or choose another run directory"
                 )
         self._start_epoch(state["epoch"])

@@ -78,24 +78,22 @@ class Evaluation:
         """Check prompts or responses; return the job that generates responses, if any, and what these depend on."""
         config = self.config
         if config.responses is not None:
-            self._source = config.responses
+            self._data = config.responses
             rows = self._read()
             self._longest = max(len(row.prompt) + len(row.response) for row in rows)
             return None, {"responses_sha256": sha256(config.responses), "chat_template": config.chat_template}
-        self._source = self._parts / "responses.jsonl"
+        self._data = self._parts / "responses.jsonl"
         shared = {name: getattr(config, name) for name in GenerateConfig.model_fields}
-        generating = Generating(load_config(GenerateConfig, shared | {"output": self._source}))
+        generating = Generating(load_config(GenerateConfig, shared | {"output": self._data}))
         self._longest = generating.longest
         return generating, {"responses": generating.settings}
 
     def _read(self) -> list[Response]:
         model, rendered = self._owner.model, self.config.responses is not None and self.config.chat_template
-        return read_responses(
-            self._source, self._owner.tokenizer, model.vocab_size, model.max_sequence_length, rendered
-        )
+        return read_responses(self._data, self._owner.tokenizer, model.vocab_size, model.max_sequence_length, rendered)
 
     def run(self) -> None:
-        """Join the ranks, compute what is missing, and write results and report; collective."""
+        """Join the ranks, compute the missing rows, and write results and report; collective."""
         config = self.config
         runtime.initialize(config.parallel, seed=0)
         with ExitStack() as stack:
@@ -112,13 +110,13 @@ class Evaluation:
                     logger.info("log-probs and energy losses of %s", model)
                     self._score(part, model)
             for key in list(self._scorers):
-                self._scorers.pop(key).append(responses, self._outputs[key], key)  # pop: the next frees its model
+                self._scorers.pop(key).append(responses, self._outputs[key], key)  # pop frees each model after use
         on_rank0(lambda: self._write(responses))
 
     def _score(self, part: str, model: Path) -> None:
         shared = self.config.model_dump(include=set(ModelRunConfig.model_fields))
         shared["chat_template"] &= self.config.responses is not None  # generated ones are rendered already
-        Scoring(ScoreConfig(model=model, data=self._source, output=self._parts / f"{part}.jsonl", **shared)).run()
+        Scoring(ScoreConfig(model=model, data=self._data, output=self._parts / f"{part}.jsonl", **shared)).run()
 
     def _write(self, responses: list[Response]) -> None:
         config = self.config

@@ -100,7 +100,7 @@ class Generating:
                 mode="json", include={"samples_per_prompt", "sampling", "seed", "chat_template", "precision"}
             ),
         }
-        """What the responses depend on."""
+        """Settings that the responses depend on."""
         self._output = RowsFile(config.output, "generate", self.settings)
 
     def run(self) -> None:

@@ -58,7 +58,7 @@ def estimate_share(values: ArrayLike) -> Estimate:
     """Estimate the mean of numbers from 0 to 1 by Wilson's score interval (1927), which has a width even if all agree.
 
     Numbers between 0 and 1, such as a tie's 0.5, vary less than ones and zeros of the same mean: the sample size is
-    scaled up by the ratio of the variances. A zero and a one are added to the numbers, lest their variance be 0.
+    scaled up by the ratio of the variances. A zero and a one are added to the numbers, or their variance might be 0.
 
     Args:
         values: [N], one for each independent sample; N > 0.

@@ -32,7 +32,7 @@ class Judging(ABC):
     or the next. Creating it checks every row and the output directory, and asks nothing.
 
     Args:
-        settings: what the answers depend on.
+        settings: settings that the answers depend on.
 
     Raises:
         ConfigError: a row is bad, or the output directory is not of the same judge.

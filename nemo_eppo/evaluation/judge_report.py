@@ -143,11 +143,8 @@ def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]
         for outcome, color in _OUTCOMES.items():
             for decision in [decision for decision in decisions if decision.outcome == outcome][:_SHOWN]:
                 response, baseline = decision.pair
-                sides = [
-                    (color, f"{name}: {_facts(decision)}", response.response),
-                    (GRAY, "Baseline", baseline.response),
-                ]
-                yield sample_card(response.prompt, sides)
+                judged_side = color, f"{name}: {_facts(decision)}", response.response
+                yield sample_card(response.prompt, [judged_side, (GRAY, "Baseline", baseline.response)])
 
 
 def _facts(judged: Judged) -> str:

@@ -14,7 +14,7 @@ def parts_folder(output: Path, what: str) -> Path:
     """Return the folder in a command's output directory for the rows of each phase, from which it resumes.
 
     Raises:
-        ConfigError: the directory holds something else than `what`.
+        ConfigError: the directory holds other files; `what` names the expected content in the message.
     """
     parts = output / "parts"
     if output.exists() and not parts.is_dir() and (not output.is_dir() or any(output.iterdir())):

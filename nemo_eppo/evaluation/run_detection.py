@@ -100,22 +100,8 @@ class RunDetection:
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
-        if not config.run.is_dir():
-            raise ConfigError(f"{config.run}: no such directory; expected the directory of an actor's run")
-        files = recorded_steps(config.run / "rollouts")
-        if len(files) <= config.calm_steps:
-            raise ConfigError(
-                f"{config.run}/rollouts has {len(files)} recorded steps; expected the directory of an actor's run with "
-                f"more than --calm-steps = {config.calm_steps}"
-            )
-        per_step = {step: read_rows(path) for step, path in files.items()}
+        per_step = _read_rollouts(config)
         rows = [row for responses in per_step.values() for row in responses]
-        for step, responses in per_step.items():
-            if not responses or any(not _is_number(row.get(name)) for row in responses for name in _REWARDS):
-                raise ConfigError(
-                    f"{files[step]}: rows without {' or '.join(_REWARDS)}; detection needs both, and with them a run "
-                    "with a gold_reward"
-                )
         self.steps = list(per_step)
         """Numbers of the recorded steps."""
         self.step_of = np.repeat(self.steps, [len(responses) for responses in per_step.values()])
@@ -139,7 +125,7 @@ class RunDetection:
 
     @cached_property
     def detectors(self) -> list[Detector]:
-        """How well each sign finds_within_steps hacked from normal responses of the whole run."""
+        """How well each sign tells hacked from normal responses of the whole run."""
         return compare_signs(self.hacked, self.signs, self.prompts)
 
     @cached_property
@@ -248,6 +234,26 @@ class RunDetection:
             rows, names, origin = per_step[first], _REWARDS, f"step {first}"
         proxy, gold = (float(np.mean([row[name] for row in rows])) for name in names)
         return origin, proxy, gold
+
+
+def _read_rollouts(config: DetectionConfig) -> dict[int, list[dict[str, Any]]]:
+    """Read the recorded responses of each step of a run; ConfigError if there are too few, or some lack a reward."""
+    if not config.run.is_dir():
+        raise ConfigError(f"{config.run}: no such directory; expected the directory of an actor's run")
+    files = recorded_steps(config.run / "rollouts")
+    if len(files) <= config.calm_steps:
+        raise ConfigError(
+            f"{config.run}/rollouts has {len(files)} recorded steps; expected the directory of an actor's run with "
+            f"more than --calm-steps = {config.calm_steps}"
+        )
+    per_step = {step: read_rows(path) for step, path in files.items()}
+    for step, rows in per_step.items():
+        if not rows or any(not _is_number(row.get(name)) for row in rows for name in _REWARDS):
+            raise ConfigError(
+                f"{files[step]}: rows without {' or '.join(_REWARDS)}; detection needs both, and with them a run with "
+                "a gold_reward"
+            )
+    return per_step
 
 
 def _limit(calm: Floats, prompts: int) -> float:

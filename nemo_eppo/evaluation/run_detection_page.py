@@ -41,7 +41,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     write_json(output / "report.json", detection.as_dict())
     curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
-    of_run = alarms_table(curves, config)
+    run_alarms = alarms_table(curves, config)
     body = [
         f"<h1>Signs of reward hacking in {html.escape(str(run))}</h1>",
         f'<p class="soft">{len(steps):,} steps, {len(detection.hacked):,} responses, of which '
@@ -64,7 +64,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         "everything.</p>",
         "<h2>Which sign finds the hacked responses?</h2>",
         detectors_table(detection.detectors),
-        f"<h2>Alarms of the run's own monitor</h2>\n{of_run}" if of_run else "",
+        f"<h2>Alarms of the run's own monitor</h2>\n{run_alarms}" if run_alarms else "",
     ]
     write_atomically(output / "report.html", page(f"Detection in {run.resolve().name}", body))
 
@@ -79,7 +79,7 @@ def verdict(detection: RunDetection) -> str:
             f"hacking monitor knows, and that would have raised a false alarm: {', '.join(raised) or 'none'}."
         )
     text = f"The gold reward was highest at step {detection.peak} and fell afterwards."
-    areas = {found.sign: found.auroc.value for found in detection.detectors}
+    areas = {detector.sign: detector.auroc.value for detector in detection.detectors}
     if not detection.reliable:
         return (
             f"{text} None of the signs that the hacking monitor knows finds hacked responses better than chance, in "

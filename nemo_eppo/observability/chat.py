@@ -9,11 +9,11 @@ _ROLE = re.compile(  # the marker at the start of a turn: Qwen; Llama 3; Gemma; 
 )
 _MISTRAL = {"INST": "user", "/INST": "assistant"}
 _EDGE = r"(?:<\|(?:begin_of_text|end_of_text|endoftext|im_end|eot_id|end)\|>|</?s>|<(?:bos|eos|end_of_turn)>)"
-_EDGES = re.compile(rf"^(?:\s*{_EDGE})+|(?:{_EDGE}\s*)+$")  # only at the ends: inside, <s> may be what was written
+_EDGES = re.compile(rf"^(?:\s*{_EDGE})+|(?:{_EDGE}\s*)+$")  # only at the ends: inside, <s> may be the writer's
 
 
 class Turn(NamedTuple):
-    """What one side of a chat says."""
+    """One message of a chat."""
 
     role: str
     """The template's name, for instance user, assistant or model; empty without a marker."""
@@ -26,7 +26,8 @@ def turns(text: str) -> list[Turn]:
     split = [Turn("", before)]
     width = _ROLE.groups + 1
     for start in range(0, len(parts), width):
-        *roles, said = parts[start : start + width]
+        *roles, content = parts[start : start + width]
         role = next(filter(None, roles))
-        split.append(Turn(_MISTRAL.get(role, role), said))
-    return [Turn(role, said) for role, said in ((role, _EDGES.sub("", said)) for role, said in split) if said.strip()]
+        split.append(Turn(_MISTRAL.get(role, role), content))
+    stripped = (Turn(turn.role, _EDGES.sub("", turn.text)) for turn in split)
+    return [turn for turn in stripped if turn.text.strip()]

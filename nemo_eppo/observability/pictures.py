@@ -34,7 +34,7 @@ def write_picture(path: Path, charts: Sequence[Chart], columns: int = 2) -> None
             axes = figure.add_subplot(rows, columns, number)
             chart.draw(axes)
             axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-            if len(chart.series) > 2:  # inside, it would cover what is drawn
+            if len(chart.series) > 2:  # inside the axes, it would cover the curves
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1.03))
             elif len(chart.series) > 1:
                 axes.legend()

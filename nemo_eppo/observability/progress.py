@@ -25,7 +25,7 @@ class Progress:
     """Shows steps, some metrics and the time left on standard output. It is a context manager.
 
     Args:
-        title: what is being done, e.g. "PPO".
+        title: name of the training, e.g. "PPO".
         total: the number of the last step.
         columns: the metrics to show, as labels and names. A metric that a step does not have is left out.
         done: number of steps that were done before a resumed job started.

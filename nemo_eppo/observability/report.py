@@ -72,7 +72,7 @@ def report_from_run(run_dir: Path, out: Path) -> None:
         ),
         section(
             "Proxy against gold",
-            "Up is what was meant, right is what was measured. A policy that learns the task moves up and right; "
+            "Up is the gold reward, right the proxy reward. A policy that learns the task moves up and right; "
             "one that exploits its reward model moves right and down.",
             _proxy_gold(curves, pairs),
         ),
@@ -201,14 +201,14 @@ def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Cha
 def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
     charts: list[Chart] = []
     axes = "proxy reward", "gold reward"
-    for prefix, what in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
+    for prefix, label in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
         proxy, gold = curves.get(prefix.format("proxy")), curves.get(prefix.format("gold"))
         if proxy and gold and len(gold[0]) > 2 and not charts:
             golds = dict(zip(*gold, strict=True))
             path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
             notes = [f"{_STEP} {step}" for step, _, _ in path]
-            series = Series(what, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
-            text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
+            series = Series(label, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
+            text = f"Means over the {label} of a step, pale at the start of training, solid at its end."
             charts.append(Scatter("The path of training", text, [series], *axes, joined=True))
     if _has(pairs[0], "gold_reward"):
         clouds = []

@@ -88,11 +88,7 @@ def _fit_length(c: Conversion, section: str) -> None:
 
 
 def _constant_steps(c: Conversion, updates: int | None) -> None:
-    """Translate the number of updates at min_lr at the end of the schedule.
-
-    Args:
-        updates: of the whole run; None if not known.
-    """
+    """Translate the number of updates at min_lr at the end of a run of `updates` updates, None if not known."""
     key = "model.optim.sched.constant_steps"
     constant = c.integer(key, 0)
     if not constant:

@@ -109,7 +109,7 @@ Write a directory that SFT, reward-model and PPO training read:
   tokenizer/                             a Hugging Face tokenizer
   sft.{train,validation}.jsonl           {"prompt", "response"}              SFT
   preferences.{train,validation}.jsonl   {"prompt", "chosen", "rejected"}    reward model
-  prompts.{train,validation}.jsonl       {"prompt"}, and what --keep names   PPO
+  prompts.{train,validation}.jsonl       {"prompt"}, and fields of --keep    PPO
 
 Pairs give rows of all three, demonstrations of sft and prompts, prompts of prompts alone.
 No prompt is in both train and validation. An existing directory is never overwritten.""",
