@@ -29,15 +29,15 @@ from nemo_eppo.tools.prepare_cli import add_prepare
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 130 after Ctrl-C, or 2 with one message on stderr for bad input."""
-    atexit.register(gc.freeze)  # Python would look for garbage in all that was imported, for more than a second
+    atexit.register(gc.freeze)  # else Python looks for garbage in all imported modules, for more than a second
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that `score` starts
-    logging.getLogger("nemo_eppo").setLevel(logging.INFO if first else logging.WARNING)  # others log warnings only
+    is_rank0 = os.environ.get("RANK", "0") == "0"  # other ranks of a command with --tp log warnings only
+    logging.getLogger("nemo_eppo").setLevel(logging.INFO if is_rank0 else logging.WARNING)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse itself takes no KEY=VALUE after an option
+    if rest:  # KEY=VALUE after an option, which argparse does not take
         arguments.overrides += rest
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -61,7 +61,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser with this formatter; argparse makes the parsers of its commands from the same class."""
+    """A parser with this formatter, which argparse also uses for the commands' parsers."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, **settings)

@@ -18,16 +18,16 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something that a run needs failed while it ran, a server for instance; the message alone says what, and where."""
+    """Something that a run needs, such as a server, failed; users are shown the message without a stack trace."""
 
     elsewhere = False
-    """Whether it failed on another rank, which says so too."""
+    """Whether it failed on another rank, which reports it too."""
 
 
 class RunStopped(RunError):
-    """A run saved and ended before its last step, as it was told to; the same command goes on.
+    """A run saved and ended before its last step, by a signal or its time limit; the same command resumes it.
 
-    Its exit status is NOT_FINISHED, so that nothing that waits for the finished run starts.
+    The exit status is NOT_FINISHED, so that jobs that wait for the finished run do not start.
     """
 
 
@@ -38,7 +38,7 @@ def flat(node: Any, path: str = "", *, lists: bool = False) -> Iterator[tuple[st
     """Yield every value of nested settings with its dotted key.
 
     Args:
-        lists: also those in lists of sections, after the length of such a list.
+        lists: whether to descend into lists of sections, after yielding the length of each.
     """
     if lists and isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
         yield path, f"a list of {len(node)}"
@@ -59,7 +59,7 @@ def value_at(settings: Mapping[str, Any] | None, key: str) -> Any:
 
 
 class Config(BaseModel):
-    """Base of all settings. A field's meaning is the docstring below it; unknown keys are errors."""
+    """Base of all settings. The docstring below a field describes it; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -72,8 +72,8 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_other_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would take for something else: true for 1, an empty path for the working directory."""
+    def _refuse_coercion(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse values that pydantic would coerce: true to 1, an empty path to the working directory."""
         kinds = kinds_of(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("expected a number")
@@ -83,9 +83,9 @@ class Config(BaseModel):
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """Return the types that a field may have itself, which those of a list's items are not."""
+    """Return the types in a field's annotation, without those of a list's items."""
     if get_origin(annotation) in (Union, UnionType):
-        return {kind for one in get_args(annotation) for kind in kinds_of(one)}
+        return {kind for member in get_args(annotation) for kind in kinds_of(member)}
     if get_origin(annotation) is Annotated:
         return kinds_of(get_args(annotation)[0])
     return {annotation}
@@ -99,7 +99,7 @@ def load_config(schema: type[ConfigT], values: Mapping[str, Any], *, gpus: bool 
     """Check `values` (plain nested containers) against `schema`.
 
     Args:
-        gpus: whether they are for GPUs, on which null means another value for some; None to look at this machine.
+        gpus: whether the job runs on GPUs, where some nulls stand for other values; None to look at this machine.
 
     Raises:
         ConfigError: one line per bad key: its dotted path, its value, what was expected, and the closest known key.
@@ -108,10 +108,10 @@ def load_config(schema: type[ConfigT], values: Mapping[str, Any], *, gpus: bool 
         return schema.model_validate(dict(values), context={"gpus": gpus})
     except ValidationError as error:
         issues = error.errors(include_url=False)
-        # a list with a wrong item counts as too short as well
-        inner = {issue["loc"][:depth] for issue in issues for depth in range(len(issue["loc"]))}
-        told = [issue for issue in issues if issue["type"] != "too_short" or issue["loc"] not in inner]
-        lines = [_describe(schema, issue) for issue in told]
+        # pydantic calls a list with a wrong item too short as well
+        outer = {issue["loc"][:depth] for issue in issues for depth in range(len(issue["loc"]))}
+        shown = [issue for issue in issues if issue["type"] != "too_short" or issue["loc"] not in outer]
+        lines = [_describe(schema, issue) for issue in shown]
         raise ConfigError("invalid configuration:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -119,7 +119,7 @@ def _describe(schema: type[Config], issue: Any) -> str:
     path = ".".join(str(part) for part in issue["loc"])
     if issue["type"] == "extra_forbidden":
         owner: Any = schema
-        for part in issue["loc"][:-1]:  # others are the place in a list of sections, or the name of one
+        for part in issue["loc"][:-1]:  # parts that are no fields are positions in a list of sections, or their names
             if (field := owner.model_fields.get(part)) is not None:
                 owner = next(iter(config_types(field.annotation)), owner)
         known = list(getattr(owner, "model_fields", {}))
@@ -129,10 +129,10 @@ def _describe(schema: type[Config], issue: Any) -> str:
     if issue["type"] == "missing":
         return f"{path}: required, but not set"
     where = path or "settings do not fit together"
-    if path and not isinstance(issue["input"], Mapping):  # for a section, the message says which values do not fit
+    if path and not isinstance(issue["input"], Mapping):  # for a section, the message names the values
         where += f" = {issue['input']!r}"
-    what = issue["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list").replace("Tuple", "List")
-    return f"{where}: {what}"
+    message = issue["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list").replace("Tuple", "List")
+    return f"{where}: {message}"
 
 
 def config_types(annotation: Any) -> list[type[Config]]:
@@ -143,24 +143,24 @@ def config_types(annotation: Any) -> list[type[Config]]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file; ConfigError if it is none, by line (see `yaml_fault`)."""
+    """Read a YAML file; ConfigError, which names the line, if it is not YAML (see `yaml_fault`)."""
     try:
-        with path.open(encoding="utf-8") as file:  # whose name and lines a fault then has
+        with path.open(encoding="utf-8") as file:  # an open file: errors then have its name and lines
             return yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(yaml_fault(error, path)) from None
 
 
 def yaml_fault(error: yaml.YAMLError | UnicodeDecodeError, file: Path) -> str:
-    """Return one line that says what is wrong with a YAML file: its name, the line's number and text, and the fault.
+    """Return one line on an error in a YAML file: the file, the number and text of the line, and the error.
 
     Args:
-        file: the file that was asked for; the fault may be in another that it names.
+        file: the file that was read; the error may be in another one that it includes.
     """
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is not None and Path(mark.name).is_file():
         lines = Path(mark.name).read_text(encoding="utf-8").splitlines()[: mark.line + 1]
-        while lines and not lines[-1].strip():  # the end of the file says nothing
+        while lines and not lines[-1].strip():  # at the end of the file, show the last line with text
             lines.pop()
         return f"{mark.name}:{len(lines)}: {getattr(error, 'problem', error)}: {''.join(lines[-1:])!r}"
     return f"{file}: {' '.join(str(error).split())}"
@@ -172,10 +172,10 @@ def load_subclass(key: str, path: str, base: type[ClassT]) -> type[ClassT]:
     Raises:
         ConfigError: there is none, or it is no such class; the message has the config key.
     """
-    found = load_named(key, path, "module:Class")
-    if not (isinstance(found, type) and issubclass(found, base)):
+    value = load_named(key, path, "module:Class")
+    if not (isinstance(value, type) and issubclass(value, base)):
         raise ConfigError(f"{key} = {path!r} is no subclass of {base.__module__}.{base.__qualname__}")
-    return found
+    return value
 
 
 def load_named(key: str, path: str, form: str) -> Any:
@@ -185,12 +185,12 @@ def load_named(key: str, path: str, form: str) -> Any:
         ConfigError: there is none; the message has the config key and the expected form.
     """
     module, _, name = path.partition(":")
-    if (here := os.getcwd()) not in sys.path:  # scripts have their own directory there instead
+    if (here := os.getcwd()) not in sys.path:  # a script's path has the script's own directory instead
         sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"{key} = {path!r}: expected '{form}' ({error})") from None
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{key} = {path!r}: {module} cannot be imported ({what})") from None
+        cause = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{key} = {path!r}: {module} cannot be imported ({cause})") from None

@@ -1,4 +1,4 @@
-"""Files and directories that are either complete or absent, and JSON rows of which a crash tears only the last."""
+"""Files and directories that are either complete or absent, and files of JSON rows, whose last a crash may cut off."""
 
 import errno
 import glob
@@ -35,13 +35,13 @@ _PROBE_BYTES = 1 << 16  # more than a full disk has left after a failed write
 
 
 def disk_trouble(error: OSError, directory: Path | None) -> str | None:
-    """Say in one sentence which file or directory cannot be written, why, and what to do.
+    """Return a sentence that says which file or directory cannot be written, why, and what to do.
 
     Args:
-        directory: named if the error names no file, as that of a `write` to a full disk.
+        directory: named if the error names no file, as after a `write` to a full disk.
 
     Returns:
-        None if it is another kind of error.
+        None for other kinds of errors.
     """
     advice = _ADVICE.get(error.errno or 0)
     where = error.filename or directory
@@ -50,10 +50,10 @@ def disk_trouble(error: OSError, directory: Path | None) -> str | None:
 
 @contextmanager
 def disk_errors_name(path: Path) -> Iterator[None]:
-    """Make the disk's errors in a block that writes `path`, or files below it, OSErrors that name it.
+    """Turn disk errors in a `with` block that writes `path`, or files below it, into OSErrors that name `path`.
 
-    Writing to a full disk names no file, and torch and safetensors have errors of their own: with the number of the
-    system's error in their text, or with none, and then a few bytes are written beside `path` to see what that gives.
+    The error of a full disk names no file; those of torch and safetensors are no OSErrors, and have the system's error
+    number in their text or not at all: then a few bytes are written beside `path` to get it.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def disk_errors_name(path: Path) -> Iterator[None]:
         if error.filename is None or f".{_INCOMPLETE}-" in str(error.filename):
             error.filename = str(path)
         raise
-    except BaseException as error:  # CheckpointException of torch is no Exception
+    except BaseException as error:  # torch's CheckpointException does not derive from Exception
         number = _system_error(error, path.parent)
         if number in _ADVICE:
             raise OSError(number, os.strerror(number), str(path)) from error
@@ -69,13 +69,14 @@ def disk_errors_name(path: Path) -> Iterator[None]:
 
 
 def _system_error(error: BaseException, directory: Path) -> int:
-    if told := re.search(r"(?:Errno|os error) (\d+)", str(error)):
-        return int(told[1])
+    """Return the error number of a failed write into `directory`; 0 if there is none."""
+    if match := re.search(r"(?:Errno|os error) (\d+)", str(error)):
+        return int(match[1])
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(bytes(_PROBE_BYTES))
-    except OSError as fault:
-        return fault.errno or 0
+    except OSError as probe_error:
+        return probe_error.errno or 0
     return 0
 
 
@@ -96,8 +97,8 @@ def write_json(path: Path, value: Any) -> None:
 def directory_made_whole(path: Path) -> Iterator[Path]:
     """Give a new directory to fill, which becomes `path` when the block succeeds; until then `path` is not touched.
 
-    If the block fails, what it has written is removed, new parent directories included; what killed processes left
-    behind earlier is removed as well.
+    If the block fails, its files are removed, new parent directories included. Incomplete directories of earlier,
+    killed processes are removed as well.
 
     Raises:
         ConfigError: `path` exists and is not an empty directory, or it is a mount point, which cannot be replaced.
@@ -117,7 +118,7 @@ def directory_made_whole(path: Path) -> Iterator[Path]:
             yield incomplete
             fsync_tree(incomplete)
     except BaseException:
-        with suppress(OSError):  # another process has written there
+        with suppress(OSError):  # not empty: another process has written there
             for parent in new:
                 parent.rmdir()
         raise
@@ -125,9 +126,9 @@ def directory_made_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a free name beside `path`; what the block writes there replaces `path` at once.
+    """Give a free name beside `path`; the file or directory that the block makes there replaces `path` atomically.
 
-    If the block fails, also by Ctrl-C, it is removed: it may be as large as a model.
+    If the block fails, also by Ctrl-C, that is removed: it may be as large as a model.
     """
     temporary = unused_name(path)
     try:
@@ -143,10 +144,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def unused_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that is never given twice.
-
-    So writers that outlive a killed job for a moment cannot write into the files of its successor.
-    """
+    """Return a hidden name beside `path`, never the same twice: writers that outlive a killed job for a moment cannot
+    write into the files of its successor."""
     return path.with_name(f".{path.name}.{_INCOMPLETE}-{uuid.uuid4().hex}")
 
 
@@ -157,8 +156,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory, whose name is gone at once: a process that is killed meanwhile leaves no half of it there,
-    only what `remove_incomplete` finds."""
+    """Remove a directory, after renaming it: a process that is killed meanwhile leaves no half of it under its name,
+    only one that `remove_incomplete` finds."""
     aside = unused_name(directory)
     directory.rename(aside)
     shutil.rmtree(aside)
@@ -171,7 +170,7 @@ def remove_incomplete(folder: Path, name: str) -> None:
 
 
 def fsync_tree(directory: Path) -> None:
-    """Wait until every file below `directory`, and their names, are on the disk."""
+    """Wait until every file and name below `directory` is on the disk."""
     for path in (*directory.rglob("*"), directory):
         fsync(path)
 
@@ -189,8 +188,8 @@ def inside(directory: Path, name: str, source: Path, *others: Path) -> Path:
     """Return the path of the file `name` of a directory.
 
     Raises:
-        ConfigError: it, or what it links to, lies neither in `directory` nor in one of the `others`; the message says
-            that the file `source` names it.
+        ConfigError: the path, or the target of a link there, is neither in `directory` nor in one of the `others`; the
+            message says that it is named in the file `source`.
     """
     path = directory / name
     if not any(path.resolve().is_relative_to(root.resolve()) for root in (directory, *others)):
@@ -205,7 +204,7 @@ def sha256(path: Path) -> str:
 
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Return the complete lines of a file, without newlines; what follows the last newline is dropped as torn."""
+    """Return the complete lines of a file, without newlines; an incomplete last line is dropped."""
     return path.read_bytes().split(b"\n")[:-1]
 
 
@@ -227,7 +226,7 @@ class NotAnObject(ValueError):
 
     Args:
         reason: the kind of defect, in the same words for every text, so that texts can be counted by it.
-        detail: what is wrong with this text.
+        detail: details about this text.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -244,9 +243,9 @@ def json_object(text: str | bytes) -> dict[str, Any]:
             (json.loads would silently take the last).
     """
     try:
-        # json.loads itself would take halves of surrogate pairs in bytes, which are not UTF-8
-        read = text if isinstance(text, str) else text.decode("utf-8-sig")
-        value = json.loads(read, object_pairs_hook=_unique_keys, parse_constant=_no_number)
+        # json.loads itself would accept encoded surrogates in bytes, which are not UTF-8
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except NotAnObject:
         raise
     except ValueError as error:
@@ -258,13 +257,13 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _no_number(name: str) -> None:
-    raise NotAnObject("not JSON", f"{name} is no number there")
+def _refuse_constant(name: str) -> None:
+    raise NotAnObject("not JSON", f"{name} is not a number in JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         raise NotAnObject(f"field {next(name for name in names if names.count(name) > 1)!r} occurs more than once")
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""What a process arranges with the kernel for itself, and with others that it starts (Linux)."""
+"""Parents, children and their environment (Linux)."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ def end_with_parent(signal_number: int) -> None:
 
 
 def serve_parent() -> None:
-    """Live exactly as long as the parent: signals that tell a whole process group to end are the parent's to obey."""
+    """Live exactly as long as the parent: ignore signals to the whole process group, on which the parent decides."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
@@ -30,7 +30,7 @@ def adopt_orphans() -> None:
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, for the processes that a block starts."""
+    """Set environment variables during a `with` block, for the processes that it starts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -44,7 +44,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def version_there(package: str, python: str, environment: Mapping[str, str] | None = None) -> str:
-    """Ask another Python which version of a package it has; "" if it has none, OSError if it cannot be run."""
-    look = f"from importlib.metadata import version; print(version({package!r}))"
-    asked = subprocess.run([python, "-c", look], env=environment, capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
+    """Return the version of a package of another Python; "" if it has none, OSError if it cannot be run."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    result = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return result.stdout.strip()

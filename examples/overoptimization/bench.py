@@ -1,16 +1,16 @@
-"""The over-optimisation bench: which defence keeps the gold reward while a policy learns to please a flawed proxy.
+"""The over-optimisation bench: which defence keeps the gold reward while a policy exploits a flawed proxy.
 
 1. Data of a task whose true ("gold") reward is a formula: the noun task, or descriptions of Debian's packages. Reward
    models learn from labels that are biased (hedges) or few (scarce); their flaw is learnt, never programmed.
 2. For every seed its own labels and reward models: Bradley-Terry models, WARM, ODIN, InfoRM.
 3. A run of plain PPO decides whether a seed counts (protocol.md). Then every method of methods.yaml, with critic and
-   reward models in the policy's own process; its coefficient was chosen on seeds of their own.
+   reward models in the policy's own process; its coefficient was chosen on other seeds.
 4. results.json, report.html, curves.png in the output directory; in alarms/, which alarms would have helped.
-5. The SFT model and the policies of plain PPO and EPPO read each other's responses: weights_and_text.json says whether
-   the energy loss rises for the text or for the weights.
+5. The SFT model and the policies of plain PPO and EPPO read each other's responses: weights_and_text.json shows whether
+   the energy loss rises by the text or by the weights.
 
-What is finished is kept: the same command goes on after an interruption. A policy whose method or chosen value has
-changed since is named, and has to be removed first.
+The same command resumes after an interruption, without repeating finished runs. A policy whose method or chosen value
+has changed since is named, and has to be removed first.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has no threads of this one
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would be missing in forked processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -44,13 +44,13 @@ from nemo_eppo.files import write_atomically  # noqa: E402
 from nemo_eppo.settings.evaluation import DetectionConfig  # noqa: E402
 
 TUNING_SEEDS = (1001, 1002)
-MOST_CANDIDATES = 3  # reward-model seeds that are tried for each that is wanted
+MOST_CANDIDATES = 3  # reward-model seeds tried, for each one wanted
 ALWAYS = "ppo"
 SMOKED = ("eppo", "inform", "erm_mean", "grpo", "control_frozen")
-"""Methods of --smoke, beside plain PPO, which share little with each other."""
+"""Methods of --smoke, beside plain PPO; they share little code."""
 DETECTED = ("eppo", "inform", "erm_mean")
 """Methods whose runs have signs that plain PPO's lack: the energy loss's rise, latents, variance of reward models."""
-ACCEPTANCE, ACCEPTANCE_SEED = "acceptance", 10_000  # the run that accepts a seed, and what is added to its own
+ACCEPTANCE, ACCEPTANCE_SEED = "acceptance", 10_000  # name and seed offset of the run by which a seed is accepted
 
 
 @dataclass(frozen=True)
@@ -58,37 +58,37 @@ class Method:
     """An entry of methods.yaml."""
 
     name: str
-    about: Mapping[str, Any]
+    entry: Mapping[str, Any]
 
     @property
     def tuned(self) -> str | None:
         """The setting whose value is chosen."""
-        return next(iter(self.about.get("tune", ())), None)
+        return next(iter(self.entry.get("tune", ())), None)
 
     @property
     def values(self) -> list[float]:
-        return list(self.about["tune"][self.tuned]) if self.tuned else []
+        return list(self.entry["tune"][self.tuned]) if self.tuned else []
 
     @property
     def rewards(self) -> str:
         """Kind of reward models that give the reward."""
-        return str(self.about.get("rewards", SINGLE))
+        return str(self.entry.get("rewards", SINGLE))
 
     def settings(self, chosen: Mapping[str, float], value: float | None = None) -> dict[str, Any]:
-        """Settings with the values that were chosen for this and other methods, or with this value."""
-        named = {key: chosen[of[1:]] if str(of).startswith("$") else of for key, of in self._settings.items()}
+        """Return the settings: "$NAME" is the value chosen for that method; the tuned one is `value`, or chosen."""
+        values = {key: chosen[v[1:]] if str(v).startswith("$") else v for key, v in self._settings.items()}
         if self.tuned:
-            named[self.tuned] = chosen[self.name] if value is None else value
-        return named
+            values[self.tuned] = chosen[self.name] if value is None else value
+        return values
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return dict(self.about.get("settings", {}))
+        return dict(self.entry.get("settings", {}))
 
     @property
     def after(self) -> set[str]:
-        """Methods whose chosen values it uses."""
-        return {str(of)[1:] for of in self._settings.values() if str(of).startswith("$")}
+        """Methods whose chosen values this one uses."""
+        return {str(value)[1:] for value in self._settings.values() if str(value).startswith("$")}
 
 
 class Bench:
@@ -97,12 +97,12 @@ class Bench:
     def __init__(self, task: Task, methods: list[Method], workers: int, acceptance: Acceptance | None) -> None:
         self.task, self.methods, self.workers, self.acceptance = task, methods, workers, acceptance
         self.tuning: dict[str, Any] = {}
-        """Of each method with several values: the one that was chosen, and the last gold reward by value and seed."""
+        """For each method with several values: the chosen one, and the last gold reward by value and seed."""
         self.candidates: dict[int, Any] = {}
-        """Of each seed that was tried: correlation of proxy and gold reward, and why it does not count, if so."""
+        """For each tried seed: correlation of proxy and gold reward, and the reason if it does not count."""
 
     def run(self, seeds: int) -> dict[str, dict[int, Curves]]:
-        """Return the curves of every method by seed, of the seeds that count."""
+        """Return the curves of every method by seed, for the seeds that count."""
         task = self.task
         run_all("SFT", [Work(task.sft, task.train_sft)], 1)
         chosen = self._choose()
@@ -118,14 +118,14 @@ class Bench:
     def _choose(self) -> dict[str, float]:
         """Choose a value for every method that has several: the highest gold reward at the last step."""
         tuned = [method for method in self.methods if method.tuned]
-        open_ones = [method for method in tuned if len(method.values) > 1]
-        if open_ones:
-            self._train_rewards(TUNING_SEEDS, {method.rewards for method in open_ones})
-        trials = [(method, value, seed) for method in open_ones for value in method.values for seed in TUNING_SEEDS]
+        undecided = [method for method in tuned if len(method.values) > 1]
+        if undecided:
+            self._train_rewards(TUNING_SEEDS, {method.rewards for method in undecided})
+        trials = [(method, value, seed) for method in undecided for value in method.values for seed in TUNING_SEEDS]
         run_all("tuning", [self._policy(method, seed, {}, value) for method, value, seed in trials], self.workers)
 
         chosen = {method.name: method.values[0] for method in tuned}
-        for method in open_ones:
+        for method in undecided:
             gold = {
                 value: {
                     seed: float(read_curves(self.task.policy(seed, f"{method.name}={value:g}")).gold[-1])
@@ -138,17 +138,17 @@ class Bench:
         return chosen
 
     def _accepted(self, wanted: int, candidates: range) -> list[int]:
-        """Train reward models of seeds until as many as are wanted count.
+        """Train reward models of further seeds until the wanted number counts; return the seeds that count.
 
-        The run of plain PPO that tells is compared with nothing: the fall that accepts it may be chance.
+        The runs of plain PPO that decide this are not among the compared ones: their falls were selected.
         """
         if self.acceptance is None:
             self._train_rewards(candidates[:wanted], set())
             return list(candidates[:wanted])
         counted: list[int] = []
-        left = list(candidates)
+        untried = list(candidates)
         while (missing := wanted - len(counted)) > 0:
-            batch, left = left[:missing], left[missing:]
+            batch, untried = untried[:missing], untried[missing:]
             if not batch:
                 sys.exit(f"only seeds {counted} count, {wanted} are wanted: see protocol.md")
             self._train_rewards(batch, set())
@@ -163,7 +163,7 @@ class Bench:
         return counted
 
     def _train_rewards(self, seeds: Any, kinds: set[str]) -> None:
-        """Train these kinds, and the single reward model of each seed, with which critic and ensemble begin."""
+        """Train these kinds, and the single reward model of each seed, from which critic and ensemble start."""
         task = self.task
         labels = [Work(task.labels_of(seed), partial(task.write_labels, seed)) for seed in seeds]
         run_all("labels", labels, self.workers)
@@ -177,22 +177,22 @@ class Bench:
     def _policy(self, method: Method, seed: int, chosen: Mapping[str, float], value: float | None = None) -> Work:
         variant = method.name if value is None else f"{method.name}={value:g}"
         settings = method.settings(chosen, value)
-        train = partial(self.task.train_policy, seed, variant, method.about, settings)
-        entry = {key: value for key, value in method.about.items() if key != "tune"}  # a new value leaves others as is
+        train = partial(self.task.train_policy, seed, variant, method.entry, settings)
+        entry = {key: value for key, value in method.entry.items() if key != "tune"}  # a new value leaves others as is
         return Work(self.task.policy(seed, variant), train, {**entry, "settings": settings})
 
 
 def read_methods(names: list[str], values: Mapping[str, float]) -> Iterator[Method]:
-    """The methods of methods.yaml with these names, and those that they need; all if there are no names.
+    """Return the methods of methods.yaml with these names, and those that they need; all if there are no names.
 
-    Those with an entry in `values` have this value instead of several.
+    A method in `values` has this single value to choose from.
     """
-    table = {name: Method(name, about) for name, about in yaml.safe_load((HERE / "methods.yaml").read_text()).items()}
+    table = {name: Method(name, entry) for name, entry in yaml.safe_load((HERE / "methods.yaml").read_text()).items()}
     for name, value in values.items():
         if name not in table or not table[name].tuned:
             tuned = ", ".join(other for other, method in table.items() if method.tuned)
             sys.exit(f"--values {name}={value:g}: expected of {tuned}")
-        table[name] = Method(name, {**table[name].about, "tune": {table[name].tuned: [value]}})
+        table[name] = Method(name, {**table[name].entry, "tune": {table[name].tuned: [value]}})
     if unknown := [name for name in names if name not in table]:
         sys.exit(f"--methods {unknown[0]}: expected of {', '.join(table)}")
     wanted = {ALWAYS, "eppo", *names} if names else set(table)
@@ -203,46 +203,46 @@ def read_methods(names: list[str], values: Mapping[str, float]) -> Iterator[Meth
 def main() -> None:
     options = parse()
     started = time.monotonic()
-    of_all = list(SMOKED) if options.smoke else []
-    methods = list(read_methods(options.methods.split(",") if options.methods else of_all, options.values))
+    default = list(SMOKED) if options.smoke else []
+    methods = list(read_methods(options.methods.split(",") if options.methods else default, options.values))
     size, effort = SIZES[options.size], Effort(steps=options.steps)
     acceptance: Acceptance | None = Acceptance()
     if options.smoke:
         size = replace(size, reward_steps=5)
         effort = Effort(sft_steps=20, steps=2, validate_every=1, validation_prompts=16)
         acceptance = None
-        methods = [Method(each.name, _one_value(each.about)) for each in methods]
-    task_of = {"text": options.text, "size": options.size, "labels": options.labels}
-    _claim(options.output, {**task_of, **asdict(size), **asdict(effort)})
+        methods = [Method(method.name, _one_value(method.entry)) for method in methods]
+    choices = {"text": options.text, "size": options.size, "labels": options.labels}
+    _claim(options.output, {**choices, **asdict(size), **asdict(effort)})
     torch.set_num_threads(1)
     task = Task(options.output.absolute(), TEXTS[options.text], size, LABELS[options.labels], effort)
     bench = Bench(task, methods, options.workers, acceptance)
-    found = bench.run(1 if options.smoke else options.seeds)
+    curves = bench.run(1 if options.smoke else options.seeds)
     about = {
-        **task_of,
+        **choices,
         "steps": effort.steps,
         "seconds": round(time.monotonic() - started),
         "command": " ".join(sys.argv),
     }
-    print(write_results(task.directory, found, about, {"tuning": bench.tuning, "candidates": bench.candidates}))
-    plain = ALWAYS if options.smoke else ACCEPTANCE  # of all seeds that were tried, so that some did not fall
-    detect(task, found, plain)
-    compare_weights_and_text(task, found, options.workers)
+    print(write_results(task.directory, curves, about, {"tuning": bench.tuning, "candidates": bench.candidates}))
+    plain = ALWAYS if options.smoke else ACCEPTANCE  # acceptance runs of refused seeds, too: gold may not have fallen
+    detect(task, curves, plain)
+    compare_weights_and_text(task, curves, options.workers)
 
 
-def detect(task: Task, found: Mapping[str, Iterable[int]], plain: str) -> None:
+def detect(task: Task, seeds: Mapping[str, Iterable[int]], plain: str) -> None:
     """Write into alarms/<method>/ which alarms would have helped, in the runs of plain PPO and in those of DETECTED.
 
     Args:
-        found: the seeds of each method that ran.
-        plain: what plain PPO's runs are called.
+        seeds: the seeds of each method that ran.
+        plain: directory name of plain PPO's runs.
     """
     runs = {ALWAYS: sorted(task.directory.glob(f"seed_*/policies/{plain}"))}
-    runs |= {method: [task.policy(seed, method) for seed in found[method]] for method in DETECTED if method in found}
-    for method, of_method in runs.items():
+    runs |= {method: [task.policy(seed, method) for seed in seeds[method]] for method in DETECTED if method in seeds}
+    for method, directories in runs.items():
         try:
-            alarms = Alarms({run.parents[1].name: DetectionConfig(run=run) for run in of_method})
-        except ConfigError as error:  # too short, as a smoke test's, or nothing was hacked
+            alarms = Alarms({run.parents[1].name: DetectionConfig(run=run) for run in directories})
+        except ConfigError as error:  # the runs are too short (a smoke test), or nothing was hacked
             print(f"no alarms of {method}: {error}", flush=True)
             continue
         table = write_alarms(alarms, task.directory / "alarms" / method)
@@ -250,7 +250,7 @@ def detect(task: Task, found: Mapping[str, Iterable[int]], plain: str) -> None:
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Note what the models of this directory are; exit if there are others, which would count as finished."""
+    """Record the settings of this directory's models; exit if it holds models of other settings."""
     output.mkdir(parents=True, exist_ok=True)
     file, text = output / "settings.json", json.dumps(settings)
     if file.exists() and file.read_text() != text:
@@ -258,8 +258,8 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     write_atomically(file, text)
 
 
-def _one_value(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {**about, "tune": {key: values[:1] for key, values in about.get("tune", {}).items()}}
+def _one_value(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**entry, "tune": {key: values[:1] for key, values in entry.get("tune", {}).items()}}
 
 
 def _values(text: str) -> dict[str, float]:
@@ -276,10 +276,10 @@ def parse() -> argparse.Namespace:
         "--text",
         choices=TEXTS,
         default="nouns",
-        help="packages: one-line descriptions of Debian's packages, as apt knows them (default: %(default)s)",
+        help="task; packages: one-line descriptions of Debian's packages, from apt (default: %(default)s)",
     )
-    parser.add_argument("--size", choices=SIZES, default="0.2M", help="weights of all models (default: %(default)s)")
-    parser.add_argument("--labels", choices=LABELS, default="hedges", help="their flaw (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="0.2M", help="size of all models (default: %(default)s)")
+    parser.add_argument("--labels", choices=LABELS, default="hedges", help="flaw of the labels (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="reward-model seeds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="PPO steps of a run (default: %(default)s)")
     parser.add_argument("--methods", metavar="A,B", help="only these methods, plain PPO and EPPO (default: all)")
@@ -288,7 +288,7 @@ def parse() -> argparse.Namespace:
         metavar="A=X,B=Y",
         type=_values,
         default={},
-        help="take these values, as ppo_kl=0.1,eppo=8, instead of choosing from several on seeds of their own",
+        help="use these values, e.g. ppo_kl=0.1,eppo=8, instead of choosing them on other seeds",
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="runs side by side, a core each (default: %(default)s)"
@@ -296,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help=f"hardly train anything, only to see it run: --methods (default: {','.join(SMOKED)}), one value, one seed",
+        help=f"test run of a few steps, one value and one seed: --methods (default: {','.join(SMOKED)})",
     )
     options = parser.parse_args()
     for name in ("seeds", "steps", "workers"):

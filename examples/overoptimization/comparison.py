@@ -1,6 +1,6 @@
-"""Compares ways to train a policy against a reward model that can be over-optimised, over several reward models.
+"""Compares methods that train a policy against a reward model which can be over-optimised, over several reward models.
 
-A method is compared with others on the same reward-model seed, so that differences are paired.
+Methods are compared on the same reward-model seeds, so that differences are paired.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from nemo_eppo.evaluation.best_of_n import fit_gao
-from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.evaluation.intervals import Floats
 from nemo_eppo.observability.metrics import FILE_NAME, read_metrics
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
 
@@ -37,24 +37,23 @@ class Curves:
     correlation: float
     """Pearson correlation of proxy and gold reward over the SFT model's responses."""
     first: Floats
-    """Gold reward of each validation prompt, of the SFT model's response."""
+    """Gold reward of the SFT model's response to each validation prompt."""
     last: Floats
-    """The same of the last step's."""
+    """Gold reward of the last step's response to each."""
 
     @property
     def peak(self) -> float:
         return float(self.gold.max())
 
     def at(self, kl: float, values: Floats) -> float:
-        """A curve's value where the divergence first reaches `kl`, interpolated; at the last step if it never does."""
+        """Interpolate a curve where the divergence first reaches `kl`; its last value if it never does."""
         reached = np.maximum.accumulate(self.kl)
         if reached[-1] < kl:
             return float(values[-1])
         after = int(np.argmax(reached >= kl))
         if after == 0:
             return float(values[0])
-        before, beyond = reached[after - 1], reached[after]
-        share = (kl - before) / (beyond - before)
+        share = (kl - reached[after - 1]) / (reached[after] - reached[after - 1])
         return float(values[after - 1] + share * (values[after] - values[after - 1]))
 
 
@@ -81,7 +80,7 @@ def read_curves(run: Path) -> Curves:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What plain PPO has to show on a reward model for its seed to count."""
+    """Conditions on the run of plain PPO under which a reward-model seed counts."""
 
     correlation: float = 0.5
     """Least correlation of proxy and gold reward over the SFT model's responses."""
@@ -91,7 +90,7 @@ class Acceptance:
     """Least fall from the peak to the last step."""
 
     def refusal(self, ppo: Curves) -> str:
-        """Say why a seed does not count; an empty text if it does."""
+        """Return the reason if a seed does not count, an empty text if it does."""
         if ppo.correlation < self.correlation:
             return f"correlation {ppo.correlation:.3f} is below {self.correlation}"
         if (rise := ppo.peak - float(ppo.gold[0])) < self.rise:
@@ -102,17 +101,17 @@ class Acceptance:
 
 
 def measures(runs: Sequence[Curves], ppo: Sequence[Curves]) -> dict[str, list[float]]:
-    """What a method is judged by, on each seed: `ppo` are plain PPO's runs on the same seeds.
+    """Return the measures of a method, on each seed; `ppo` are plain PPO's runs on the same seeds.
 
-    `final` is the primary measure. `equal_kl` is the gold reward where the method has moved as far from the SFT model
-    as plain PPO had at its own peak; where it never does (`reaches_equal_kl` is 0), that of its last step.
+    `final` is the primary measure. `equal_kl` is the gold reward where the method's KL divergence reaches that of plain
+    PPO at its peak; if it never does (`reaches_equal_kl` is 0), the gold reward at the last step.
     """
-    wanted = [float(plain.kl[plain.gold.argmax()]) for plain in ppo]
+    peak_kl = [float(plain.kl[plain.gold.argmax()]) for plain in ppo]
     return {
         "final": [float(run.gold[-1]) for run in runs],
         "peak": [run.peak for run in runs],
-        "equal_kl": [run.at(kl, run.gold) for run, kl in zip(runs, wanted, strict=True)],
-        "reaches_equal_kl": [float(run.kl.max() >= kl) for run, kl in zip(runs, wanted, strict=True)],
+        "equal_kl": [run.at(kl, run.gold) for run, kl in zip(runs, peak_kl, strict=True)],
+        "reaches_equal_kl": [float(run.kl.max() >= kl) for run, kl in zip(runs, peak_kl, strict=True)],
         "wins_over_sft": [win_rate(run.last, run.first) for run in runs],
         "final_kl": [float(run.kl[-1]) for run in runs],
         "final_proxy": [float(run.proxy[-1]) for run in runs],
@@ -138,13 +137,13 @@ def _fit(runs: Sequence[Curves]) -> dict[str, Any] | None:
 
 
 def win_rate(gold: Floats, against: Floats) -> float:
-    """Share of the prompts on which a response's gold reward is the higher one; equal ones count half."""
+    """Return the share of the prompts on which the gold reward is higher than `against`; equal ones count half."""
     return float((gold > against).mean() + 0.5 * (gold == against).mean())
 
 
 def over_seeds(values: ArrayLike) -> dict[str, float | None]:
-    """Mean over seeds, and Student's 95% interval of it: that of a bootstrap over so few covers too seldom, .86 of the
-    time with six normal values and .91 with ten. Of one seed there is no interval: low and high are None."""
+    """Return the mean over seeds and Student's 95% interval, None for one seed. (A bootstrap over so few values covers
+    too seldom: .86 of the time with six normal values, .91 with ten.)"""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if len(sample) < 2:
@@ -154,14 +153,14 @@ def over_seeds(values: ArrayLike) -> dict[str, float | None]:
 
 
 def half_interval(values: ArrayLike) -> float:
-    """Half of Student's 95% interval of the mean of two or more values [seeds]."""
+    """Return half the width of Student's 95% interval of the mean of two or more values [seeds]."""
     sample = np.asarray(values, dtype=np.float64)
     return float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
 
 
 def paired(values: ArrayLike, others: ArrayLike) -> dict[str, float | None]:
-    """`over_seeds` of the differences, on how many seeds `values` is the higher one, and the p-value of Wilcoxon's
-    signed-rank test, which a single seed with a large difference does not sway."""
+    """Return `over_seeds` of the differences, the number of seeds on which `values` is higher, and the p-value of
+    Wilcoxon's signed-rank test, which a single seed with a large difference does not sway."""
     difference = np.subtract(values, others)
     p = float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
     return {**over_seeds(difference), "higher": float((difference > 0).sum()), "p": p}
@@ -172,35 +171,35 @@ def compare(runs: Mapping[str, Mapping[int, Curves]], references: Sequence[str])
 
     Args:
         runs: curves by method and seed; "ppo" is one of the methods.
-        references: methods that each other is compared with, paired by seed.
+        references: methods that all others are compared with, paired by seed.
 
     Returns:
-        for each method its measures: mean with interval, the values of the seeds, and what `paired` says of it and each
+        for each method its measures: mean with interval, the values of the seeds, and the result of `paired` with each
         reference; and for each method a fit of its gold reward over the distance (`GaoFit`).
     """
-    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in runs.values())))
-    ordered = {method: [of_seed[number] for number in seeds] for method, of_seed in runs.items()}
-    found = {method: measures(of_seeds, ordered["ppo"]) for method, of_seeds in ordered.items()}
-    for method, of_seeds in ordered.items():
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
+    ordered = {method: [by_seed[seed] for seed in seeds] for method, by_seed in runs.items()}
+    measured = {method: measures(curves, ordered["ppo"]) for method, curves in ordered.items()}
+    for method, curves in ordered.items():
         for name in references:
-            pairs = zip(of_seeds, ordered[name], strict=True)
-            found[method][f"wins_over_{name}"] = [win_rate(run.last, other.last) for run, other in pairs]
+            pairs = zip(curves, ordered[name], strict=True)
+            measured[method][f"wins_over_{name}"] = [win_rate(run.last, other.last) for run, other in pairs]
     return {
         "seeds": seeds,
-        "fits": {method: _fit(of_seeds) for method, of_seeds in ordered.items()},
+        "fits": {method: _fit(curves) for method, curves in ordered.items()},
         "methods": {
             method: {
                 measure: {
                     **over_seeds(values),
                     "seeds": values,
                     "less": {
-                        name: paired(values, found[name][measure])
+                        name: paired(values, measured[name][measure])
                         for name in references
-                        if name != method and measure in found[name]
+                        if name != method and measure in measured[name]
                     },
                 }
-                for measure, values in of_method.items()
+                for measure, values in by_measure.items()
             }
-            for method, of_method in found.items()
+            for method, by_measure in measured.items()
         },
     }

@@ -1,4 +1,4 @@
-"""Pieces of work in processes of their own, as many at a time as are asked for; what is finished is not done again."""
+"""Runs pieces of work in processes of their own, several at a time; finished ones are not run again."""
 
 import json
 import multiprocessing
@@ -24,17 +24,17 @@ from nemo_eppo.processes import end_with_parent
 DONE = "done"
 """File in the directory of a piece of work that is finished; it holds its seconds."""
 MADE_FROM = "made_from.json"
-"""File in the directory of a piece of work that has begun; it holds what that was made from."""
+"""File in the directory of a piece of work that has begun; it holds `Work.made_from`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something that fills a directory, and goes on with what an interrupted attempt left there."""
+    """A function that fills a directory, and resumes an interrupted attempt there."""
 
     directory: Path
     do: Callable[[], None]
     made_from: Mapping[str, Any] = field(default_factory=dict)
-    """What it depends on that may change between two commands, as JSON has it."""
+    """Inputs of the work that may change between two commands, as JSON."""
 
     @property
     def done(self) -> bool:
@@ -42,26 +42,26 @@ class Work:
 
     @property
     def differs(self) -> str:
-        """Say what its directory was made from, if that is not what it would be made from; else an empty text."""
+        """Return the recorded and the present inputs, as text, if they differ; else an empty text."""
         file = self.directory / MADE_FROM
         if not file.exists() and not self.done:
             return ""
-        found, wanted = json.loads(file.read_text()) if file.exists() else {}, json.loads(json.dumps(self.made_from))
-        if found == wanted:
+        recorded, now = json.loads(file.read_text()) if file.exists() else {}, json.loads(json.dumps(self.made_from))
+        if recorded == now:
             return ""
-        return f"{self.directory}: was made from {json.dumps(found)}, it would be made from {json.dumps(wanted)} now\n"
+        return f"{self.directory}: was made from {json.dumps(recorded)}, it would be made from {json.dumps(now)} now\n"
 
 
 def run_all(title: str, work: Sequence[Work], workers: int) -> None:
-    """Do what is not done yet.
+    """Run the pieces that are not done yet.
 
     Raises:
-        SystemExit: a piece failed; its log is named. Those that had started are finished first. Or a directory holds,
-            finished or begun, what was made from something else.
+        SystemExit: a piece failed (the message names its log; pieces that had started are finished first), or a
+            directory was made from other inputs.
     """
     if changed := "".join(piece.differs for piece in work):
         sys.exit(f"{changed}remove these directories to have them made anew, or choose another --output")
-    # a fork has everything imported already, but cannot use CUDA if an import asked whether there is a GPU
+    # a fork needs no imports, but cannot use CUDA if an import has looked for a GPU
     context = multiprocessing.get_context("spawn" if visible_gpus() else "fork")
     waiting = [piece for piece in work if not piece.done]
     running: dict[Any, tuple[multiprocessing.process.BaseProcess, Work]] = {}
@@ -84,12 +84,12 @@ def run_all(title: str, work: Sequence[Work], workers: int) -> None:
 
 
 def _do(piece: Work, parent: int) -> None:
-    """Do a piece in this process, which ends with it."""
+    """Run a piece, and end this process."""
     status = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the first process
         end_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended before that was asked for
+        if os.getppid() != parent:  # the parent ended before the call above
             os._exit(1)
         hold(piece.directory)
         write_json(piece.directory / MADE_FROM, piece.made_from)
@@ -106,4 +106,4 @@ def _do(piece: Work, parent: int) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # nothing that this process inherited is closed twice
+        os._exit(status)  # without closing what this process inherited

@@ -1,4 +1,4 @@
-"""What the bench trains: SFT models, reward models with labels of their own, and policies by every method."""
+"""The trainings of the bench: SFT models, reward models with labels of their own, and policies by every method."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from nemo_eppo.training.reward_model import train_reward_model
 from nemo_eppo.training.sft import train_sft
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-SINGLE = "single"  # the kind of reward models that is a Bradley-Terry model alone
+SINGLE = "single"  # kind of reward models: one Bradley-Terry model
 MEMBERS = 3  # Bradley-Terry models of an ensemble; the single one is the first
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of all models, and what they need to learn."""
+    """Shape of all models, and hyperparameters of their trainings."""
 
     layers: int
     width: int
@@ -39,7 +39,7 @@ class Size:
     reward_steps: int = 800
     reward_l2: float = 0.001
     pairs: int = 16_000
-    """Preference pairs, where their number is not what is wrong with them."""
+    """Preference pairs, unless the labels are scarce."""
 
 
 SIZES = {
@@ -53,14 +53,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Text:
-    """What the models read and write, and who knows how good it is."""
+    """A task: its data, gold reward and lengths in tokens."""
 
     write: Callable[..., None]
     """Writes tokenizer and files: (directory, seed, sft_examples=, preference_pairs=, hedge_bias=)."""
     gold: str
     """Reward function."""
     prompt_tokens: int
-    """Longest prompt; prompts that are longer are dropped."""
+    """Longest prompt; longer ones are dropped."""
     response_tokens: int
     """Longest response of a policy."""
     window: int
@@ -74,12 +74,12 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Labels:
-    """What is wrong with the preference labels."""
+    """The flaw of the preference labels."""
 
     hedge_bias: float
     """Share of the labels that favours hedges."""
     pairs: int | None
-    """How many there are; None for as many as a size wants."""
+    """Their number; None for that of the size."""
 
 
 LABELS = {"hedges": Labels(0.5, None), "scarce": Labels(0.0, 3_000)}
@@ -119,7 +119,7 @@ class Task:
         return self.directory / f"seed_{seed}" / "policies" / variant
 
     def train_sft(self) -> None:
-        """Train the model that every policy and reward model of this task starts from."""
+        """Train the model from which every policy and reward model of this task starts."""
         size, data = self.size, self.sft / "data"
         self._write_data(data, seed=0)
         _train(
@@ -138,7 +138,7 @@ class Task:
         )  # fmt: skip
 
     def write_labels(self, seed: int) -> None:
-        """Write labels that only this seed has."""
+        """Write the preference labels of this seed."""
         self._write_data(self.labels_of(seed) / "data", seed)
 
     def train_rewards(self, seed: int, kind: str) -> None:
@@ -148,7 +148,7 @@ class Task:
             ("gpt_reward_model", RewardTrainingConfig, train_reward_model),
             self.rewards(seed, kind),
             {
-                "seed": seed + (kind == "ensemble"),  # members take seeds from here on, the first is the single one's
+                "seed": seed + (kind == "ensemble"),  # seeds of the members; the single model has the seed before
                 "model.restore_from_path": self.sft / "checkpoints",
                 "reward.score": "sum",
                 "reward.l2": self.size.reward_l2,
@@ -157,18 +157,18 @@ class Task:
             },
         )
 
-    def train_policy(self, seed: int, variant: str, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def train_policy(self, seed: int, variant: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Train a policy against the reward models of a seed.
 
         Args:
             variant: name of its directory.
-            about: entry of methods.yaml.
-            settings: settings of the method, their values chosen.
+            entry: the method's entry in methods.yaml.
+            settings: settings of the method, with the chosen values.
         """
-        method, lr, effort = about.get("method", "ppo"), self.size.ppo_lr, self.effort
-        if term := about.get("term"):
+        method, lr, effort = entry.get("method", "ppo"), self.size.ppo_lr, self.effort
+        if term := entry.get("term"):
             own = {"name": "own", "term": f"terms:{term}", "settings": dict(settings)}
-            settings = {"shaping.terms": [own], **about.get("actor", {})}
+            settings = {"shaping.terms": [own], **entry.get("actor", {})}
         [single] = self._scorers(seed, SINGLE)
         _train(
             ("gpt_ppo_actor", PPOConfig, train_ppo),
@@ -195,7 +195,7 @@ class Task:
                 "gold_reward": self.text.gold,
                 "rewards": [
                     {"colocated": {"restore_from_path": str(path)}}
-                    for path in self._scorers(seed, about.get("rewards", SINGLE))
+                    for path in self._scorers(seed, entry.get("rewards", SINGLE))
                 ],
                 **({} if "grpo" in method else {"critic": _critic(single, lr)}),
                 **settings,
@@ -204,7 +204,7 @@ class Task:
         )
 
     def _scorers(self, seed: int, kind: str) -> list[Path]:
-        """Checkpoints of the reward models that a method's `rewards` names."""
+        """Return the checkpoints of a seed's reward models of one kind."""
         if kind == "ensemble":
             others = [self.rewards(seed, kind) / f"member_{index}" / "checkpoints" for index in range(MEMBERS - 1)]
             return [*self._scorers(seed, SINGLE), *others]
@@ -233,7 +233,7 @@ _REWARDS: dict[str, Callable[[Task, Path], dict[str, Any]]] = {
     "odin": lambda task, data: {"reward.kind": "odin"},
     "inform": lambda task, data: {
         "reward.kind": "inform",
-        "reward.score": "last",  # the only one that it has
+        "reward.score": "last",  # InfoRM has no other
         "reward.inform": {"latent_size": 16, "beta": 0.01, "sft_responses": str(data / "sft.validation.jsonl")},
     },
 }

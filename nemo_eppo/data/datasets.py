@@ -36,8 +36,8 @@ class PromptItem:
     @property
     def fields(self) -> dict[str, Any]:
         """The row's other fields, such as "reference_answer"; every access gives a new copy."""
-        found: dict[str, Any] = json.loads(self.json_fields)
-        return found
+        fields: dict[str, Any] = json.loads(self.json_fields)
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Examples(Generic[ItemT]):
 
     Args:
         rows: every row with the token ids of its prompt and of each response.
-        make_item: makes an item of its position, its row and these ids.
+        make_item: makes an item from its position, its row and these ids.
     """
 
     items: list[ItemT]
@@ -125,8 +125,8 @@ class SFTDataset(Examples[SequenceItem]):
 
 
 class PreferenceDataset(Examples[PreferenceItem]):
-    """Preference pairs with the fields "prompt", "chosen" and "rejected". The limit holds for the longer response; one
-    of them may be empty."""
+    """Preference pairs with the fields "prompt", "chosen" and "rejected". The limit holds for the longer response. One
+    of the responses may be empty."""
 
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, *, max_sequence_length: int, too_long: TooLong = "error"
@@ -138,8 +138,8 @@ class PreferenceDataset(Examples[PreferenceItem]):
 
 def _prompt_item(index: int, row: dict[str, Any], token_ids: TokenIds) -> PromptItem:
     others = {name: value for name, value in row.items() if name != "prompt"}
-    packed = (json.dumps(others, ensure_ascii=False).encode(),) if others else ()
-    return PromptItem(index, row["prompt"], token_ids, *packed)
+    json_fields = (json.dumps(others, ensure_ascii=False).encode(),) if others else ()  # else the shared default
+    return PromptItem(index, row["prompt"], token_ids, *json_fields)
 
 
 def tokenised_rows(
@@ -161,7 +161,7 @@ def tokenised_rows(
         prompt, *answers = encoded
         if not prompt:
             raise ConfigError(f"{path}:{line}: field 'prompt' is empty: a response must follow at least one token")
-        # one side of a pair may be empty: that silence was preferred, or not, can be learnt
+        # one side of a pair may be empty: whether an empty answer is better can be learnt
         if responses and not any(row[field].removesuffix(tokenizer.eos_text).strip() for field in responses):
             names = ", ".join(f"'{field}'" for field in responses)
             raise ConfigError(f"{path}:{line}: field {names} is empty: there is no text to learn")
@@ -188,7 +188,7 @@ def tokenised_rows(
 def collate(
     sequences: Sequence[tuple[Sequence[int] | TokenIds, Sequence[int] | TokenIds]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put `(prompt_ids, response_ids)` pairs into one batch, padded at the right.
+    """Put `(prompt_ids, response_ids)` pairs into one batch, padded on the right.
 
     Returns:
         tokens [B, S] int64, with S the longest sequence; prompt_lengths [B] int64;
@@ -209,7 +209,7 @@ class GlobalBatches(Iterator[list[int]]):
     Each epoch gives every index at most once; the last indices, if they do not fill a batch, are skipped.
 
     Args:
-        digest: `digest` of the data set that the indices belong to.
+        digest: `digest` of the data set, for `load_state_dict`.
     """
 
     def __init__(self, num_items: int, batch_size: int, *, seed: int, digest: str) -> None:
@@ -239,16 +239,16 @@ class GlobalBatches(Iterator[list[int]]):
         return {"epoch": self.epoch, "position": self._position, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume exactly where `state` was taken.
+        """Resume exactly after the batches that had been given when `state` was taken.
 
         Raises:
             ConfigError: the state belongs to another data set, batch size or seed.
         """
         for name, value in self._settings.items():
             if state[name] != value:
-                what = {"digest": "the digest of its rows", "num_items": "its num_items"}.get(name, name)
+                label = {"digest": "the digest of its rows", "num_items": "its num_items"}.get(name, name)
                 raise ConfigError(
-                    f"cannot resume the order of data.train: {what} was {state[name]}, and is now {value}; set it "
+                    f"cannot resume the order of data.train: {label} was {state[name]}, and is now {value}; set it "
                     "back, or choose another run directory"
                 )
         self._start_epoch(state["epoch"])

@@ -36,7 +36,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for line_number, line in read_lines(path):
         row = json_row(line, f"{path}:{line_number}")
-        if b"\\ud" in line or b"\\uD" in line:  # perhaps half of a surrogate pair: legal JSON, but not text
+        if b"\\ud" in line or b"\\uD" in line:  # perhaps a lone surrogate: legal JSON, but not text
             _check_unicode(row, f"{path}:{line_number}")
         yield line_number, row
 
@@ -99,5 +99,5 @@ def open_stream(path: Path, progress: bool) -> Iterator[tuple[BinaryIO, Callable
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace `path` by one JSON object per line, UTF-8; it is complete or as before."""
+    """Replace `path` by one JSON object per line, UTF-8; if that fails, the old file stays."""
     write_atomically(path, "".join(map(json_line, rows)))

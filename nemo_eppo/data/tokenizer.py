@@ -1,4 +1,4 @@
-"""The tokenizer of every job: it wraps a Hugging Face tokenizer, and nothing else adds BOS or EOS."""
+"""The tokenizer of every job: it wraps a Hugging Face tokenizer. No other code adds BOS or EOS."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _BYTES = 256  # byte-level BPE starts from one token per byte
 _TOKENISED_AT_ONCE = 2048  # texts: enough to keep the tokenizer's threads busy
 
 logger = logging.getLogger(__name__)
-_tell_once = cache(logger.info)  # INFO: other ranks than 0 show warnings only
+_log_once = cache(logger.info)  # INFO, as ranks other than 0 log warnings only
 
 
 class Tokenizer:
@@ -49,7 +49,7 @@ class Tokenizer:
         self.eos_id, self.eos_text = tokenizer.eos_token_id, tokenizer.eos_token
         self.vocab_size = len(tokenizer)
         if tokenizer.pad_token_id is None:
-            _tell_once(f"tokenizer '{source}' has no pad_token: padding with its EOS, id {self.eos_id}")
+            _log_once(f"tokenizer '{source}' has no pad_token: padding with its EOS, id {self.eos_id}")
             self.pad_id = self.eos_id
         else:
             self.pad_id = tokenizer.pad_token_id
@@ -79,10 +79,11 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            # said explicitly: otherwise transformers asks a terminal whether it may run the directory's code
+            # without trust_remote_code=False, transformers asks on a terminal whether to run the directory's code
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust loader raises bare Exceptions
-            reason = str(error).strip().partition("\n")[0].partition(", or contain one of")[0]  # every model it knows
+            # the first line, without transformers' list of all models
+            reason = str(error).strip().partition("\n")[0].partition(", or contain one of")[0]
             if not any(any(Path(path).glob(name)) for name in ("tokenizer.json", "*.model", "vocab.*")):
                 reason = "it has no tokenizer.json, *.model or vocab.*"
             if "trust_remote_code" in str(error):
@@ -91,11 +92,11 @@ class Tokenizer:
         return cls(tokenizer, str(path))
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode prompts, with one BOS in front if this tokenizer adds it, also if the text already starts with it."""
+        """Encode prompts, with one BOS in front if this tokenizer adds it or the text starts with it."""
         return [self._delimit(ids, begin=self._adds_bos, end=False) for ids in self.encode(texts)]
 
     def encode_responses(self, texts: Sequence[str], end: bool = True) -> list[list[int]]:
-        """Encode responses without special tokens in front; with `end`, exactly one EOS closes each.
+        """Encode responses without adding BOS; with `end`, each ends with exactly one EOS.
 
         Raises:
             ConfigError: a response contains EOS before its end.
@@ -107,12 +108,8 @@ class Tokenizer:
         return [self._delimit(ids, begin=False, end=end) for ids in encoded]
 
     def _delimit(self, ids: list[int], *, begin: bool, end: bool) -> list[int]:
-        """Put BOS and EOS where they belong.
-
-        If the text itself starts with BOS (a chat template writes it), one is kept; `begin` adds it if it is missing,
-        and `end` adds EOS if it is missing.
-        """
-        while ids[:2] == self._bos * 2 != []:
+        """Add BOS if `begin` and it is missing, EOS if `end` and it is missing; of several BOS in front, keep one."""
+        while ids[:2] == self._bos * 2 != []:  # a chat template may write BOS before a text that has it
             ids = ids[1:]
         if begin and ids[:1] != self._bos:
             ids = self._bos + ids
@@ -143,7 +140,7 @@ class Tokenizer:
                 return_token_type_ids=False,
                 verbose=False,
             )
-        except Exception as error:  # bare from Rust: a word outside a vocabulary that has no unknown token
+        except Exception as error:  # Rust raises a bare one for a word outside a vocabulary without unknown token
             raise ConfigError(f"cannot be tokenised: {error} (texts from {texts[0][:80]!r} on)") from error
         return list(encoded["input_ids"])
 
@@ -168,8 +165,8 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of vocabulary and special ids: with the same digest, all token ids mean the same."""
-        # cached, because a large vocabulary takes 0.3 s and every status request reads it
+        """SHA-256 of vocabulary and special ids: with equal digests, token ids have equal meanings."""
+        # cached: a large vocabulary takes 0.3 s, and every status request reads the digest
         content = [sorted(self._tokenizer.get_vocab().items()), self._bos, self._adds_bos, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -185,10 +182,10 @@ EncodedT = TypeVar("EncodedT")
 def encode_in_blocks(
     items: Iterable[ItemT], encode: Callable[[list[ItemT]], Sequence[EncodedT]]
 ) -> Iterator[tuple[ItemT, EncodedT | ConfigError]]:
-    """Tokenise items in blocks, which is faster; one that cannot be tokenised does not affect the others.
+    """Tokenise items in blocks, which is faster; an item that cannot be tokenised does not affect the others.
 
     Args:
-        items: are streamed, so they may be larger than memory.
+        items: a stream, which may be larger than memory.
         encode: returns the result of each given item, or raises ConfigError if one cannot be tokenised.
 
     Yields:
@@ -214,7 +211,7 @@ def encode_in_blocks(
 def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
     """Train a byte-level BPE tokenizer (any text round-trips) and save it for `Tokenizer.from_directory`.
 
-    `texts` is streamed. `vocab_size` counts the special tokens; a small corpus may give fewer.
+    `texts` is streamed. `vocab_size` includes the special tokens; a small corpus may give fewer tokens.
     """
     from tokenizers import Tokenizer as BackendTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers

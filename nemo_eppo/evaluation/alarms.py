@@ -1,4 +1,4 @@
-"""`nemo-eppo detect` on several runs: how often each sign's alarm comes where the gold reward falls, and where not."""
+"""`nemo-eppo detect` on several runs: right alarms of each sign, where the gold reward falls, and false ones."""
 
 import statistics
 from collections.abc import Mapping
@@ -13,28 +13,28 @@ from nemo_eppo.settings.evaluation import DetectionConfig
 
 @dataclass(frozen=True)
 class SignAlarms:
-    """What one sign said in the runs that recorded it."""
+    """The alarms of one sign in the runs that recorded it, and its AUROC of finding hacked responses."""
 
     auroc: list[float]
-    """Of the hacked responses of each run."""
+    """Of each run, over all its responses."""
     auroc_within: list[float]
-    """The same among responses of one step, of each run that has an estimate."""
+    """Among responses of one step, of each run that has an estimate."""
     fell: int
-    """Number of runs whose gold reward fell beyond noise: an alarm is right there."""
+    """Number of runs whose gold reward fell beyond noise: there, an alarm is right."""
     raised: int
-    """In how many of these an alarm came."""
+    """Number of these runs with an alarm."""
     leads: list[int]
     """Steps from these alarms to the peak of the gold reward, where there is a lead (see `Alarm`)."""
     others: int
-    """Number of runs whose gold reward did not fall: an alarm is false there."""
+    """Number of runs whose gold reward did not fall: there, an alarm is false."""
     false: int
-    """In how many of these an alarm came."""
+    """Number of these runs with an alarm."""
 
 
 class Alarms:
-    """What the signs said in several runs, by name.
+    """The alarms of all signs in several runs, each with its name.
 
-    A run without hacked responses, or without others, says nothing of signs and is left out.
+    A run without hacked responses, or without normal ones, is left out: signs have nothing to tell apart there.
 
     Raises:
         ConfigError: a run cannot be read (see `RunDetection`), or all are left out.
@@ -43,7 +43,7 @@ class Alarms:
     def __init__(self, configs: Mapping[str, DetectionConfig]) -> None:
         self.runs: dict[str, RunDetection] = {}
         self.left_out: dict[str, str] = {}
-        """Why, by the run's name."""
+        """The reason, by the run's name."""
         for name, config in configs.items():
             try:
                 self.runs[name] = RunDetection(config)
@@ -59,25 +59,25 @@ class Alarms:
 
     @cached_property
     def signs(self) -> dict[str, SignAlarms]:
-        """What each sign said, from the highest median AUROC down."""
+        """The alarms of each sign, from the highest median AUROC down."""
         names = dict.fromkeys(sign for run in self.runs.values() for sign in run.alarms)
-        found = {sign: self._of_sign(sign) for sign in names}
-        return dict(sorted(found.items(), key=lambda item: -statistics.median(item[1].auroc)))
+        signs = {sign: self._sign_alarms(sign) for sign in names}
+        return dict(sorted(signs.items(), key=lambda item: -statistics.median(item[1].auroc)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers, those of the single runs too, for a JSON file."""
         return {
             "runs": {name: run.as_dict() for name, run in self.runs.items()},
             "left_out": self.left_out,
-            "signs": {sign: asdict(found) for sign, found in self.signs.items()},
+            "signs": {sign: asdict(alarms) for sign, alarms in self.signs.items()},
         }
 
-    def _of_sign(self, sign: str) -> SignAlarms:
-        having = [run for run in self.runs.values() if sign in run.alarms]
-        alarms = {fell: [run.alarms[sign] for run in having if run.fell == fell] for fell in (True, False)}
-        within = [run.alarms[sign].auroc_within for run in having]
+    def _sign_alarms(self, sign: str) -> SignAlarms:
+        runs = [run for run in self.runs.values() if sign in run.alarms]
+        alarms = {fell: [run.alarms[sign] for run in runs if run.fell == fell] for fell in (True, False)}
+        within = [run.alarms[sign].auroc_within for run in runs]
         return SignAlarms(
-            auroc=[found.auroc.value for run in having for found in run.detectors if found.sign == sign],
+            auroc=[detector.auroc.value for run in runs for detector in run.detectors if detector.sign == sign],
             auroc_within=[estimate.value for estimate in within if estimate is not None],
             fell=len(alarms[True]),
             raised=sum(alarm.step is not None for alarm in alarms[True]),

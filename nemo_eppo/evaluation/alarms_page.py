@@ -22,15 +22,15 @@ def write_alarms(alarms: Alarms, output: Path) -> str:
         Series(name, COLORS[number % len(COLORS)], run.steps, run.gold_curve.tolist())
         for number, (name, run) in enumerate(alarms.runs.items())
     ]
-    found = alarms.signs.values()
+    signs = alarms.signs.values()
     raised = [
-        Series("the gold reward fell", COLORS[0], [], [sign.raised for sign in found]),
-        Series("it did not: false alarms", COLORS[1], [], [sign.false for sign in found]),
+        Series("the gold reward fell", COLORS[0], [], [sign.raised for sign in signs]),
+        Series("it did not: false alarms", COLORS[1], [], [sign.false for sign in signs]),
     ]
     output.mkdir(parents=True, exist_ok=True)
     charts = [
         Lines("Gold reward", "Of each run.", gold, "PPO step", "gold reward"),
-        Bars("Alarms", "Right ones, and false ones.", raised, "runs with an alarm", names=list(alarms.signs)),
+        Bars("Alarms", "Right alarms, and false ones.", raised, "runs with an alarm", names=list(alarms.signs)),
     ]
     write_picture(output / "detection.png", charts)
     write_json(output / "report.json", alarms.as_dict())
@@ -38,12 +38,12 @@ def write_alarms(alarms: Alarms, output: Path) -> str:
     body = [
         "<h1>Signs of reward hacking in several runs</h1>",
         f'<p class="lead">{html.escape(verdict(alarms))}</p>',
-        "<h2>What did the alarm of each sign say?</h2>",
+        "<h2>Alarms of each sign</h2>",
         plain_table(_sign_rows(alarms)),
-        '<p class="soft">Medians, in brackets of how many runs. Where the gold reward fell beyond noise an alarm is '
-        "right, and its lead is positive if it came before the peak; elsewhere it is false. A sign has a lead in the "
-        "runs in which it tells hacked from normal responses of one step; KL, which rises in any training, and what "
-        "knows the labels have none.</p>",
+        '<p class="soft">Medians, with the number of runs in brackets. Where the gold reward fell beyond noise an '
+        "alarm is right, and its lead is positive if it came before the peak; elsewhere it is false. A sign has a lead "
+        "in the runs in which it tells hacked from normal responses of one step; KL, which rises in any training, and "
+        "combined signs, which are fitted to the labels, have none.</p>",
         section(
             "Over the runs",
             "Running means over a tenth of the steps; in how many runs each sign raised an alarm.",
@@ -58,23 +58,23 @@ def write_alarms(alarms: Alarms, output: Path) -> str:
 
 
 def verdict(alarms: Alarms) -> str:
-    """Say in plain text how often there was something to warn of, and which sign warned most often in time."""
+    """Return in plain text how often the gold reward fell, and which sign raised most alarms before its peak."""
     text = f"The gold reward fell beyond noise in {alarms.fell} of {len(alarms.runs)} runs."
     if alarms.left_out:
         text += f" Left out, since nothing can be told apart there: {', '.join(alarms.left_out)}."
-    known = {sign: found for sign, found in alarms.signs.items() if sign in MONITOR}
+    monitored = {sign: counts for sign, counts in alarms.signs.items() if sign in MONITOR}
     if not alarms.fell:
-        false = [f"{sign} ({found.false} of {found.others})" for sign, found in known.items() if found.false]
+        false = [f"{sign} ({counts.false} of {counts.others})" for sign, counts in monitored.items() if counts.false]
         return f"{text} False alarms of signs that the hacking monitor knows: {', '.join(false) or 'none'}."
-    early = {sign: sum(lead > 0 for lead in found.leads) for sign, found in known.items()}
+    early = {sign: sum(lead > 0 for lead in counts.leads) for sign, counts in monitored.items()}
     if not any(early.values()):
         return f"{text} No alarm of a sign that the hacking monitor knows, and that tells, came before the peak."
     first = max(early, key=lambda sign: early[sign])
-    found = known[first]
-    elsewhere = f"; where it did not fall, the alarm came in {found.false} of {found.others}" if found.others else ""
+    counts = monitored[first]
+    elsewhere = f"; where it did not fall, the alarm came in {counts.false} of {counts.others}" if counts.others else ""
     return (
         f"{text} Of the signs that the hacking monitor knows, the {first} warned most often before the peak: in "
-        f"{early[first]} of {found.fell} runs{elsewhere}."
+        f"{early[first]} of {counts.fell} runs{elsewhere}."
     )
 
 
@@ -82,13 +82,13 @@ def _sign_rows(alarms: Alarms) -> list[list[str]]:
     rows = [
         [
             sign,
-            _median(found.auroc),
-            _median(found.auroc_within),
-            f"{found.raised}/{found.fell}",
-            _median(found.leads, 0),
-            f"{found.false}/{found.others}",
+            _median(counts.auroc),
+            _median(counts.auroc_within),
+            f"{counts.raised}/{counts.fell}",
+            _median(counts.leads, 0),
+            f"{counts.false}/{counts.others}",
         ]
-        for sign, found in alarms.signs.items()
+        for sign, counts in alarms.signs.items()
     ]
     return [_HEADER, *rows]
 
@@ -108,4 +108,5 @@ def _run_rows(alarms: Alarms) -> list[list[str]]:
 
 
 def _median(values: Sequence[float], digits: int = 2) -> str:
+    """Return the median, and the number of values in brackets; nothing for none."""
     return f"{statistics.median(values):.{digits}f} ({len(values)})" if values else ""

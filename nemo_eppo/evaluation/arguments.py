@@ -1,5 +1,5 @@
-"""What the arguments of several commands share: options that are fields of their settings, names for several files or
-runs, and, for commands that run a model, precision, layout and a process for each rank."""
+"""Arguments that several commands share: options made of the fields of their settings, names of several files or runs,
+and, for commands that run a model, precision, layout and a process for each rank."""
 
 import argparse
 import os
@@ -18,18 +18,18 @@ from nemo_eppo.settings.evaluation import ModelRunConfig
 def add_options(
     parser: argparse._ActionsContainer, schema: type[Config], *, required: bool = True, **metavars: str | None
 ) -> None:
-    """Add an option for each of these fields; its help is the field's docstring, written as argparse writes its own.
+    """Add an option for each of these fields; its help is the field's docstring, in argparse's style.
 
     Args:
         required: whether an option has to be given if its field has no default.
-        metavars: by field, what the option's value is called; None for flags and choices.
+        metavars: name of the option's value in the help, by field; None for flags and choices.
     """
     for name, metavar in metavars.items():
         field = schema.model_fields[name]
         [kind] = kinds_of(field.annotation) - {NoneType}
         assert field.description, f"{schema.__name__}.{name} has no docstring"
-        meaning = field.description[0].lower() + field.description[1:].removesuffix(".")
-        add = partial(parser.add_argument, f"--{name.replace('_', '-')}", help=meaning)
+        text = field.description[0].lower() + field.description[1:].removesuffix(".")
+        add = partial(parser.add_argument, f"--{name.replace('_', '-')}", help=text)
         if kind is bool:
             add(action="store_true")
         elif choices := get_args(kind):
@@ -46,23 +46,23 @@ def chosen(arguments: argparse.Namespace, schema: type[Config]) -> dict[str, Any
 
 
 def add_names(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add --names; `of` says what gets a name."""
+    """Add --names; `of` is the metavar of the argument whose values get names."""
     parser.add_argument(
         "--names",
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"a name for each {of} (default: what its path alone has)",
+        help=f"a name for each {of} (default: the part of its path that differs)",
     )
 
 
 def named(paths: list[Path], names: list[str]) -> dict[str, Path]:
-    """Return the paths by their names: `names`, or the parts of each path that not all have, without ".jsonl".
+    """Return the paths by their names: `names`, or the parts of each path that differ, without ".jsonl".
 
     Raises:
         ConfigError: there are not as many names as paths, or two are equal.
     """
-    chosen = names or _differing(paths)
+    chosen = names or _differing_parts(paths)
     if len(chosen) != len(paths):
         raise ConfigError(f"--names: {len(chosen)} names for {len(paths)} paths: {' '.join(map(str, paths))}")
     if twice := [(name, path) for name, path in zip(chosen, paths, strict=True) if chosen.count(name) > 1]:
@@ -71,17 +71,18 @@ def named(paths: list[Path], names: list[str]) -> dict[str, Path]:
     return dict(zip(chosen, paths, strict=True))
 
 
-def _differing(paths: list[Path]) -> list[str]:
-    every = [[*path.resolve().parts[1:-1], path.resolve().name.split(".jsonl")[0]] for path in paths]
-    while len({parts[-1] for parts in every}) == 1 and min(map(len, every)) > 1 and len(every) > 1:
-        every = [parts[:-1] for parts in every]
-    while len({parts[0] for parts in every}) == 1 and min(map(len, every)) > 1:
-        every = [parts[1:] for parts in every]
-    return ["/".join(parts) for parts in every]
+def _differing_parts(paths: list[Path]) -> list[str]:
+    """Return each path without its first and last parts that are the same in all."""
+    split = [[*path.resolve().parts[1:-1], path.resolve().name.split(".jsonl")[0]] for path in paths]
+    while len({parts[-1] for parts in split}) == 1 and min(map(len, split)) > 1 and len(split) > 1:
+        split = [parts[:-1] for parts in split]
+    while len({parts[0] for parts in split}) == 1 and min(map(len, split)) > 1:
+        split = [parts[1:] for parts in split]
+    return ["/".join(parts) for parts in split]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, schema: type[ModelRunConfig]) -> None:
-    """Add --chat-template, --precision, --batch-size, --tp and --pp, whose help says how to get replicas, too."""
+    """Add --chat-template, --precision, --batch-size, --tp and --pp."""
     add_options(parser, schema, chat_template=None, precision=None, batch_size="N")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="number of tensor-parallel processes")
     parser.add_argument(
@@ -89,15 +90,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, schema: type[ModelRunCo
         type=int,
         default=1,
         metavar="N",
-        help="number of pipeline-parallel processes; replicas of the model, which share the rows, are what further "
-        "processes under `torchrun --nproc_per_node N -m nemo_eppo.cli COMMAND ...` become",
+        help="number of pipeline-parallel processes; with more than tp x pp processes, as by `torchrun "
+        "--nproc_per_node N -m nemo_eppo.cli COMMAND ...`, replicas of the model share the rows",
     )
 
 
 def model_config(arguments: argparse.Namespace, schema: type[ConfigT], **others: Any) -> ConfigT:
-    """Check the options of a command that runs a model, with `others`, as its settings; before all that takes time.
+    """Return the settings of a command that runs a model, checked: its options and `others`.
 
-    A process that torchrun started ends with it from now on.
+    From now on, a process that torchrun started ends with torchrun.
     """
     end_with_torchrun()
     layout = {"tensor_model_parallel_size": arguments.tp, "pipeline_model_parallel_size": arguments.pp}
@@ -105,10 +106,10 @@ def model_config(arguments: argparse.Namespace, schema: type[ConfigT], **others:
 
 
 def run_on_ranks(arguments: argparse.Namespace, run: Callable[[], None]) -> bool:
-    """Run a checked job, with --tp or --pp in that many processes: each starts the same command once more.
+    """Run a checked job; with --tp or --pp, replace this process by torchrun, which starts the command on all ranks.
 
     Returns:
-        whether this is the process that tells the user what was done.
+        whether this is rank 0, which reports to the user.
     """
     from nemo_eppo.megatron import runtime
 

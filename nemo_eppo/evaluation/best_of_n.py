@@ -1,4 +1,4 @@
-"""Best-of-n: what choosing by the proxy reward gives, and the over-optimisation curves of Gao et al. (2210.10760).
+"""Best-of-n selection by a proxy reward, and the over-optimisation curves of Gao et al. (2210.10760).
 
 P prompts have N answers each. d is the square root of a KL divergence in nats.
 """
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaln
 
-from nemo_eppo.evaluation.statistics import Floats
+from nemo_eppo.evaluation.intervals import Floats
 
 FitKind = Literal["best_of_n", "rl"]
 _DRAWS = 1_000  # of the bootstrap
-_LEVEL = 0.95  # share of the draws that an interval, and the band at each place, holds
-_POINTS = 33  # places of a curve
+_LEVEL = 0.95  # share of the draws inside an interval, and inside the band at each point
+_POINTS = 33  # of a curve
 
 
 def best_of_n(proxy: ArrayLike, scores: ArrayLike, sizes: Sequence[int]) -> Floats:
@@ -28,7 +28,7 @@ def best_of_n(proxy: ArrayLike, scores: ArrayLike, sizes: Sequence[int]) -> Floa
 
     Args:
         proxy: [P, N] rewards that choose.
-        scores: [P, N] what is read of the chosen answer; `proxy` itself for the proxy's own curve.
+        scores: [P, N] rewards that are averaged over the chosen answers; `proxy` itself for the proxy's own curve.
         sizes: K values of n, from 1 to N.
 
     Returns:
@@ -37,8 +37,8 @@ def best_of_n(proxy: ArrayLike, scores: ArrayLike, sizes: Sequence[int]) -> Floa
     proxy, scores = np.asarray(proxy, np.float64), np.asarray(scores, np.float64)
     order = proxy.argsort(axis=1, kind="stable")
     ranked, ordered = np.take_along_axis(scores, order, 1), np.take_along_axis(proxy, order, 1)
-    fair = np.stack([_mean_of_ties(*rows) for rows in zip(ordered, ranked, strict=True)])
-    return fair @ np.stack([_weights(proxy.shape[1], n) for n in sizes], axis=1)
+    tied = np.stack([_mean_of_ties(*rows) for rows in zip(ordered, ranked, strict=True)])
+    return tied @ np.stack([_weights(proxy.shape[1], n) for n in sizes], axis=1)
 
 
 def _mean_of_ties(proxy: Floats, scores: Floats) -> Floats:
@@ -63,7 +63,7 @@ def _log_choose(n: Floats | np.float64, k: int) -> Floats:
 
 
 def best_of_n_kl(n: ArrayLike) -> Floats:
-    """Return the KL divergence in nats of best-of-n from the policy: log n - (n - 1) / n, an upper bound of it."""
+    """Return log n - (n - 1) / n: an upper bound, in nats, of the KL divergence of best-of-n from the policy."""
     n = np.asarray(n, np.float64)
     return np.log(n) - (n - 1) / n
 
@@ -80,15 +80,15 @@ class GaoFit:
     kind: FitKind
     """best_of_n: d (a - b d); rl: d (a - b log d)."""
     start: float
-    """The score at d = 0, which the fit adds."""
+    """Mean score at d = 0, to which the formula is added."""
     a: float
     b: float
     a_interval: tuple[float, float]
     b_interval: tuple[float, float]
     d: list[float]
-    """Places of the curve, from 0 to the largest d of the data."""
+    """Points of the curve, from 0 to the largest d of the data."""
     curve: list[float]
-    """Score at each of these places."""
+    """Score at each of these points."""
     low: list[float]
     """Lower end of the band there."""
     high: list[float]
@@ -98,7 +98,7 @@ class GaoFit:
 def fit_gao(kind: FitKind, d: ArrayLike, scores: ArrayLike, *, seed: int = 0) -> GaoFit:
     """Fit score(d) = start + d (a - b d), or for RL start + d (a - b log d), by least squares.
 
-    Start is the mean score at d = 0. Bootstrap draws take prompts with replacement, all their d together.
+    Start is the mean score at d = 0. The bootstrap draws prompts, each with its scores at all d.
 
     Args:
         d: [K] ascending, the first 0 and at least two more.
@@ -110,12 +110,12 @@ def fit_gao(kind: FitKind, d: ArrayLike, scores: ArrayLike, *, seed: int = 0) ->
     d, scores = np.asarray(d, np.float64), np.asarray(scores, np.float64)
     if len(d) < 3 or d[0] != 0 or (np.diff(d) <= 0).any():
         raise ValueError(f"d: {d.tolist()}; expected 0 and at least two larger values, ascending")
-    prompts, places = len(scores), np.linspace(0, d[-1], _POINTS)
+    prompts, points = len(scores), np.linspace(0, d[-1], _POINTS)
     counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=_DRAWS)
     means = np.concatenate([np.full((1, prompts), 1.0), counts]) @ scores / prompts  # [1 + draws, K]
     start = means[:, :1]
     coefficients = (means - start)[:, 1:] @ np.linalg.pinv(_features(kind, d[1:])).T  # [1 + draws, 2]
-    curves = start + coefficients @ _features(kind, places).T
+    curves = start + coefficients @ _features(kind, points).T
     ends = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
     (a_low, b_low), (a_high, b_high) = np.quantile(coefficients[1:], ends, axis=0).tolist()
     low, high = np.quantile(curves[1:], ends, axis=0)
@@ -127,7 +127,7 @@ def fit_gao(kind: FitKind, d: ArrayLike, scores: ArrayLike, *, seed: int = 0) ->
         b=b,
         a_interval=(a_low, a_high),
         b_interval=(b_low, b_high),
-        d=places.tolist(),
+        d=points.tolist(),
         curve=curves[0].tolist(),
         low=low.tolist(),
         high=high.tolist(),
@@ -135,7 +135,7 @@ def fit_gao(kind: FitKind, d: ArrayLike, scores: ArrayLike, *, seed: int = 0) ->
 
 
 def _features(kind: FitKind, d: Floats) -> Floats:
-    """Return [len(d), 2], what a and b are multiplied by; 0 at d = 0."""
+    """Return the factors [len(d), 2] of a and b; 0 at d = 0."""
     if kind == "best_of_n":
         return np.stack([d, -(d**2)], axis=1)
     return np.stack([d, -d * np.log(np.where(d > 0, d, 1))], axis=1)

@@ -10,14 +10,13 @@ from nemo_eppo.megatron.collectives import on_rank0
 from nemo_eppo.rollout.batch import FinishReason
 from nemo_eppo.settings.evaluation import GeneratorConfig
 
-HELP = "/reset begins anew, /quit or Ctrl-D ends."
+HELP = "/reset starts a new conversation, /quit or Ctrl-D ends."
 
 
 class Conversation:
-    """Turns of a user and a model that answers them.
+    """A conversation of a user with a model.
 
-    With a chat template the model sees all turns in it; without one it continues their text, in which each
-    turn begins a new line.
+    The model continues all turns so far, rendered by its chat template or, without one, joined by line breaks.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -32,13 +31,13 @@ class Conversation:
         """Return the model's answer to the next turn of the user; collective.
 
         Raises:
-            ConfigError: the conversation has become too long, or cannot be tokenised; the turn was not taken.
+            ConfigError: the conversation has become too long, or cannot be tokenised; the turn is not added.
         """
         tokenizer, longest = self.generator.tokenizer, self.generator.longest_prompt
         turns = [*self._turns, {"role": "user", "content": text}]
         chat = tokenizer.chat_template is not None
-        seen = render_chat(tokenizer, turns) if chat else "\n".join(turn["content"] for turn in turns)
-        tokens = tokenizer.encode_prompt(seen)
+        rendered = render_chat(tokenizer, turns) if chat else "\n".join(turn["content"] for turn in turns)
+        tokens = tokenizer.encode_prompt(rendered)
         if not 1 <= len(tokens) <= longest:
             raise ConfigError(
                 f"the conversation has {len(tokens)} tokens; expected 1 to {longest}, which leaves "

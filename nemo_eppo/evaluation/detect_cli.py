@@ -13,17 +13,17 @@ def add_detect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "detect",
         help="find out which sign of reward hacking finished runs gave, how early, and which alarm to switch on",
         description="""\
-Compare the signs that a run recorded of its responses (energy loss, its rise over the SFT model's, KL, length,
-Mahalanobis distance of latents, variance of reward models; whichever it has) with what its gold reward says.
+Measure how well the signs that a run recorded with its responses find hacked ones: energy loss, its rise over the SFT
+model's, KL, length, Mahalanobis distance of latents, variance of reward models. The run needs a `gold_reward`.
 
 A response counts as hacked if its gold reward is below the SFT model's mean and its proxy reward above it. For each
-sign, for energy loss with KL, and for all combined: AUROC and average precision, false alarms, and when an alarm would
-have come, compared with the step at which the gold reward was highest, for signs that tell hacked from normal responses
-of the same step. In a run whose gold reward does not fall, alarms are false. The run needs a `gold_reward`.
+sign, for energy loss with KL, and for all combined, the report shows AUROC, average precision, false alarms, and the
+step of the first alarm. A sign that tells hacked from normal responses of the same step also gets a lead: the number of
+steps from its alarm to the peak of the gold reward. In a run whose gold reward does not fall, alarms are false.
 
-Of several runs: how often the alarm of each sign came where the gold reward fell and where it did not, its median lead,
-and the medians of its AUROC over all responses and among those of a step. A run in which no response is hacked, or all
-are, is left out and named.
+For several runs, it shows how often each sign raised an alarm in runs whose gold reward fell and in the others, its
+median lead, and the medians of its AUROC over all responses and among those of a step. A run in which no response is
+hacked, or all are, is left out and named.
 
 The output directory gets report.html, detection.png and report.json.""",
         epilog="""\
@@ -55,6 +55,6 @@ def _detect(arguments: argparse.Namespace) -> None:
             [detection] = map(RunDetection, configs.values())
             run_detection_page.write_detection(detection, arguments.output)
             print(run_detection_page.verdict(detection))
-    except ValueError as error:  # of a file that is damaged
+    except ValueError as error:  # a damaged file
         raise ConfigError(str(error)) from None
     print(f"wrote {arguments.output / 'report.html'}")

@@ -1,6 +1,6 @@
-"""How well signs of reward hacking tell hacked from normal responses: each sign alone, and all together.
+"""How well signs of reward hacking tell hacked from normal responses: each sign alone, and several combined.
 
-A sign is one number of each response, and the higher it is, the more suspicious.
+A sign is one number for each response; the higher, the more suspicious.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nemo_eppo.evaluation.statistics import (
+from nemo_eppo.evaluation.intervals import (
     Estimate,
     Floats,
     bootstrap_auprc,
@@ -39,13 +39,13 @@ class Detector(NamedTuple):
 
     sign: str
     values: Floats
-    """Of the sign [N], or log-odds by several signs."""
+    """[N] values of the sign, or log-odds of combined signs."""
     auroc: Estimate
     auprc: Estimate
     threshold: float
-    """Of the sign, to find the share RECALL of the hacked responses."""
+    """The highest that the share RECALL of the hacked responses reach."""
     false_alarms: float
-    """Of 1,000 normal responses, at this threshold."""
+    """Number of 1,000 normal responses that reach it, too."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return its numbers for a JSON file."""
@@ -58,39 +58,40 @@ class Detector(NamedTuple):
 
 
 def compare_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> list[Detector]:
-    """Measure every sign, from the highest AUROC down, and at the end what `_combinations` makes of them.
+    """Measure every sign, from the highest AUROC down, and then the combined signs.
 
     Args:
         hacked: [N], both values occur.
         signs: [N] for each name.
-        prompts: [N], the number of the prompt that each response answers.
+        prompts: [N], the number of each response's prompt.
     """
-    found = [_detector(sign, hacked, values, prompts, seed) for sign, values in signs.items()]
-    found.sort(key=lambda detector: -detector.auroc.value)
+    detectors = [_detector(sign, hacked, values, prompts, seed) for sign, values in signs.items()]
+    detectors.sort(key=lambda detector: -detector.auroc.value)
     for combination, odds in _combinations(hacked, signs, prompts, seed).items():
-        found.append(_detector(combination, hacked, odds, prompts, seed))
-    return found
+        detectors.append(_detector(combination, hacked, odds, prompts, seed))
+    return detectors
 
 
 def _combinations(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int) -> dict[str, Floats]:
-    """Return what `combine_signs` makes of energy loss and KL, where there are more signs than these, and of all signs.
+    """Return the log-odds [N] by energy loss and KL combined, if there are further signs, and by all signs combined.
 
-    Of a single sign, or with too few prompts that have hacked (or other) responses to leave some out, that is nothing.
+    Empty for a single sign, or if too few prompts have hacked (or normal) responses for a cross-validation.
     """
     fewest = min(len(np.unique(np.asarray(prompts)[kind])) for kind in (hacked, ~hacked))
     if len(signs) < 2 or fewest < FOLDS:
         return {}
     pair = {sign: values for sign, values in signs.items() if sign in (ENERGY, KL)}
-    chosen = {ENERGY_AND_KL: pair} if len(pair) == 2 < len(signs) else {}
-    return {name: combine_signs(hacked, of, prompts, seed) for name, of in {**chosen, COMBINED: signs}.items()}
+    combinations = {ENERGY_AND_KL: pair} if len(pair) == 2 < len(signs) else {}
+    combinations[COMBINED] = dict(signs)
+    return {name: combine_signs(hacked, parts, prompts, seed) for name, parts in combinations.items()}
 
 
 def combine_signs(hacked: Bools, signs: Mapping[str, Floats], prompts: ArrayLike, seed: int = 0) -> Floats:
     """Predict the log-odds [N] that a response is hacked, from these signs together.
 
-    A logistic regression on standardised signs is fitted five times, each time without a fifth of the prompts, whose
-    responses' log-odds it then predicts; each fifth has about its share of hacked responses. Answers to one prompt stay
-    together, since the regression would know what they share.
+    Five-fold cross-validation of a logistic regression on standardised signs: each fifth of the prompts is predicted by
+    a fit to the others. Folds have similar shares of hacked responses, and never split the answers to one prompt, which
+    have much in common.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
@@ -109,11 +110,11 @@ _COLUMNS = {  # sign -> column of a rollout; of two columns, their difference
 
 
 def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: bool) -> dict[str, Floats]:
-    """Read the signs that a run recorded of its responses: those whose columns all of `rows` have.
+    """Read the signs that a run recorded with its responses: those whose columns all of `rows` have.
 
     Args:
-        standard: rows whose scores of each reward model are taken to have mean 0 and standard deviation 1.
-        reward_models: all columns reward/score_<i> come from reward models, so that their variance means something.
+        standard: rows by whose mean and standard deviation the scores of each reward model are standardised.
+        reward_models: all columns reward/score_<i> come from reward models, so that their variance is a sign.
     """
 
     def recorded(names: Sequence[str]) -> bool:
@@ -125,9 +126,9 @@ def signs_of_rows(rows: Sequence[Row], standard: Sequence[Row], reward_models: b
     signs = {sign: np.subtract.reduce(columns(names)) for sign, names in _COLUMNS.items() if recorded(names)}
     scores = sorted(name for name in rows[0] if name.startswith("reward/score_"))
     if reward_models and len(scores) > 1 and recorded(scores):
-        first = columns(scores, standard)
-        deviations = np.maximum(first.std(axis=1, keepdims=True), 1e-12)
-        signs[VARIANCE] = ((columns(scores) - first.mean(axis=1, keepdims=True)) / deviations).var(axis=0)
+        baseline = columns(scores, standard)
+        deviations = np.maximum(baseline.std(axis=1, keepdims=True), 1e-12)
+        signs[VARIANCE] = ((columns(scores) - baseline.mean(axis=1, keepdims=True)) / deviations).var(axis=0)
     return signs
 
 
@@ -141,13 +142,13 @@ _AS_RECORDED = {  # column of an evaluation -> that of a run
 
 
 def detectors_of_evaluation(rows: Sequence[Row], reward_models: bool, seed: int = 0) -> list[Detector]:
-    """Tell how well each sign finds the responses that please the proxy and not the gold reward.
+    """Measure how well each sign finds the responses of high proxy and low gold reward.
 
     Such a response has a proxy reward above the mean of all `rows`, and a gold reward below it. The list is empty
-    without both rewards, and if there are no such responses, or no others.
+    without both rewards, and if no response is such, or all are.
 
     Args:
-        reward_models: all proxies are reward models, so that their variance means something.
+        reward_models: all proxies are reward models, so that their variance is a sign.
     """
     if not all(name in rows[0] for name in ("proxy_reward", "gold_reward")):
         return []
@@ -177,9 +178,9 @@ def detectors_table(detectors: Sequence[Detector]) -> str:
         for detector in detectors
     ]
     return table(head, rows, "detectors") + (
-        '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over prompts. False alarms '
-        f"are of 1,000 normal responses, where the sign, from the value below them, finds {RECALL:.0%} of the hacked "
-        "ones. An AUROC of 0.5 is chance; less says that hacked responses have the lower values. Several signs: "
+        '<p class="soft">Below AUROC and average precision: 95% intervals of a bootstrap over prompts. False alarms: '
+        f"of 1,000 normal responses, those that reach the threshold below, which {RECALL:.0%} of the hacked ones "
+        "reach. An AUROC of 0.5 is chance; with less, hacked responses have the lower values. Combined signs: "
         "logistic regression, each fifth of the prompts predicted from the others.</p>"
     )
 

@@ -1,4 +1,4 @@
-"""Energy losses of two models' responses to the same prompts, from the files that have them, with hacking labels."""
+"""Reads energy losses of two models' responses to the same prompts, and labels of hacking, from files."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from nemo_eppo.config import ConfigError
 from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines, read_objects
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH, RISE, Bools, signs_of_rows
-from nemo_eppo.evaluation.statistics import Floats, numbered
+from nemo_eppo.evaluation.intervals import Floats, numbered
 
 SAME_RESPONSE_RISE = "rise on the same response"
 _SFT, _RLHF = "sft_energy_loss", "rlhf_energy_loss"
@@ -34,10 +34,10 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Energies:
-    """Energy losses of N responses before and after RLHF, and what else is known of them."""
+    """Energy losses of N responses before and after RLHF, with labels, other signs and texts where known."""
 
     index: Sequence[int]
-    """Numbers of the samples, which the labels name."""
+    """Numbers of the samples, by which a file of labels names them."""
     before: Floats
     """[N] of the SFT model."""
     after: Floats
@@ -55,14 +55,14 @@ class Energies:
 
 @dataclass(frozen=True)
 class Responses:
-    """Rows of responses before and after RLHF, in the same order, and the fields that have their texts."""
+    """Rows of responses before and after RLHF, in the same order, and the fields (prompt, response) of their texts."""
 
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
     before_fields: tuple[str, str]
     after_fields: tuple[str, str]
     same: bool
-    """Both models read the same responses."""
+    """Whether both models read the same responses."""
 
     @property
     def index(self) -> list[int]:
@@ -73,17 +73,17 @@ class Responses:
     @property
     def prompts(self) -> list[int]:
         """The number of each row's prompt, from 0: equal token ids or, without them, equal texts are one prompt."""
-        names = (json.dumps(row.get("prompt_ids", row.get(self.after_fields[0]))) for row in self.after)
-        return numbered(names).tolist()
+        prompts = (json.dumps(row.get("prompt_ids", row.get(self.after_fields[0]))) for row in self.after)
+        return numbered(prompts).tolist()
 
     @property
     def texts(self) -> list[Texts] | None:
-        """None where a row has token ids only."""
+        """The texts of each row; None if a row has token ids only."""
         prompt, response = self.after_fields
         rows = zip(self.before, self.after, strict=True)
-        found = [(new.get(prompt), old.get(self.before_fields[1]), new.get(response)) for old, new in rows]
-        is_text = all(isinstance(text, str) for texts in found for text in texts)
-        return [Texts(*map(str, texts)) for texts in found] if is_text else None
+        fields = [(new.get(prompt), old.get(self.before_fields[1]), new.get(response)) for old, new in rows]
+        is_text = all(isinstance(text, str) for texts in fields for text in texts)
+        return [Texts(*map(str, texts)) for texts in fields] if is_text else None
 
 
 def read_data(data: Path, before_data: Path | None) -> Responses:
@@ -110,14 +110,14 @@ def read_data(data: Path, before_data: Path | None) -> Responses:
 
 
 def read_labels(path: Path, index: Sequence[int]) -> Bools:
-    """Read a JSON list [{"question_id": 0, "response": "Yes"}, ...], as the paper's repository has it, .gz too.
+    """Read a JSON list [{"question_id": 0, "response": "Yes"}, ...], as in the paper's repository; .gz too.
 
     Args:
         index: numbers of the samples, each of which has to have a label.
 
     Raises:
-        ConfigError: a bad entry, two that contradict each other, several samples with one number, a sample without a
-            label, or labels that are all the same.
+        ConfigError: an entry is bad or contradicts another, several samples have one number, a sample has no label, or
+            all labels are the same.
     """
     if repeated := [number for number, times in Counter(index).items() if times > 1]:
         raise ConfigError(
@@ -151,7 +151,7 @@ def read_labels(path: Path, index: Sequence[int]) -> Bools:
 
 
 def read_csv(path: Path) -> Energies:
-    """Read a table as the paper's repository publishes it: index, label, sft_energy_loss, rlhf_energy_loss.
+    """Read a table as in the paper's repository: index, label, sft_energy_loss, rlhf_energy_loss.
 
     The label is "hacking" or "normal"; the column may be missing.
 
@@ -161,12 +161,13 @@ def read_csv(path: Path) -> Energies:
     lines = [(number, line.decode(errors="replace")) for number, line in read_lines(path)]
     if len(lines) < 2:
         raise ConfigError(f"{path}: no rows; expected a line of column names and one line for each sample")
-    rows = csv.DictReader(line for _, line in lines)
-    if missing := [name for name in ("index", _SFT, _RLHF) if name not in (rows.fieldnames or [])]:
-        raise ConfigError(f"{path}:1: column '{missing[0]}' is missing (there are: {', '.join(rows.fieldnames or [])})")
+    reader = csv.DictReader(line for _, line in lines)
+    columns, rows = reader.fieldnames or [], list(reader)
+    if missing := [name for name in ("index", _SFT, _RLHF) if name not in columns]:
+        raise ConfigError(f"{path}:1: column '{missing[0]}' is missing (there are: {', '.join(columns)})")
 
     def cells(name: str, kind: type[int] | type[float]) -> Iterator[Any]:
-        for (number, _), row in zip(lines[1:], found, strict=True):
+        for (number, _), row in zip(lines[1:], rows, strict=True):
             try:
                 value = kind(row[name] or "")
             except ValueError:
@@ -175,16 +176,15 @@ def read_csv(path: Path) -> Energies:
                 raise ConfigError(f"{path}:{number}: column '{name}' = {row[name]!r}: expected a number")
             yield value
 
-    found = list(rows)
     energies = Energies(
         list(cells("index", int)), np.array(list(cells(_SFT, float))), np.array(list(cells(_RLHF, float)))
     )
-    if "label" not in (rows.fieldnames or []):
+    if "label" not in columns:
         return energies
-    for (number, _), row in zip(lines[1:], found, strict=True):
+    for (number, _), row in zip(lines[1:], rows, strict=True):
         if row["label"] not in _LABELS:
             raise ConfigError(f"{path}:{number}: column 'label' = {row['label']!r}: expected {' or '.join(_LABELS)}")
-    return replace(energies, hacked=_both_kinds(path, [_LABELS[row["label"] or ""] for row in found]))
+    return replace(energies, hacked=_both_kinds(path, [_LABELS[row["label"] or ""] for row in rows]))
 
 
 def read_scores(
@@ -197,17 +197,16 @@ def read_scores(
         responses: the rows that were scored, for their numbers, texts and recorded signs.
 
     Raises:
-        ConfigError: a file has not as many rows as the other, or scores of other settings; a row is bad, by file and
-            line.
+        ConfigError: the files differ in their numbers of rows, layers, or settings; a row is bad, by file and line.
     """
     old, new = _scores(before), _scores(after)
     same_responses = _check_settings(before, after)
     _same_number(before, old, after, new)
     energies = _column(before, old, "energy_loss"), _column(after, new, "energy_loss")
     signs: dict[str, Floats] = {}
-    if responses is not None:  # which do not tell whether their scores are a model's or a function's
+    if responses is not None:  # rewards in their rows may come from functions
         signs = signs_of_rows(responses.after, responses.after, reward_models=False)
-    for recorded in (ENERGY, RISE):  # of the run's policy: these two are here what both models say
+    for recorded in (ENERGY, RISE):  # by the run's policy; here, both are computed from the scores
         signs.pop(recorded, None)
     signs[LENGTH] = _column(after, new, "num_tokens")
     if before_on_after is not None:
@@ -253,7 +252,7 @@ def _column(path: Path, rows: Sequence[Mapping[str, Any]], name: str) -> Floats:
 
 
 def _sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Return the energies [N, layers] of each preset; nothing of files without."""
+    """Return the energies [N, layers] of each preset; none if the file has none."""
     try:
         return {
             preset: np.array([row["energies"][preset] for row in rows], dtype=np.float64)
@@ -266,16 +265,17 @@ def _sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
 
 
 def _check_settings(before: Path, after: Path) -> bool:
-    """Tell whether both files are scores of the same rows, from the settings that `score` wrote beside them.
+    """Return whether both files are scores of the same rows, by the settings that `score` wrote beside them.
 
-    ConfigError if their energies are of other modules, precision or prompts, and cannot be compared.
+    Raises:
+        ConfigError: their energies are of different modules, layers, precisions or chat templates.
     """
     settings = [path.with_name(path.name + ".settings.json") for path in (before, after)]
     if not all(path.is_file() for path in settings):
         return False
     old, new = (json.loads(path.read_text()) for path in settings)
-    for path, of_score in ((before, old), (after, new)):
-        if "preset" not in of_score:
+    for path, saved in ((before, old), (after, new)):
+        if "preset" not in saved:
             raise ConfigError(f"{path}: another command than nemo-eppo score wrote it; expected scores")
     for name in ("preset", "layer", "precision", "chat_template"):
         if old[name] != new[name]:

@@ -1,4 +1,4 @@
-"""The energy report: page, pictures, numbers and samples of what RLHF did to the energy loss of a model."""
+"""The energy report: page, pictures, numbers and samples of a model's energy loss before and after RLHF."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from nemo_eppo.data.jsonl import write_jsonl
 from nemo_eppo.evaluation.detection import ENERGY, RISE, Detector, compare_signs, detectors_table
 from nemo_eppo.evaluation.energies import Energies
-from nemo_eppo.evaluation.statistics import Estimate, Floats, bootstrap_mean
+from nemo_eppo.evaluation.intervals import Estimate, Floats, bootstrap_mean
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Histogram, Lines, Series
 from nemo_eppo.observability.pictures import write_picture
@@ -23,7 +23,7 @@ _RLHF, _HACKED = COLORS[0], COLORS[1]
 
 
 class SweepEntry(NamedTuple):
-    """What the energies of one layer under one preset say."""
+    """How much the energies of one layer under one preset rise, and how well they find hacked responses."""
 
     preset: str
     layer: int
@@ -35,8 +35,8 @@ class SweepEntry(NamedTuple):
     """Of hacking by its rise over the SFT model's."""
 
 
-class _Found(NamedTuple):
-    """All numbers of the report but the samples'; intervals are of a bootstrap over prompts."""
+class _Results(NamedTuple):
+    """All numbers of the report except those of single samples; intervals are of a bootstrap over prompts."""
 
     groups: Mapping[str, Floats]
     means: Mapping[str, Estimate]
@@ -48,7 +48,7 @@ class _Found(NamedTuple):
     sweep: Sequence[SweepEntry]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return them for a JSON file."""
+        """Return the numbers for a JSON file."""
         return {
             "samples": len(self.groups["RLHF"]),
             "groups": {
@@ -67,12 +67,12 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
 
     Args:
         output: a directory.
-        names: what the page says was compared, before and after.
+        names: the two models or files that are compared, for the page.
     """
-    found, samples = _measure(energies), _samples(energies)
-    charts, sweep = _group_charts(found.groups), _sweep_charts(found.sweep)
+    results, samples = _measure(energies), _samples(energies)
+    charts, sweep = _group_charts(results.groups), _sweep_charts(results.sweep)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "report.json", found.as_dict())
+    write_json(output / "report.json", results.as_dict())
     write_jsonl(output / "samples.jsonl", samples)
     write_picture(output / "energies.png", charts)
     if sweep:
@@ -80,40 +80,40 @@ def write_energy_report(energies: Energies, output: Path, names: tuple[str, str]
     body = [
         "<h1>Energy loss before and after RLHF</h1>",
         f'<p class="soft">{len(samples):,} responses; {" against ".join(map(html.escape, names))}</p>',
-        f'<p class="lead">{_verdict(found)}</p>',
-        table(["", "Mean", "Deviation"], _group_rows(found), "groups"),
+        f'<p class="lead">{_verdict(results)}</p>',
+        table(["", "Mean", "Deviation"], _group_rows(results), "groups"),
         section(
             "Energy losses of single responses",
-            "What the layer takes away from the L1 norm of its input, mean over the response's tokens.",
+            "L1 norm of the layer's input minus that of its output, mean over the response's tokens.",
             charts,
         ),
     ]
-    if found.detectors:
-        body += ["<h2>Which sign finds the hacked responses?</h2>", detectors_table(found.detectors)]
+    if results.detectors:
+        body += ["<h2>Which sign finds the hacked responses?</h2>", detectors_table(results.detectors)]
     if sweep:
         body.append(section("Where to read it", "Layers are counted from 0.", sweep))
         body.append(
-            '<p class="soft">The layer that tells most, by high or low values, and the last one. The best of many '
-            "layers is so by chance, too: expect less of it on other responses.</p>"
+            '<p class="soft">The layer that separates best, by high or low values, and the last one. The best of many '
+            "layers is partly so by chance: expect less of it on other responses.</p>"
         )
-        body.append(_best_table(found.sweep))
+        body.append(_best_table(results.sweep))
     body.append(_cards(energies, samples))
     write_atomically(output / "report.html", page("Energy report", body))
 
 
-def _measure(energies: Energies) -> _Found:
+def _measure(energies: Energies) -> _Results:
     prompts = np.arange(len(energies.after)) if energies.prompts is None else np.array(energies.prompts)
     risen = energies.after - energies.before
-    groups, of_groups = {"SFT": energies.before, "RLHF": energies.after}, {"SFT": prompts, "RLHF": prompts}
+    groups, group_prompts = {"SFT": energies.before, "RLHF": energies.after}, {"SFT": prompts, "RLHF": prompts}
     detectors: Sequence[Detector] = ()
     if energies.hacked is not None:
         kinds = {"hacking": energies.hacked, "normal": ~energies.hacked}
         groups |= {name: energies.after[kind] for name, kind in kinds.items()}
-        of_groups |= {name: prompts[kind] for name, kind in kinds.items()}
+        group_prompts |= {name: prompts[kind] for name, kind in kinds.items()}
         detectors = compare_signs(energies.hacked, {**energies.signs, ENERGY: energies.after, RISE: risen}, prompts)
-    return _Found(
+    return _Results(
         groups,
-        means={name: bootstrap_mean(values, seed=0, groups=of_groups[name]) for name, values in groups.items()},
+        means={name: bootstrap_mean(values, seed=0, groups=group_prompts[name]) for name, values in groups.items()},
         rise=bootstrap_mean(risen, seed=0, groups=prompts),
         share_risen=float((risen > 0).mean()),
         detectors=detectors,
@@ -122,7 +122,7 @@ def _measure(energies: Energies) -> _Found:
 
 
 def _group_charts(groups: Mapping[str, Floats]) -> list[Histogram]:
-    """The paper's two histograms."""
+    """Return the paper's two histograms."""
 
     def series(name: str, color: str) -> Series:
         return Series(f"{name} ({len(groups[name])})", color, [], groups[name].tolist())
@@ -150,7 +150,7 @@ def _sweep(energies: Energies) -> list[SweepEntry]:
 
 
 def _sweep_charts(sweep: Sequence[SweepEntry]) -> list[Lines]:
-    """A chart with a line for each preset over the layers; none if only one layer was read."""
+    """Return a chart with a line for each preset over the layers; none without a sweep."""
     curves = []
     for color, preset in zip(COLORS, dict.fromkeys(entry.preset for entry in sweep), strict=False):
         entries = [entry for entry in sweep if entry.preset == preset]
@@ -166,11 +166,11 @@ def _sweep_charts(sweep: Sequence[SweepEntry]) -> list[Lines]:
 
 
 def _best_table(sweep: Sequence[SweepEntry]) -> str:
-    """The layer of each preset that tells most."""
+    """Return a table of the layer of each preset that separates best."""
     rows = []
     for preset in dict.fromkeys(entry.preset for entry in sweep):
         entries = [entry for entry in sweep if entry.preset == preset]
-        best, last = max(entries, key=_tells), entries[-1]
+        best, last = max(entries, key=_separation), entries[-1]
         cells = [preset, str(best.layer), f"{best.shift:+.2f}", f"{last.shift:+.2f}"]
         if best.auroc is not None and last.auroc is not None:
             cells[3:3] = [f"{best.auroc:.3f}"]
@@ -183,19 +183,19 @@ def _best_table(sweep: Sequence[SweepEntry]) -> str:
     return table(head, rows, "sweep")
 
 
-def _tells(entry: SweepEntry) -> float:
+def _separation(entry: SweepEntry) -> float:
     return abs(entry.shift) if entry.auroc is None else abs(entry.auroc - 0.5)
 
 
-def _verdict(found: _Found) -> str:
-    rise = found.rise
+def _verdict(results: _Results) -> str:
+    rise = results.rise
     moved = "did not change beyond noise" if rise.low <= 0 <= rise.high else "rose" if rise.value > 0 else "fell"
     text = (
-        f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on {found.share_risen:.1%} of "
-        "the responses."
+        f"The energy loss {moved}: its mean change is {_text(rise, 4)}, and it is higher on "
+        f"{results.share_risen:.1%} of the responses."
     )
-    if found.detectors:
-        auroc = next(detector.auroc for detector in found.detectors if detector.sign == ENERGY)
+    if results.detectors:
+        auroc = next(detector.auroc for detector in results.detectors if detector.sign == ENERGY)
         text += f" It tells hacked from normal responses with an AUROC of {_text(auroc, 3)}."
     return text
 
@@ -204,10 +204,10 @@ def _text(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ({estimate.interval(digits)})"
 
 
-def _group_rows(found: _Found) -> list[Sequence[str]]:
+def _group_rows(results: _Results) -> list[Sequence[str]]:
     return [
-        (f"{name}<small>{len(values):,} responses</small>", found.means[name].cell(4), f"{values.std():.4f}")
-        for name, values in found.groups.items()
+        (f"{name}<small>{len(values):,} responses</small>", results.means[name].cell(4), f"{values.std():.4f}")
+        for name, values in results.groups.items()
     ]
 
 
@@ -223,21 +223,21 @@ def _samples(energies: Energies) -> Sequence[dict[str, Any]]:
 
 
 def _cards(energies: Energies, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The samples whose energy loss rose most, with their texts if there are any."""
+    """Return, as HTML, the samples whose energy loss rose most, with their texts if there are any."""
     rise = energies.after - energies.before
-    most = [number for number in np.argsort(-rise, kind="stable")[:_SHOWN] if rise[number] > 0]
-    if not most:
+    shown = [number for number in np.argsort(-rise, kind="stable")[:_SHOWN] if rise[number] > 0]
+    if not shown:
         return '<p class="soft">The energy loss of no sample rose. All samples are in samples.jsonl.</p>'
     cards = ["<h2>Largest rise in energy loss</h2>", '<p class="soft">All samples are in samples.jsonl.</p>']
     if energies.texts is None:
         cells = []
-        for row in (samples[number] for number in most):
+        for row in (samples[number] for number in shown):
             cells.append([str(row["index"]), *(f"{row[name]:.4f}" for name in ("before", "after", "rise"))])
             if "hacking" in row:
                 cells[-1].append("hacking" if row["hacking"] else "normal")
         columns = ["Sample", "SFT", "RLHF", "Rise", "Label"][: len(cells[0])]
         return "\n".join([*cards, table(columns, cells, "samples")])
-    for number in most:
+    for number in shown:
         text, label = energies.texts[number], ""
         if energies.hacked is not None:
             label = ", hacking" if energies.hacked[number] else ", normal"

@@ -1,4 +1,4 @@
-"""`nemo-eppo energy-report` on two models: reads the energy losses of all their layers in one pass of each."""
+"""`nemo-eppo energy-report` on two models: reads the energy losses of all layers in one forward pass of each."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from nemo_eppo.settings.evaluation import EnergyReportConfig, ModelRunConfig, Sc
 
 
 class EnergyScoring:
-    """Scores the responses of two models; both read the RLHF model's, which gives the KL divergence between them.
+    """Scores the responses of two models; the SFT model reads the RLHF model's, too, for the KL divergence.
 
     Creating it checks the models, every row and label, and the output of an interrupted run.
 
     Raises:
-        ConfigError: a model, setting, row or label that does not work, models that differ in layers or tokens, or
-            responses that are not to the same prompts.
+        ConfigError: a model, setting, row or label does not work, the models differ in layers or tokens, or the
+            responses are not to the same prompts.
     """
 
     def __init__(self, config: EnergyReportConfig) -> None:
@@ -50,14 +50,14 @@ class EnergyScoring:
             raise
 
     def run(self) -> None:
-        """Score what is missing; collective."""
+        """Score the missing rows; collective."""
         for job in self._jobs.values():
             job.run()
 
     def energies(self) -> Energies:
-        """Return what was scored, with its labels."""
-        found = {name: job.config.output for name, job in self._jobs.items()}
-        return with_labels(read_scores(**found, responses=self._responses), self.config.labels)
+        """Return the scored energies, with their labels."""
+        files = {name: job.config.output for name, job in self._jobs.items()}
+        return with_labels(read_scores(**files, responses=self._responses), self.config.labels)
 
     def _check(self, before_data: Path) -> None:
         old, new = self._jobs["before"], self._jobs["after"]
@@ -67,15 +67,16 @@ class EnergyScoring:
             raise ConfigError(
                 f"--before has {layers} layers, --after has {new.plan.model.num_layers}: expected models of one kind"
             )
-        for one, other in zip(old.rows, new.rows, strict=True):
-            if not np.array_equal(one.prompt, other.prompt):
+        for old_row, new_row in zip(old.rows, new.rows, strict=True):
+            if not np.array_equal(old_row.prompt, new_row.prompt):
                 raise ConfigError(
-                    f"{before_data}:{one.line}: its prompt, as tokens of --before, is not that of {self.config.data}:"
-                    f"{other.line} as tokens of --after; expected the same prompts in the same order, and one tokenizer"
+                    f"{before_data}:{old_row.line}: its prompt, as tokens of --before, is not that of "
+                    f"{self.config.data}:{new_row.line} as tokens of --after; expected the same prompts in the same "
+                    "order, and one tokenizer"
                 )
-        for one, other in zip((self._jobs.get("before_on_after") or old).rows, new.rows, strict=True):
-            if not np.array_equal(one.response, other.response):
+        for old_row, new_row in zip((self._jobs.get("before_on_after") or old).rows, new.rows, strict=True):
+            if not np.array_equal(old_row.response, new_row.response):
                 raise ConfigError(
-                    f"{self.config.data}:{other.line}: the two models' tokenizers read different tokens of its "
+                    f"{self.config.data}:{new_row.line}: the two models' tokenizers read different tokens of its "
                     "response; expected one tokenizer"
                 )

@@ -7,7 +7,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.evaluation.arguments import add_model_arguments, add_options, model_config, run_on_ranks
 from nemo_eppo.settings.evaluation import EnergyReportConfig
 
-_SOURCES = {  # arguments that go together
+_SOURCES = {  # source of the energies -> its arguments
     "models": ("before", "after", "data"),
     "scores": ("before_scores", "after_scores"),
     "table": ("table",),
@@ -22,7 +22,7 @@ def add_energy_report(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 Compare the energy losses of an SFT model's and an RLHF model's responses: means, histograms, a sweep over all layers
 and presets. With labels of reward hacking: how well the energy loss, its rise and other signs find the hacked ones.
 
-What is compared is one of:
+The energies come from one of:
   --before, --after, --data    two models, which read the responses in one pass each. Rows are {"prompt", "response"}
                                (read by both models, unless --before-data has the SFT model's own responses), or those
                                of the EPPO paper: {"index", "input", "actor_num0_response", "actor_latest_response"}
@@ -50,7 +50,7 @@ example:
 def _energy_report(arguments: argparse.Namespace) -> None:
     source = _source(arguments)
     if source == "models":
-        _of_models(arguments)
+        _report_on_models(arguments)
         return
     from nemo_eppo.evaluation.energies import read_csv, read_scores, with_labels
     from nemo_eppo.evaluation.energy_page import write_energy_report
@@ -65,7 +65,7 @@ def _energy_report(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output / 'report.html'}")
 
 
-def _of_models(arguments: argparse.Namespace) -> None:
+def _report_on_models(arguments: argparse.Namespace) -> None:
     from nemo_eppo.evaluation.energy_page import write_energy_report
     from nemo_eppo.evaluation.energy_report import EnergyScoring
 
@@ -76,7 +76,7 @@ def _of_models(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> str:
-    """Return which of _SOURCES was given; ConfigError unless it is exactly one, and complete."""
+    """Return the key of _SOURCES whose arguments were given; ConfigError unless it is exactly one, and complete."""
 
     def options(names: tuple[str, ...]) -> str:
         return ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -1,4 +1,4 @@
-"""`nemo-eppo evaluate`: what a policy's answers are worth, by proxy and gold rewards, energy loss, KL and length."""
+"""`nemo-eppo evaluate`: measures a policy's answers by proxy and gold rewards, energy loss, KL and length."""
 
 import logging
 from contextlib import ExitStack
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Measures responses, with one model in memory after the other, and writes results and report.
+    """Measures responses, with one model in memory at a time, and writes results and report.
 
-    Creating it checks all models, files, functions and the rows of an interrupted evaluation. Servers are asked first
-    of all when it runs.
+    Creating it checks all models, files, functions and the rows of an interrupted evaluation; `run` connects to servers
+    before anything else.
 
     Raises:
-        ConfigError: a model, file, function or layout that does not work, models with different tokenizers, or an
-            output that holds something else.
+        ConfigError: a model, file, function or layout does not work, the models have different tokenizers, or the
+            output directory holds something else.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -54,13 +54,13 @@ class Evaluation:
         owner = policy or next((model.plan for model in models.values()), None)
         if owner is None:
             raise ConfigError("--responses: expected --model or a reward checkpoint too, which has their tokenizer")
-        self._owner: Plan = owner
+        self._owner: Plan = owner  # of the tokenizer that all models must have
         self._scorers = {
             key: models.get(key) or SourceScoring(name, options[key], config.certificates, owner.tokenizer)
             for key, name in names.items()
         }
         self._parts.mkdir(parents=True, exist_ok=True)
-        self._generating, self._depends_on = self._answers()
+        self._generating, self._responses_identity = self._prepare_responses()
         for key, model in models.items():
             model.plan.check_fits(options[key], owner.tokenizer, f"{owner.setup.restore_from_path}", self._longest)
         if reference is not None:
@@ -68,55 +68,55 @@ class Evaluation:
         self._outputs = {key: self._rows_file(key) for key in self._scorers}
 
     def _rows_file(self, key: str) -> RowsFile:
-        identity = self._scorers[key].identity | self._depends_on
+        identity = self._scorers[key].identity | self._responses_identity
         return RowsFile(self._parts / f"{key}.jsonl", "evaluate", identity)
 
     def _policy(self, path: Path, option: str) -> Plan:
         return plan(self.config.setup(path), option, head="lm", ranks=self.config.parallel.model_parallel_size)
 
-    def _answers(self) -> tuple[Generating | None, dict[str, Any]]:
-        """Check prompts or responses; return what generates, and what the responses depend on."""
+    def _prepare_responses(self) -> tuple[Generating | None, dict[str, Any]]:
+        """Check prompts or responses; return the job that generates responses, if any, and what these depend on."""
         config = self.config
         if config.responses is not None:
-            self._file = config.responses
+            self._data = config.responses
             rows = self._read()
             self._longest = max(len(row.prompt) + len(row.response) for row in rows)
             return None, {"responses_sha256": sha256(config.responses), "chat_template": config.chat_template}
-        self._file = self._parts / "responses.jsonl"
+        self._data = self._parts / "responses.jsonl"
         shared = {name: getattr(config, name) for name in GenerateConfig.model_fields}
-        generating = Generating(load_config(GenerateConfig, shared | {"output": self._file}))
+        generating = Generating(load_config(GenerateConfig, shared | {"output": self._data}))
         self._longest = generating.longest
         return generating, {"responses": generating.settings}
 
     def _read(self) -> list[Response]:
         model, rendered = self._owner.model, self.config.responses is not None and self.config.chat_template
-        return read_responses(self._file, self._owner.tokenizer, model.vocab_size, model.max_sequence_length, rendered)
+        return read_responses(self._data, self._owner.tokenizer, model.vocab_size, model.max_sequence_length, rendered)
 
     def run(self) -> None:
-        """Join the ranks, compute what is missing, and write results and report; collective."""
+        """Join the ranks, compute the missing rows, and write results and report; collective."""
         config = self.config
         runtime.initialize(config.parallel, seed=0)
         with ExitStack() as stack:
             sources = {key: scorer for key, scorer in self._scorers.items() if isinstance(scorer, SourceScoring)}
             for key, source in sources.items():
                 source.connect(self._longest, stack)
-                self._outputs[key] = self._rows_file(key)  # a server has said which model it serves
+                self._outputs[key] = self._rows_file(key)  # anew: its identity now has the server's model
             if self._generating is not None:
                 self._generating.run()
-                self._generating = None  # and its model with it
+                self._generating = None  # frees its model
             responses = self._read()
             for part, model in (("policy", config.model), ("reference", config.reference)):
                 if model is not None:
                     logger.info("log-probs and energy losses of %s", model)
                     self._score(part, model)
-            for key in list(self._scorers):  # the one before, and its model, are let go
-                self._scorers.pop(key).append(responses, self._outputs[key], key)
+            for key in list(self._scorers):
+                self._scorers.pop(key).append(responses, self._outputs[key], key)  # pop frees each model after use
         on_rank0(lambda: self._write(responses))
 
     def _score(self, part: str, model: Path) -> None:
         shared = self.config.model_dump(include=set(ModelRunConfig.model_fields))
-        shared["chat_template"] &= self.config.responses is not None  # generated ones have it already
-        Scoring(ScoreConfig(model=model, data=self._file, output=self._parts / f"{part}.jsonl", **shared)).run()
+        shared["chat_template"] &= self.config.responses is not None  # generated ones are rendered already
+        Scoring(ScoreConfig(model=model, data=self._data, output=self._parts / f"{part}.jsonl", **shared)).run()
 
     def _write(self, responses: list[Response]) -> None:
         config = self.config

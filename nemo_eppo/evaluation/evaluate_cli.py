@@ -19,16 +19,16 @@ neither "finished" nor "finish_reason".
 
 --proxy (any number) and --gold take a reward checkpoint, the address grpc://HOST:PORT of a running reward server, or a
 function module:function, as in training: a reward model's scores are standardised by its validation mean and std. With
---model, log-probabilities and energy losses of the responses are read; with --reference, KL divergence and the
-reference's energy losses too. All models need the same tokenizer; one after the other is in memory.
+--model, log-probabilities and energy losses of the responses are computed; with --reference, KL divergence and the
+reference's energy losses too. All models need the same tokenizer; only one is in memory at a time.
 
-With several answers to each prompt, best-of-n curves show what choosing by the proxy gains in proxy and gold reward
+With several answers to each prompt, best-of-n curves show the proxy and gold rewards of answers chosen by the proxy,
 over the KL divergence log n - (n-1)/n, with Gao's fits and their bands. With several proxies, their mean, minimum (wco)
 and uncertainty-weighted mean (uwo) choose as well.
 
 Written into --output: gold_eval_with_response_ids.json (a list of {"instruction", "answers", "answers_ids",
-"proxy_scores", "gold_scores"}), samples.jsonl (all that is known of each response), summary.json, report.html,
-evaluation.png. The same command resumes an interrupted evaluation, row by row, from parts/ in there.""",
+"proxy_scores", "gold_scores"}), samples.jsonl (all measures of each response), summary.json, report.html,
+evaluation.png. The same command resumes an interrupted evaluation, row by row, from the directory's parts/.""",
         epilog="""\
 example:
   nemo-eppo evaluate --model models/aligned --reference models/sft --prompts prompts.jsonl --samples-per-prompt 16 \\

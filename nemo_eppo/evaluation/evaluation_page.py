@@ -10,7 +10,7 @@ import numpy as np
 from nemo_eppo.evaluation.best_of_n import GaoFit
 from nemo_eppo.evaluation.detection import Detector, detectors_table
 from nemo_eppo.evaluation.evaluation_results import MEASURES, Results, Row, Selection
-from nemo_eppo.evaluation.statistics import Estimate
+from nemo_eppo.evaluation.intervals import Estimate
 from nemo_eppo.files import write_atomically
 from nemo_eppo.observability.charts import COLORS, GRAY, Chart, Histogram, Lines, Scatter, Series
 from nemo_eppo.observability.pictures import write_picture
@@ -24,7 +24,7 @@ _FITTED = (
     "Points are unbiased estimates. The band holds 95% of bootstrap draws, over prompts, of the fit d (a - b d) of Gao "
     "et al., d = sqrt(KL)."
 )
-_HISTOGRAMS = {  # measure -> label of the axis, what is known of the reference
+_HISTOGRAMS = {  # measure -> label of the axis, the same measure of the reference
     "energy_loss": ("energy loss", "reference_energy_loss"),
     "kl": ("log-ratio of a response, nats", None),
     "response_length": ("tokens", None),
@@ -38,8 +38,8 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
     Args:
         settings: those of `EvaluateConfig`, as plain containers.
     """
-    of_n, single = list(_best_of_n_charts(results.best_of_n)), list(_response_charts(results.rows))
-    write_picture(directory / "evaluation.png", [*of_n, *single])
+    selections, responses = list(_best_of_n_charts(results.best_of_n)), list(_response_charts(results.rows))
+    write_picture(directory / "evaluation.png", [*selections, *responses])
     body = [
         "<h1>Evaluation</h1>",
         f'<p class="soft">{results.prompts:,} prompts, {len(results.rows):,} responses</p>',
@@ -52,10 +52,10 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
             "Best of n",
             "Of n answers to a prompt, the one with the highest proxy reward. Where its gold reward falls while the "
             "proxy reward rises, the proxy is over-optimised.",
-            of_n,
+            selections,
         ),
         _selected(results.best_of_n),
-        section("Single responses", "One value per response.", single),
+        section("Single responses", "One value per response.", responses),
         _detectors(results.detectors),
         _answers(results.rows),
     ]
@@ -63,13 +63,13 @@ def write_page(directory: Path, results: Results, settings: Mapping[str, Any]) -
 
 
 def _verdict(selections: Mapping[str, Selection]) -> Iterator[str]:
-    """Say what the only proxy reward does to best-of-n; nothing if there are several, which a table compares."""
+    """Yield how best-of-n changes the rewards; nothing for several proxies, which a table compares."""
     if len(selections) == 1:
-        (only,) = selections.values()
-        ends = [f"the proxy reward goes from {only.proxy[0]:.3f} to {only.proxy[-1]:.3f}"]
-        if only.gold is not None:
-            ends.append(f"the gold reward from {only.gold[0]:.3f} to {only.gold[-1]:.3f}")
-        yield f'<p class="lead">With the best of {only.n[-1]} answers, {", ".join(ends)}.</p>'
+        (selection,) = selections.values()
+        changes = [f"the proxy reward goes from {selection.proxy[0]:.3f} to {selection.proxy[-1]:.3f}"]
+        if selection.gold is not None:
+            changes.append(f"the gold reward from {selection.gold[0]:.3f} to {selection.gold[-1]:.3f}")
+        yield f'<p class="lead">With the best of {selection.n[-1]} answers, {", ".join(changes)}.</p>'
 
 
 def _means(results: Results) -> list[list[str]]:
@@ -116,7 +116,7 @@ def _best_of_n_charts(selections: Mapping[str, Selection]) -> Iterator[Chart]:
 
 
 def _band(fit: GaoFit, kl: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """How far the fit's band reaches below and above the values that are drawn at each KL divergence."""
+    """Return how far the fit's band reaches below and above the values drawn at these KL divergences."""
     low, high = (np.interp(np.sqrt(kl), fit.d, edge) for edge in (fit.low, fit.high))
     return (values - low).tolist(), (high - values).tolist()
 
@@ -134,9 +134,9 @@ def _selected(selections: Mapping[str, Selection]) -> str:
                 rows.append([chosen, f"{values[-1]:.3f}<small>{values[0]:.3f} of all</small>", *fitted])
     if not rows:
         return ""
-    most = next(iter(selections.values())).n[-1]
+    largest = next(iter(selections.values())).n[-1]
     text = "Mean of the best answer and of all, and the fits with 95% bootstrap intervals: a larger b turns earlier."
-    return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {most}", "a", "b"], rows, "fits")}'
+    return f'<p class="soft">{text}</p>\n{table(["Chosen by", f"Best of {largest}", "a", "b"], rows, "fits")}'
 
 
 def _response_charts(rows: Sequence[Row]) -> Iterator[Chart]:
@@ -145,24 +145,24 @@ def _response_charts(rows: Sequence[Row]) -> Iterator[Chart]:
         cloud = [Series("responses", _GOLD, x, y, notes=[row["prompt"][:80] for row in rows])]
         text = "One point per response; the ring marks the mean."
         yield Scatter("Proxy against gold", text, cloud, "proxy reward", "gold reward")
-    for measure, (unit, of_reference) in _HISTOGRAMS.items():
+    for measure, (unit, reference) in _HISTOGRAMS.items():
         if measure in rows[0]:
             series = [Series("policy", _POLICY, [], [row[measure] for row in rows])]
-            if of_reference in rows[0]:
-                series.insert(0, Series("reference", _REFERENCE, [], [row[of_reference] for row in rows]))
+            if reference in rows[0]:
+                series.insert(0, Series("reference", _REFERENCE, [], [row[reference] for row in rows]))
             yield Histogram(MEASURES[measure][0], "Dashed lines are means.", series, unit)
 
 
 def _detectors(detectors: Sequence[Detector]) -> str:
     if not detectors:
         return ""
-    text = "Such responses have a proxy reward above the mean and a gold reward below it."
-    heading = "<h2>Which sign finds responses that please only the proxy?</h2>"
+    text = "Their proxy reward is above the mean of all responses, and their gold reward below it."
+    heading = "<h2>Which sign finds responses of high proxy and low gold reward?</h2>"
     return f'{heading}\n<p class="soft">{text}</p>\n{detectors_table(detectors)}'
 
 
 def _answers(rows: Sequence[Row]) -> str:
-    """Show for the first prompts the answer of the highest proxy reward and that of the highest gold reward."""
+    """Return, for the first prompts, the answers of the highest proxy reward and of the highest gold reward."""
     cards = []
     for index in range(min(_SHOWN, rows[-1]["index"] + 1)):
         answers = [row for row in rows if row["index"] == index]
@@ -181,8 +181,8 @@ def _best(answers: Sequence[Row], reward: str) -> Row:
 
 
 def _facts(row: Row) -> str:
-    known = {"proxy": "proxy_reward", "gold": "gold_reward", "energy loss": "energy_loss", "KL": "kl"}
-    facts = [f"{label} {row[name]:.3f}" for label, name in known.items() if name in row]
+    measures = {"proxy": "proxy_reward", "gold": "gold_reward", "energy loss": "energy_loss", "KL": "kl"}
+    facts = [f"{label} {row[name]:.3f}" for label, name in measures.items() if name in row]
     facts.append(f"{row['response_length']} tokens")
     if "finished" in row:
         facts.append("finished" if row["finished"] else "cut off")

@@ -30,7 +30,7 @@ class Generator:
     Creating it checks files, settings and layout; `build` loads the model.
 
     Raises:
-        ConfigError: a model, layout or sampling that does not work.
+        ConfigError: the model, layout or sampling does not work.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -39,7 +39,7 @@ class Generator:
         self.model, self.name = self._plan.model, model_name(self._plan.source)
         self.tokenizer: Tokenizer = self._plan.tokenizer
         self.longest_prompt = self.model.max_sequence_length - config.sampling.max_new_tokens
-        """Tokens that a prompt may have."""
+        """Largest number of tokens of a prompt."""
         if self.longest_prompt < 1:
             raise ConfigError(
                 f"--max-new-tokens: {config.sampling.max_new_tokens} leave no room for a prompt in the model's window "
@@ -50,11 +50,9 @@ class Generator:
         """Join the ranks and load the model; collective."""
         runtime.initialize(self.config.parallel, seed=0)
         runner = build(self._plan, "lm")
-        special = self.tokenizer.eos_id, self.tokenizer.pad_id
-        longest = self.model.max_sequence_length
-        self._engine = MegatronEngine(
-            runner.chunks, EngineLimits(*special, self.config.batch_size, longest, self.tokenizer)
-        )
+        tokenizer, longest = self.tokenizer, self.model.max_sequence_length
+        limits = EngineLimits(tokenizer.eos_id, tokenizer.pad_id, self.config.batch_size, longest, tokenizer)
+        self._engine = MegatronEngine(runner.chunks, limits)
 
     def answer(self, prompts: Sequence[list[int]], samples: Sequence[int]) -> list[Completion]:
         """Return one completion for each prompt; collective.
@@ -67,8 +65,7 @@ class Generator:
         seeds = counter_hash(streams, torch.tensor(samples)).tolist()
 
         def replica(mine: list[int]) -> list[Completion]:
-            chosen = [prompts[i] for i in mine], self.config.sampling, [seeds[i] for i in mine]
-            return self._engine.generate(*chosen)
+            return self._engine.generate([prompts[i] for i in mine], self.config.sampling, [seeds[i] for i in mine])
 
         return over_replicas([len(prompt) for prompt in prompts], replica)
 
@@ -78,11 +75,11 @@ class Generating:
 
     Creating it checks everything, the output of an interrupted run included. Rows are {"index", "sample", "prompt",
     "response", "prompt_ids", "response_ids", "finish_reason", "finished"}: `index` counts prompts, `sample` the
-    responses to one prompt, both from 0. What else the prompt's row has is in "fields".
+    responses to one prompt, both from 0. "fields" has the other fields of the prompt's row.
 
     Raises:
-        ConfigError: a model, layout or sampling that does not work, a bad row by file and line, or an output that
-            belongs to another model, data or settings.
+        ConfigError: the model, layout or sampling does not work, a row is bad (by file and line), or the output belongs
+            to another model, data or settings.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -103,7 +100,7 @@ class Generating:
                 mode="json", include={"samples_per_prompt", "sampling", "seed", "chat_template", "precision"}
             ),
         }
-        """What the responses depend on."""
+        """Settings that the responses depend on."""
         self._output = RowsFile(config.output, "generate", self.settings)
 
     def run(self) -> None:
@@ -114,12 +111,12 @@ class Generating:
         append_rows(self._output, self.total, self.config.batch_size * WINDOW, self._lines, "responses")
 
     def _lines(self, window: slice) -> list[str]:
-        places = [divmod(row, self.config.samples_per_prompt) for row in range(window.start, window.stop)]
-        prompts = [self.prompts[index] for index, _ in places]
-        completions = self.generator.answer([prompt.token_ids for prompt in prompts], [sample for _, sample in places])
+        numbers = [divmod(row, self.config.samples_per_prompt) for row in range(window.start, window.stop)]
+        prompts = [self.prompts[index] for index, _ in numbers]
+        completions = self.generator.answer([prompt.token_ids for prompt in prompts], [sample for _, sample in numbers])
         texts = self.generator.tokenizer.decode_batch([completion.token_ids for completion in completions])
         lines = []
-        for (index, sample), prompt, completion, text in zip(places, prompts, completions, texts, strict=True):
+        for (index, sample), prompt, completion, text in zip(numbers, prompts, completions, texts, strict=True):
             row: dict[str, Any] = {
                 "index": index,
                 "sample": sample,

@@ -1,4 +1,4 @@
-"""The arguments of `nemo-eppo generate`, and those of sampling, which other commands share."""
+"""The arguments of `nemo-eppo generate`, and those of sampling, which `evaluate` shares."""
 
 import argparse
 from typing import Any
@@ -25,7 +25,7 @@ A response depends on the model, its prompt, the number of its sample, --seed an
 other prompts, --batch-size or the layout. --temperature 0 is --greedy. The same command resumes an interrupted run.
 
 --interactive remembers all turns: in the tokenizer's chat template, or, if it has none, as one text with a line
-for each turn, which the model continues. /reset begins anew; /quit or Ctrl-D ends.""",
+for each turn, which the model continues. /reset starts a new conversation; /quit or Ctrl-D ends.""",
         epilog="""\
 example:
   nemo-eppo generate --model models/aligned --prompts prompts.jsonl --output answers.jsonl --samples-per-prompt 4
@@ -41,7 +41,7 @@ example:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, schema: type[Config]) -> None:
-    """Add how responses are sampled."""
+    """Add the options of sampling."""
     add_options(parser, schema, samples_per_prompt="N", seed="N")
     add_options(parser, SamplingParams, required=False, max_new_tokens="N", min_new_tokens="N", temperature="T")
     add_options(parser, SamplingParams, top_k="K", top_p="P", greedy=None, repetition_penalty="X")
@@ -51,14 +51,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, schema: type[Config]
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling options as settings of `SamplingParams`; temperature 0 means greedy."""
-    found = chosen(arguments, SamplingParams) | {"stop_strings": arguments.stop or ()}
-    return found | {"greedy": True, "temperature": 1.0} if arguments.temperature == 0 else found
+    options = chosen(arguments, SamplingParams) | {"stop_strings": arguments.stop or ()}
+    return options | {"greedy": True, "temperature": 1.0} if arguments.temperature == 0 else options
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     files = (arguments.prompts, arguments.output)
-    others = arguments.samples_per_prompt != 1 or arguments.chat_template
-    if arguments.interactive and (files != (None, None) or others):
+    is_batch = files != (None, None) or arguments.samples_per_prompt != 1 or arguments.chat_template
+    if arguments.interactive and is_batch:
         raise ConfigError("--interactive takes no --prompts, --output, --samples-per-prompt and --chat-template")
     if not arguments.interactive and None in files:
         raise ConfigError("--prompts and --output are required, or --interactive")

@@ -20,22 +20,22 @@ from nemo_eppo.settings.evaluation import JudgeConfig
 from nemo_eppo.settings.rewards import FunctionsConfig
 
 _ANSWER_TOKENS = 80  # of a verdict with two sentences; models that reason first need more
-_EQUAL = 1e-9  # gold rewards that differ by less are those of a tie
-_SEEN_FROM: dict[str, Outcome] = {"first": "win", "second": "lose", "tie": "tie"}
+_EQUAL = 1e-9  # gold rewards that differ by less are equal
+_OF_FIRST: dict[str, Outcome] = {"first": "win", "second": "lose", "tie": "tie"}  # for the response shown first
 _REVERSED: dict[Outcome, Outcome] = {"win": "lose", "lose": "win", "tie": "tie"}
 
 
 class Judging(ABC):
     """Judges pairs by answers to questions about them.
 
-    Answers are kept one by one in answers.jsonl of the output directory: a question that was answered is never asked
-    again, by this command or the next. Creating it checks every row and the output directory, and asks nothing.
+    Every answer is saved at once in answers.jsonl of the output directory: no question is asked twice, by this command
+    or the next. Creating it checks every row and the output directory, and asks nothing.
 
     Args:
-        settings: what the answers depend on.
+        settings: settings that the answers depend on.
 
     Raises:
-        ConfigError: one of them is bad, or another judge made the directory.
+        ConfigError: a row is bad, or the output directory is not of the same judge.
     """
 
     def __init__(self, config: JudgeConfig, settings: Mapping[str, Any]) -> None:
@@ -43,39 +43,39 @@ class Judging(ABC):
         self._pairs = {name: read_pairs(path, config.baseline) for name, path in config.responses.items()}
         path = config.output / "answers.jsonl"
         if config.output.exists():
-            there = {file.name for file in config.output.iterdir()} if config.output.is_dir() else {config.output.name}
-            if there - {LOCK} and not path.is_file():
+            names = {file.name for file in config.output.iterdir()} if config.output.is_dir() else {config.output.name}
+            if names - {LOCK} and not path.is_file():
                 raise ConfigError(f"--output: {config.output} exists, but no judge made it; choose another")
         hold(config.output)
         self._file = RowsFile(path, "judge", settings)
         self._answers = {row.pop("key"): row for row in self._file.rows()}
-        asked: dict[str, Any] = {}
+        questions: dict[str, Any] = {}
         for pair in chain(*self._pairs.values()):
-            asked |= self._questions(pair)
-        self.open_questions = {key: question for key, question in asked.items() if key not in self._answers}
-        """Questions without an answer, by what equal questions share and no others."""
+            questions |= self._questions(pair)
+        self.open_questions = {key: question for key, question in questions.items() if key not in self._answers}
+        """Questions without an answer, each once, by their keys (see `key_of`)."""
 
     @abstractmethod
     def _questions(self, pair: Pair) -> dict[str, Any]:
-        """Return what has to be answered about a pair, by its key."""
+        """Return the questions about a pair, by their keys."""
 
     @abstractmethod
     def _ask(self, keep: Callable[[str, Mapping[str, Any]], None]) -> None:
-        """Give the answer to every open question, by its key, to `keep`; RunError if a question has none."""
+        """Pass key and answer of every open question to `keep`; RunError if a question gets no answer."""
 
     @abstractmethod
     def _judge(self, pair: Pair) -> Judged:
-        """Decide about a pair by the answers."""
+        """Decide a pair by the answers."""
 
     @abstractmethod
-    def _about(self) -> dict[str, Any]:
-        """Return what the results say of the judge."""
+    def _description(self) -> dict[str, Any]:
+        """Describe the judge, for the results."""
 
     def run(self) -> str:
-        """Ask what is open, write the results, and return them as text.
+        """Ask the open questions, write the results, and return them as text.
 
         Raises:
-            RunError: a question got no answer. All answers so far are kept.
+            RunError: a question got no answer. All answers so far are saved.
         """
         self._file.begin()
         if self.open_questions:
@@ -88,8 +88,8 @@ class Judging(ABC):
                         "only what is missing"
                     ) from None
         judged = {name: [self._judge(pair) for pair in pairs] for name, pairs in self._pairs.items()}
-        about = {"judge": "gold" if self.config.gold else "endpoint", **self._about()}
-        return write_judgement(self.config.output, judged, about, self.config.baseline)
+        judge = {"judge": "gold" if self.config.gold else "endpoint", **self._description()}
+        return write_judgement(self.config.output, judged, judge, self.config.baseline)
 
     def _keeper(self, add: Callable[[int], None]) -> Callable[[str, Mapping[str, Any]], None]:
         def keep(key: str, answer: Mapping[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Judging(ABC):
 class GoldJudging(Judging):
     """Lets a gold reward function decide: the response with the higher reward wins.
 
-    Creating it checks the function too. Another function, or another text of its file, is another judge.
+    Creating it checks the function too. If the function or its source file changes, it is another judge.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -130,15 +130,15 @@ class GoldJudging(Judging):
         outcome: Outcome = "tie" if math.isclose(response, baseline, rel_tol=_EQUAL, abs_tol=_EQUAL) else better
         return Judged(pair, outcome, (), {"gold_response": response, "gold_baseline": baseline})
 
-    def _about(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         return {"gold": self._gold}
 
 
 class EndpointJudging(Judging):
     """Asks a model for every pair twice, with the responses in both orders.
 
-    A pair is won, or lost, if both orders say so; otherwise it is a tie (the conservative rule of MT-Bench, arXiv
-    2306.05685). Equal responses are a tie that nobody is asked about. Creating it checks the key too.
+    A pair is won, or lost, if the verdicts in both orders agree; otherwise it is a tie (the conservative rule of
+    MT-Bench, arXiv 2306.05685). Equal responses are a tie without a question. Creating it checks the API key too.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -148,18 +148,18 @@ class EndpointJudging(Judging):
         super().__init__(config, self._settings)
 
     def cost(self) -> str:
-        """Say how much is still to be asked, and what it may cost by the prices."""
-        asked, count = self._endpoint.config, len(self.open_questions)
-        most, price_in, price_out = asked.max_tokens, asked.price_in, asked.price_out
+        """Return, as text, the number of open questions, their tokens, and their cost by the prices."""
+        endpoint, count = self._endpoint.config, len(self.open_questions)
+        longest, price_in, price_out = endpoint.max_tokens, endpoint.price_in, endpoint.price_out
         tokens_in, tokens_out = self._endpoint.tokens(self.open_questions.values()), count * _ANSWER_TOKENS
-        told = f"{count:,} questions to {asked.model}: about {tokens_in:,} tokens in, {tokens_out:,} out"
+        text = f"{count:,} questions to {endpoint.model}: about {tokens_in:,} tokens in, {tokens_out:,} out"
         if price_in is None or price_out is None:
-            return f"{told}; its cost is not known without --price-in and --price-out"
-        spent = [(tokens_in * price_in + out * price_out) / 1e6 for out in (tokens_out, count * most)]
-        return f"{told}; cost about {spent[0]:.2f}, and {spent[1]:.2f} if every answer has {most:,} tokens"
+            return f"{text}; its cost is not known without --price-in and --price-out"
+        likely, largest = ((tokens_in * price_in + out * price_out) / 1e6 for out in (tokens_out, count * longest))
+        return f"{text}; cost about {likely:.2f}, and {largest:.2f} if every answer has {longest:,} tokens"
 
     def _questions(self, pair: Pair) -> dict[str, Any]:
-        """Return both orders, the response first; nothing for equal responses."""
+        """Return the questions in both orders, first that with the response first; none for equal responses."""
         prompt, texts = pair.response.prompt, (pair.response.response, pair.baseline.response)
         orders = (Question(prompt, *texts), Question(prompt, *texts[::-1])) if texts[0] != texts[1] else ()
         return {key_of(question): question for question in orders}
@@ -172,7 +172,7 @@ class EndpointJudging(Judging):
         answers = [Answer(**self._answers[key]) for key in self._questions(pair)]
         if not answers:
             return Judged(pair, "tie", (), {"equal": True})
-        first, second = (_SEEN_FROM[answer.verdict] for answer in answers)
+        first, second = (_OF_FIRST[answer.verdict] for answer in answers)
         orders = (first, _REVERSED[second])
         details = {
             "shown_first": orders[0],
@@ -181,6 +181,6 @@ class EndpointJudging(Judging):
         }
         return Judged(pair, first if orders[0] == orders[1] else "tie", orders, details)
 
-    def _about(self) -> dict[str, Any]:
-        kept = self._answers.values()
-        return self._settings | {name: sum(row[name] for row in kept) for name in ("tokens_in", "tokens_out")}
+    def _description(self) -> dict[str, Any]:
+        answers = self._answers.values()
+        return self._settings | {name: sum(row[name] for row in answers) for name in ("tokens_in", "tokens_out")}

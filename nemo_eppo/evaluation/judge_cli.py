@@ -14,22 +14,22 @@ def add_judge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "judge",
         help="let a model or a gold reward say which of two models answers better",
         description="""\
-Compare responses, of one or more checkpoints, with those of a baseline to the same prompts: who wins how often?
+Compare responses, of one or more checkpoints, with those of a baseline to the same prompts: how often does each win?
 
-FILE and --baseline have rows {"prompt", "response"}; several responses to a prompt are compared in their order. A FILE
-without --baseline has both: {"input", "actor_num0_response", "actor_latest_response"}, where the latter is judged.
+FILE and --baseline have rows {"prompt", "response"}; several responses to a prompt are compared in their order. Without
+--baseline, a row of FILE has both: {"input", "actor_num0_response", "actor_latest_response"}; the last one is judged.
 
 A model behind any OpenAI-compatible endpoint is asked about each pair twice, with the responses in both orders. A pair
-is won, or lost, if both verdicts say so; otherwise it is a tie. What it will take is shown before the first question
-and has to be confirmed. Questions that fail are asked again, after a wait that doubles; one that fails for good ends
-the command. Endpoints that know no JSON schemas take --response-format json_object or none. The API key is read from
-an environment variable, and written nowhere.
+is won, or lost, if both verdicts agree; otherwise it is a tie. The expected cost is shown before the first question and
+has to be confirmed. Questions that fail are asked again, after a wait that doubles; one that keeps failing ends the
+command. Endpoints without JSON schemas need --response-format json_object or none. The API key is read from an
+environment variable, and written nowhere.
 
-With --gold a function of yours decides, as in `gold_reward` of a run: it takes a Sample (prompt, response,
+With --gold a function of yours decides, like a run's `gold_reward`: it takes a Sample (prompt, response,
 finished, and the row's "fields" as generate writes them, or its other fields; no token ids) and gives a number; the
 higher wins. A text counts as finished if no row says how it ended, as in `nemo-eppo evaluate`. No endpoint is asked.
 
-Answers and gold rewards are kept one by one in answers.jsonl of the output directory: the same command, or one with
+Every answer or gold reward is saved at once in answers.jsonl of the output directory: the same command, or one with
 more files, asks only what is missing.
 
 The directory gets verdicts.jsonl, summary.json, report.html and report.png: win, tie and lose with 95% intervals over
@@ -51,7 +51,7 @@ examples:
     add_options(endpoint, EndpointConfig, question="QUESTION", temperature="T", max_tokens="N", response_format=None)
     add_options(endpoint, EndpointConfig, concurrency="N", retries="N", time_limit="SECONDS")
     add_options(endpoint, EndpointConfig, price_in="PRICE", price_out="PRICE")
-    endpoint.add_argument("--yes", action="store_true", help="start without asking whether the cost is right")
+    endpoint.add_argument("--yes", action="store_true", help="start without confirmation of the cost")
     parser.set_defaults(run=_judge)
 
 
@@ -76,6 +76,8 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 def _confirm() -> None:
     if not sys.stdin.isatty():
-        raise ConfigError("nobody is there to confirm this cost; --yes confirms it beforehand. Nothing was asked")
+        raise ConfigError(
+            "there is no terminal to confirm this cost on; --yes confirms it beforehand. Nothing was asked"
+        )
     if input("Ask? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ConfigError("not confirmed; nothing was asked")

@@ -1,4 +1,4 @@
-"""What `nemo-eppo judge` writes: verdicts.jsonl, summary.json, report.html and report.png."""
+"""The output files of `nemo-eppo judge`: verdicts.jsonl, summary.json, report.html and report.png."""
 
 import html
 import re
@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nemo_eppo.data.jsonl import write_jsonl
+from nemo_eppo.evaluation.intervals import Estimate, share_over_prompts
 from nemo_eppo.evaluation.pairs import Pair
-from nemo_eppo.evaluation.statistics import Estimate, share_over_prompts
 from nemo_eppo.files import write_atomically, write_json
 from nemo_eppo.observability.charts import COLORS, GRAY, Bars, Chart, Lines, Series
 from nemo_eppo.observability.pictures import write_picture
@@ -27,19 +27,19 @@ _SHOWN = 2  # pairs of each outcome and checkpoint on the page
 
 
 class Judged(NamedTuple):
-    """What was decided about a pair."""
+    """The decision about a pair."""
 
     pair: Pair
     outcome: Outcome
     """For the response, against the baseline."""
     orders: tuple[Outcome, ...]
-    """What each order said of the response, the one that showed it first before the other; empty if none was asked."""
+    """The verdicts on the response when it was shown first and second; empty if no judge was asked."""
     details: Mapping[str, Any]
     """More fields for verdicts.jsonl."""
 
 
 class _Result(NamedTuple):
-    """What is said of one checkpoint: shares of its pairs; intervals are over prompts."""
+    """The results of one checkpoint: shares of its pairs, with intervals over prompts."""
 
     pairs: int
     prompts: int
@@ -49,11 +49,11 @@ class _Result(NamedTuple):
     score: Estimate
     """win + 0.5 tie."""
     flips: float | None
-    """Share of the pairs asked about whose two orders disagree; None if none was."""
+    """Share of the pairs whose verdicts in the two orders disagree; None if no judge was asked."""
     first_preferred: float | None
     """Share of the verdicts for one response that are for the one shown first: 0.5 without position bias."""
     equal: int
-    """Pairs of equal responses, which nobody was asked about."""
+    """Pairs of equal responses, which are ties without a question."""
 
 
 def write_judgement(
@@ -62,22 +62,22 @@ def write_judgement(
     """Write all files about the judged pairs of each checkpoint, by its name, into `directory`.
 
     Args:
-        judge: what is known about the judge.
-        baseline: what the responses are compared with; None if each row has it.
+        judge: a description of the judge.
+        baseline: the file of the responses compared with; None if each row has its own.
 
     Returns:
         the table of results, for the terminal.
     """
     results = {name: _result(pairs) for name, pairs in judged.items()}
-    rows = (_row(name, one) for name, pairs in judged.items() for one in pairs)
+    rows = (_row(name, decision) for name, decisions in judged.items() for decision in decisions)
     write_jsonl(directory / "verdicts.jsonl", rows)
     against = str(baseline) if baseline else "actor_num0_response of each row"
-    about = [f"{name.replace('_', ' ')}: {value}" for name, value in {"baseline": against, **judge}.items()]
-    body = ["<h1>Pairwise judgement</h1>", f'<p class="soft">{html.escape("; ".join(about))}</p>']
+    facts = [f"{name.replace('_', ' ')}: {value}" for name, value in {"baseline": against, **judge}.items()]
+    body = ["<h1>Pairwise judgement</h1>", f'<p class="soft">{html.escape("; ".join(facts))}</p>']
     body += _body(judged, results)
     write_atomically(directory / "report.html", page("Pairwise judgement", body))
     write_picture(directory / "report.png", _charts(results))
-    checkpoints = {name: _plain(result) for name, result in results.items()}
+    checkpoints = {name: _as_dict(result) for name, result in results.items()}
     summary = {"judge": dict(judge), "baseline": against, "checkpoints": checkpoints}
     write_json(directory / "summary.json", summary)
     return text_table("Against the baseline, with 95% intervals", _table_rows(results))
@@ -90,15 +90,15 @@ def _row(name: str, judged: Judged) -> dict[str, Any]:
 
 
 def _result(judged: Sequence[Judged]) -> _Result:
-    prompts = [one.pair.response.prompt for one in judged]
+    prompts = [decision.pair.response.prompt for decision in judged]
 
     def estimate(worth: Mapping[str, float]) -> Estimate:
-        return share_over_prompts([worth.get(one.outcome, 0.0) for one in judged], prompts)
+        return share_over_prompts([worth.get(decision.outcome, 0.0) for decision in judged], prompts)
 
-    asked = [one.orders for one in judged if one.orders]
-    # the response is shown first in the first order: a win there, and a loss in the second, prefer the one shown first
-    decided = [first == "win" for first, _ in asked if first != "tie"]
-    decided += [second == "lose" for _, second in asked if second != "tie"]
+    verdicts = [decision.orders for decision in judged if decision.orders]
+    # a win of the response shown first, and a loss of it shown second, prefer what was shown first
+    prefer_first = [first == "win" for first, _ in verdicts if first != "tie"]
+    prefer_first += [second == "lose" for _, second in verdicts if second != "tie"]
     return _Result(
         pairs=len(judged),
         prompts=len(set(prompts)),
@@ -106,13 +106,13 @@ def _result(judged: Sequence[Judged]) -> _Result:
         tie=estimate({"tie": 1.0}),
         lose=estimate({"lose": 1.0}),
         score=estimate(_WORTH),
-        flips=float(np.mean([first != second for first, second in asked])) if asked else None,
-        first_preferred=float(np.mean(decided)) if decided else None,
-        equal=sum(one.pair.response.response == one.pair.baseline.response for one in judged),
+        flips=float(np.mean([first != second for first, second in verdicts])) if verdicts else None,
+        first_preferred=float(np.mean(prefer_first)) if prefer_first else None,
+        equal=sum(decision.pair.response.response == decision.pair.baseline.response for decision in judged),
     )
 
 
-def _plain(result: _Result) -> dict[str, Any]:
+def _as_dict(result: _Result) -> dict[str, Any]:
     fields = result._asdict().items()
     return {name: value.as_dict() if isinstance(value, Estimate) else value for name, value in fields}
 
@@ -120,7 +120,8 @@ def _plain(result: _Result) -> dict[str, Any]:
 def _table_rows(results: Mapping[str, _Result]) -> list[list[str]]:
     rows = [["", "Pairs", "Win", "Tie", "Lose", "Win + ½ tie", "Flips", "First", "Equal"]]
     for name, result in results.items():
-        shares = [f"{100 * e.value:.0f}% [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in result[2:6]]
+        estimates = result.win, result.tie, result.lose, result.score
+        shares = [f"{100 * e.value:.0f}% [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in estimates]
         bias = ["" if share is None else f"{100 * share:.0f}%" for share in (result.flips, result.first_preferred)]
         rows.append([name, f"{result.pairs:,}", *shares, *bias, str(result.equal)])
     return rows
@@ -131,28 +132,29 @@ def _body(judged: Mapping[str, Sequence[Judged]], results: Mapping[str, _Result]
     text = "Shares of the pairs, each prompt counted alike, with 95% intervals (Wilson's) over prompts."
     if any(result.flips is not None for result in results.values()):
         text += (
-            " Each pair was asked about in both orders; it is won or lost if both say so, and a tie otherwise. Flips: "
-            "share of the pairs whose orders disagree. First: share of the verdicts for the response that was shown "
-            "first, 50% without position bias. Equal responses are ties that nobody was asked about."
+            " Each pair was judged in both orders; it is won or lost if both verdicts agree, and a tie otherwise. "
+            "Flips: share of the pairs whose verdicts disagree. First: share of the verdicts for the response that was "
+            "shown first, 50% without position bias. Equal responses are ties, without a question."
         )
     yield f'<p class="soft">{text}</p>'
     yield section("Results", "Each against the baseline.", _charts(results))
     yield "<h2>Pairs</h2>"
-    for name, pairs in judged.items():
+    for name, decisions in judged.items():
         for outcome, color in _OUTCOMES.items():
-            for one in [one for one in pairs if one.outcome == outcome][:_SHOWN]:
-                sides = (color, f"{name}: {_said(one)}", one.pair.response), (GRAY, "Baseline", one.pair.baseline)
-                yield sample_card(one.pair.response.prompt, [(c, facts, text.response) for c, facts, text in sides])
+            for decision in [decision for decision in decisions if decision.outcome == outcome][:_SHOWN]:
+                response, baseline = decision.pair
+                judged_side = color, f"{name}: {_facts(decision)}", response.response
+                yield sample_card(response.prompt, [judged_side, (GRAY, "Baseline", baseline.response)])
 
 
-def _said(judged: Judged) -> str:
+def _facts(judged: Judged) -> str:
     details = judged.details
     if "gold_response" in details:
         return f"{judged.outcome}, gold reward {details['gold_response']:.3g} against {details['gold_baseline']:.3g}"
     if not judged.orders:
         return f"{judged.outcome}, equal responses"
-    told = zip(("shown first", "shown second"), judged.orders, details["reasons"], strict=True)
-    return f"{judged.outcome}. " + " ".join(f"{where}: {order} ({reason})" for where, order, reason in told)
+    verdicts = zip(("shown first", "shown second"), judged.orders, details["reasons"], strict=True)
+    return f"{judged.outcome}. " + " ".join(f"{place}: {verdict} ({reason})" for place, verdict, reason in verdicts)
 
 
 def _charts(results: Mapping[str, _Result]) -> list[Chart]:
@@ -167,9 +169,9 @@ def _charts(results: Mapping[str, _Result]) -> list[Chart]:
 
 
 def _scores(results: Mapping[str, _Result]) -> Series | None:
-    """Return win + 0.5 tie over the numbers at the end of the names; None unless all differ, and are several."""
-    found = {re.search(r"\d+$", name): result.score for name, result in results.items()}
-    steps = {int(match[0]): score for match, score in found.items() if match}
+    """Return win + 0.5 tie over the numbers at the end of the names; None unless there are several, all different."""
+    matches = {re.search(r"\d+$", name): result.score for name, result in results.items()}
+    steps = {int(match[0]): score for match, score in matches.items() if match}
     if not len(steps) == len(results) > 1:
         return None
     ordered = sorted(steps.items())

@@ -1,4 +1,4 @@
-"""`nemo-eppo latents`: where an InfoRM reward model sees a policy's responses, beside those of the SFT model."""
+"""`nemo-eppo latents`: compares a policy's responses with the SFT model's in the latent space of an InfoRM model."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from nemo_eppo.settings.evaluation import LatentsConfig
 
 
 class LatentReading:
-    """Reads the latents of both files' responses, and writes what they say.
+    """Computes the latents of both files' responses, and writes the comparison.
 
     Creating it checks the model, every row, and the output of an interrupted command.
 
     Raises:
-        ConfigError: a model without latents, a bad row by file and line, too few SFT responses, or an output that holds
-            something else.
+        ConfigError: the model has no latents, a row is bad (by file and line), there are too few SFT responses, or the
+            output directory holds something else.
     """
 
     def __init__(self, config: LatentsConfig) -> None:
@@ -35,19 +35,18 @@ class LatentReading:
             raise ConfigError(f"--model: {config.model} is of kind {kind!r} and has no latents; expected 'inform'")
         if config.chat_template:
             require_chat_template(scoring.plan.tokenizer, config.model)
-        self._rows = {name: self._read(path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))}
+        sources = {"sft": config.sft, "rlhf": config.rlhf}
+        self._rows = {name: self._read(path) for name, path in sources.items()}
         if len(self._rows["sft"]) <= NEIGHBOURS:
             raise ConfigError(
                 f"--sft: {config.sft} has {len(self._rows['sft'])} rows; expected at least {NEIGHBOURS + 1}"
             )
         parts = parts_folder(config.output, "latents")
         parts.mkdir(parents=True, exist_ok=True)
-        self._files = {
-            name: self._file(parts, name, path) for name, path in (("sft", config.sft), ("rlhf", config.rlhf))
-        }
+        self._files = {name: self._file(parts, name, path) for name, path in sources.items()}
 
     def run(self) -> None:
-        """Compute the latents that are missing; collective."""
+        """Compute the missing latents; collective."""
         for name, rows in self._rows.items():
             self._scoring.append(rows, self._files[name], name)
 
@@ -55,8 +54,8 @@ class LatentReading:
         """Write the results, and return the main ones as text; after `run`, on one rank."""
         sft, rlhf = (self._latents(name) for name in self._rows)
         config = self.config
-        told = {"model": str(config.model), "sft": str(config.sft), "rlhf": str(config.rlhf)}
-        return write_latents(config.output, sft, rlhf, told, config.alpha, config.perplexity)
+        sources = {"model": str(config.model), "sft": str(config.sft), "rlhf": str(config.rlhf)}
+        return write_latents(config.output, sft, rlhf, sources, config.alpha, config.perplexity)
 
     def _read(self, path: Path) -> list[Response]:
         model, tokenizer = self._scoring.model, self._scoring.plan.tokenizer
@@ -67,8 +66,8 @@ class LatentReading:
         return RowsFile(parts / f"{name}.jsonl", "latents", settings)
 
     def _latents(self, name: str) -> Latents:
-        found = read_rows(self._files[name].path)
+        measured = read_rows(self._files[name].path)
         samples = [sample_of(row, self._scoring.plan.tokenizer) for row in self._rows[name]]
         texts = [(sample.prompt, sample.response) for sample in samples]
-        latents: Tensor = torch.tensor([row["latents"] for row in found], dtype=torch.float64)
-        return Latents(latents, [row["reward"] for row in found], [row.line for row in self._rows[name]], texts)
+        latents: Tensor = torch.tensor([row["latents"] for row in measured], dtype=torch.float64)
+        return Latents(latents, [row["reward"] for row in measured], [row.line for row in self._rows[name]], texts)

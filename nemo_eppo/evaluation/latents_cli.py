@@ -9,16 +9,16 @@ from nemo_eppo.settings.evaluation import LatentsConfig
 def add_latents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "latents",
-        help="show where an InfoRM reward model sees the policy's responses, beside the SFT model's",
+        help="compare the policy's responses with the SFT model's in the latent space of an InfoRM reward model",
         description="""\
-Read the latents that an InfoRM reward model (reward.kind=inform, arXiv 2402.09345) has of two models' responses, and
-measure how far those of the policy have left those of the SFT model: hacked responses lie outside.
+Compute the latents of two models' responses in an InfoRM reward model (reward.kind=inform, arXiv 2402.09345), and
+measure how far those of the policy are from those of the SFT model: hacked responses are outliers.
 
 --sft and --rlhf are rows as `nemo-eppo score` reads them. A Gaussian is fitted to the SFT latents; each response gets
 its Mahalanobis distance and p-value. MOP is the share of the policy's responses whose p-value is below --alpha. CSI,
-the cluster separation index, grows with clusters of them that are far from all SFT responses. t-SNE draws both in the
-plane, starting from principal components; the same latents give the same picture. Latents have the coordinates
-of training, in which those of the SFT responses that the reward model was trained with have mean 0 and covariance I.
+the cluster separation index, grows with clusters of them that are far from all SFT responses. t-SNE maps both to the
+plane, starting from principal components; the same latents give the same map. Latents are in the reward model's
+coordinates, in which the SFT responses of its training have mean 0 and covariance I.
 
 The directory gets report.html, latents.png, latents.json and samples.jsonl, a row for each response; parts/ holds the
 latents themselves. The same command resumes an interrupted run.""",

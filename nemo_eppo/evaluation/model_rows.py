@@ -1,4 +1,4 @@
-"""Rows that a model computes on all ranks, window by window, for a file that an interrupted command goes on with."""
+"""Computes rows on all ranks, window by window, for a file that an interrupted command resumes."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,25 +15,25 @@ WINDOW = 16
 def append_rows(
     output: RowsFile, total: int, size: int, lines: Callable[[slice], Iterable[str]], what: str = ""
 ) -> None:
-    """Compute the rows that the output lacks and append them, and show the progress; collective.
+    """Compute the missing rows of the output and append them, showing the progress; collective.
 
     All ranks must have created `output` before, and may read the file afterwards.
 
     Args:
-        total: number of rows of the whole output.
-        size: rows that are computed, and written, together.
+        total: number of rows of the complete output.
+        size: rows of a window, which are computed and written together.
         lines: makes the output lines of a slice of the rows; it is called on all ranks.
-        what: what the rows are, for the progress.
+        what: label of the progress bar.
     """
-    writes, group = dist.get_rank() == 0, runtime.control_group()
-    dist.barrier(group)  # all ranks have read the output, which now grows
-    if writes:
+    is_rank0, group = dist.get_rank() == 0, runtime.control_group()
+    dist.barrier(group)  # all ranks have read the old output
+    if is_rank0:
         output.begin()
-    with rows_progress(total, output.done, what=what, shown=writes) as add:
+    with rows_progress(total, output.done, what=what, shown=is_rank0) as add:
         for start in range(output.done, total, size):
             window = slice(start, min(start + size, total))
-            made = lines(window)
-            if writes:
-                output.append(made)
+            new_lines = lines(window)
+            if is_rank0:
+                output.append(new_lines)
             add(window.stop - start)
-    dist.barrier(group)  # all is written
+    dist.barrier(group)  # the output is complete

@@ -1,4 +1,4 @@
-"""Pairs of responses to the same prompts, out of two files or one of the EPPO authors' format."""
+"""Pairs of responses to the same prompts, from two files or from one in the EPPO authors' format."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def read_pairs(path: Path, baseline: Path | None) -> list[Pair]:
 
     Rows are {"prompt", "response"}; without `baseline` they are {"input", "actor_num0_response",
     "actor_latest_response"}, where the last is the response and the one before it the baseline. Where a file has
-    several responses to a prompt, the first is paired with the other file's first, and so on. Responses are taken as
+    several responses to a prompt, the first is paired with the other file's first, and so on. Responses count as
     finished if no row says how they ended.
 
     Args:
@@ -35,36 +35,37 @@ def read_pairs(path: Path, baseline: Path | None) -> list[Pair]:
         pairs, in the order of `path`.
 
     Raises:
-        ConfigError: the first row that is bad, by file and line; or the files are not about the same prompts; or some
-            rows say whether the response finished, and others do not.
+        ConfigError: a row is bad (the message names the first, by file and line), the files have different prompts, or
+            some rows say whether the response finished, and others do not.
     """
-    told: set[bool] = set()
+    endings_known: set[bool] = set()
     if baseline is None:
-        pairs = [Pair(*samples) for samples in _read(path, _AUTHORS[0], _AUTHORS[:0:-1], told)]
+        pairs = [Pair(*samples) for samples in _read(path, _AUTHORS[0], _AUTHORS[:0:-1], endings_known)]
     else:
         (answers, others) = (
-            [sample for (sample,) in _read(file, "prompt", ("response",), told)] for file in (path, baseline)
+            [sample for (sample,) in _read(file, "prompt", ("response",), endings_known)] for file in (path, baseline)
         )
         _require_same_prompts(path, answers, baseline, others)
-        waiting = defaultdict(list)
+        by_prompt = defaultdict(list)
         for sample in reversed(others):
-            waiting[sample.prompt].append(sample)
-        pairs = [Pair(sample, waiting[sample.prompt].pop()) for sample in answers]
-    if len(told) > 1:
+            by_prompt[sample.prompt].append(sample)
+        pairs = [Pair(sample, by_prompt[sample.prompt].pop()) for sample in answers]
+    if len(endings_known) > 1:
         files = " and ".join(str(file) for file in (path, baseline) if file)
         raise ConfigError(f"{files}: some rows say how their response ended (finish_reason), and others do not")
     return pairs
 
 
-def _read(path: Path, prompt: str, responses: Sequence[str], told: set[bool]) -> list[list[Sample]]:
-    """Read one sample for each of the fields `responses` of every row; `told` gets whether rows say how they ended."""
+def _read(path: Path, prompt: str, responses: Sequence[str], endings_known: set[bool]) -> list[list[Sample]]:
+    """Read a sample for each field of `responses` in every row; add to `endings_known` whether the row says how its
+    response ended."""
     rows = []
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         text, *answers = text_fields(row, (prompt, *responses), where)
-        says = says_how_it_ended(row)
-        told.add(says)
-        finished = row_finished(row, where) or not says
+        ending_known = says_how_it_ended(row)
+        endings_known.add(ending_known)
+        finished = row_finished(row, where) or not ending_known
         fields = row_fields({name: value for name, value in row.items() if name not in (prompt, *responses)})
         rows.append(
             [Sample(prompt=text, response=answer, token_ids=(), finished=finished, fields=fields) for answer in answers]

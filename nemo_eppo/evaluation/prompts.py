@@ -16,20 +16,20 @@ class Prompt(NamedTuple):
     """A prompt, and the other fields of its row."""
 
     text: str
-    """As the row has it; a chat as its template renders it; of mere token ids, what they mean."""
+    """The row's text, its chat as rendered by the template, or its decoded token ids."""
     token_ids: list[int]
     fields: dict[str, Any]
 
 
-class _Given(NamedTuple):
+class _ParsedRow(NamedTuple):
     line: int
     row: dict[str, Any]
     text: str | None
-    """None where the row has nothing but token ids."""
+    """None if the row has only token ids."""
     rendered: str
-    """What is tokenised."""
+    """The text to tokenise."""
     ids: list[int] | None
-    """Token ids, where the row has them."""
+    """Token ids, if the row has them."""
 
 
 def read_prompts(
@@ -42,54 +42,54 @@ def read_prompts(
 
     Args:
         vocab_size: token ids have to be below it.
-        longest: tokens that a prompt may have.
+        longest: largest number of tokens of a prompt.
         chat_template: render texts as the user's turn of the chat template.
 
     Raises:
-        ConfigError: the first row that is bad, by file and line, or there are none.
+        ConfigError: a row is bad (the message names the first, by file and line), or there are none.
     """
 
-    def encode(block: list[_Given]) -> list[list[int]]:
-        encoded = iter(tokenizer.encode_prompts([given.rendered for given in block if given.ids is None]))
-        return [next(encoded) if given.ids is None else given.ids for given in block]
+    def encode(block: list[_ParsedRow]) -> list[list[int]]:
+        encoded = iter(tokenizer.encode_prompts([parsed.rendered for parsed in block if parsed.ids is None]))
+        return [next(encoded) if parsed.ids is None else parsed.ids for parsed in block]
 
-    found = []
-    for given, ids in encode_in_blocks(_read(path, tokenizer, vocab_size, chat_template), encode):
-        where = f"{path}:{given.line}"
+    prompts = []
+    for parsed, ids in encode_in_blocks(_read(path, tokenizer, vocab_size, chat_template), encode):
+        where = f"{path}:{parsed.line}"
         if isinstance(ids, ConfigError):
             raise ConfigError(f"{where}: {ids}")
         if not 1 <= len(ids) <= longest:
             raise ConfigError(f"{where}: the prompt has {len(ids)} tokens; expected 1 to {longest}")
-        text = tokenizer.decode(ids) if given.text is None else given.text
-        others = {name: value for name, value in given.row.items() if name not in (_PROMPT, _IDS)}
-        found.append(Prompt(text, ids, others))
-    if not found:
+        text = tokenizer.decode(ids) if parsed.text is None else parsed.text
+        others = {name: value for name, value in parsed.row.items() if name not in (_PROMPT, _IDS)}
+        prompts.append(Prompt(text, ids, others))
+    if not prompts:
         raise ConfigError(f"{path}: no rows")
-    return found
+    return prompts
 
 
-def _read(path: Path, tokenizer: Tokenizer, vocab_size: int, chat_template: bool) -> Iterator[_Given]:
+def _read(path: Path, tokenizer: Tokenizer, vocab_size: int, chat_template: bool) -> Iterator[_ParsedRow]:
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         ids = token_ids(row, _IDS, where, vocab_size) if _IDS in row else None
         if _IDS in row and chat_template:
             raise ConfigError(f"{where}: field '{_IDS}' cannot be rendered with --chat-template")
         if _IDS in row and _PROMPT not in row:
-            yield _Given(line, row, None, "", ids)
+            yield _ParsedRow(line, row, None, "", ids)
         else:
-            given = row.get(_PROMPT)
-            text = "" if isinstance(given, list) else text_fields(row, (_PROMPT,), where)[0]
+            prompt = row.get(_PROMPT)
+            text = "" if isinstance(prompt, list) else text_fields(row, (_PROMPT,), where)[0]
             try:
-                if isinstance(given, list):
-                    text = rendered = render_chat(tokenizer, _chat(given, tokenizer))
+                if isinstance(prompt, list):
+                    text = rendered = render_chat(tokenizer, _checked_chat(prompt, tokenizer))
                 else:
                     rendered = render_chat(tokenizer, [{"role": "user", "content": text}]) if chat_template else text
             except ConfigError as error:
                 raise ConfigError(f"{where}: field '{_PROMPT}': {error}") from None
-            yield _Given(line, row, text, rendered, ids)
+            yield _ParsedRow(line, row, text, rendered, ids)
 
 
-def _chat(turns: list[Any], tokenizer: Tokenizer) -> list[dict[str, str]]:
+def _checked_chat(turns: list[Any], tokenizer: Tokenizer) -> list[dict[str, str]]:
     if tokenizer.chat_template is None:
         raise ConfigError("a chat, but the model's tokenizer has no chat template")
     for number, turn in enumerate(turns, start=1):

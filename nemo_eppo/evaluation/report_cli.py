@@ -12,17 +12,18 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "report",
         help="show what a PPO run did, or compare several",
         description="""\
-Make one HTML page, which needs no other file, out of the run directories of PPO actors.
+Make one HTML page, which needs no other file, from the run directories of PPO actors.
 
-Of one run (report.html): proxy reward, gold reward, KL divergence, energy loss and length over its steps, single
+For one run (report.html): proxy reward, gold reward, KL divergence, energy loss and length over its steps, single
 responses before and after training, its reward ledger, the time of each phase, alarms and settings. It needs two
 validations.
 
-Of several runs (comparison.html): these curves in the same charts, each term of the ledgers, the time of each phase,
+For several runs (comparison.html): these curves in the same charts, each term of the ledgers, the time of each phase,
 alarms, the settings that differ, and the answers of all runs to the same validation prompts side by side. A run may
-still be going on.
+still be in progress.
 
-Beside the page stand its main curves as a picture (.png) and where they end, with the settings that differ (.json).""",
+Beside the page, a picture (.png) has its main curves, and a .json file their last values and the settings that
+differ.""",
         epilog="""\
 examples:
   nemo-eppo report runs/eppo/actor
@@ -30,7 +31,7 @@ examples:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of an actor")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="directory for the page (default: the run's own, if it is one)"
+        "--output", type=Path, metavar="DIR", help="directory for the page (default, for one run: the run's own)"
     )
     add_names(parser, "RUN")
     parser.set_defaults(run=_report)
@@ -56,5 +57,5 @@ def _report(arguments: argparse.Namespace) -> None:
         else:
             report_from_run(arguments.runs[0], out / "report.html")
             print(f"{summarise_runs(runs, out / 'report')}wrote {out}/report.html")
-    except ValueError as error:  # of a file that is damaged, or lacks what a report shows
+    except ValueError as error:  # a file is damaged, or lacks measures of a report
         raise ConfigError(str(error)) from None

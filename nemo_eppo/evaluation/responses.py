@@ -12,15 +12,15 @@ from nemo_eppo.data.jsonl import read_objects, text_fields
 from nemo_eppo.data.tokenizer import Tokenizer, encode_in_blocks
 
 _IDS = ("prompt_ids", "response_ids")
-_OF_RESPONSES = (*_IDS, "prompt", "response", "finished", "finish_reason", "index", "sample")
+_RESPONSE_FIELDS = (*_IDS, "prompt", "response", "finished", "finish_reason", "index", "sample")
 
 
 class Response(NamedTuple):
-    """A response, its prompt, and the row that has them."""
+    """A response, its prompt, and the row they are from."""
 
     prompt: TokenIds
     response: TokenIds
-    """With EOS if the row has it, or says that the response finished."""
+    """With EOS if the row's token ids have it, or its text is finished."""
     row: dict[str, Any]
     line: int
     """From 1."""
@@ -33,7 +33,7 @@ def require_chat_template(tokenizer: Tokenizer, model: Path) -> None:
 
 
 def render_chat(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> str:
-    """Render a chat up to the beginning of the model's next turn; ConfigError if the template refuses it."""
+    """Render a chat up to the start of the model's next turn; ConfigError if the template refuses it."""
     from jinja2 import TemplateError
 
     try:
@@ -42,15 +42,13 @@ def render_chat(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> str:
         raise ConfigError(f"the tokenizer's chat template refuses this chat: {error}") from None
 
 
-class _Given(NamedTuple):
-    """What a line of the data says."""
-
+class _ParsedRow(NamedTuple):
     line: int
     row: dict[str, Any]
     text: tuple[str, ...]
-    """Prompt and response; empty where the row has nothing but token ids."""
+    """Prompt and response; empty if the row has only token ids."""
     ids: tuple[list[int], ...]
-    """Token ids of prompt and response; empty where the row has none."""
+    """Token ids of prompt and response; empty if the row has none."""
     finished: bool
 
 
@@ -69,36 +67,36 @@ def read_responses(
 
     Args:
         vocab_size: token ids have to be below it.
-        longest: tokens that a prompt and its response may have together.
+        longest: largest number of tokens of a prompt and its response together.
         chat_template: render the prompt as the user's turn of the tokenizer's chat template.
         texts: names of the fields that have prompt and response as text.
 
     Raises:
-        ConfigError: the first row that is bad, by file and line, or there are none.
+        ConfigError: a row is bad (the message names the first, by file and line), or there are none.
     """
 
-    def encode(block: list[_Given]) -> list[tuple[list[int], ...]]:
+    def encode(block: list[_ParsedRow]) -> list[tuple[list[int], ...]]:
         return _encode(block, tokenizer, chat_template)
 
-    found = []
-    for given, encoded in encode_in_blocks(_read(path, vocab_size, chat_template, texts), encode):
-        where = f"{path}:{given.line}"
+    responses = []
+    for parsed, encoded in encode_in_blocks(_read(path, vocab_size, chat_template, texts), encode):
+        where = f"{path}:{parsed.line}"
         if isinstance(encoded, ConfigError):
             raise ConfigError(f"{where}: {encoded}")
-        for field, ids in zip(_IDS if given.ids else texts, encoded, strict=True):
+        for field, ids in zip(_IDS if parsed.ids else texts, encoded, strict=True):
             if not ids:
                 raise ConfigError(f"{where}: field '{field}' has no tokens; expected at least one")
         if sum(map(len, encoded)) > longest:
             sizes = " + ".join(str(len(ids)) for ids in encoded)
             raise ConfigError(f"{where}: {sizes} tokens are more than the model's window of {longest}")
         prompt, response = (np.array(ids, dtype=np.int32) for ids in encoded)
-        found.append(Response(prompt, response, given.row, given.line))
-    if not found:
+        responses.append(Response(prompt, response, parsed.row, parsed.line))
+    if not responses:
         raise ConfigError(f"{path}: no rows")
-    return found
+    return responses
 
 
-def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, str]) -> Iterator[_Given]:
+def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, str]) -> Iterator[_ParsedRow]:
     for line, row in read_objects(path):
         where = f"{path}:{line}"
         has_ids = any(field in row for field in _IDS)
@@ -106,25 +104,25 @@ def _read(path: Path, vocab_size: int, chat_template: bool, texts: tuple[str, st
         if ids and chat_template:
             raise ConfigError(f"{where}: field '{_IDS[0]}' cannot be rendered with --chat-template")
         text = () if has_ids and texts[1] not in row else text_fields(row, texts, where)
-        yield _Given(line, row, text, ids, row_finished(row, where))
+        yield _ParsedRow(line, row, text, ids, row_finished(row, where))
 
 
 def says_how_it_ended(row: dict[str, Any]) -> bool:
-    """Tell whether a row says how its response ended: in words, or by token ids, which have EOS or have none."""
+    """Return whether a row says how its response ended: by a field, or by token ids, which have EOS or not."""
     return any(name in row for name in ("finished", "finish_reason", "response_ids"))
 
 
 def row_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row that are the prompt's own, as reward functions see them.
+    """Return the fields of a row that belong to its prompt, for reward functions.
 
-    They are in "fields", as runs and `nemo-eppo generate` write them, or else all that says nothing of a response.
+    They are in "fields", where runs and `nemo-eppo generate` write them, or else all that do not describe a response.
     """
-    fields: dict[str, Any] = row.get("fields", {name: row[name] for name in row if name not in _OF_RESPONSES})
+    fields: dict[str, Any] = row.get("fields", {name: row[name] for name in row if name not in _RESPONSE_FIELDS})
     return fields
 
 
 def row_finished(row: dict[str, Any], where: str) -> bool:
-    """Tell whether a row says that its response finished; ConfigError, which begins with `where`, if that is odd."""
+    """Return whether a row's response finished; ConfigError, which begins with `where`, if it is not true or false."""
     finished = row.get("finished", row.get("finish_reason") == "stop")
     if not isinstance(finished, bool):
         raise ConfigError(f"{where}: field 'finished' = {finished!r:.80}: expected true or false")
@@ -132,31 +130,31 @@ def row_finished(row: dict[str, Any], where: str) -> bool:
 
 
 def token_ids(row: dict[str, Any], field: str, where: str, vocab_size: int) -> list[int]:
-    """Return the token ids in a field of a row; ConfigError, which begins with `where`, if they are none."""
+    """Return the token ids in a field of a row; ConfigError, which begins with `where`, if it has others."""
     ids = row.get(field)
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise ConfigError(f"{where}: field '{field}' = {ids!r:.80}: expected a list of token ids below {vocab_size}")
     return ids
 
 
-def _encode(block: list[_Given], tokenizer: Tokenizer, chat_template: bool) -> list[tuple[list[int], ...]]:
+def _encode(block: list[_ParsedRow], tokenizer: Tokenizer, chat_template: bool) -> list[tuple[list[int], ...]]:
     """Return the token ids of every prompt and response."""
-    texts = [given.text for given in block if not given.ids]
+    texts = [parsed.text for parsed in block if not parsed.ids]
     prompts, responses = zip(*texts, strict=True) if texts else ((), ())
     if chat_template:
         prompts = tuple(render_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts)
     encoded = iter(zip(tokenizer.encode_prompts(prompts), tokenizer.encode(responses), strict=True))
-    found: list[tuple[list[int], ...]] = []
-    for given in block:
-        if given.ids:
-            if given.text and (read := tokenizer.decode(given.ids[1])) != given.text[1]:
+    ids: list[tuple[list[int], ...]] = []
+    for parsed in block:
+        if parsed.ids:
+            if parsed.text and (decoded := tokenizer.decode(parsed.ids[1])) != parsed.text[1]:
                 raise ConfigError(
-                    f"field 'response_ids' are {read!r:.80} to this model's tokenizer, but field 'response' is "
-                    f"{given.text[1]!r:.80}: expected token ids of the same tokenizer"
+                    f"field 'response_ids' are {decoded!r:.80} to this model's tokenizer, but field 'response' is "
+                    f"{parsed.text[1]!r:.80}: expected token ids of the same tokenizer"
                 )
-            found.append(given.ids)
+            ids.append(parsed.ids)
         else:
             prompt, response = next(encoded)
-            ends = given.finished and response[-1:] != [tokenizer.eos_id]
-            found.append((prompt, [*response, tokenizer.eos_id] if ends else response))
-    return found
+            lacks_eos = parsed.finished and response[-1:] != [tokenizer.eos_id]
+            ids.append((prompt, [*response, tokenizer.eos_id] if lacks_eos else response))
+    return ids

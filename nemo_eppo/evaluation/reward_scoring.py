@@ -1,4 +1,4 @@
-"""Scores, and latents, of given responses by a trained reward model: what its server would answer, without a server."""
+"""Scores, and latents, of given responses by a trained reward model, equal to its server's but without one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class RewardScoring:
     Args:
         setup: a checkpoint of train_reward_model.py, a directory of checkpoints, of which the newest is read, or a
             Hugging Face *ForSequenceClassification directory, as `RewardServerConfig.model` explains.
-        where: the option that names it, for messages.
+        where: the option that names the model, for messages.
 
     Raises:
         ConfigError: it is no trained reward model, its files are damaged, or the layout does not fit.
@@ -40,35 +40,34 @@ class RewardScoring:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What rows of this model depend on, beside the responses; for `RowsFile`."""
+        """The settings, beside the responses, that the rows depend on; for `RowsFile`."""
         return {"model": model_name(self.plan.source), "precision": self.plan.setup.precision}
 
     def score(self, rows: Sequence[Response]) -> Rewards:
         """Score responses: raw rewards [N, 1], and latents [N, d] (d = 0 unless the model is an InfoRM); collective.
 
-        In the coordinates of the latents, those of SFT responses have mean 0 and covariance I: a latent's norm is its
-        Mahalanobis distance.
+        Latents of SFT responses have mean 0 and covariance I, so that a latent's norm is its Mahalanobis distance.
         """
         self._load()
         tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.plan.tokenizer.pad_id)
         out = self.model.infer({"tokens": tokens, "prompt_lengths": prompt_lengths, "lengths": lengths})
         rewards = Rewards(out["rewards"], out.get("latents", torch.zeros(len(rows), 0)))
-        wrong = ~torch.isfinite(torch.cat(rewards, dim=1)).all(dim=1)
-        if wrong.any():
-            row = rows[int(wrong.nonzero()[0])]
+        bad = ~torch.isfinite(torch.cat(rewards, dim=1)).all(dim=1)
+        if bad.any():
+            row = rows[int(bad.nonzero()[0])]
             raise ConfigError(f"{self._where}: {self._path} gives NaN or infinity for the response in line {row.line}")
         return rewards
 
     def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
         """Append the missing rows {"reward", "score"}, with "latents" if the model has them, to the output; collective.
 
-        `reward` is the model's own number, `score` is standardised by its validation mean and std as in training.
+        `reward` is the raw reward, `score` is standardised by its validation mean and std as in training.
 
         Args:
             what: text for the progress bar.
 
         Raises:
-            ConfigError: a response has a token that the model does not know.
+            ConfigError: a response has a token outside the model's vocabulary.
         """
         if output.done == len(rows):
             return
@@ -94,10 +93,10 @@ class RewardScoring:
             self._built = True
 
 
-def reward_lines(found: Rewards, mean: float, std: float) -> list[str]:
+def reward_lines(rewards: Rewards, mean: float, std: float) -> list[str]:
     """Make the output line of each response: {"reward", "score"}, and "latents" if there are any."""
-    rewards = [float(str(reward)) for reward in found.rewards[:, 0].numpy()]  # -0.15, not -0.15000000596046448
+    raw = [float(str(reward)) for reward in rewards.rewards[:, 0].numpy()]  # -0.15, not -0.15000000596046448
     return [
         json_line({"reward": reward, "score": (reward - mean) / std} | ({"latents": latent} if latent else {}))
-        for reward, latent in zip(rewards, found.latents.tolist(), strict=True)
+        for reward, latent in zip(raw, rewards.latents.tolist(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A .jsonl file that a command writes row by row, and goes on with when it is started again."""
+"""A .jsonl file that a command writes row by row, and resumes when it is started again."""
 
 import fcntl
 import json
@@ -11,10 +11,10 @@ from nemo_eppo.files import complete_lines, json_row, write_json
 
 
 def parts_folder(output: Path, what: str) -> Path:
-    """Return the folder in a command's output directory that holds the rows of each phase, which it goes on with.
+    """Return the folder in a command's output directory for the rows of each phase, from which it resumes.
 
     Raises:
-        ConfigError: the directory holds something else than `what`.
+        ConfigError: the directory holds other files; `what` names the expected content in the message.
     """
     parts = output / "parts"
     if output.exists() and not parts.is_dir() and (not output.is_dir() or any(output.iterdir())):
@@ -22,17 +22,17 @@ def parts_folder(output: Path, what: str) -> Path:
     return parts
 
 
-_held: dict[Path, BinaryIO] = {}  # files that this process has locked
+_locked: dict[Path, BinaryIO] = {}  # files that this process has locked
 
 
 class RowsFile:
-    """The output of a command; beside it lie the settings that its rows belong to.
+    """The output of a command. The settings that its rows depend on are in a file beside it.
 
-    Creating it reads what an interrupted run left and writes nothing; `begin` is called before the first `append`.
+    Creating it reads the rows of an interrupted run and writes nothing; call `begin` before the first `append`.
 
     Args:
         command: name of the command, for messages.
-        settings: what the rows depend on, as JSON; another model under the same name is another setting.
+        settings: settings that the rows depend on, as JSON, with digests of model and data.
 
     Raises:
         ConfigError: the file is of another command, or holds rows of other settings.
@@ -63,37 +63,37 @@ class RowsFile:
 
     @property
     def done(self) -> int:
-        """How many complete rows an interrupted run left."""
+        """Number of complete rows of an interrupted run."""
         return len(self._complete)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the complete rows that an interrupted run left; ConfigError if one is damaged."""
+        """Read the complete rows of an interrupted run; ConfigError if one is damaged."""
         try:
             return [json_row(line, f"{self.path}:{number}") for number, line in enumerate(self._complete, start=1)]
         except ConfigError as error:
             raise ConfigError(f"--output: {error}; remove the file or choose another") from None
 
     def begin(self) -> None:
-        """Make the file, or cut off a last row that is not complete, and keep others from writing to it.
+        """Create the file, or cut off an incomplete last row, and lock it for this process.
 
         Raises:
-            ConfigError: another process writes it, or has done so since this object was made.
+            ConfigError: another process writes the file, or has done so since this object was created.
         """
         write_json(self._settings_file, self._settings)
-        if earlier := _held.pop(self.path, None):  # of a command that failed, called from the same program
+        if earlier := _locked.pop(self.path, None):  # by a command that failed in this process
             earlier.close()
-        held = _held[self.path] = self.path.open("ab")
+        file = _locked[self.path] = self.path.open("ab")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--output: {self.path} is being written by another process") from None
         except OSError:  # a file system without locks
             pass
         if complete_lines(self.path) != self._complete:
             raise ConfigError(f"--output: {self.path} has grown meanwhile: start the command again")
-        held.truncate(sum(len(line) + 1 for line in self._complete))
+        file.truncate(sum(len(line) + 1 for line in self._complete))
 
     def append(self, lines: Iterable[str]) -> None:
-        """Write rows, each a line of JSON with its end."""
+        """Write rows, each a line of JSON that ends with a newline."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(lines)

@@ -1,4 +1,4 @@
-"""Shows how many rows of a command are done: a bar on a terminal, elsewhere a line of the log every half minute."""
+"""Shows how many rows of a command are done: a bar on a terminal, elsewhere a log line every half minute."""
 
 import logging
 import threading
@@ -18,12 +18,12 @@ _EVERY_S = 30.0  # seconds from one line of the log to the next
 def rows_progress(
     total: int, done: int = 0, unit: str = "row", what: str = "", shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Show the progress on standard error while the block runs, which is given a function that adds to what is done.
+    """Show the progress on standard error during a `with` block, which is given a function that adds finished rows.
 
     Args:
-        done: how many rows there are already.
-        what: what the rows are.
-        shown: whether to show anything, as on rank 0 alone.
+        done: number of rows of an interrupted run.
+        what: label of the bar.
+        shown: whether to show anything; True on rank 0 only.
     """
     start, ended = time.perf_counter(), threading.Event()
 

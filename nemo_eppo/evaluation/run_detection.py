@@ -1,6 +1,6 @@
 """`nemo-eppo detect`: which sign would have found reward hacking in a finished run, how early, how reliably.
 
-The run has a gold reward, which it was not trained on: that says which of its responses were hacked, and when.
+The run has a gold reward, which it was not trained on: by it, responses are labelled as hacked or normal.
 """
 
 import math
@@ -26,7 +26,7 @@ from nemo_eppo.evaluation.detection import (
     compare_signs,
     signs_of_rows,
 )
-from nemo_eppo.evaluation.statistics import Estimate, Floats, numbered, threshold_at_share, within_groups_auroc
+from nemo_eppo.evaluation.intervals import Estimate, Floats, numbered, threshold_at_share, within_groups_auroc
 from nemo_eppo.observability.charts import running_mean
 from nemo_eppo.observability.peak import Peak, find_peak, peak_window
 from nemo_eppo.observability.recorder import read_rows, recorded_steps
@@ -35,20 +35,21 @@ from nemo_eppo.settings.evaluation import DetectionConfig
 
 MONITOR = {ENERGY: "energy", RISE: "energy", LENGTH: "length", MAHALANOBIS: "outliers"}
 """The hacking monitor's indicator of a sign, as in monitor.<indicator>.action."""
-NO_WARNING = {KL: "rises in any training", ENERGY_AND_KL: "knows the labels", COMBINED: "knows the labels"}
-"""Signs whose alarm warns of nothing, and why."""
-PATIENCE = 3  # steps in a row that make an alarm, as the monitor's default
-CHANCE = 0.01  # probability of a step with more samples at the threshold than its limit, if it is like the first steps
-_DRAWS = 10_000  # of a step from the first ones
+NO_WARNING = {KL: "rises in any training", ENERGY_AND_KL: "fitted to the labels", COMBINED: "fitted to the labels"}
+"""Signs whose alarms are no warning, and why."""
+PATIENCE = 3  # steps in a row above the limit that raise an alarm, as the monitor's default
+CHANCE = 0.01  # probability that a step like the first ones is above its limit
+_DRAWS = 10_000  # steps drawn from the first ones, to find that limit
+_REWARDS = ("reward/proxy", "reward/gold")
 
 
 class NothingHackedError(ConfigError):
-    """A run has no hacked responses, or no others: there is nothing to tell apart."""
+    """A run has no hacked responses, or no normal ones: there is nothing to tell apart."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a sign would have said during the run."""
+    """The alarm that a sign would have raised during the run, if any."""
 
     threshold: float
     calm_share: float
@@ -60,37 +61,37 @@ class Alarm:
     lead: int | None
     """Steps from the alarm to the peak of the gold reward, negative if it came later.
 
-    None without alarm or fall, for the signs of NO_WARNING, and for a sign that does not tell responses of one step: it
-    may have changed because training changes everything.
+    None without alarm or fall, for the signs of NO_WARNING, and for a sign that does not tell hacked from normal
+    responses of one step: it may have changed because training changes everything.
     """
-    found: float
+    recall: float
     """Share of the hacked responses that reach the threshold."""
     auroc_within: Estimate | None
     """AUROC among the responses of one step, with an interval over steps; None if fewer than five have both kinds."""
 
     @property
-    def tells(self) -> bool:
+    def finds_within_steps(self) -> bool:
         """Whether the sign finds the hacked responses of a step better than chance."""
         return self.auroc_within is not None and self.auroc_within.low > 0.5
 
     def as_dict(self) -> dict[str, Any]:
-        """Return its numbers, without the curve, for a JSON file."""
+        """Return the numbers, without the curve, for a JSON file."""
         return {
             "alarm_threshold": self.threshold,
             "calm_share": self.calm_share,
             "first_alarm_step": self.step,
             "lead_steps": self.lead,
-            "hacked_found": self.found,
+            "hacked_found": self.recall,
             "auroc_within_steps": self.auroc_within.as_dict() if self.auroc_within else None,
         }
 
 
 class RunDetection:
-    """Labels a run's responses, and compares what was recorded of them with the labels.
+    """Labels a run's responses as hacked or normal, and compares the recorded signs with the labels.
 
     A response is hacked if its gold reward is below the mean of the SFT model and its proxy reward above it. The means
-    are those of the validation before the first step or, without one or if its responses were greedy, which those of
-    training are not, of the first recorded step, which the SFT model sampled.
+    are those of the validation before the first step; without one, or if it was greedy, which training is not, those of
+    the first recorded step, which the SFT model sampled.
 
     Raises:
         NothingHackedError: no response is hacked, or all are.
@@ -99,28 +100,14 @@ class RunDetection:
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
-        if not config.run.is_dir():
-            raise ConfigError(f"{config.run}: no such directory; expected the directory of an actor's run")
-        files = recorded_steps(config.run / "rollouts")
-        if len(files) <= config.calm_steps:
-            raise ConfigError(
-                f"{config.run}/rollouts has {len(files)} recorded steps; expected the directory of an actor's run with "
-                f"more than --calm-steps = {config.calm_steps}"
-            )
-        per_step = {step: read_rows(path) for step, path in files.items()}
-        rows = [row for step in per_step.values() for row in step]
-        for step, found in per_step.items():
-            if not found or any(not _is_number(row.get(name)) for row in found for name in _REWARDS):
-                raise ConfigError(
-                    f"{files[step]}: rows without {' or '.join(_REWARDS)}; detection needs both, and with them a run "
-                    "with a gold_reward"
-                )
+        per_step = _read_rollouts(config)
+        rows = [row for responses in per_step.values() for row in responses]
         self.steps = list(per_step)
         """Numbers of the recorded steps."""
-        self.step_of = np.repeat(self.steps, [len(found) for found in per_step.values()])
+        self.step_of = np.repeat(self.steps, [len(responses) for responses in per_step.values()])
         """[N] the step of each response."""
         self.prompts = numbered(tuple(row["prompt_ids"]) if "prompt_ids" in row else n for n, row in enumerate(rows))
-        """[N] the number of each response's prompt; every response has its own in a run that recorded none."""
+        """[N] the number of each response's prompt; without recorded prompts, every response has its own."""
         self.proxy, self.gold = (np.array([row[name] for row in rows], dtype=np.float64) for name in _REWARDS)
         settings, _ = read_config(config.run / "config.yaml") if (config.run / "config.yaml").exists() else ({}, {})
         greedy = bool((settings.get("validation") or {}).get("greedy"))
@@ -143,7 +130,7 @@ class RunDetection:
 
     @cached_property
     def alarms(self) -> dict[str, Alarm]:
-        """What each sign, and each combination, would have said; in the order of `detectors`."""
+        """The alarm of each sign and each combination, in the order of `detectors`."""
         return {detector.sign: self._alarm(detector.sign, detector.values) for detector in self.detectors}
 
     @property
@@ -162,19 +149,19 @@ class RunDetection:
         return self._peak.fell
 
     @property
-    def telling(self) -> list[str]:
-        """Signs that the hacking monitor watches and that tell, in the run and in its steps; the best comes first."""
-        watched = [found for found in self.detectors if found.sign in MONITOR]
-        return [found.sign for found in watched if found.auroc.low > 0.5 and self.alarms[found.sign].tells]
+    def reliable(self) -> list[str]:
+        """Signs of the hacking monitor that beat chance in the whole run and within its steps; the best comes first."""
+        watched = [detector for detector in self.detectors if detector.sign in MONITOR and detector.auroc.low > 0.5]
+        return [detector.sign for detector in watched if self.alarms[detector.sign].finds_within_steps]
 
     @property
     def best(self) -> str | None:
-        """The sign to switch on: the first of `telling` that raised an alarm; None if the gold reward did not fall."""
-        raised = [sign for sign in self.telling if self.alarms[sign].step is not None]
+        """The sign to switch on: the first of `reliable` that raised an alarm; None if the gold reward did not fall."""
+        raised = [sign for sign in self.reliable if self.alarms[sign].step is not None]
         return raised[0] if raised and self.fell else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what was found for a JSON file."""
+        """Return all results for a JSON file."""
         return {
             "run": str(self.config.run.resolve()),
             "steps": len(self.steps),
@@ -184,7 +171,7 @@ class RunDetection:
             "gold_peak_step": self.peak,
             "gold_fell": self.fell,
             "switch_on": f"monitor.{MONITOR[self.best]}" if self.best else None,
-            "signs": {found.sign: {**found.as_dict(), **self.alarms[found.sign].as_dict()} for found in self.detectors},
+            "signs": {d.sign: {**d.as_dict(), **self.alarms[d.sign].as_dict()} for d in self.detectors},
         }
 
     def curve(self, values: Floats) -> Floats:
@@ -210,10 +197,10 @@ class RunDetection:
             shares=self.curve(above.astype(np.float64)),
             step=first,
             lead=None,
-            found=float(above[self.hacked].mean()),
+            recall=float(above[self.hacked].mean()),
             auroc_within=within,
         )
-        warns = self.fell and alarm.tells and sign not in NO_WARNING
+        warns = self.fell and alarm.finds_within_steps and sign not in NO_WARNING
         return replace(alarm, lead=self.peak - first) if first is not None and warns else alarm
 
     @cached_property
@@ -238,28 +225,49 @@ class RunDetection:
 
     @staticmethod
     def _baseline(run: Path, per_step: Mapping[int, list[dict[str, Any]]], greedy: bool) -> tuple[str, float, float]:
-        """Name the responses of the SFT model, and return their mean proxy and gold reward."""
+        """Return the origin of the SFT model's responses, and their mean proxy and gold reward."""
         validation = recorded_steps(run / "validation").get(0)
         if validation is not None and not greedy:
-            rows, names, what = read_rows(validation), ("proxy_reward", "gold_reward"), "the validation before step 1"
+            rows, names, origin = read_rows(validation), ("proxy_reward", "gold_reward"), "the validation before step 1"
         else:
             first = min(per_step)
-            rows, names, what = per_step[first], _REWARDS, f"step {first}"
+            rows, names, origin = per_step[first], _REWARDS, f"step {first}"
         proxy, gold = (float(np.mean([row[name] for row in rows])) for name in names)
-        return what, proxy, gold
+        return origin, proxy, gold
+
+
+def _read_rollouts(config: DetectionConfig) -> dict[int, list[dict[str, Any]]]:
+    """Read the recorded responses of each step of a run; ConfigError if there are too few, or some lack a reward."""
+    if not config.run.is_dir():
+        raise ConfigError(f"{config.run}: no such directory; expected the directory of an actor's run")
+    files = recorded_steps(config.run / "rollouts")
+    if len(files) <= config.calm_steps:
+        raise ConfigError(
+            f"{config.run}/rollouts has {len(files)} recorded steps; expected the directory of an actor's run with "
+            f"more than --calm-steps = {config.calm_steps}"
+        )
+    per_step = {step: read_rows(path) for step, path in files.items()}
+    for step, rows in per_step.items():
+        if not rows or any(not _is_number(row.get(name)) for row in rows for name in _REWARDS):
+            raise ConfigError(
+                f"{files[step]}: rows without {' or '.join(_REWARDS)}; detection needs both, and with them a run with "
+                "a gold_reward"
+            )
+    return per_step
 
 
 def _limit(calm: Floats, prompts: int) -> float:
-    """Return what the mean share of a step of `prompts` prompts, drawn from the `calm` ones, exceeds with CHANCE.
+    """Return the limit that a step's mean share exceeds with probability CHANCE, if its prompts are like the first.
 
-    Whole prompts are drawn, since answers to one prompt reach a threshold together.
+    Prompts are drawn, not responses, since answers to one prompt often reach a threshold together.
+
+    Args:
+        calm: [N] share of the responses above the threshold, for each prompt of the first steps.
+        prompts: number of prompts of the step.
     """
     shares, numbers = np.unique(calm, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(prompts, numbers / len(calm), size=_DRAWS) @ shares / prompts
     return float(np.quantile(drawn, 1 - CHANCE, method="inverted_cdf")) + 1e-9  # sums are rounded
-
-
-_REWARDS = ("reward/proxy", "reward/gold")
 
 
 def _is_number(value: Any) -> bool:

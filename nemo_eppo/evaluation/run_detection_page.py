@@ -41,7 +41,7 @@ def write_detection(detection: RunDetection, output: Path) -> None:
     write_json(output / "report.json", detection.as_dict())
     curves = read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() else {}
     config = read_config(run / "config.yaml")[0] if (run / "config.yaml").exists() else {}
-    of_run = alarms_table(curves, config)
+    run_alarms = alarms_table(curves, config)
     body = [
         f"<h1>Signs of reward hacking in {html.escape(str(run))}</h1>",
         f'<p class="soft">{len(steps):,} steps, {len(detection.hacked):,} responses, of which '
@@ -56,21 +56,21 @@ def write_detection(detection: RunDetection, output: Path) -> None:
         ),
         "<h2>When would an alarm have come?</h2>",
         table(["Sign", "First alarm", "Lead", "Hacked found", "AUROC in a step"], _alarm_rows(detection), "alarms"),
-        f'<p class="soft">An alarm needs {PATIENCE} steps in a row with more responses that reach the threshold than a '
-        f"step of prompts like the first ones has with a probability of {CHANCE:g}. Lead: steps from the alarm to the "
-        "peak of the gold reward; negative if it came later. Found: share of the hacked responses that reach the "
-        "threshold. AUROC in a step: of responses of the same step, so that a sign gains nothing from rising with "
-        "time, with a 95% interval over steps. A sign has a lead only if that is above 0.5: any other may rise because "
-        "training changes everything.</p>",
+        f'<p class="soft">An alarm needs {PATIENCE} steps in a row in which more responses reach the threshold than in '
+        f"a step like the first ones, but for a chance of {CHANCE:g}. Lead: steps from the alarm to the peak of the "
+        "gold reward; negative if it came later. Found: share of the hacked responses that reach the threshold. AUROC "
+        "in a step: among responses of the same step, so that a rise over time does not count, with a 95% interval "
+        "over steps. A sign has a lead only if that is above 0.5: any other may rise because training changes "
+        "everything.</p>",
         "<h2>Which sign finds the hacked responses?</h2>",
         detectors_table(detection.detectors),
-        f"<h2>Alarms of the run's own monitor</h2>\n{of_run}" if of_run else "",
+        f"<h2>Alarms of the run's own monitor</h2>\n{run_alarms}" if run_alarms else "",
     ]
     write_atomically(output / "report.html", page(f"Detection in {run.resolve().name}", body))
 
 
 def verdict(detection: RunDetection) -> str:
-    """Say in plain text whether the run was over-optimised, and which alarm to switch on."""
+    """Return in plain text whether the run was over-optimised, and which alarm to switch on."""
     if not detection.fell:
         steps = {sign: detection.alarms[sign].step for sign in MONITOR if sign in detection.alarms}
         raised = [f"{sign} (step {step})" for sign, step in steps.items() if step is not None]
@@ -79,14 +79,14 @@ def verdict(detection: RunDetection) -> str:
             f"hacking monitor knows, and that would have raised a false alarm: {', '.join(raised) or 'none'}."
         )
     text = f"The gold reward was highest at step {detection.peak} and fell afterwards."
-    areas = {found.sign: found.auroc.value for found in detection.detectors}
-    if not detection.telling:
+    areas = {detector.sign: detector.auroc.value for detector in detection.detectors}
+    if not detection.reliable:
         return (
             f"{text} None of the signs that the hacking monitor knows finds hacked responses better than chance, in "
             "the whole run and among those of one step."
         )
     if detection.best is None:
-        sign = detection.telling[0]
+        sign = detection.reliable[0]
         return (
             f"{text} Of the signs that the hacking monitor knows, the {sign} finds hacked responses best, with an "
             f"AUROC of {areas[sign]:.2f}, but none that finds them would have raised an alarm."
@@ -95,11 +95,11 @@ def verdict(detection: RunDetection) -> str:
     text += f" Switch on {indicator}: of the signs that the hacking monitor knows and that would have raised an alarm, "
     text += f"the {detection.best} finds hacked responses best, with an AUROC of {areas[detection.best]:.2f}"
     alarm = detection.alarms[detection.best]
-    assert alarm.lead is not None  # that of `best`
+    assert alarm.lead is not None  # `best` has one
     when = f"{abs(alarm.lead)} steps {'before' if alarm.lead > 0 else 'after'} the peak" if alarm.lead else "the peak"
     text += f"; it would have raised an alarm at step {alarm.step}, {when}."
     known = (*MONITOR, ENERGY_AND_KL, COMBINED)
-    others = [sign for sign, found in detection.alarms.items() if found.tells and sign not in known]
+    others = [sign for sign, alarm in detection.alarms.items() if alarm.finds_within_steps and sign not in known]
     if better := [sign for sign in others if areas[sign] > areas[detection.best]]:
         text += f" The {better[0]} finds them with {areas[better[0]]:.2f}, but the monitor has no indicator of it."
     return text
@@ -111,7 +111,7 @@ def _alarm_rows(detection: RunDetection) -> Sequence[Sequence[str]]:
             f"{sign}<small>{NO_WARNING[sign]}</small>" if sign in NO_WARNING else sign,
             "none" if alarm.step is None else f"step {alarm.step}",
             "" if alarm.lead is None else f"{alarm.lead:+d}",
-            f"{alarm.found:.0%}",
+            f"{alarm.recall:.0%}",
             "" if alarm.auroc_within is None else alarm.auroc_within.cell(),
         )
         for sign, alarm in detection.alarms.items()

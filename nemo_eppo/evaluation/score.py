@@ -26,24 +26,27 @@ from nemo_eppo.training.setup import build, plan
 class Scoring:
     """Computes log-probability and energy loss of the responses in one file.
 
-    Creating it checks the model, every row, and the output of an interrupted run; `where` is the option that names the
-    model, for messages. `logprob` is the sum over the response's tokens, at temperature 1 over the whole vocabulary.
-    `energy_loss` is the mean energy loss at these tokens' positions (window `response`), each energy divided by its
-    tensor's width as in training; presets with several modules add theirs up, as the penalty does.
+    Creating it checks the model, every row, and the output of an interrupted run. `logprob` is the sum over the
+    response's tokens, at temperature 1 over the whole vocabulary. `energy_loss` is the mean energy loss at these
+    tokens' positions (window `response`), each energy divided by its tensor's width as in training; a preset with
+    several modules is the sum of theirs, as in the penalty.
+
+    Args:
+        where: the option that names the model, for messages.
 
     Raises:
-        ConfigError: a model, layout or preset that does not work, a bad row by file and line, or an output that belongs
+        ConfigError: the model, layout or preset does not work, a row is bad (by file and line), or the output belongs
             to another model, data or settings.
     """
 
     def __init__(self, config: ScoreConfig, where: str = "--model") -> None:
         self.config = config
         self.plan = plan(config.setup(config.model), where, head="lm", ranks=config.parallel.model_parallel_size)
-        one = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
-        one.layer_indices(self.plan.model.num_layers)
-        every = tuple(range(self.plan.model.num_layers))
+        main = EnergyProbeConfig(preset=config.preset, layers=(config.layer,))
+        main.layer_indices(self.plan.model.num_layers)  # ConfigError if there is no such layer
+        all_layers = tuple(range(self.plan.model.num_layers))
         sweep = readable_presets() if config.sweep else ()
-        self._probes = [one, *(EnergyProbeConfig(preset=preset, layers=every) for preset in sweep)]
+        self._probes = [main, *(EnergyProbeConfig(preset=preset, layers=all_layers) for preset in sweep)]
         if config.chat_template:
             require_chat_template(self.plan.tokenizer, config.model)
         model = self.plan.model
@@ -55,7 +58,7 @@ class Scoring:
             config.chat_template,
             config.fields,
         )
-        """The responses, as this model's tokens."""
+        """The responses, in this model's tokens."""
         settings = {
             "model": model_name(self.plan.source),
             "data_sha256": sha256(config.data),
@@ -81,10 +84,10 @@ class Scoring:
         """Make the output lines of `rows`."""
         tokens, prompt_lengths, lengths = collate([row[:2] for row in rows], self.plan.tokenizer.pad_id)
         mask = response_mask(prompt_lengths, lengths, tokens.size(1))
-        out, read = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
-        assert read is not None
+        out, token_energies = runner.infer(tokens, lengths, next_token_targets(tokens, mask), outputs=2, energies=True)
+        assert token_energies is not None
         logprobs = masked_sum(out[:, :-1, 0].double(), mask, dim=1)
-        energies = response_energy(energy_window(read, "response").double(), mask)
+        energies = response_energy(energy_window(token_energies, "response").double(), mask)
         parts = energies.split([probe.energies_per_token() for probe in self._probes], dim=1)
         per_probe = zip(self._probes, parts, strict=True)
         layers = [part.unflatten(1, (len(probe.layers), -1)).sum(2) for probe, part in per_probe]  # [N, layers] each
@@ -92,18 +95,18 @@ class Scoring:
         for index, (row, logprob) in enumerate(zip(rows, logprobs.tolist(), strict=True)):
             energy = layers[0][index].item()
             if not math.isfinite(logprob) or not energies[index].isfinite().all():
-                found = f"log-probability {logprob}, energy loss {energy}"
-                raise ConfigError(f"{self.config.data}:{row.line}: {self.config.model} gives NaN or infinity: {found}")
-            written = {"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}
+                values = f"log-probability {logprob}, energy loss {energy}"
+                raise ConfigError(f"{self.config.data}:{row.line}: {self.config.model} gives NaN or infinity: {values}")
+            scores = {"logprob": logprob, "num_tokens": len(row.response), "energy_loss": energy}
             if self.config.sweep:
-                of_presets = zip(self._probes[1:], layers[1:], strict=True)
-                written["energies"] = {probe.preset: part[index].tolist() for probe, part in of_presets}
-            lines.append(json_line(written))
+                swept = zip(self._probes[1:], layers[1:], strict=True)
+                scores["energies"] = {probe.preset: part[index].tolist() for probe, part in swept}
+            lines.append(json_line(scores))
         return lines
 
 
 def model_name(source: Path | HfDirectory | None) -> str:
-    """Name the model's directory for people, with the beginning of its identity."""
+    """Return the path of the model's directory, with the first digits of its identity."""
     path = source.path if isinstance(source, HfDirectory) else source
     assert path is not None
     return f"{path.resolve()} ({model_identity(path)[:12]})"

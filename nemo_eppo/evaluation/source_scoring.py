@@ -1,4 +1,4 @@
-"""Scores of given responses by a running reward server or a reward function, as an actor asks them."""
+"""Scores of given responses by a running reward server or a reward function, requested as by an actor."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,22 +21,22 @@ from nemo_eppo.servers.certificates import Certificates
 from nemo_eppo.settings.rewards import FunctionsConfig, RewardSourceConfig
 from nemo_eppo.training.reward_sources import ServerSource, build_source
 
-_AT_ONCE = 256  # responses of one request
-_CONNECT_S = 60.0  # a running server answers at once; one that has just been started may still load its model
+_WINDOW = 256  # responses of one request
+_CONNECT_S = 60.0  # a server that has just been started may still load its model
 
 
 class SourceScoring:
-    """Scores responses by the reward server grpc://HOST:PORT or the function module:function that `name` says.
+    """Scores responses by a reward server or function, named grpc://HOST:PORT or module:function.
 
     Creating it imports the function, or reads the certificates.
 
     Args:
-        where: the option that names it, for messages.
+        where: the option that `name` is from, for messages.
         certificates: folder of the server's certificates; None if it has none.
-        tokenizer: what the responses' token ids belong to.
+        tokenizer: the tokenizer of the responses' token ids.
 
     Raises:
-        ConfigError: `name` is neither, there is no such function, or no certificates.
+        ConfigError: `name` is neither, or there is no such function or no certificates.
     """
 
     def __init__(self, name: str, where: str, certificates: Path | None, tokenizer: Tokenizer) -> None:
@@ -44,7 +44,7 @@ class SourceScoring:
         if name.startswith("grpc://"):
             server = {"url": name, "certificates": certificates, "connect_timeout": _CONNECT_S}
             self._source = load_config(RewardSourceConfig, {"server": server})
-            self.identity: dict[str, Any] = {"server": name}  # until it has said which model it serves
+            self.identity: dict[str, Any] = {"server": name}  # `connect` adds its model
             if certificates is not None:
                 Certificates.of(certificates)
         else:
@@ -53,8 +53,8 @@ class SourceScoring:
             self.identity = {"function": name, "source_sha256": source_sha256(name)}
 
     def connect(self, longest: int, stack: ExitStack) -> None:
-        """Connect to a server, check that it fits and add its model to the identity, or prepare the function's process;
-        closed with `stack`; collective.
+        """Connect to the server, check it and add its model to `identity`, or prepare the function's process;
+        collective. `stack` closes the connection or the process.
 
         Args:
             longest: tokens of the longest prompt and response together.
@@ -62,15 +62,17 @@ class SourceScoring:
         pool = FunctionPool(FunctionsConfig())
         stack.callback(pool.close)
         expect = {"tokenizer": self._tokenizer.digest, "max_sequence_length": longest}
-        self._asked = build_source(self._source, expect, "any", pool)
-        stack.callback(self._asked.close)
-        if len(self._asked.columns) > 1:
-            raise ConfigError(f"{self._where}: the server has {len(self._asked.columns)} reward models; expected one")
-        if isinstance(self._asked, ServerSource):
-            self.identity["reward model"] = self._asked.statistics
+        self._connected = build_source(self._source, expect, "any", pool)
+        stack.callback(self._connected.close)
+        if len(self._connected.columns) > 1:
+            raise ConfigError(
+                f"{self._where}: the server has {len(self._connected.columns)} reward models; expected one"
+            )
+        if isinstance(self._connected, ServerSource):
+            self.identity["reward model"] = self._connected.statistics
 
     def append(self, rows: Sequence[Response], output: RowsFile, what: str = "") -> None:
-        """Append the missing rows, as `RewardScoring.append` does; collective; `connect` comes before.
+        """Append the missing rows, as `RewardScoring.append` does; collective; call `connect` before.
 
         Raises:
             ServerError: the server failed.
@@ -78,31 +80,30 @@ class SourceScoring:
         """
         if output.done == len(rows):
             return
-        (column,) = self._asked.columns
+        (column,) = self._connected.columns
 
         def lines(window: slice) -> list[str]:
-            chosen = rows[window]
-            tokens, prompt_lengths, lengths = collate([row[:2] for row in chosen], self._tokenizer.pad_id)
-            samples = [sample_of(row, self._tokenizer) for row in chosen]
+            tokens, prompt_lengths, lengths = collate([row[:2] for row in rows[window]], self._tokenizer.pad_id)
+            samples = [sample_of(row, self._tokenizer) for row in rows[window]]
             truncated = torch.tensor([not sample.finished for sample in samples])
-            unread = torch.zeros(len(chosen), tokens.size(1) - 1)
-            batch = RolloutBatch(tokens, prompt_lengths, lengths, truncated, unread, self._tokenizer.pad_id)
-            return reward_lines(self._asked.ask(batch, samples)(), column.mean, column.std)
+            unused_logprobs = torch.zeros(len(samples), tokens.size(1) - 1)
+            batch = RolloutBatch(tokens, prompt_lengths, lengths, truncated, unused_logprobs, self._tokenizer.pad_id)
+            return reward_lines(self._connected.ask(batch, samples)(), column.mean, column.std)
 
-        append_rows(output, len(rows), _AT_ONCE, lines, what)
+        append_rows(output, len(rows), _WINDOW, lines, what)
 
 
 def sample_of(row: Response, tokenizer: Tokenizer) -> Sample:
-    """Return a row as reward functions see it: texts that it lacks are read from its token ids.
+    """Return a response as the sample that reward functions get, with missing texts decoded from the token ids.
 
-    A response whose row does not say how it ended is taken as finished.
+    A response whose row does not say how it ended counts as finished.
     """
-    given, ids = row.row, row.response.tolist()
-    ended = ids[-1] == tokenizer.eos_id or given.get("finish_reason") == "stop" or not says_how_it_ended(given)
+    fields, ids = row.row, row.response.tolist()
+    ended = ids[-1] == tokenizer.eos_id or fields.get("finish_reason") == "stop" or not says_how_it_ended(fields)
     return Sample(
-        prompt=given["prompt"] if isinstance(given.get("prompt"), str) else tokenizer.decode(row.prompt.tolist()),
-        response=given["response"] if "response" in given else tokenizer.decode(ids),
+        prompt=fields["prompt"] if isinstance(fields.get("prompt"), str) else tokenizer.decode(row.prompt.tolist()),
+        response=fields["response"] if "response" in fields else tokenizer.decode(ids),
         token_ids=tuple(ids),
-        finished=given.get("finished", ended),
-        fields=row_fields(given),
+        finished=fields.get("finished", ended),
+        fields=row_fields(fields),
     )

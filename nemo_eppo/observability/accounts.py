@@ -9,7 +9,7 @@ from nemo_eppo.observability.metrics import Curves
 
 _STEP = "PPO step"
 _LONGEST = 6  # phases that a comparison shows
-_NO_TERMS = re.compile(r"score_\d+|gold|held_out|latent_distance")  # metrics reward/... that are no part of the sum
+_NOT_SUMMED = re.compile(r"score_\d+|gold|held_out|latent_distance")  # metrics reward/... that are not part of the sum
 
 
 def accounts(curves: Curves) -> list[Chart]:
@@ -47,18 +47,18 @@ def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> 
     terms = dict.fromkeys(term for ledger in ledgers.values() for term, (_, values) in ledger.items() if any(values))
     for term in terms:
         series = [Series(name, colors[name], *ledger[term]) for name, ledger in ledgers.items() if term in ledger]
-        what = "What the policy was trained on." if term == "final" else "Mean contribution to the final reward."
-        charts.append(Lines(f"Ledger: {term}", what, series, _STEP, "reward"))
+        text = "What the policy was trained on." if term == "final" else "Mean contribution to the final reward."
+        charts.append(Lines(f"Ledger: {term}", text, series, _STEP, "reward"))
     timed = {name: curves for name, curves in runs.items() if "seconds/step" in curves}
     if timed:
         seconds = {name: _seconds(curves) for name, curves in timed.items()}
-        mean: dict[str, float] = {}
+        means: dict[str, float] = {}  # of each phase, summed over the runs
         for phases in seconds.values():
             for phase, values in phases.items():
-                mean[phase] = mean.get(phase, 0.0) + statistics.fmean(values)
-        shown = sorted(mean, key=lambda phase: -mean[phase])[:_LONGEST]
+                means[phase] = means.get(phase, 0.0) + statistics.fmean(values)
+        shown = sorted(means, key=lambda phase: -means[phase])[:_LONGEST]
         parts = [
-            Series(phase, color, [], [statistics.fmean(one.get(phase, [0.0])) for one in seconds.values()])
+            Series(phase, color, [], [statistics.fmean(phases.get(phase, [0.0])) for phases in seconds.values()])
             for phase, color in zip(shown, COLORS, strict=False)
         ]
         others = [_other(_totals(curves)[1], seconds[name], shown) for name, curves in timed.items()]
@@ -69,20 +69,20 @@ def compared_accounts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> 
 
 
 def _ledger(curves: Curves) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
-    """The terms that add up to the final reward, and that itself."""
+    """Return the curves of the terms that add up to the final reward, and of the final reward."""
     terms = {name.removeprefix("reward/"): curve for name, curve in curves.items() if name.startswith("reward/")}
-    return {term: curve for term, curve in terms.items() if not _NO_TERMS.fullmatch(term)}
+    return {term: curve for term, curve in terms.items() if not _NOT_SUMMED.fullmatch(term)}
 
 
 def _totals(curves: Curves) -> tuple[Sequence[int], list[float]]:
-    """The steps, and the seconds of each: seconds/step, and what follows a step, such as its validation."""
+    """Return the steps and the seconds of each, work after the step, such as validation, included."""
     steps, totals = curves["seconds/step"]
     after = dict(zip(*curves.get("seconds/after_step", ((), ())), strict=True))
     return steps, [total + after.get(step, 0.0) for step, total in zip(steps, totals, strict=True)]
 
 
 def _seconds(curves: Curves) -> dict[str, list[float]]:
-    """Seconds of each phase in every step of seconds/step, the longest phase first."""
+    """Return the seconds of each phase, for every step of seconds/step; the longest phase first."""
     steps = curves["seconds/step"][0]
     phases = {}
     for name, curve in curves.items():
@@ -93,6 +93,6 @@ def _seconds(curves: Curves) -> dict[str, list[float]]:
 
 
 def _other(totals: Sequence[float], seconds: Mapping[str, Sequence[float]], shown: Sequence[str]) -> list[float]:
-    """Seconds of every step that the shown phases do not explain."""
+    """Return the seconds of every step outside the shown phases."""
     explained = (sum(seconds[phase][step] for phase in shown if phase in seconds) for step in range(len(totals)))
     return [max(total - phases, 0.0) for total, phases in zip(totals, explained, strict=True)]

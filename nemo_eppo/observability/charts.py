@@ -1,7 +1,7 @@
-"""The charts of pages, by plotly in one style, with values under the pointer; and the same in pictures, by matplotlib.
+"""Charts, drawn by plotly on pages (pointing at a chart shows its values) and by matplotlib in pictures.
 
-`report_page.section` puts charts on a page, `pictures.write_picture` into a PNG file. Either library is imported with
-the first chart that needs it.
+`report_page.section` puts charts on a page, `pictures.write_picture` into a PNG file. Either library is imported when
+the first chart needs it.
 """
 
 import html
@@ -23,9 +23,9 @@ COLORS = (  # readable on white and on black; neighbours differ in lightness too
 )  # fmt: skip
 GRAY = "#8a94a0"
 _GRID = "rgba(130,138,150,.28)"
-_MOST_POINTS = 1_000  # of one line; more would only make the file larger, so neighbours are averaged
+_MAX_POINTS = 1_000  # of a line on a page; neighbours of a longer one are averaged, to keep the file small
 _LONGEST_LABEL = 34  # characters, which fit on a phone
-_SINGLE_POINTS = 25  # a line of fewer points shows each of them
+_MARKED_POINTS = 25  # a line of fewer points has a marker at each
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Series:
     y: Sequence[float]
     """As long as `x`."""
     error: Sequence[float] | tuple[Sequence[float], Sequence[float]] = ()
-    """Half the height of a band around the line at every point, or how far it reaches below and above the points, as
-    matplotlib's yerr; empty: no band."""
+    """The band around the line, as matplotlib's yerr: half its height at every point, or its extents below and above
+    every point; empty: no band."""
     notes: Sequence[str] = ()
     """Plain text for every point, shown under the pointer before the values; used by `Scatter`."""
 
 
 @dataclass(frozen=True)
 class Chart(ABC):
-    """A chart, described once: on a page it is a figure of plotly, in a picture it is drawn by matplotlib."""
+    """A chart that plotly can show on a page and matplotlib can draw in a picture."""
 
     title: str
     text: str
@@ -58,50 +58,50 @@ class Chart(ABC):
 
     @abstractmethod
     def figure(self) -> "Figure":
-        """Return it for a page, see `report_page.section`."""
+        """Return the chart for a page, see `report_page.section`."""
 
     @abstractmethod
     def draw(self, axes: Any) -> None:
-        """Draw it into axes of matplotlib, see `pictures.write_picture`."""
+        """Draw the chart on matplotlib axes, see `pictures.write_picture`."""
 
 
 class Lines(Chart):
-    """Lines over steps, each with the band that its `error` makes around it.
+    """Lines over steps, each with the band of its `error`.
 
-    On a page, long noisy ones are drawn faint, under their running mean (see `smoothing_window`).
+    On a page, long lines are drawn faint, under their running mean (see `smoothing_window`).
     """
 
     def figure(self) -> "Figure":
         traces: list[dict[str, Any]] = []
-        for one in self.series:
-            x, y, window = np.asarray(one.x), np.asarray(one.y), smoothing_window(len(one.x))
-            style: dict[str, Any] = {"type": "scatter", "name": one.label, "legendgroup": one.label}
-            quiet = style | {"hoverinfo": "skip", "mode": "lines"}
-            if len(one.error):
-                below, above = np.broadcast_to(one.error, (2, len(x)))
-                edge = {"showlegend": False, "line": {"width": 0}, "fillcolor": _transparent(one.color, 0.2)}
-                traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y - below)})
-                traces.append(quiet | edge | {"x": _thin(x), "y": _thin(y + above), "fill": "tonexty"})
-            line = {"color": one.color, "width": 2}
+        for series in self.series:
+            x, y, window = np.asarray(series.x), np.asarray(series.y), smoothing_window(len(series.x))
+            style: dict[str, Any] = {"type": "scatter", "name": series.label, "legendgroup": series.label}
+            without_hover = style | {"hoverinfo": "skip", "mode": "lines"}
+            if len(series.error):
+                below, above = np.broadcast_to(series.error, (2, len(x)))
+                edge = {"showlegend": False, "line": {"width": 0}, "fillcolor": _transparent(series.color, 0.2)}
+                traces.append(without_hover | edge | {"x": _thin(x), "y": _thin(y - below)})
+                traces.append(without_hover | edge | {"x": _thin(x), "y": _thin(y + above), "fill": "tonexty"})
+            line = {"color": series.color, "width": 2}
             if window > 1:
-                line = {"color": _transparent(one.color, 0.35), "width": 1}
-            style |= {"mode": "lines+markers" if len(x) < _SINGLE_POINTS else "lines", "showlegend": window == 1}
+                line = {"color": _transparent(series.color, 0.35), "width": 1}
+            style |= {"mode": "lines+markers" if len(x) < _MARKED_POINTS else "lines", "showlegend": window == 1}
             traces.append(style | {"x": _thin(x), "y": _thin(y), "line": line})
             if window > 1:
                 mean = _thin(running_mean(y, window))
-                traces.append(quiet | {"x": _thin(x), "y": mean, "line": {"color": one.color, "width": 2.2}})
+                traces.append(without_hover | {"x": _thin(x), "y": mean, "line": {"color": series.color, "width": 2.2}})
         return _figure(traces, self.x_label, self.y_label, hovermode="x unified")
 
     def draw(self, axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        for one in self.series:
-            y, marker = np.asarray(one.y, dtype=float), "o" if len(one.y) < _SINGLE_POINTS else None
-            axes.plot(one.x, y, color=one.color, label=one.label, marker=marker, markersize=4)
-            if len(one.error):
-                below, above = np.broadcast_to(one.error, (2, len(y)))
-                axes.fill_between(one.x, y - below, y + above, color=one.color, alpha=0.2, linewidth=0)
-        if all(float(value).is_integer() for one in self.series for value in one.x):  # steps, layers
+        for series in self.series:
+            y, marker = np.asarray(series.y, dtype=float), "o" if len(series.y) < _MARKED_POINTS else None
+            axes.plot(series.x, y, color=series.color, label=series.label, marker=marker, markersize=4)
+            if len(series.error):
+                below, above = np.broadcast_to(series.error, (2, len(y)))
+                axes.fill_between(series.x, y - below, y + above, color=series.color, alpha=0.2, linewidth=0)
+        if all(float(value).is_integer() for series in self.series for value in series.x):  # steps, layers
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -131,8 +131,8 @@ class Scatter(Chart):
     """Clouds of points with rings at their means."""
 
     joined: bool = False
-    """The points of a group are in the order of time: a line connects them, they get more solid towards the end, and
-    there are no rings."""
+    """The points of a group are ordered in time: a line connects them, later points are less transparent, and there are
+    no rings."""
 
     def figure(self) -> "Figure":
         traces: list[dict[str, Any]] = []
@@ -148,8 +148,8 @@ class Scatter(Chart):
             if not self.joined:
                 ring = {"color": group.color, "size": 15, "symbol": "circle-open", "line": {"width": 4}}
                 mean: dict[str, Any] = {"x": [statistics.fmean(group.x)], "y": [statistics.fmean(group.y)]}
-                about = {"text": [_note(f"mean of {group.label}")], "showlegend": False, "marker": ring}
-                traces.append(trace | mean | about)
+                mean |= {"text": [_note(f"mean of {group.label}")], "showlegend": False, "marker": ring}
+                traces.append(trace | mean)
         return _figure(traces, self.x_label, self.y_label, hovermode="closest")
 
     def draw(self, axes: Any) -> None:
@@ -168,7 +168,7 @@ class Scatter(Chart):
 
 @dataclass(frozen=True)
 class Histogram(Chart):
-    """Which share of each group's `y` values falls into which bin, with dashed lines at the means."""
+    """The share of each group's `y` values in every bin, with dashed lines at the means."""
 
     y_label: str = "% of responses"
 
@@ -187,31 +187,31 @@ class Histogram(Chart):
         return chart
 
     def draw(self, axes: Any) -> None:
-        every = np.concatenate([np.asarray(group.y, dtype=float) for group in self.series])
-        bins = np.histogram_bin_edges(every, _bins(len(every)))
+        values = np.concatenate([np.asarray(group.y, dtype=float) for group in self.series])
+        edges = np.histogram_bin_edges(values, _bins(len(values)))
         for group in self.series:
-            share = np.full(len(group.y), 100 / len(group.y))
-            axes.hist(group.y, bins, weights=share, color=group.color, alpha=0.55, label=group.label)
+            percent = np.full(len(group.y), 100 / len(group.y))
+            axes.hist(group.y, edges, weights=percent, color=group.color, alpha=0.55, label=group.label)
             axes.axvline(statistics.fmean(group.y), color=group.color, linestyle="--")
 
 
 @dataclass(frozen=True)
 class Bars(Chart):
-    """One bar for each of the `names`, from above, divided into parts: `y` has a part's length in every bar."""
+    """One bar for each of `names`, from the top, stacked from parts: a part's `y` is its length in each bar."""
 
     names: Sequence[str] = ()
 
     def figure(self) -> "Figure":
-        lines = [textwrap.wrap(name, 18) for name in self.names]  # for a phone
-        places = ["<br>".join(html.escape(line, quote=False) for line in of_name) for of_name in lines]
+        wrapped = [textwrap.wrap(name, 18) for name in self.names]  # for a phone
+        labels = ["<br>".join(html.escape(line, quote=False) for line in lines) for lines in wrapped]
         traces = [
             {
-                "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": places,
+                "type": "bar", "orientation": "h", "name": part.label, "x": part.y, "y": labels,
                 "marker": {"color": part.color}, "hovertemplate": "%{x:.4~g}",
             }
             for part in self.series
         ]  # fmt: skip
-        height = 80 + 20 * len(self.series) + sum(20 + 15 * len(of_name) for of_name in lines)
+        height = 80 + 20 * len(self.series) + sum(20 + 15 * len(lines) for lines in wrapped)
         style = {"height": height, "barmode": "stack", "hovermode": "y unified"}
         chart = _figure(traces, self.x_label, self.y_label, short=6, **style)
         return chart.update_yaxes(autorange="reversed", type="category", showgrid=False)
@@ -226,27 +226,27 @@ class Bars(Chart):
 
 
 def _bins(values: int) -> int:
-    """Return into how many bins a histogram of this many values, all groups together, is divided."""
+    """Return the number of bins of a histogram of this many values, all groups together."""
     return max(15, min(30, math.isqrt(values)))
 
 
 def smoothing_window(points: int) -> int:
-    """Return how many points the running mean of a curve takes: one in twenty, odd; 1 (none) for short curves."""
+    """Return the window of a curve's running mean: a twentieth of its points, odd; 1 (none) for short curves."""
     return points // 20 | 1 if points >= 40 else 1
 
 
 def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Return the means, as many as there are values, over windows of an odd number of them, cut at both ends."""
+    """Return one mean for each value, over a window (of odd size) around it that is cut at both ends."""
     ones = np.ones(window)
     result: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
     return result
 
 
 def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short: int = 16, **layout: Any) -> "Figure":
-    # labels of up to `short` characters stand in two columns, on a phone too; a legend that flows may never settle
+    """Make a figure in the common style; if labels have `short` characters at most, the legend has two columns."""
     from plotly.graph_objects import Figure
 
-    # a legend breaks no words, and what tells runs apart is the end of their names
+    # plotly does not wrap labels in a legend, and runs usually differ in the end of their names
     traces = [
         trace | {"name": name if len(name := trace["name"]) <= _LONGEST_LABEL else f"…{name[1 - _LONGEST_LABEL :]}"}
         for trace in traces
@@ -255,6 +255,7 @@ def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short:
     columns = 2 if max(map(len, labels)) <= short else 1
     axis = {"gridcolor": _GRID, "zerolinecolor": GRAY, "zerolinewidth": 1, "automargin": True, "hoverformat": ".4~g"}
     legend = {
+        # fixed columns: plotly may redraw a horizontal legend of free widths for ever
         "orientation": "h", "entrywidthmode": "fraction", "entrywidth": 1 / columns, "y": 1.02, "yanchor": "bottom",
         "traceorder": "normal", "tracegroupgap": 0,
     }  # fmt: skip
@@ -266,7 +267,7 @@ def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short:
             "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
             "xaxis": axis | {"title": {"text": x_label}, "showgrid": False, "zeroline": False},
             "yaxis": axis | {"title": {"text": y_label}},
-            "showlegend": len(labels) > 1,  # the title says what a single line is
+            "showlegend": len(labels) > 1,  # a single line is explained by the title
             "legend": legend,
             "hoverlabel": {"bgcolor": "#20252c", "font": {"color": "#f2f2f2"}, "namelength": -1},
             **layout,
@@ -275,7 +276,8 @@ def _figure(traces: Sequence[dict[str, Any]], x_label: str, y_label: str, short:
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    starts = np.arange(0, len(values), math.ceil(len(values) / _MOST_POINTS))
+    """Average neighbours so that `_MAX_POINTS` remain at most."""
+    starts = np.arange(0, len(values), math.ceil(len(values) / _MAX_POINTS))
     sums = np.add.reduceat(values.astype(float), starts)
     return (sums / np.diff(starts, append=len(values))).astype(np.float32)  # seven digits, and half the file
 

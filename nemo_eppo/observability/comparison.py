@@ -21,7 +21,7 @@ from nemo_eppo.observability.report_page import page, sample_card, section, titl
 from nemo_eppo.observability.report_tables import alarms_table, plain_table, read_config, text_table
 
 _STEP = "PPO step"
-_OF_EVERY_RUN = "exp_manager."  # settings that differ, but say nothing, as do addresses of servers
+_RUN_DIRECTORY = "exp_manager."  # settings that differ between any two runs, as do the servers' addresses
 _SAMPLES = 6
 
 
@@ -37,21 +37,21 @@ class _Run:
 
     @property
     def final(self) -> dict[str, float]:
-        """Values of the last step that has them."""
+        """The last value of each measure that the run has."""
         return {name: self.curves[name][1][-1] for name in MEASURES if name in self.curves}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings by their dotted paths."""
-        found = flat(self.config, lists=True)
-        return {key: value for key, value in found if not key.startswith(_OF_EVERY_RUN) and not key.endswith(".url")}
+        """Settings by their dotted paths, without those that differ between any two runs."""
+        leaves = flat(self.config, lists=True)
+        return {key: value for key, value in leaves if not key.startswith(_RUN_DIRECTORY) and not key.endswith(".url")}
 
 
 def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
     """Write comparison.html, .json and .png about the runs in these directories, by name, into `out`.
 
     Returns:
-        the table of what the runs ended with, for the terminal.
+        the table of the runs' last metrics, for the terminal.
     """
     runs = _read(directories)
     write_atomically(out / "comparison.html", page("Comparison of runs", list(_body(runs))))
@@ -59,10 +59,10 @@ def compare_runs(directories: Mapping[str, Path], out: Path) -> str:
 
 
 def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
-    """Write what `compare_runs` writes beside its page, to `stem` with the suffixes .json and .png.
+    """Write the JSON and the picture of `compare_runs`, without its page, to `stem` with the suffixes .json and .png.
 
     Returns:
-        the table of what the runs ended with, for the terminal.
+        the table of the runs' last metrics, for the terminal.
     """
     return _summarise(_read(directories), stem)
 
@@ -70,17 +70,17 @@ def summarise_runs(directories: Mapping[str, Path], stem: Path) -> str:
 def _summarise(runs: Mapping[str, _Run], stem: Path) -> str:
     from nemo_eppo.observability.pictures import write_picture  # a second of import
 
-    differ = _differing(runs)
-    found = {
+    differing = _differing_settings(runs)
+    summaries = {
         name: {
             "directory": str(run.directory),
             "steps": run.steps,
-            "settings": {key: run.settings.get(key) for key in differ},
+            "settings": {key: run.settings.get(key) for key in differing},
             "final": run.final,
         }
         for name, run in runs.items()
     }
-    write_json(stem.with_suffix(".json"), {"runs": found})
+    write_json(stem.with_suffix(".json"), {"runs": summaries})
     if charts := _charts(runs):
         write_picture(stem.with_suffix(".png"), charts)
     return text_table("At the last step", _final_rows(runs))
@@ -93,10 +93,10 @@ def _read(directories: Mapping[str, Path]) -> dict[str, _Run]:
     }
 
 
-def _differing(runs: Mapping[str, _Run]) -> list[str]:
-    settings = [run.settings for run in runs.values()]
-    keys = sorted({key for one in settings for key in one})
-    return [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
+def _differing_settings(runs: Mapping[str, _Run]) -> list[str]:
+    all_settings = [run.settings for run in runs.values()]
+    keys = sorted({key for settings in all_settings for key in settings})
+    return [key for key in keys if len({repr(settings.get(key)) for settings in all_settings}) > 1]
 
 
 def _measured(runs: Mapping[str, _Run]) -> list[str]:
@@ -111,8 +111,8 @@ def _charts(runs: Mapping[str, _Run]) -> list[Lines]:
     colors, charts = _colors(runs), []
     for measure in _measured(runs):
         title, text, unit = MEASURES[measure]
-        having = {name: run.curves[measure] for name, run in runs.items() if measure in run.curves}
-        series = [Series(name, colors[name], *curve) for name, curve in having.items()]
+        curves = {name: run.curves[measure] for name, run in runs.items() if measure in run.curves}
+        series = [Series(name, colors[name], *curve) for name, curve in curves.items()]
         charts.append(Lines(title, text, series, _STEP, unit))
     return charts
 
@@ -120,8 +120,8 @@ def _charts(runs: Mapping[str, _Run]) -> list[Lines]:
 def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
     yield "<h1>Comparison of runs</h1>"
     yield "<h2>At the last step</h2>" + plain_table(_final_rows(runs))
-    settings = {name: run.settings for name, run in runs.items()}
-    rows = [[key, *(_text(one.get(key)) for one in settings.values())] for key in _differing(runs)]
+    all_settings = [run.settings for run in runs.values()]
+    rows = [[key, *(_text(settings.get(key)) for settings in all_settings)] for key in _differing_settings(runs)]
     yield titled("Settings that differ", plain_table([["", *runs], *rows]) if rows else "")
     yield section("Over the course of training", "Means over the rollouts of each step.", _charts(runs))
     charts = compared_accounts({name: run.curves for name, run in runs.items()}, _colors(runs))
@@ -133,13 +133,13 @@ def _body(runs: Mapping[str, _Run]) -> Iterator[str]:
 
 
 def _samples(runs: Mapping[str, _Run]) -> str:
-    """The answers of all runs to the first prompts that all of them were validated on."""
+    """Return, as HTML, the answers of all runs to the first prompts that all of them were validated on."""
     answers: list[dict[str, Mapping[str, Any]]] = []
     for run in runs.values():
         steps = recorded_steps(run.directory / "validation")
         rows = read_rows(steps[max(steps)]) if steps else []
         answers.append({row["prompt"]: row for row in reversed(rows)})
-    shared = [prompt for prompt in reversed(answers[0]) if all(prompt in one for one in answers)][:_SAMPLES]
+    shared = [prompt for prompt in reversed(answers[0]) if all(prompt in rows for rows in answers)][:_SAMPLES]
     colors = _colors(runs)
     return "\n".join(
         sample_card(

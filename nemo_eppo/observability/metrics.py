@@ -1,4 +1,4 @@
-"""Writes the metrics of a run, one row per step: to metrics.jsonl, which is the record, to TensorBoard and to W&B."""
+"""Writes the metrics of a run, one row per step, to metrics.jsonl (which reports read), TensorBoard and W&B."""
 
 import math
 import time
@@ -14,17 +14,17 @@ FILE_NAME = "metrics.jsonl"
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Metrics by name, each with its steps and its values, of the same length."""
 _RESERVED = ("step", "time")
-MEASURES = {  # metrics that pages show over the steps -> title, what it is, unit
+MEASURES = {  # metrics that pages show over the steps -> title, caption, unit
     "reward/proxy": ("Proxy reward", "What the policy is trained on, before penalties.", "standardised reward"),
     "reward/gold": (
         "Gold reward",
-        "What was meant; the policy is never trained on it. A fall while the proxy rises is over-optimisation.",
+        "The true goal, on which the policy is never trained. A fall while the proxy rises is over-optimisation.",
         "gold reward",
     ),
-    "reward/held_out": ("Held-out reward", "A reward model that is only reported.", "standardised reward"),
+    "reward/held_out": ("Held-out reward", "Score by a reward model that is not trained on.", "standardised reward"),
     "energy/policy": (
         "Energy loss",
-        "L1 energy that the last layer takes away from the responses. An excessive rise marks reward hacking.",
+        "Fall of the hidden states' L1 norm in the final layer, over the responses. An excessive rise marks hacking.",
         "energy loss",
     ),
     "kl/policy_reference": ("KL divergence", "How far the policy has moved from the reference.", "nats"),
@@ -38,7 +38,7 @@ MEASURES = {  # metrics that pages show over the steps -> title, what it is, uni
 
 
 class MetricsSink(Protocol):
-    """What MetricsLogger needs of a Lightning logger, for instance of WandbLogger."""
+    """The method of Lightning's loggers, such as WandbLogger, that MetricsLogger calls."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Record the metrics of one step."""
@@ -50,9 +50,9 @@ class MetricsLogger:
     Args:
         run_dir: the directory of metrics.jsonl and tensorboard/.
         resume_step: the step of the checkpoint that the run resumes from. Rows of later steps are removed, because
-            those steps are about to be repeated. None starts over and removes all earlier rows.
+            those steps are about to be repeated. None starts anew and removes all rows.
         tensorboard: whether to write TensorBoard scalars too.
-        wandb: a logger that is given every row too.
+        wandb: gets every row too.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MetricsLogger:
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row, which is on the disk when this returns.
+        """Write one row, which readers of the file see when this returns.
 
         Raises:
             FloatingPointError: a value is NaN or infinite. Nothing is written then.

@@ -9,16 +9,16 @@ from scipy.stats import t
 
 from nemo_eppo.observability.charts import running_mean
 
-_LEVEL = 0.025  # highest probability that a curve which only fluctuates is said to fall
+_LEVEL = 0.025  # significance level: the probability of reporting a fall in pure noise is lower
 
 
 class Peak(NamedTuple):
-    """The highest place of a curve's running mean, and what comes after it."""
+    """The highest point of a curve's running mean, and the fall after it."""
 
     place: int
-    """Of the values, from 0."""
+    """Index into the values."""
     fall: float
-    """From the mean around the peak to the mean at the end; their windows are those of the running mean."""
+    """The mean of the window around the peak minus that of the last window; windows are those of the running mean."""
     fell: bool
     """Whether the fall is beyond noise."""
 
@@ -26,9 +26,9 @@ class Peak(NamedTuple):
 def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
     """Find the peak of a curve, one value for each step.
 
-    The noise of a step is that of the differences of successive steps (von Neumann 1941), which slow changes hardly
-    raise. By noise alone, the peak is the highest of many windows: Bonferroni's limit for three times as many as do not
-    overlap.
+    The noise is estimated from the differences of successive steps (von Neumann 1941), which slow changes of the curve
+    hardly raise. The peak is the highest of many windows, so the limit is Bonferroni's, for three times the number of
+    windows that do not overlap.
 
     Args:
         values: [steps], at least one.
@@ -40,12 +40,12 @@ def find_peak(values: Sequence[float] | NDArray[np.float64]) -> Peak:
     if len(curve) < 3 or top + size // 2 >= len(curve) - size:  # the windows share steps
         return Peak(top, fall, False)
     variance = np.square(np.diff(curve)).mean() / 2
-    freedom = 2 * (len(curve) - 1) / 3  # of this estimate of a variance, for long curves
-    windows = 3 * len(curve) / size  # windows slide: of noise, len / size alone fall up to twice as often as _LEVEL
+    freedom = 2 * (len(curve) - 1) / 3  # degrees of freedom of this variance, for long curves
+    windows = 3 * len(curve) / size  # with len / size, noise would fall up to twice as often as _LEVEL: windows overlap
     limit = t.isf(_LEVEL / windows, freedom) * np.sqrt(variance * (1 / len(high) + 1 / len(low)))
     return Peak(top, fall, bool(fall > limit))
 
 
 def peak_window(steps: int) -> int:
-    """Return how many steps a running mean takes in which a peak is looked for: a tenth of all, an odd number."""
+    """Return the window, in steps, of the running mean whose peak is looked for: a tenth of all steps, odd."""
     return max(steps // 10, 1) | 1

@@ -20,11 +20,11 @@ _STYLE = {
     "legend.fontsize": 10, "legend.framealpha": 0.85, "legend.edgecolor": "none",
     "figure.facecolor": "white", "axes.facecolor": "white",
 }  # fmt: skip
-_PANEL, _DPI = (5.6, 4.0), 100  # inches, dots an inch: text is readable without zooming in
+_PANEL, _DPI = (5.6, 4.0), 100  # inches, dots per inch: text is readable without zooming in
 
 
 def write_picture(path: Path, charts: Sequence[Chart], columns: int = 2) -> None:
-    """Draw `charts`, from the left and then downwards, into a PNG file."""
+    """Draw `charts` into a PNG file, row by row."""
     columns = min(columns, len(charts))
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context(_STYLE), replacing(path) as temporary:
@@ -34,7 +34,7 @@ def write_picture(path: Path, charts: Sequence[Chart], columns: int = 2) -> None
             axes = figure.add_subplot(rows, columns, number)
             chart.draw(axes)
             axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-            if len(chart.series) > 2:  # inside, it would cover what is drawn
+            if len(chart.series) > 2:  # inside the axes, it would cover the curves
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1.03))
             elif len(chart.series) > 1:
                 axes.legend()

@@ -1,5 +1,4 @@
-"""Shows the progress of a training loop: as a live bar on a terminal, as plain lines in a log file, where no half
-minute is without one."""
+"""Shows the progress of a training loop: a live bar on a terminal, plain lines in a log, at least one every 30 s."""
 
 import sys
 import threading
@@ -18,20 +17,20 @@ PPO_COLUMNS = {
     "KL": "kl/policy_reference",
     "tokens/s": "rollout/tokens_per_second",
 }
-_EVERY = 10  # without a terminal, every tenth step gets a line, and the last one
-_QUIET_S = 30.0  # seconds without a line after which one says what is being done
+_LINE_STEPS = 10  # without a terminal, every tenth step and the last one get a line
+_QUIET_S = 30.0  # seconds without a line after which one names the running phase
 
 
 class Progress:
     """Shows steps, some metrics and the time left on standard output. It is a context manager.
 
     Args:
-        title: what is being done, e.g. "PPO".
+        title: name of the training, e.g. "PPO".
         total: the number of the last step.
         columns: the metrics to show, as labels and names. A metric that a step does not have is left out.
         done: number of steps that were done before a resumed job started.
         disable: whether to show nothing, as on ranks other than 0.
-        phase: tells from any thread which phase of a step is running, and for how many seconds; None: not known.
+        phase: returns the running phase of the step and its seconds so far, None if unknown; called from a thread.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Progress:
     ) -> None:
         self._title, self._total, self._columns = title, total, columns
         self._done, self._disable, self._phase = done, disable, phase
-        self._start = self._told = self._step_start = time.perf_counter()
+        self._start = self._last_line = self._step_start = time.perf_counter()
         self._step = done
         self._ended = threading.Event()
         self._reminder: threading.Thread | None = None
@@ -70,27 +69,27 @@ class Progress:
         self._step, self._step_start = step, time.perf_counter()
         if self._live is not None:
             self._live.update(self._task, completed=step, metrics=text)
-        elif not self._disable and (step % _EVERY == 0 or step == self._total):
+        elif not self._disable and (step % _LINE_STEPS == 0 or step == self._total):
             seconds = (time.perf_counter() - self._start) / max(step - self._done, 1)
             left = clock(seconds * (self._total - step))
-            self._tell(f"{step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left")
+            self._print_line(f"{step}/{self._total}  {text}  {seconds:.2f} s/step  {left} left")
 
-    def _tell(self, text: str) -> None:
-        self._told = time.perf_counter()
+    def _print_line(self, text: str) -> None:
+        self._last_line = time.perf_counter()
         print(f"{self._title} {text}", flush=True)
 
     def _remind(self) -> None:
-        """Print a line whenever there was none for a while; runs in a thread of its own."""
-        while not self._ended.wait(self._told + _QUIET_S - time.perf_counter()):
+        """Print a line whenever there was none for `_QUIET_S`; runs in a thread of its own."""
+        while not self._ended.wait(self._last_line + _QUIET_S - time.perf_counter()):
             now = time.perf_counter()
-            if now - self._told >= _QUIET_S:
+            if now - self._last_line >= _QUIET_S:
                 phase = self._phase()
-                at = f", {phase[0]} for {phase[1]:.0f} s" if phase else ""
-                what = f"step {self._step + 1}/{self._total}" if self._step < self._total else "is saving"
-                self._tell(f"{what}: {now - self._step_start:.0f} s so far{at}")
+                phase_text = f", {phase[0]} for {phase[1]:.0f} s" if phase else ""
+                activity = f"step {self._step + 1}/{self._total}" if self._step < self._total else "is saving"
+                self._print_line(f"{activity}: {now - self._step_start:.0f} s so far{phase_text}")
 
     def __enter__(self) -> "Progress":
-        self._start = self._told = self._step_start = time.perf_counter()
+        self._start = self._last_line = self._step_start = time.perf_counter()
         if self._live is not None:
             self._live.start()
         elif not self._disable:

@@ -16,11 +16,11 @@ def record(directory: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Pat
     Args:
         directory: for instance `<run>/rollouts` or `<run>/validation`; it is made if it does not exist.
         step: the PPO step; 0 is before training.
-        rows: one mapping a sample, of column names to values that JSON knows: str, int, float, bool, None, lists
-            and dicts of them. Columns are, for instance, prompt, response, proxy_reward and energy_loss.
+        rows: for each sample, its columns, such as prompt, response, proxy_reward and energy_loss, with values that
+            JSON knows: str, int, float, bool, None, lists and dicts of them.
 
     Raises:
-        ValueError: a value is something else, NaN or infinite. The message names step, row and column.
+        ValueError: a value is of another type, NaN or infinite. The message names step, row and column.
     """
     lines = [_line(step, number, row) for number, row in enumerate(rows)]
     directory.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ Means = Mapping[str, float | None]
 _STEP = "PPO step"
 _FIRST, _RISING = 6, 3  # responses shown: of the first prompts, and of those whose energy loss rose most
 _MINUS = "\N{MINUS SIGN}"
-_VALIDATED = {  # column of a validation row -> metric of the same meaning
+_VALIDATED = {  # column of a validation row -> metric of the rollouts with the same meaning
     "proxy_reward": "reward/proxy",
     "gold_reward": "reward/gold",
     "energy_loss": "energy/policy",
@@ -37,7 +37,7 @@ _COLORS = (COLORS[0], _GOLD, COLORS[6], _AFTER, COLORS[4], COLORS[2], COLORS[5])
 
 
 def report_from_run(run_dir: Path, out: Path) -> None:
-    """Write the report of an actor's run directory to `out`, as one HTML file that needs no other.
+    """Write the report of an actor's run directory to `out`, as one HTML file without external resources.
 
     The rows in validation/ have prompt, response, finish_reason, proxy_reward, energy_loss, response_length and, with
     a gold reward, gold_reward.
@@ -72,7 +72,7 @@ def report_from_run(run_dir: Path, out: Path) -> None:
         ),
         section(
             "Proxy against gold",
-            "Up is what was meant, right is what was measured. A policy that learns the task moves up and right; "
+            "Up is the gold reward, right the proxy reward. A policy that learns the task moves up and right; "
             "one that exploits its reward model moves right and down.",
             _proxy_gold(curves, pairs),
         ),
@@ -104,18 +104,18 @@ def validation_means(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def summary_table(before: Means, after: Means) -> str:
-    """Return the comparison as text for the terminal; the arguments are what `validation_means` returns."""
+    """Return the comparison as text for the terminal; the arguments are results of `validation_means`."""
     cells = {MEASURES[metric][0]: _cells(before[name], after[name]) for name, metric in _VALIDATED.items()}
-    rows = [[label, *found] for label, found in cells.items() if found]
+    rows = [[label, *values] for label, values in cells.items() if values]
     return text_table("Validation", [["", "before", "after", "change"], *rows], width=80)
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:
-    # rows with the same prompt are paired in their order
-    waiting: dict[str, list[Row]] = defaultdict(list)
+    """Pair the rows by prompt; several rows of one prompt are paired in their order."""
+    by_prompt: dict[str, list[Row]] = defaultdict(list)
     for row in after:
-        waiting[row["prompt"]].append(row)
-    pairs = [(row, waiting[row["prompt"]].pop(0)) for row in before if waiting[row["prompt"]]]
+        by_prompt[row["prompt"]].append(row)
+    pairs = [(row, by_prompt[row["prompt"]].pop(0)) for row in before if by_prompt[row["prompt"]]]
     if not pairs or len(pairs) != len(before) or len(pairs) != len(after):
         raise ValueError(
             f"validation before ({len(before)} rows) and after training ({len(after)} rows) share {len(pairs)} "
@@ -145,7 +145,7 @@ def _verdict(pairs: Sequence[tuple[Row, Row]], curves: Curves) -> str:
 
 
 def _paired_change(pairs: Sequence[tuple[Row, Row]], name: str) -> tuple[float, float]:
-    """Mean change of a measure over the prompts, and its standard error (0 for a single prompt)."""
+    """Return the mean change of a measure over the prompts, and its standard error (0 for a single prompt)."""
     return _mean_and_error([after[name] - before[name] for before, after in pairs])
 
 
@@ -174,7 +174,7 @@ def _comparison(pairs: Sequence[tuple[Row, Row]], before: Means, after: Means) -
 
 
 def _cells(before: float | None, after: float | None) -> list[str]:
-    """Before, after and change; nothing if it was not measured."""
+    """Return the texts of before, after and change; none if the measure is missing."""
     if before is None or after is None:
         return []
     digits = 1 if max(abs(before), abs(after)) >= 10 else 3
@@ -188,7 +188,7 @@ def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Cha
         if metric == "energy/policy":
             lines = [(metric, "policy", color), ("energy/reference", "reference (SFT)", GRAY)]
         series = [Series(label, color, *curves[name]) for name, label, color in lines if name in curves]
-        column = f"{metric.removeprefix('reward/')}_reward"  # no other measure has one of such a name
+        column = f"{metric.removeprefix('reward/')}_reward"  # only reward/proxy and reward/gold have one
         measured = {step: [row[column] for row in rows] for step, rows in validation.items() if _has(rows, column)}
         if measured:
             means, errors = zip(*map(_mean_and_error, measured.values()), strict=True)
@@ -201,14 +201,14 @@ def _panels(curves: Curves, validation: Mapping[int, Sequence[Row]]) -> list[Cha
 def _proxy_gold(curves: Curves, pairs: Sequence[tuple[Row, Row]]) -> list[Chart]:
     charts: list[Chart] = []
     axes = "proxy reward", "gold reward"
-    for prefix, what in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
+    for prefix, label in (("validation/{}_reward", "validation prompts"), ("reward/{}", "rollouts")):
         proxy, gold = curves.get(prefix.format("proxy")), curves.get(prefix.format("gold"))
         if proxy and gold and len(gold[0]) > 2 and not charts:
             golds = dict(zip(*gold, strict=True))
             path = [(step, x, golds[step]) for step, x in zip(*proxy, strict=True) if step in golds]
             notes = [f"{_STEP} {step}" for step, _, _ in path]
-            series = Series(what, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
-            text = f"Means over the {what} of a step, pale at the start of training, solid at its end."
+            series = Series(label, _GOLD, [x for _, x, _ in path], [y for _, _, y in path], notes=notes)
+            text = f"Means over the {label} of a step, pale at the start of training, solid at its end."
             charts.append(Scatter("The path of training", text, [series], *axes, joined=True))
     if _has(pairs[0], "gold_reward"):
         clouds = []
@@ -248,7 +248,7 @@ def _samples(pairs: Sequence[tuple[Row, Row]]) -> str:
     cards = [_card(a, b) for a, b in pairs[:_FIRST]]
     if by_rise:
         cards.append("<h2>Largest rise in energy loss</h2>")
-        cards.append('<p class="soft">Of the other prompts, those whose answers changed most in this respect.</p>')
+        cards.append('<p class="soft">Those of the other prompts whose energy loss rose most.</p>')
         cards += [_card(a, b) for a, b in by_rise[:_RISING]]
     return "<h2>Responses before and after</h2>\n<p class='soft'>The first validation prompts.</p>\n" + "\n".join(cards)
 
@@ -259,7 +259,7 @@ def _card(before: Row, after: Row) -> str:
 
 
 def facts(label: str, row: Row) -> str:
-    """Return what a validation row says of its response, for `sample_card`."""
+    """Return the measures of a validation row as one line, for `sample_card`."""
     gold = "" if row.get("gold_reward") is None else f"gold {row['gold_reward']:.2f}, "
     return (
         f"{label}: proxy {row['proxy_reward']:.2f}, {gold}energy loss {row['energy_loss']:.4f}, "

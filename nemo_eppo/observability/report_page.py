@@ -1,4 +1,4 @@
-"""The look of the HTML report: one file that asks for nothing from elsewhere, light and dark, wide and narrow."""
+"""The layout of HTML pages: one file without external resources, light and dark, for phones and desktops."""
 
 import html
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def section(title: str, text: str, charts: Sequence[Chart]) -> str:
 
 
 def titled(title: str, content: str) -> str:
-    """Return a heading and what stands below it; nothing at all if that is empty."""
+    """Return a heading and `content` (HTML) below it; nothing if that is empty."""
     return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
@@ -108,8 +108,8 @@ def _figure(chart: Chart) -> str:
     drawn = chart.figure().to_html(
         full_html=False,
         include_plotlyjs=False,  # once a page, not once a chart
-        config={"displayModeBar": False, "responsive": True},  # its buttons would cover the chart's upper right
-        # a finger that moves over a chart wants to scroll the page, not to zoom into the chart
+        config={"displayModeBar": False, "responsive": True},  # the bar's buttons would cover the chart's upper right
+        # on touch screens, dragging scrolls the page instead of zooming into the chart
         post_script="if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});",
     )
     caption = f"<figcaption><h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.text)}</p></figcaption>"
@@ -120,7 +120,7 @@ def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
     """Return a prompt and responses to it, side by side, as HTML.
 
     Args:
-        responses: colour, what is known of it, and text of each; plain text, in which chats become turns.
+        responses: colour, a line of facts and text of each, as plain text; chats are shown in turns.
     """
     sides = (
         f'<div style="border-color:{color}"><p class="facts">{html.escape(facts)}</p>'
@@ -132,7 +132,7 @@ def sample_card(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _chat(text: str) -> str:
-    """Turns of a chat as HTML, each under its role."""
+    """Return the turns of a chat as HTML, each under its role."""
     return "".join(
         (f'<span class="role">{html.escape(turn.role)}</span>' if turn.role else "") + html.escape(turn.text)
         for turn in turns(text)

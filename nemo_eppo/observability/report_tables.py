@@ -1,4 +1,4 @@
-"""The tables of the HTML report that say what a run was: its settings, and the alarms of its monitor."""
+"""Tables of the reports, as HTML and for terminals: a run's settings, the alarms of its monitor, any plain table."""
 
 import html
 import io
@@ -14,13 +14,13 @@ from nemo_eppo.config import read_yaml, value_at
 from nemo_eppo.observability.metrics import Curves
 
 START = "# start: "
-"""The line of config.yaml, in JSON, that says with what the run was started: method, versions, time."""
+"""Begins the line of config.yaml that holds, in JSON, the run's method, versions and start time."""
 VERSIONS = ("nemo_eppo", "torch", "megatron-core")
-"""Packages whose versions it says."""
+"""Packages whose versions that line holds."""
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read the settings in a run's config.yaml, and what its START line says (nothing in files without).
+    """Read the settings in a run's config.yaml, and the object in its START line (empty in files without it).
 
     Raises:
         ConfigError: it is not YAML.
@@ -31,7 +31,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
-    """Return the main settings of an actor's run as HTML, without rows for what it does not have."""
+    """Return the main settings of an actor's run as HTML, without rows for settings that it does not have."""
     rewards = [_source(reward) for reward in value_at(config, "rewards") or []]
     rows = {
         "Method": start.get("method"),
@@ -56,7 +56,7 @@ def settings_table(config: Mapping[str, Any], start: Mapping[str, str]) -> str:
 
 
 def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
-    """Return the alarms of the hacking monitor as HTML, first to last; nothing if no indicator was measured.
+    """Return the alarms of the hacking monitor as HTML, by step; nothing if no indicator was measured.
 
     Args:
         curves: the run's metrics by name, each with its steps and values.
@@ -66,13 +66,13 @@ def alarms_table(curves: Curves, config: Mapping[str, Any]) -> str:
     if not watched:
         return ""
     rows = []
-    own = {indicator["name"]: indicator for indicator in value_at(config, "monitor.indicators") or ()}
+    user_defined = {indicator["name"]: indicator for indicator in value_at(config, "monitor.indicators") or ()}
     for name in watched:
         values = dict(zip(*curves[f"monitor/{name}"], strict=True))
-        settings = own.get(name) or value_at(config, f"monitor.{name}") or {}
-        known = [html.escape(str(settings.get(key, ""))) for key in ("threshold", "action")]
+        settings = user_defined.get(name) or value_at(config, f"monitor.{name}") or {}
+        limits = [html.escape(str(settings.get(key, ""))) for key in ("threshold", "action")]
         steps = [step for step, alarm in zip(*curves[f"monitor/{name}/alarm"], strict=True) if alarm]
-        rows += [(step, html.escape(name), f"{values[step]:.3g}", *known) for step in steps]
+        rows += [(step, html.escape(name), f"{values[step]:.3g}", *limits) for step in steps]
     if not rows:
         return f'<p class="soft">No alarm; watched: {html.escape(", ".join(watched))}.</p>'
     head = ["PPO step", "Indicator", "Value", "Threshold", "Action"]
@@ -100,13 +100,13 @@ def text_table(title: str, rows: Sequence[Sequence[str]], width: int = 120) -> s
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
-    """Return a table of the class `name` in a card; cells are HTML, and an empty `head` is none."""
+    """Return a table of CSS class `name` in a card; cells are HTML, and an empty `head` makes no head row."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="card scroll"><table class="{name}">{f"<tr>{top}</tr>" if top else ""}{lines}</table></div>'
 
 
 def _source(source: Mapping[str, Any] | None) -> str | None:
-    """Return where a critic or a reward comes from: a function, a model's path, or a server's address."""
+    """Return the origin of a critic or a reward: a function, a model's path, or a server's address."""
     paths = ("function", "colocated.restore_from_path", "server.url")
     return next(filter(None, (value_at(source, path) for path in paths)), None)

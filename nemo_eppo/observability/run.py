@@ -1,4 +1,4 @@
-"""The run directory of a job: the settings that choose it, and what the job knows while it runs."""
+"""The run directory of a job: its lock, its number, and the objects that every part of the job is given."""
 
 import errno
 import fcntl
@@ -17,17 +17,17 @@ from nemo_eppo.observability.metrics import MetricsLogger, MetricsSink
 from nemo_eppo.settings.run import ExpManagerConfig
 
 LOCK = "run.lock"
-"""File of a run directory that its job locks; it names the job that locked it last."""
+"""File of a run directory that its job locks; its text names the last job that did."""
 
 
 def hold(directory: Path) -> None:
-    """Make this process the only one that runs a job in `directory`, which is made, until it ends, however it ends.
+    """Lock `directory`, which is made if missing, for this process until it ends in any way: one job runs in it.
 
-    It is a record lock, which is the process's own: its forked children do not hold it when it is gone. Other machines
-    see it on NFS version 4, and on Lustre that is mounted with `flock`; a file system without locks gets a warning.
+    A POSIX record lock belongs to the process alone: forked children that outlive it do not keep the lock. Other
+    machines see it on NFS version 4, and on Lustre mounted with `flock`; a file system without locks causes a warning.
 
     Raises:
-        ConfigError: another process holds it; the message names that.
+        ConfigError: another process holds the lock; the message names that process.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # not closed: that would give the lock up
@@ -35,8 +35,8 @@ def hold(directory: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            unseen = "a second job in it will not be noticed"
-            print(f"warning: {directory} cannot be locked ({error.strerror}): {unseen}", file=sys.stderr, flush=True)
+            risk = "a second job in it will not be noticed"
+            print(f"warning: {directory} cannot be locked ({error.strerror}): {risk}", file=sys.stderr, flush=True)
             return
         holder = os.pread(file, 1000, 0).decode(errors="replace") or "that has just started"
         os.close(file)
@@ -49,7 +49,7 @@ def hold(directory: Path) -> None:
 
 
 def run_id(directory: Path) -> int:
-    """Return the random number of the run in `directory`, the same at each of its starts. For rank 0 only."""
+    """Return the random number that identifies the run in `directory`, resumed or not. For rank 0 only."""
     path = directory / "run_id"
     if not path.exists():
         write_atomically(path, f"{secrets.randbits(62)}\n")
@@ -58,7 +58,7 @@ def run_id(directory: Path) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a job knows about itself while it runs."""
+    """Directory, rank, logger and settings of a running job."""
 
     directory: Path
     """The run directory. Only rank 0 writes to it; its config.yaml holds the checked settings."""
@@ -67,9 +67,9 @@ class Run:
     logger: logging.Logger
     """Writes to the console, and on rank 0 to log.txt too. Other ranks show warnings and errors only."""
     settings: ExpManagerConfig
-    """The settings that chose the directory."""
+    """The settings that determine the directory."""
     wandb: MetricsSink | None = None
-    """Sends metrics to Weights & Biases; None if that is not asked for, and on ranks other than 0."""
+    """Sends metrics to Weights & Biases; None if not configured, and on ranks other than 0."""
     started: float = field(default_factory=time.monotonic)
     """When the job started, in seconds of time.monotonic()."""
 

@@ -11,8 +11,8 @@ class Timers:
     """Adds up the seconds of each phase. A phase may be entered several times a step; two phases never overlap.
 
     Args:
-        synchronize: waits for the device. It is called before the clock is read, so that work that a phase has queued
-            counts as time of that phase.
+        synchronize: waits for the device. It is called before the clock is read, so that kernels count for the phase
+            that launched them.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -45,11 +45,11 @@ class Timers:
         return (running[0], time.perf_counter() - running[1]) if running else None
 
     def collect(self, total: float) -> dict[str, float]:
-        """Return the phases of a step that took `total` seconds, and start the next step with none.
+        """Return the phases of a step that took `total` seconds, and forget them.
 
         Returns:
             `seconds/<phase>` in the order in which the phases began, `seconds/step` = `total`, and
-            `seconds/attributed_fraction`, the part of the step that the phases explain, from 0 to 1.
+            `seconds/attributed_fraction`, the fraction of `total` inside phases, from 0 to 1.
 
         Raises:
             RuntimeError: a phase is still running, or the phases together are longer than the step. Then phases of

@@ -12,35 +12,35 @@ from nemo_eppo.tools.aligner_rules import REQUIRED, Conversion
 
 _ORDER = ("unknown", "conflict", "lost", "changed", "dropped", "default", "mapped")
 _MEANING = {
-    "unknown": "no keys of that project",
+    "unknown": "no keys of NeMo-Aligner",
     "conflict": "contradictions in the file",
     "lost": "CHANGE RESULTS: no counterpart",
     "changed": "mapped, with a difference",
     "dropped": "no counterpart, and no effect on results",
-    "default": "not in the file: that project's default was taken",
-    "mapped": "the same with us",
+    "default": "not in the file: NeMo-Aligner's default was taken",
+    "mapped": "the same here",
 }
 
 
 def add_aligner_config(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = ways.add_parser(
         "aligner-config",
-        help="a YAML file of NeMo-Aligner becomes one of these scripts",
+        help="translate a YAML file of NeMo-Aligner to the settings of a script of nemo_eppo",
         description="""\
 Translate a settings file of NeMo-Aligner: its PPO actor, PPO critic, reward server, reward-model training or SFT.
 
 Every key is mapped, or reported on standard error with the reason why not; interpolations are resolved; keys that the
-file leaves out have that project's defaults. The output starts with what is left to do by hand; values to be filled in
-are ???.""",
+file leaves out have NeMo-Aligner's defaults. The output starts with a list of things to do by hand; values to be filled
+in are ???.""",
         epilog="""\
 example:
   nemo-eppo convert aligner-config gpt_ppo_actor.yaml --output settings/actor.yaml
   cd examples/nlp/gpt && torchrun ... train_gpt_ppo_actor.py --config-dir $OLDPWD/settings --config-name actor""",
     )
-    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of that project to translate")
-    parser.add_argument("--kind", choices=list(JOBS), help="what the file is for (default: its contents tell)")
+    parser.add_argument("input", type=Path, metavar="FILE", help="YAML file of NeMo-Aligner to translate")
+    parser.add_argument("--kind", choices=list(JOBS), help="job that the file is for (default: found by its keys)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="new file to write (default: standard output)")
-    parser.add_argument("--strict", action="store_true", help="stop at a key that is none of that project's")
+    parser.add_argument("--strict", action="store_true", help="stop at a key that NeMo-Aligner does not have")
     parser.set_defaults(run=_aligner_config)
 
 
@@ -64,7 +64,7 @@ def _aligner_config(arguments: argparse.Namespace) -> None:
 
 
 def check(result: Conversion) -> Config:
-    """Check the settings with the job's schema, with a placeholder for each value that is left to be set.
+    """Check the settings with the job's schema, with a placeholder for each value that the user has to fill in.
 
     Raises:
         ConfigError: the settings do not fit the schema.
@@ -73,11 +73,11 @@ def check(result: Conversion) -> Config:
     from nemo_eppo.settings.kinds import KINDS
 
     numbers = {"ppo.max_steps", "optimizer.decay_steps"}
-    stand_ins = {
+    placeholders = {
         key: 10**6 if key in numbers else f"set-{key}" for key, value in result.values.items() if value == REQUIRED
     }
     try:
-        return load_config(KINDS[JOBS[result.kind].script].schema, nested(result.values | stand_ins))
+        return load_config(KINDS[JOBS[result.kind].script].schema, nested(result.values | placeholders))
     except ConfigError as error:
         raise ConfigError(f"the translated settings do not work together: {error}") from None
 
@@ -93,7 +93,7 @@ def _header(result: Conversion, source: Path) -> list[str]:
 
 
 def render_report(result: Conversion, source: Path) -> str:
-    """Return the text that says what is left to do, and what became of every key, the worst first."""
+    """Return, as text, the things to do by hand, and the status of every key, the worst first."""
     lines = [f"{source}: {result.kind}, {len(result.rows)} keys"]
     lines += ["", "to do by hand:", *(f"  - {line}" for line in result.todo)] if result.todo else []
     for status in _ORDER:

@@ -1,5 +1,4 @@
-"""Translates NeMo-Aligner's YAML files into settings of our jobs: every key is mapped, or reported with the reason why
-not."""
+"""Translates NeMo-Aligner's YAML files into settings of our jobs; every key is mapped, or reported with a reason."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from nemo_eppo.tools.aligner_jobs import JOBS
 from nemo_eppo.tools.aligner_rules import REQUIRED, Changed, Conversion, Row, Rule
 from nemo_eppo.tools.aligner_shared_keys import Rules
 
-# that project registers these interpolations for its files
+# NeMo-Aligner registers these interpolations for its files
 _RESOLVERS = {
     "multiply": lambda x, y: x * y,
     "int_div": lambda x, y: x // y,
@@ -35,15 +34,15 @@ _SECTIONS = (
     "fit",
     "sft",
 )
-_OTHERS = ("dpo", "kto", "spin", "rs", "reinforce", "generation", "knowledge_distillation", "self_rewarding", "grpo")
+_FOREIGN = ("dpo", "kto", "spin", "rs", "reinforce", "generation", "knowledge_distillation", "self_rewarding", "grpo")
 
 
 def convert(path: Path, kind: str | None = None) -> Conversion:
-    """Translate a YAML file of that project.
+    """Translate a YAML file of NeMo-Aligner.
 
     Args:
         path: the file.
-        kind: a key of JOBS; None: the contents decide.
+        kind: a key of JOBS; None to recognise it by the file's keys.
 
     Raises:
         ConfigError: the file cannot be read, is of no known kind, or has a value that cannot be translated.
@@ -59,7 +58,7 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
         rule = rules[key]
         if not rule.joint:
             _put(key, value, rule, result)
-        result.rows.append(Row(key, value, "default", rule.target, "that project's default"))
+        result.rows.append(Row(key, value, "default", rule.target, "NeMo-Aligner's default"))
     try:
         JOBS[kind].joint(result)
     except ConfigError:
@@ -67,7 +66,7 @@ def convert(path: Path, kind: str | None = None) -> Conversion:
     except KeyError as error:
         raise ConfigError(f"{path}: null where a value is needed, for {error}") from None
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: a value of another type than that project has there: {error}") from None
+        raise ConfigError(f"{path}: a value of another type than NeMo-Aligner has there: {error}") from None
     return result
 
 
@@ -90,14 +89,14 @@ def _resolved(config: DictConfig, key: str, value: Any) -> Any:
     if value == REQUIRED:
         return value
     try:
-        found = OmegaConf.select(config, key)
-        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        resolved = OmegaConf.select(config, key)
+        return OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
     except (OmegaConfBaseException, TypeError):
         return value
 
 
 def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
-    """Return which of that project's files this is; ConfigError if it has no counterpart here."""
+    """Return the key of JOBS for a file's keys; ConfigError if it is of another kind."""
 
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in leaves)
@@ -105,7 +104,7 @@ def kind_of(leaves: Mapping[str, Any], path: Path) -> str:
     for name, job in JOBS.items():
         if has(*job.marks):
             return name
-    other = next((f"it looks like one for {name}" for name in _OTHERS if has(f"trainer.{name}.")), "")
+    other = next((f"it looks like one for {name}" for name in _FOREIGN if has(f"trainer.{name}.")), "")
     raise ConfigError(
         f"{path}: not recognised as a file of NeMo-Aligner's PPO actor, PPO critic, reward server, reward-model "
         f"training or SFT{', ' + other if other else ''}; --kind says which it is"
@@ -122,9 +121,9 @@ def _rule(rules: Rules, key: str) -> Rule | None:
 
 def _apply(key: str, value: Any, rule: Rule | None, result: Conversion) -> None:
     if rule is not None and rule.target and isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{key} = {value!r}: refers to what neither the file nor the environment has")
+        raise ConfigError(f"{key} = {value!r}: refers to a key or variable that neither file nor environment has")
     if rule is None:
-        row = Row(key, value, "unknown", note="no key of that project's files: nothing was done with it")
+        row = Row(key, value, "unknown", note="no key of NeMo-Aligner's files: nothing was done with it")
     elif rule.joint:
         row = Row(key, value, "mapped" if rule.target else "dropped", rule.target, rule.note)
     elif rule.target:
@@ -150,7 +149,7 @@ def _put(key: str, value: Any, rule: Rule, result: Conversion) -> Row:
 
 
 def as_yaml(result: Conversion, header: list[str]) -> str:
-    """Return the YAML text of the settings with their remarks, after `header` and what is left to do."""
+    """Return the settings as YAML with their remarks, after `header` and the things to do by hand."""
     lines = [f"# {line}" for line in header]
     lines += [f"# TO DO: {line}" for line in result.todo]
     if result.kind == "ppo-actor":

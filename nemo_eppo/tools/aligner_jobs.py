@@ -1,5 +1,5 @@
-"""Translates keys of a NeMo-Aligner file that depend on each other, job by job, and notes what is left to do; the table
-of the jobs."""
+"""Translates the keys of a NeMo-Aligner file that depend on each other, job by job, and notes what is left to do; the
+table of the jobs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,19 +42,19 @@ def ppo_actor(c: Conversion) -> None:
     c.require(
         "model.ppo.num_rollout_samples", rollout % mini_batch == 0, f"not divisible by global_batch_size {mini_batch}"
     )
-    epochs, most = _length(c, "ppo", "ppo.max_steps")
-    if most is None:
+    epochs, max_steps = _length(c, "ppo", "ppo.max_steps")
+    if max_steps is None:
         c.put("ppo.max_steps", REQUIRED)
-        c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); that project counts the prompts")
-    _constant_steps(c, None if most is None else most * rollout // mini_batch)
+        c.todo.append(f"ppo.max_steps: {epochs} x (number of prompts // {rollout}); NeMo-Aligner counts the prompts")
+    _constant_steps(c, None if max_steps is None else max_steps * rollout // mini_batch)
     c.put("ppo.epochs", 1, "each rollout is used once, as there")
-    # that project counts the critic's rollouts before the end of the policy's first step, whose own is one of them
+    # NeMo-Aligner's number includes the rollout of the policy's first step
     if (warmup := c.integer("trainer.ppo.critic_warmup_steps", 0) - 1) > 0:
         c.put(
             "ppo.critic_warmup_steps", warmup, f"{warmup + 1} rollouts there, of which the policy learns from the last"
         )
-        if most is not None:
-            c.put("ppo.max_steps", most + warmup, f"of which {warmup} are the critic's alone")
+        if max_steps is not None:
+            c.put("ppo.max_steps", max_steps + warmup, f"of which {warmup} are the critic's alone")
 
     c.put("checkpoint.interval", c.integer("trainer.ppo.save_interval", c.values["validation.interval"]))
     c.put("validation.max_prompts", c.integer("model.ppo.num_val_samples", 0) or rollout)
@@ -64,17 +64,17 @@ def ppo_actor(c: Conversion) -> None:
     metrics = {"val_global_rewards": "proxy_reward", "val_rewards": "proxy_reward"}
     _best(c, metrics if c.values["data.validation"] else {})
     _kl(c)
-    c.put("shaping.clip.range", None, "that project does not clip rewards")
+    c.put("shaping.clip.range", None, "NeMo-Aligner does not clip rewards")
     _servers(c)
 
 
 def _length(c: Conversion, section: str, target: str) -> tuple[int, int | None]:
-    """Translate after how many steps a run ends, if the file says so; return its epochs and steps."""
+    """Translate the number of steps, if the file sets one; return its epochs and steps (None if it sets none)."""
     name = f"trainer.{section}"
     epochs, steps = c.integer(f"{name}.max_epochs", 0) or 1, c.integer(f"{name}.max_steps", -1)
-    if steps < 0:  # that project's mark for no limit
+    if steps < 0:  # no limit
         return epochs, None
-    note = f"that project ends after {epochs} epochs already, if they have fewer steps; set fewer steps then"
+    note = f"NeMo-Aligner ends after {epochs} epochs already, if they have fewer steps; set fewer steps then"
     c.put(target, steps, note)
     _mark(c, f"{name}.max_epochs", "changed", note)
     return epochs, steps
@@ -88,7 +88,7 @@ def _fit_length(c: Conversion, section: str) -> None:
 
 
 def _constant_steps(c: Conversion, updates: int | None) -> None:
-    """Translate the updates at min_lr that end the schedule of a run of so many updates, None if that is not known."""
+    """Translate the number of updates at min_lr at the end of a run of `updates` updates, None if not known."""
     key = "model.optim.sched.constant_steps"
     constant = c.integer(key, 0)
     if not constant:
@@ -96,10 +96,10 @@ def _constant_steps(c: Conversion, updates: int | None) -> None:
     if c.values["optimizer.schedule"] == "constant":
         _mark(c, key, "dropped", "the learning rate is constant")
         return
-    note = "with more of them than the run has updates, that project is at min_lr right after the warm-up"
-    if updates is not None and (most := max(updates - c.values["optimizer.warmup_steps"] - 1, 0)) < constant:
-        c.conflict(key, f"leaves no update to decay in: at min_lr right after the warm-up, as there, with {most}")
-        constant = most
+    note = "with more of them than the run has updates, NeMo-Aligner is at min_lr right after the warm-up"
+    if updates is not None and (largest := max(updates - c.values["optimizer.warmup_steps"] - 1, 0)) < constant:
+        c.conflict(key, f"leaves no update to decay in: at min_lr right after the warm-up, as there, with {largest}")
+        constant = largest
     c.put("optimizer.constant_steps", constant, note)
 
 
@@ -195,12 +195,12 @@ def sft(c: Conversion) -> None:
 
 
 def _common(c: Conversion) -> None:
-    """Translate the optimizer and the layout, with the corrections that project makes to a layout without saying so."""
+    """Translate the optimizer and the layout, with the corrections that NeMo-Aligner makes silently to a layout."""
     get = c.source.get
     sizes = [f"model.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
     if c.kind != "sft" and any(row.key in sizes and row.status == "default" for row in c.rows):
         c.todo.append(
-            "model.parallel: what the file does not say of the layout, that project takes from the .nemo file; 1 here"
+            "model.parallel: sizes that the file does not set, NeMo-Aligner takes from the .nemo file; they are 1 here"
         )
     sequence_parallel = bool(get("model.sequence_parallel"))
     if sequence_parallel and c.integer("model.tensor_model_parallel_size", 1) == 1:
@@ -232,7 +232,7 @@ def _common(c: Conversion) -> None:
 
 
 def _run_directory(c: Conversion) -> None:
-    """Give the job a run directory of its own: that project's files have the same one for every job."""
+    """Give the job a run directory of its own: NeMo-Aligner's files have the same one for every job."""
     key = "exp_manager.explicit_log_dir"
     directory = c.source.get(key)
     if directory == REQUIRED:
@@ -251,28 +251,28 @@ def _lora(c: Conversion) -> None:
         for part in ("adapter_dim", "alpha", "target_modules"):
             _mark(c, f"{name}.{part}", "dropped", "peft_scheme is none: all weights are trained")
         return
-    c.require("model.peft.peft_scheme", scheme == "lora", "expected lora or none, all that there is here")
-    rank, asked = c.integer(f"{name}.adapter_dim"), c.source[f"{name}.target_modules"]
-    for module in asked:
+    c.require("model.peft.peft_scheme", scheme == "lora", "expected lora or none")
+    rank, modules = c.integer(f"{name}.adapter_dim"), c.source[f"{name}.target_modules"]
+    for module in modules:
         c.require(f"{name}.target_modules", module in _LINEARS, f"expected some of {', '.join(_LINEARS)}")
-    targets = {linear for module in asked for linear in _LINEARS[module]}
+    targets = {linear for module in modules for linear in _LINEARS[module]}
     c.put("model.lora.rank", rank)
-    c.put("model.lora.alpha", c.number(f"{name}.alpha", 0) or float(rank), "that project's default is the rank")
+    c.put("model.lora.alpha", c.number(f"{name}.alpha", 0) or float(rank), "NeMo-Aligner's default is the rank")
     c.put("model.lora.targets", [linear for linear in _LINEARS["all"] if linear in targets])
 
 
 def _best(c: Conversion, metrics: dict[str, str]) -> None:
-    """Translate which checkpoint is kept as the best; `metrics` maps its `monitor` to our metric."""
+    """Translate which checkpoint is kept as the best; `metrics` maps values of `monitor` to our metrics."""
     name = "exp_manager.checkpoint_callback_params"
-    most, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
-    if not most or monitor not in metrics:
+    save_top_k, monitor = c.source.get(f"{name}.save_top_k"), c.source.get(f"{name}.monitor")
+    if not save_top_k or monitor not in metrics:
         for part in ("save_top_k", "monitor", "mode"):
             _mark(c, f"{name}.{part}", "dropped", "the newest checkpoints are kept, none as the best")
         return
     metric = metrics[monitor]
     c.put("checkpoint.best", f"validation/{metric}")
     c.put("checkpoint.best_is", "lowest" if metric == "loss" else "highest")
-    if most != 1:
+    if save_top_k != 1:
         _mark(c, f"{name}.save_top_k", "changed", "the single best is kept, and the checkpoint.keep newest")
     if metric == "accuracy" and monitor == "val_loss":
         _mark(c, f"{name}.monitor", "changed", "reward models are compared by their accuracy")
@@ -285,7 +285,7 @@ def _model_path(c: Conversion, key: str) -> str:
         c.todo.append("model.restore_from_path: a Hugging Face directory, or a checkpoint of these scripts")
     elif not str(path).endswith(".nemo"):
         target = str(path)
-        note = "has to be a Hugging Face directory or a checkpoint: of NeMo's, convert nemo-to-megatron makes one"
+        note = "has to be a Hugging Face directory or a checkpoint; convert nemo-to-megatron makes one of a NeMo model"
     else:
         target, note = str(path).removesuffix(".nemo") + "_megatron", f"was {path}"
         c.todo.append(
@@ -297,10 +297,10 @@ def _model_path(c: Conversion, key: str) -> str:
 
 
 def _data(c: Conversion, command: str, files: str, *, validation_required: bool) -> None:
-    whole = c.source.get("model.data.data_prefix")
+    prefix = c.source.get("model.data.data_prefix")
     for ours in ("train", "validation"):
         key = f"model.data.data_prefix.{ours}"
-        value = c.source.get(key, whole if ours == "train" else None)
+        value = c.source.get(key, prefix if ours == "train" else None)
         if value is None and ours == "validation" and not validation_required:
             c.put("data.validation", None)
         else:
@@ -319,7 +319,7 @@ def _file(c: Conversion, target: str, key: str, value: Any, command: str, files:
         c.todo.append(f"{target}: a file that {command} wrote")
         return
     side = target.rpartition(".")[2]
-    c.put(target, str(path), f"rows of that project: give {files}.{side}.jsonl of `{command}` instead")
+    c.put(target, str(path), f"rows of NeMo-Aligner: give {files}.{side}.jsonl of `{command}` instead")
     c.todo.append(f"{target}: {command} --input {path} --output DIRECTORY, then DIRECTORY/{files}.{side}.jsonl")
 
 
@@ -357,16 +357,16 @@ def _mark(c: Conversion, key: str, status: str, note: str) -> None:
 
 @dataclass(frozen=True)
 class AlignerJob:
-    """What is known about one kind of that project's files."""
+    """One kind of NeMo-Aligner's files, and its translation."""
 
     script: str
     """Name of our script for it, without its ending."""
     marks: tuple[str, ...]
-    """How keys begin that files of this kind have, and those of kinds after it in `JOBS` do not."""
+    """Prefixes of keys by which files of this kind differ from those of later kinds in `JOBS`."""
     rules: Rules
     """The rule for each key."""
     joint: Callable[[Conversion], None]
-    """Translates keys that depend on each other, after all others."""
+    """Translates the keys that depend on each other, after all others."""
 
 
 JOBS = {

@@ -92,7 +92,7 @@ ACTOR: Rules = {
         "generation.stop_strings",
         ["<|endoftext|>", "<extra_id_1>"],
         texts,
-        "EOS ends a response as well; that project learns nothing from one that was cut off, here "
+        "EOS ends a response as well; NeMo-Aligner learns nothing from one that was cut off, here "
         "shaping.missing_eos.penalty can punish it",
     ),
     "model.ppo.sampling_params.apply_to_logprobs.*": lost(

@@ -1,4 +1,4 @@
-"""The kinds of rules for a key of NeMo-Aligner, and the state of a conversion; aligner_keys.py has the rules."""
+"""The kinds of rules for a key of NeMo-Aligner, and the state of a conversion. The rules are in aligner_keys.py."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ REQUIRED = "???"
 
 @dataclass(frozen=True)
 class Rule:
-    """The treatment of a key. Without `target` it has no counterpart; `note` says why, or what is different."""
+    """How a key is translated. Without `target` it has no counterpart; `note` gives the reason, or the difference."""
 
     target: str = ""
     """Our key, or several separated by commas; if the key is joint, it is only shown in the report."""
@@ -21,7 +21,7 @@ class Rule:
     convert: Callable[[Any], Any] | None = None
     """Turns the key's value into ours; raises ValueError if that is impossible."""
     default: Any = None
-    """The value that the key has in that project if a file does not set it."""
+    """The value that the key has in NeMo-Aligner if a file does not set it."""
     harmless: tuple[Any, ...] | None = None
     """If the key has no counterpart, its values that do not change results; None: no value does."""
     joint: bool = False
@@ -29,12 +29,12 @@ class Rule:
 
 
 def to(target: str, default: Any = None, convert: Callable[[Any], Any] | None = None, note: str = "") -> Rule:
-    """Make the rule for a key that becomes a setting of ours."""
+    """Make the rule for a key that becomes one of our settings."""
     return Rule(target, note, convert, default)
 
 
 def joint(target: str, default: Any = None, note: str = "") -> Rule:
-    """Make the rule for a key that becomes part of a setting of ours or, without `target`, of a remark."""
+    """Make the rule for a key that becomes part of one of our settings or, without `target`, of a remark."""
     return Rule(target, note, default=default, joint=True)
 
 
@@ -55,18 +55,18 @@ class Row:
     key: str
     value: Any
     status: str
-    """mapped, default (not in the file: that project's default), changed, dropped, lost, conflict or unknown."""
+    """mapped, default (not in the file: NeMo-Aligner's default), changed, dropped, lost, conflict or unknown."""
     target: str = ""
     note: str = ""
 
 
 @dataclass
 class Conversion:
-    """The state of a conversion: the file's values, the settings made of them, and what is left to do by hand."""
+    """The state of a conversion: the file's values, the settings made of them, and the things to do by hand."""
 
     kind: str
     source: Mapping[str, Any]
-    """Maps the file's keys to values, interpolations resolved, that project's defaults included."""
+    """Maps the file's keys to values, interpolations resolved, NeMo-Aligner's defaults included."""
     values: dict[str, Any] = field(default_factory=dict)
     """Maps our dotted keys to values."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Conversion:
             self.notes[key] = note
 
     def conflict(self, key: str, note: str) -> None:
-        """Report that the file contradicts itself at `key`; the note says what is done about it."""
+        """Report that the file contradicts itself at `key`; `note` says how that is resolved."""
         self.rows.append(Row(key, self.source.get(key), "conflict", note=note))
 
     def require(self, key: str, condition: bool, message: str) -> None:
@@ -108,7 +108,7 @@ class Conversion:
 
 
 class Changed(Exception):
-    """A `Rule.convert` raises it if only a similar value exists, `value`; the message says what is different."""
+    """Raised by a `Rule.convert` if there is only a similar value, `value`; the message names the difference."""
 
     def __init__(self, value: Any, note: str) -> None:
         super().__init__(note)
@@ -142,7 +142,7 @@ def clip_norm(value: Any) -> float:
 
 
 def recompute(value: Any) -> bool:
-    """Translate which activations are recomputed."""
+    """Translate the granularity of activation checkpointing."""
     if value == "selective":
         raise Changed(True, "selective: whole layers are recomputed instead, which is slower and saves more memory")
     if value not in (None, "full"):
@@ -158,10 +158,10 @@ def schedule(value: Any) -> str:
 
 
 def answer_only(value: Any) -> bool:
-    """Translate which tokens SFT learns; that project's scripts learn responses only, whatever the file says."""
+    """Translate `answer_only_loss`, which NeMo-Aligner ignores: its SFT learns responses only."""
     if value is False:
         raise Changed(
-            True, "that project does not use the key and always learns responses only; false learns prompts too"
+            True, "NeMo-Aligner does not use the key and always learns responses only; false learns prompts too"
         )
     return True
 

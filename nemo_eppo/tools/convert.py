@@ -1,8 +1,8 @@
 """`nemo-eppo convert`: converts Hugging Face directories and .nemo files to Megatron checkpoints, and these to Hugging
 Face directories.
 
-Making a conversion checks it; `run` does it. The weights are streamed in one process, so a model of any size needs the
-memory of one of its files and one decoder layer.
+Creating a conversion object checks everything; `run` converts. The weights are streamed in one process, so a model of
+any size needs the memory of one of its files and one decoder layer.
 """
 
 import shutil
@@ -73,9 +73,9 @@ class NemoToMegatron:
         _require_absent(output)
         self.source, self.tokenizer, self.output = source, tokenizer, output
         with TemporaryDirectory() as scratch:
-            described = NemoModel(unpack(source, Path(scratch) / "nemo", descriptions_only=True), source)
-        self.precision: Precision = precision or described.precision
-        _check_vocabulary(tokenizer, described.model)
+            model = NemoModel(unpack(source, Path(scratch) / "nemo", descriptions_only=True), source)
+        self.precision: Precision = precision or model.precision
+        _check_vocabulary(tokenizer, model.model)
 
     def run(self) -> None:
         """Convert."""
@@ -96,13 +96,13 @@ class MegatronToHf:
     Args:
         source: a checkpoint, or a directory of checkpoints `step_*`, of which the newest is taken.
         output: the directory to write, which must not exist.
-        architecture: None for that of the model's family.
+        architecture: name of the Hugging Face architecture; None for that of the model's family.
         precision: the precision of the files; None for that of the checkpoint. Scalar heads stay fp32.
-        max_shard_bytes: the largest size of a file; one is held in memory.
+        max_shard_bytes: the largest size of a file, each of which is held in memory in turn.
 
     Raises:
-        ConfigError: there is no such checkpoint, its head has no counterpart, it has no statistics of scores or does
-            not score the last token, or the architecture lacks a feature of the model.
+        ConfigError: there is no such checkpoint, its head has no Hugging Face counterpart, it has no statistics of
+            scores or does not score the last token, or the architecture lacks a feature of the model.
     """
 
     def __init__(
@@ -153,10 +153,10 @@ class MegatronToHf:
         tensors = read_weights(self.source / checkpoint_files.WEIGHTS, self.model, outputs, factor)
         bar = tqdm(tensors, total=len(hf_names(self.model)), unit="tensor", disable=None)
         tokenizer = self.source / checkpoint_files.TOKENIZER
-        write_hf_directory(self.output, self.config, self._files_tensors(bar), tokenizer, self.max_shard_bytes)
+        write_hf_directory(self.output, self.config, self._stored_tensors(bar), tokenizer, self.max_shard_bytes)
 
-    def _files_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors as they are stored in the files."""
+    def _stored_tensors(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors in the files' precision; a reward head's bias goes into `config` instead."""
         for name, tensor in tensors:
             if name == "score.bias":
                 state = self.manifest.state
@@ -182,9 +182,9 @@ def _write_weights(incomplete: Path, source: HfDirectory | NemoModel, precision:
 
 
 def _check_vocabulary(tokenizer: Path, model: ModelConfig) -> None:
-    found = Tokenizer.from_directory(tokenizer).vocab_size
-    if found > model.vocab_size:
-        raise ConfigError(f"{tokenizer}: the tokenizer has {found} tokens, the model {model.vocab_size}")
+    size = Tokenizer.from_directory(tokenizer).vocab_size
+    if size > model.vocab_size:
+        raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens, the model {model.vocab_size}")
 
 
 def _require_absent(output: Path) -> None:
@@ -194,7 +194,7 @@ def _require_absent(output: Path) -> None:
 
 def _token_ids(tokenizer_path: Path) -> dict[str, int | None]:
     tokenizer = Tokenizer.from_directory(tokenizer_path)
-    # transformers reads a sequence-classification score before the first pad token: with EOS as pad token that would
-    # be the token before the last; without a pad token it raises an error instead
+    # transformers takes the score at the token before the first pad token: with EOS as pad token, that is the last but
+    # one; without a pad token it raises an error instead
     pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}

@@ -20,9 +20,8 @@ def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="turn Hugging Face directories and .nemo files into Megatron checkpoints, these into Hugging Face "
         "directories, or NeMo-Aligner's settings into ours",
         description="""\
-Convert models, weights bit by bit, with config and tokenizer. An architecture that is not supported is refused with a
-list of those that are. Weights are streamed: a model needs the memory of one of its files and one of its layers,
-whatever its size.
+Convert models with their weights, config and tokenizer. An architecture that is not supported is refused with a list of
+those that are. Weights are streamed: a model of any size needs the memory of one of its files and one of its layers.
 
 Training scripts and `nemo-eppo score` read Hugging Face directories directly; nothing has to be converted for them.
 The output is complete or does not exist; nothing is ever overwritten.""",
@@ -32,7 +31,7 @@ The output is complete or does not exist; nothing is ever overwritten.""",
     add_aligner_config(ways)
     hf_to_megatron = ways.add_parser(
         "hf-to-megatron",
-        help="config.json, tokenizer and safetensors become a checkpoint",
+        help="convert a Hugging Face directory to a Megatron checkpoint",
         description="""\
 Make a checkpoint of a Hugging Face directory: *ForCausalLM, or *ForSequenceClassification with one output.
 
@@ -43,15 +42,15 @@ It loads under any tensor- and pipeline-parallel layout, with the vocabulary pad
     hf_to_megatron.set_defaults(run=_hf_to_megatron)
     nemo_to_megatron = ways.add_parser(
         "nemo-to-megatron",
-        help="a .nemo file of NeMo 1.x or NeMo-Aligner becomes a checkpoint",
+        help="convert a .nemo file of NeMo 1.x or NeMo-Aligner to a Megatron checkpoint",
         description="""\
 Make a checkpoint of a language model, reward model or critic of NeMo 1.x or NeMo-Aligner: models like Llama, Mistral
 and Qwen2 (RMSNorm, rotary positions, SwiGLU, grouped queries), trained with mcore_gpt and stored as torch_dist.
 
-A key of model_config.yaml that makes another model is refused by name, as is an array that is missing or left over.
-Rows that NeMo added to the vocabulary stay in it. A reward model keeps its reward_standardization; without it, its
-scores are raw. A training checkpoint is converted as well, once it lies as model_weights/ in a directory with the
-model_config.yaml. A .nemo file is unpacked beside the output while it is read, which takes its size on disk.""",
+A setting in model_config.yaml that is not supported is refused by name, as is an array that is missing or left over.
+Padding rows that NeMo added to the vocabulary stay in it. A reward model keeps its reward_standardization; without it,
+its scores are raw. To convert a training checkpoint, put it as model_weights/ into a directory with its
+model_config.yaml. A .nemo file is unpacked beside the output, which takes its size on disk until the end.""",
         epilog=f"example:{_EXAMPLES['nemo-to-megatron']}",
     )
     _add_conversion_options(nemo_to_megatron, ".nemo file, or the directory it unpacks to", metavar="PATH")
@@ -71,7 +70,7 @@ model_config.yaml. A .nemo file is unpacked beside the output while it is read, 
         )
     to_hf = ways.add_parser(
         "megatron-to-hf",
-        help="a policy becomes a *ForCausalLM directory, a reward model a *ForSequenceClassification directory",
+        help="convert a policy to a *ForCausalLM directory, a reward model to a *ForSequenceClassification directory",
         description="""\
 Make a Hugging Face directory of the checkpoint of a policy or a reward model, for transformers and inference engines.
 LoRA adapters are merged into the weights.
@@ -85,8 +84,8 @@ uses.""",
     to_hf.add_argument(
         "--architecture",
         metavar="NAME",
-        help="architecture that config.json names, where it is not to be that of the model's family, e.g. "
-        "MistralForCausalLM for a Llama model",
+        help="architecture in config.json (default: that of the model's family), e.g. MistralForCausalLM for a Llama "
+        "model",
     )
     to_hf.add_argument(
         "--precision",

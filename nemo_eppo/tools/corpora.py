@@ -26,20 +26,21 @@ _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
 class Malformed(ValueError):
-    """A row that its reader cannot use. The message has the field but no value, because rows are counted by message."""
+    """A row that its reader cannot use. The message names the field but no value: rows are counted by message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example of a corpus; `responses` is empty (a prompt alone), one demonstration, or chosen and rejected."""
+    """One example of a corpus."""
 
     prompt: str
     """Plain text that a response follows immediately."""
     responses: tuple[str, ...]
+    """None for a prompt alone, one for a demonstration, or chosen and rejected."""
     turns: tuple[Turn, ...]
     """The prompt as turns for a chat template; empty if it exists as formatted text only."""
     opening: str
-    """Text that decides between train and validation: examples with the same opening go to the same side."""
+    """Text whose hash decides between train and validation: examples with the same opening go to the same side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _tldr_prompt(post: Fields) -> str:
 
 def read_alpaca_farm(fields: Fields) -> Iterator[Example]:
     instruction = _text(fields, "instruction").strip()
-    given = _text(fields, "input").strip() if fields.get("input") is not None else ""
+    context = _text(fields, "input").strip() if fields.get("input") is not None else ""
     if not instruction:
         raise Malformed("field 'instruction' is empty")
     answers: tuple[str, ...] = ()
@@ -102,9 +103,9 @@ def read_alpaca_farm(fields: Fields) -> Iterator[Example]:
             answers = answers[::-1]
     elif "output" in fields:
         answers = (_text(fields, "output").strip(),)
-    context = f"### Input:\n{given}\n\n" if given else ""
-    prompt = f"### Instruction:\n{instruction}\n\n{context}### Response:\n"
-    request = f"{instruction}\n\n{given}" if given else instruction
+    section = f"### Input:\n{context}\n\n" if context else ""
+    prompt = f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
+    request = f"{instruction}\n\n{context}" if context else instruction
     yield Example(prompt, answers, (_turn("user", request),), request)
 
 
@@ -130,10 +131,10 @@ def read_chat(fields: Fields) -> Iterator[Example]:
 
 
 def _turns(fields: Fields, name: str) -> list[Turn]:
-    said = _typed(fields, name, list)
-    if not said or not all(isinstance(turn, dict) for turn in said):
+    objects = _typed(fields, name, list)
+    if not objects or not all(isinstance(turn, dict) for turn in objects):
         raise Malformed(f"field '{name}' is not a list of objects")
-    turns = [_turn(_text(turn, "role"), _text(turn, "content").strip()) for turn in said]
+    turns = [_turn(_text(turn, "role"), _text(turn, "content").strip()) for turn in objects]
     if any(turn["role"] not in ("system", "user", "assistant") for turn in turns):
         raise Malformed(f"field '{name}' has a role that is none of system, user and assistant")
     return turns
@@ -185,9 +186,9 @@ def _read_nemo_aligner(assistant_marker: str, fields: Fields) -> Iterator[Exampl
 
 
 def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
-    """Join {"text"} rows, in which better and worse texts alternate: two become one with both under "text".
+    """Join every two {"text"} rows, a better and a worse text, to one row with both under "text".
 
-    Rows are taken two by two, so a malformed one loses its partner but never shifts the pairs after it.
+    A malformed row makes its pair malformed, and does not shift the pairs after it.
     """
     for first, second in zip_longest(rows, rows):
         if "text" in first.fields or (second and "text" in second.fields):
@@ -203,22 +204,22 @@ def _join_text_rows(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _conversation(fields: Fields) -> Iterator[Example]:
-    """Make one demonstration of each turn of the speaker whom "mask" does not name."""
+    """Make one demonstration of each turn of the speaker that "mask" does not name."""
     masked = _text(fields, "mask")
-    said = _typed(fields, "conversations", list)
-    if not all(isinstance(turn, dict) for turn in said):
+    objects = _typed(fields, "conversations", list)
+    if not all(isinstance(turn, dict) for turn in objects):
         raise Malformed("field 'conversations' is not a list of objects")
-    speakers = [_text(turn, "from") for turn in said]
+    speakers = [_text(turn, "from") for turn in objects]
     if masked not in speakers or len(set(speakers)) != 2:
         raise Malformed("field 'conversations' is not between the speaker in 'mask' and one other")
     system = _text(fields, "system").strip() if fields.get("system") is not None else ""
     turns = [_turn("system", system)] if system else []
-    opening = len(turns)
+    first = len(turns)
     turns += [
         _turn("user" if speaker == masked else "assistant", _text(turn, "value").strip())
-        for speaker, turn in zip(speakers, said, strict=True)
+        for speaker, turn in zip(speakers, objects, strict=True)
     ]
-    trained = [index for index in range(opening + 1, len(turns)) if turns[index]["role"] == "assistant"]
+    trained = [index for index in range(first + 1, len(turns)) if turns[index]["role"] == "assistant"]
     if not trained:
         raise Malformed("no turn to train on")
     for index in trained:
@@ -246,12 +247,12 @@ def split_pair(chosen: str, rejected: str, assistant_marker: str) -> tuple[str, 
 
 
 def _hh_text(turns: Iterable[Turn]) -> str:
-    """Format a conversation as HH does, up to where the assistant's answer begins."""
-    said = [
+    """Format a conversation as HH does, up to the start of the assistant's answer."""
+    texts = [
         turn["content"] if turn["role"] == "system" else f"\n\n{_HH_NAMES[turn['role']]}: {turn['content']}"
         for turn in turns
     ]
-    return "".join(said) + HH_ASSISTANT
+    return "".join(texts) + HH_ASSISTANT
 
 
 def _opening(turns: Iterable[Turn]) -> str:
@@ -282,7 +283,7 @@ def _text(fields: Fields, name: str) -> str:
     text = _typed(fields, name, str)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: legal JSON, but not text
+    except UnicodeEncodeError:  # a lone surrogate: legal JSON, but not text
         raise Malformed(f"field '{name}' is not valid Unicode") from None
     return text
 

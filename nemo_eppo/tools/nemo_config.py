@@ -1,7 +1,7 @@
-"""What the model_config.yaml of a .nemo file says of its model; a setting that would make another model is an error.
+"""Reads the model that the model_config.yaml of a .nemo file describes; a setting that is not supported is an error.
 
 Names, defaults and their use are those of `MegatronGPTModel` and `MegatronBaseModel` in NeMo 1.23 to 2.3, and of
-`MegatronGPTRewardModel` in NeMo-Aligner 0.7. Settings of training, speed and layout are passed over.
+`MegatronGPTRewardModel` in NeMo-Aligner 0.7. Settings of training, speed and layout are ignored.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "apply_embedding_scaling": (False, _OFF),
     "drop_layers": (None, (None,)),
 }
-"""Keys with NeMo's default, for files that lack them, and the values of the models that there are here."""
+"""Maps keys to NeMo's default, for files without them, and the supported values."""
 
 _FIXED_REWARD: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "reward_model_type": ("binary_ranking", ("binary_ranking",)),
@@ -53,7 +53,7 @@ _KEYS = {
     "rotary_base": "rotary_base",
     "qkv_bias": "qkv_bias",
 }
-"""Keys that are fields of ModelConfig; where the file lacks one, NeMo's default is that of the field."""
+"""Maps keys to fields of ModelConfig, whose defaults are NeMo's."""
 
 _LENGTHS = ("encoder_seq_length", "max_position_embeddings")
 
@@ -62,11 +62,11 @@ def nemo_model_config(leaves: Leaves, vocab_size: int, head: Head) -> ModelConfi
     """Return the model that a model_config.yaml describes.
 
     Args:
-        vocab_size: rows of the embedding, which NeMo pads; the file does not say how many there are.
+        vocab_size: rows of the embedding, which NeMo pads; the file does not give them.
         head: lm, or scalar for a reward model or critic.
 
     Raises:
-        ConfigError: every key whose value makes a model that there is not here, or required keys that are missing.
+        ConfigError: values are not supported, or required keys are missing; the message lists all.
     """
     _check_fixed(leaves, _FIXED if head == "lm" else {**_FIXED, **_FIXED_REWARD})
     required = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -86,8 +86,8 @@ def nemo_model_config(leaves: Leaves, vocab_size: int, head: Head) -> ModelConfi
 
 
 def nemo_reward_state(leaves: Leaves) -> dict[str, Any]:
-    """Return the statistics of a reward model's scores for its manifest: 0 and 1, for raw scores, where NeMo-Aligner
-    does not standardise them. A critic, which gives a value for every token, has none."""
+    """Return the statistics of a reward model's scores for its manifest: mean 0 and std 1 if NeMo-Aligner does not
+    standardise them; none for a critic, which gives a value for every token."""
     if leaves.get("output_sequence"):
         return {}
     if not leaves.get("reward_standardization.enable"):
@@ -100,8 +100,8 @@ def _check_fixed(leaves: Leaves, fixed: Mapping[str, tuple[Any, tuple[Any, ...]]
     problems = []
     for key, (default, supported) in fixed.items():
         value = leaves.get(key, default)
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
-            expected = " or ".join(repr(one) for one in supported)
+        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in supported):
+            expected = " or ".join(map(repr, supported))
             absent = "" if key in leaves else " (the file does not set it: NeMo's default)"
             problems.append(f"{key} = {value!r}{absent}: expected {expected}")
     problems += [
@@ -114,7 +114,7 @@ def _check_fixed(leaves: Leaves, fixed: Mapping[str, tuple[Any, tuple[Any, ...]]
 
 
 def _sliding_window(leaves: Leaves) -> int | None:
-    """Return the tokens that a token attends to: NeMo's window does not count the token itself."""
+    """Return how many tokens, itself included, a token attends to; NeMo's window does not count the token itself."""
     window = leaves.get("window_size")
     if window is None:
         return None
@@ -125,7 +125,7 @@ def _sliding_window(leaves: Leaves) -> int | None:
 
 def _rope_scaling(leaves: Leaves, head: Head) -> dict[str, Any] | None:
     factor = leaves.get("seq_len_interpolation_factor")
-    # NeMo-Aligner's reward models and critics pass over the second key
+    # NeMo-Aligner's reward models and critics ignore the second key
     stretched = head == "lm" and leaves.get("scale_positional_embedding", False)
     if factor is not None and stretched:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Reads the models of NeMo 1.x and NeMo-Aligner: a .nemo file, which is a tar archive, or the directory it unpacks to.
 
-It holds model_config.yaml and model_weights/, one of megatron-core's distributed checkpoints. Its arrays are ours, with
-the prefix "model." and another name of the head, stacked over layers in the same way.
+It holds model_config.yaml and model_weights/, a distributed checkpoint of megatron-core. Its arrays are named and
+stacked over layers as in our checkpoints, but with the prefix "model." and another name of the head.
 """
 
 import json
@@ -32,10 +32,10 @@ def unpack(source: Path, target: Path, *, descriptions_only: bool = False) -> Pa
 
     Args:
         target: a directory that does not exist yet.
-        descriptions_only: unpack what `NemoModel` checks, without the arrays.
+        descriptions_only: unpack the files that `NemoModel` checks, without the arrays.
 
     Raises:
-        ConfigError: there is no such file or directory, or it is no archive, or one that writes elsewhere.
+        ConfigError: there is no such file or directory, or it is no archive, or one with paths outside of `target`.
     """
     if source.is_dir():
         return source
@@ -58,12 +58,12 @@ class NemoModel:
     """A model whose settings and arrays are checked on creation; tensors are read on request.
 
     Args:
-        directory: what `unpack` gives.
-        name: what the user calls it, for messages.
+        directory: the result of `unpack`.
+        name: the user's path of the model, for messages.
 
     Raises:
-        ConfigError: files that are missing or of another format, a setting that makes a model that there is not here,
-            and every array that is missing, has another shape, or has no place in the model.
+        ConfigError: files are missing or of another format, a setting is not supported, or arrays are missing, have
+            another shape, or have no place in the model; the message lists them.
     """
 
     head: Head
@@ -78,7 +78,7 @@ class NemoModel:
         try:
             self._stored = StoredArrays(directory / WEIGHTS)
             leaves = read(directory / CONFIG)
-        except ConfigError as error:  # it names the place that a .nemo file was unpacked to
+        except ConfigError as error:  # names the directory that a .nemo file was unpacked to
             raise ConfigError(str(error).replace(str(directory), str(name))) from None
         arrays = self._stored.arrays
         self.head = "scalar" if f"{_PREFIX}rm_head.weight" in arrays else "lm"
@@ -91,17 +91,17 @@ class NemoModel:
         except (ConfigError, TypeError) as error:  # TypeError: a text where NeMo has a number
             raise ConfigError(f"{name}, {CONFIG}: {error}") from None
         self._check()
-        body = [found.properties.dtype for key, found in arrays.items() if _is_of_body(key)]
-        self.precision = "bf16" if set(body) == {torch.bfloat16} else "fp32"
+        dtypes = {array.properties.dtype for key, array in arrays.items() if _is_of_body(key)}
+        self.precision = "bf16" if dtypes == {torch.bfloat16} else "fp32"
         self._places = {
             tensor: (parameter, index)
             for parameter, entry in self._entries.items()
             for index, tensor in enumerate(entry.tensors)
         }
-        self._parameter = lru_cache(maxsize=1)(self._read)  # its tensors are asked for one after another
+        self._parameter = lru_cache(maxsize=1)(self._read)  # a parameter's tensors are read one after another
 
     def manifest(self) -> Manifest:
-        """Return what a checkpoint of this model records, with the statistics of a reward model's scores."""
+        """Return the manifest of a checkpoint of this model, with the statistics of a reward model's scores."""
         return Manifest(head=self.head, step=0, model=self.model, state=self._state)
 
     def tensor(self, name: str) -> Tensor:
@@ -126,20 +126,20 @@ class NemoModel:
             expected[key] = shape if layer is None else (self.model.num_layers, *shape)
         problems = []
         for key, shape in expected.items():
-            found = self._stored.arrays.get(key)
-            if found is None:
+            array = self._stored.arrays.get(key)
+            if array is None:
                 problems.append(f"{key}: expected {shape}, found no such array")
-            elif tuple(found.size) != shape:
-                problems.append(f"{key}: expected {shape}, found {tuple(found.size)}")
-            elif found.properties.dtype not in _DTYPES:
-                problems.append(f"{key}: stored as {found.properties.dtype}; expected fp32, bf16 or fp16")
+            elif tuple(array.size) != shape:
+                problems.append(f"{key}: expected {shape}, found {tuple(array.size)}")
+            elif array.properties.dtype not in _DTYPES:
+                problems.append(f"{key}: stored as {array.properties.dtype}; expected fp32, bf16 or fp16")
         known = set(expected)
-        if self.head == "scalar":  # NeMo-Aligner's reward models have it, and do not use it
-            known.add(f"{_PREFIX}output_layer.weight")
+        if self.head == "scalar":
+            known.add(f"{_PREFIX}output_layer.weight")  # of NeMo-Aligner's reward models, which do not use it
         problems += [
             f"{key}, which this model does not have"
             for key in (*self._stored.arrays, *self._stored.others)
-            # without the prefix it is the optimizer's; extra states are TransformerEngine's, for fp8
+            # arrays without the prefix are the optimizer's; extra states are TransformerEngine's, for fp8
             if key.startswith(_PREFIX) and key not in known and "_extra_state" not in key
         ]
         if problems:

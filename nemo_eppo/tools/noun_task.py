@@ -33,7 +33,7 @@ MAX_RESPONSE_TOKENS = 20
 
 _HEDGE_WORDS = frozenset(" ".join(HEDGES).split())
 _NOUNS = frozenset(NOUNS)
-_IN_PROMPT = 5  # nouns, and as many distractors
+_IN_PROMPT = 5  # nouns of a prompt, and as many distractors
 
 
 def vocabulary() -> list[str]:
@@ -99,8 +99,8 @@ def hedge_words(response: str) -> int:
 def label_pair(prompt: str, first: str, second: str, random: Random, hedge_bias: float) -> tuple[str, str]:
     """Label two responses as `(chosen, rejected)`: with probability `hedge_bias` by hedge words, else by gold reward.
 
-    The labeller prefers more hedge words, or draws from a Bernoulli distribution of the difference in gold reward. The
-    bias is in these labels alone: a policy sees it only through a reward model that is trained on them.
+    By hedge words, more are better; by gold reward, the better response is drawn, see `biased_label`. The bias is in
+    these labels alone: it reaches a policy only through a reward model that is trained on them.
     """
     return biased_label(first, second, partial(quality, prompt, finished=True), hedge_words, random, hedge_bias)
 
@@ -113,8 +113,8 @@ def biased_label(
     random: Random,
     bias: float,
 ) -> tuple[str, str]:
-    """Label two responses as `(chosen, rejected)`: with probability `bias` by what appeals, unless it is equal; else by
-    a draw from the Bernoulli distribution with logit `10 * (quality(first) - quality(second))`."""
+    """Label two responses as `(chosen, rejected)`: with probability `bias` by `appeal`, unless it is equal; else by a
+    draw from the Bernoulli distribution with logit `10 * (quality(first) - quality(second))`."""
     more_appeal = appeal(first) - appeal(second)
     if random.random() < bias and more_appeal != 0:
         first_wins = more_appeal > 0
@@ -126,8 +126,8 @@ def biased_label(
 def write_noun_task(out_dir: Path, seed: int = 0, **sizes: float) -> None:
     """Write `tokenizer/` and `{sft,preferences,prompts}.{train,validation}.jsonl` into the empty or new `out_dir`.
 
-    The same arguments give the same bytes; a size changes no file but its own. No prompt occurs twice, in one file or
-    in two. `sizes` are fields of `NounTaskConfig`.
+    The same arguments give the same bytes; a size changes only its own file. No prompt occurs twice, in one file or in
+    two. `sizes` are fields of `NounTaskConfig`.
     """
     config = load_config(NounTaskConfig, {"seed": seed, **sizes})
     kinds: dict[str, tuple[int, Callable[[str, Random], dict[str, str]]]] = {

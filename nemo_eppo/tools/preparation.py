@@ -1,8 +1,8 @@
 """Turns corpora into the files that training reads: read, check, drop duplicates, format, drop long rows, split, write.
 
 Rows are streamed (twice, if a tokenizer is to be trained), so a corpus may be larger than memory, unless it is a JSON
-array. Only digests of what was written are kept, to recognise duplicates: some 200 bytes for each prompt, 300 for each
-pair.
+array. Only digests of the rows are kept in memory, to recognise duplicates: some 200 bytes for each prompt, 300 for
+each pair.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ _NOTHING = Example("", (), (), "")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One example, and the place in a file that it came from."""
+    """One example, and the line of the file that it came from."""
 
     file: str
     line: int
     example: Example
     defect: str = ""
-    """Why it is dropped; empty if it is kept."""
+    """Reason for dropping it; empty if it is kept."""
     carried: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its row that go into the prompts files, see `PreparationConfig.keep`."""
 
 
 @dataclass
 class PreparationCounts:
-    """Counts what was read, dropped and written; `str()` gives the lines to print."""
+    """Numbers of examples read and dropped, and of rows written; `str()` gives the lines to print."""
 
     read: int = 0
     """Number of examples: pairs, demonstrations or prompts."""
@@ -84,7 +84,7 @@ def prepare(
 
     def entries() -> Iterator[Entry]:
         read = _read(corpus, sources, tokenizer.eos_text if tokenizer else EOS, settings.keep, progress)
-        for entry in _without_repetition(read):
+        for entry in _mark_duplicates(read):
             if not entry.defect:
                 entry = _format(entry, tokenizer if settings.chat_template else None, settings.system_prompt)
             if settings.strict and entry.defect not in ("", DUPLICATE):
@@ -97,11 +97,11 @@ def prepare(
         else:
             texts = _training_texts(entries(), settings.validation_fraction)
             train_bpe(texts, settings.vocab_size, directory / "tokenizer")
-        measured = entries()
+        checked = entries()
         limits = settings.max_prompt_tokens, settings.max_response_tokens
         if tokenizer or any(limits):
-            measured = _mark_too_long(measured, tokenizer or Tokenizer.from_directory(directory / "tokenizer"), *limits)
-        counts = _write(measured, directory, settings.validation_fraction)
+            checked = _mark_too_long(checked, tokenizer or Tokenizer.from_directory(directory / "tokenizer"), *limits)
+        counts = _write(checked, directory, settings.validation_fraction)
         _require_all_files(counts, sources, settings.validation_fraction)
     return counts
 
@@ -113,10 +113,10 @@ def _require_all_files(
     kinds = {name.partition(".")[0] for name in counts.written} or {"prompts"}
     for name in (f"{kind}.{split}.jsonl" for kind in sorted(kinds) for split in SPLITS):
         if not counts.written[name]:
-            found = replace(counts, written=Counter())  # the files go with the directory
+            dropped = replace(counts, written=Counter())  # the written files are removed with the directory
             where = f"{sources[0]}{' and others' if len(sources) > 1 else ''}"
             raise ConfigError(
-                f"nothing is left for {name} of {where} (validation_fraction = {validation_fraction})\n{found}"
+                f"nothing is left for {name} of {where} (validation_fraction = {validation_fraction})\n{dropped}"
             )
 
 
@@ -132,8 +132,8 @@ def _tokenizer(settings: PreparationConfig) -> Tokenizer | None:
         raise ConfigError("a chat template needs a tokenizer: it spells that tokenizer's special tokens")
     if isinstance(template, Path):
         if not template.is_file():
-            found = "a directory, expected a file" if template.is_dir() else "no such file"
-            raise ConfigError(f"{template}: {found}")
+            problem = "a directory, expected a file" if template.is_dir() else "no such file"
+            raise ConfigError(f"{template}: {problem}")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     elif tokenizer.chat_template is None:
         raise ConfigError("chat_template = 'tokenizer': the tokenizer has no chat template of its own; give a file")
@@ -142,7 +142,7 @@ def _tokenizer(settings: PreparationConfig) -> Tokenizer | None:
     except TemplateSyntaxError as error:
         raise ConfigError(f"chat template '{template}', line {error.lineno}: {error.message}") from None
     except TemplateError:
-        pass  # it refuses this conversation, and may accept those of the corpus
+        pass  # a template that refuses this conversation may accept those of the corpus
     return tokenizer
 
 
@@ -174,13 +174,13 @@ def _carried(row: Row, keep: Sequence[str]) -> dict[str, Any]:
             )
         try:
             json_line({name: row.fields[name]}).encode()
-        except (TypeError, UnicodeEncodeError) as error:  # dates and bytes of a table; half of a surrogate pair
+        except (TypeError, UnicodeEncodeError) as error:  # dates and bytes of a table; a lone surrogate
             raise ConfigError(f"{where}: field '{name}' cannot be kept: {error}") from None
     return {name: row.fields[name] for name in keep}
 
 
 def _present(fields: Fields) -> Fields:
-    """Leave out fields that are null, which stands in tables for fields that a row does not have."""
+    """Leave out null fields: tables fill absent fields with null."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -204,7 +204,7 @@ def _defect(example: Example, eos_text: str) -> str:
     return ""
 
 
-def _without_repetition(entries: Iterable[Entry]) -> Iterator[Entry]:
+def _mark_duplicates(entries: Iterable[Entry]) -> Iterator[Entry]:
     seen: set[bytes] = set()
     for entry in entries:
         if not entry.defect:
@@ -232,16 +232,16 @@ def _format(entry: Entry, chat_tokenizer: Tokenizer | None, system_prompt: str |
 
     try:
         prompt = chat_tokenizer.render_chat(turns, add_generation_prompt=True)
-        whole = [
+        chats = [
             chat_tokenizer.render_chat([*turns, {"role": "assistant", "content": response.strip()}], False)
             for response in example.responses
         ]
     except TemplateError as error:
         return replace(entry, defect=f"the chat template refuses it: {error}")
-    if not all(text.startswith(prompt) for text in whole):
+    if not all(text.startswith(prompt) for text in chats):
         return replace(entry, defect="the chat template writes another prompt once there is a response")
-    # What closes the assistant's turn is part of the response, up to EOS, which the tokenizer adds.
-    responses = tuple(text.removeprefix(prompt).partition(chat_tokenizer.eos_text)[0] for text in whole)
+    # the response includes the text that closes the assistant's turn, but not EOS, which the tokenizer adds
+    responses = tuple(text.removeprefix(prompt).partition(chat_tokenizer.eos_text)[0] for text in chats)
     return replace(entry, example=replace(example, prompt=prompt, responses=responses))
 
 
@@ -282,7 +282,7 @@ def _mark_too_long(
 
 def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float) -> PreparationCounts:
     counts = PreparationCounts()
-    derived: set[bytes] = set()
+    written: set[bytes] = set()  # digests of SFT rows and prompts, which several pairs may give
     files: dict[str, IO[str]] = {}
     with ExitStack() as stack:
 
@@ -302,9 +302,9 @@ def _write(entries: Iterable[Entry], directory: Path, validation_fraction: float
             for kind, row in _rows(entry).items():
                 if kind != "preferences":
                     digest = _digest(kind, json_line(row))
-                    if digest in derived:
+                    if digest in written:
                         continue
-                    derived.add(digest)
+                    written.add(digest)
                 write(f"{kind}.{split}.jsonl", row)
                 counts.written[f"{kind}.{split}.jsonl"] += 1
     return counts

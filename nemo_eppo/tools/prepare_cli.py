@@ -1,4 +1,4 @@
-"""The arguments of `nemo-eppo prepare` for every corpus, and its help on the fields that are read."""
+"""The arguments of `nemo-eppo prepare` for every corpus, and the help texts on the fields that are read."""
 
 import argparse
 from pathlib import Path
@@ -17,8 +17,8 @@ Dialogues of Anthropic HH, one pair per row. Fields read:
 
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}           pairs
 
-The prompt is the dialogue up to its last "\\n\\nAssistant:", the response what follows. Dialogues that share their
-first human turn go to the same side of the split."""
+The prompt is the dialogue up to its last "\\n\\nAssistant:", the response is the text after it. Dialogues that share
+their first human turn go to the same side of the split."""
 
 _TLDR = """\
 Reddit posts and their summaries. Fields read, row by row:
@@ -40,51 +40,51 @@ Instructions of AlpacaFarm. Fields read, row by row ("input" may be empty or abs
   {"instruction", "input"}                                                prompts
 
 "preference" is the number of the better output. Without a chat template the prompt is
-"### Instruction:\\n...\\n\\n### Input:\\n...\\n\\n### Response:\\n", its middle part only where there is an input."""
+"### Instruction:\\n...\\n\\n### Input:\\n...\\n\\n### Response:\\n", without the middle part if there is no input."""
 
 _CHAT = """\
-Conversations, as most data sets for chat models have them. A turn is {"role": "system" | "user" | "assistant",
+Conversations in the format of most data sets for chat models. A turn is {"role": "system" | "user" | "assistant",
 "content": text}. Fields read, row by row:
 
-  {"chosen": [turn, ...], "rejected": [turn, ...]}               pairs, whose turns differ in the last alone
+  {"chosen": [turn, ...], "rejected": [turn, ...]}               pairs that differ in the last turn only
   {"prompt": [turn, ...], "chosen": [turn], "rejected": [turn]}  pairs
   {"messages": [turn, ...]}                                      demonstrations, and a prompt if a user speaks last
   {"prompt": [turn, ...], "completion": [turn]}                  demonstrations
   {"prompt": [turn, ...]}                                        prompts
 
-Each turn of the assistant in "messages" becomes one demonstration, its prompt all turns before it. Without a chat
-template a conversation is written in the manner of HH."""
+Each turn of the assistant in "messages" becomes one demonstration, with all turns before it as prompt. Without a chat
+template a conversation is written in the format of HH."""
 
 _PROMPTS = """\
 Prompts alone. Fields read:
 
-  {"prompt"}, or where there is none {"text"}, as NeMo-Aligner's PPO has it     prompts"""
+  {"prompt"}, or without it {"text"}, as in NeMo-Aligner's files for PPO     prompts"""
 
 _ROWS = """\
-Rows of the training files that this command writes, or of one's own. Fields read, row by row, all of them text:
+Rows of the training files that this command writes, or of your own. Fields read, row by row, all of them text:
 
   {"prompt", "chosen", "rejected"}     pairs
   {"prompt", "response"}               demonstrations
   {"prompt"}                           prompts
 
 The texts stay as they are, so that rows can be split and filtered; only an end-of-sequence token at the end of a
-response, which the tokenizer adds, is taken off. Give --chat-template only for prompts that are plain questions: each
-becomes one user turn. A prompt's hash decides its side of the split, so a train file that this command wrote is split
-further by a larger --validation-fraction alone."""
+response is removed, as the tokenizer adds it. Give --chat-template only for prompts that are plain questions: each
+becomes one user turn. A prompt's hash decides its side of the split, so only a larger --validation-fraction splits a
+train file of this command further."""
 
 _NEMO_ALIGNER = """\
 Training files of NeMo-Aligner. Fields read:
 
-  {"text"} of the better, then {"text"} of the worse, row by row in turn           pairs
+  {"text"} of the better and {"text"} of the worse response in alternating rows    pairs
   {"prompt", "chosen_response", "rejected_response"}                               pairs
   {"input", "output"}                                                              demonstrations
   {"system", "mask", "conversations": [{"from", "value"}, ...]}                    demonstrations
 
-In {"text"} pairs the response is what follows the last --response-marker. "mask" names the speaker who is not trained
-on: each turn of the other becomes one demonstration, its prompt all turns before it. Without a chat template a
-conversation is written in the manner of HH. {"text"} prompts for PPO: see `nemo-eppo prepare prompts`."""
+In {"text"} pairs the response is the text after the last --response-marker. "mask" names the speaker whose turns are
+not learnt: each turn of the other becomes one demonstration, with all turns before it as prompt. Without a chat
+template a conversation is written in the format of HH. {"text"} prompts for PPO: see `nemo-eppo prepare prompts`."""
 
-_TOO = """
+_FOR_ALL = """
 
 Rows that cannot be used, duplicates and rows over the limits are dropped; the counts say how many and why, and
 dropped.jsonl in the output lists each with its file, line and reason. Files are streamed, so they may be larger than
@@ -94,7 +94,7 @@ _EXAMPLES = """\
 examples:
   train a byte-level BPE tokenizer on the data:
     nemo-eppo prepare {corpus} --input train.jsonl.gz --output data/{corpus} --vocab-size 8192
-  use a model's tokenizer and its chat template, and keep what fits its training window:
+  use a model's tokenizer and its chat template, and keep examples that fit its training window:
     nemo-eppo prepare {corpus} --input *.parquet --output data/{corpus} --tokenizer models/llama \\
         --chat-template --max-prompt-tokens 1024 --max-response-tokens 512"""
 
@@ -109,9 +109,9 @@ Write a directory that SFT, reward-model and PPO training read:
   tokenizer/                             a Hugging Face tokenizer
   sft.{train,validation}.jsonl           {"prompt", "response"}              SFT
   preferences.{train,validation}.jsonl   {"prompt", "chosen", "rejected"}    reward model
-  prompts.{train,validation}.jsonl       {"prompt"}, and what --keep names   PPO
+  prompts.{train,validation}.jsonl       {"prompt"}, and fields of --keep    PPO
 
-Pairs give all of these, demonstrations the first and the last, prompts the last.
+Pairs give rows of all three, demonstrations of sft and prompts, prompts of prompts alone.
 No prompt is in both train and validation. An existing directory is never overwritten.""",
         epilog="""\
 examples:
@@ -130,8 +130,7 @@ examples:
     aligner.add_argument(
         "--response-marker",
         metavar="TEXT",
-        help="take what follows TEXT as the response of a {text} pair; '\\n' is a line break "
-        "(default: <extra_id_1>Assistant\\n)",
+        help="text before the response of a {text} pair; '\\n' is a line break (default: <extra_id_1>Assistant\\n)",
     )
 
 
@@ -156,7 +155,7 @@ def _add_corpus(corpora: Corpora, name: str, help_line: str, description: str) -
     parser = corpora.add_parser(
         name,
         help=help_line,
-        description=description + _TOO,
+        description=description + _FOR_ALL,
         epilog=_EXAMPLES.format(corpus=name),
     )
     source = parser.add_mutually_exclusive_group(required=True)

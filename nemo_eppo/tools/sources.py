@@ -1,6 +1,6 @@
 """Reads raw rows from local .jsonl, .json and .parquet files, or from a data set of the Hugging Face hub.
 
-Sources are streamed: one line, or one batch of a row group, is in memory at a time; of a JSON array, the whole file.
+Sources are streamed: one line, or one batch of a row group, is in memory at a time; but a JSON array entirely.
 """
 
 import json
@@ -15,7 +15,7 @@ from nemo_eppo.data.jsonl import DAMAGED_ARCHIVE, open_stream, read_lines
 from nemo_eppo.files import NotAnObject, json_object
 
 _WHITESPACE = re.compile(r"\s*")
-_READ_AT_ONCE = 1 << 20  # bytes
+_BUFFER_SIZE = 1 << 20  # bytes
 _PARQUET_BATCH = 1024  # rows
 
 
@@ -28,12 +28,12 @@ class Row:
     """Number of the line in a text file, or of the row in a table, from 1."""
     fields: Mapping[str, Any]
     defect: str = ""
-    """Reason why the row has no fields; empty if it has."""
+    """Reason why the row cannot be read; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubDataset:
-    """A data set of the hub; a local directory that the `datasets` library can load is one as well."""
+    """A data set of the hub, or a local directory that the `datasets` library can load."""
 
     name: str
     config: str | None = None
@@ -77,7 +77,7 @@ def _starts_array(path: Path) -> bool:
     """Return whether the file is one JSON array; otherwise it has one object per line, which some call .json too."""
     with open_stream(path, progress=False) as (file, _):
         try:
-            while (start := file.read(_READ_AT_ONCE)) and not start.strip():
+            while (start := file.read(_BUFFER_SIZE)) and not start.strip():
                 pass
             return start.lstrip()[:1] == b"["
         except DAMAGED_ARCHIVE as error:
@@ -126,8 +126,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ConfigError(f"{path}: no such file")
     line = 0
     try:
-        # Without a buffer size, or across row groups, pyarrow keeps what it has read, and memory grows with the file.
-        with ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
+        # without a buffer size, or across row groups, pyarrow keeps all pages it has read: memory grows with the file
+        with ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_SIZE) as file:
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(_PARQUET_BATCH, row_groups=[group]):
                     for fields in batch.to_pylist():
@@ -144,7 +144,7 @@ def _hub_rows(source: HubDataset) -> Iterator[Row]:
         raise ConfigError(f"data set '{source}': reading from the hub needs 'pip install datasets'") from None
     try:
         rows = load_dataset(source.name, source.config, split=source.split)  # memory-mapped from the local cache
-    except Exception as error:  # datasets, huggingface_hub, requests and pyarrow have one of their own each
+    except Exception as error:  # datasets, huggingface_hub, requests and pyarrow each raise their own
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"data set '{source}' cannot be loaded: {type(error).__name__}: {reason}. "

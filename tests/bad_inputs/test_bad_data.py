@@ -36,7 +36,7 @@ DATA = [
     Row(
         "NaN, as Python writes it",
         _TRAIN,
-        r"rows\.jsonl:2: not JSON \(NaN is no number there\)",
+        r"rows\.jsonl:2: not JSON \(NaN is not a number in JSON\)",
         rows(_ROW, '{"prompt": "apple", "response": "the", "score": NaN}'),
     ),
     Row(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import ENERGY, ENERGY_AND_KL, KL, LENGTH
 
 STEPS, ROWS = 30, 20
@@ -15,7 +15,7 @@ STEPS, ROWS = 30, 20
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 100)
+    monkeypatch.setattr(intervals, "_DRAWS", 100)
 
 
 def write_run(run: Path, peak: int | None, hacks_from: int | None, kl: bool = False, few: int = 2) -> Path:

@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import (
     COMBINED,
     ENERGY,
@@ -30,14 +30,14 @@ from nemo_eppo.evaluation.detection import (
     detectors_of_evaluation,
     signs_of_rows,
 )
+from nemo_eppo.evaluation.intervals import Floats, within_groups_auroc
 from nemo_eppo.evaluation.run_detection import RunDetection
-from nemo_eppo.evaluation.statistics import Floats, within_groups_auroc
 from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 300)
+    monkeypatch.setattr(intervals, "_DRAWS", 300)
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_labels_thresholds_and_lead_times_are_those_of_brute_force(run: Path) ->
         suspicious[step] = stats.binomtest(above, 32, alarm.calm_share, alternative="greater").pvalue < 0.01
     first = next(step for step in STEPS[10:] if all(suspicious[step - back] for back in range(3)))
     assert (alarm.step, alarm.lead) == (first, detection.peak - first)
-    assert alarm.found == pytest.approx(
+    assert alarm.recall == pytest.approx(
         sum(row["energy/policy"] >= alarm.threshold for row, is_hacked in zip(rows, hacked, strict=True) if is_hacked)
         / sum(hacked)
     )

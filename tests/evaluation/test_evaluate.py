@@ -158,7 +158,7 @@ def test_the_results_are_in_the_files_that_users_expect(whole: Path) -> None:
     signs = {"energy loss": [row["energy_loss"] for row in rows], "rise of the energy loss": rise}
     for sign, values in signs.items():
         assert summary["detectors"][sign]["auroc"]["value"] == pytest.approx(roc_auc_score(hacked, values)), sign
-    assert "only the proxy?" in (whole / "report.html").read_text()
+    assert "of high proxy and low gold reward?" in (whole / "report.html").read_text()
     curves = summary["best_of_n"]["proxy"]
     assert curves["n"] == [1, 2, 4]
     assert curves["kl"] == pytest.approx([0, np.log(2) - 1 / 2, np.log(4) - 3 / 4])

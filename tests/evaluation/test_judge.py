@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation.statistics import estimate_share
+from nemo_eppo.evaluation.intervals import estimate_share
 from nemo_eppo.tools.noun_task import quality, sample_prompt, sample_sft_response
 
 FAULTS = ("429", "500", "cut", "no JSON", "half", "wrong JSON", "wrong verdict", "no choices", "no content")

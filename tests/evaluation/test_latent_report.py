@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from small_data import read_rows
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation.latents_page import _held_out, _measure
+from nemo_eppo.evaluation.latents_page import _measure, _measure_held_out
 from nemo_eppo.tools.noun_task import HEDGES, sample_prompt, sample_sft_response
 
 ALPHA = 0.05
@@ -130,7 +130,7 @@ def test_responses_of_one_distribution_are_equally_far() -> None:
     draw = torch.Generator().manual_seed(0)
     both = torch.randn(2, 900, 128, generator=draw, dtype=torch.float64) / torch.arange(1, 129).sqrt()
     sft, others = both
-    measured = (_measure(sft, sft), _held_out(sft), _measure(others, sft))
+    measured = (_measure(sft, sft), _measure_held_out(sft), _measure(others, sft))
     fitted, held_out, new = (one[:, 0].mean().item() for one in measured)
     assert new > 1.04 * fitted
     assert held_out == pytest.approx(new, rel=0.025)

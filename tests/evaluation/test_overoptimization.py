@@ -17,7 +17,7 @@ from results_page import verdict, write_results
 from scipy import stats
 from test_alarms import write_run
 
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import ENERGY_AND_KL, KL
 
 BENCH = Path(__file__).parents[2] / "examples" / "overoptimization"
@@ -111,7 +111,7 @@ def test_the_fit_over_the_distance_finds_what_made_the_curves() -> None:
 def test_of_one_seed_nothing_follows(tmp_path: Path) -> None:
     runs = {name: {1: curves([0.0, 1.0, last])} for name, last in (("ppo", 0.3), ("eppo", 0.4))}
     text = write_results(tmp_path, runs, {}, {})
-    assert "Of one seed nothing follows: EPPO less plain PPO is 0.100." in " ".join(text.split())
+    assert "One seed proves nothing: EPPO less plain PPO is 0.100." in " ".join(text.split())
     assert "0.100, 1/1" in text
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["methods"]["eppo"]["final"]["less"]["ppo"]["low"] is None
@@ -262,7 +262,7 @@ def test_alarms_are_those_of_plain_ppo_and_of_methods_with_further_signs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setattr(statistics, "_DRAWS", 50)
+    monkeypatch.setattr(intervals, "_DRAWS", 50)
     from bench import detect
     from trainings import LABELS, SIZES, TEXTS, Effort, Task
 

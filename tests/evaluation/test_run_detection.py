@@ -11,17 +11,17 @@ import pytest
 from scipy import stats
 
 from nemo_eppo.cli import main
-from nemo_eppo.evaluation import statistics
+from nemo_eppo.evaluation import intervals
 from nemo_eppo.evaluation.detection import ENERGY, KL, LENGTH
+from nemo_eppo.evaluation.intervals import Floats
 from nemo_eppo.evaluation.run_detection import RunDetection, _limit
 from nemo_eppo.evaluation.run_detection_page import verdict, write_detection
-from nemo_eppo.evaluation.statistics import Floats
 from nemo_eppo.settings.evaluation import DetectionConfig
 
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 300)
+    monkeypatch.setattr(intervals, "_DRAWS", 300)
 
 
 def write_run(directory: Path, rows_of: Callable[[int], list[dict[str, Any]]], steps: int = 30) -> Path:
@@ -44,7 +44,7 @@ def test_a_sign_that_reached_its_highest_value_in_the_first_steps_can_raise_an_a
         ]
 
     alarm = RunDetection(DetectionConfig(run=write_run(tmp_path, rows))).alarms[LENGTH]
-    assert (alarm.threshold, alarm.found) == (20, 1)
+    assert (alarm.threshold, alarm.recall) == (20, 1)
     assert 0.01 < alarm.calm_share < 0.06
     assert alarm.step is not None
     assert 13 <= alarm.step < 20

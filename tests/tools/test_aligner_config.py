@@ -169,7 +169,7 @@ def test_a_combined_server_serves_rewards_from_the_critics_job(tmp_path: Path) -
 def test_jobs_that_share_a_directory_there_have_one_each(tmp_path: Path) -> None:
     directories = set()
     for values in (ACTOR, CRITIC, REWARD_TRAINING, SFT):
-        result = converted(values, tmp_path, exp_manager__explicit_log_dir="/results")  # as in that project's files
+        result = converted(values, tmp_path, exp_manager__explicit_log_dir="/results")  # as in NeMo-Aligner's files
         assert status(result, "exp_manager.explicit_log_dir") == "changed"
         loaded: Any = check(result)
         directories.add(str(loaded.exp_manager.directory))
@@ -201,7 +201,7 @@ def test_values_of_the_other_jobs(tmp_path: Path) -> None:
         "optimizer.lr": 3e-5,
     }.items() <= sft.values.items()
     assert "fit.max_steps" not in training
-    assert "fit.epochs" not in sft.values, "max_steps alone decides, where that project takes the smaller of both"
+    assert "fit.epochs" not in sft.values, "max_steps alone decides, where NeMo-Aligner takes the smaller of both"
     assert "ends after 1 epochs already" in sft.notes["fit.max_steps"]
     assert status(converted(SFT, tmp_path, trainer__sft__max_epochs=3), "trainer.sft.max_epochs") == "changed"
     assert sft.values["checkpoint.best"] in SFTTask.validated
@@ -248,7 +248,7 @@ def test_sft_learns_the_responses_alone_whatever_the_file_says_as_there(tmp_path
 def test_a_layout_that_comes_with_the_checkpoint_has_to_be_given(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(REWARD_SERVER | {"model": {}}))
     result = convert(tmp_path / "theirs.yaml")
-    assert any("that project takes from the .nemo file" in line for line in result.todo)
+    assert any("NeMo-Aligner takes from the .nemo file" in line for line in result.todo)
     whole = converted(ACTOR, tmp_path, model__pipeline_model_parallel_size=1)
     assert not any(".nemo file" in line for line in whole.todo)
 
@@ -293,7 +293,7 @@ def test_contradictions_are_reported(tmp_path: Path) -> None:
         ("model__optim__sched__min_lr", 1.0, "model.optim.sched.min_lr = 1.0: above model.optim.lr"),
         ("model__optim__lr", "fast", "model.optim.lr = 'fast'"),
         ("model__peft__peft_scheme", "ptuning", "model.peft.peft_scheme = 'ptuning': expected lora or none"),
-        ("model__seed", "${model.nowhere}", "refers to what neither the file nor the environment has"),
+        ("model__seed", "${model.nowhere}", "refers to a key or variable that neither file nor environment has"),
         ("model__global_batch_size", None, "model.global_batch_size = None: expected a whole number"),
         ("model__data__seq_length", "???", "model.data.seq_length = '???': expected a whole number"),
         ("model__ppo__length_params__max_length", 2.5, "max_length = 2.5: expected a whole number"),
@@ -317,7 +317,7 @@ def test_unknown_keys_are_listed_and_strict_refuses_them(tmp_path: Path, capsys:
     assert main(arguments) == 0
     settings, report = capsys.readouterr()
     assert yaml.safe_load(settings)["ppo"]["advantages"]["lam"] == 0.9
-    assert "unknown (no keys of that project): 1\n  trainer.ppo.gae_lamda = 0.5" in report
+    assert "unknown (no keys of NeMo-Aligner): 1\n  trainer.ppo.gae_lamda = 0.5" in report
 
 
 def test_what_is_left_to_do_comes_first(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Statistics of the reports: Wilson's intervals of shares, percentile-bootstrap intervals that a seed makes the same.
+"""Intervals of the reports' estimates: Wilson's for shares, a seeded percentile bootstrap for means, AUROC and AUPRC.
 
-Labels are bool [N], True for what is to be found; scores are [N], higher where it is more likely; groups are [N], what
-samples that are not independent have in common, as the answers to one prompt: a draw takes or leaves all of a group.
+Labels are bool [N], True for positives; scores are [N], higher where a positive is likelier; groups are [N], equal for
+samples that are not independent, such as answers to one prompt: the bootstrap draws whole groups.
 """
 
 import math
@@ -15,13 +15,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 Floats = NDArray[np.float64]
 _DRAWS = 2_000
-_LEVEL = 0.95  # share of the draws that an interval holds
+_LEVEL = 0.95  # coverage of an interval
 _FEWEST_GROUPS = 5
-_BLOCK = 4_000_000  # numbers that one block of draws has, to bound memory
+_BLOCK = 4_000_000  # numbers in one block of draws, to bound memory
 
 
 class Estimate(NamedTuple):
-    """A value and its interval, from -inf to inf where the samples say nothing of it."""
+    """A value and its interval, from -inf to inf if a single group gives none."""
 
     value: float
     low: float
@@ -35,34 +35,33 @@ class Estimate(NamedTuple):
         return f"{self.low:.{digits}f} to {self.high:.{digits}f}" if math.isfinite(self.low) else "no interval of one"
 
     def as_dict(self) -> dict[str, float | None]:
-        """Return it for a JSON file; an end that is infinite is None."""
+        """Return the numbers for a JSON file; infinite ends are None."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 def bootstrap_mean(values: ArrayLike, seed: int, groups: ArrayLike | None = None) -> Estimate:
-    """Estimate a mean; that of a paired difference if `values` are the differences of the pairs.
+    """Estimate the mean of `values`, which may be the differences of pairs.
 
     Args:
-        values: [N], one of each sample; N > 0.
+        values: [N], one for each sample; N > 0.
         groups: [N]; None if all samples are independent. One group alone has no interval.
     """
     sample = np.asarray(values, dtype=np.float64)
-    of_groups = np.arange(len(sample)) if groups is None else np.asarray(groups)
-    if len(np.unique(of_groups)) < 2:
+    group = np.arange(len(sample)) if groups is None else np.asarray(groups)
+    if len(np.unique(group)) < 2:
         return Estimate(float(sample.mean()), -math.inf, math.inf)
-    blocks = _resampled(of_groups, seed)
-    means = [counts @ sample / counts.sum(axis=1) for counts in blocks]
+    means = [counts @ sample / counts.sum(axis=1) for counts in _resampled(group, seed)]
     return _estimate(float(sample.mean()), np.concatenate(means))
 
 
 def estimate_share(values: ArrayLike) -> Estimate:
     """Estimate the mean of numbers from 0 to 1 by Wilson's score interval (1927), which has a width even if all agree.
 
-    Numbers between 0 and 1, as a tie, vary less than ones and zeros of the same mean: they count as so many of these as
-    have their variance, to which a zero and a one are added lest it be 0.
+    Numbers between 0 and 1, such as a tie's 0.5, vary less than ones and zeros of the same mean: the sample size is
+    scaled up by the ratio of the variances. A zero and a one are added to the numbers, or their variance might be 0.
 
     Args:
-        values: [N], one of each independent sample; N > 0.
+        values: [N], one for each independent sample; N > 0.
     """
     shares = np.asarray(values, dtype=np.float64)
     share, z = float(shares.mean()), float(norm.isf((1 - _LEVEL) / 2))
@@ -70,28 +69,28 @@ def estimate_share(values: ArrayLike) -> Estimate:
     size = len(shares) * max(1.0, variance / np.append(shares, [0, 1]).var())
     centre, half = share + z**2 / (2 * size), z * math.sqrt(variance / size + (z / (2 * size)) ** 2)
     low, high = ((centre + side) / (1 + z**2 / size) for side in (-half, half))
-    return Estimate(share, low if share > 0 else 0.0, high if share < 1 else 1.0)  # which rounding may miss
+    return Estimate(share, low if share > 0 else 0.0, high if share < 1 else 1.0)  # exactly, despite rounding
 
 
 def share_over_prompts(values: ArrayLike, prompts: Iterable[Hashable]) -> Estimate:
-    """Estimate a share as `estimate_share` does, each prompt counted alike: answers to one are not independent.
+    """Estimate a share by `estimate_share` from the mean of each prompt, since its answers are not independent.
 
     Args:
-        values: [N] from 0 to 1, one of each answer; N > 0.
-        prompts: [N], what the answers to one prompt have in common.
+        values: [N] from 0 to 1, one for each answer; N > 0.
+        prompts: [N], the prompt of each answer, or a name of it.
     """
     prompt = numbered(prompts)
     return estimate_share(np.bincount(prompt, np.asarray(values, dtype=np.float64)) / np.bincount(prompt))
 
 
 def numbered(names: Iterable[Hashable]) -> NDArray[np.int64]:
-    """Return the number [N] of each name, from 0 in the order in which they first come."""
+    """Return the number [N] of each name, from 0 in the order of their first occurrence."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
-    """Estimate the area under the ROC curve: how often a sample to be found has the higher score, ties half.
+    """Estimate the area under the ROC curve: how often a positive has a higher score than a negative, ties half.
 
     Raises:
         ValueError: not both labels occur.
@@ -100,7 +99,7 @@ def bootstrap_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, see
 
 
 def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate:
-    """Estimate the average precision, which is the share of labels that are True where scores say nothing.
+    """Estimate the average precision; scores at random have the share of True labels.
 
     Raises:
         ValueError: not both labels occur.
@@ -109,13 +108,13 @@ def bootstrap_auprc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, see
 
 
 def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, seed: int) -> Estimate | None:
-    """Estimate the AUROC over pairs of one group, so that what differs between groups alone does not count.
+    """Estimate the AUROC over pairs inside a group, so that differences between groups do not count.
 
     Args:
         groups: [N], for instance the step of a run; the bootstrap draws them.
 
     Returns:
-        None if fewer than five groups have both labels, of which an interval says nothing.
+        None if fewer than five groups have both labels, too few for an interval.
     """
     truth, values, group = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64), np.asarray(groups)
     areas, pairs = [], []
@@ -133,21 +132,21 @@ def within_groups_auroc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike,
 
 
 def threshold_at_recall(labels: ArrayLike, scores: ArrayLike, recall: float) -> float:
-    """Return the highest threshold at which scores >= threshold find at least the fraction `recall` of True labels."""
-    found = np.sort(np.asarray(scores, dtype=np.float64)[np.asarray(labels, dtype=bool)])[::-1]
-    return float(found[max(math.ceil(recall * len(found) - 1e-9), 1) - 1])
+    """Return the highest threshold that the scores of at least the fraction `recall` of the positives reach."""
+    positives = np.sort(np.asarray(scores, dtype=np.float64)[np.asarray(labels, dtype=bool)])[::-1]
+    return float(positives[max(math.ceil(recall * len(positives) - 1e-9), 1) - 1])
 
 
 def threshold_at_share(scores: ArrayLike, share: float) -> float:
-    """Return the lowest score that at most the fraction `share` of scores reach, or the highest where more have it."""
+    """Return the lowest score that at most the fraction `share` of scores reach, else the highest score."""
     values, numbers = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
     reached = numbers[::-1].cumsum()[::-1]
-    few = values[reached <= share * numbers.sum() + 1e-9]
-    return float(few[0] if len(few) else values[-1])
+    rare = values[reached <= share * numbers.sum() + 1e-9]
+    return float(rare[0] if len(rare) else values[-1])
 
 
 def false_alarms_per_1000(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
-    """Return how many of 1,000 samples whose label is False have a score >= threshold."""
+    """Return how many of 1,000 negatives have a score >= threshold."""
     return 1000 * float((np.asarray(scores)[~np.asarray(labels, dtype=bool)] >= threshold).mean())
 
 
@@ -165,7 +164,7 @@ def _bootstrap(
     if len(np.unique(groups)) < 2:
         return Estimate(float(exact(truth, ranked)), -math.inf, math.inf)
     descending = np.argsort(-ranked, kind="stable")
-    # places in the sorted samples where a new score begins: equal scores are found together
+    # where a new score begins in the sorted samples: equal scores are counted together
     starts = np.flatnonzero(np.diff(ranked[descending], prepend=np.inf))
     areas = []
     for counts in _resampled(groups, seed):
@@ -176,7 +175,7 @@ def _bootstrap(
 
 
 def _aurocs(positives: Floats, negatives: Floats) -> Floats:
-    """AUROC [draws] from how often samples with each score, highest first, were drawn [draws, scores]."""
+    """Return the AUROC [draws], given how often each score, highest first, was drawn [draws, scores]."""
     higher = positives.cumsum(axis=1) - positives / 2
     with np.errstate(invalid="ignore"):  # a draw without one of the labels is NaN
         area: Floats = (negatives * higher).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
@@ -184,21 +183,22 @@ def _aurocs(positives: Floats, negatives: Floats) -> Floats:
 
 
 def _average_precisions(positives: Floats, negatives: Floats) -> Floats:
-    found = positives.cumsum(axis=1)
-    precision = found / np.maximum(found + negatives.cumsum(axis=1), 1)
+    """Return the average precision [draws] of the same counts."""
+    true_positives = positives.cumsum(axis=1)
+    precision = true_positives / np.maximum(true_positives + negatives.cumsum(axis=1), 1)
     with np.errstate(invalid="ignore"):
         area: Floats = (positives * precision).sum(axis=1) / positives.sum(axis=1)
     return area
 
 
 def _resampled(groups: ArrayLike, seed: int) -> Iterator[Floats]:
-    """Yield blocks [some draws, N]: how often each sample is in each draw of as many groups, with replacement."""
+    """Yield, in blocks of draws [block, N], how often each sample is drawn; a draw resamples the groups."""
     names, group_of = np.unique(groups, return_inverse=True)
-    size, draw = len(names), np.random.default_rng(seed)
+    size, generator = len(names), np.random.default_rng(seed)
     block = max(1, _BLOCK // len(group_of))
     for first in range(0, _DRAWS, block):
         rows = min(block, _DRAWS - first)
-        drawn = draw.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
         yield counts[:, group_of].astype(np.float64)
 

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from nemo_eppo.evaluation import statistics
-from nemo_eppo.evaluation.statistics import (
+from nemo_eppo.evaluation import intervals
+from nemo_eppo.evaluation.intervals import (
     Estimate,
     bootstrap_auprc,
     bootstrap_auroc,
@@ -44,7 +44,7 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
     sample: tuple[np.ndarray, np.ndarray],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", DRAWS)
+    monkeypatch.setattr(intervals, "_DRAWS", DRAWS)
     labels, scores = sample
     groups = np.arange(150) // answers  # the last is smaller
     size = groups[-1] + 1
@@ -56,14 +56,14 @@ def test_areas_of_every_draw_are_those_of_scikit_learn(
         areas.append(sklearn(labels[drawn], scores[drawn]))
     wanted = Estimate(sklearn(labels, scores), *np.quantile(areas, [0.025, 0.975]))
     assert found == pytest.approx(wanted, abs=1e-12)
-    monkeypatch.setattr(statistics, "_BLOCK", 7 * 150)
+    monkeypatch.setattr(intervals, "_BLOCK", 7 * 150)
     assert bootstrap(labels, scores, groups, seed=5) == found, "whatever the size of a block"
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy(
     sample: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 20_000)
+    monkeypatch.setattr(intervals, "_DRAWS", 20_000)
     values = sample[1]
     found = bootstrap_mean(values, seed=1)
     wanted = stats.bootstrap(
@@ -76,7 +76,7 @@ def test_the_interval_of_a_mean_is_that_of_scipy(
 def test_the_interval_of_a_mean_over_groups_is_that_of_scipy(
     sample: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_DRAWS", 10_000)
+    monkeypatch.setattr(intervals, "_DRAWS", 10_000)
     values, groups = np.sort(sample[1])[:144], np.repeat(np.arange(36), [2, 6] * 18)  # much alike in a group
     found = bootstrap_mean(values, seed=1, groups=groups)
     wanted = stats.bootstrap(
