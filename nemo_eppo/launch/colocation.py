@@ -65,7 +65,7 @@ def _models(launch: LaunchConfig, name: str) -> tuple[dict[str, Any] | None, dic
     critic = {
         "restore_from_path": str(source),
         "value_clip": config.value_clip,
-        "optimizer": config.optimizer.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json", exclude_unset=True),  # the devices choose the rest
         "lora": config.model.lora and config.model.lora.model_dump(mode="json"),
     }
     reward = config.reward_model

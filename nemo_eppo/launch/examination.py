@@ -52,11 +52,12 @@ def examine(
         here: the jobs run on this machine, so that each has one node, and ports have to be free.
         files: also check the files and models that jobs read (but no data rows): they are on this machine, or will be
             made by an earlier job.
-        gpus: whether jobs run on GPUs; None to see where the launch runs them.
+        gpus: whether jobs run on GPUs; None for yes on a cluster, and here if there are any.
     """
     if not Path(script(next(iter(launch.jobs.values())))).exists():
         found = f"{REPOSITORY} has no examples/: launching needs the repository, installed with pip install -e"
         return [error("repository", found, "see the message")], []
+    gpus = True if gpus is None and not here else gpus
     findings, jobs = list[Finding](), dict[str, Job]()
     findings += guarded("output", _output)(launch)
     with tempfile.TemporaryDirectory() as root:
@@ -93,9 +94,8 @@ def _job(
     job = Job(name, kind, config.ranks, settings)
     jobs[name] = job
     if root is not None:
-        check_changes(
-            settings, settings.exp_manager, f"jobs.{name}.settings."
-        )  # as the job itself would, when its servers run
+        # as the job itself would, when its servers run
+        check_changes(settings, settings.exp_manager, f"jobs.{name}.settings.")
     yield ok(f"{name}: settings", f"every key of {config.script} is known, every value allowed")
     if kind.samples:
         yield from missing_servers(launch, job)

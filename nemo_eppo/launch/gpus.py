@@ -56,8 +56,6 @@ class Gpus:
 
 
 def on_gpus(launch: LaunchConfig, name: str) -> bool:
-    """Tell whether a job will run on GPUs: all on a cluster do, and here those from which the launch hides none."""
-    if launch.slurm is not None or launch.kubernetes is not None:
-        return True
+    """Tell whether a job that runs on this machine does so on GPUs, which the launch may hide from it."""
     environment = launch.environment | launch.jobs[name].environment
     return bool(visible_gpus()) and environment.get(VISIBLE) != ""

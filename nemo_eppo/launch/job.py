@@ -83,7 +83,7 @@ def job_settings(launch: LaunchConfig, name: str, gpus: bool | None = None) -> A
     """Return the checked settings of a job before any server has an address; ConfigError as the job would report it.
 
     Args:
-        gpus: whether it runs on GPUs; None to see where the launch runs it.
+        gpus: whether it runs on GPUs; None if on this machine.
     """
     kind, nowhere = launch.jobs[name].kind, dict.fromkeys(launch.servers, Address("grpc://127.0.0.1:1"))
     given = overrides(launch, name, nowhere)

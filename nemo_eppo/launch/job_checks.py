@@ -73,9 +73,9 @@ def _rows(job: Job, path: Path) -> Iterator[object]:
     if job.plan is None:
         return iter(read_jsonl(path, job.kind.row_fields))
     _, *responses = job.kind.row_fields
-    name = "max_sequence_length" if responses else "max_prompt_length"
-    limit = job.setting(f"data.{name}") or job.longest
-    return tokenised_rows(path, job.plan.tokenizer, tuple(responses), name, limit, job.settings.data.too_long)
+    data = job.settings.data
+    name, limit = ("max_sequence_length", job.longest) if responses else ("max_prompt_length", data.max_prompt_length)
+    return tokenised_rows(path, job.plan.tokenizer, tuple(responses), name, limit, data.too_long)
 
 
 def memory_of(job: Job) -> JobMemory:

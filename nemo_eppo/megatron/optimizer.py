@@ -87,7 +87,7 @@ def build_optimizer(
     for part in optimizer.chained_optimizers:
         if distributed:
             _fix_state_lookup(part)
-            part.sharded_param_state_fully_reshardable = partial(_sharded_states, part)
+            part.sharded_param_state_fully_reshardable = partial(sharded_states, part)
         elif precision == "bf16":
             _give_main_copies_to_heads(part)
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -170,10 +170,6 @@ def _move_update_count(optimizer: Any, saved: dict[str, Any]) -> None:
         else:
             for group in adam["param_groups"]:
                 group["step"] = int(count)
-
-
-def _sharded_states(part: Any, model_state: dict[str, Any], *_: Any) -> list[Any]:
-    return sharded_states(part, model_state)
 
 
 def _fix_state_lookup(optimizer: Any) -> None:

@@ -15,8 +15,9 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 
-def sharded_states(optimizer: Any, model_state: ShardedStateDict) -> list[ShardedTensor]:
-    """Describe this rank's states, fp32 weights included, as blocks of the arrays of a checkpoint.
+def sharded_states(optimizer: Any, model_state: ShardedStateDict, *_: Any) -> list[ShardedTensor]:
+    """Describe this rank's states, fp32 weights included, as blocks of the arrays of a checkpoint; replaces
+    megatron-core's `sharded_param_state_fully_reshardable`, further arguments of which are not needed.
 
     Args:
         optimizer: megatron-core's DistributedOptimizer.

@@ -19,7 +19,7 @@ from nemo_eppo.config import ConfigError
 from nemo_eppo.data.tokenizer import word_level
 from nemo_eppo.entry.settings import as_yaml
 from nemo_eppo.launch import machine_checks
-from nemo_eppo.launch.examination import check_launch
+from nemo_eppo.launch.examination import check_launch, examine
 from nemo_eppo.launch.job import job_settings
 from nemo_eppo.launch.launch_file import read_launch
 from nemo_eppo.models import checkpoint_files
@@ -322,14 +322,16 @@ def test_null_is_what_suits_the_devices_on_which_a_job_will_run(launch: Path, mo
     on_cpus, on_gpus = ("fp32", False, False), ("bf16", None, True)  # sharded if there are replicas
     hidden = "jobs.critic.environment.CUDA_VISIBLE_DEVICES=''"
 
-    def chosen(*overrides: str) -> tuple[str, bool | None, bool]:
-        settings = job_settings(read_launch(launch, overrides), "critic")
+    def chosen(*overrides: str, here: bool = True) -> tuple[str, bool | None, bool]:
+        _, jobs = examine(read_launch(launch, overrides), here=here, files=False)
+        [settings] = [job.settings for job in jobs if job.name == "critic"]
         optimizer = settings.optimizer
         return settings.model.precision, optimizer.distributed, optimizer.overlap_grad_reduce
 
     for gpus, found in (("", on_cpus), ("0,1", on_gpus)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-        assert (chosen(), chosen(hidden), chosen("slurm.image=nemo.sqsh")) == (found, on_cpus, on_gpus)
+        assert (chosen(), chosen(hidden), chosen("slurm.image=nemo.sqsh", here=False)) == (found, on_cpus, on_gpus)
+        assert chosen("slurm.image=nemo.sqsh") == found, "a file for a cluster may run on this machine"
     keys = {"model.precision": "fp32", "optimizer.distributed": "false", "optimizer.overlap_grad_reduce": "false"}
     assert chosen(*(f"jobs.critic.settings.{key}={value}" for key, value in keys.items())) == on_cpus
 
